@@ -1,0 +1,52 @@
+# Needs Python 3.11 or newer, make, and a package index. `make help` lists the commands.
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint format notebooks clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv: taskgrad, its extras and the development tools
+
+# A .venv without a working pip is one that an earlier try left half made.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "taskgrad needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+train: setup ## train the example network: make train ARGS='--help'
+	$(BIN)/python examples/train_resnet.py $(ARGS)
+
+test: setup ## run the tests: make test ARGS='-k vjp'
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup ## check style, types and which module imports which
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy taskgrad
+	$(BIN)/lint-imports
+
+format: setup ## put the code in the one format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+notebooks: setup ## run every notebook from top to bottom; the first error stops it
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
+	for notebook in notebooks/*.ipynb; do \
+		test -e "$$notebook" || { echo "no notebooks"; break; }; \
+		echo "== $$notebook"; \
+		$(BIN)/python -m nbconvert --to notebook --execute \
+			--ExecutePreprocessor.timeout=600 --output-dir "$$out" "$$notebook" || exit 1; \
+	done
+
+clean: ## remove .venv, caches and what training wrote
+	rm -rf $(VENV) build dist runs dask-worker-space .pytest_cache .mypy_cache .ruff_cache \
+		.import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

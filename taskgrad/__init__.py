@@ -1,0 +1,76 @@
+"""taskgrad: lazy torch models over Dask workers, differentiated where they ran."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from taskgrad.chain import GraphChain
+    from taskgrad.cluster.local import local_cluster
+    from taskgrad.errors import (
+        ClusterMismatchError,
+        CotangentError,
+        LayerError,
+        PlacementError,
+        TapeError,
+        TaskgradError,
+        WorkerLostError,
+    )
+    from taskgrad.graph.parallel import Parallel
+    from taskgrad.thunk import Thunk, collect, spawn
+    from taskgrad.train.optimizer import Optimizer
+    from taskgrad.vjp import vjp
+
+__version__ = version("taskgrad")
+
+_HOMES = {
+    "GraphChain": "chain",
+    "local_cluster": "cluster.local",
+    "ClusterMismatchError": "errors",
+    "CotangentError": "errors",
+    "LayerError": "errors",
+    "PlacementError": "errors",
+    "TapeError": "errors",
+    "TaskgradError": "errors",
+    "WorkerLostError": "errors",
+    "Parallel": "graph.parallel",
+    "Thunk": "thunk",
+    "collect": "thunk",
+    "spawn": "thunk",
+    "Optimizer": "train.optimizer",
+    "vjp": "vjp",
+}
+
+__all__ = [
+    "ClusterMismatchError",
+    "CotangentError",
+    "GraphChain",
+    "LayerError",
+    "Optimizer",
+    "Parallel",
+    "PlacementError",
+    "TapeError",
+    "TaskgradError",
+    "Thunk",
+    "WorkerLostError",
+    "collect",
+    "local_cluster",
+    "spawn",
+    "vjp",
+]
+
+
+# Names load on first use: `import dask` itself imports this package for its `dask.sizeof`
+# entry point, when neither dask nor torch may be imported from here.
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'taskgrad' has no attribute {name!r}")
+    value = getattr(import_module(f"taskgrad.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,159 @@
+"""The bridge to torch.autograd: collected values as part of the driver's own graph.
+
+`attach` turns values that came from the workers into outputs of one autograd Function per connected
+group of thunks. Its backward runs the remote backward; gradients of the driver's tensors go on
+through the driver's graph. Gradients of the parameters on the workers are added there only if
+autograd accumulates at all: ``torch.autograd.grad`` accumulates nothing, here as in plain torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from taskgrad.cluster.session import Session
+from taskgrad.errors import TapeError
+from taskgrad.executors.backward import accumulations, run_backward
+from taskgrad.executors.futures import run
+from taskgrad.graph.adjoint import Adjoint, adjoint, calls_behind
+from taskgrad.graph.nodes import Call, Leaf, Node
+from taskgrad.graph.pytree import carries_gradient, flatten
+
+
+class _Claim:
+    """Counts who is still to use the tapes of some calls; ends when it is let go of."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._calls = list(calls)
+        for call in self._calls:
+            call.pending += 1
+
+    def end(self) -> None:
+        for call in self._calls:
+            call.pending -= 1
+        self._calls = []
+
+    def __del__(self) -> None:
+        self.end()
+
+
+class _Group:
+    """Collected values that share calls, and what one backward through them needs."""
+
+    def __init__(self, nodes: list[Node], values: list[Any], session: Session) -> None:
+        self.nodes = nodes
+        self.session = session
+        self.flat = [flatten(value) for value in values]
+        calls = calls_behind(nodes)
+        self.claim = _Claim(calls)
+        self.spent = False
+        self.waiting: list[Adjoint] = []
+        found = {id(i.value): i for c in calls for i in c.inputs if isinstance(i, Leaf)}
+        found |= {id(n.value): n for n in nodes if isinstance(n, Leaf)}
+        self.inputs = [n.value for n in found.values() if n.needs_grad]
+
+    def take_tensors(self) -> list[torch.Tensor]:
+        """The tensors to attach, once: keeping them here would be a cycle through the graph."""
+        taken = []
+        for leaves, _ in self.flat:
+            for i, leaf in enumerate(leaves):
+                if carries_gradient(leaf):
+                    taken.append(leaf)
+                    leaves[i] = _TENSOR
+        return taken
+
+    def backward(self, grads: Sequence[torch.Tensor | None], retain: bool) -> list[Any]:
+        """Gradients of `inputs`."""
+        if self.spent:
+            raise TapeError(
+                "backward a second time through a collected value: its tapes were used by the "
+                "first. Pass retain_graph=True to the first if you need two"
+            )
+        rest = iter(grads)
+        seeds: list[tuple[Node, Node | None]] = []
+        for node, (leaves, structure) in zip(self.nodes, self.flat, strict=True):
+            given = [next(rest) if leaf is _TENSOR else None for leaf in leaves]
+            if node.needs_grad and any(g is not None for g in given):
+                seeds.append((node, Leaf(structure.build(given), needs_grad=False)))
+        keep = frozenset(c for c in calls_behind(self.nodes) if c.pending > 1)
+        found = adjoint(seeds, retain=retain, keep=keep)
+        by_tensor: dict[int, Any] = {}
+        for leaf, grad in run_backward(found, self.session, accumulate=False).items():
+            if grad is not None:
+                had = by_tensor.get(id(leaf.value))
+                by_tensor[id(leaf.value)] = grad if had is None else had + grad
+        if not retain:
+            self.spent = True
+            self.claim.end()
+        self.waiting.append(found)
+        return [by_tensor.get(id(value)) for value in self.inputs]
+
+    def accumulate(self, anchor: torch.Tensor) -> None:
+        """Autograd's accumulation has reached us: so do the workers' parameters'."""
+        anchor.grad = None
+        waiting, self.waiting = self.waiting, []
+        for found in waiting:
+            run(accumulations(found), self.session)
+
+
+_TENSOR = object()  # stands for a tensor that was handed to autograd
+
+
+class _Bridge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: _Group, anchor: torch.Tensor, *inputs: torch.Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.group = group
+        return tuple(group.take_tensors())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        group: _Group = ctx.group
+        group.waiting.clear()
+        return None, torch.zeros(0), *group.backward(grads, _keeps_graph())
+
+
+def _keeps_graph() -> bool:
+    """Whether the running backward has retain_graph=True.
+
+    Torch has no public name for it; without this one tapes are kept until the graph goes.
+    """
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return bool(asked()) if asked is not None else True
+
+
+def attach(nodes: Sequence[Node], values: Sequence[Any], session: Session) -> list[Any]:
+    """The same values, their tensors attached to the driver's autograd graph where they can be."""
+    attached = list(values)
+    for members in _connected(nodes):
+        group = _Group([nodes[i] for i in members], [values[i] for i in members], session)
+        if not any(carries_gradient(leaf) for leaves, _ in group.flat for leaf in leaves):
+            continue
+        anchor = torch.zeros(0, requires_grad=True)
+        anchor.register_post_accumulate_grad_hook(group.accumulate)
+        structures = list(group.flat)
+        outputs = iter(_Bridge.apply(group, anchor, *group.inputs))
+        for i, (leaves, structure) in zip(members, structures, strict=True):
+            attached[i] = structure.build(
+                [next(outputs) if leaf is _TENSOR else leaf for leaf in leaves]
+            )
+    return attached
+
+
+def _connected(nodes: Sequence[Node]) -> list[list[int]]:
+    """Indices of the nodes that take gradients, grouped by the calls that they share."""
+    groups: list[tuple[set[int], list[int]]] = []
+    for i, node in enumerate(nodes):
+        if not isinstance(node, Call) or not node.needs_grad:
+            continue
+        behind = {id(c) for c in calls_behind([node])}
+        members = [i]
+        for group in [g for g in groups if g[0] & behind]:
+            groups.remove(group)
+            behind |= group[0]
+            members = group[1] + members
+        groups.append((behind, members))
+    return [sorted(members) for _, members in groups]

@@ -1,0 +1,411 @@
+"""GraphChain: a layered model as thunks, its layers resident on workers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from distributed import Client
+from torch import nn
+
+from taskgrad.cluster.session import Session, WorkerSpec, session
+from taskgrad.errors import PlacementError
+from taskgrad.executors.futures import run, values_of
+from taskgrad.graph import pack
+from taskgrad.graph.layers import (
+    Branches,
+    Layer,
+    Model,
+    ParameterInfo,
+    Path,
+    flatten_model,
+    local_name,
+    owner_of,
+    rebuild_model,
+)
+from taskgrad.graph.nodes import Call, ChainRef, Leaf, Node, Stage, StageCall, new_key
+from taskgrad.plan.costs import layer_costs
+from taskgrad.plan.drawing import call_graph, html
+from taskgrad.plan.placement import contiguous, round_robin
+from taskgrad.plan.table import Placement, PlacementRow
+from taskgrad.thunk import Inputs, Lazy, Thunk
+
+
+class IncompatibleKeys(NamedTuple):
+    """What `GraphChain.load_state_dict` with ``strict=False`` did not match, as in torch."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class _Entry(NamedTuple):
+    """What the next call takes: nodes, and how they are its arguments."""
+
+    inputs: tuple[Node, ...]
+    template: bytes
+
+
+class GraphChain(Lazy):
+    """A model whose layers live on workers; calling it makes a thunk.
+
+    Parameters
+    ----------
+    model : nn.Module
+        An ``nn.Sequential`` (nested ones are flattened, names kept) with `Parallel` layers wherever
+        a value branches; any other module is one layer. It is copied: the chain does not change it
+        and keeps nothing of it on the driver but names and shapes.
+    client : distributed.Client, optional
+        By default the current client; with none, a local cluster is started.
+    placement : None, "round_robin" or sequence, optional
+        None cuts the layers into contiguous runs, one a worker, balanced by parameter and
+        activation bytes. A sequence gives the worker (index, name or address) of each layer, in the
+        order of ``chain.placement``.
+    device : str, optional
+        Torch device of the layers on each worker; by default the one that the model is on.
+
+    Raises
+    ------
+    TypeError
+        `model` is not an ``nn.Module``, or a layer cannot be pickled (the message names it).
+    ValueError
+        The model has no layers, or parameters that are uninitialized.
+    PlacementError
+        The placement has the wrong length or names a worker that is not there.
+    ClusterMismatchError
+        The workers lack torch or taskgrad, or have other versions.
+
+    Examples
+    --------
+    >>> import torch, taskgrad as tg
+    >>> client = tg.local_cluster(n_workers=2)
+    >>> chain = tg.GraphChain(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)))
+    >>> y = chain(torch.ones(4, 2))
+    >>> y
+    Thunk[2](Linear, (Thunk[1](Linear, (float32[4, 2],)),))
+    >>> tg.collect(y).shape
+    torch.Size([4, 1])
+    >>> client.close()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        client: Client | None = None,
+        placement: Literal["round_robin"] | Sequence[WorkerSpec] | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        flat = flatten_model(model)
+        _check_picklable(flat)
+        self._session = session(client)
+        workers = _place(flat, placement, self._session)
+        self._path: Path = flat.path
+        self._layers: list[Layer] = flat.layers
+        self._tensors: dict[str, ParameterInfo] = flat.tensors
+        self._skeleton = flat.skeleton
+        # A layer that stands twice in the model, by the first place where it stands.
+        first: dict[int, int] = {}
+        self._same_as = [first.setdefault(id(m), i) for i, m in enumerate(flat.modules)]
+        self._title = type(model).__name__
+        self._mode: bool | None = None
+        self._stages: dict[str, Stage] = {}
+        chain = ChainRef(self._title)
+        for address in dict.fromkeys(workers):
+            self._stages[address] = Stage(chain, new_key("stage", self._title), address)
+        self._stage_of = [self._stages[address] for address in workers]
+        devices = self._install(flat, None if device is None else str(device))
+        sizes = self._sizes()
+        self.placement = Placement(
+            [
+                PlacementRow(layer.name, layer.kind, w, devices[w], *sizes.get(layer.name, (0, 0)))
+                for layer, w in zip(self._layers, workers, strict=True)
+            ]
+        )
+        """Which layer is on which worker: rows that print as a table."""
+
+    # -- construction ------------------------------------------------------------------------------
+
+    def _install(self, flat: Model, device: str | None) -> dict[str, str]:
+        """Send every stage to its worker; returns the device that each ended up on."""
+        by_name = {layer.name: layer for layer in reversed(self._layers)}
+        for info in self._tensors.values():
+            holders = [self._stage_of[owner_of(n, by_name).index] for n in info.names]
+            for stage in holders[1:]:
+                if stage is not holders[0]:
+                    stage.homes[info.name] = holders[0]
+        installs = []
+        for stage in self._stages.values():
+            here = [i for i, s in enumerate(self._stage_of) if s is stage]
+            names: dict[str, tuple[int, str]] = {}
+            for info in self._tensors.values():
+                for name in info.names:
+                    layer = owner_of(name, by_name)
+                    if not info.is_buffer and self._stage_of[layer.index] is stage:
+                        names.setdefault(info.name, (layer.index, local_name(name, layer)))
+            packed = pack.pack({i: flat.modules[i] for i in here})
+            arguments = {"data": packed.data, "names": names, "device": device}
+            tensors = Leaf(packed.tensors, needs_grad=False)
+            installs.append(
+                StageCall(stage, "install", arguments, key=stage.token, after=[tensors])
+            )
+        run(installs, self._session)
+        for call in installs:
+            call.stage.handle = call.result
+        places = values_of(installs, self._session)
+        return {c.stage.worker: place for c, place in zip(installs, places, strict=True)}
+
+    def _sizes(self) -> dict[str, tuple[int, int]]:
+        sizes: dict[str, tuple[int, int]] = {}
+        for info in self._tensors.values():
+            count, size = sizes.get(info.layer, (0, 0))
+            elements = 0 if info.is_buffer else info.nbytes // max(1, info.dtype.itemsize)
+            sizes[info.layer] = (count + elements, size + info.nbytes)
+        return sizes
+
+    # -- calling -----------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Thunk:
+        """A thunk of the model's output; nothing runs.
+
+        The arguments are those of the first layer: pytrees of tensors, thunks, Dask collections and
+        plain values.
+        """
+        inputs = Inputs()
+        template = inputs.template((args, kwargs), self._title)
+        entry = self._walk(self._path, _Entry(tuple(inputs.nodes), template))
+        return Thunk(entry.inputs[0], self._session)
+
+    def _walk(self, path: Path, entry: _Entry) -> _Entry:
+        """Calls for the layers of a path, those in a row on one worker as one call."""
+        row: list[Layer] = []
+
+        def flush(entry: _Entry) -> _Entry:
+            if not row:
+                return entry
+            call = self._call(row, entry)
+            row.clear()
+            return _Entry((call,), Inputs().template(((call,), {}), self._title))
+
+        for part in path:
+            if isinstance(part, Branches):
+                entry = flush(entry)
+                ends = [self._walk(branch, entry).inputs[0] for branch in part.paths]
+                joined = Inputs()
+                template = joined.template((tuple(ends), {}), self._title)
+                entry = _Entry(tuple(joined.nodes), template)
+                part = part.connection
+            elif row and self._stage_of[row[-1].index] is not self._stage_of[part.index]:
+                entry = flush(entry)
+            row.append(part)
+        return flush(entry)
+
+    def _call(self, row: Sequence[Layer], entry: _Entry) -> Call:
+        names = [layer.name or layer.kind for layer in row]
+        stage = self._stage_of[row[0].index]
+        prefixes = {layer.name for layer in row}
+        return Call(
+            title=names[0] if len(row) == 1 else f"{names[0]}..{names[-1]}",
+            steps=tuple((r.index, name, r.kind) for r, name in zip(row, names, strict=True)),
+            inputs=entry.inputs,
+            template=entry.template,
+            stage=stage,
+            parameters=self._trainable(prefixes),
+            mode=self._mode,
+            worker=stage.worker,
+        )
+
+    def _trainable(self, layers: set[str]) -> tuple[str, ...]:
+        return tuple(
+            info.name
+            for info in self._tensors.values()
+            if info.requires_grad
+            and not info.is_buffer
+            and (info.layer in layers or any(_inside(n, layers) for n in info.names[1:]))
+        )
+
+    # -- state -------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> GraphChain:
+        """Calls made from now on run in training mode (in evaluation mode with False)."""
+        self._mode = mode
+        return self
+
+    def eval(self) -> GraphChain:
+        """Calls made from now on run in evaluation mode."""
+        return self.train(False)
+
+    def zero_grad(self) -> None:
+        """Drop the gradients on the workers."""
+        self._on_stages("zero_grad")
+
+    def grads(self) -> dict[str, Thunk]:
+        """The accumulated gradient of each trainable parameter: thunks of tensors, or of None."""
+        found = {}
+        for name, info in self._tensors.items():
+            if info.requires_grad and not info.is_buffer:
+                node = StageCall(
+                    self._home(name), "gradient", {"name": name}, key=new_key("grad", name)
+                )
+                found[name] = Thunk(node, self._session)
+        return found
+
+    def named_parameters_info(self) -> Iterable[tuple[str, ParameterInfo]]:
+        """(name, info) of each parameter, tied ones once, in the model's order."""
+        return [(name, info) for name, info in self._tensors.items() if not info.is_buffer]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters and persistent buffers by the model's own names, as copies on the driver."""
+        states = self._on_stages("state")
+        by_index = {i: state for part in states for i, state in part.items()}
+        return {
+            f"{layer.name}.{key}" if layer.name else key: value
+            for layer in self._layers
+            for key, value in by_index.get(layer.index, {}).items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
+        """Load parameters and buffers by the model's own names into the workers.
+
+        Raises
+        ------
+        RuntimeError
+            A shape differs, or with `strict` a key is missing or unexpected. Nothing is loaded then.
+        """
+        expected = {n: i for i in self._tensors.values() if i.persistent for n in i.names}
+        missing = [n for n in expected if n not in state]
+        extra = [n for n in state if n not in expected and not n.endswith("_extra_state")]
+        wrong = [
+            f"{n}: the model has {list(expected[n].shape)}, the state has {list(state[n].shape)}"
+            for n in expected
+            if n in state and tuple(state[n].shape) != expected[n].shape
+        ]
+        if wrong or (strict and (missing or extra)):
+            raise RuntimeError(
+                f"the state does not fit this chain ({self._title}). "
+                f"Missing: {missing or 'none'}. Unexpected: {extra or 'none'}. "
+                f"Wrong shape: {wrong or 'none'}"
+            )
+        by_name = {layer.name: layer for layer in reversed(self._layers)}
+        split: dict[Stage, dict[int, dict[str, Any]]] = {}
+        for name, value in state.items():
+            if name in extra:
+                continue
+            layer = owner_of(name, by_name)
+            part = split.setdefault(self._stage_of[layer.index], {})
+            part.setdefault(layer.index, {})[local_name(name, layer)] = value
+        run(
+            [
+                StageCall(
+                    stage,
+                    "load",
+                    {},
+                    key=new_key("load", self._title),
+                    after=[Leaf(states, needs_grad=False)],
+                )
+                for stage, states in split.items()
+            ],
+            self._session,
+        )
+        return IncompatibleKeys(missing, extra)
+
+    def to_module(self) -> nn.Module:
+        """The user's own module again, with the weights, buffers and mode of now."""
+        modules: dict[int, Any] = {}
+        for data, tensors in self._on_stages("fetch", mode=self._mode):
+            modules |= pack.unpack(data, tensors, own=True)
+        model = rebuild_model(self._skeleton, [modules[i] for i in self._same_as])
+        for info in self._tensors.values():
+            for other in info.names[1:]:
+                _set_tensor(model, other, _get_tensor(model, info.name))
+        if self._mode is not None:
+            model.train(self._mode)
+        return model
+
+    def _home(self, name: str) -> Stage:
+        by_name = {layer.name: layer for layer in reversed(self._layers)}
+        return self._stage_of[owner_of(name, by_name).index]
+
+    def _on_stages(self, action: str, **arguments: Any) -> list[Any]:
+        """Run one action on every stage; returns what each gave."""
+        calls = [
+            StageCall(stage, action, arguments, key=new_key(action, self._title))
+            for stage in self._stages.values()
+        ]
+        run(calls, self._session)
+        return values_of(calls, self._session)
+
+    # -- printing ----------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        total = sum(row.parameters for row in self.placement)
+        return (
+            f"GraphChain({self._title}, {len(self)} layers, {total:,} parameters, "
+            f"{len(self._stages)} workers)"
+        )
+
+    def _repr_html_(self) -> str:
+        with torch.no_grad():
+            graph = call_graph([self(None)._node])
+        return html(repr(self), graph, self.placement._repr_html_())
+
+
+def _inside(name: str, layers: set[str]) -> bool:
+    """Whether a parameter's full name belongs to one of these layers."""
+    return any(
+        prefix in layers
+        for prefix in itertools.accumulate(name.split(".")[:-1], lambda a, b: f"{a}.{b}")
+    )
+
+
+def _get_tensor(model: nn.Module, name: str) -> torch.Tensor:
+    prefix, _, leaf = name.rpartition(".")
+    found: torch.Tensor = getattr(model.get_submodule(prefix), leaf)
+    return found
+
+
+def _set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    prefix, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(prefix)
+    (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = value  # type: ignore[index]
+
+
+def _check_picklable(flat: Model) -> None:
+    for layer, module in zip(flat.layers, flat.modules, strict=True):
+        try:
+            pack.pack(module)
+        except Exception as error:
+            raise TypeError(
+                f"layer {layer.name!r} ({layer.kind}) cannot be sent to a worker, because it "
+                f"cannot be pickled ({type(error).__name__}: {error}). Take what cannot be "
+                "pickled (locks, open files, generators) out of it, or make it in forward()"
+            ) from error
+
+
+def _place(
+    flat: Model,
+    placement: Literal["round_robin"] | Sequence[WorkerSpec] | None,
+    owner: Session,
+) -> list[str]:
+    """The address of each layer's worker."""
+    workers = owner.workers()
+    n = len(flat.layers)
+    if placement is None:
+        indices = contiguous(layer_costs(flat.path, flat.modules), len(workers))
+        return [workers[i].address for i in indices]
+    if isinstance(placement, str):
+        if placement != "round_robin":
+            raise PlacementError(
+                f'placement is None, "round_robin" or one worker for each layer; got {placement!r}'
+            )
+        return [workers[i].address for i in round_robin(n, len(workers))]
+    if len(placement) != n:
+        raise PlacementError(
+            f"the placement names {len(placement)} workers and the model has {n} layers "
+            f"({', '.join(layer.name or layer.kind for layer in flat.layers)}): give one for each"
+        )
+    return [owner.resolve(spec, workers) for spec in placement]

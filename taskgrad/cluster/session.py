@@ -1,0 +1,197 @@
+"""A cluster as taskgrad uses it: found or opened, checked once, its workers in a fixed order."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from importlib.metadata import version
+
+import distributed
+from distributed import Client
+
+
+from taskgrad.cluster.local import local_cluster
+from taskgrad.cluster.plugins import StorePlugin, SweepPlugin
+from taskgrad.errors import ClusterMismatchError, PlacementError, TaskgradError
+
+logger = logging.getLogger("taskgrad")
+
+WorkerSpec = int | str
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """One worker of the cluster: its address, and the name that it was given."""
+
+    address: str
+    name: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} at {self.address}" if self.name != self.address else self.address
+
+
+class Session:
+    """One client, with our plugins on its scheduler and workers."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        _check_versions(client)
+        client.register_plugin(SweepPlugin())
+        client.register_plugin(StorePlugin())
+
+    def workers(self) -> list[WorkerInfo]:
+        """All workers there are now, by name where names are numbers, else by address.
+
+        Raises
+        ------
+        PlacementError
+            There are none.
+        """
+        check_open(self.client)
+        found = [WorkerInfo(a, info.get("name", a)) for a, info in self._known().items()]
+        if not found:
+            raise PlacementError(
+                "the cluster has no workers: start some, or wait for them with "
+                "client.wait_for_workers(n)"
+            )
+        return sorted(found, key=_worker_order)
+
+    def alive(self) -> set[str]:
+        """The addresses of the workers there are now."""
+        check_open(self.client)
+        return set(self._known())
+
+    def _known(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.client.scheduler_info(n_workers=-1)["workers"]
+        return found
+
+    def resolve(self, spec: WorkerSpec, workers: Sequence[WorkerInfo] | None = None) -> str:
+        """The address of a worker given by index, name or address.
+
+        Raises
+        ------
+        PlacementError
+            No such worker.
+        """
+        workers = self.workers() if workers is None else workers
+        if isinstance(spec, bool) or not isinstance(spec, int | str):
+            raise PlacementError(
+                f"a worker is an index, a name or an address; got {spec!r} ({type(spec).__name__})"
+            )
+        if isinstance(spec, int) and 0 <= spec < len(workers):
+            return workers[spec].address
+        for worker in workers:
+            if worker.address == spec or str(worker.name) == str(spec):
+                return worker.address
+        known = "; ".join(f"{i}: {w}" for i, w in enumerate(workers))
+        raise PlacementError(
+            f"there is no worker {spec!r} on this cluster. Its workers are {known}"
+        )
+
+
+def _worker_order(worker: WorkerInfo) -> tuple[bool, int, str]:
+    name = str(worker.name)
+    return (not name.isdigit(), int(name) if name.isdigit() else 0, worker.address)
+
+
+# Open clients only. Holding them also keeps alive a cluster that nobody but us has a handle on.
+_sessions: dict[Client, Session] = {}
+_lock = threading.RLock()
+
+
+def session(client: Client | None = None) -> Session:
+    """The session of this client; with none, of the current client; with none, of a new cluster.
+
+    Raises
+    ------
+    TaskgradError
+        The client is closed, or asynchronous.
+    ClusterMismatchError
+        Client, scheduler and workers do not fit together.
+    """
+    with _lock:
+        if client is None:
+            client = _current_client()
+        check_open(client)
+        for known in [c for c in _sessions if c.status != "running"]:
+            del _sessions[known]
+        if client not in _sessions:
+            _sessions[client] = Session(client)
+        return _sessions[client]
+
+
+def current_session() -> Session | None:
+    """The session of the current client, if there is one; opens nothing."""
+    try:
+        return session(distributed.get_client())
+    except ValueError:
+        return None
+
+
+def _current_client() -> Client:
+    try:
+        return distributed.get_client()
+    except ValueError:
+        client = local_cluster()
+        logger.warning(
+            "taskgrad found no Dask client and started a local cluster of 2 workers; dashboard: %s. "
+            "To choose your own, open a distributed.Client first.",
+            client.dashboard_link,
+        )
+        return client
+
+
+def check_open(client: Any) -> None:
+    """Raise unless this is a connected, synchronous Dask client."""
+    if not isinstance(client, Client):
+        raise TypeError(f"client must be a distributed.Client; got {type(client).__name__}")
+    if client.asynchronous:
+        raise TaskgradError(
+            "taskgrad needs a synchronous client: this one was made with asynchronous=True, or is "
+            "used inside its own event loop. Open Client(address) for taskgrad, in a thread if "
+            "your program is async"
+        )
+    if client.status != "running":
+        raise TaskgradError(
+            f"the Dask client is {client.status}: its chains and thunks are gone with it. "
+            "Open a client and make them again"
+        )
+
+
+_PACKAGES = ("taskgrad", "torch", "dask", "distributed", "python")
+
+
+def _check_versions(client: Client) -> None:
+    versions = client.get_versions(packages=["taskgrad", "torch"])
+    here = {**versions["client"]["packages"], "taskgrad": version("taskgrad")}
+    places = {"scheduler": versions["scheduler"]}
+    places |= {f"worker {address}": v for address, v in versions["workers"].items()}
+    problems = []
+    for package in _PACKAGES:
+        ours = _comparable(package, here.get(package))
+        for place, found in places.items():
+            theirs = _comparable(package, found["packages"].get(package))
+            if theirs != ours:
+                problems.append(f"  {package}: client {ours}, {place} {theirs or 'has none'}")
+    if problems:
+        raise ClusterMismatchError(
+            "client, scheduler and workers must run the same versions; they differ in:\n"
+            + "\n".join(problems)
+            + "\nInstall the same packages everywhere (the same image, or the same environment) "
+            "and restart what differs"
+        )
+
+
+def _comparable(package: str, version: str | None) -> str | None:
+    """What of a version must agree: for torch its release, for Python its minor version."""
+    if version is None:
+        return None
+    if package == "torch":
+        return version.partition("+")[0]
+    if package == "python":
+        return ".".join(version.split(".")[:2])
+    return version

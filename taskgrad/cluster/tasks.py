@@ -1,0 +1,35 @@
+"""The functions that our Dask tasks call, inside a worker."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+from distributed import get_worker
+
+from taskgrad.cluster.plugins import store_of
+from taskgrad.worker.store import Store
+
+
+def _store() -> Store:
+    return store_of(get_worker())
+
+
+def run_action(payload: bytes, *values: Any) -> Any:
+    """Run an action on this worker's store.
+
+    The payload is the action and, by position, those inputs that came with it; the values are the
+    others, then whatever the task had to wait for. It is pickled before Dask pickles the graph, so
+    that the scheduler passes it on unopened.
+    """
+    action, literals = pickle.loads(payload)
+    given = iter(values)
+    total = len(literals) + len(values)
+    return action.run(
+        _store(), *[literals[i] if i in literals else next(given) for i in range(total)]
+    )
+
+
+def held(dask_worker: Any = None) -> dict[str, int]:
+    """What a worker's store holds now: for ``client.run(taskgrad.cluster.tasks.held)``."""
+    return store_of(dask_worker).held()

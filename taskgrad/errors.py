@@ -1,0 +1,54 @@
+"""What taskgrad raises; every message says what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+
+class TaskgradError(Exception):
+    """Base of every error that taskgrad itself raises."""
+
+
+class PlacementError(TaskgradError, ValueError):
+    """A placement names a worker that is not there, or has the wrong length."""
+
+
+class CotangentError(TaskgradError, ValueError):
+    """A cotangent does not match the output that it belongs to."""
+
+
+class TapeError(TaskgradError, RuntimeError):
+    """A backward asked for a tape that was never written or is already used."""
+
+
+class ClusterMismatchError(TaskgradError, RuntimeError):
+    """Client, scheduler and workers do not run the same software."""
+
+
+class WorkerLostError(TaskgradError, RuntimeError):
+    """A worker that holds layers or tapes is gone."""
+
+
+class LayerError(TaskgradError, RuntimeError):
+    """A layer raised on its worker; ``__cause__`` is the layer's own exception.
+
+    Attributes
+    ----------
+    layer, worker : str
+        The layer's name in the model, and the address of the worker that ran it.
+    """
+
+    def __init__(self, message: str, layer: str, worker: str, cause: BaseException | None) -> None:
+        super().__init__(message)
+        self.layer = layer
+        self.worker = worker
+        self.__cause__ = cause
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        cause: BaseException | None = self.__cause__
+        try:
+            pickle.loads(pickle.dumps(cause))
+        except Exception:
+            cause = None  # the message already holds its text and traceback
+        return type(self), (str(self), self.layer, self.worker, cause)

@@ -1,0 +1,1 @@
+"""Run a graph of calls on a cluster."""

@@ -1,0 +1,283 @@
+"""Run nodes as Dask tasks: one task an action, any graph, submitted at once.
+
+Every node that was submitted holds its future, and so keeps its value, its tape or its gradients
+where they are for as long as the node itself is held.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from dask.base import DaskMethodsMixin
+from dask.highlevelgraph import HighLevelGraph
+from distributed import Future, KilledWorker, wait
+from distributed import TimeoutError as DaskTimeoutError
+
+from taskgrad.cluster.session import Session, check_open
+from taskgrad.errors import TaskgradError, WorkerLostError
+from taskgrad.executors.lowering import lower, order_inputs, plain_value, resolve
+from taskgrad.graph.nodes import (
+    BufferState,
+    Call,
+    Foreign,
+    Leaf,
+    Node,
+    Primal,
+    Pullback,
+    new_key,
+    versions,
+)
+from taskgrad.graph.pytree import tensors
+
+# How often a wait looks whether the workers that it waits for are still there, in seconds.
+_LOOK = 1.0
+# Inputs from this size on go straight to their worker; smaller ones travel inside the graph.
+_SCATTER_BYTES = 1 << 20
+
+_turn = itertools.count()
+
+
+class _Submission(DaskMethodsMixin):
+    """A Dask collection whose persisted form is a dictionary of futures."""
+
+    __dask_optimize__ = None
+
+    def __init__(self, graph: HighLevelGraph, keys: list[str]) -> None:
+        self._graph = graph
+        self._keys = keys
+
+    def __dask_graph__(self) -> HighLevelGraph:
+        return self._graph
+
+    def __dask_keys__(self) -> list[str]:
+        return self._keys
+
+    def __dask_postcompute__(self) -> Any:
+        return list, ()
+
+    def __dask_postpersist__(self) -> Any:
+        return dict, ()
+
+
+def missing(targets: Iterable[Node]) -> list[Node]:
+    """The nodes that have to run for these targets, oldest first."""
+    found: dict[int, Node] = {}
+    stack = [resolve(t) for t in targets]
+    while stack:
+        node = stack.pop()
+        if id(node) in found or node.result is not None:
+            continue
+        found[id(node)] = node
+        stack.extend(order_inputs(node))
+    return sorted(found.values(), key=lambda n: n.order)
+
+
+def assign(nodes: Iterable[Node], session: Session) -> None:
+    """Give each node without a worker the one of its first input that has one, or the next one."""
+    workers: list[str] = []
+    for node in nodes:
+        if node.worker is not None or isinstance(node, Leaf | Foreign):
+            continue
+        near = next((resolve(i).worker for i in node.inputs if resolve(i).worker), None)
+        if near is None:
+            workers = workers or [w.address for w in session.workers()]
+            near = workers[next(_turn) % len(workers)]
+        node.worker = near
+
+
+def graph_of(node: Node, session: Session | None) -> HighLevelGraph:
+    """The Dask graph of everything behind a node, for Dask's own compute and persist."""
+    nodes = missing([node])
+    if session is not None:
+        assign(nodes, session)
+    done = {n.key: n.result for n in _used(nodes) if n.result is not None}
+    target = resolve(node)
+    if target.result is not None:
+        done[target.key] = target.result
+    graph = lower(
+        [n for n in nodes if not isinstance(n, Leaf) or n is target], node.key, ordered=True
+    )
+    if done:
+        graph = HighLevelGraph.merge(
+            graph, HighLevelGraph({f"done-{node.key}": done}, {f"done-{node.key}": set()})
+        )
+    return graph
+
+
+def _used(nodes: Sequence[Node]) -> Iterable[Node]:
+    return (i for n in nodes for i in order_inputs(n))
+
+
+def submit(targets: Sequence[Node], session: Session) -> list[Node]:
+    """Submit what these targets need and has not been submitted; returns those nodes."""
+    check_open(session.client)
+    nodes = missing(targets)
+    if not nodes:
+        return []
+    assign(nodes, session)
+    try:
+        _scatter(nodes, session)
+        work = [n for n in nodes if not isinstance(n, Leaf | Primal)]
+        graph = lower(work, new_key("graph"), ordered=False)
+        keys = [n.key for n in work]
+        futures: dict[str, Future] = session.client.persist(
+            _Submission(graph, keys), optimize_graph=False
+        )
+    except BaseException:
+        forget(nodes)
+        raise
+    for node in work:
+        node.result = futures[node.key]
+    return nodes
+
+
+def _scatter(nodes: Sequence[Node], session: Session) -> None:
+    """Send large inputs straight to the workers of the calls that take them."""
+    for leaf in [n for n in nodes if isinstance(n, Leaf)]:
+        if sum(t.numel() * t.element_size() for t in tensors(leaf.value)) < _SCATTER_BYTES:
+            continue
+        users = {n.worker for n in nodes if leaf in [resolve(i) for i in n.inputs]}
+        leaf.result = _send(leaf.key, plain_value(leaf), sorted(w for w in users if w), session)
+
+
+def _send(key: str, value: Any, workers: list[str], session: Session) -> Future:
+    """Put a value on workers, directly where the client can reach them."""
+    arguments = {"workers": workers, "hash": False, "broadcast": len(workers) > 1}
+    try:
+        return session.client.scatter({key: value}, direct=True, **arguments)[key]
+    except OSError:
+        return session.client.scatter({key: value}, direct=False, **arguments)[key]
+
+
+def forget(nodes: Iterable[Node]) -> None:
+    """Let go of what these nodes hold: results, and with them tapes and gradients."""
+    for node in nodes:
+        node.result = None
+
+
+def run(targets: Sequence[Node], session: Session, *, wait: bool = True) -> None:
+    """Submit what these targets need, and wait until all of them have run.
+
+    Raises
+    ------
+    LayerError, CotangentError, TapeError
+        As the worker raised it; nothing of this submission stays.
+    WorkerLostError
+        A worker went away with what was needed.
+    """
+    nodes = submit(targets, session)
+    if not wait:
+        return
+    try:
+        _wait([resolve(t) for t in targets], session)
+    except BaseException:
+        forget(nodes)
+        forget(n.call for n in nodes if isinstance(n, Pullback))
+        raise
+
+
+def run_with_buffers(targets: Sequence[Node], session: Session, *, wait: bool = True) -> None:
+    """`run`, and write buffers that modules changed (batch norm's) back into those modules."""
+    states = []
+    for node in missing(targets):
+        if isinstance(node, Call) and node.buffers:
+            node.returns_buffers = True
+            states.append(BufferState(node))
+    run([*targets, *states], session, wait=wait or bool(states))
+    written: set[int] = set()
+    for state, values in zip(states, values_of(states, session), strict=True):
+        for slot, value in zip(state.call.buffers, values, strict=True):
+            leaf = state.call.inputs[slot]
+            if value is None or not isinstance(leaf, Leaf):
+                continue
+            if id(leaf.value) in written:
+                raise TaskgradError(
+                    f"module {state.call.title!r} ran twice in one graph and changed its buffers "
+                    "each time: tg.spawn runs each call from the buffers on the driver. Put the "
+                    "module in a tg.GraphChain, where its state lives on the worker"
+                )
+            written.add(id(leaf.value))
+            with torch.no_grad():
+                leaf.value.copy_(value)
+            leaf.version = versions(leaf.value)
+
+
+def drop_tapes(targets: Sequence[Node]) -> None:
+    """Make calls that are about to run keep no tape, but for those that a backward waits for."""
+    nodes = missing(targets)
+    used = {n.call for n in nodes if isinstance(n, Pullback)}
+    for node in nodes:
+        if isinstance(node, Call) and node not in used:
+            node.taped = False
+
+
+def values_of(targets: Sequence[Node], session: Session) -> list[Any]:
+    """The values of nodes that have run, on the driver."""
+    nodes = [resolve(t) for t in targets]
+    held = [n.result for n in nodes if isinstance(n.result, Future) and not isinstance(n, Leaf)]
+    gathered = iter(session.client.gather(held))
+    return [n.value if isinstance(n, Leaf) else next(gathered) for n in nodes]
+
+
+def _wait(targets: Sequence[Node], session: Session) -> None:
+    futures = [n.result for n in targets if isinstance(n.result, Future)]
+    while True:
+        try:
+            wait(futures, timeout=_LOOK)
+        except (DaskTimeoutError, TimeoutError):
+            pass
+        except Exception:
+            check_open(session.client)
+            _raise_failed(targets, session)
+            raise
+        _raise_failed(targets, session)
+        if all(f.done() for f in futures):
+            return
+        check_open(session.client)
+        _look_for_lost_workers(targets, session)
+
+
+def _raise_failed(targets: Sequence[Node], session: Session) -> None:
+    for node in targets:
+        future = node.result
+        if not isinstance(future, Future):
+            continue
+        if future.status == "error":
+            error = future.exception(timeout=30)
+            if isinstance(error, KilledWorker):
+                raise WorkerLostError(
+                    f"{error}. The worker died while it ran this task; look at its log (memory?), "
+                    "then make the chain again"
+                ) from error
+            raise error
+        if future.status in ("cancelled", "lost"):
+            raise WorkerLostError(
+                f"{node.key.partition('-')[0]!r} was cancelled: a value that it needs was lost with "
+                "its worker, or the scheduler was restarted. Make the chain and the call again"
+            )
+
+
+def _look_for_lost_workers(targets: Sequence[Node], session: Session) -> None:
+    alive = session.alive()
+    for node in sorted(_unfinished(targets), key=lambda n: n.order):
+        if node.worker is not None and node.worker not in alive:
+            raise WorkerLostError(
+                f"worker {node.worker} is gone, and {node.key.partition('-')[0]!r} can only run "
+                "there: its layers or tapes are lost. Make the chain again on the workers there are"
+            )
+
+
+def _unfinished(targets: Sequence[Node]) -> set[Node]:
+    found: set[Node] = set()
+    stack = list(targets)
+    while stack:
+        node = stack.pop()
+        future = node.result
+        if node in found or not isinstance(future, Future) or future.done():
+            continue
+        found.add(node)
+        stack.extend(order_inputs(node))
+    return found

@@ -1,0 +1,173 @@
+"""Nodes as a Dask graph: each a task of the same key, pinned to its worker."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import singledispatch
+from typing import Any
+
+import cloudpickle
+import torch
+from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
+from dask.task_spec import DataNode, Task, TaskRef
+
+from taskgrad.cluster.plugins import ANNOTATION
+from taskgrad.cluster.tasks import run_action
+from taskgrad.errors import TaskgradError
+from taskgrad.graph.nodes import (
+    BufferState,
+    Call,
+    Cotangent,
+    Foreign,
+    Leaf,
+    Node,
+    ParameterGrad,
+    Primal,
+    Pullback,
+    StageCall,
+    Sum,
+    versions,
+)
+from taskgrad.graph.pytree import map_leaves
+from taskgrad.worker.actions import Add, OnStage, Pick, ReadBuffers, ReadGradient
+from taskgrad.worker.backward import Backward
+from taskgrad.worker.forward import Forward
+
+
+@singledispatch
+def action_of(node: Node) -> Any:
+    """What a worker runs for this node: a picklable object with ``run(store, *values)``."""
+    raise TypeError(f"no action for {type(node).__name__}")
+
+
+@action_of.register
+def _(node: Call) -> Forward:
+    return Forward(
+        token=node.key,
+        title=node.title,
+        steps=node.steps,
+        stage=node.stage.token if node.stage else None,
+        function=node.function,
+        tensor_slots=node.tensor_slots,
+        template=node.template,
+        mode=node.mode,
+        taped=node.taped,
+        needs_grad=tuple(i.needs_grad for i in node.inputs),
+        buffers=node.buffers if node.returns_buffers else (),
+    )
+
+
+@action_of.register
+def _(node: Pullback) -> Backward:
+    positions = iter(range(len(node.cotangents)))
+    return Backward(
+        key=node.key,
+        token=node.call.key,
+        sources=tuple(None if c is None else next(positions) for c in node.cotangents),
+        wanted=node.wanted,
+        retain=node.retain,
+    )
+
+
+@action_of.register
+def _(node: Cotangent) -> Pick:
+    return Pick(node.position)
+
+
+@action_of.register
+def _(node: ParameterGrad) -> ReadGradient:
+    return ReadGradient(node.pullback.key, node.name)
+
+
+@action_of.register
+def _(node: Sum) -> Add:
+    return Add()
+
+
+@action_of.register
+def _(node: BufferState) -> ReadBuffers:
+    return ReadBuffers(node.call.key)
+
+
+@action_of.register
+def _(node: StageCall) -> OnStage:
+    return OnStage(node.stage.token, node.action, node.arguments)
+
+
+def resolve(node: Node) -> Node:
+    """The node whose value this one's is."""
+    while isinstance(node, Primal):
+        node = node.source
+    return node
+
+
+def plain_value(leaf: Leaf) -> Any:
+    """A leaf's value without autograd history.
+
+    Raises
+    ------
+    TaskgradError
+        A tensor was written in place after the call that it is an input of was made.
+    """
+    if versions(leaf.value) != leaf.version:
+        raise TaskgradError(
+            "an input was modified in place after the call that it was given to was made, and "
+            "before that ran: calls are lazy. Collect first, or give the call a .clone()"
+        )
+    return map_leaves(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, leaf.value)
+
+
+def lower(nodes: Collection[Node], name: str, *, ordered: bool) -> HighLevelGraph:
+    """A Dask graph in which every one of these nodes is a task under its own key.
+
+    Parameters
+    ----------
+    nodes
+        Nodes that have not run; what else they need has run, or is a leaf.
+    name
+        The layer's name in the graph.
+    ordered
+        Make each backward task depend on its forward, which keeps the tape until then. Not needed
+        where the driver holds the forward's future, but for a first pullback, whose cotangents do
+        not come from a task.
+    """
+    tasks: dict[str, Any] = {}
+    layers: dict[str, Any] = {}
+    dependencies: dict[str, set[str]] = {}
+    for node in nodes:
+        if isinstance(node, Foreign):
+            graph = node.collection.__dask_graph__()
+            layers.update(graph.layers)
+            dependencies.update(graph.dependencies)
+        elif isinstance(node, Leaf):
+            tasks[node.key] = DataNode(node.key, plain_value(node))
+        elif not isinstance(node, Primal):
+            tasks[node.key] = _task(node, ordered)
+    pins = {n.key: [n.worker] for n in nodes if n.key in tasks and n.worker is not None}
+    annotations: dict[str, Any] = {ANNOTATION: True}
+    if len(pins) == len(tasks):
+        annotations["workers"] = pins.__getitem__
+    layer = MaterializedLayer(tasks, annotations=annotations)
+    foreign = set(layers)
+    return HighLevelGraph({**layers, name: layer}, {**dependencies, name: foreign})
+
+
+def _task(node: Node, ordered: bool) -> Task:
+    literals: dict[int, Any] = {}
+    references: list[TaskRef] = []
+    for position, given in enumerate(node.inputs):
+        source = resolve(given)
+        if isinstance(source, Leaf) and source.result is None:
+            literals[position] = plain_value(source)
+        else:
+            references.append(TaskRef(source.key))
+    if isinstance(node, Pullback) and (ordered or not references) and node.call.result is None:
+        references.append(TaskRef(node.call.key))  # for the order alone
+    payload = cloudpickle.dumps((action_of(node), literals))
+    return Task(node.key, run_action, payload, *references)
+
+
+def order_inputs(node: Node) -> Sequence[Node]:
+    """All nodes that must have run before this one does."""
+    before = [resolve(i) for i in node.inputs]
+    return [*before, node.call] if isinstance(node, Pullback) else before

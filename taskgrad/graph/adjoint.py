@@ -1,0 +1,151 @@
+"""The adjoint of a graph of calls: reverse-mode differentiation, as data.
+
+Walks calls from the newest to the oldest, as torch's own engine does, so that cotangents which meet
+are summed in torch's order and to torch's bits. Nothing runs here: the result is more nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from taskgrad.errors import TapeError
+from taskgrad.graph.nodes import (
+    Call,
+    Cotangent,
+    Leaf,
+    Node,
+    ParameterGrad,
+    Primal,
+    Pullback,
+    Stage,
+    Sum,
+    ancestors,
+)
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """What one backward consists of.
+
+    Attributes
+    ----------
+    pullbacks
+        One for each call that a cotangent reaches, newest first.
+    leaves
+        For every leaf or primal that a cotangent reaches: the cotangents to sum, in order.
+    parameters
+        For every (home stage, parameter name): the gradients to sum, in order.
+    """
+
+    pullbacks: tuple[Pullback, ...]
+    leaves: dict[Leaf | Primal, tuple[Node, ...]]
+    parameters: dict[tuple[Stage, str], tuple[ParameterGrad, ...]]
+
+    def leaf_grad(self, leaf: Leaf | Primal) -> Node | None:
+        """One node for a leaf's gradient; None if no cotangent reaches it."""
+        parts = self.leaves.get(leaf, ())
+        if len(parts) > 1:
+            return Sum(parts, leaf.name if isinstance(leaf, Leaf) else "", parts[0].worker)
+        return parts[0] if parts else None
+
+
+def calls_behind(outputs: Iterable[Node]) -> list[Call]:
+    """The calls that outputs are differentiated through, newest first.
+
+    Stops at leaves and primals, and where nothing upstream can take a gradient.
+    """
+    found: list[Call] = []
+    seen: set[int] = set()
+    stack = [n for n in outputs if n.needs_grad]
+    while stack:
+        node = stack.pop()
+        if id(node) in seen or not isinstance(node, Call):
+            continue
+        seen.add(id(node))
+        found.append(node)
+        stack.extend(i for i in node.inputs if i.needs_grad)
+    return sorted(found, key=lambda call: call.order, reverse=True)
+
+
+def adjoint(
+    seeds: Sequence[tuple[Node, Node | None]],
+    *,
+    retain: bool = False,
+    keep: frozenset[Call] = frozenset(),
+) -> Adjoint:
+    """Differentiate: seeds are (output, its cotangent); a cotangent of None means ones.
+
+    Parameters
+    ----------
+    retain
+        Keep every tape for another backward.
+    keep
+        Calls whose tapes somebody else is still to use.
+
+    Raises
+    ------
+    TapeError
+        An output cannot be differentiated, or a tape was already used.
+    """
+    for output, _ in seeds:
+        if not output.needs_grad:
+            raise TapeError(_why_not(output))
+    calls = calls_behind([output for output, _ in seeds])
+    used = next((call for call in calls if call.spent), None)
+    if used is not None:
+        raise TapeError(
+            f"backward through {used.title!r} a second time: its tape was used by the first "
+            "backward. Pass retain_graph=True to the first one if you need two"
+        )
+    arriving: dict[int, list[Node | None]] = {}
+    for output, cotangent in seeds:
+        arriving.setdefault(id(output), []).append(cotangent)
+
+    pullbacks: list[Pullback] = []
+    leaves: dict[Leaf | Primal, list[Node]] = {}
+    parameters: dict[tuple[Stage, str], list[ParameterGrad]] = {}
+    # A leaf or primal may be an output itself.
+    for output, cotangent in seeds:
+        if isinstance(output, Leaf | Primal) and cotangent is not None:
+            leaves.setdefault(output, []).append(cotangent)
+    for call in calls:
+        cotangents = arriving.get(id(call))
+        if not cotangents:
+            continue
+        wanted = tuple(i for i, node in enumerate(call.inputs) if node.needs_grad)
+        pullback = Pullback(call, cotangents, wanted, retain or call in keep)
+        pullbacks.append(pullback)
+        for position, slot in enumerate(wanted):
+            source = call.inputs[slot]
+            part = pullback if len(wanted) == 1 else Cotangent(pullback, position)
+            if isinstance(source, Leaf | Primal):
+                leaves.setdefault(source, []).append(part)
+            else:
+                arriving.setdefault(id(source), []).append(part)
+        if call.stage is not None:
+            for name in call.parameters:
+                home = call.stage.homes.get(name, call.stage)
+                parameters.setdefault((home, name), []).append(ParameterGrad(pullback, name))
+        if not pullback.retain:
+            call.spent = True
+    return Adjoint(
+        tuple(pullbacks),
+        {leaf: tuple(parts) for leaf, parts in leaves.items()},
+        {key: tuple(parts) for key, parts in parameters.items()},
+    )
+
+
+def _why_not(output: Node) -> str:
+    recorded = any(
+        isinstance(n, Call) and not n.taped and n._needs_grad for n in ancestors([output])
+    )
+    if recorded:
+        return (
+            "backward through a thunk made (or first collected) under torch.no_grad() or "
+            "torch.inference_mode(): it kept no tape. Make it again in grad mode"
+        )
+    return (
+        "backward through a thunk that needs no gradient: neither an input nor a parameter "
+        "behind it has requires_grad=True"
+    )

@@ -1,0 +1,220 @@
+"""A model as a list of layers: flattened Sequentials, opened Parallels, original names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from taskgrad.graph import pack
+from taskgrad.graph.parallel import Parallel
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One node of the model: where it stands in the running order, its name, and its type.
+
+    The module itself lives on a worker.
+    """
+
+    index: int
+    name: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Branches:
+    """An opened `Parallel`: paths that all start from one value and meet in `connection`."""
+
+    name: str
+    paths: tuple[tuple[Layer | Branches, ...], ...]
+    connection: Layer
+
+
+Path = tuple[Layer | Branches, ...]
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """What the driver knows of a parameter or buffer that lives on a worker."""
+
+    name: str
+    layer: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+    requires_grad: bool
+    is_buffer: bool
+    persistent: bool
+    # All of its names, the first one included; more than one where it is tied.
+    names: tuple[str, ...]
+
+
+@dataclass
+class Model:
+    """A flattened model, as `flatten_model` gives it."""
+
+    path: Path
+    layers: list[Layer]
+    modules: list[Callable[..., Any]]
+    skeleton: bytes
+    tensors: dict[str, ParameterInfo] = field(default_factory=dict)
+
+
+def _opens(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a container can be replaced by its parts: its own forward, and nobody listening."""
+    hooked = any(
+        getattr(module, name, None)
+        for name in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        )
+    )
+    own_tensors = any(True for _ in module.parameters(recurse=False)) or any(
+        True for _ in module.buffers(recurse=False)
+    )
+    return (
+        isinstance(module, kind)
+        and type(module).forward is kind.forward
+        and "forward" not in module.__dict__
+        and not hooked
+        and not own_tensors
+    )
+
+
+def kind_of(fn: Any) -> str:
+    """A short name for what a layer is: ``Linear``, ``relu``."""
+    if isinstance(fn, nn.Module):
+        return type(fn).__name__
+    inner = getattr(fn, "func", None)  # functools.partial
+    if inner is not None and not hasattr(fn, "__name__"):
+        return kind_of(inner)
+    return str(getattr(fn, "__name__", type(fn).__name__))
+
+
+def flatten_model(model: nn.Module) -> Model:
+    """List the layers of a model in the order in which it runs them.
+
+    Nested ``nn.Sequential`` and `Parallel` containers are opened unless they carry hooks or a
+    forward of their own; every other module is one layer. Names are the model's own.
+
+    Raises
+    ------
+    TypeError
+        The model is not an ``nn.Module``.
+    ValueError
+        There are no layers, or a parameter is uninitialized (a lazy module never run).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"GraphChain takes an nn.Module (an nn.Sequential, say); got {type(model).__name__}. "
+            "For a function use tg.spawn(fn, ...)."
+        )
+    layers: list[Layer] = []
+    modules: list[Callable[..., Any]] = []
+
+    def add(name: str, fn: Callable[..., Any]) -> Layer:
+        layer = Layer(len(layers), name, kind_of(fn))
+        layers.append(layer)
+        modules.append(fn)
+        return layer
+
+    def walk(name: str, module: nn.Module) -> Iterator[Layer | Branches]:
+        prefix = f"{name}." if name else ""
+        if _opens(module, nn.Sequential):
+            for child_name, child in module._modules.items():
+                if child is not None:
+                    yield from walk(prefix + child_name, child)
+        elif isinstance(module, Parallel) and _opens(module, Parallel):
+            paths = tuple(
+                tuple(walk(f"{prefix}branches.{i}", branch))
+                for i, branch in enumerate(module.branches)
+            )
+            for i, path in enumerate(paths):
+                if not path:
+                    raise ValueError(
+                        f"branch {i} of the Parallel layer {name!r} is empty; "
+                        "use nn.Identity() for a skip"
+                    )
+            yield Branches(name, paths, add(f"{prefix}connection", module.connection))
+        else:
+            yield add(name, module)
+
+    path = tuple(walk("", model))
+    if not layers:
+        raise ValueError(
+            "the chain is empty: GraphChain needs a model of at least one layer, "
+            f"and this {type(model).__name__} has none"
+        )
+    tensors = _inventory(model, layers)
+    return Model(path, layers, modules, _skeleton(model, modules), tensors)
+
+
+def _inventory(model: nn.Module, layers: list[Layer]) -> dict[str, ParameterInfo]:
+    """Parameters and buffers by their first name, tied ones once, in the model's order."""
+    by_name = {layer.name: layer for layer in reversed(layers)}
+    names: dict[int, list[str]] = {}
+    found: list[tuple[str, torch.Tensor, bool, bool]] = []
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for name, p in module._parameters.items():
+            if p is not None:
+                found.append((dot + name, p, False, True))
+        for name, b in module._buffers.items():
+            if b is not None:
+                found.append((dot + name, b, True, name not in module._non_persistent_buffers_set))
+    for name, tensor, _, _ in found:
+        names.setdefault(id(tensor), []).append(name)
+    tensors: dict[str, ParameterInfo] = {}
+    for name, tensor, is_buffer, persistent in found:
+        if names[id(tensor)][0] != name:
+            continue
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise ValueError(
+                f"{name!r} is uninitialized (a lazy module): run the model once on a sample, "
+                "then make the chain"
+            )
+        tensors[name] = ParameterInfo(
+            name=name,
+            layer=owner_of(name, by_name).name,
+            shape=tuple(tensor.shape),
+            dtype=tensor.dtype,
+            nbytes=tensor.numel() * tensor.element_size(),
+            requires_grad=tensor.requires_grad,
+            is_buffer=is_buffer,
+            persistent=persistent,
+            names=tuple(names[id(tensor)]),
+        )
+    return tensors
+
+
+def owner_of(name: str, layers: Mapping[str, Layer]) -> Layer:
+    """The layer, of those by name, that a parameter's full name belongs to."""
+    prefix = name
+    while prefix:
+        prefix = prefix.rpartition(".")[0]
+        if prefix in layers:
+            return layers[prefix]
+    raise KeyError(name)
+
+
+def local_name(name: str, layer: Layer) -> str:
+    """A parameter's name inside its layer."""
+    return name[len(layer.name) + 1 :] if layer.name else name
+
+
+def _skeleton(model: nn.Module, modules: list[Callable[..., Any]]) -> bytes:
+    """The model's containers, with a mark where each layer goes: no weights."""
+    marks = {id(module): i for i, module in enumerate(modules)}
+    return pack.dumps(model, lambda part: marks.get(id(part)))
+
+
+def rebuild_model(skeleton: bytes, modules: list[Callable[..., Any]]) -> nn.Module:
+    """The model again, of its containers and these layers."""
+    model: nn.Module = pack.loads(skeleton, lambda mark: modules[mark])
+    return model

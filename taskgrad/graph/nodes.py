@@ -1,0 +1,341 @@
+"""The graph of calls: what a thunk stands for, as data.
+
+A `Node` is one call that has not run, or its result. It knows the nodes whose values it takes and
+the worker it belongs to; an executor turns nodes into tasks and puts what came of them into
+`result`. Nodes never change otherwise, but for two marks that the executor and the adjoint set on a
+`Call`: `taped` (it leaves a tape) and `spent` (that tape is used).
+"""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from taskgrad.graph.pytree import carries_gradient, tensors
+
+_order = itertools.count(1)
+
+
+def new_key(action: str, name: str = "") -> str:
+    """A task key whose prefix, as the dashboard cuts it, is the action and the layer's name."""
+    label = f"{action}:{name}" if name else action
+    return f"{label.replace('-', '_').replace(' ', '_')}-{uuid.uuid4().hex}"
+
+
+def versions(value: Any) -> list[int | None]:
+    """How often each tensor was written in place; inference tensors do not count it."""
+    return [None if t.is_inference() else t._version for t in tensors(value)]
+
+
+class Node:
+    """One value of the graph. `order` rises with creation, so inputs come before users."""
+
+    __slots__ = ("__weakref__", "key", "order", "result", "structure", "worker")
+
+    def __init__(self, key: str, worker: str | None) -> None:
+        self.key = key
+        self.worker = worker  # an address; None: wherever its first input is
+        self.order = next(_order)
+        self.result: Any = None  # what the executor holds of it once it is submitted
+        self.structure: Any = None  # (Structure, leaf descriptions), once its value was seen
+
+    @property
+    def inputs(self) -> Sequence[Node]:
+        """The nodes whose values this one takes, in order."""
+        return ()
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether anything upstream can receive a gradient from this value."""
+        return False
+
+
+class Leaf(Node):
+    """A value of the driver's: a pytree, which gradients reach if `needs_grad`."""
+
+    __slots__ = ("_needs_grad", "name", "value", "version")
+
+    def __init__(self, value: Any, *, needs_grad: bool | None = None, name: str = "") -> None:
+        super().__init__(new_key("input"), None)
+        self.value = value
+        self.name = name
+        found = tensors(value)
+        if needs_grad is None:
+            needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in found)
+        self._needs_grad = needs_grad and any(map(carries_gradient, found))
+        self.version = versions(value)
+
+    @property
+    def needs_grad(self) -> bool:
+        return self._needs_grad
+
+
+class Foreign(Node):
+    """A value of another Dask collection; gradients stop here."""
+
+    __slots__ = ("collection",)
+
+    def __init__(self, collection: Any) -> None:
+        super().__init__(collection.key, None)
+        self.collection = collection
+
+
+class Primal(Node):
+    """Another node's value, taken as an input to differentiate by: gradients stop here."""
+
+    __slots__ = ("source",)
+
+    def __init__(self, source: Node) -> None:
+        super().__init__(new_key("input"), source.worker)
+        self.source = source
+
+    @property
+    def inputs(self) -> Sequence[Node]:
+        return (self.source,)
+
+    @property
+    def needs_grad(self) -> bool:
+        return True
+
+
+class ChainRef:
+    """What tells the stages of one chain from those of another: its title, and identity."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+
+
+class Stage:
+    """Layers of one chain on one worker, as the driver knows them.
+
+    `token` is the key of the task that put them there; `handle` is its future, which keeps them
+    alive there. Every call of the stage holds the stage. `homes` names the stages where parameters
+    live of which this one has a copy, because they are tied over two workers.
+    """
+
+    def __init__(self, chain: ChainRef, token: str, worker: str) -> None:
+        self.chain = chain
+        self.token = token
+        self.worker = worker
+        self.handle: Any = None
+        self.homes: dict[str, Stage] = {}
+
+
+class Call(Node):
+    """One forward task: layers of a stage in a row, or one function.
+
+    Parameters
+    ----------
+    steps
+        (index, name, kind) of the layers that run one after the other; for a function one step.
+    stage
+        The resident stage that the steps belong to; None for a function.
+    function
+        The packed function; its tensors are inputs, at the slots `tensor_slots`.
+    template
+        Pickled (args, kwargs) of the first step, with a `Slot` for each input.
+    parameters
+        Names of the trainable parameters that the steps use.
+    buffers
+        The slots that hold buffers of a function's module.
+    """
+
+    __slots__ = (
+        "_inputs",
+        "_needs_grad",
+        "buffers",
+        "function",
+        "kind",
+        "mode",
+        "parameters",
+        "pending",
+        "returns_buffers",
+        "spent",
+        "stage",
+        "steps",
+        "taped",
+        "template",
+        "tensor_slots",
+        "title",
+    )
+
+    def __init__(
+        self,
+        *,
+        title: str,
+        steps: tuple[tuple[int, str, str], ...],
+        inputs: Sequence[Node],
+        template: bytes,
+        stage: Stage | None = None,
+        function: bytes = b"",
+        tensor_slots: tuple[int, ...] = (),
+        parameters: tuple[str, ...] = (),
+        buffers: tuple[int, ...] = (),
+        mode: bool | None = None,
+        worker: str | None = None,
+        kind: str = "forward",
+    ) -> None:
+        super().__init__(new_key(kind, title), worker)
+        self.title = title
+        self.kind = kind
+        self.steps = steps
+        self.stage = stage
+        self.function = function
+        self.tensor_slots = tensor_slots
+        self.template = template
+        self.parameters = parameters
+        self.buffers = buffers
+        self.mode = mode  # True: train, False: eval, None: as the layers are
+        self._inputs = tuple(inputs)
+        self._needs_grad = bool(parameters) or any(i.needs_grad for i in inputs)
+        self.taped = torch.is_grad_enabled() and self._needs_grad
+        self.spent = False
+        self.returns_buffers = False  # whether a BufferState of it is run with it
+        self.pending = 0  # autograd functions on the driver that have yet to use the tape
+
+    @property
+    def inputs(self) -> Sequence[Node]:
+        return self._inputs
+
+    @property
+    def needs_grad(self) -> bool:
+        return self.taped
+
+
+class Pullback(Node):
+    """One backward task: cotangents of a call's output in, cotangents of its inputs out.
+
+    Parameters
+    ----------
+    call
+        The forward whose tape it uses, on the worker where that is.
+    cotangents
+        Nodes to sum, in this order; None stands for ones (the output must be a scalar).
+    wanted
+        The input slots whose cotangents are given back.
+    retain
+        Keep the tape for another backward.
+    """
+
+    __slots__ = ("call", "cotangents", "retain", "wanted")
+
+    def __init__(
+        self,
+        call: Call,
+        cotangents: Sequence[Node | None],
+        wanted: tuple[int, ...],
+        retain: bool,
+    ) -> None:
+        super().__init__(new_key("backward", call.title), call.worker)
+        self.call = call
+        self.cotangents = tuple(cotangents)
+        self.wanted = wanted
+        self.retain = retain
+
+    @property
+    def inputs(self) -> Sequence[Node]:
+        return tuple(c for c in self.cotangents if c is not None)
+
+
+class Cotangent(Node):
+    """One of several cotangents that a pullback gives; `position` counts among those wanted."""
+
+    __slots__ = ("position", "pullback")
+
+    def __init__(self, pullback: Pullback, position: int) -> None:
+        super().__init__(new_key("cotangent", pullback.call.title), pullback.worker)
+        self.pullback = pullback
+        self.position = position
+
+    @property
+    def inputs(self) -> Sequence[Node]:
+        return (self.pullback,)
+
+
+class ParameterGrad(Node):
+    """The gradient of one parameter from one pullback."""
+
+    __slots__ = ("name", "pullback")
+
+    def __init__(self, pullback: Pullback, name: str) -> None:
+        super().__init__(new_key("grad", name), pullback.worker)
+        self.pullback = pullback
+        self.name = name
+
+    @property
+    def inputs(self) -> Sequence[Node]:
+        return (self.pullback,)
+
+
+class Sum(Node):
+    """Cotangents of one value added up, in order; None counts as zero."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, parts: Sequence[Node], name: str, worker: str | None) -> None:
+        super().__init__(new_key("sum", name), worker)
+        self.parts = tuple(parts)
+
+    @property
+    def inputs(self) -> Sequence[Node]:
+        return self.parts
+
+
+class BufferState(Node):
+    """The buffers of a function's module after a call, those that it changed; else None."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(new_key("buffers", call.title), call.worker)
+        self.call = call
+
+    @property
+    def inputs(self) -> Sequence[Node]:
+        return (self.call,)
+
+
+class StageCall(Node):
+    """Something done to or read from a stage where it lives: gradients, an optimizer step.
+
+    `action` names a function of `taskgrad.worker.stage_calls`; `arguments` are its keyword
+    arguments as plain data; the values of `after` are passed on, in order.
+    """
+
+    __slots__ = ("action", "after", "arguments", "stage")
+
+    def __init__(
+        self,
+        stage: Stage,
+        action: str,
+        arguments: dict[str, Any],
+        *,
+        key: str,
+        after: Sequence[Node] = (),
+    ) -> None:
+        super().__init__(key, stage.worker)
+        self.stage = stage
+        self.action = action
+        self.arguments = arguments
+        self.after = tuple(after)
+
+    @property
+    def inputs(self) -> Sequence[Node]:
+        return self.after
+
+
+def ancestors(outputs: Iterable[Node]) -> Iterator[Node]:
+    """These nodes and all that they need, each once, users before inputs of one path."""
+    seen: set[int] = set()
+    stack = list(outputs)
+    while stack:
+        node = stack.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        stack.extend(node.inputs)

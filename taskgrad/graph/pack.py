@@ -1,0 +1,113 @@
+"""Pickle an object apart from its tensors.
+
+One mechanism for three needs: a layer travels to its worker with its tensors as separate buffers;
+a function's closed-over tensors become inputs of its call, so that gradients reach them; a model's
+skeleton stays on the driver without a copy of the weights.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cloudpickle
+import torch
+from torch import nn
+
+Persist = Callable[[Any], Any]
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc, name-defined]
+    def __init__(self, file: io.BytesIO, persist: Persist) -> None:
+        super().__init__(file)
+        self._persist = persist
+
+    def persistent_id(self, obj: Any) -> Any:
+        return self._persist(obj)
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, load: Callable[[Any], Any]) -> None:
+        super().__init__(file)
+        self._load = load
+
+    def persistent_load(self, pid: Any) -> Any:
+        return self._load(pid)
+
+
+def dumps(obj: Any, persist: Persist) -> bytes:
+    """Pickle `obj`; where `persist(part)` is not None, that stands in the bytes instead of it."""
+    file = io.BytesIO()
+    _Pickler(file, persist).dump(obj)
+    return file.getvalue()
+
+
+def loads(data: bytes, load: Callable[[Any], Any]) -> Any:
+    """Undo `dumps`; `load` turns what `persist` gave back into the part."""
+    return _Unpickler(io.BytesIO(data), load).load()
+
+
+def is_plain(obj: Any) -> bool:
+    """Tensors that can be taken out; subclasses and uninitialized ones pickle in their own way."""
+    return type(obj) in (torch.Tensor, nn.Parameter) and obj.layout is torch.strided
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An object's bytes; its tensors in the order in which they were met; its outermost modules."""
+
+    data: bytes
+    tensors: list[torch.Tensor]
+    modules: list[nn.Module]
+
+
+def pack(obj: Any) -> Packed:
+    """Pickle without tensors.
+
+    A tensor met twice is stored once, so that tied parameters stay tied.
+    """
+    tensors: list[torch.Tensor] = []
+    index: dict[int, int] = {}
+    modules: list[nn.Module] = []
+    inside: set[int] = set()
+
+    def persist(part: Any) -> Any:
+        if isinstance(part, nn.Module) and id(part) not in inside:
+            modules.append(part)
+            inside.update(id(m) for m in part.modules())
+        if not is_plain(part):
+            return None
+        if id(part) not in index:
+            index[id(part)] = len(tensors)
+            tensors.append(part)
+        kind = "parameter" if isinstance(part, nn.Parameter) else "tensor"
+        return kind, index[id(part)], part.requires_grad
+
+    return Packed(dumps(obj, persist), tensors, modules)
+
+
+def unpack(data: bytes, values: Sequence[torch.Tensor], *, own: bool) -> Any:
+    """Undo `pack`, with these tensors' values.
+
+    With `own`, every tensor becomes a fresh leaf (a Parameter where it was one), for an object that
+    will own them; else the values themselves are put in, autograd history included.
+    """
+    made: dict[int, torch.Tensor] = {}
+
+    def load(pid: tuple[str, int, bool]) -> torch.Tensor:
+        kind, i, requires_grad = pid
+        if not own:
+            return values[i]
+        if i not in made:
+            value = values[i].detach()
+            made[i] = (
+                nn.Parameter(value, requires_grad)
+                if kind == "parameter"
+                else value.requires_grad_(requires_grad)
+            )
+        return made[i]
+
+    return loads(data, load)

@@ -1,0 +1,1 @@
+"""What shall happen where: costs and placement. Pure functions."""

@@ -1,0 +1,151 @@
+"""Graphs of calls for people: the nested text, a picture coloured by worker, HTML for notebooks."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from html import escape
+
+import networkx as nx
+
+from taskgrad.graph.nodes import Call, Foreign, Leaf, Node, Primal, StageCall, ancestors
+from taskgrad.graph.pytree import describe
+
+# Nesting that a repr shows before it says "...".
+_DEPTH = 2
+_MAX_DRAWN = 60
+_COLOURS = ("#4c9be8", "#f2a541", "#57b894", "#d96c75", "#9b7fd1", "#8c8c8c", "#c9b037", "#5fc4cf")
+
+
+def nested(node: Node) -> str:
+    """A call as DaggerFlux shows it: ``Thunk[2](Linear, (Thunk[1](ReLU, (float32[4, 2],)),))``.
+
+    The number counts the calls behind it, itself included, in the order in which they run.
+    """
+    return _nested(node, _numbers(node), len(_steps(node)), _DEPTH)
+
+
+def _numbers(node: Node) -> dict[int, int]:
+    """For each node: the number of its last step."""
+    total, numbers = 0, {}
+    for n in sorted(ancestors([node]), key=lambda n: n.order):
+        if not isinstance(n, Leaf | Foreign | Primal):
+            total += len(_steps(n))
+            numbers[id(n)] = total
+    return numbers
+
+
+def _steps(node: Node) -> Sequence[str]:
+    if isinstance(node, Call):
+        return [kind for _, _, kind in node.steps]
+    return [node.key.partition("-")[0]]
+
+
+def _nested(node: Node, numbers: dict[int, int], step: int, depth: int) -> str:
+    if isinstance(node, Primal):
+        return _nested(node.source, numbers, len(_steps(node.source)), depth)
+    if isinstance(node, Leaf):
+        return describe(node.value)
+    if isinstance(node, Foreign):
+        return f"Delayed({node.key.partition('-')[0]})"
+    if depth == 0:
+        return "..."
+    steps = _steps(node)
+    number = numbers.get(id(node), len(steps)) - (len(steps) - step)
+    if step > 1:
+        inner = [_nested(node, numbers, step - 1, depth - 1)]
+    else:
+        inner = [_nested(i, numbers, len(_steps(i)), depth - 1) for i in _shown_inputs(node)]
+    if inner == ["..."]:
+        return f"Thunk[{number}]({steps[step - 1]}, ...)"
+    listed = ", ".join(inner) + ("," if len(inner) == 1 else "")
+    return f"Thunk[{number}]({steps[step - 1]}, ({listed}))"
+
+
+def _shown_inputs(node: Node) -> Sequence[Node]:
+    """Inputs but for the tensors of a function itself, which are no arguments."""
+    if isinstance(node, Call):
+        return [n for i, n in enumerate(node.inputs) if i not in node.tensor_slots]
+    return node.inputs
+
+
+def call_graph(outputs: Iterable[Node]) -> nx.DiGraph:
+    """Layers and calls as a graph; nodes have ``label`` and ``worker`` (None on the driver)."""
+    graph = nx.DiGraph()
+    ends: dict[int, str] = {}
+    for node in sorted(ancestors(outputs), key=lambda n: n.order):
+        if isinstance(node, Primal):
+            ends[id(node)] = ends[id(node.source)]
+            continue
+        if isinstance(node, Leaf):
+            names = [describe(node.value)]
+        elif isinstance(node, Call):
+            names = [f"{name}\n{kind}" if name != kind else kind for _, name, kind in node.steps]
+        else:
+            names = [node.key.partition("-")[0]]
+        worker = node.worker if not isinstance(node, Leaf | Foreign) else None
+        keys = [f"{node.key}/{i}" for i in range(len(names))]
+        for key, label in zip(keys, names, strict=True):
+            graph.add_node(key, label=label, worker=worker)
+        nx.add_path(graph, keys)
+        for given in _shown_inputs(node) if not isinstance(node, StageCall) else node.inputs:
+            graph.add_edge(ends[id(given)], keys[0])
+        ends[id(node)] = keys[-1]
+    return graph
+
+
+def svg(graph: nx.DiGraph) -> str:
+    """The graph drawn from left to right, a colour for each worker; "" without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError:
+        return ""
+    if not graph or len(graph) > _MAX_DRAWN:
+        return ""
+    for depth, generation in enumerate(nx.topological_generations(graph)):
+        for key in generation:
+            graph.nodes[key]["depth"] = depth
+    places = nx.multipartite_layout(graph, subset_key="depth")
+    depths = nx.get_node_attributes(graph, "depth")
+    wide = max(depths.values()) + 1
+    tall = max(sum(d == level for d in depths.values()) for level in range(wide))
+    figure = Figure(figsize=(max(3.0, 1.25 * wide), max(1.4, 0.8 * tall + 0.7)))
+    axes = figure.add_subplot()
+    axes.set_axis_off()
+    workers = sorted({w for _, w in graph.nodes(data="worker") if w})
+    colour = {w: _COLOURS[i % len(_COLOURS)] for i, w in enumerate(workers)}
+    nx.draw_networkx_edges(graph, places, ax=axes, edge_color="#999999", node_size=1500)
+    for key, (x, y) in places.items():
+        worker = graph.nodes[key]["worker"]
+        axes.text(
+            *(x, y, graph.nodes[key]["label"]),
+            ha="center",
+            va="center",
+            fontsize=7,
+            bbox={"boxstyle": "round", "fc": colour.get(worker, "#eeeeee"), "ec": "#666666"},
+        )
+    axes.margins(0.15)
+    if workers:
+        handles = [Patch(color=colour[w], label=w) for w in workers]
+        figure.legend(handles=handles, loc="lower center", ncols=len(workers), fontsize=7)
+    file = io.StringIO()
+    figure.savefig(file, format="svg", bbox_inches="tight")
+    drawn = file.getvalue()
+    return drawn[drawn.index("<svg") :]
+
+
+def html(title: str, graph: nx.DiGraph, table: str = "") -> str:
+    """A heading, the drawing, and a table of layers or of calls."""
+    drawing = svg(graph)
+    if not drawing and not table:
+        rows = [
+            f"<tr><td>{escape(label)}</td><td>{escape(str(worker or 'driver'))}</td></tr>"
+            for _, (label, worker) in _labels(graph)
+        ]
+        table = f"<table><tr><th>call</th><th>worker</th></tr>{''.join(rows[-_MAX_DRAWN:])}</table>"
+    return f"<div><code>{escape(title)}</code>{drawing}{table}</div>"
+
+
+def _labels(graph: nx.DiGraph) -> list[tuple[str, tuple[str, str | None]]]:
+    return [(k, (data["label"], data["worker"])) for k, data in graph.nodes(data=True)]

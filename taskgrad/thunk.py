@@ -1,0 +1,382 @@
+"""Lazy values over Dask: `spawn` makes them, `collect` runs them.
+
+A `Thunk` is one call that has not run, or its result; the same idea as DaggerFlux.jl's thunks.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import cloudpickle
+import dask
+import torch
+from dask.base import is_dask_collection
+from dask.delayed import Delayed, single_key
+from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
+from torch import nn
+
+from taskgrad import bridge
+from taskgrad.cluster.session import Session, WorkerSpec, current_session, session
+from taskgrad.errors import TaskgradError
+from taskgrad.executors.backward import check_cotangent, remember, run_backward
+from taskgrad.executors.futures import drop_tapes, graph_of, run_with_buffers, values_of
+from taskgrad.graph import pack
+from taskgrad.graph.adjoint import adjoint
+from taskgrad.graph.layers import kind_of
+from taskgrad.graph.nodes import Call, Foreign, Leaf, Node
+from taskgrad.graph.pytree import Slot, flatten
+from taskgrad.plan.drawing import call_graph, html, nested
+
+
+class Lazy:
+    """Base of callables whose calls are thunks already."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Thunk:
+        raise NotImplementedError
+
+
+def _get(*args: Any, **kwargs: Any) -> Any:
+    """Dask's scheduler for thunks: the current cluster, one of our own if there is none."""
+    return session().client.get(*args, **kwargs)
+
+
+class Thunk(Delayed):  # type: ignore[misc]
+    """A lazy, differentiable value: one call that has not run, or its result.
+
+    Made by `spawn` or by calling a `GraphChain`. It is a Dask collection (``dask.compute``,
+    ``dask.persist``, ``dask.visualize``, ``dask.delayed(f)(thunk)``); `collect` does what
+    ``dask.compute`` does and also connects the value to autograd. Operators and torch functions of
+    a thunk are thunks: ``thunk + 1``, ``thunk[0]``, ``torch.relu(thunk)``.
+
+    Examples
+    --------
+    >>> import torch, taskgrad as tg
+    >>> y = tg.spawn(torch.add, torch.ones(2), torch.ones(2)) * 3
+    >>> tg.collect(y)  # doctest: +SKIP
+    tensor([6., 6.])
+    """
+
+    __slots__ = ("_node", "_session")
+
+    __dask_scheduler__ = staticmethod(_get)
+    __dask_optimize__ = None
+
+    def __init__(self, node: Node, session: Session | None = None) -> None:
+        # Not Delayed's: our graph is made when it is asked for.
+        self._node = node
+        self._session = session
+        self._key = node.key
+        self._length = None
+        self._layer = node.key
+
+    @property
+    def dask(self) -> HighLevelGraph:
+        """The graph behind this thunk, for Dask; every task annotated with its worker."""
+        return graph_of(self._node, self._session or current_session())
+
+    def __dask_graph__(self) -> HighLevelGraph:
+        return self.dask
+
+    def __dask_postcompute__(self) -> Any:
+        return single_key, ()
+
+    def __dask_postpersist__(self) -> Any:
+        return _persisted, (self.key, self._session)
+
+    def persist(self, **kwargs: Any) -> Thunk:
+        """Start running on the cluster; returns this thunk, whose value then stays there."""
+        _run([self._node], self._session, wait=False)
+        return self
+
+    def backward(self, cotangent: Any = None, *, retain_graph: bool = False) -> None:
+        """Run the backward; add to the gradients of parameters where they live.
+
+        Gradients of the driver's own tensors (inputs with ``requires_grad``, parameters of a module
+        given to `spawn`) are added to their ``.grad`` on the driver. Returns when all is done.
+
+        Parameters
+        ----------
+        cotangent
+            Of the structure, shapes and dtypes of this thunk's value, or a thunk of one; None
+            means 1 for a scalar.
+        retain_graph
+            Keep the tapes for another backward.
+
+        Raises
+        ------
+        CotangentError
+            The cotangent does not match the value.
+        TapeError
+            The thunk needs no gradient, was made under ``torch.no_grad()``, or its tapes are used.
+        """
+        seed = cotangent_node(self._node, cotangent)
+        found = adjoint([(self._node, seed)], retain=retain_graph)
+        grads = run_backward(found, self._session or session(), accumulate=True)
+        pairs = [(leaf.value, g) for leaf, g in grads.items() if leaf.value.requires_grad]
+        pairs = [(value, g) for value, g in pairs if g is not None]
+        if pairs:
+            tensors, gradients = zip(*pairs, strict=True)
+            torch.autograd.backward(list(tensors), list(gradients), retain_graph=retain_graph)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a backward can start here."""
+        return self._node.needs_grad
+
+    def __repr__(self) -> str:
+        return nested(self._node)
+
+    def _repr_html_(self) -> str:
+        return html(repr(self), call_graph([self._node]))
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a Thunk cannot be pickled: it belongs to this driver. Pass it to tg.spawn or "
+            "dask.delayed as an argument, or collect it first"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"a Thunk has no attribute {name!r}: its value is not here yet. Use tg.collect(thunk), "
+            f"or tg.spawn(getattr, thunk, {name!r})"
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a Thunk is a value and cannot be called; use tg.spawn(fn, thunk)")
+
+    def __iter__(self) -> Iterator[Any]:
+        raise TypeError(
+            "a Thunk has no length before it has run: take parts with thunk[0], thunk[1], ..."
+        )
+
+    def __len__(self) -> int:
+        raise TypeError("a Thunk has no length before it has run; collect it first")
+
+    @classmethod
+    def _get_binary_operator(cls, op: Callable[..., Any], inv: bool = False) -> Callable[..., Any]:
+        if inv:
+            return lambda self, other: spawn(op, other, self)
+        return lambda *args: spawn(op, *args)
+
+    _get_unary_operator = _get_binary_operator
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return spawn(func, *args, **(kwargs or {}))
+
+
+for _op in (
+    *(operator.abs, operator.neg, operator.pos, operator.invert, operator.add, operator.sub),
+    *(operator.mul, operator.floordiv, operator.truediv, operator.mod, operator.pow),
+    *(operator.and_, operator.or_, operator.xor, operator.lshift, operator.rshift),
+    *(operator.eq, operator.ge, operator.gt, operator.ne, operator.le, operator.lt),
+    *(operator.getitem, operator.matmul),
+):
+    Thunk._bind_operator(_op)
+Thunk.__hash__ = Delayed.__hash__  # type: ignore[method-assign]
+
+
+def _persisted(futures: Any, key: str, owner: Session | None, **kwargs: Any) -> Thunk:
+    """A thunk of a result that Dask's own persist holds; gradients stop at it."""
+    graph = HighLevelGraph({key: MaterializedLayer(dict(futures))}, {key: set()})
+    return Thunk(Foreign(Delayed(key, graph)), owner)
+
+
+def spawn(
+    fn: Callable[..., Any], *args: Any, worker: WorkerSpec | None = None, **kwargs: Any
+) -> Thunk:
+    """Make a lazy, differentiable call of any torch function or ``nn.Module``.
+
+    Nothing runs and nothing is sent until the thunk is collected.
+
+    Parameters
+    ----------
+    fn
+        A function or module. It runs on a worker as a function of its tensors: parameters and
+        tensors that it closes over are inputs of the call, and receive gradients on the driver. For
+        a module whose parameters shall live on the worker use `GraphChain`.
+    *args, **kwargs
+        Pytrees of tensors, thunks, Dask collections and plain values.
+    worker
+        Index, name or address. By default the worker of the first argument that has one, else each
+        worker in turn.
+
+    Raises
+    ------
+    TypeError
+        `fn` is not callable, or cannot be pickled.
+    PlacementError
+        There is no such worker.
+
+    Examples
+    --------
+    >>> import torch, taskgrad as tg
+    >>> y = tg.spawn(torch.nn.functional.relu, torch.tensor([-1.0, 2.0]))
+    >>> y
+    Thunk[1](relu, (float32[2],))
+    """
+    if isinstance(fn, Lazy):
+        if worker is not None:
+            raise TypeError("a GraphChain has a placement of its own; worker= is for functions")
+        called: Thunk = fn(*args, **kwargs)
+        return called
+    if not callable(fn):
+        raise TypeError(f"spawn takes a function or an nn.Module; got {type(fn).__name__}")
+    title = kind_of(fn).strip("<>")
+    try:
+        packed = pack.pack(fn)
+    except Exception as error:
+        raise TypeError(
+            f"{title!r} cannot be sent to a worker, because it cannot be pickled "
+            f"({type(error).__name__}: {error}). Define it without what it holds on to "
+            "(locks, open files, generators)"
+        ) from error
+    names = {id(p): n for m in packed.modules for n, p in m.named_parameters()}
+    own_buffers = {id(b) for m in packed.modules for b in m.buffers()}
+    inputs = Inputs()
+    tensor_slots = tuple(inputs.slot(t, names.get(id(t), "")) for t in packed.tensors)
+    buffers = tuple(
+        s for s, t in zip(tensor_slots, packed.tensors, strict=True) if id(t) in own_buffers
+    )
+    template = inputs.template((args, kwargs), title)
+    owner = inputs.session
+    address = None
+    if worker is not None:
+        owner = owner or session()
+        address = owner.resolve(worker)
+    call = Call(
+        title=title,
+        steps=((0, title, kind_of(fn)),),
+        inputs=inputs.nodes,
+        template=template,
+        function=packed.data,
+        tensor_slots=tensor_slots,
+        buffers=buffers,
+        worker=address,
+        kind="loss" if _is_loss(fn, title) else "forward",
+    )
+    return Thunk(call, owner)
+
+
+def _is_loss(fn: Callable[..., Any], title: str) -> bool:
+    words = ("loss", "entropy", "kl_div")
+    return isinstance(fn, nn.modules.loss._Loss) or any(w in title.lower() for w in words)
+
+
+class Inputs:
+    """The inputs of one call: every tensor, thunk and collection among its arguments, once."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.session: Session | None = None
+        self._slots: dict[int, int] = {}
+
+    def slot(self, value: Any, name: str = "") -> int:
+        """The slot of a tensor, a thunk, a node or a Dask collection."""
+        known = value._node if isinstance(value, Thunk) else value
+        if id(known) not in self._slots:
+            self._slots[id(known)] = len(self.nodes)
+            self.nodes.append(self._node_of(value, name))
+        return self._slots[id(known)]
+
+    def _node_of(self, value: Any, name: str) -> Node:
+        if isinstance(value, Thunk):
+            theirs = value._session
+            if self.session and theirs and theirs.client is not self.session.client:
+                raise TaskgradError("thunks of two clients meet in one call; use one client")
+            self.session = self.session or theirs
+            return value._node
+        if isinstance(value, Node):
+            return value
+        if isinstance(value, torch.Tensor):
+            return Leaf(value, name=name)
+        return Foreign(value if isinstance(value, Delayed) else dask.delayed(value))
+
+    def template(self, arguments: Any, title: str) -> bytes:
+        """The arguments, pickled, with a slot for each input."""
+        leaves, structure = flatten(arguments)
+        given = [
+            Slot(self.slot(x))
+            if isinstance(x, torch.Tensor | Thunk | Node) or is_dask_collection(x)
+            else x
+            for x in leaves
+        ]
+        try:
+            data: bytes = cloudpickle.dumps(structure.build(given))
+        except Exception as error:
+            raise TypeError(
+                f"an argument of {title!r} cannot be sent to a worker, because it cannot be "
+                f"pickled ({type(error).__name__}: {error})"
+            ) from error
+        return data
+
+
+def cotangent_node(node: Node, cotangent: Any) -> Node | None:
+    """A cotangent as the user gave it, checked as far as can be, as a node; None means ones."""
+    if cotangent is None:
+        return None
+    if isinstance(cotangent, Thunk):
+        return cotangent._node
+    if any(isinstance(leaf, Thunk) for leaf in flatten(cotangent)[0]):
+        return spawn(_same, cotangent, worker=node.worker)._node
+    check_cotangent(node, cotangent)
+    return Leaf(cotangent, needs_grad=False)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def collect(tree: Any) -> Any:
+    """Run what the thunks in a pytree need, once, and return the pytree of their values.
+
+    In grad mode, tensors that depend on something with ``requires_grad`` come back as part of the
+    driver's autograd graph: their ``.backward()`` runs the backward on the workers. Under
+    ``torch.no_grad()`` or ``torch.inference_mode()`` no tape is kept anywhere. A thunk that has run
+    does not run again.
+
+    Raises
+    ------
+    LayerError
+        A layer raised: names it, its worker and what it was given.
+    WorkerLostError
+        A worker went away with layers or tapes.
+    TaskgradError
+        The client is closed or asynchronous.
+
+    Examples
+    --------
+    >>> import torch, taskgrad as tg
+    >>> y = tg.spawn(torch.add, torch.ones(2), 1)
+    >>> tg.collect({"y": y, "n": 3})  # doctest: +SKIP
+    {'y': tensor([2., 2.]), 'n': 3}
+    """
+    leaves, structure = flatten(tree)
+    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Thunk)]
+    if not at:
+        return tree
+    thunks: list[Thunk] = [leaves[i] for i in at]
+    owners = {t._session.client: t._session for t in thunks if t._session is not None}
+    if len(owners) > 1:
+        raise TaskgradError("thunks of two clients cannot be collected in one call")
+    nodes = [t._node for t in thunks]
+    owner = next(iter(owners.values()), None) or session()
+    _run(nodes, owner)
+    values = values_of(nodes, owner)
+    for node, value in zip(nodes, values, strict=True):
+        remember(node, value)
+    if torch.is_grad_enabled():
+        values = bridge.attach(nodes, values, owner)
+    for i, value in zip(at, values, strict=True):
+        leaves[i] = value
+    return structure.build(leaves)
+
+
+def _run(nodes: list[Node], owner: Session | None, *, wait: bool = True) -> None:
+    if not torch.is_grad_enabled():
+        drop_tapes(nodes)
+    run_with_buffers(nodes, owner or session(), wait=wait)

@@ -1,0 +1,195 @@
+"""vjp: a pullback of lazy calls, in the form of ``torch.func.vjp`` and ``jax.vjp``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from taskgrad.errors import CotangentError
+from taskgrad.executors.backward import check_cotangent
+from taskgrad.graph.adjoint import Adjoint, adjoint, calls_behind
+from taskgrad.graph.nodes import Call, Leaf, Node, Primal, Stage, Sum
+from taskgrad.graph.pytree import Structure, carries_gradient, flatten
+from taskgrad.thunk import Thunk, cotangent_node, spawn
+
+
+class _PrimalTree(NamedTuple):
+    leaves: list[Leaf | Primal | None]
+    structure: Structure
+
+
+def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+    """Call `f` lazily and return its output and its pullback.
+
+    Parameters
+    ----------
+    f
+        A `GraphChain`, an ``nn.Module``, or a Python function that spawns: it is called at once,
+        with thunks in place of tensors, and returns thunks.
+    *primals
+        What to differentiate by: pytrees of tensors and thunks. Whether a tensor has
+        ``requires_grad`` makes no difference; integers and other values get None.
+
+    Returns
+    -------
+    y
+        What `f` returned: a thunk or a pytree of them. Nothing has run.
+    back
+        ``grads, *input_grads = back(cotangent, retain_graph=False)``. `cotangent` has the structure
+        of `y`'s value, None where there is none. ``grads`` has a thunk for each trainable parameter
+        by its name in the chain or module (with several of these behind `y`, after the name of
+        each: ``"Sequential.0.weight"``, ``"Sequential_1.0.weight"``); ``input_grads`` one pytree of
+        thunks for each primal. A thunk whose value no cotangent reaches gives None.
+
+    Raises
+    ------
+    CotangentError
+        The cotangent does not match the output (by `back` where the output was collected before,
+        else when the gradients are).
+    TapeError
+        `back` is called twice without ``retain_graph=True``.
+
+    Notes
+    -----
+    As DaggerFlux's pullbacks: each backward task runs where its forward left its tape.
+
+    Examples
+    --------
+    >>> import torch, taskgrad as tg
+    >>> client = tg.local_cluster(n_workers=2)
+    >>> chain = tg.GraphChain(torch.nn.Sequential(torch.nn.Identity(), torch.nn.Identity()))
+    >>> y, back = tg.vjp(chain, torch.zeros(3, 3))
+    >>> grads, gx = back(torch.ones(3, 3))
+    >>> grads
+    {}
+    >>> tg.collect(gx).sum()
+    tensor(9.)
+    >>> client.close()
+    """
+    trees: list[_PrimalTree] = []
+    arguments = []
+    for primal in primals:
+        leaves, structure = flatten(primal)
+        nodes = [_primal(leaf) for leaf in leaves]
+        trees.append(_PrimalTree(nodes, structure))
+        arguments.append(
+            structure.build(
+                [
+                    leaf if node is None else Thunk(node, getattr(leaf, "_session", None))
+                    for leaf, node in zip(leaves, nodes, strict=True)
+                ]
+            )
+        )
+    with torch.enable_grad():
+        if isinstance(f, torch.nn.Module):
+            y = spawn(f, *arguments)
+        else:
+            y = f(*arguments)
+    outputs, output_structure = flatten(y)
+    for output in outputs:
+        if not isinstance(output, Thunk):
+            raise TypeError(
+                f"f must return thunks (what tg.spawn or a chain gives); it returned "
+                f"{type(output).__name__}. Give vjp the chain or module itself, or spawn inside f"
+            )
+
+    def back(cotangent: Any, *, retain_graph: bool = False) -> tuple[Any, ...]:
+        parts = _split(cotangent, output_structure, len(outputs))
+        seeds: list[tuple[Node, Node | None]] = []
+        for output, part in zip(outputs, parts, strict=True):
+            if part is None:
+                continue
+            check_cotangent(output._node, None if isinstance(part, Thunk) else part)
+            if output._node.needs_grad:
+                seeds.append((output._node, cotangent_node(output._node, part)))
+        found = adjoint(seeds, retain=retain_graph)
+        owner = next((o._session for o in outputs if o._session is not None), None)
+
+        def thunk(node: Node | None) -> Thunk | None:
+            return None if node is None else Thunk(node, owner)
+
+        reachable = calls_behind([o._node for o in outputs])
+        grads = {name: thunk(node) for name, node in _parameter_grads(found, reachable).items()}
+        inputs = [
+            tree.structure.build(
+                [None if leaf is None else thunk(found.leaf_grad(leaf)) for leaf in tree.leaves]
+            )
+            for tree in trees
+        ]
+        return grads, *inputs
+
+    return y, back
+
+
+def _primal(leaf: Any) -> Leaf | Primal | None:
+    if isinstance(leaf, Thunk):
+        return Primal(leaf._node)
+    if carries_gradient(leaf):
+        return Leaf(leaf, needs_grad=True)
+    return None
+
+
+def _split(cotangent: Any, structure: Structure, n: int) -> list[Any]:
+    """One cotangent for each output thunk; each may be a pytree of its own."""
+    if cotangent is None:
+        return [None] * n
+    try:
+        return _prefix(cotangent, structure, n)
+    except (ValueError, TypeError) as error:
+        raise CotangentError(
+            f"the cotangent has another structure than f's output, a pytree of {n} thunks: {error}"
+        ) from error
+
+
+def _prefix(cotangent: Any, structure: Structure, n: int) -> list[Any]:
+    parts: list[Any] = []
+    for inner, part in zip(structure.nested, structure.spec.flatten_up_to(cotangent), strict=True):
+        if inner is None:
+            parts.append(part)
+        else:
+            kind, names, structures = inner
+            if part is not None and not isinstance(part, kind):
+                raise TypeError(f"expected a {kind.__name__}, got {type(part).__name__}")
+            for name, within in zip(names, structures, strict=True):
+                m = within.spec.num_leaves
+                parts += _prefix(getattr(part, name, None), within, m)
+    return parts
+
+
+def _parameter_grads(found: Adjoint, reachable: list[Call]) -> dict[str, Node | None]:
+    """Gradients of all trainable parameters behind the outputs, by name.
+
+    Owners are chains (by their stages) and spawned modules (by their leaves), in the order in which
+    they were first used. One that no cotangent reaches still has its names, with None.
+    """
+    owners: dict[Any, dict[str, Node | None]] = {}
+    titles: dict[Any, str] = {}
+    for call in reversed(reachable):
+        if call.stage is not None:
+            owner: Any = call.stage.chain
+            titles.setdefault(owner, call.stage.chain.title)
+            grads = owners.setdefault(owner, {})
+            for name in call.parameters:
+                home: Stage = call.stage.homes.get(name, call.stage)
+                parts = found.parameters.get((home, name), ())
+                if name not in grads:
+                    grads[name] = (
+                        Sum(parts, name, home.worker) if len(parts) > 1 else next(iter(parts), None)
+                    )
+        else:
+            named = [i for i in call.inputs if isinstance(i, Leaf) and i.name and i.needs_grad]
+            for leaf in named:
+                titles.setdefault(call.function, call.title)
+                owners.setdefault(call.function, {}).setdefault(leaf.name, found.leaf_grad(leaf))
+    if len(owners) == 1:
+        return next(iter(owners.values()))
+    seen: dict[str, int] = {}
+    named_grads: dict[str, Node | None] = {}
+    for owner, grads in owners.items():
+        count = seen.get(titles[owner], 0)
+        seen[titles[owner]] = count + 1
+        title = titles[owner] if not count else f"{titles[owner]}_{count}"
+        named_grads |= {f"{title}.{name}": node for name, node in grads.items()}
+    return named_grads

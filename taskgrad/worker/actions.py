@@ -1,0 +1,86 @@
+"""The small actions beside `Forward` and `Backward`: what one task does with a worker's store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from taskgrad.graph.pytree import flatten
+from taskgrad.worker import stage_calls
+from taskgrad.worker.forward import buffers_key
+from taskgrad.worker.store import Store
+
+
+@dataclass(frozen=True)
+class Pick:
+    """One of several results of the task before."""
+
+    position: int
+
+    def run(self, store: Store, value: Any) -> Any:
+        """The result at `position`."""
+        return value[self.position]
+
+
+@dataclass(frozen=True)
+class Add:
+    """Cotangents of one value added up, leaf by leaf, in order; None counts as zero."""
+
+    def run(self, store: Store, *parts: Any) -> Any:
+        """Their sum; None if there is none."""
+        total: Any = None
+        for part in parts:
+            if part is None:
+                continue
+            if total is None:
+                total = part
+                continue
+            ours, structure = flatten(total)
+            theirs, _ = flatten(part)
+            total = structure.build(
+                [
+                    b if a is None else a if b is None else a + b
+                    for a, b in zip(ours, theirs, strict=True)
+                ]
+            )
+        return total
+
+
+@dataclass(frozen=True)
+class ReadGradient:
+    """A parameter's gradient that the backward task `key` left on this worker."""
+
+    key: str
+    name: str
+
+    def run(self, store: Store, *after: Any) -> torch.Tensor | None:
+        """The gradient, on the host; None where none arrived."""
+        grad = store.gradients(self.key).get(self.name)
+        return None if grad is None else grad.cpu()
+
+
+@dataclass(frozen=True)
+class ReadBuffers:
+    """The changed buffers that the forward task `token` left on this worker."""
+
+    token: str
+
+    def run(self, store: Store, *after: Any) -> list[torch.Tensor | None]:
+        """One for each buffer slot of the call; None where it did not change."""
+        found: list[torch.Tensor | None] = store.take(buffers_key(self.token))
+        return [None if b is None else b.detach().cpu() for b in found]
+
+
+@dataclass(frozen=True)
+class OnStage:
+    """A function of `taskgrad.worker.stage_calls`, by name, on the stage `token`."""
+
+    token: str
+    action: str
+    arguments: dict[str, Any]
+
+    def run(self, store: Store, *values: Any) -> Any:
+        """What the function gives."""
+        return getattr(stage_calls, self.action)(store, self.token, *values, **self.arguments)

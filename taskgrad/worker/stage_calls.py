@@ -1,0 +1,172 @@
+"""What is done to a stage where it lives: installed, read, its gradients kept, its weights updated.
+
+Every function takes the worker's store, the stage's token, and plain arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from taskgrad.graph import pack
+from taskgrad.worker.store import ResidentStage, Store
+
+
+def install(
+    store: Store,
+    token: str,
+    tensors: list[torch.Tensor],
+    *,
+    data: bytes,
+    names: dict[str, tuple[int, str]],
+    device: str | None,
+) -> str:
+    """Unpack layers and keep them as a stage; gives the device that they are on.
+
+    `names` maps the chain's name of each parameter to (layer index, name in the layer).
+    """
+    layers: dict[int, Any] = pack.unpack(data, [t.clone() for t in tensors], own=True)
+    modules = [m for m in layers.values() if isinstance(m, nn.Module)]
+    place = _assigned(device) if device is not None else _device_of(modules)
+    if device is not None:
+        for module in modules:
+            module.to(place)
+    parameters = {name: _parameter(layers[i], local) for name, (i, local) in names.items()}
+    store.put(token, ResidentStage(layers, parameters, place))
+    return str(place)
+
+
+def _device_of(modules: Sequence[nn.Module]) -> torch.device:
+    for module in modules:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            return tensor.device
+    return torch.device("cpu")
+
+
+def _assigned(device: str) -> torch.device:
+    """A bare "cuda" means this worker's own: the first that it sees, as dask-cuda arranges it."""
+    found = torch.device(device)
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"device {device!r} was asked for, and this worker sees no CUDA device")
+    return found
+
+
+def _parameter(layer: Any, name: str) -> nn.Parameter:
+    found: nn.Parameter = layer.get_parameter(name)
+    return found
+
+
+def fetch(store: Store, token: str, *, mode: bool | None) -> tuple[bytes, list[torch.Tensor]]:
+    """The stage's layers, packed, their tensors as copies on the host."""
+    stage = store.stage(token)
+    with stage.lock:
+        for layer in stage.layers.values():
+            if isinstance(layer, nn.Module) and mode is not None:
+                layer.train(mode)
+        packed = pack.pack(stage.layers)
+        return packed.data, [_copy(t) for t in packed.tensors]
+
+
+def _copy(t: torch.Tensor) -> torch.Tensor:
+    return t.detach().to("cpu", copy=True)
+
+
+def state(store: Store, token: str) -> dict[int, dict[str, Any]]:
+    """Each layer's state_dict, by index, as copies on the host."""
+    stage = store.stage(token)
+    with stage.lock:
+        return {
+            i: {
+                k: _copy(v) if isinstance(v, torch.Tensor) else v
+                for k, v in layer.state_dict().items()
+            }
+            for i, layer in stage.layers.items()
+            if isinstance(layer, nn.Module)
+        }
+
+
+def load(store: Store, token: str, states: dict[int, dict[str, Any]]) -> None:
+    """Load a state_dict into each layer."""
+    stage = store.stage(token)
+    with stage.lock:
+        for i, values in states.items():
+            stage.layers[i].load_state_dict(values, strict=False)
+
+
+def zero_grad(store: Store, token: str) -> None:
+    """Drop the gradients."""
+    stage = store.stage(token)
+    with stage.lock:
+        for parameter in stage.parameters.values():
+            parameter.grad = None
+
+
+def gradient(store: Store, token: str, *, name: str) -> torch.Tensor | None:
+    """A copy of one parameter's gradient; later steps do not write into it."""
+    stage = store.stage(token)
+    with stage.lock:
+        grad = stage.parameters[name].grad
+        return None if grad is None else _copy(grad)
+
+
+def accumulate(store: Store, token: str, *values: Any, parts: dict[str, list[str | int]]) -> None:
+    """Add the gradients of a backward to the parameters'.
+
+    `parts` lists for each parameter what to sum, in order: the key of a backward task on this
+    worker, or the position among `values` of a gradient from another worker. They are summed before
+    they are added, as autograd does for a parameter that is used twice.
+    """
+    stage = store.stage(token)
+    with stage.lock:
+        for name, sources in parts.items():
+            parameter = stage.parameters[name]
+            total: torch.Tensor | None = None
+            for source in sources:
+                part = (
+                    store.gradients(source).get(name) if isinstance(source, str) else values[source]
+                )
+                if part is not None:
+                    part = part.to(parameter.device)
+                    total = part if total is None else total + part
+            if total is None:
+                continue
+            if any(total is value for value in values):
+                total = total.clone()  # it came over the wire: Dask's memory
+            grad = parameter.grad
+            if grad is None:
+                parameter.grad = total
+            elif grad.layout is total.layout is torch.strided:
+                grad.add_(total)
+            else:
+                parameter.grad = grad + total
+
+
+def make_optimizer(
+    store: Store, token: str, *, factory: Callable[..., torch.optim.Optimizer], names: list[str]
+) -> None:
+    """Make the stage's optimizer over these parameters."""
+    stage = store.stage(token)
+    with stage.lock:
+        stage.optimizer = factory([stage.parameters[name] for name in names])
+
+
+def update(store: Store, token: str, *, send: list[str]) -> dict[str, torch.Tensor]:
+    """One optimizer step; gives the new values of those parameters that have copies elsewhere."""
+    stage = store.stage(token)
+    with stage.lock:
+        if stage.optimizer is not None:
+            stage.optimizer.step()
+        return {name: _copy(stage.parameters[name]) for name in send}
+
+
+def set_parameters(store: Store, token: str, *values: dict[str, torch.Tensor]) -> None:
+    """Write new values into this stage's copies of parameters that live elsewhere."""
+    stage = store.stage(token)
+    with stage.lock, torch.no_grad():
+        for new in values:
+            for name, value in new.items():
+                if name in stage.parameters:
+                    stage.parameters[name].copy_(value)

@@ -1,0 +1,117 @@
+"""What a worker keeps: stages, tapes, and gradients between a backward and whoever takes them.
+
+One `Store` a worker owns it all. Every entry stands under the Dask key of the task that made it, and
+leaves when that key does: when the driver lets go of it, is killed, or cancels it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from taskgrad.errors import TapeError, WorkerLostError
+from taskgrad.graph.pytree import Structure
+
+# Keys let go of before their task was done; the task then has nothing to leave behind.
+_MAX_REFUSED = 100_000
+
+
+@dataclass
+class ResidentStage:
+    """The layers of one chain that live here.
+
+    `layers` are modules (or connection functions) by their index in the chain, `names` the chain's
+    names for them, `parameters` the trainable and frozen parameters by the chain's first name for
+    each. `lock` is held while any of it runs, so that a worker of several threads does not tear it.
+    """
+
+    layers: dict[int, Any]
+    parameters: dict[str, nn.Parameter]
+    device: torch.device
+    mode: bool | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+
+@dataclass
+class Tape:
+    """What one forward of one stage saved for its backward."""
+
+    title: str
+    inputs: list[list[torch.Tensor | None]]  # per slot, per leaf: the leaf that takes a gradient
+    input_structures: list[Structure]
+    outputs: list[Any]  # leaves of the output, part of autograd's graph
+    output_structure: Structure
+    parameters: dict[str, nn.Parameter]
+    stage: ResidentStage | None
+
+
+class Store:
+    """Stages, tapes and gradients of one worker, by key. Safe from several threads."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._entries: dict[str, Any] = {}
+        self._refused: OrderedDict[str, None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def put(self, key: str, entry: Any) -> None:
+        """Keep an entry, unless its key was let go of in the meantime."""
+        with self._lock:
+            if self._refused.pop(key, self) is self:
+                self._entries[key] = entry
+
+    def stage(self, token: str) -> ResidentStage:
+        """The stage under this token; WorkerLostError if this worker never had it or lost it."""
+        entry = self._entries.get(token)
+        if not isinstance(entry, ResidentStage):
+            raise WorkerLostError(
+                f"worker {self.address} does not hold {token.partition('-')[0]!r}: it was restarted "
+                "since the chain was made, or the chain was closed. Make the chain again"
+            )
+        return entry
+
+    def tape(self, token: str, *, keep: bool) -> Tape:
+        """The tape under this token, for its one use unless kept."""
+        with self._lock:
+            entry = self._entries.get(token) if keep else self._entries.pop(token, None)
+        if not isinstance(entry, Tape):
+            raise TapeError(
+                f"worker {self.address} holds no tape of {token.partition('-')[0]!r}: it was used "
+                "by an earlier backward, or let go of. Run the forward again"
+            )
+        return entry
+
+    def take(self, key: str) -> Any:
+        """Any entry, once."""
+        with self._lock:
+            return self._entries.pop(key)
+
+    def gradients(self, key: str) -> dict[str, torch.Tensor | None]:
+        """Parameter gradients that the backward task `key` left here."""
+        found: dict[str, torch.Tensor | None] = self._entries[key]
+        return found
+
+    def release(self, keys: list[str]) -> None:
+        """Let go of these keys, now or as soon as their tasks end."""
+        with self._lock:
+            for key in keys:
+                if self._entries.pop(key, None) is None:
+                    self._refused[key] = None
+                    if len(self._refused) > _MAX_REFUSED:
+                        self._refused.popitem(last=False)
+
+    def held(self) -> dict[str, int]:
+        """How many stages, tapes and gradient sets there are."""
+        with self._lock:
+            entries = list(self._entries.values())
+        return {
+            "stages": sum(isinstance(e, ResidentStage) for e in entries),
+            "tapes": sum(isinstance(e, Tape) for e in entries),
+            "gradients": sum(isinstance(e, dict) for e in entries),
+        }
