@@ -271,7 +271,7 @@ class GraphChain(Lazy):
         Raises
         ------
         RuntimeError
-            A shape differs, or with `strict` a key is missing or unexpected. Nothing is loaded then.
+            A shape differs, or with `strict` a key is missing or unexpected: nothing is loaded.
         """
         expected = {n: i for i in self._tensors.values() if i.persistent for n in i.names}
         missing = [n for n in expected if n not in state]
@@ -371,7 +371,8 @@ def _get_tensor(model: nn.Module, name: str) -> torch.Tensor:
 def _set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
     prefix, _, leaf = name.rpartition(".")
     owner = model.get_submodule(prefix)
-    (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = value  # type: ignore[index]
+    tensors: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+    tensors[leaf] = value
 
 
 def _check_picklable(flat: Model) -> None:

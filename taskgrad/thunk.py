@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import cloudpickle
-import dask
 import torch
 from dask.base import is_dask_collection
-from dask.delayed import Delayed, single_key
+from dask.delayed import Delayed, delayed, single_key
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from torch import nn
 
@@ -22,6 +21,7 @@ from taskgrad.cluster.session import Session, WorkerSpec, current_session, sessi
 from taskgrad.errors import TaskgradError
 from taskgrad.executors.backward import check_cotangent, remember, run_backward
 from taskgrad.executors.futures import drop_tapes, graph_of, run_with_buffers, values_of
+from taskgrad.executors.lowering import resolve
 from taskgrad.graph import pack
 from taskgrad.graph.adjoint import adjoint
 from taskgrad.graph.layers import kind_of
@@ -42,7 +42,7 @@ def _get(*args: Any, **kwargs: Any) -> Any:
     return session().client.get(*args, **kwargs)
 
 
-class Thunk(Delayed):  # type: ignore[misc]
+class Thunk(Delayed):
     """A lazy, differentiable value: one call that has not run, or its result.
 
     Made by `spawn` or by calling a `GraphChain`. It is a Dask collection (``dask.compute``,
@@ -67,7 +67,7 @@ class Thunk(Delayed):  # type: ignore[misc]
         # Not Delayed's: our graph is made when it is asked for.
         self._node = node
         self._session = session
-        self._key = node.key
+        self._key = resolve(node).key
         self._length = None
         self._layer = node.key
 
@@ -294,7 +294,7 @@ class Inputs:
             return value
         if isinstance(value, torch.Tensor):
             return Leaf(value, name=name)
-        return Foreign(value if isinstance(value, Delayed) else dask.delayed(value))
+        return Foreign(value if isinstance(value, Delayed) else delayed(value))
 
     def template(self, arguments: Any, title: str) -> bytes:
         """The arguments, pickled, with a slot for each input."""

@@ -1,8 +1,9 @@
 """Our store on every worker, and the sweep that empties it, as Dask plugins.
 
 The scheduler knows when a key is forgotten: nobody holds its future, nothing waits for it, or the
-client that wanted it is gone. The plugin there passes that on to the worker that ran the task, whose
-plugin releases what the store holds under the key. So nothing is left behind however a driver ends.
+client that wanted it is gone. The plugin there passes that on to the worker that ran the task; the
+one on the worker releases what the store holds under the key. So nothing is left behind however a
+driver ends.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ _stock_deserialize = _stock.deserialize_torch_Tensor
 
 def _dense_order(t: torch.Tensor) -> list[int] | None:
     """The dimensions from the slowest to the fastest, if the tensor fills its memory; else None."""
-    order = sorted(range(t.dim()), key=lambda d: (-t.stride(d), d))
+    order = sorted(range(t.dim()), key=lambda d: (-t.stride()[d], d))
     expected = 1
     for d in reversed(order):
         if t.size(d) != 1:
@@ -43,7 +43,7 @@ def serialize_tensor(t: torch.Tensor) -> tuple[dict[str, Any], list[Any]]:
     if order is None:
         dense, order = dense.contiguous(), list(range(t.dim()))
     flat = dense.permute(order).reshape(-1)
-    frame = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b""
+    frame = flat.view(torch.uint8).numpy().data if flat.numel() else b""
     header = {
         "dtype": str(t.dtype).removeprefix("torch."),
         "shape": tuple(t.shape),

@@ -6,13 +6,11 @@ import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
 from importlib.metadata import version
+from typing import Any
 
 import distributed
 from distributed import Client
-
 
 from taskgrad.cluster.local import local_cluster
 from taskgrad.cluster.plugins import StorePlugin, SweepPlugin
@@ -138,8 +136,8 @@ def _current_client() -> Client:
     except ValueError:
         client = local_cluster()
         logger.warning(
-            "taskgrad found no Dask client and started a local cluster of 2 workers; dashboard: %s. "
-            "To choose your own, open a distributed.Client first.",
+            "taskgrad found no Dask client and started a local cluster of 2 workers (dashboard: "
+            "%s). To choose your own, open a distributed.Client first.",
             client.dashboard_link,
         )
         return client
@@ -166,7 +164,7 @@ _PACKAGES = ("taskgrad", "torch", "dask", "distributed", "python")
 
 
 def _check_versions(client: Client) -> None:
-    versions = client.get_versions(packages=["taskgrad", "torch"])
+    versions: Any = client.get_versions(packages=["taskgrad", "torch"])
     here = {**versions["client"]["packages"], "taskgrad": version("taskgrad")}
     places = {"scheduler": versions["scheduler"]}
     places |= {f"worker {address}": v for address, v in versions["workers"].items()}

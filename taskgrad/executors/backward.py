@@ -76,7 +76,7 @@ def _shape_of(leaf: Any) -> Any:
 
 
 def check_cotangent(node: Node, cotangent: Any) -> None:
-    """Raise CotangentError if a cotangent cannot belong to this node's value, where that is known."""
+    """Raise CotangentError if a cotangent does not fit this node's value, where that is known."""
     if node.structure is None:
         return
     known: tuple[Structure, Sequence[Any]] = node.structure

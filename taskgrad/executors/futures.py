@@ -81,7 +81,9 @@ def assign(nodes: Iterable[Node], session: Session) -> None:
     for node in nodes:
         if node.worker is not None or isinstance(node, Leaf | Foreign):
             continue
-        near = next((resolve(i).worker for i in node.inputs if resolve(i).worker), None)
+        # A backward goes to its tape, whoever made its cotangents.
+        givers = [node.call] if isinstance(node, Pullback) else map(resolve, node.inputs)
+        near = next((giver.worker for giver in givers if giver.worker), None)
         if near is None:
             workers = workers or [w.address for w in session.workers()]
             near = workers[next(_turn) % len(workers)]
@@ -93,7 +95,7 @@ def graph_of(node: Node, session: Session | None) -> HighLevelGraph:
     nodes = missing([node])
     if session is not None:
         assign(nodes, session)
-    done = {n.key: n.result for n in _used(nodes) if n.result is not None}
+    done: dict[Any, Any] = {n.key: n.result for n in _used(nodes) if n.result is not None}
     target = resolve(node)
     if target.result is not None:
         done[target.key] = target.result
@@ -255,8 +257,8 @@ def _raise_failed(targets: Sequence[Node], session: Session) -> None:
             raise error
         if future.status in ("cancelled", "lost"):
             raise WorkerLostError(
-                f"{node.key.partition('-')[0]!r} was cancelled: a value that it needs was lost with "
-                "its worker, or the scheduler was restarted. Make the chain and the call again"
+                f"{node.key.partition('-')[0]!r} was cancelled: a value that it needs was lost "
+                "with its worker, or the scheduler was restarted. Make the chain and the call again"
             )
 
 

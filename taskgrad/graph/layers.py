@@ -174,7 +174,7 @@ def _inventory(model: nn.Module, layers: list[Layer]) -> dict[str, ParameterInfo
     for name, tensor, is_buffer, persistent in found:
         if names[id(tensor)][0] != name:
             continue
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if nn.parameter.is_lazy(tensor):
             raise ValueError(
                 f"{name!r} is uninitialized (a lazy module): run the model once on a sample, "
                 "then make the chain"

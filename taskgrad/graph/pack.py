@@ -20,7 +20,7 @@ from torch import nn
 Persist = Callable[[Any], Any]
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc, name-defined]
+class _Pickler(cloudpickle.Pickler):
     def __init__(self, file: io.BytesIO, persist: Persist) -> None:
         super().__init__(file)
         self._persist = persist

@@ -59,7 +59,7 @@ def _is_open_dataclass(value: Any) -> bool:
 
 
 def _rebuild_dataclass(kind: type, values: dict[str, Any]) -> Any:
-    made = object.__new__(kind)
+    made: Any = object.__new__(kind)
     for name, value in values.items():  # past __init__ and frozen: fields only
         object.__setattr__(made, name, value)
     return made

@@ -10,7 +10,7 @@ from typing import overload
 
 @dataclass(frozen=True)
 class PlacementRow:
-    """One layer: where it is, how many parameters it has, and the bytes of those and its buffers."""
+    """One layer: where it is, its number of parameters, and the bytes of those and its buffers."""
 
     layer: str
     kind: str

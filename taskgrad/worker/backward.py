@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +51,7 @@ class Backward:
         total: list[Gradient] = [None] * len(tape.outputs)
         for source in self.sources:
             if source is None:
-                part = [_ones(tape, address)]
+                part: list[Gradient] = [_ones(tape, address)]
             else:
                 part = match(
                     values[source],
@@ -129,7 +130,7 @@ def _differentiate(
     takers = [leaf for leaves in slots.values() for leaf in leaves if leaf is not None]
     takers += tape.parameters.values()
     if pairs and takers:
-        grads = torch.autograd.grad(
+        grads: Sequence[Gradient] = torch.autograd.grad(
             [output for output, _ in pairs],
             takers,
             [seed for _, seed in pairs],

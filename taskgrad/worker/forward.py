@@ -59,9 +59,12 @@ class Forward:
                 _set_mode(stage, self.mode)
             output = self._call(store, stage, fed)
         if self.buffers:
-            store.put(
-                buffers_key(self.token), [fed[i] if fed[i]._version else None for i in self.buffers]
-            )
+            # By value: batch norm writes its statistics without counting a version.
+            changed = [
+                None if torch.equal(fed[i], values[i].to(fed[i].device)) else fed[i]
+                for i in self.buffers
+            ]
+            store.put(buffers_key(self.token), changed)
         leaves, structure = flatten(output)
         if self.taped:
             tape = Tape(

@@ -1,7 +1,7 @@
 """What a worker keeps: stages, tapes, and gradients between a backward and whoever takes them.
 
-One `Store` a worker owns it all. Every entry stands under the Dask key of the task that made it, and
-leaves when that key does: when the driver lets go of it, is killed, or cancels it.
+One `Store` a worker owns it all. Every entry stands under the Dask key of the task that made it,
+and leaves when that key does: when the driver lets go of it, is killed, or cancels it.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class Store:
         entry = self._entries.get(token)
         if not isinstance(entry, ResidentStage):
             raise WorkerLostError(
-                f"worker {self.address} does not hold {token.partition('-')[0]!r}: it was restarted "
-                "since the chain was made, or the chain was closed. Make the chain again"
+                f"worker {self.address} does not hold {token.partition('-')[0]!r}: it was "
+                "restarted since the chain was made. Make the chain again"
             )
         return entry
 

@@ -1,0 +1,46 @@
+"""Comparing with plain torch."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+import taskgrad as tg
+
+
+def reference(model: nn.Module, *xs: torch.Tensor, cotangent: Any = None) -> tuple[Any, dict, list]:
+    """Output, parameter gradients and input gradients of plain torch; the model is not changed."""
+    model = copy.deepcopy(model)
+    model.zero_grad()
+    leaves = [x.clone().requires_grad_() if x.is_floating_point() else x for x in xs]
+    out = model(*leaves)
+    out.backward(torch.ones_like(out) if cotangent is None else cotangent)
+    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return out.detach(), grads, [x.grad for x in leaves]
+
+
+def assert_same(ours: Any, theirs: Any, what: str = "") -> None:
+    """Bit for bit."""
+    if theirs is None or ours is None:
+        assert ours is None, what
+        assert theirs is None, what
+        return
+    assert ours.dtype == theirs.dtype, what
+    assert torch.equal(ours, theirs), f"{what}: differs by {(ours - theirs).abs().max()}"
+
+
+def assert_vjp_equals_torch(chain: tg.GraphChain, model: nn.Module, *xs: torch.Tensor) -> None:
+    """Output, parameter gradients, input gradients and buffers of a chain: plain torch's bits."""
+    out, grads, input_grads = reference(model, *xs)
+    y, back = tg.vjp(chain, *xs)
+    ours, *gxs = back(torch.ones_like(out))
+    value, ours, gxs = tg.collect((y, ours, gxs))
+    assert_same(value.detach(), out, "output")
+    assert set(ours) == set(grads)
+    for name, grad in grads.items():
+        assert_same(ours[name], grad, name)
+    for gx, theirs in zip(gxs, input_grads, strict=True):
+        assert_same(gx, theirs, "input")
