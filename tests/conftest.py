@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from distributed import Client
+from distributed.diagnostics.plugin import SchedulerPlugin
 
 import taskgrad as tg
 from taskgrad.cluster.tasks import held
@@ -20,13 +21,15 @@ torch.set_num_threads(1)  # as the workers: the same operations give the same bi
 def cluster() -> Iterator[Client]:
     """Two worker processes of one thread."""
     client = tg.local_cluster(n_workers=2, dashboard_address=":0")
+    client.register_plugin(Finished())
     yield client
     client.close()
 
 
 @pytest.fixture
 def client(cluster: Client) -> Iterator[Client]:
-    """The session's cluster; after the test, whatever it made must be gone from the workers."""
+    """The session's cluster; what earlier tests left to the garbage collector is gone from it."""
+    wait_until(lambda: not any(total_held(cluster).values()))
     yield cluster
 
 
@@ -51,6 +54,37 @@ def total_held(client: Client) -> dict[str, int]:
         for name, count in counts.items():
             totals[name] = totals.get(name, 0) + count
     return totals
+
+
+def keys_of(client: Client, prefix: str) -> set[str]:
+    """Keys of the tasks that the scheduler handed to a worker, from its own record."""
+    return {key for key, _ in ran_on(client, prefix)}
+
+
+def ran_on(client: Client, prefix: str) -> set[tuple[str, str]]:
+    """(key, worker) of the tasks that workers finished, from the scheduler's own record."""
+    return {
+        (key, worker)
+        for key, worker in client.run_on_scheduler(_finished)
+        if key.startswith(prefix)
+    }
+
+
+def _finished(dask_scheduler: object) -> list[tuple[str, str]]:
+    return dask_scheduler.plugins["finished"].seen  # type: ignore[attr-defined]
+
+
+class Finished(SchedulerPlugin):
+    """Writes down which worker finished which key."""
+
+    name = "finished"
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str]] = []
+
+    def transition(self, key, start, finish, *args, worker=None, **kwargs) -> None:
+        if start == "processing" and finish == "memory":
+            self.seen.append((str(key), worker))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 
 import dask
 import pytest
@@ -70,9 +69,7 @@ def test_delayed_and_other_collections_as_arguments(client):
     ones = dask.delayed(torch.ones)(3)
     assert_same(tg.collect(tg.spawn(torch.add, ones, 1)), torch.full((3,), 2.0))
     array = da.ones((4,), chunks=2)
-    assert_same(
-        tg.collect(tg.spawn(torch.from_numpy, array)), torch.ones(4, dtype=torch.float64)
-    )
+    assert_same(tg.collect(tg.spawn(torch.from_numpy, array)), torch.ones(4, dtype=torch.float64))
     chain = tg.GraphChain(nn.Sequential(nn.Linear(3, 1)), client=client)
     assert tg.collect(chain(ones)).shape == (1,)
 
@@ -118,25 +115,20 @@ def test_forward_once_for_forward_and_backward(client):
     assert runs(client, "one") == runs(client, "two") == 3
 
 
-def test_building_is_lazy_and_quick(client):
+def test_building_submits_nothing(client):
     model = nn.Sequential(*[nn.Identity() for _ in range(1000)])
     chain = tg.GraphChain(model, client=client)
     before = client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.transition_log))
-    chain(torch.ones(2))  # imports
-    start = time.perf_counter()
     y = chain(torch.ones(2))
-    taken = time.perf_counter() - start
     after = client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.transition_log))
     assert before == after
-    assert taken < 0.2
     assert repr(y).startswith("Thunk[1000](Identity, (Thunk[999](Identity, ...")
     assert_same(tg.collect(y), torch.ones(2))
 
 
 def test_consecutive_layers_on_one_worker_are_one_task(client):
-    chain = tg.GraphChain(
-        nn.Sequential(*[nn.Identity() for _ in range(6)]), client=client, placement=[0, 0, 0, 1, 1, 0]
-    )
+    model = nn.Sequential(*[nn.Identity() for _ in range(6)])
+    chain = tg.GraphChain(model, client=client, placement=[0, 0, 0, 1, 1, 0])
     assert len(chain(torch.ones(2)).dask.to_dict()) == 3
 
 
@@ -173,7 +165,8 @@ def test_spawn_places_by_its_argument_and_in_turn(client):
 def test_repr_and_html(client):
     y = tg.spawn(torch.relu, tg.spawn(torch.neg, torch.ones(2, 3)))
     assert repr(y) == "Thunk[2](relu, (Thunk[1](neg, (float32[2, 3],)),))"
-    chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), client=client, placement=[0, 1])
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    chain = tg.GraphChain(model, client=client, placement=[0, 1])
     html = chain(torch.ones(1, 2))._repr_html_()
     assert "<svg" in html
     colours = set(re.findall(r"fill: (#[0-9a-f]{6})", html))

@@ -6,6 +6,7 @@ where they are for as long as the node itself is held.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,8 +14,7 @@ from typing import Any
 import torch
 from dask.base import DaskMethodsMixin
 from dask.highlevelgraph import HighLevelGraph
-from distributed import Future, KilledWorker, wait
-from distributed import TimeoutError as DaskTimeoutError
+from distributed import CancelledError, Future, KilledWorker, wait
 
 from taskgrad.cluster.session import Session, check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
@@ -34,6 +34,8 @@ from taskgrad.graph.pytree import tensors
 
 # How often a wait looks whether the workers that it waits for are still there, in seconds.
 _LOOK = 1.0
+# How long the scheduler may take to answer a question about a task that has ended, in seconds.
+_ANSWER = 30
 # Inputs from this size on go straight to their worker; smaller ones travel inside the graph.
 _SCATTER_BYTES = 1 << 20
 
@@ -174,7 +176,10 @@ def run(targets: Sequence[Node], session: Session, *, wait: bool = True) -> None
     if not wait:
         return
     try:
-        _wait([resolve(t) for t in targets], session)
+        error = _wait([resolve(t) for t in targets], session)
+        # Raised here, where no frame holds a future: the traceback would keep it alive.
+        if error is not None:
+            raise error
     except BaseException:
         forget(nodes)
         forget(n.call for n in nodes if isinstance(n, Pullback))
@@ -224,52 +229,54 @@ def values_of(targets: Sequence[Node], session: Session) -> list[Any]:
     return [n.value if isinstance(n, Leaf) else next(gathered) for n in nodes]
 
 
-def _wait(targets: Sequence[Node], session: Session) -> None:
+def _wait(targets: Sequence[Node], session: Session) -> BaseException | None:
+    """Wait until all have run, or one cannot; returns the error, or None."""
     futures = [n.result for n in targets if isinstance(n.result, Future)]
     while True:
-        try:
+        with contextlib.suppress(TimeoutError, CancelledError):
             wait(futures, timeout=_LOOK)
-        except (DaskTimeoutError, TimeoutError):
-            pass
-        except Exception:
-            check_open(session.client)
-            _raise_failed(targets, session)
-            raise
-        _raise_failed(targets, session)
+        for node in targets:
+            error = _failure(node)
+            if error is not None:
+                return error
         if all(f.done() for f in futures):
-            return
-        check_open(session.client)
-        _look_for_lost_workers(targets, session)
+            return None
+        gone = _lost_worker(targets, session)
+        if gone is not None:
+            return gone
 
 
-def _raise_failed(targets: Sequence[Node], session: Session) -> None:
-    for node in targets:
-        future = node.result
-        if not isinstance(future, Future):
-            continue
-        if future.status == "error":
-            error = future.exception(timeout=30)
-            if isinstance(error, KilledWorker):
-                raise WorkerLostError(
-                    f"{error}. The worker died while it ran this task; look at its log (memory?), "
-                    "then make the chain again"
-                ) from error
-            raise error
-        if future.status in ("cancelled", "lost"):
-            raise WorkerLostError(
-                f"{node.key.partition('-')[0]!r} was cancelled: a value that it needs was lost "
-                "with its worker, or the scheduler was restarted. Make the chain and the call again"
+def _failure(node: Node) -> BaseException | None:
+    """What went wrong with a node that was submitted, as an error to raise."""
+    future, name = node.result, node.key.partition("-")[0]
+    if not isinstance(future, Future):
+        return None
+    if future.status == "error":
+        error: BaseException = future.exception(timeout=_ANSWER)
+        if isinstance(error, KilledWorker):
+            return WorkerLostError(
+                f"{error}. The worker died while it ran this task; look at its log (memory?), "
+                "then make the chain again"
             )
+        return error
+    if future.status in ("cancelled", "lost"):
+        return WorkerLostError(
+            f"{name!r} was cancelled: a value that it needs was lost with its worker, or the "
+            "scheduler was restarted. Make the chain and the call again"
+        )
+    return None
 
 
-def _look_for_lost_workers(targets: Sequence[Node], session: Session) -> None:
+def _lost_worker(targets: Sequence[Node], session: Session) -> WorkerLostError | None:
+    """An error if something unfinished can only run on a worker that is gone."""
     alive = session.alive()
     for node in sorted(_unfinished(targets), key=lambda n: n.order):
         if node.worker is not None and node.worker not in alive:
-            raise WorkerLostError(
+            return WorkerLostError(
                 f"worker {node.worker} is gone, and {node.key.partition('-')[0]!r} can only run "
                 "there: its layers or tapes are lost. Make the chain again on the workers there are"
             )
+    return None
 
 
 def _unfinished(targets: Sequence[Node]) -> set[Node]:

@@ -65,7 +65,7 @@ class Leaf(Node):
         self.name = name
         found = tensors(value)
         if needs_grad is None:
-            needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in found)
+            needs_grad = any(t.requires_grad for t in found)
         self._needs_grad = needs_grad and any(map(carries_gradient, found))
         self.version = versions(value)
 
