@@ -120,6 +120,10 @@ class Thunk(Delayed):
             tensors, gradients = zip(*pairs, strict=True)
             torch.autograd.backward(list(tensors), list(gradients), retain_graph=retain_graph)
 
+    def item(self) -> Any:
+        """The number in a value of one element; runs what it needs, once, like `collect`."""
+        return collect(self).item()
+
     @property
     def requires_grad(self) -> bool:
         """Whether a backward can start here."""

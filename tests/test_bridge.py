@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import total_held, wait_until
-from helpers import assert_same
 from torch import nn
 
 import taskgrad as tg
+from conftest import total_held, wait_until
+from helpers import assert_same
 
 
 @pytest.fixture

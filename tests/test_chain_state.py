@@ -11,10 +11,10 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same
 from torch import nn
 
 import taskgrad as tg
+from helpers import assert_same
 
 
 def net():

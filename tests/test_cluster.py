@@ -11,12 +11,12 @@ import torch
 from dask.sizeof import sizeof
 from distributed import Client, LocalCluster
 from distributed.protocol import deserialize, serialize
-from helpers import assert_same, assert_vjp_equals_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import taskgrad as tg
+from helpers import assert_same, assert_vjp_equals_torch
 from taskgrad.cluster import serialize as _family  # noqa: F401  registers it
 
 

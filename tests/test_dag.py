@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import keys_of
-from helpers import assert_same, assert_vjp_equals_torch
 from torch import nn
 
 import taskgrad as tg
+from conftest import keys_of
+from helpers import assert_same, assert_vjp_equals_torch
 
 
 def both(f, g, *xs):
@@ -343,3 +343,21 @@ def test_lstm_and_transformer_chains(client):
     )
     chain = tg.GraphChain(model, client=client)
     assert_vjp_equals_torch(chain, model, torch.randn(2, 6, 8))
+
+
+def test_autocast_of_the_driver_holds_on_the_workers(client):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+    chain = tg.GraphChain(model, client=client, placement=[0, 1, 0])
+    x = torch.randn(4, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lazy = chain(x)
+        out = model(x)
+    ours = tg.collect(lazy)
+    assert ours.dtype == out.dtype == torch.bfloat16
+    assert_same(ours.detach(), out.detach())
+    ours.sum().backward()
+    grad, x.grad = x.grad, None
+    out.sum().backward()
+    assert_same(grad, x.grad)
+    for name, g in tg.collect(chain.grads()).items():
+        assert_same(g, model.get_parameter(name).grad, name)

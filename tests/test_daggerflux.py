@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same, assert_vjp_equals_torch, reference
 from torch import nn
 
 import taskgrad as tg
+from helpers import assert_same, assert_vjp_equals_torch, reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 

@@ -9,11 +9,11 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import keys_of
 from distributed import Client
 from torch import nn
 
 import taskgrad as tg
+from conftest import keys_of
 from taskgrad.cluster import session as sessions
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ran_on
 from torch import nn
 
 import taskgrad as tg
+from conftest import ran_on
 
 CUT = 256 * 1024 * 4  # bytes of the one activation at the cut
 

@@ -12,10 +12,10 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import total_held, wait_until
 from torch import nn
 
 import taskgrad as tg
+from conftest import total_held, wait_until
 
 
 class Fails(nn.Module):

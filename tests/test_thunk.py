@@ -8,13 +8,13 @@ import threading
 import dask
 import pytest
 import torch
-from conftest import total_held, wait_until
 from dask.delayed import Delayed
 from distributed import get_worker
-from helpers import assert_same
 from torch import nn
 
 import taskgrad as tg
+from conftest import total_held, wait_until
+from helpers import assert_same
 
 
 class Counting(nn.Module):

@@ -51,6 +51,7 @@ def _(node: Call) -> Forward:
         tensor_slots=node.tensor_slots,
         template=node.template,
         mode=node.mode,
+        autocast=node.autocast,
         taped=node.taped,
         needs_grad=tuple(i.needs_grad for i in node.inputs),
         buffers=node.buffers if node.returns_buffers else (),

@@ -26,6 +26,15 @@ def new_key(action: str, name: str = "") -> str:
     return f"{label.replace('-', '_').replace(' ', '_')}-{uuid.uuid4().hex}"
 
 
+def autocast_now() -> tuple[tuple[str, torch.dtype], ...]:
+    """The (device type, dtype) of each ``torch.autocast`` region that is open here."""
+    return tuple(
+        (device, torch.get_autocast_dtype(device))
+        for device in ("cpu", "cuda")
+        if torch.is_autocast_enabled(device)
+    )
+
+
 def versions(value: Any) -> list[int | None]:
     """How often each tensor was written in place; inference tensors do not count it."""
     return [None if t.is_inference() else t._version for t in tensors(value)]
@@ -147,6 +156,7 @@ class Call(Node):
     __slots__ = (
         "_inputs",
         "_needs_grad",
+        "autocast",
         "buffers",
         "function",
         "kind",
@@ -190,6 +200,7 @@ class Call(Node):
         self.parameters = parameters
         self.buffers = buffers
         self.mode = mode  # True: train, False: eval, None: as the layers are
+        self.autocast = autocast_now()
         self._inputs = tuple(inputs)
         self._needs_grad = bool(parameters) or any(i.needs_grad for i in inputs)
         self.taped = torch.is_grad_enabled() and self._needs_grad

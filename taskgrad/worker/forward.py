@@ -33,6 +33,7 @@ class Forward:
     tensor_slots: tuple[int, ...]
     template: bytes
     mode: bool | None
+    autocast: tuple[tuple[str, torch.dtype], ...]
     taped: bool
     needs_grad: tuple[bool, ...]
     buffers: tuple[int, ...] = ()
@@ -57,7 +58,10 @@ class Forward:
                 fed.append(structure.build(given))
             if stage is not None:
                 _set_mode(stage, self.mode)
-            output = self._call(store, stage, fed)
+            with contextlib.ExitStack() as regions:
+                for kind, dtype in self.autocast:
+                    regions.enter_context(torch.autocast(kind, dtype))
+                output = self._call(store, stage, fed)
         if self.buffers:
             # By value: batch norm writes its statistics without counting a version.
             changed = [
