@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format notebooks clean
+.PHONY: help setup train test lint format notebooks docs clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ notebooks: setup ## run every notebook from top to bottom; the first error stops
 		$(BIN)/python -m nbconvert --to notebook --execute \
 			--ExecutePreprocessor.timeout=600 --output-dir "$$out" "$$notebook" || exit 1; \
 	done
+
+docs: setup ## run the code in README.md and docs/
+	$(BIN)/python docs/check_snippets.py
 
 clean: ## remove .venv, caches and what training wrote
 	rm -rf $(VENV) build dist runs dask-worker-space .pytest_cache .mypy_cache .ruff_cache \

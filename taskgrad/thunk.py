@@ -143,8 +143,8 @@ class Thunk(Delayed):
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"a Thunk has no attribute {name!r}: its value is not here yet. Use tg.collect(thunk), "
-            f"or tg.spawn(getattr, thunk, {name!r})"
+            f"a Thunk has no attribute {name!r}: its value is not here yet. Use a function of it "
+            f"(torch.sum(thunk), tg.spawn(getattr, thunk, {name!r})), or tg.collect(thunk) first"
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -92,6 +93,27 @@ def test_cancelled_while_it_runs_leaves_no_tape(client):
     del y
     time.sleep(1.2)
     assert wait_until(lambda: total_held(client)["tapes"] == 0)
+
+
+def test_a_long_wait_keeps_nothing_alive(client):
+    """Without the garbage collector's help: no cycle through the frames that waited."""
+
+    def slow(x):
+        time.sleep(2.5)  # longer than a wait goes without a look at the workers
+        return x * 2
+
+    gc.collect()
+    gc.disable()
+    try:
+        x = torch.ones(3, requires_grad=True)
+        tg.spawn(torch.sum, tg.spawn(slow, x)).backward()
+        tg.collect(tg.spawn(slow, x))
+        end = time.monotonic() + 5
+        while any(total_held(client).values()) and time.monotonic() < end:
+            time.sleep(0.02)
+        assert not any(total_held(client).values())
+    finally:
+        gc.enable()
 
 
 def test_killed_driver_leaves_nothing(fresh):

@@ -9,7 +9,7 @@ import dask
 import pytest
 import torch
 from dask.delayed import Delayed
-from distributed import get_worker
+from distributed import Client, get_worker
 from torch import nn
 
 import taskgrad as tg
@@ -197,6 +197,21 @@ def test_large_inputs_go_straight_to_their_worker(client):
     y = tg.spawn(torch.sin, x, worker=0) + tg.spawn(torch.cos, x, worker=1)
     tg.collect(y).sum().backward()
     torch.testing.assert_close(x.grad, (x.cos() - x.sin()).detach())
+
+
+def test_a_view_travels_without_the_rest_of_its_storage(client):
+    data = torch.arange(1_000_000.0)
+    graph = tg.spawn(torch.relu, data[:10], worker=0).dask
+    (task,) = graph.to_dict().values()
+    assert sum(len(a) for a in task.args if isinstance(a, bytes)) < 10_000
+    assert_same(tg.collect(tg.spawn(torch.relu, data[:10])), data[:10])
+
+
+def test_a_client_that_is_not_the_default_one(client):
+    with Client(client.scheduler.address, set_as_default=False) as other:
+        chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 1)), client=other)
+        tg.collect(chain(torch.ones(3, 2))).sum().backward()
+        assert tg.collect(chain.grads())["0.bias"] == 3
 
 
 def test_from_threads_and_beside_other_work(client):

@@ -6,7 +6,6 @@ where they are for as long as the node itself is held.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,8 +13,9 @@ from typing import Any
 import torch
 from dask.base import DaskMethodsMixin
 from dask.highlevelgraph import HighLevelGraph
-from distributed import CancelledError, Future, KilledWorker, wait
+from distributed import Future, KilledWorker
 
+from taskgrad.cluster import waiting
 from taskgrad.cluster.session import Session, check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.executors.lowering import lower, order_inputs, plain_value, resolve
@@ -222,28 +222,57 @@ def drop_tapes(targets: Sequence[Node]) -> None:
 
 
 def values_of(targets: Sequence[Node], session: Session) -> list[Any]:
-    """The values of nodes that have run, on the driver."""
+    """The values of nodes that have run, on the driver.
+
+    Raises
+    ------
+    WorkerLostError
+        A value was lost with its worker on the way.
+    """
     nodes = [resolve(t) for t in targets]
-    held = [n.result for n in nodes if isinstance(n.result, Future) and not isinstance(n, Leaf)]
-    gathered = iter(session.client.gather(held))
+    there = [n for n in nodes if isinstance(n.result, Future) and not isinstance(n, Leaf)]
+    gathered = iter(_gather(there, session))
     return [n.value if isinstance(n, Leaf) else next(gathered) for n in nodes]
+
+
+def _gather(nodes: Sequence[Node], session: Session) -> list[Any]:
+    """Dask's gather, but with a look now and then at whether the values can still come."""
+    if not nodes:
+        return []
+    coming = waiting.values(session.client, [n.result for n in nodes])
+    try:
+        while not coming.done(_LOOK):
+            error = _trouble(nodes, session)
+            if error is not None:
+                raise error
+        found: list[Any] = coming.result()
+        return found
+    finally:
+        coming.cancel()
 
 
 def _wait(targets: Sequence[Node], session: Session) -> BaseException | None:
     """Wait until all have run, or one cannot; returns the error, or None."""
     futures = [n.result for n in targets if isinstance(n.result, Future)]
-    while True:
-        with contextlib.suppress(TimeoutError, CancelledError):
-            wait(futures, timeout=_LOOK)
-        for node in targets:
-            error = _failure(node)
+    settled = waiting.all_of(session.client, futures)
+    try:
+        while not settled.done(_LOOK):
+            error = _trouble(targets, session)
             if error is not None:
                 return error
-        if all(f.done() for f in futures):
-            return None
-        gone = _lost_worker(targets, session)
-        if gone is not None:
-            return gone
+    finally:
+        settled.cancel()
+    return next(filter(None, map(_failure, targets)), None)
+
+
+def _trouble(targets: Sequence[Node], session: Session) -> BaseException | None:
+    """Why these will not all come, as an error to raise; None as far as is known."""
+    try:
+        check_open(session.client)
+    except TaskgradError as error:
+        return error
+    failed = next(filter(None, map(_failure, targets)), None)
+    return failed or _lost_worker(targets, session)
 
 
 def _failure(node: Node) -> BaseException | None:

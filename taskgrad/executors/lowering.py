@@ -118,6 +118,15 @@ def plain_value(leaf: Leaf) -> Any:
     return map_leaves(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, leaf.value)
 
 
+def _compact(leaf: Any) -> Any:
+    """A view without the rest of its storage, all of which pickle would take along."""
+    if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
+        own = leaf.numel() * leaf.element_size()
+        if leaf.device.type != "meta" and leaf.untyped_storage().nbytes() > own:
+            return leaf.clone()
+    return leaf
+
+
 def lower(nodes: Collection[Node], name: str, *, ordered: bool) -> HighLevelGraph:
     """A Dask graph in which every one of these nodes is a task under its own key.
 
@@ -159,7 +168,7 @@ def _task(node: Node, ordered: bool) -> Task:
     for position, given in enumerate(node.inputs):
         source = resolve(given)
         if isinstance(source, Leaf) and source.result is None:
-            literals[position] = plain_value(source)
+            literals[position] = map_leaves(_compact, plain_value(source))
         else:
             references.append(TaskRef(source.key))
     if isinstance(node, Pullback) and (ordered or not references) and node.call.result is None:
