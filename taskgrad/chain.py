@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +26,7 @@ from taskgrad.graph.layers import (
     rebuild_model,
 )
 from taskgrad.graph.nodes import Call, ChainRef, Leaf, Node, Stage, StageCall, new_key
+from taskgrad.graph.pytree import Slot
 from taskgrad.plan.costs import layer_costs
 from taskgrad.plan.drawing import call_graph, html
 from taskgrad.plan.placement import contiguous, round_robin
@@ -38,6 +39,10 @@ class IncompatibleKeys(NamedTuple):
 
     missing_keys: list[str]
     unexpected_keys: list[str]
+
+
+# The arguments of a call whose one argument is what the call before it gave.
+_ONE_INPUT = pickle.dumps(((Slot(0),), {}))
 
 
 class _Entry(NamedTuple):
@@ -115,6 +120,8 @@ class GraphChain(Lazy):
         for address in dict.fromkeys(workers):
             self._stages[address] = Stage(chain, new_key("stage", self._title), address)
         self._stage_of = [self._stages[address] for address in workers]
+        self._by_name = {layer.name: layer for layer in reversed(self._layers)}
+        self._trainable = self._trainable_by_layer()
         devices = self._install(flat, None if device is None else str(device))
         sizes = self._sizes()
         self.placement = Placement(
@@ -129,9 +136,8 @@ class GraphChain(Lazy):
 
     def _install(self, flat: Model, device: str | None) -> dict[str, str]:
         """Send every stage to its worker; returns the device that each ended up on."""
-        by_name = {layer.name: layer for layer in reversed(self._layers)}
         for info in self._tensors.values():
-            holders = [self._stage_of[owner_of(n, by_name).index] for n in info.names]
+            holders = [self._stage_of[owner_of(n, self._by_name).index] for n in info.names]
             for stage in holders[1:]:
                 if stage is not holders[0]:
                     stage.homes[info.name] = holders[0]
@@ -141,7 +147,7 @@ class GraphChain(Lazy):
             names: dict[str, tuple[int, str]] = {}
             for info in self._tensors.values():
                 for name in info.names:
-                    layer = owner_of(name, by_name)
+                    layer = owner_of(name, self._by_name)
                     if not info.is_buffer and self._stage_of[layer.index] is stage:
                         names.setdefault(info.name, (layer.index, local_name(name, layer)))
             packed = pack.pack({i: flat.modules[i] for i in here})
@@ -186,7 +192,7 @@ class GraphChain(Lazy):
                 return entry
             call = self._call(row, entry)
             row.clear()
-            return _Entry((call,), Inputs().template(((call,), {}), self._title))
+            return _Entry((call,), _ONE_INPUT)
 
         for part in path:
             if isinstance(part, Branches):
@@ -204,26 +210,27 @@ class GraphChain(Lazy):
     def _call(self, row: Sequence[Layer], entry: _Entry) -> Call:
         names = [layer.name or layer.kind for layer in row]
         stage = self._stage_of[row[0].index]
-        prefixes = {layer.name for layer in row}
         return Call(
             title=names[0] if len(row) == 1 else f"{names[0]}..{names[-1]}",
             steps=tuple((r.index, name, r.kind) for r, name in zip(row, names, strict=True)),
             inputs=entry.inputs,
             template=entry.template,
             stage=stage,
-            parameters=self._trainable(prefixes),
+            parameters=tuple(
+                dict.fromkeys(name for layer in row for name in self._trainable[layer.index])
+            ),
             mode=self._mode,
             worker=stage.worker,
         )
 
-    def _trainable(self, layers: set[str]) -> tuple[str, ...]:
-        return tuple(
-            info.name
-            for info in self._tensors.values()
-            if info.requires_grad
-            and not info.is_buffer
-            and (info.layer in layers or any(_inside(n, layers) for n in info.names[1:]))
-        )
+    def _trainable_by_layer(self) -> list[list[str]]:
+        """The trainable parameters that each layer uses, tied ones under their first name."""
+        found: list[list[str]] = [[] for _ in self._layers]
+        for info in self._tensors.values():
+            if info.requires_grad and not info.is_buffer:
+                for name in info.names:
+                    found[owner_of(name, self._by_name).index].append(info.name)
+        return found
 
     # -- state -------------------------------------------------------------------------------------
 
@@ -287,12 +294,11 @@ class GraphChain(Lazy):
                 f"Missing: {missing or 'none'}. Unexpected: {extra or 'none'}. "
                 f"Wrong shape: {wrong or 'none'}"
             )
-        by_name = {layer.name: layer for layer in reversed(self._layers)}
         split: dict[Stage, dict[int, dict[str, Any]]] = {}
         for name, value in state.items():
             if name in extra:
                 continue
-            layer = owner_of(name, by_name)
+            layer = owner_of(name, self._by_name)
             part = split.setdefault(self._stage_of[layer.index], {})
             part.setdefault(layer.index, {})[local_name(name, layer)] = value
         run(
@@ -324,8 +330,7 @@ class GraphChain(Lazy):
         return model
 
     def _home(self, name: str) -> Stage:
-        by_name = {layer.name: layer for layer in reversed(self._layers)}
-        return self._stage_of[owner_of(name, by_name).index]
+        return self._stage_of[owner_of(name, self._by_name).index]
 
     def _on_stages(self, action: str, **arguments: Any) -> list[Any]:
         """Run one action on every stage; returns what each gave."""
@@ -352,14 +357,6 @@ class GraphChain(Lazy):
         with torch.no_grad():
             graph = call_graph([self(None)._node])
         return html(repr(self), graph, self.placement._repr_html_())
-
-
-def _inside(name: str, layers: set[str]) -> bool:
-    """Whether a parameter's full name belongs to one of these layers."""
-    return any(
-        prefix in layers
-        for prefix in itertools.accumulate(name.split(".")[:-1], lambda a, b: f"{a}.{b}")
-    )
 
 
 def _get_tensor(model: nn.Module, name: str) -> torch.Tensor:

@@ -361,3 +361,43 @@ def test_autocast_of_the_driver_holds_on_the_workers(client):
     assert_same(grad, x.grad)
     for name, g in tg.collect(chain.grads()).items():
         assert_same(g, model.get_parameter(name).grad, name)
+
+
+def test_a_net_of_chains_with_skips_over_workers(client):
+    """A small U-Net: encoder values are used again by the decoder, on other workers."""
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(i, o, 3, padding=1) for i, o in ((1, 4), (4, 8), (8, 4), (8, 4))]
+    tail = nn.Conv2d(5, 1, 1)
+
+    def unet(enc1, enc2, dec2, dec1, tail, x):
+        a = torch.relu(enc1(x))
+        b = torch.relu(enc2(F.max_pool2d(a, 2)))
+        u = F.interpolate(dec2(b), scale_factor=2)
+        return tail(torch.cat([dec1(torch.cat([u, a], 1)), x], dim=1))
+
+    chains = [
+        tg.GraphChain(m, client=client, placement=[i % 2]) for i, m in enumerate([*parts, tail])
+    ]
+    x = torch.randn(2, 1, 8, 8)
+    y, back = tg.vjp(lambda x: unet(*chains, x), x)
+    value, (grads, gx) = tg.collect((y, back(torch.ones(2, 1, 8, 8))))
+    leaf = x.clone().requires_grad_()
+    out = unet(*parts, tail, leaf)
+    out.backward(torch.ones_like(out))
+    assert_same(value.detach(), out.detach())
+    assert_same(gx, leaf.grad)
+    theirs = [p.grad for m in [*parts, tail] for p in m.parameters()]
+    for a, b in zip(grads.values(), theirs, strict=True):
+        assert_same(a, b)
+
+
+def test_sparse_gradients(client):
+    model = nn.Sequential(nn.Embedding(50, 3, sparse=True), nn.Linear(3, 2))
+    chain = tg.GraphChain(model, client=client, placement=[0, 1])
+    ids = torch.tensor([[1, 2], [2, 40]])
+    for _ in range(2):
+        tg.spawn(torch.sum, chain(ids)).backward()
+        model(ids).sum().backward()
+    ours = tg.collect(chain.grads())["0.weight"]
+    assert ours.is_sparse
+    assert_same(ours.to_dense(), model[0].weight.grad.to_dense())

@@ -244,3 +244,25 @@ def test_worker_killed_while_it_runs(fresh):
     chain = tg.GraphChain(linear(), client=client)
     with pytest.raises(tg.WorkerLostError):
         tg.collect(tg.spawn(die, chain(torch.ones(1, 2)), worker=0))
+
+
+def test_code_that_is_not_on_the_worker(client, tmp_path, monkeypatch):
+    (tmp_path / "only_on_the_driver.py").write_text(
+        "from torch import nn\nclass Here(nn.Identity):\n    pass\ndef here(x):\n    return x\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import only_on_the_driver
+
+    for use in (
+        lambda: tg.GraphChain(nn.Sequential(only_on_the_driver.Here()), client=client),
+        lambda: tg.collect(tg.spawn(only_on_the_driver.here, torch.ones(1))),
+    ):
+        with pytest.raises(tg.TaskgradError, match=r"only_on_the_driver.*client\.upload_file"):
+            use()
+
+
+def test_a_persisted_call_that_failed_raises_when_collected_each_time(client):
+    y = tg.spawn(Inner(), torch.ones(2)).persist()
+    for _ in range(2):
+        with pytest.raises(tg.LayerError, match=r"view\(7\)"):
+            tg.collect(y)

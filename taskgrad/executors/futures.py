@@ -183,6 +183,7 @@ def run(targets: Sequence[Node], session: Session, *, wait: bool = True) -> None
     except BaseException:
         forget(nodes)
         forget(n.call for n in nodes if isinstance(n, Pullback))
+        forget(t for t in targets if _failure(t) is not None)  # submitted before, by persist
         raise
 
 

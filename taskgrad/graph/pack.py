@@ -17,6 +17,8 @@ import cloudpickle
 import torch
 from torch import nn
 
+from taskgrad.errors import TaskgradError
+
 Persist = Callable[[Any], Any]
 
 
@@ -46,8 +48,21 @@ def dumps(obj: Any, persist: Persist) -> bytes:
 
 
 def loads(data: bytes, load: Callable[[Any], Any]) -> Any:
-    """Undo `dumps`; `load` turns what `persist` gave back into the part."""
-    return _Unpickler(io.BytesIO(data), load).load()
+    """Undo `dumps`; `load` turns what `persist` gave back into the part.
+
+    Raises
+    ------
+    TaskgradError
+        The code of a class or function is not there to be imported.
+    """
+    try:
+        return _Unpickler(io.BytesIO(data), load).load()
+    except (ImportError, AttributeError) as error:
+        raise TaskgradError(
+            f"code that a layer or function needs is not on this worker ({error}). Install its "
+            "package there, send the file with client.upload_file(path), or define it in the "
+            "script or notebook itself, which travels along"
+        ) from error
 
 
 def is_plain(obj: Any) -> bool:
