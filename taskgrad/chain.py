@@ -10,9 +10,9 @@ import torch
 from distributed import Client
 from torch import nn
 
-from taskgrad.cluster.session import Session, WorkerSpec, session
-from taskgrad.errors import PlacementError
+from taskgrad.cluster.session import WorkerSpec, session
 from taskgrad.executors.futures import run, values_of
+from taskgrad.executors.placing import check_picklable, place
 from taskgrad.graph import pack
 from taskgrad.graph.layers import (
     Branches,
@@ -25,11 +25,9 @@ from taskgrad.graph.layers import (
     owner_of,
     rebuild_model,
 )
-from taskgrad.graph.nodes import Call, ChainRef, Leaf, Node, Stage, StageCall, new_key
+from taskgrad.graph.nodes import Call, ChainRef, Leaf, Node, Stage, StageCall, StoredGrad, new_key
 from taskgrad.graph.pytree import Slot
-from taskgrad.plan.costs import layer_costs
 from taskgrad.plan.drawing import call_graph, html
-from taskgrad.plan.placement import contiguous, round_robin
 from taskgrad.plan.table import Placement, PlacementRow
 from taskgrad.thunk import Inputs, Lazy, Thunk
 
@@ -103,9 +101,9 @@ class GraphChain(Lazy):
         device: str | torch.device | None = None,
     ) -> None:
         flat = flatten_model(model)
-        _check_picklable(flat)
+        check_picklable(flat)
         self._session = session(client)
-        workers = _place(flat, placement, self._session)
+        workers = place(flat, placement, self._session)
         self._path: Path = flat.path
         self._layers: list[Layer] = flat.layers
         self._tensors: dict[str, ParameterInfo] = flat.tensors
@@ -252,10 +250,7 @@ class GraphChain(Lazy):
         found = {}
         for name, info in self._tensors.items():
             if info.requires_grad and not info.is_buffer:
-                node = StageCall(
-                    self._home(name), "gradient", {"name": name}, key=new_key("grad", name)
-                )
-                found[name] = Thunk(node, self._session)
+                found[name] = Thunk(StoredGrad(self._home(name), name), self._session)
         return found
 
     def named_parameters_info(self) -> Iterable[tuple[str, ParameterInfo]]:
@@ -370,40 +365,3 @@ def _set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
     owner = model.get_submodule(prefix)
     tensors: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
     tensors[leaf] = value
-
-
-def _check_picklable(flat: Model) -> None:
-    for layer, module in zip(flat.layers, flat.modules, strict=True):
-        try:
-            pack.pack(module)
-        except Exception as error:
-            raise TypeError(
-                f"layer {layer.name!r} ({layer.kind}) cannot be sent to a worker, because it "
-                f"cannot be pickled ({type(error).__name__}: {error}). Take what cannot be "
-                "pickled (locks, open files, generators) out of it, or make it in forward()"
-            ) from error
-
-
-def _place(
-    flat: Model,
-    placement: Literal["round_robin"] | Sequence[WorkerSpec] | None,
-    owner: Session,
-) -> list[str]:
-    """The address of each layer's worker."""
-    workers = owner.workers()
-    n = len(flat.layers)
-    if placement is None:
-        indices = contiguous(layer_costs(flat.path, flat.modules), len(workers))
-        return [workers[i].address for i in indices]
-    if isinstance(placement, str):
-        if placement != "round_robin":
-            raise PlacementError(
-                f'placement is None, "round_robin" or one worker for each layer; got {placement!r}'
-            )
-        return [workers[i].address for i in round_robin(n, len(workers))]
-    if len(placement) != n:
-        raise PlacementError(
-            f"the placement names {len(placement)} workers and the model has {n} layers "
-            f"({', '.join(layer.name or layer.kind for layer in flat.layers)}): give one for each"
-        )
-    return [owner.resolve(spec, workers) for spec in placement]

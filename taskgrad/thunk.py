@@ -20,6 +20,7 @@ from taskgrad import bridge
 from taskgrad.cluster.session import Session, WorkerSpec, current_session, session
 from taskgrad.errors import TaskgradError
 from taskgrad.executors.backward import check_cotangent, remember, run_backward
+from taskgrad.executors.bundles import bundle_reads, carrier_of, value_from
 from taskgrad.executors.futures import drop_tapes, graph_of, run_with_buffers, values_of
 from taskgrad.executors.lowering import resolve
 from taskgrad.graph import pack
@@ -369,8 +370,7 @@ def collect(tree: Any) -> Any:
         raise TaskgradError("thunks of two clients cannot be collected in one call")
     nodes = [t._node for t in thunks]
     owner = next(iter(owners.values()), None) or session()
-    _run(nodes, owner)
-    values = values_of(nodes, owner)
+    values = _values(nodes, owner)
     for node, value in zip(nodes, values, strict=True):
         remember(node, value)
     if torch.is_grad_enabled():
@@ -378,6 +378,16 @@ def collect(tree: Any) -> Any:
     for i, value in zip(at, values, strict=True):
         leaves[i] = value
     return structure.build(leaves)
+
+
+def _values(nodes: list[Node], owner: Session) -> list[Any]:
+    """Run what is needed for these nodes; their values. Small reads go together."""
+    bundle_reads(nodes)
+    carriers = [carrier_of(node) for node in nodes]
+    _run(carriers, owner)
+    needed = list(dict.fromkeys(carriers))
+    found = dict(zip(needed, values_of(needed, owner), strict=True))
+    return [value_from(c, node, found[c]) for node, c in zip(nodes, carriers, strict=True)]
 
 
 def _run(nodes: list[Node], owner: Session | None, *, wait: bool = True) -> None:

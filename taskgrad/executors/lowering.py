@@ -16,6 +16,7 @@ from taskgrad.cluster.tasks import run_action
 from taskgrad.errors import TaskgradError
 from taskgrad.graph.nodes import (
     BufferState,
+    Bundle,
     Call,
     Cotangent,
     Foreign,
@@ -24,12 +25,14 @@ from taskgrad.graph.nodes import (
     ParameterGrad,
     Primal,
     Pullback,
+    Read,
     StageCall,
+    StoredGrad,
     Sum,
     versions,
 )
 from taskgrad.graph.pytree import map_leaves
-from taskgrad.worker.actions import Add, OnStage, Pick, ReadBuffers, ReadGradient
+from taskgrad.worker.actions import Add, OnStage, Pick, ReadAll, ReadBuffers, ReadGradient
 from taskgrad.worker.backward import Backward
 from taskgrad.worker.forward import Forward
 
@@ -76,8 +79,21 @@ def _(node: Cotangent) -> Pick:
 
 
 @action_of.register
-def _(node: ParameterGrad) -> ReadGradient:
-    return ReadGradient(node.pullback.key, node.name)
+def _(node: Read) -> Any:
+    return Pick(node.part_of[1]) if node.part_of else _read(node)
+
+
+def _read(node: Read) -> Any:
+    if isinstance(node, ParameterGrad):
+        return ReadGradient(node.pullback.key, node.name)
+    if isinstance(node, StoredGrad):
+        return OnStage(node.stage.token, "gradient", {"name": node.name})
+    raise TypeError(f"no action for {type(node).__name__}")
+
+
+@action_of.register
+def _(node: Bundle) -> ReadAll:
+    return ReadAll(tuple(map(_read, node.reads)))
 
 
 @action_of.register

@@ -74,6 +74,17 @@ class ReadBuffers:
 
 
 @dataclass(frozen=True)
+class ReadAll:
+    """Several reads, each an action of its own, that take no values."""
+
+    reads: tuple[Any, ...]
+
+    def run(self, store: Store, *after: Any) -> list[Any]:
+        """What each gives, in order."""
+        return [read.run(store) for read in self.reads]
+
+
+@dataclass(frozen=True)
 class OnStage:
     """A function of `taskgrad.worker.stage_calls`, by name, on the stage `token`."""
 

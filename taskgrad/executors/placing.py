@@ -1,0 +1,57 @@
+"""Which worker of this cluster each layer of this model goes to, and whether it can go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from taskgrad.cluster.session import Session, WorkerSpec
+from taskgrad.errors import PlacementError
+from taskgrad.graph import pack
+from taskgrad.graph.layers import Model
+from taskgrad.plan.costs import layer_costs
+from taskgrad.plan.placement import contiguous, round_robin
+
+
+def check_picklable(flat: Model) -> None:
+    """Raise TypeError naming the layer that cannot be sent to a worker, if there is one."""
+    for layer, module in zip(flat.layers, flat.modules, strict=True):
+        try:
+            pack.pack(module)
+        except Exception as error:
+            raise TypeError(
+                f"layer {layer.name!r} ({layer.kind}) cannot be sent to a worker, because it "
+                f"cannot be pickled ({type(error).__name__}: {error}). Take what cannot be "
+                "pickled (locks, open files, generators) out of it, or make it in forward()"
+            ) from error
+
+
+def place(
+    flat: Model,
+    placement: Literal["round_robin"] | Sequence[WorkerSpec] | None,
+    owner: Session,
+) -> list[str]:
+    """The address of each layer's worker; the arguments are those of `GraphChain`.
+
+    Raises
+    ------
+    PlacementError
+        The placement has the wrong length or names a worker that is not there.
+    """
+    workers = owner.workers()
+    n = len(flat.layers)
+    if placement is None:
+        indices = contiguous(layer_costs(flat.path, flat.modules), len(workers))
+        return [workers[i].address for i in indices]
+    if isinstance(placement, str):
+        if placement != "round_robin":
+            raise PlacementError(
+                f'placement is None, "round_robin" or one worker for each layer; got {placement!r}'
+            )
+        return [workers[i].address for i in round_robin(n, len(workers))]
+    if len(placement) != n:
+        raise PlacementError(
+            f"the placement names {len(placement)} workers and the model has {n} layers "
+            f"({', '.join(layer.name or layer.kind for layer in flat.layers)}): give one for each"
+        )
+    return [owner.resolve(spec, workers) for spec in placement]
