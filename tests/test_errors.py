@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import pickle
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
-from distributed import Client, LocalCluster
+from distributed import Client
 from torch import nn
 
 import taskgrad as tg
@@ -205,19 +208,25 @@ def test_cluster_without_workers(fresh):
 
 
 @pytest.mark.parametrize("package", ["taskgrad", "torch"])
-def test_worker_with_another_version(tmp_path, package):
+def test_worker_with_another_version(fresh, tmp_path, package):
     """A real worker, in front of whose path stands another release."""
     info = tmp_path / f"{package}-0.0.1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.0.1\n")
-    with (
-        LocalCluster(n_workers=1, dashboard_address=":0", env={"PYTHONPATH": str(tmp_path)}) as own,
-        Client(own) as other,
-        pytest.raises(
-            tg.ClusterMismatchError, match=rf"{package}: client .*, worker tcp.* 0\.0\.1"
-        ),
-    ):
-        tg.GraphChain(linear(), client=other)
+    client = fresh(n_workers=0)
+    command = ["-m", "distributed.cli.dask_worker", client.scheduler.address, "--no-nanny"]
+    worker = subprocess.Popen(
+        [sys.executable, *command, "--local-directory", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    try:
+        client.wait_for_workers(1, timeout=60)
+        found = rf"{package}: client .*, worker tcp.* 0\.0\.1[\s\S]*Install the same"
+        with pytest.raises(tg.ClusterMismatchError, match=found):
+            tg.GraphChain(linear(), client=client)
+    finally:
+        worker.terminate()
+        worker.wait(30)
 
 
 @pytest.mark.parametrize(
@@ -252,8 +261,6 @@ def test_worker_killed_while_it_runs(fresh):
     client = fresh(n_workers=2)
 
     def die(x):
-        import os
-
         os._exit(1)
 
     chain = tg.GraphChain(linear(), client=client)
