@@ -66,7 +66,8 @@ class GraphChain(Lazy):
         activation bytes. A sequence gives the worker (index, name or address) of each layer, in the
         order of ``chain.placement``.
     device : str, optional
-        Torch device of the layers on each worker; by default the one that the model is on.
+        Torch device of the layers on each worker; by default the kind that the model is on. A bare
+        ``"cuda"`` is the first that each worker sees.
 
     Raises
     ------
@@ -120,6 +121,9 @@ class GraphChain(Lazy):
         self._stage_of = [self._stages[address] for address in workers]
         self._by_name = {layer.name: layer for layer in reversed(self._layers)}
         self._trainable = self._trainable_by_layer()
+        if device is None:  # a model on a GPU here belongs on the workers' own GPUs
+            kinds = {info.device.type for info in self._tensors.values()} - {"cpu"}
+            device = next(iter(kinds), None)
         devices = self._install(flat, None if device is None else str(device))
         sizes = self._sizes()
         self.placement = Placement(

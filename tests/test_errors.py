@@ -74,6 +74,10 @@ class TestBeforeAnyTaskIsSubmitted:
         with pytest.raises(ValueError, match="uninitialized.*run the model once"):
             tg.GraphChain(nn.Sequential(nn.LazyLinear(3)), client=client)
 
+    def test_meta_tensors(self, client):
+        with pytest.raises(ValueError, match=r"'0\.weight' is on the meta device"):
+            tg.GraphChain(nn.Sequential(nn.Linear(2, 2, device="meta")), client=client)
+
     def test_spawn_of_what_cannot_be_called_or_pickled(self):
         with pytest.raises(TypeError, match="spawn takes a function"):
             tg.spawn(torch.ones(2))

@@ -46,6 +46,7 @@ class ParameterInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype
     nbytes: int
+    device: torch.device
     requires_grad: bool
     is_buffer: bool
     persistent: bool
@@ -108,7 +109,7 @@ def flatten_model(model: nn.Module) -> Model:
     TypeError
         The model is not an ``nn.Module``.
     ValueError
-        There are no layers, or a parameter is uninitialized (a lazy module never run).
+        There are no layers, or a parameter has no values: a lazy module never run, a meta tensor.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -179,12 +180,18 @@ def _inventory(model: nn.Module, layers: list[Layer]) -> dict[str, ParameterInfo
                 f"{name!r} is uninitialized (a lazy module): run the model once on a sample, "
                 "then make the chain"
             )
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name!r} is on the meta device and has no values to send: make the model on a "
+                "real device, as model.to_empty(device='cpu') and its initialisation do"
+            )
         tensors[name] = ParameterInfo(
             name=name,
             layer=owner_of(name, by_name).name,
             shape=tuple(tensor.shape),
             dtype=tensor.dtype,
             nbytes=tensor.numel() * tensor.element_size(),
+            device=tensor.device,
             requires_grad=tensor.requires_grad,
             is_buffer=is_buffer,
             persistent=persistent,

@@ -1,0 +1,101 @@
+"""taskgrad's settings, and whose of them hold on a cluster.
+
+The settings live in Dask's own configuration; ``taskgrad.yaml`` beside this file has the defaults
+and says what each is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import dask
+from dask.utils import parse_timedelta
+
+for _defaults in dask.config.collect_yaml([str(Path(__file__).with_name("taskgrad.yaml"))]):
+    dask.config.update_defaults(_defaults)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What somebody wants changed on a cluster; by default nothing."""
+
+    latency: float | None = None
+    """Seconds for which messages are collected; None leaves it to Dask."""
+    allocator: bool = False
+    """Whether workers keep the memory that they free."""
+
+    @classmethod
+    def from_config(cls) -> Settings:
+        """The settings of this process.
+
+        Raises
+        ------
+        ValueError
+            A setting makes no sense; the message names it.
+        """
+        fast = _flag("taskgrad.latency.enabled")
+        return cls(
+            latency=_duration("taskgrad.latency.interval") if fast else None,
+            allocator=_flag("taskgrad.allocator.enabled"),
+        )
+
+    def message(self) -> dict[str, Any]:
+        """As plain data for a message; ``Settings(**message)`` is the same settings again."""
+        return asdict(self)
+
+
+class Users:
+    """Who uses taskgrad on a scheduler, by client id, and what they want there together.
+
+    Only what the scheduler itself sees decides who is a user: a client joins with a message and
+    leaves when its connection is gone. So a driver that was killed leaves like any other.
+    """
+
+    def __init__(self) -> None:
+        self._wishes: dict[str, Settings] = {}
+
+    def join(self, client: str, settings: Settings) -> None:
+        """Count this client; if it is counted already, with these settings from now on."""
+        self._wishes[client] = settings
+
+    def leave(self, client: str) -> bool:
+        """Count this client no more; returns whether it was."""
+        return self._wishes.pop(client, None) is not None
+
+    def __len__(self) -> int:
+        return len(self._wishes)
+
+    @property
+    def settings(self) -> Settings:
+        """What holds now; with no users, nothing is changed."""
+        return together(self._wishes.values())
+
+
+def together(wishes: Iterable[Settings]) -> Settings:
+    """All of these at once: what any wants, and the shortest interval."""
+    wishes = list(wishes)
+    return Settings(
+        latency=min((w.latency for w in wishes if w.latency is not None), default=None),
+        allocator=any(w.allocator for w in wishes),
+    )
+
+
+def _flag(key: str) -> bool:
+    value = dask.config.get(key)
+    if not isinstance(value, bool):
+        raise ValueError(f"the Dask setting {key!r} is true or false; got {value!r}")
+    return value
+
+
+def _duration(key: str) -> float:
+    value = dask.config.get(key)
+    try:
+        seconds = float(parse_timedelta(value, default="ms"))
+    except (TypeError, ValueError, KeyError):
+        seconds = -1.0
+    if not seconds >= 0:
+        raise ValueError(f"the Dask setting {key!r} is a duration, such as '2ms'; got {value!r}")
+    return seconds
