@@ -19,9 +19,9 @@ if TYPE_CHECKING:
         WorkerLostError,
     )
     from taskgrad.graph.parallel import Parallel
+    from taskgrad.pullbacks import vjp
     from taskgrad.thunk import Thunk, collect, spawn
     from taskgrad.train.optimizer import Optimizer
-    from taskgrad.vjp import vjp
 
 __version__ = version("taskgrad")
 
@@ -40,7 +40,7 @@ _HOMES = {
     "collect": "thunk",
     "spawn": "thunk",
     "Optimizer": "train.optimizer",
-    "vjp": "vjp",
+    "vjp": "pullbacks",
 }
 
 __all__ = [

@@ -55,7 +55,7 @@ class Thunk(Delayed):
     --------
     >>> import torch, taskgrad as tg
     >>> y = tg.spawn(torch.add, torch.ones(2), torch.ones(2)) * 3
-    >>> tg.collect(y)  # doctest: +SKIP
+    >>> tg.collect(y)
     tensor([6., 6.])
     """
 
@@ -357,7 +357,7 @@ def collect(tree: Any) -> Any:
     --------
     >>> import torch, taskgrad as tg
     >>> y = tg.spawn(torch.add, torch.ones(2), 1)
-    >>> tg.collect({"y": y, "n": 3})  # doctest: +SKIP
+    >>> tg.collect({"y": y, "n": 3})
     {'y': tensor([2., 2.]), 'n': 3}
     """
     leaves, structure = flatten(tree)

@@ -2,9 +2,9 @@
 
 Dask's nanny starts workers with ``MALLOC_TRIM_THRESHOLD_=65536``, so that memory that is freed goes
 back to the system at once, and Dask can tell what a worker uses. A training step takes and frees
-the same few hundred megabytes each time; with every page mapped anew, ResNet-50 spends a
-quarter of its time in the kernel. ``mallopt`` changes this in a running process, so it works on clusters that
-we did not start.
+the same few hundred megabytes each time; with every page mapped anew, ResNet-50 spends more than a
+quarter of its time in the kernel. ``mallopt`` changes this in a running process, so it works on
+clusters that we did not start.
 
 These settings are the process's, and a process may hold several workers: they hold as long as any
 of its workers wants them.
