@@ -28,7 +28,7 @@ from taskgrad.graph.layers import (
 from taskgrad.graph.nodes import Call, ChainRef, Leaf, Node, Stage, StageCall, StoredGrad, new_key
 from taskgrad.graph.pytree import Slot
 from taskgrad.plan.drawing import call_graph, html
-from taskgrad.plan.table import Placement, PlacementRow
+from taskgrad.plan.table import MemoryRow, PlacementRow, Table
 from taskgrad.thunk import Inputs, Lazy, Thunk
 
 
@@ -126,11 +126,12 @@ class GraphChain(Lazy):
             device = next(iter(kinds), None)
         devices = self._install(flat, None if device is None else str(device))
         sizes = self._sizes()
-        self.placement = Placement(
+        self.placement = Table(
+            PlacementRow,
             [
                 PlacementRow(layer.name, layer.kind, w, devices[w], *sizes.get(layer.name, (0, 0)))
                 for layer, w in zip(self._layers, workers, strict=True)
-            ]
+            ],
         )
         """Which layer is on which worker: rows that print as a table."""
 
@@ -260,6 +261,18 @@ class GraphChain(Lazy):
     def named_parameters_info(self) -> Iterable[tuple[str, ParameterInfo]]:
         """(name, info) of each parameter, tied ones once, in the model's order."""
         return [(name, info) for name, info in self._tensors.items() if not info.is_buffer]
+
+    def memory(self) -> Table[MemoryRow]:
+        """Bytes that this chain holds on each worker now; a table.
+
+        Columns are parameters, buffers, gradients, optimizer (its state) and tapes (what forwards
+        keep for their backwards). Memory that several share counts once.
+        """
+        held = self._on_stages("memory")
+        return Table(
+            MemoryRow,
+            [MemoryRow(s.worker, **h) for s, h in zip(self._stages.values(), held, strict=True)],
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters and persistent buffers by the model's own names, as copies on the driver."""

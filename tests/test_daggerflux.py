@@ -39,7 +39,7 @@ def test_resnet50_equals_torch(client):
     model = resnet(50, n_classes=1000)
     assert sum(p.numel() for p in model.parameters()) == 25_557_032
     chain = tg.GraphChain(model, client=client)
-    assert len(set(chain.placement.workers)) == 2
+    assert len(set(chain.placement.column("worker"))) == 2
     x = torch.randn(2, 3, 224, 224)
     plain = copy.deepcopy(model)
     leaf = x.clone().requires_grad_()

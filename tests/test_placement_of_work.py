@@ -65,17 +65,17 @@ def test_every_backward_runs_where_its_forward_left_its_tape(client):
 
 def test_round_robin_and_names_and_addresses(client):
     model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(4)])
-    robin = tg.GraphChain(model, client=client, placement="round_robin").placement.workers
+    robin = tg.GraphChain(model, client=client, placement="round_robin").placement.column("worker")
     assert robin[0] == robin[2] != robin[1] == robin[3]
     by_address = tg.GraphChain(model, client=client, placement=robin)
-    assert by_address.placement.workers == robin
+    assert by_address.placement.column("worker") == robin
     by_name = tg.GraphChain(model, client=client, placement=["1", "0", 1, 0])
-    assert by_name.placement.workers == [robin[1], robin[0], robin[1], robin[0]]
+    assert by_name.placement.column("worker") == [robin[1], robin[0], robin[1], robin[0]]
 
 
 def test_default_placement_is_contiguous_and_balanced(client):
     model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(8)])
-    workers = tg.GraphChain(model, client=client).placement.workers
+    workers = tg.GraphChain(model, client=client).placement.column("worker")
     assert workers == [workers[0]] * 4 + [workers[-1]] * 4
 
 

@@ -60,7 +60,7 @@ def test_annotated_with_its_worker(client):
     pins = {}
     for layer in graph.layers.values():
         pins |= {key: layer.annotations["workers"](key) for key in layer}
-    assert sorted(pins.values()) == sorted([w] for w in chain.placement.workers)
+    assert sorted(pins.values()) == sorted([w] for w in chain.placement.column("worker"))
 
 
 def test_delayed_and_other_collections_as_arguments(client):

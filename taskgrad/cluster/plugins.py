@@ -8,13 +8,16 @@ driver ends.
 
 from __future__ import annotations
 
+import functools
 import weakref
+from dataclasses import fields
 from typing import Any
 
 from distributed import Scheduler, Worker
 from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
 
 from taskgrad.cluster import serialize as _serialize  # noqa: F401  registers the tensor family
+from taskgrad.worker.sizes import Held, total_bytes
 from taskgrad.worker.store import Store
 
 NAME = "taskgrad"
@@ -28,6 +31,14 @@ _stores: weakref.WeakKeyDictionary[Worker, Store] = weakref.WeakKeyDictionary()
 def store_of(worker: Worker) -> Store:
     """This worker's store. A process may hold several workers, each with its own."""
     return _stores.setdefault(worker, Store(worker.address))
+
+
+_METRICS = tuple(field.name for field in fields(Held))
+
+
+def _held(store: Store, name: str, worker: Worker) -> int:
+    """One of the metrics that go with a worker's heartbeat: bytes held."""
+    return total_bytes(store.entries())[name]
 
 
 class StorePlugin(WorkerPlugin):
@@ -44,10 +55,14 @@ class StorePlugin(WorkerPlugin):
             store.release(keys)
 
         worker.stream_handlers[_RELEASE] = release
+        for name in _METRICS:  # columns of the dashboard's table of workers
+            worker.metrics[f"{NAME}_{name}"] = functools.partial(_held, store, name)
 
     def teardown(self, worker: Worker) -> None:
         """Called when the worker closes."""
         worker.stream_handlers.pop(_RELEASE, None)
+        for name in _METRICS:
+            worker.metrics.pop(f"{NAME}_{name}", None)
         _stores.pop(worker, None)
 
 

@@ -6,12 +6,14 @@ Every function takes the worker's store, the stage's token, and plain arguments.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 
 from taskgrad.graph import pack
+from taskgrad.worker.sizes import store_bytes
 from taskgrad.worker.store import ResidentStage, Store
 
 
@@ -94,6 +96,11 @@ def load(store: Store, token: str, states: dict[int, dict[str, Any]]) -> None:
     with stage.lock:
         for i, values in states.items():
             stage.layers[i].load_state_dict(values, strict=False)
+
+
+def memory(store: Store, token: str) -> dict[str, int]:
+    """Bytes that the stage and its tapes hold, by what holds them."""
+    return asdict(store_bytes(store.entries())[token])
 
 
 def zero_grad(store: Store, token: str) -> None:

@@ -49,6 +49,7 @@ class Tape:
     output_structure: Structure
     parameters: dict[str, nn.Parameter]
     stage: ResidentStage | None
+    nbytes: int | None = None  # once somebody has counted them
 
 
 class Store:
@@ -106,10 +107,14 @@ class Store:
                     if len(self._refused) > _MAX_REFUSED:
                         self._refused.popitem(last=False)
 
+    def entries(self) -> dict[str, Any]:
+        """All entries by key, as they are now."""
+        with self._lock:
+            return dict(self._entries)
+
     def held(self) -> dict[str, int]:
         """How many stages, tapes and gradient sets there are."""
-        with self._lock:
-            entries = list(self._entries.values())
+        entries = list(self.entries().values())
         return {
             "stages": sum(isinstance(e, ResidentStage) for e in entries),
             "tapes": sum(isinstance(e, Tape) for e in entries),

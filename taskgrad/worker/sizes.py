@@ -1,0 +1,121 @@
+"""How many bytes stages, tapes and gradients hold on a worker, counted when somebody asks.
+
+A tape's size is that of the distinct memory which its autograd graph keeps and which belongs to
+nobody else: parameters are the stage's, and inputs count with the tape that reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from taskgrad.worker.store import ResidentStage, Tape
+
+
+@dataclass
+class Held:
+    """Bytes held, by what holds them."""
+
+    parameters: int = 0
+    buffers: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    tapes: int = 0
+
+    def __add__(self, other: Held) -> Held:
+        return Held(
+            *(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
+
+
+def storages(tensors: Iterable[Any]) -> dict[int, int]:
+    """Bytes by address of the distinct memory behind these tensors."""
+    found: dict[int, int] = {}
+    for t in tensors:
+        if not isinstance(t, torch.Tensor) or t.is_meta:
+            continue
+        parts = [t] if t.layout is torch.strided else _sparse_parts(t)
+        for part in parts:
+            storage = part.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def _sparse_parts(t: torch.Tensor) -> list[torch.Tensor]:
+    if t.layout is torch.sparse_coo:
+        return [t._indices(), t._values()]
+    return [t.values()]
+
+
+def stage_bytes(stage: ResidentStage) -> Held:
+    """What one stage holds, its tapes aside."""
+    modules = [m for m in stage.layers.values() if isinstance(m, nn.Module)]
+    state = stage.optimizer.state.values() if stage.optimizer is not None else ()
+    return Held(
+        parameters=sum(storages(stage.parameters.values()).values()),
+        buffers=sum(storages(b for m in modules for b in m.buffers()).values()),
+        gradients=sum(storages(p.grad for p in stage.parameters.values()).values()),
+        optimizer=sum(storages(v for values in state for v in values.values()).values()),
+    )
+
+
+def tape_bytes(tape: Tape) -> int:
+    """What one tape keeps: inputs, outputs, and what autograd saved between them."""
+    if tape.nbytes is not None:
+        return tape.nbytes
+    kept = storages(t for leaves in tape.inputs for t in leaves)
+    kept |= storages(tape.outputs)
+    kept |= storages(_saved(tape.outputs))
+    if tape.stage is not None:
+        for address in storages(tape.stage.parameters.values()):
+            kept.pop(address, None)
+    tape.nbytes = sum(kept.values())
+    return tape.nbytes
+
+
+def _saved(outputs: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Every tensor that the autograd graph behind these outputs has saved."""
+    stack: list[Any] = [
+        t.grad_fn for t in outputs if isinstance(t, torch.Tensor) and t.grad_fn is not None
+    ]
+    seen: set[Any] = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack.extend(following for following, _ in node.next_functions)
+        for name in dir(node):
+            if not (name.startswith("_saved_") or name == "saved_tensors"):
+                continue
+            try:
+                value = getattr(node, name)
+            except RuntimeError:  # freed meanwhile: a backward is under way
+                continue
+            yield from value if isinstance(value, tuple | list) else [value]
+
+
+def total_bytes(entries: dict[str, Any]) -> dict[str, int]:
+    """What a worker holds in all, by what holds it."""
+    return asdict(sum(store_bytes(entries).values(), Held()))
+
+
+def store_bytes(entries: dict[str, Any]) -> dict[str, Held]:
+    """What each stage holds with its tapes, by the stage's token.
+
+    Tapes of functions, and gradients that nobody has taken from a backward yet, stand under "".
+    """
+    tokens = {id(e): key for key, e in entries.items() if isinstance(e, ResidentStage)}
+    found = {key: stage_bytes(entries[key]) for key in tokens.values()}
+    for entry in entries.values():
+        if isinstance(entry, Tape):
+            token = tokens.get(id(entry.stage), "")
+            found[token] = found.get(token, Held()) + Held(tapes=tape_bytes(entry))
+        elif isinstance(entry, dict):
+            size = sum(storages(entry.values()).values())
+            found[""] = found.get("", Held()) + Held(gradients=size)
+    return found

@@ -1,0 +1,143 @@
+"""What we touch of Dask's insides is where we think; and nothing breaks when it is not."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from distributed import Client, LocalCluster
+from distributed.batched import BatchedSend
+
+from taskgrad.cluster import internals
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """A client of a cluster that taskgrad has not touched."""
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=3, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def test_every_stream_is_found_and_says_its_interval(plain):
+    def on_scheduler(dask_scheduler):
+        streams = internals.scheduler_streams(dask_scheduler)
+        return sorted(internals.interval_of(s) for s in streams)
+
+    def on_worker(dask_worker):
+        return [internals.interval_of(s) for s in internals.worker_streams(dask_worker)]
+
+    assert plain.run_on_scheduler(on_scheduler) == [0.002, 0.005]  # to the client; to the worker
+    assert list(plain.run(on_worker).values()) == [[0.002]]
+    assert [internals.interval_of(s) for s in internals.client_streams(plain)] == [0.010]
+
+
+def test_a_stream_sends_at_once_with_no_deadline(plain):
+    [stream] = internals.client_streams(plain)
+    assert internals.streams_take_none()
+    assert internals.set_interval(stream, 0)
+    try:
+        assert internals.interval_of(stream) == 0
+        for i in range(20):
+            assert plain.submit(abs, -i, pure=False).result() == i
+            assert stream.next_deadline is None
+    finally:
+        internals.restore_interval(stream)
+    assert type(stream.interval) is float
+    assert stream.interval == 0.010
+    assert plain.submit(abs, -1, pure=False).result() == 1
+
+
+def test_messages_arrive_whole_and_in_order_at_any_interval():
+    class Comm:
+        def __init__(self):
+            self.got = []
+
+        def closed(self):
+            return False
+
+        async def write(self, messages, **kwargs):
+            await asyncio.sleep(0.001)  # so that messages come in while one is being written
+            self.got.extend(messages)
+            return 1
+
+        async def close(self):
+            pass
+
+    async def send():
+        comm, stream = Comm(), BatchedSend(interval="2ms")
+        stream.start(comm)
+        for i in range(300):
+            if i % 50 == 0:
+                internals.set_interval(stream, (0, 0.001, 0.0)[i // 50 % 3])
+            stream.send(i)
+            if i % 7 == 0:
+                await asyncio.sleep(0.0005)
+        internals.restore_interval(stream)
+        stream.send(300)
+        await stream.close()
+        return comm.got
+
+    assert asyncio.run(send()) == list(range(301))
+
+
+def test_what_somebody_else_set_stays():
+    stream = SimpleNamespace(interval=0.005)
+    internals.set_interval(stream, 0)
+    internals.set_interval(stream, 0.001)
+    assert stream.interval == 0.001
+    internals.restore_interval(stream)
+    assert stream.interval == 0.005
+    internals.set_interval(stream, 0)
+    stream.interval = 0.5
+    internals.restore_interval(stream)
+    assert stream.interval == 0.5
+
+
+def test_another_way_of_keeping_deadlines_is_noticed(monkeypatch):
+    class Other:
+        def send(self):
+            self.next_deadline = max(self.next_deadline, self.interval)
+
+    monkeypatch.setattr(internals, "BatchedSend", Other)
+    internals.streams_take_none.cache_clear()
+    try:
+        assert not internals.streams_take_none()
+        stream = SimpleNamespace(interval=0.005)
+        assert internals.set_interval(stream, 0)
+        assert 1.5 + stream.interval == 1.5  # a plain number, which suits any arithmetic
+        internals.restore_interval(stream)
+        assert stream.interval == 0.005
+    finally:
+        internals.streams_take_none.cache_clear()
+
+
+@pytest.mark.parametrize("moved", [SimpleNamespace(), SimpleNamespace(interval="2ms")])
+def test_nothing_breaks_where_dask_has_moved_things(moved):
+    nothing = SimpleNamespace()
+    assert list(internals.scheduler_streams(nothing)) == []
+    assert list(internals.worker_streams(nothing)) == []
+    assert list(internals.client_streams(nothing)) == []
+    before = dict(vars(moved))
+    assert internals.interval_of(moved) is None
+    assert not internals.set_interval(moved, 0)
+    internals.restore_interval(moved)
+    assert vars(moved) == before
+    assert internals.memory_limit(nothing) is None
+    assert internals.memory_used(nothing) is None
+    assert internals.threads(nothing) == 1
+
+
+def test_a_worker_says_its_memory_and_threads(plain):
+    def look(dask_worker):
+        limit = internals.memory_limit(dask_worker)
+        return limit, internals.memory_used(dask_worker), internals.threads(dask_worker)
+
+    [(limit, used, threads)] = plain.run(look).values()
+    [worker] = plain.scheduler_info(n_workers=-1)["workers"].values()
+    assert limit == worker["memory_limit"]
+    assert 10 * 2**20 < used < limit
+    assert threads == 3
