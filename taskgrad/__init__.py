@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         PlacementError,
         TapeError,
         TaskgradError,
+        TravelError,
         WorkerLostError,
     )
     from taskgrad.graph.parallel import Parallel
@@ -34,6 +35,7 @@ _HOMES = {
     "PlacementError": "errors",
     "TapeError": "errors",
     "TaskgradError": "errors",
+    "TravelError": "errors",
     "WorkerLostError": "errors",
     "Parallel": "graph.parallel",
     "Thunk": "thunk",
@@ -54,6 +56,7 @@ __all__ = [
     "TapeError",
     "TaskgradError",
     "Thunk",
+    "TravelError",
     "WorkerLostError",
     "collect",
     "local_cluster",

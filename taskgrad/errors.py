@@ -30,6 +30,10 @@ class WorkerLostError(TaskgradError, RuntimeError):
     """A worker that holds layers or tapes is gone."""
 
 
+class TravelError(TaskgradError, TypeError):
+    """A value cannot be sent to another process, and so cannot be a task's result."""
+
+
 class LayerError(TaskgradError, RuntimeError):
     """A layer raised on its worker; ``__cause__`` is the layer's own exception.
 

@@ -14,8 +14,8 @@ from typing import Any
 import dask
 from dask.utils import parse_timedelta
 
-for _defaults in dask.config.collect_yaml([str(Path(__file__).with_name("taskgrad.yaml"))]):
-    dask.config.update_defaults(_defaults)
+[_defaults] = dask.config.collect_yaml([str(Path(__file__).with_name("taskgrad.yaml"))])
+dask.config.update_defaults(_defaults)
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,21 @@ def together(wishes: Iterable[Settings]) -> Settings:
     )
 
 
+def _get(key: str) -> Any:
+    # Not from Dask alone: leaving a `with dask.config.set(...)` in which this module was imported
+    # sets back what was there before, which was nothing.
+    return dask.config.get(key, default=dask.config.get(key, config=_defaults))
+
+
 def _flag(key: str) -> bool:
-    value = dask.config.get(key)
+    value = _get(key)
     if not isinstance(value, bool):
         raise ValueError(f"the Dask setting {key!r} is true or false; got {value!r}")
     return value
 
 
 def _duration(key: str) -> float:
-    value = dask.config.get(key)
+    value = _get(key)
     try:
         seconds = float(parse_timedelta(value, default="ms"))
     except (TypeError, ValueError, KeyError):

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
 from distributed import Scheduler, Worker
 from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
+from distributed.scheduler import TaskState
 
 from taskgrad.cluster import serialize as _serialize  # noqa: F401  registers the tensor family
 from taskgrad.worker.sizes import Held, total_bytes
 from taskgrad.worker.store import Store
 
 NAME = "taskgrad"
-# Tasks under this annotation leave something in the store of the worker that runs them.
+# Tasks of ours have this annotation: the name of the worker that they are pinned to. They leave
+# something in its store.
 ANNOTATION = "taskgrad"
 _RELEASE = "taskgrad-release"
 
@@ -66,8 +69,12 @@ class StorePlugin(WorkerPlugin):
         _stores.pop(worker, None)
 
 
-class SweepPlugin(SchedulerPlugin):
-    """Tells workers which of their keys are forgotten."""
+class SchedulerSide(SchedulerPlugin):
+    """Tells workers which of their keys are forgotten, and keeps pins true.
+
+    Dask pins a task to an address. A worker that was restarted has another one under its old name;
+    a task that is pinned to the old address would wait for ever.
+    """
 
     name = NAME
     idempotent = True
@@ -76,6 +83,24 @@ class SweepPlugin(SchedulerPlugin):
         """Called once on the scheduler."""
         self._scheduler = scheduler
         self._ran_on: dict[str, str] = {}
+
+    def update_graph(self, scheduler: Scheduler, *, tasks: list[Any], **kwargs: Any) -> None:
+        """Pins that were stale when they arrived."""
+        self._repin([scheduler.tasks[key] for key in tasks])
+
+    def add_worker(self, scheduler: Scheduler, worker: str) -> None:
+        """Pins that wait for this worker under its old address."""
+        self._repin(scheduler.tasks.values())
+
+    def _repin(self, tasks: Iterable[TaskState]) -> None:
+        scheduler = self._scheduler
+        for task in tasks:
+            pins = task.worker_restrictions
+            if not pins or not task.annotations or not pins.isdisjoint(scheduler.workers):
+                continue
+            now = scheduler.aliases.get(task.annotations.get(ANNOTATION))
+            if now is not None:
+                task.worker_restrictions = {now}
 
     def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
         """Remember who runs a key of ours; release it there when it is forgotten."""

@@ -1,71 +1,125 @@
-"""Tensors on Dask's wire: every dense dtype, as the bits that they are.
+"""Values with tensors in them on Dask's wire: every tensor a frame of its own, never copied.
 
-Dask's own family goes through numpy, which knows no bfloat16 and no float8: such a tensor raises on
-the worker that receives it. Here a dense tensor is one frame of bytes, without a copy, plus its
-dtype and strides. Importing this module registers the family, in every process that does.
+Dask judges a container by its first element, and pickles the rest with the tensors inside it
+copied in. It has one place, though, that sees whatever is pickled: the family named ``pickle`` in
+its table of serialization families. Importing this module puts one there that takes tensors apart
+as `taskgrad.cluster.tensors` says, wherever in a value they are: in a tuple, a dataclass, a module,
+an optimizer. It also tells Dask to send tensors and modules by that family, so that there is one
+way and not two.
+
+What is written stays an ordinary pickle with out-of-band buffers: any process that can import
+taskgrad reads it, whether or not it has imported this module. Plain ``pickle``, ``copy`` and
+``torch.save`` do not notice.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+import io
+import pickle
+from typing import Any, NoReturn
+
+import cloudpickle
 
 # First: Dask registers its own family lazily, on the first tensor, over ours.
-import distributed.protocol.torch as _stock
-import numpy as np
+import distributed.protocol.torch  # noqa: F401
 import torch
-from distributed.protocol.serialize import dask_deserialize, dask_serialize
+from distributed.protocol.serialize import (
+    dask_serialize,
+    pickle_dumps,
+    pickle_loads,
+    register_serialization_family,
+)
 
-_stock_serialize = _stock.serialize_torch_Tensor
-_stock_deserialize = _stock.deserialize_torch_Tensor
+from taskgrad.cluster.tensors import reduce_tensor
 
-
-def _dense_order(t: torch.Tensor) -> list[int] | None:
-    """The dimensions from the slowest to the fastest, if the tensor fills its memory; else None."""
-    order = sorted(range(t.dim()), key=lambda d: (-t.stride()[d], d))
-    expected = 1
-    for d in reversed(order):
-        if t.size(d) != 1:
-            if t.stride(d) != expected:
-                return None
-            expected *= t.size(d)
-    return order
+# These hold no tensor; Dask's own function pickles them as fast as can be.
+_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
 
 
-@dask_serialize.register(torch.Tensor)
-def serialize_tensor(t: torch.Tensor) -> tuple[dict[str, Any], list[Any]]:
-    """Header and one frame; a detached tensor arrives as one, a leaf as a leaf."""
-    if t.layout is not torch.strided or t.is_quantized or t.device.type == "meta":
-        header, frames = _stock_serialize(t)
-        return {**header, "stock": True}, frames
-    # Contiguous along its own order of dimensions: a view of the bytes, in the order of memory.
-    dense = t.detach().resolve_conj().resolve_neg().cpu()
-    order = _dense_order(dense)
-    if order is None:
-        dense, order = dense.contiguous(), list(range(t.dim()))
-    flat = dense.permute(order).reshape(-1)
-    frame = flat.view(torch.uint8).numpy().data if flat.numel() else b""
+class TensorPickler(pickle.Pickler):
+    """Pickles tensors out of band, all else as always; counts the tensors."""
+
+    tensors = 0
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Called for all but numbers, strings and built-in containers."""
+        if not isinstance(obj, torch.Tensor):
+            return NotImplemented
+        self.tensors += 1
+        return reduce_tensor(obj)
+
+
+class TensorCloudPickler(cloudpickle.Pickler):
+    """The same for values that only cloudpickle can pickle: lambdas, classes of ``__main__``."""
+
+    tensors = 0
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Called for all but numbers, strings and built-in containers."""
+        if not isinstance(obj, torch.Tensor):
+            return super().reducer_override(obj)
+        self.tensors += 1
+        return reduce_tensor(obj)
+
+
+def dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str, Any], list[Any]]:
+    """Header and frames: what Dask's own function gives, but for tensors.
+
+    As there, pickle is tried first, then cloudpickle. On its way through the scheduler, as to a
+    client, Dask pickles without out-of-band buffers for the sake of very old Pythons; tensors take
+    them there too.
+    """
+    if type(value) in _PLAIN:
+        return _stock(value, context)
+    try:
+        pickled, buffers, found = _pickle_with(TensorPickler, value)
+        by_value = b"__main__" in pickled or _module_by_value(value)
+    except Exception:
+        found, by_value = -1, True  # not all of it was looked through
+    if not found and (by_value or (context or {}).get("pickle-protocol", 5) < 5):
+        return _stock(value, context)
+    if by_value:
+        try:
+            pickled, buffers, found = _pickle_with(TensorCloudPickler, value)
+        except Exception:
+            return _stock(value, context)  # its error is the one to tell
+    # Frames marked False are sent as they are. Dask would cut those over 64 MiB into pieces, and
+    # put them together again with a copy. The user's compression, if any, still sees them.
+    whole = None if (context or {}).get("compression") else False
     header = {
-        "dtype": str(t.dtype).removeprefix("torch."),
-        "shape": tuple(t.shape),
-        "order": order,
-        "requires_grad": t.requires_grad,
+        "serializer": "pickle",
+        "writeable": tuple(not b.readonly for b in buffers),
+        "compression": (None, *(whole for _ in buffers)),
     }
-    return header, [frame]
+    return header, [pickled, *buffers]
 
 
-@dask_deserialize.register(torch.Tensor)
-def deserialize_tensor(header: dict[str, Any], frames: list[Any]) -> torch.Tensor:
-    """Undo `serialize_tensor`; the tensor's memory is the frame's where that can be written."""
-    if header.get("stock"):
-        return _stock_deserialize(header, frames)
-    dtype, shape, order = getattr(torch, header["dtype"]), header["shape"], header["order"]
-    data = np.frombuffer(frames[0], dtype=np.uint8) if frames and len(frames[0]) else None
-    if data is None:
-        t = torch.empty(shape, dtype=dtype)
-    else:
-        if not data.flags.writeable:
-            data = data.copy()
-        flat = torch.from_numpy(data).view(dtype)
-        permuted = flat.reshape([shape[d] for d in order])
-        t = permuted.permute([order.index(d) for d in range(len(order))])
-    return t.requires_grad_(header["requires_grad"])
+def _pickle_with(kind: Any, value: Any) -> tuple[bytes, list[memoryview], int]:
+    buffers: list[pickle.PickleBuffer] = []
+    file = io.BytesIO()
+    pickler = kind(file, protocol=5, buffer_callback=buffers.append)
+    pickler.dump(value)
+    return file.getvalue(), [b.raw() for b in buffers], pickler.tensors
+
+
+def _module_by_value(value: Any) -> bool:
+    """Whether somebody asked cloudpickle to pickle all of this value's module."""
+    by_value = cloudpickle.list_registry_pickle_by_value()
+    return bool(by_value) and getattr(inspect.getmodule(value), "__name__", None) in by_value
+
+
+def _stock(value: Any, context: dict[str, Any] | None) -> tuple[dict[str, Any], list[Any]]:
+    header, frames = pickle_dumps(value, context)
+    return header, frames
+
+
+def _not_by_class(value: Any) -> NoReturn:
+    """Send Dask on from its table of classes to the family ``pickle``."""
+    raise NotImplementedError(type(value).__name__)
+
+
+register_serialization_family("pickle", dumps, pickle_loads)
+dask_serialize.register(torch.Tensor, _not_by_class)
+dask_serialize.register(torch.nn.Parameter, _not_by_class)
+dask_serialize.register(torch.nn.Module, _not_by_class)

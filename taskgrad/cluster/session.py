@@ -13,7 +13,7 @@ import distributed
 from distributed import Client
 
 from taskgrad.cluster.local import local_cluster
-from taskgrad.cluster.plugins import StorePlugin, SweepPlugin
+from taskgrad.cluster.plugins import SchedulerSide, StorePlugin
 from taskgrad.errors import ClusterMismatchError, PlacementError, TaskgradError
 
 logger = logging.getLogger("taskgrad")
@@ -37,8 +37,10 @@ class Session:
 
     def __init__(self, client: Client) -> None:
         self.client = client
+        self.names: dict[str, Any] = {}
+        """The name of every worker seen so far, by its address at the time."""
         _check_versions(client)
-        client.register_plugin(SweepPlugin())
+        client.register_plugin(SchedulerSide())
         client.register_plugin(StorePlugin())
 
     def workers(self) -> list[WorkerInfo]:
@@ -49,8 +51,7 @@ class Session:
         PlacementError
             There are none.
         """
-        check_open(self.client)
-        found = [WorkerInfo(a, info.get("name", a)) for a, info in self._known().items()]
+        found = self._known()
         if not found:
             raise PlacementError(
                 "the cluster has no workers: start some, or wait for them with "
@@ -58,14 +59,17 @@ class Session:
             )
         return sorted(found, key=_worker_order)
 
-    def alive(self) -> set[str]:
-        """The addresses of the workers there are now."""
-        check_open(self.client)
-        return set(self._known())
+    def gone(self, addresses: set[str]) -> set[str]:
+        """Which of these had workers that are there no more, nor come back under their names."""
+        now = {w.address: w.name for w in self._known()}
+        names = set(now.values())
+        return {a for a in addresses - now.keys() if self.names.get(a, a) not in names}
 
-    def _known(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.client.scheduler_info(n_workers=-1)["workers"]
-        return found
+    def _known(self) -> list[WorkerInfo]:
+        check_open(self.client)
+        info = self.client.scheduler_info(n_workers=-1)["workers"]
+        self.names |= {address: w.get("name", address) for address, w in info.items()}
+        return [WorkerInfo(address, self.names[address]) for address in info]
 
     def resolve(self, spec: WorkerSpec, workers: Sequence[WorkerInfo] | None = None) -> str:
         """The address of a worker given by index, name or address.

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from dask.base import DaskMethodsMixin
 from dask.highlevelgraph import HighLevelGraph
-from distributed import Future, KilledWorker
+from distributed import Future
 
-from taskgrad.cluster import waiting
 from taskgrad.cluster.session import Session, check_open
-from taskgrad.errors import TaskgradError, WorkerLostError
+from taskgrad.errors import TaskgradError
 from taskgrad.executors.lowering import lower, order_inputs, plain_value, resolve
+from taskgrad.executors.watching import failure, gather, wait_for
 from taskgrad.graph.nodes import (
     BufferState,
     Call,
@@ -32,10 +32,6 @@ from taskgrad.graph.nodes import (
 )
 from taskgrad.graph.pytree import tensors
 
-# How often a wait looks whether the workers that it waits for are still there, in seconds.
-_LOOK = 1.0
-# How long the scheduler may take to answer a question about a task that has ended, in seconds.
-_ANSWER = 30
 # Inputs from this size on go straight to their worker; smaller ones travel inside the graph.
 _SCATTER_BYTES = 1 << 20
 
@@ -101,9 +97,9 @@ def graph_of(node: Node, session: Session | None) -> HighLevelGraph:
     target = resolve(node)
     if target.result is not None:
         done[target.key] = target.result
-    graph = lower(
-        [n for n in nodes if not isinstance(n, Leaf) or n is target], node.key, ordered=True
-    )
+    work = [n for n in nodes if not isinstance(n, Leaf) or n is target]
+    names = session.names if session is not None else {}
+    graph = lower(work, node.key, ordered=True, names=names)
     if done:
         graph = HighLevelGraph.merge(
             graph, HighLevelGraph({f"done-{node.key}": done}, {f"done-{node.key}": set()})
@@ -125,7 +121,7 @@ def submit(targets: Sequence[Node], session: Session) -> list[Node]:
     try:
         _scatter(nodes, session)
         work = [n for n in nodes if not isinstance(n, Leaf | Primal)]
-        graph = lower(work, new_key("graph"), ordered=False)
+        graph = lower(work, new_key("graph"), ordered=False, names=session.names)
         keys = [n.key for n in work]
         futures: dict[str, Future] = session.client.persist(
             _Submission(graph, keys), optimize_graph=False
@@ -176,14 +172,14 @@ def run(targets: Sequence[Node], session: Session, *, wait: bool = True) -> None
     if not wait:
         return
     try:
-        error = _wait([resolve(t) for t in targets], session)
+        error = wait_for([resolve(t) for t in targets], session)
         # Raised here, where no frame holds a future: the traceback would keep it alive.
         if error is not None:
             raise error
     except BaseException:
         forget(nodes)
         forget(n.call for n in nodes if isinstance(n, Pullback))
-        forget(t for t in targets if _failure(t) is not None)  # submitted before, by persist
+        forget(t for t in targets if failure(t) is not None)  # submitted before, by persist
         raise
 
 
@@ -232,91 +228,5 @@ def values_of(targets: Sequence[Node], session: Session) -> list[Any]:
     """
     nodes = [resolve(t) for t in targets]
     there = [n for n in nodes if isinstance(n.result, Future) and not isinstance(n, Leaf)]
-    gathered = iter(_gather(there, session))
+    gathered = iter(gather(there, session))
     return [n.value if isinstance(n, Leaf) else next(gathered) for n in nodes]
-
-
-def _gather(nodes: Sequence[Node], session: Session) -> list[Any]:
-    """Dask's gather, but with a look now and then at whether the values can still come."""
-    if not nodes:
-        return []
-    coming = waiting.values(session.client, [n.result for n in nodes])
-    try:
-        while not coming.done(_LOOK):
-            error = _trouble(nodes, session)
-            if error is not None:
-                raise error
-        found: list[Any] = coming.result()
-        return found
-    finally:
-        coming.cancel()
-
-
-def _wait(targets: Sequence[Node], session: Session) -> BaseException | None:
-    """Wait until all have run, or one cannot; returns the error, or None."""
-    futures = [n.result for n in targets if isinstance(n.result, Future)]
-    settled = waiting.all_of(session.client, futures)
-    try:
-        while not settled.done(_LOOK):
-            error = _trouble(targets, session)
-            if error is not None:
-                return error
-    finally:
-        settled.cancel()
-    return next(filter(None, map(_failure, targets)), None)
-
-
-def _trouble(targets: Sequence[Node], session: Session) -> BaseException | None:
-    """Why these will not all come, as an error to raise; None as far as is known."""
-    try:
-        check_open(session.client)
-    except TaskgradError as error:
-        return error
-    failed = next(filter(None, map(_failure, targets)), None)
-    return failed or _lost_worker(targets, session)
-
-
-def _failure(node: Node) -> BaseException | None:
-    """What went wrong with a node that was submitted, as an error to raise."""
-    future, name = node.result, node.key.partition("-")[0]
-    if not isinstance(future, Future):
-        return None
-    if future.status == "error":
-        error: BaseException = future.exception(timeout=_ANSWER)
-        if isinstance(error, KilledWorker):
-            return WorkerLostError(
-                f"{error}. The worker died while it ran this task; look at its log (memory?), "
-                "then make the chain again"
-            )
-        return error
-    if future.status in ("cancelled", "lost"):
-        return WorkerLostError(
-            f"{name!r} was cancelled: a value that it needs was lost with its worker, or the "
-            "scheduler was restarted. Make the chain and the call again"
-        )
-    return None
-
-
-def _lost_worker(targets: Sequence[Node], session: Session) -> WorkerLostError | None:
-    """An error if something unfinished can only run on a worker that is gone."""
-    alive = session.alive()
-    for node in sorted(_unfinished(targets), key=lambda n: n.order):
-        if node.worker is not None and node.worker not in alive:
-            return WorkerLostError(
-                f"worker {node.worker} is gone, and {node.key.partition('-')[0]!r} can only run "
-                "there: its layers or tapes are lost. Make the chain again on the workers there are"
-            )
-    return None
-
-
-def _unfinished(targets: Sequence[Node]) -> set[Node]:
-    found: set[Node] = set()
-    stack = list(targets)
-    while stack:
-        node = stack.pop()
-        future = node.result
-        if node in found or not isinstance(future, Future) or future.done():
-            continue
-        found.add(node)
-        stack.extend(order_inputs(node))
-    return found

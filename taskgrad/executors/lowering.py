@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import singledispatch
 from typing import Any
 
@@ -143,7 +143,9 @@ def _compact(leaf: Any) -> Any:
     return leaf
 
 
-def lower(nodes: Collection[Node], name: str, *, ordered: bool) -> HighLevelGraph:
+def lower(
+    nodes: Collection[Node], name: str, *, ordered: bool, names: Mapping[str, Any]
+) -> HighLevelGraph:
     """A Dask graph in which every one of these nodes is a task under its own key.
 
     Parameters
@@ -156,6 +158,8 @@ def lower(nodes: Collection[Node], name: str, *, ordered: bool) -> HighLevelGrap
         Make each backward task depend on its forward, which keeps the tape until then. Not needed
         where the driver holds the forward's future, but for a first pullback, whose cotangents do
         not come from a task.
+    names
+        The names of workers by their addresses.
     """
     tasks: dict[str, Any] = {}
     layers: dict[str, Any] = {}
@@ -170,7 +174,8 @@ def lower(nodes: Collection[Node], name: str, *, ordered: bool) -> HighLevelGrap
         elif not isinstance(node, Primal):
             tasks[node.key] = _task(node, ordered)
     pins = {n.key: [n.worker] for n in nodes if n.key in tasks and n.worker is not None}
-    annotations: dict[str, Any] = {ANNOTATION: True}
+    pinned_to = {key: names.get(address, address) for key, (address,) in pins.items()}
+    annotations: dict[str, Any] = {ANNOTATION: pinned_to.get}
     if len(pins) == len(tasks):
         annotations["workers"] = pins.__getitem__
     layer = MaterializedLayer(tasks, annotations=annotations)

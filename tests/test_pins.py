@@ -1,0 +1,115 @@
+"""Pins stay true when workers restart, join late or go away; nothing waits for ever."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import dask
+import pytest
+import torch
+from distributed import get_worker
+from torch import nn
+
+import taskgrad as tg
+from conftest import wait_until
+
+
+def where(*_):
+    return get_worker().name
+
+
+def die_once(path):
+    """Kills its worker process the first time."""
+    if not os.path.exists(path):
+        open(path, "w").close()
+        os._exit(1)
+    return get_worker().name
+
+
+def test_a_pin_survives_a_restart_by_the_nanny(fresh, tmp_path):
+    client = fresh(n_workers=2)
+    thunk = tg.spawn(die_once, str(tmp_path / "died"), worker=1)
+    waiting = tg.spawn(where, thunk, worker=1)
+    assert tg.collect([thunk, waiting]) == [1, 1]
+    assert tg.collect(tg.spawn(where, worker=1)) == 1
+    assert client is not None
+
+
+def test_a_pin_made_before_a_restart_holds_after_it(fresh):
+    client = fresh(n_workers=2)
+    thunk = tg.spawn(where, worker=1)
+    client.restart()
+    assert tg.collect(thunk) == 1
+
+
+def start_worker(client, name, folder):
+    command = ["-m", "distributed.cli.dask_worker", client.scheduler.address, "--no-nanny"]
+    return subprocess.Popen(
+        [sys.executable, *command, "--name", name, "--local-directory", str(folder)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+    )
+
+
+def test_a_pin_survives_a_restart_by_hand(fresh, tmp_path):
+    client = fresh(n_workers=0)
+    first = start_worker(client, "alice", tmp_path)
+    client.wait_for_workers(1, timeout=60)
+    thunk = tg.spawn(where, worker="alice")
+    first.terminate()
+    first.wait(30)
+    assert wait_until(lambda: not client.scheduler_info()["workers"])
+    found = []
+    collecting = threading.Thread(target=lambda: found.append(tg.collect(thunk)))
+    collecting.start()
+    time.sleep(2.5)  # it waits for alice now, and has looked for her twice
+    second = start_worker(client, "alice", tmp_path)
+    collecting.join(60)
+    second.terminate()
+    second.wait(30)
+    assert found == ["alice"]
+
+
+def test_a_pin_to_a_worker_that_stays_away_fails_within_the_deadline(fresh):
+    client = fresh(n_workers=2)
+    thunk = tg.spawn(where, worker=1)
+    address = thunk._node.worker
+    client.retire_workers([address])
+    with (
+        dask.config.set({"taskgrad.worker-deadline": "2s"}),
+        pytest.raises(tg.WorkerLostError, match=rf"worker 1 at {address} has been gone for 2 s"),
+    ):
+        tg.collect(thunk)
+
+
+def test_a_chain_whose_worker_was_restarted_says_so(fresh):
+    client = fresh(n_workers=2)
+    chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), client=client)
+    assert tg.collect(chain(torch.ones(1, 2))).shape == (1, 2)
+    client.restart()
+    with pytest.raises(tg.WorkerLostError, match="Make the chain again"):
+        tg.collect(chain(torch.ones(1, 2)))
+    again = tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client)
+    assert tg.collect(again(torch.ones(1, 2))).shape == (1, 2)
+
+
+def test_a_worker_that_closes_while_it_computes(fresh):
+    client = fresh(n_workers=2)
+
+    def slow(x):
+        time.sleep(30)
+        return x
+
+    chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client, placement=[1])
+    y = tg.spawn(slow, chain(torch.ones(1, 2)))
+    y.persist()
+    assert wait_until(lambda: any(client.processing().values()))
+    os.kill(client.run(os.getpid)[chain.placement[0].worker], 9)
+    start = time.monotonic()
+    with pytest.raises(tg.WorkerLostError, match=r"'forward:0'|Make the chain again"):
+        tg.collect(y)
+    assert time.monotonic() - start < 30
