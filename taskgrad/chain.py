@@ -144,6 +144,7 @@ class GraphChain(Lazy):
             for stage in holders[1:]:
                 if stage is not holders[0]:
                     stage.homes[info.name] = holders[0]
+        store_ids = self._session.store_ids(list(self._stages))
         installs = []
         for stage in self._stages.values():
             here = [i for i, s in enumerate(self._stage_of) if s is stage]
@@ -154,7 +155,12 @@ class GraphChain(Lazy):
                     if not info.is_buffer and self._stage_of[layer.index] is stage:
                         names.setdefault(info.name, (layer.index, local_name(name, layer)))
             packed = pack.pack({i: flat.modules[i] for i in here})
-            arguments = {"data": packed.data, "names": names, "device": device}
+            arguments = {
+                "data": packed.data,
+                "names": names,
+                "device": device,
+                "store_id": store_ids[stage.worker],
+            }
             tensors = Leaf(packed.tensors, needs_grad=False)
             installs.append(
                 StageCall(stage, "install", arguments, key=stage.token, after=[tensors])

@@ -14,6 +14,7 @@ from distributed import Client
 
 from taskgrad.cluster.local import local_cluster
 from taskgrad.cluster.plugins import SchedulerSide, StorePlugin
+from taskgrad.cluster.tasks import store_id
 from taskgrad.errors import ClusterMismatchError, PlacementError, TaskgradError
 
 logger = logging.getLogger("taskgrad")
@@ -58,6 +59,11 @@ class Session:
                 "client.wait_for_workers(n)"
             )
         return sorted(found, key=_worker_order)
+
+    def store_ids(self, addresses: list[str]) -> dict[str, str]:
+        """Which store each of these workers has now; another one after a restart."""
+        found: dict[str, str] = self.client.run(store_id, workers=addresses)
+        return found
 
     def gone(self, addresses: set[str]) -> set[str]:
         """Which of these had workers that are there no more, nor come back under their names."""

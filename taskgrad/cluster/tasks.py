@@ -8,6 +8,7 @@ from typing import Any
 from distributed import get_worker
 
 from taskgrad.cluster.plugins import store_of
+from taskgrad.cluster.travel import refuse_untravelable
 from taskgrad.worker.store import Store
 
 
@@ -25,9 +26,16 @@ def run_action(payload: bytes, *values: Any) -> Any:
     action, literals = pickle.loads(payload)
     given = iter(values)
     total = len(literals) + len(values)
-    return action.run(
+    result = action.run(
         _store(), *[literals[i] if i in literals else next(given) for i in range(total)]
     )
+    refuse_untravelable(result)
+    return result
+
+
+def store_id(dask_worker: Any = None) -> str:
+    """Which store a worker has: for ``client.run(taskgrad.cluster.tasks.store_id)``."""
+    return store_of(dask_worker).id
 
 
 def held(dask_worker: Any = None) -> dict[str, int]:

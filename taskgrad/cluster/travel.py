@@ -18,7 +18,7 @@ from distributed.protocol.serialize import dask_serialize
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from taskgrad.cluster.serialize import TensorCloudPickler, TensorPickler
-from taskgrad.errors import TaskgradError
+from taskgrad.errors import TravelError
 
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 _DEVICES = frozenset({"cpu", "cuda", "meta", "mps", "xpu"})
@@ -36,7 +36,7 @@ def refuse_untravelable(value: Any) -> None:
 
     Raises
     ------
-    TaskgradError
+    TravelError
         It names the part that cannot travel, by its place in the value and its type.
     """
     if _plainly_travels(value):
@@ -46,7 +46,7 @@ def refuse_untravelable(value: Any) -> None:
         return
     place, part, why = _culprit(value, trouble)
     where = f"its part {place}, " if place else ""
-    raise TaskgradError(
+    raise TravelError(
         f"this result cannot be sent to another worker: {where}"
         f"a {type(part).__module__}.{type(part).__qualname__}: {why}. "
         "Return tensors, numbers or other values that can be pickled"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from taskgrad.errors import WorkerLostError
 from taskgrad.graph import pack
 from taskgrad.worker.sizes import store_bytes
 from taskgrad.worker.store import ResidentStage, Store
@@ -25,11 +26,23 @@ def install(
     data: bytes,
     names: dict[str, tuple[int, str]],
     device: str | None,
+    store_id: str,
 ) -> str:
     """Unpack layers and keep them as a stage; gives the device that they are on.
 
     `names` maps the chain's name of each parameter to (layer index, name in the layer).
+
+    Raises
+    ------
+    WorkerLostError
+        This is not the store with `store_id`. When a worker is lost, Dask runs again what ran
+        there; here that would put the first weights in the place of the trained ones.
     """
+    if store.id != store_id:
+        raise WorkerLostError(
+            f"the worker that held {token.partition('-')[0]!r} is gone, and with it its layers; "
+            f"worker {store.address} cannot take its place. Make the chain again"
+        )
     layers: dict[int, Any] = pack.unpack(data, [t.clone() for t in tensors], own=True)
     modules = [m for m in layers.values() if isinstance(m, nn.Module)]
     place = _assigned(device) if device is not None else _device_of(modules)

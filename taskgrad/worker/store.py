@@ -7,6 +7,7 @@ and leaves when that key does: when the driver lets go of it, is killed, or canc
 from __future__ import annotations
 
 import threading
+import uuid
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,7 @@ class Store:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self.id = uuid.uuid4().hex  # another one after every restart
         self._entries: dict[str, Any] = {}
         self._refused: OrderedDict[str, None] = OrderedDict()
         self._lock = threading.Lock()

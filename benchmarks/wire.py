@@ -1,0 +1,138 @@
+"""Tensors from worker to worker as task results: taskgrad's wire against Dask's own.
+
+Two clusters of two worker processes, one as Dask starts it and one with taskgrad attached, take
+turns. A float32 tensor goes to and fro between the two workers of one as the result of a chain of
+tasks that do nothing: what is measured is a hop, the scheduler's part in it included.
+
+Stock here means stock but for the true sizes of tensors, which Dask takes from taskgrad wherever it
+is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+from distributed import Client, LocalCluster
+
+from benchmarks._report import Report, arguments
+
+SIZES = {"0_1mb": 25_000, "1mb": 250_000, "8mb": 2_000_000, "32mb": 8_000_000}
+HOPS = 10
+ROUNDS = 15
+WARM_UP = 3
+
+
+def make(count: int) -> torch.Tensor:
+    """A tensor in memory that has been written."""
+    return torch.ones(count)
+
+
+def same(t: torch.Tensor) -> torch.Tensor:
+    """The tensor that came."""
+    return t
+
+
+def hop(client: Client, workers: list[str], count: int) -> float:
+    """Seconds a hop, over a chain of them that starts with the tensor in place."""
+    futures = [client.submit(make, count, workers=[workers[0]], pure=False)]
+    _wait(client, futures[-1])
+    start = time.perf_counter()
+    for i in range(HOPS):
+        futures.append(client.submit(same, futures[-1], workers=[workers[(i + 1) % 2]], pure=False))
+    _wait(client, futures[-1])
+    return (time.perf_counter() - start) / HOPS
+
+
+def _registered() -> bool:
+    return "taskgrad.cluster.serialize" in sys.modules
+
+
+def _wait(client: Client, future: Any) -> None:
+    client.sync(future._state.wait)
+
+
+def _serve(ours: bool) -> None:
+    """In a process of its own: measures what it is told on its standard input.
+
+    Of its own, because taskgrad's family, once registered, holds for the whole process: client and
+    scheduler of the stock cluster must not have it.
+    """
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        if ours:
+            from taskgrad.cluster.session import session
+
+            session(client)
+        elif any([_registered(), *client.run(_registered).values()]):
+            raise RuntimeError("the stock cluster must not know taskgrad's family")
+        workers = sorted(client.scheduler_info()["workers"])
+        print("ready", flush=True)
+        for line in sys.stdin:
+            print(json.dumps(hop(client, workers, int(line))), flush=True)
+
+
+class _Cluster:
+    """A process that runs `_serve`."""
+
+    def __init__(self, side: str) -> None:
+        command = [sys.executable, "-m", "benchmarks.wire", f"--serve={side}"]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._answer()
+
+    def hop(self, count: int) -> float:
+        assert self.process.stdin is not None
+        print(count, file=self.process.stdin, flush=True)
+        return float(json.loads(self._answer()))
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError("a cluster of the benchmark ended before its time")
+        return line
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    options = arguments("wire")
+    report = Report("wire")
+    stock, ours = _Cluster("stock"), _Cluster("ours")
+    try:
+        for name, count in SIZES.items():
+            for _ in range(WARM_UP):
+                stock.hop(count)
+                ours.hop(count)
+            theirs, mine = [], []
+            for _ in range(ROUNDS):
+                theirs.append(stock.hop(count))
+                mine.append(ours.hop(count))
+            report.figure(f"tensor_{name}_stock", theirs)
+            report.figure(f"tensor_{name}", mine)
+            report.figure(f"tensor_{name}_gb_s", [4e-9 * count / s for s in mine], "GB/s")
+            report.figure(f"tensor_{name}_stock_gb_s", [4e-9 * count / s for s in theirs], "GB/s")
+            report.ratio(f"tensor_{name}", mine, theirs)
+    finally:
+        stock.close()
+        ours.close()
+    report.finish(options.json)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] in (["--serve=stock"], ["--serve=ours"]):
+        _serve(ours=sys.argv[1] == "--serve=ours")
+    else:
+        main()
