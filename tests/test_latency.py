@@ -172,6 +172,16 @@ def test_settings_from_the_config():
         assert Settings.from_config() == Settings(latency=0.003, allocator=True)
 
 
+def test_settings_when_the_defaults_were_loaded_inside_a_with():
+    before = dask.config.config.pop("taskgrad")
+    try:
+        with dask.config.set({"taskgrad.allocator.enabled": False}):
+            assert Settings.from_config() == Settings(latency=0.0, allocator=False)
+        assert Settings.from_config() == Settings(latency=0.0, allocator=True)
+    finally:
+        dask.config.config["taskgrad"] = before
+
+
 wishes = st.builds(
     Settings, latency=st.none() | st.floats(0, 0.01, allow_nan=False), allocator=st.booleans()
 )

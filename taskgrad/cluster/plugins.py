@@ -18,7 +18,9 @@ from distributed import Scheduler, Worker
 from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
 from distributed.scheduler import TaskState
 
+from taskgrad.cluster import allocator, latency
 from taskgrad.cluster import serialize as _serialize  # noqa: F401  registers the tensor family
+from taskgrad.cluster.config import Settings, Users
 from taskgrad.worker.sizes import Held, total_bytes
 from taskgrad.worker.store import Store
 
@@ -27,6 +29,9 @@ NAME = "taskgrad"
 # something in its store.
 ANNOTATION = "taskgrad"
 _RELEASE = "taskgrad-release"
+_SETTINGS = "taskgrad-settings"
+JOIN = "taskgrad_join"
+"""A client's call to the scheduler: it uses taskgrad from now on, with these settings."""
 
 _stores: weakref.WeakKeyDictionary[Worker, Store] = weakref.WeakKeyDictionary()
 
@@ -57,20 +62,35 @@ class StorePlugin(WorkerPlugin):
         def release(keys: list[str]) -> None:
             store.release(keys)
 
+        def change(**settings: Any) -> None:
+            _change(worker, Settings(**settings))
+
         worker.stream_handlers[_RELEASE] = release
+        worker.stream_handlers[_SETTINGS] = change
+        allocator.check_threads(worker)
         for name in _METRICS:  # columns of the dashboard's table of workers
             worker.metrics[f"{NAME}_{name}"] = functools.partial(_held, store, name)
 
     def teardown(self, worker: Worker) -> None:
         """Called when the worker closes."""
+        _change(worker, Settings())
         worker.stream_handlers.pop(_RELEASE, None)
+        worker.stream_handlers.pop(_SETTINGS, None)
         for name in _METRICS:
             worker.metrics.pop(f"{NAME}_{name}", None)
         _stores.pop(worker, None)
 
 
+def _change(worker: Worker, settings: Settings) -> None:
+    latency.apply_worker(worker, settings.latency)
+    if settings.allocator:
+        allocator.apply(worker)
+    else:
+        allocator.restore(worker)
+
+
 class SchedulerSide(SchedulerPlugin):
-    """Tells workers which of their keys are forgotten, and keeps pins true.
+    """Tells workers which of their keys are forgotten and which settings hold; keeps pins true.
 
     Dask pins a task to an address. A worker that was restarted has another one under its old name;
     a task that is pinned to the old address would wait for ever.
@@ -83,13 +103,38 @@ class SchedulerSide(SchedulerPlugin):
         """Called once on the scheduler."""
         self._scheduler = scheduler
         self._ran_on: dict[str, str] = {}
+        self._users = Users()
+        scheduler.handlers[JOIN] = self._join
+
+    def _join(self, client: str, settings: dict[str, Any]) -> None:
+        if client in self._scheduler.clients:
+            self._users.join(client, Settings(**settings))
+            self._change(list(self._scheduler.workers))
+
+    def _change(self, workers: Iterable[str] = ()) -> None:
+        """Have the settings of now hold on the scheduler, and on these workers."""
+        settings = self._users.settings
+        latency.apply_scheduler(self._scheduler, settings.latency)
+        for address in workers:
+            self._scheduler.worker_send(address, {"op": _SETTINGS, **settings.message()})
+
+    def add_client(self, scheduler: Scheduler, client: str) -> None:
+        """The stream to a new client is made right after this."""
+        scheduler.loop.add_callback(self._change)
+
+    def remove_client(self, scheduler: Scheduler, client: str) -> None:
+        """With the last client that uses taskgrad, what it changed is set back."""
+        if self._users.leave(client):
+            self._change(list(scheduler.workers))
 
     def update_graph(self, scheduler: Scheduler, *, tasks: list[Any], **kwargs: Any) -> None:
         """Pins that were stale when they arrived."""
         self._repin([scheduler.tasks[key] for key in tasks])
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
-        """Pins that wait for this worker under its old address."""
+        """Pins that wait for this worker under its old address; its settings."""
+        if self._users:  # it reads them after it has set up its plugins
+            self._change([worker])
         self._repin(scheduler.tasks.values())
 
     def _repin(self, tasks: Iterable[TaskState]) -> None:

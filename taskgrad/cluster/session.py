@@ -12,8 +12,10 @@ from typing import Any
 import distributed
 from distributed import Client
 
+from taskgrad.cluster import latency
+from taskgrad.cluster.config import Settings
 from taskgrad.cluster.local import local_cluster
-from taskgrad.cluster.plugins import SchedulerSide, StorePlugin
+from taskgrad.cluster.plugins import JOIN, SchedulerSide, StorePlugin
 from taskgrad.cluster.tasks import store_id
 from taskgrad.errors import ClusterMismatchError, PlacementError, TaskgradError
 
@@ -40,9 +42,13 @@ class Session:
         self.client = client
         self.names: dict[str, Any] = {}
         """The name of every worker seen so far, by its address at the time."""
+        settings = Settings.from_config()
         _check_versions(client)
         client.register_plugin(SchedulerSide())
         client.register_plugin(StorePlugin())
+        join = getattr(client.scheduler, JOIN)
+        client.sync(join, client=client.id, settings=settings.message())
+        latency.apply_client(client, settings.latency)
 
     def workers(self) -> list[WorkerInfo]:
         """All workers there are now, by name where names are numbers, else by address.
