@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import time
 from types import SimpleNamespace
 
+import distributed
 import pytest
 from distributed import Client, LocalCluster
 from distributed.batched import BatchedSend
 
-from taskgrad.cluster import internals
+from taskgrad.cluster import internals, waiting
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +144,16 @@ def test_a_worker_says_its_memory_and_threads(plain):
     assert limit == worker["memory_limit"]
     assert 10 * 2**20 < used < limit
     assert threads == 3
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_settling(cluster, monkeypatch, moved):
+    """With what Dask has today, which must be there, and without."""
+    assert inspect.iscoroutinefunction(distributed.client._wait)
+    if moved:
+        monkeypatch.delattr(distributed.client, "_wait")
+    futures = [cluster.submit(time.sleep, 0.2, pure=False), cluster.submit(int, "x", pure=False)]
+    pending = waiting.all_of(cluster, futures)
+    assert not pending.done(0.01)
+    assert pending.done(30)
+    assert [f.status for f in futures] == ["finished", "error"]

@@ -7,12 +7,14 @@ version of Dask moves something, so that we notice before users do.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from distributed import Client, Scheduler, Worker
+import distributed.client
+from distributed import Client, Future, Scheduler, Worker
 from distributed.batched import BatchedSend
 
 
@@ -128,3 +130,13 @@ def _attribute(owner: Any, name: str) -> Iterator[Any]:
     found = getattr(owner, name, None)
     if found is not None:
         yield found
+
+
+async def settle(futures: Sequence[Future]) -> None:
+    """Return when each of these futures has a result or an error, or one was cancelled."""
+    all_of = getattr(distributed.client, "_wait", None)
+    if inspect.iscoroutinefunction(all_of):
+        await all_of(list(futures))
+        return
+    while any(future.status == "pending" for future in futures):
+        await asyncio.sleep(0.01)

@@ -14,7 +14,8 @@ from collections.abc import Awaitable, Sequence
 from typing import Any
 
 from distributed import CancelledError, Client, Future
-from distributed.client import _wait as _all_of
+
+from taskgrad.cluster import internals
 
 
 class Pending:
@@ -46,7 +47,7 @@ def all_of(client: Client, futures: Sequence[Future]) -> Pending:
     async def settle() -> None:
         # Where one was cancelled, whoever waits finds out by looking at each.
         with contextlib.suppress(asyncio.CancelledError, CancelledError):
-            await _all_of(list(futures))
+            await internals.settle(futures)
 
     return Pending(client, settle())
 
