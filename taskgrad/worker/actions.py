@@ -9,8 +9,7 @@ import torch
 
 from taskgrad.graph.pytree import flatten
 from taskgrad.worker import stage_calls
-from taskgrad.worker.forward import buffers_key
-from taskgrad.worker.store import Store
+from taskgrad.worker.store import Store, buffers_key
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import nn
 from taskgrad.errors import LayerError
 from taskgrad.graph import pack
 from taskgrad.graph.pytree import Slot, Structure, carries_gradient, describe, flatten, map_leaves
-from taskgrad.worker.store import ResidentStage, Store, Tape
+from taskgrad.worker.store import ResidentStage, Store, Tape, buffers_key
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Forward:
     """One forward task. Fields are those of `taskgrad.graph.nodes.Call`; `token` is its key.
 
     `needs_grad` says for each input slot whether somebody upstream takes a gradient. `buffers` are
-    the slots of a function's buffers if their new values shall be left for `changed_buffers`.
+    the slots of a function's buffers if their new values shall be left for `ReadBuffers`.
     """
 
     token: str
@@ -174,11 +174,6 @@ def _set_mode(stage: ResidentStage, mode: bool | None) -> None:
         if isinstance(layer, nn.Module):
             layer.train(mode)
     stage.mode = mode
-
-
-def buffers_key(token: str) -> str:
-    """Where a forward leaves its function's buffers until `changed_buffers` fetches them."""
-    return f"buffers of {token}"
 
 
 def _layer_error(

@@ -53,6 +53,11 @@ class Tape:
     nbytes: int | None = None  # once somebody has counted them
 
 
+def buffers_key(token: str) -> str:
+    """Where a forward leaves its function's buffers until they are read, beside its own entry."""
+    return f"buffers of {token}"
+
+
 class Store:
     """Stages, tapes and gradients of one worker, by key. Safe from several threads."""
 
@@ -104,6 +109,7 @@ class Store:
         """Let go of these keys, now or as soon as their tasks end."""
         with self._lock:
             for key in keys:
+                self._entries.pop(buffers_key(key), None)
                 if self._entries.pop(key, None) is None:
                     self._refused[key] = None
                     if len(self._refused) > _MAX_REFUSED:
