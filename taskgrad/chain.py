@@ -25,8 +25,9 @@ from taskgrad.graph.layers import (
     owner_of,
     rebuild_model,
 )
-from taskgrad.graph.nodes import Call, ChainRef, Leaf, Node, Stage, StageCall, StoredGrad, new_key
+from taskgrad.graph.nodes import Call, ChainRef, Leaf, Node, Stage, StageCall, new_key
 from taskgrad.graph.pytree import Slot
+from taskgrad.graph.reads import StoredGrad
 from taskgrad.plan.drawing import call_graph, html
 from taskgrad.plan.table import MemoryRow, PlacementRow, Table
 from taskgrad.thunk import Inputs, Lazy, Thunk

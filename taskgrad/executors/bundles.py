@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from taskgrad.graph.nodes import Bundle, Node, Read
+from taskgrad.graph.nodes import Node
+from taskgrad.graph.reads import Bundle, Read
 
 
 def bundle_reads(nodes: Sequence[Node]) -> None:

@@ -16,22 +16,19 @@ from taskgrad.cluster.tasks import run_action
 from taskgrad.errors import TaskgradError
 from taskgrad.graph.nodes import (
     BufferState,
-    Bundle,
     Call,
     Cotangent,
     Foreign,
     Leaf,
     Node,
-    ParameterGrad,
     Primal,
     Pullback,
-    Read,
     StageCall,
-    StoredGrad,
     Sum,
     versions,
 )
 from taskgrad.graph.pytree import map_leaves
+from taskgrad.graph.reads import Bundle, ParameterGrad, Read, StoredGrad
 from taskgrad.worker.actions import Add, OnStage, Pick, ReadAll, ReadBuffers, ReadGradient
 from taskgrad.worker.backward import Backward
 from taskgrad.worker.forward import Forward

@@ -15,13 +15,13 @@ from taskgrad.graph.nodes import (
     Cotangent,
     Leaf,
     Node,
-    ParameterGrad,
     Primal,
     Pullback,
     Stage,
     Sum,
     ancestors,
 )
+from taskgrad.graph.reads import ParameterGrad
 
 
 @dataclass(frozen=True)
