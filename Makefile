@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format notebooks docs clean
+.PHONY: help setup train test lint format notebooks docs bench clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ notebooks: setup ## run every notebook from top to bottom; the first error stops
 
 docs: setup ## run the code in README.md and docs/
 	$(BIN)/python docs/check_snippets.py
+
+bench: setup ## measure taskgrad against its rivals; writes docs/benchmarks.md
+	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove .venv, caches and what training wrote
 	rm -rf $(VENV) build dist runs dask-worker-space .pytest_cache .mypy_cache .ruff_cache \

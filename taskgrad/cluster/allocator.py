@@ -104,7 +104,8 @@ def relieve(worker: Worker) -> bool:
     """Give back kept memory if the worker is short of it; returns whether it was.
 
     Dask spills and pauses by the size of the process, and could wait forever for memory that is
-    free but kept.
+    free but kept. What glibc cannot give back is the end of the last heap of each thread, 64 MiB at
+    most.
     """
     libc, used = _glibc(), internals.memory_used(worker)
     limit = internals.memory_limit(worker)
