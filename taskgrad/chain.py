@@ -45,10 +45,14 @@ _ONE_INPUT = pickle.dumps(((Slot(0),), {}))
 
 
 class _Entry(NamedTuple):
-    """What the next call takes: nodes, and how they are its arguments."""
+    """What the next call takes: nodes, and how they are its arguments.
+
+    `value` is the node that is its one argument, if it has one and that is a node.
+    """
 
     inputs: tuple[Node, ...]
     template: bytes
+    value: Node | None
 
 
 class GraphChain(Lazy):
@@ -190,7 +194,9 @@ class GraphChain(Lazy):
         """
         inputs = Inputs()
         template = inputs.template((args, kwargs), self._title)
-        entry = self._walk(self._path, _Entry(tuple(inputs.nodes), template))
+        alone = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor | Thunk)
+        value = inputs.nodes[0] if alone else None
+        entry = self._walk(self._path, _Entry(tuple(inputs.nodes), template, value))
         return Thunk(entry.inputs[0], self._session)
 
     def _walk(self, path: Path, entry: _Entry) -> _Entry:
@@ -202,20 +208,30 @@ class GraphChain(Lazy):
                 return entry
             call = self._call(row, entry)
             row.clear()
-            return _Entry((call,), _ONE_INPUT)
+            return _Entry((call,), _ONE_INPUT, call)
 
         for part in path:
             if isinstance(part, Branches):
                 entry = flush(entry)
-                ends = [self._walk(branch, entry).inputs[0] for branch in part.paths]
+                ends = [self._branch(branch, entry) for branch in part.paths]
                 joined = Inputs()
                 template = joined.template((tuple(ends), {}), self._title)
-                entry = _Entry(tuple(joined.nodes), template)
+                entry = _Entry(tuple(joined.nodes), template, None)
                 part = part.connection
             elif row and self._stage_of[row[-1].index] is not self._stage_of[part.index]:
                 entry = flush(entry)
             row.append(part)
         return flush(entry)
+
+    def _branch(self, path: Path, entry: _Entry) -> Node:
+        """The end of one branch. A skip is no call: its value goes straight to where it is used.
+
+        So its cotangent also comes first of all to where the value was made, as in plain torch.
+        """
+        skips = all(isinstance(part, Layer) and part.passes for part in path)
+        if skips and entry.value is not None:
+            return entry.value
+        return self._walk(path, entry).inputs[0]
 
     def _call(self, row: Sequence[Layer], entry: _Entry) -> Call:
         names = [layer.name or layer.kind for layer in row]
@@ -340,10 +356,8 @@ class GraphChain(Lazy):
         modules: dict[int, Any] = {}
         for data, tensors in self._on_stages("fetch", mode=self._mode):
             modules |= pack.unpack(data, tensors, own=True)
-        model = rebuild_model(self._skeleton, [modules[i] for i in self._same_as])
-        for info in self._tensors.values():
-            for other in info.names[1:]:
-                _set_tensor(model, other, _get_tensor(model, info.name))
+        layers = [modules[i] for i in self._same_as]
+        model = rebuild_model(self._skeleton, layers, self._tensors.values())
         if self._mode is not None:
             model.train(self._mode)
         return model
@@ -376,16 +390,3 @@ class GraphChain(Lazy):
         with torch.no_grad():
             graph = call_graph([self(None)._node])
         return html(repr(self), graph, self.placement._repr_html_())
-
-
-def _get_tensor(model: nn.Module, name: str) -> torch.Tensor:
-    prefix, _, leaf = name.rpartition(".")
-    found: torch.Tensor = getattr(model.get_submodule(prefix), leaf)
-    return found
-
-
-def _set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    prefix, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(prefix)
-    tensors: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
-    tensors[leaf] = value

@@ -110,3 +110,20 @@ def test_parallel_is_a_plain_module_too():
 def test_parallel_refuses(arguments, match):
     with pytest.raises((TypeError, ValueError), match=match):
         tg.Parallel(*arguments)
+
+
+def test_skips_beside_several_branches_are_summed_in_torchs_order(client):
+    def join(*parts):
+        return torch.cat(parts, -1)
+
+    inner = tg.Parallel(torch.mul, nn.Linear(6, 3), nn.Linear(6, 3))
+    branch = nn.Sequential(nn.Linear(6, 6), nn.ELU(inplace=True))
+    model = nn.Sequential(
+        nn.Linear(6, 6), tg.Parallel(join, nn.Identity(), branch, inner), nn.Linear(15, 2)
+    )
+    for placement in (None, "round_robin"):
+        chain = tg.GraphChain(model, client=client, placement=placement)
+        assert_vjp_equals_torch(chain, model, torch.randn(64, 6))
+    start = nn.Sequential(tg.Parallel(join, nn.Identity(), nn.Linear(6, 2), nn.Linear(6, 2)))
+    chain = tg.GraphChain(start, client=client, placement="round_robin")
+    assert_vjp_equals_torch(chain, start, torch.randn(64, 6))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +17,13 @@ from taskgrad.graph.parallel import Parallel
 class Layer:
     """One node of the model: where it stands in the running order, its name, and its type.
 
-    The module itself lives on a worker.
+    The module itself lives on a worker. `passes` is true where it gives what it was given.
     """
 
     index: int
     name: str
     kind: str
+    passes: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,13 @@ class Model:
     tensors: dict[str, ParameterInfo] = field(default_factory=dict)
 
 
+def _hooked(module: nn.Module) -> bool:
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name, None) for name in names)
+
+
 def _opens(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a container can be replaced by its parts: its own forward, and nobody listening."""
-    hooked = any(
-        getattr(module, name, None)
-        for name in (
-            "_forward_hooks",
-            "_forward_pre_hooks",
-            "_backward_hooks",
-            "_backward_pre_hooks",
-        )
-    )
     own_tensors = any(True for _ in module.parameters(recurse=False)) or any(
         True for _ in module.buffers(recurse=False)
     )
@@ -83,7 +80,7 @@ def _opens(module: nn.Module, kind: type[nn.Module]) -> bool:
         isinstance(module, kind)
         and type(module).forward is kind.forward
         and "forward" not in module.__dict__
-        and not hooked
+        and not _hooked(module)
         and not own_tensors
     )
 
@@ -120,7 +117,8 @@ def flatten_model(model: nn.Module) -> Model:
     modules: list[Callable[..., Any]] = []
 
     def add(name: str, fn: Callable[..., Any]) -> Layer:
-        layer = Layer(len(layers), name, kind_of(fn))
+        passes = type(fn) is nn.Identity and not _hooked(fn)
+        layer = Layer(len(layers), name, kind_of(fn), passes)
         layers.append(layer)
         modules.append(fn)
         return layer
@@ -221,7 +219,26 @@ def _skeleton(model: nn.Module, modules: list[Callable[..., Any]]) -> bytes:
     return pack.dumps(model, lambda part: marks.get(id(part)))
 
 
-def rebuild_model(skeleton: bytes, modules: list[Callable[..., Any]]) -> nn.Module:
-    """The model again, of its containers and these layers."""
+def rebuild_model(
+    skeleton: bytes, modules: list[Callable[..., Any]], tensors: Iterable[ParameterInfo]
+) -> nn.Module:
+    """The model again, of its containers and these layers; what was tied is tied again."""
     model: nn.Module = pack.loads(skeleton, lambda mark: modules[mark])
+    for info in tensors:
+        for other in info.names[1:]:
+            prefix, _, name = other.rpartition(".")
+            owner = model.get_submodule(prefix)
+            _tensors_of(owner, name)[name] = _get_tensor(model, info.name)
     return model
+
+
+def _get_tensor(model: nn.Module, name: str) -> torch.Tensor:
+    prefix, _, name = name.rpartition(".")
+    owner = model.get_submodule(prefix)
+    found: torch.Tensor = _tensors_of(owner, name)[name]
+    return found
+
+
+def _tensors_of(module: nn.Module, name: str) -> dict[str, Any]:
+    """A module's table of parameters or of buffers, whichever has this name."""
+    return module._parameters if name in module._parameters else module._buffers
