@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from taskgrad.errors import CotangentError
-from taskgrad.executors.backward import check_cotangent
 from taskgrad.graph.adjoint import Adjoint, adjoint, calls_behind
+from taskgrad.graph.layers import kind_of
 from taskgrad.graph.nodes import Call, Leaf, Node, Primal, Stage, Sum
 from taskgrad.graph.pytree import Structure, carries_gradient, flatten
 from taskgrad.thunk import Thunk, cotangent_node, spawn
@@ -101,9 +101,9 @@ def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
         for output, part in zip(outputs, parts, strict=True):
             if part is None:
                 continue
-            check_cotangent(output._node, None if isinstance(part, Thunk) else part)
+            seed = cotangent_node(output._node, part)
             if output._node.needs_grad:
-                seeds.append((output._node, cotangent_node(output._node, part)))
+                seeds.append((output._node, seed))
         found = adjoint(seeds, retain=retain_graph)
         owner = next((o._session for o in outputs if o._session is not None), None)
 
@@ -161,35 +161,41 @@ def _prefix(cotangent: Any, structure: Structure, n: int) -> list[Any]:
 def _parameter_grads(found: Adjoint, reachable: list[Call]) -> dict[str, Node | None]:
     """Gradients of all trainable parameters behind the outputs, by name.
 
-    Owners are chains (by their stages) and spawned modules (by their leaves), in the order in which
-    they were first used. One that no cotangent reaches still has its names, with None.
+    Owners are chains and the modules given to `spawn`, in the order in which they were first used.
+    A parameter that no cotangent reaches still has its name, with None.
     """
-    owners: dict[Any, dict[str, Node | None]] = {}
-    titles: dict[Any, str] = {}
+    parts_of: dict[int, list[Node]] = {}  # of each parameter on the driver: one leaf for each call
+    for leaf, parts in found.leaves.items():
+        if isinstance(leaf, Leaf) and leaf.owner is not None:
+            parts_of.setdefault(id(leaf.value), []).extend(parts)
+    owners: dict[int, tuple[str, dict[str, Node | None]]] = {}
     for call in reversed(reachable):
         if call.stage is not None:
-            owner: Any = call.stage.chain
-            titles.setdefault(owner, call.stage.chain.title)
-            grads = owners.setdefault(owner, {})
+            chain = call.stage.chain
+            _, grads = owners.setdefault(id(chain), (chain.title, {}))
             for name in call.parameters:
                 home: Stage = call.stage.homes.get(name, call.stage)
-                parts = found.parameters.get((home, name), ())
                 if name not in grads:
-                    grads[name] = (
-                        Sum(parts, name, home.worker) if len(parts) > 1 else next(iter(parts), None)
-                    )
-        else:
-            named = [i for i in call.inputs if isinstance(i, Leaf) and i.name and i.needs_grad]
-            for leaf in named:
-                titles.setdefault(call.function, call.title)
-                owners.setdefault(call.function, {}).setdefault(leaf.name, found.leaf_grad(leaf))
+                    grads[name] = _sum(found.parameters.get((home, name), ()), name, home.worker)
+        for given in call.inputs:
+            if isinstance(given, Leaf) and given.owner is not None and given.needs_grad:
+                _, grads = owners.setdefault(id(given.owner), (kind_of(given.owner), {}))
+                if given.name not in grads:
+                    grads[given.name] = _sum(parts_of.get(id(given.value), ()), given.name, None)
     if len(owners) == 1:
-        return next(iter(owners.values()))
+        return next(iter(owners.values()))[1]
     seen: dict[str, int] = {}
-    named_grads: dict[str, Node | None] = {}
-    for owner, grads in owners.items():
-        count = seen.get(titles[owner], 0)
-        seen[titles[owner]] = count + 1
-        title = titles[owner] if not count else f"{titles[owner]}_{count}"
-        named_grads |= {f"{title}.{name}": node for name, node in grads.items()}
-    return named_grads
+    named: dict[str, Node | None] = {}
+    for title, grads in owners.values():
+        count = seen.get(title, 0)
+        seen[title] = count + 1
+        prefix = f"{title}_{count}" if count else title
+        named |= {f"{prefix}.{name}": node for name, node in grads.items()}
+    return named
+
+
+def _sum(parts: Sequence[Node], name: str, worker: str | None) -> Node | None:
+    """One node for gradients that are to be summed, where there are any."""
+    if len(parts) > 1:
+        return Sum(parts, name, worker or parts[0].worker)
+    return parts[0] if parts else None

@@ -240,10 +240,10 @@ def spawn(
             f"({type(error).__name__}: {error}). Define it without what it holds on to "
             "(locks, open files, generators)"
         ) from error
-    names = {id(p): n for m in packed.modules for n, p in m.named_parameters()}
+    names = {id(p): (n, m) for m in packed.modules for n, p in m.named_parameters()}
     own_buffers = {id(b) for m in packed.modules for b in m.buffers()}
     inputs = Inputs()
-    tensor_slots = tuple(inputs.slot(t, names.get(id(t), "")) for t in packed.tensors)
+    tensor_slots = tuple(inputs.slot(t, *names.get(id(t), ())) for t in packed.tensors)
     buffers = tuple(
         s for s, t in zip(tensor_slots, packed.tensors, strict=True) if id(t) in own_buffers
     )
@@ -280,15 +280,15 @@ class Inputs:
         self.session: Session | None = None
         self._slots: dict[int, int] = {}
 
-    def slot(self, value: Any, name: str = "") -> int:
-        """The slot of a tensor, a thunk, a node or a Dask collection."""
+    def slot(self, value: Any, name: str = "", owner: Any = None) -> int:
+        """The slot of a thunk, node, collection or tensor (a parameter with name and module)."""
         known = value._node if isinstance(value, Thunk) else value
         if id(known) not in self._slots:
             self._slots[id(known)] = len(self.nodes)
-            self.nodes.append(self._node_of(value, name))
+            self.nodes.append(self._node_of(value, name, owner))
         return self._slots[id(known)]
 
-    def _node_of(self, value: Any, name: str) -> Node:
+    def _node_of(self, value: Any, name: str, owner: Any) -> Node:
         if isinstance(value, Thunk):
             theirs = value._session
             if self.session and theirs and theirs.client is not self.session.client:
@@ -298,7 +298,7 @@ class Inputs:
         if isinstance(value, Node):
             return value
         if isinstance(value, torch.Tensor):
-            return Leaf(value, name=name)
+            return Leaf(value, name=name, owner=owner)
         return Foreign(value if isinstance(value, Delayed) else delayed(value))
 
     def template(self, arguments: Any, title: str) -> bytes:

@@ -401,3 +401,57 @@ def test_sparse_gradients(client):
     ours = tg.collect(chain.grads())["0.weight"]
     assert ours.is_sparse
     assert_same(ours.to_dense(), model[0].weight.grad.to_dense())
+
+
+def plain_grads(run, *modules):
+    for m in modules:
+        m.zero_grad()
+    run().sum().backward()
+    return [[p.grad.clone() for p in m.parameters()] for m in modules]
+
+
+def test_vjp_through_several_spawned_modules_of_one_kind(client):
+    a, b, x = nn.Linear(2, 2), nn.Linear(2, 2), torch.randn(4, 2)
+    theirs = [g for grads in plain_grads(lambda: b(a(x)), a, b) for g in grads]
+    for f in (
+        lambda x: tg.spawn(b, tg.spawn(a, x)),
+        lambda x: tg.spawn(lambda x: b(a(x)), x),
+    ):
+        _, back = tg.vjp(f, x)
+        grads, _ = back(torch.ones(4, 2))
+        assert len(grads) == 4
+        ours = tg.collect(list(grads.values()))
+        for theirs_too in theirs:
+            assert any(torch.equal(theirs_too, g) for g in ours)
+
+
+def test_vjp_through_one_spawned_module_used_twice(client):
+    a, x = nn.Linear(2, 2), torch.randn(4, 2)
+    _, back = tg.vjp(lambda x: tg.spawn(a, tg.spawn(a, x, worker=0), worker=1), x)
+    grads, _ = back(torch.ones(4, 2))
+    assert list(grads) == ["weight", "bias"]
+    for ours, theirs in zip(grads.values(), plain_grads(lambda: a(a(x)), a)[0], strict=True):
+        assert_same(tg.collect(ours), theirs)
+
+
+def test_backward_writes_a_spawned_modules_buffers_back(client):
+    ours, x = nn.BatchNorm1d(2), torch.randn(4, 2)
+    theirs = copy.deepcopy(ours)
+    tg.spawn(torch.sum, tg.spawn(ours, x)).backward()
+    theirs(x).sum().backward()
+    assert_same(ours.running_mean, theirs.running_mean)
+    assert_same(ours.weight.grad, theirs.weight.grad)
+
+
+def test_a_batch_norm_used_twice_has_one_state(client):
+    norm, x = nn.BatchNorm1d(2), torch.randn(4, 2)
+    model = nn.Sequential(norm, nn.Linear(2, 2), nn.Linear(2, 2), norm)
+    for placement in (None, "round_robin"):
+        chain = tg.GraphChain(model, client=client, placement=placement)
+        plain = copy.deepcopy(model)
+        tg.collect(chain(x))
+        plain(x)
+        for name, value in plain.state_dict().items():
+            assert_same(chain.state_dict()[name], value, name)
+    with pytest.raises(tg.PlacementError, match="'3' shares buffers.*one worker"):
+        tg.GraphChain(model, client=client, placement=[0, 0, 1, 1])

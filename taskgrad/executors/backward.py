@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from taskgrad.cluster.session import Session
-from taskgrad.executors.futures import forget, run, values_of
+from taskgrad.executors.futures import forget, run_with_buffers, values_of
 from taskgrad.graph.adjoint import Adjoint
 from taskgrad.graph.nodes import Leaf, Node, Stage, StageCall, new_key
 from taskgrad.graph.pytree import Structure, flatten
@@ -53,7 +53,7 @@ def run_backward(adjoint: Adjoint, session: Session, *, accumulate: bool) -> dic
     if accumulate:
         targets += accumulations(adjoint)
     try:
-        run(targets, session)
+        run_with_buffers(targets, session)
         values = values_of(found, session)
     except BaseException:
         # What is left of these tapes is of no more use.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from torch import nn
+
 from taskgrad.cluster.session import Session, WorkerSpec
 from taskgrad.errors import PlacementError
 from taskgrad.graph import pack
@@ -36,22 +38,45 @@ def place(
     Raises
     ------
     PlacementError
-        The placement has the wrong length or names a worker that is not there.
+        The placement has the wrong length, names a worker that is not there, or parts layers that
+        share buffers.
     """
     workers = owner.workers()
     n = len(flat.layers)
     if placement is None:
         indices = contiguous(layer_costs(flat.path, flat.modules), len(workers))
-        return [workers[i].address for i in indices]
+        return _together(flat, [workers[i].address for i in indices])
     if isinstance(placement, str):
         if placement != "round_robin":
             raise PlacementError(
                 f'placement is None, "round_robin" or one worker for each layer; got {placement!r}'
             )
-        return [workers[i].address for i in round_robin(n, len(workers))]
+        return _together(flat, [workers[i].address for i in round_robin(n, len(workers))])
     if len(placement) != n:
         raise PlacementError(
             f"the placement names {len(placement)} workers and the model has {n} layers "
             f"({', '.join(layer.name or layer.kind for layer in flat.layers)}): give one for each"
         )
-    return [owner.resolve(spec, workers) for spec in placement]
+    asked = [owner.resolve(spec, workers) for spec in placement]
+    for layer, here, needed in zip(flat.layers, asked, _together(flat, asked), strict=True):
+        if here != needed:
+            raise PlacementError(
+                f"layer {layer.name!r} shares buffers with a layer on worker {needed}, and both "
+                "write them: give the two one worker"
+            )
+    return asked
+
+
+def _together(flat: Model, addresses: list[str]) -> list[str]:
+    """The same placement, but layers that share buffers are where the first of them is.
+
+    A parameter can have a copy, whose gradients are summed; a buffer is written as calls run.
+    """
+    first: dict[int, str] = {}
+    found = []
+    for module, address in zip(flat.modules, addresses, strict=True):
+        buffers = list(module.buffers()) if isinstance(module, nn.Module) else []
+        address = next((first[id(b)] for b in buffers if id(b) in first), address)
+        first |= {id(b): address for b in buffers}
+        found.append(address)
+    return found

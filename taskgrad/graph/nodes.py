@@ -64,14 +64,21 @@ class Node:
 
 
 class Leaf(Node):
-    """A value of the driver's: a pytree, which gradients reach if `needs_grad`."""
+    """A value of the driver's: a pytree, which gradients reach if `needs_grad`.
 
-    __slots__ = ("_needs_grad", "name", "value", "version")
+    A parameter of a module that was given to `spawn` has that module as its `owner`, and its `name`
+    there.
+    """
 
-    def __init__(self, value: Any, *, needs_grad: bool | None = None, name: str = "") -> None:
+    __slots__ = ("_needs_grad", "name", "owner", "value", "version")
+
+    def __init__(
+        self, value: Any, *, needs_grad: bool | None = None, name: str = "", owner: Any = None
+    ) -> None:
         super().__init__(new_key("input"), None)
         self.value = value
         self.name = name
+        self.owner = owner
         found = tensors(value)
         if needs_grad is None:
             needs_grad = any(t.requires_grad for t in found)
