@@ -12,7 +12,7 @@ from pathlib import Path
 import dask
 import pytest
 import torch
-from distributed import get_worker
+from distributed import Status, get_worker
 from torch import nn
 
 import taskgrad as tg
@@ -124,3 +124,21 @@ def test_a_restarted_worker_never_goes_on_with_the_first_weights(fresh):
     for use in (lambda: tg.collect(chain(torch.ones(1, 2))), chain.state_dict):
         with pytest.raises(tg.WorkerLostError, match="Make the chain again"):
             use()
+
+
+def test_a_paused_worker_is_not_waited_for_without_end(fresh):
+    client = fresh(n_workers=2, memory_limit=0)  # no monitor that would unpause it
+    chain = tg.GraphChain(
+        nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), client=client, placement=[0, 1]
+    )
+    address = chain.placement[1].worker
+
+    def pause(dask_worker):
+        dask_worker.status = Status.paused
+
+    client.run(pause, workers=[address])
+    with (
+        dask.config.set({"taskgrad.worker-deadline": "2s"}),
+        pytest.raises(tg.WorkerLostError, match=rf"at {address} has been paused for 2 s.*memory"),
+    ):
+        tg.collect(chain(torch.ones(1, 2)))

@@ -71,17 +71,30 @@ class Session:
         found: dict[str, str] = self.client.run(store_id, workers=addresses)
         return found
 
-    def gone(self, addresses: set[str]) -> set[str]:
-        """Which of these had workers that are there no more, nor come back under their names."""
-        now = {w.address: w.name for w in self._known()}
-        names = set(now.values())
-        return {a for a in addresses - now.keys() if self.names.get(a, a) not in names}
+    def out_of_order(self, addresses: set[str]) -> dict[str, str]:
+        """Which of these workers run nothing that is pinned to them, and why: "gone" or "paused".
+
+        Gone are those that are there no more, nor came back under their names. Paused ones start no
+        tasks; they count only while none of these workers runs anything, as they may have nothing
+        to do yet.
+        """
+        info = self._info()
+        names = {self.names[a] for a in info}
+        gone = {a for a in addresses - info.keys() if self.names.get(a, a) not in names}
+        here = {a: info[a] for a in addresses & info.keys()}
+        busy = any(w["metrics"].get("task_counts", {}).get("executing") for w in here.values())
+        paused = {a for a, w in here.items() if w["status"] == "paused" and not busy}
+        return dict.fromkeys(gone, "gone") | dict.fromkeys(paused, "paused")
 
     def _known(self) -> list[WorkerInfo]:
+        return [WorkerInfo(address, self.names[address]) for address in self._info()]
+
+    def _info(self) -> dict[str, Any]:
+        """What the scheduler knows of each worker, by address."""
         check_open(self.client)
-        info = self.client.scheduler_info(n_workers=-1)["workers"]
+        info: dict[str, Any] = self.client.scheduler_info(n_workers=-1)["workers"]
         self.names |= {address: w.get("name", address) for address, w in info.items()}
-        return [WorkerInfo(address, self.names[address]) for address in info]
+        return info
 
     def resolve(self, spec: WorkerSpec, workers: Sequence[WorkerInfo] | None = None) -> str:
         """The address of a worker given by index, name or address.

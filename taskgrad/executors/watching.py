@@ -3,7 +3,7 @@
 A task that is pinned to a worker which is gone waits in Dask for ever. So every wait of ours looks
 now and then at what it waits for: what failed, what was cancelled, whose worker is gone. What a
 worker kept (layers, tapes) is gone with it; a function can still run if the worker comes back under
-its name within ``taskgrad.worker-deadline``.
+its name within ``taskgrad.worker-deadline``. A worker that Dask paused has as long to go on.
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ def failure(node: Node) -> BaseException | None:
 
 
 class _Watch:
-    """One wait's looks at what it waits for, and since when a worker is missing."""
+    """One wait's looks at what it waits for, and since when a worker is out of order."""
 
     def __init__(self, targets: Sequence[Node], session: Session) -> None:
         self._targets = targets
         self._session = session
-        self._missing_since: dict[str, float] = {}
+        self._since: dict[str, float] = {}
 
     def look(self) -> BaseException | None:
         """Why these will not all come, as an error to raise; None as far as is known."""
@@ -103,32 +103,46 @@ class _Watch:
         except TaskgradError as error:
             return error
         failed = next(filter(None, map(failure, self._targets)), None)
-        return failed or self._lost_worker()
+        return failed or self._worker_out_of_order()
 
-    def _lost_worker(self) -> WorkerLostError | None:
-        now, seen = time.monotonic(), dict(self._missing_since)
-        self._missing_since.clear()
+    def _worker_out_of_order(self) -> WorkerLostError | None:
         unfinished = sorted(_unfinished(self._targets), key=lambda n: n.order)
-        gone = self._session.gone({n.worker for n in unfinished if n.worker is not None})
+        pins = {n.worker for n in unfinished if n.worker is not None}
+        trouble = self._session.out_of_order(pins)
+        now = time.monotonic()
+        self._since = {address: self._since.get(address, now) for address in trouble}
+        deadline = parse_timedelta(dask.config.get("taskgrad.worker-deadline"))
         for node in unfinished:
-            if node.worker not in gone:
+            if node.worker is None or node.worker not in trouble:
                 continue
-            name = self._session.names.get(node.worker, node.worker)
-            worker = f"worker {name} at {node.worker}" if name != node.worker else f"worker {name}"
-            if not (isinstance(node, Call) and node.stage is None):
+            gone = trouble[node.worker] == "gone"
+            stateless = isinstance(node, Call) and node.stage is None
+            if gone and not stateless:
                 return WorkerLostError(
-                    f"{worker} is gone, and {_name(node)} can only run there: its layers or tapes "
-                    "are lost. Make the chain again on the workers there are"
+                    f"{self._describe(node.worker)} is gone, and {_name(node)} can only run there: "
+                    "its layers or tapes are lost. Make the chain again on the workers there are"
                 )
-            since = self._missing_since.setdefault(node.worker, seen.get(node.worker, now))
-            deadline = parse_timedelta(dask.config.get("taskgrad.worker-deadline"))
-            if now - since >= deadline:
+            if now - self._since[node.worker] >= deadline:
                 return WorkerLostError(
-                    f"{worker} has been gone for {deadline:g} s, and {_name(node)} is pinned to "
-                    "it. Start a worker of that name, spawn it on another one, or raise Dask's "
-                    "setting taskgrad.worker-deadline"
+                    f"{self._describe(node.worker)} has been {trouble[node.worker]} for "
+                    f"{deadline:g} s, and {_name(node)} is pinned to it. "
+                    + (_START_ONE if gone else _GIVE_MEMORY)
                 )
         return None
+
+    def _describe(self, address: str) -> str:
+        name = self._session.names.get(address, address)
+        return f"worker {name} at {address}" if name != address else f"worker {name}"
+
+
+_START_ONE = (
+    "Start a worker of that name, spawn it on another one, or raise Dask's setting "
+    "taskgrad.worker-deadline"
+)
+_GIVE_MEMORY = (
+    "Dask pauses a worker whose memory is nearly full: give the workers more memory, spread the "
+    "model over more of them, or take smaller batches"
+)
 
 
 def _name(node: Node) -> str:
