@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         ClusterMismatchError,
         CotangentError,
         LayerError,
+        MemoryLimitError,
         PlacementError,
         TapeError,
         TaskgradError,
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from taskgrad.graph.parallel import Parallel
     from taskgrad.pullbacks import vjp
     from taskgrad.thunk import Thunk, collect, spawn
+    from taskgrad.train.callbacks import Callback
     from taskgrad.train.optimizer import Optimizer
+    from taskgrad.train.trainer import Trainer
+    from taskgrad.worker.randomness import random_stream
 
 __version__ = version("taskgrad")
 
@@ -32,6 +36,7 @@ _HOMES = {
     "ClusterMismatchError": "errors",
     "CotangentError": "errors",
     "LayerError": "errors",
+    "MemoryLimitError": "errors",
     "PlacementError": "errors",
     "TapeError": "errors",
     "TaskgradError": "errors",
@@ -41,25 +46,32 @@ _HOMES = {
     "Thunk": "thunk",
     "collect": "thunk",
     "spawn": "thunk",
+    "Callback": "train.callbacks",
     "Optimizer": "train.optimizer",
+    "Trainer": "train.trainer",
+    "random_stream": "worker.randomness",
     "vjp": "pullbacks",
 }
 
 __all__ = [
+    "Callback",
     "ClusterMismatchError",
     "CotangentError",
     "GraphChain",
     "LayerError",
+    "MemoryLimitError",
     "Optimizer",
     "Parallel",
     "PlacementError",
     "TapeError",
     "TaskgradError",
     "Thunk",
+    "Trainer",
     "TravelError",
     "WorkerLostError",
     "collect",
     "local_cluster",
+    "random_stream",
     "spawn",
     "vjp",
 ]

@@ -194,7 +194,7 @@ class GraphChain(Lazy):
         """
         inputs = Inputs()
         template = inputs.template((args, kwargs), self._title)
-        alone = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor | Thunk)
+        alone = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor | Thunk | Node)
         value = inputs.nodes[0] if alone else None
         entry = self._walk(self._path, _Entry(tuple(inputs.nodes), template, value))
         return Thunk(entry.inputs[0], self._session)

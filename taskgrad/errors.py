@@ -30,6 +30,10 @@ class WorkerLostError(TaskgradError, RuntimeError):
     """A worker that holds layers or tapes is gone."""
 
 
+class MemoryLimitError(TaskgradError, MemoryError):
+    """What is asked for is more than the memory of a worker."""
+
+
 class TravelError(TaskgradError, TypeError):
     """A value cannot be sent to another process, and so cannot be a task's result."""
 

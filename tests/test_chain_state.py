@@ -230,3 +230,23 @@ def test_optimizer_refuses(client, factory, match):
     chain = tg.GraphChain(nn.Sequential(nn.ReLU()), client=client)
     with pytest.raises((TypeError, ValueError), match=match):
         tg.Optimizer(chain, factory)
+
+
+class TwoBiases(nn.Module):
+    """Autograd gives both parameters, and the input, one and the same gradient tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(3))
+        self.b = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return (x + self.a + self.b) * 2
+
+
+def test_gradients_that_autograd_shares_are_added_to_one_by_one(client):
+    chain = tg.GraphChain(nn.Sequential(TwoBiases()), client=client)
+    for _ in range(2):
+        tg.spawn(torch.sum, chain(torch.ones(3))).backward()
+    grads = {name: tg.collect(grad).tolist() for name, grad in chain.grads().items()}
+    assert grads == {"0.a": [4.0] * 3, "0.b": [4.0] * 3}

@@ -78,8 +78,9 @@ def test_a_failing_backward_leaves_no_tape(client):
 
     chain = tg.GraphChain(nn.Sequential(nn.Linear(3, 3)), client=client)
     y = tg.spawn(BadBackward.apply, chain(torch.randn(2, 3)), worker=1)
-    with pytest.raises(ArithmeticError):
+    with pytest.raises(tg.LayerError, match="backward of 'apply' on worker") as raised:
         tg.spawn(torch.sum, y).backward()
+    assert isinstance(raised.value.__cause__, ArithmeticError)
     assert wait_until(lambda: total_held(client)["tapes"] == 0)
 
 

@@ -71,6 +71,10 @@ class Session:
         found: dict[str, str] = self.client.run(store_id, workers=addresses)
         return found
 
+    def memory_limits(self) -> dict[str, int]:
+        """The memory limit of each worker in bytes, by address; 0 where it has none."""
+        return {address: w.get("memory_limit") or 0 for address, w in self._info().items()}
+
     def out_of_order(self, addresses: set[str]) -> dict[str, str]:
         """Which of these workers run nothing that is pinned to them, and why: "gone" or "paused".
 

@@ -19,13 +19,12 @@ def _store() -> Store:
 def run_action(payload: bytes, *values: Any) -> Any:
     """Run an action on this worker's store.
 
-    The payload is the action and, by position, those inputs that came with it; the values are the
-    others, then whatever the task had to wait for. It is pickled before Dask pickles the graph, so
-    that the scheduler passes it on unopened.
+    The payload is the action, how many inputs it takes and, by position, those that came with it;
+    the values are the others, then whatever the task had to wait for. It is pickled before Dask
+    pickles the graph, so that the scheduler passes it on unopened.
     """
-    action, literals = pickle.loads(payload)
+    action, total, literals = pickle.loads(payload)
     given = iter(values)
-    total = len(literals) + len(values)
     result = action.run(
         _store(), *[literals[i] if i in literals else next(given) for i in range(total)]
     )

@@ -34,6 +34,8 @@ from taskgrad.graph.pytree import tensors
 
 # Inputs from this size on go straight to their worker; smaller ones travel inside the graph.
 _SCATTER_BYTES = 1 << 20
+# The same for what is to be there ahead of time.
+_PREFETCH_BYTES = 1 << 16
 
 _turn = itertools.count()
 
@@ -119,37 +121,73 @@ def submit(targets: Sequence[Node], session: Session) -> list[Node]:
         return []
     assign(nodes, session)
     try:
-        _scatter(nodes, session)
+        _scatter(nodes, session, _SCATTER_BYTES)
         work = [n for n in nodes if not isinstance(n, Leaf | Primal)]
-        graph = lower(work, new_key("graph"), ordered=False, names=session.names)
-        keys = [n.key for n in work]
-        futures: dict[str, Future] = session.client.persist(
-            _Submission(graph, keys), optimize_graph=False
-        )
+        _persist(work, work, session, ordered=False)
     except BaseException:
         forget(nodes)
         raise
-    for node in work:
-        node.result = futures[node.key]
     return nodes
 
 
-def _scatter(nodes: Sequence[Node], session: Session) -> None:
-    """Send large inputs straight to the workers of the calls that take them."""
-    for leaf in [n for n in nodes if isinstance(n, Leaf)]:
-        if sum(t.numel() * t.element_size() for t in tensors(leaf.value)) < _SCATTER_BYTES:
-            continue
-        users = {n.worker for n in nodes if leaf in [resolve(i) for i in n.inputs]}
-        leaf.result = _send(leaf.key, plain_value(leaf), sorted(w for w in users if w), session)
+def launch(targets: Sequence[Node], session: Session) -> None:
+    """Submit these targets and all they need as one graph, of which only they are held.
 
-
-def _send(key: str, value: Any, workers: list[str], session: Session) -> Future:
-    """Put a value on workers, directly where the client can reach them."""
-    arguments = {"workers": workers, "hash": False, "broadcast": len(workers) > 1}
+    What lies between stays for as long as something in the graph needs it. Inputs of some size are
+    sent to their workers at once, so that they are there when their turn comes.
+    """
+    check_open(session.client)
+    nodes = missing(targets)
+    assign(nodes, session)
+    inputs = [n for n in nodes if isinstance(n, Leaf)]
     try:
-        return session.client.scatter({key: value}, direct=True, **arguments)[key]
+        _scatter(nodes, session, _PREFETCH_BYTES)
+        work = [n for n in nodes if not isinstance(n, Leaf | Primal)]
+        _persist(work, targets, session, ordered=True)
+    except BaseException:
+        forget(targets)
+        raise
+    finally:
+        forget(inputs)  # the graph has them now
+
+
+def _persist(
+    work: Sequence[Node], held: Sequence[Node], session: Session, *, ordered: bool
+) -> None:
+    graph = lower(work, new_key("graph"), ordered=ordered, names=session.names)
+    futures: dict[str, Future] = session.client.persist(
+        _Submission(graph, [n.key for n in held]), optimize_graph=False
+    )
+    for node in held:
+        node.result = futures[node.key]
+
+
+def _scatter(nodes: Sequence[Node], session: Session, least: int) -> None:
+    """Send inputs of at least so many bytes straight to the workers of the calls that take them."""
+    by_workers: dict[tuple[str, ...], list[Leaf]] = {}
+    users: dict[Node, set[str]] = {}
+    for node in nodes:
+        for given in node.inputs:
+            if node.worker is not None:
+                users.setdefault(resolve(given), set()).add(node.worker)
+    for leaf in [n for n in nodes if isinstance(n, Leaf)]:
+        if sum(t.numel() * t.element_size() for t in tensors(leaf.value)) >= least:
+            by_workers.setdefault(tuple(sorted(users.get(leaf, ()))), []).append(leaf)
+    for workers, leaves in by_workers.items():
+        sent = _send({leaf.key: plain_value(leaf) for leaf in leaves}, list(workers), session)
+        for leaf in leaves:
+            leaf.result = sent[leaf.key]
+
+
+def _send(values: dict[str, Any], workers: list[str], session: Session) -> dict[str, Future]:
+    """Put values on workers, directly where the client can reach them."""
+    arguments = {"workers": workers, "hash": False, "broadcast": len(workers) > 1}
+    found: dict[str, Future]
+    try:
+        found = session.client.scatter(values, direct=True, **arguments)
     except OSError:
-        return session.client.scatter({key: value}, direct=False, **arguments)[key]
+        found = session.client.scatter(values, direct=False, **arguments)
+    return found
 
 
 def forget(nodes: Iterable[Node]) -> None:

@@ -29,9 +29,11 @@ from taskgrad.graph.nodes import (
 )
 from taskgrad.graph.pytree import map_leaves
 from taskgrad.graph.reads import Bundle, ParameterGrad, Read, StoredGrad
+from taskgrad.graph.slices import Share, Slice
 from taskgrad.worker.actions import Add, OnStage, Pick, ReadAll, ReadBuffers, ReadGradient
 from taskgrad.worker.backward import Backward
 from taskgrad.worker.forward import Forward
+from taskgrad.worker.slices import TakeSlice
 
 
 @singledispatch
@@ -55,18 +57,32 @@ def _(node: Call) -> Forward:
         taped=node.taped,
         needs_grad=tuple(i.needs_grad for i in node.inputs),
         buffers=node.buffers if node.returns_buffers else (),
+        draw=node.draw,
+        begins=node.begins,
+        recompute=node.recompute,
+        extras=node.extras,
+        check_finite=node.check_finite,
     )
 
 
 @action_of.register
 def _(node: Pullback) -> Backward:
+    inputs = list(node.inputs)
     positions = iter(range(len(node.cotangents)))
     return Backward(
         key=node.key,
         token=node.call.key,
+        title=node.call.title,
         sources=tuple(None if c is None else next(positions) for c in node.cotangents),
         wanted=node.wanted,
         retain=node.retain,
+        draw=node.call.draw,
+        factor=node.factor,
+        weight=None if node.weight is None else inputs.index(node.weight),
+        accumulate={
+            name: [p.key if isinstance(p, Pullback) else inputs.index(p) for p in parts]
+            for name, parts in node.accumulate.items()
+        },
     )
 
 
@@ -106,6 +122,12 @@ def _(node: BufferState) -> ReadBuffers:
 @action_of.register
 def _(node: StageCall) -> OnStage:
     return OnStage(node.stage.token, node.action, node.arguments)
+
+
+@action_of.register
+def _(node: Slice) -> TakeSlice:
+    share = isinstance(node, Share)
+    return TakeSlice(node.dims, node.index, node.count, node.what, share)
 
 
 def resolve(node: Node) -> Node:
@@ -189,13 +211,15 @@ def _task(node: Node, ordered: bool) -> Task:
             literals[position] = map_leaves(_compact, plain_value(source))
         else:
             references.append(TaskRef(source.key))
+    # For the order alone:
     if isinstance(node, Pullback) and (ordered or not references) and node.call.result is None:
-        references.append(TaskRef(node.call.key))  # for the order alone
-    payload = cloudpickle.dumps((action_of(node), literals))
+        references.append(TaskRef(node.call.key))
+    references += [TaskRef(resolve(before).key) for before in node.awaits]
+    payload = cloudpickle.dumps((action_of(node), len(node.inputs), literals))
     return Task(node.key, run_action, payload, *references)
 
 
 def order_inputs(node: Node) -> Sequence[Node]:
     """All nodes that must have run before this one does."""
-    before = [resolve(i) for i in node.inputs]
+    before = [resolve(i) for i in (*node.inputs, *node.awaits)]
     return [*before, node.call] if isinstance(node, Pullback) else before

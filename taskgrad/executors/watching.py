@@ -8,6 +8,7 @@ its name within ``taskgrad.worker-deadline``. A worker that Dask paused has as l
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -29,16 +30,24 @@ _LOOK = 1.0
 _ANSWER = 30
 
 
-def wait_for(targets: Sequence[Node], session: Session) -> BaseException | None:
-    """Wait until all have run, or one cannot; returns the error, or None."""
+def wait_for(
+    targets: Sequence[Node], session: Session, *, seconds: float | None = None
+) -> BaseException | None:
+    """Wait until all have run, or one cannot; returns the error, or None.
+
+    With `seconds`, a TimeoutError after so long.
+    """
+    end = math.inf if seconds is None else time.monotonic() + seconds
     futures = [n.result for n in targets if isinstance(n.result, Future)]
     settled = waiting.all_of(session.client, futures)
     watch = _Watch(targets, session)
     try:
-        while not settled.done(_LOOK):
+        while not settled.done(min(_LOOK, max(0.0, end - time.monotonic()))):
             error = watch.look()
             if error is not None:
                 return error
+            if time.monotonic() >= end:
+                return TimeoutError(f"not done within {seconds:g} s")
     finally:
         settled.cancel()
     return next(filter(None, map(failure, targets)), None)

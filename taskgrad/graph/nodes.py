@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,15 +40,27 @@ def versions(value: Any) -> list[int | None]:
     return [None if t.is_inference() else t._version for t in tensors(value)]
 
 
-class Node:
-    """One value of the graph. `order` rises with creation, so inputs come before users."""
+class Draw(NamedTuple):
+    """What random numbers are drawn for: this microbatch of this training step."""
 
-    __slots__ = ("__weakref__", "key", "order", "result", "structure", "worker")
+    seed: int
+    step: int
+    microbatch: int
+
+
+class Node:
+    """One value of the graph. `order` rises with creation, so inputs come before users.
+
+    `awaits` are nodes that must have run before, though it takes no value of theirs.
+    """
+
+    __slots__ = ("__weakref__", "awaits", "key", "order", "result", "structure", "worker")
 
     def __init__(self, key: str, worker: str | None) -> None:
         self.key = key
         self.worker = worker  # an address; None: wherever its first input is
         self.order = next(_order)
+        self.awaits: tuple[Node, ...] = ()
         self.result: Any = None  # what the executor holds of it once it is submitted
         self.structure: Any = None  # (Structure, leaf descriptions), once its value was seen
 
@@ -158,18 +170,28 @@ class Call(Node):
         Names of the trainable parameters that the steps use.
     buffers
         The slots that hold buffers of a function's module.
+
+    In a training step also: `draw`, whose streams the layers draw from; `begins`, the step that
+    starts on the stage with this call; `recompute`, the (start, stop) of those steps that keep only
+    their input and run again in the backward; `extras`, the pickled further arguments of the last
+    step, the loss; `check_finite`, whether that may only be a finite number.
     """
 
     __slots__ = (
         "_inputs",
         "_needs_grad",
         "autocast",
+        "begins",
         "buffers",
+        "check_finite",
+        "draw",
+        "extras",
         "function",
         "kind",
         "mode",
         "parameters",
         "pending",
+        "recompute",
         "returns_buffers",
         "spent",
         "stage",
@@ -214,6 +236,17 @@ class Call(Node):
         self.spent = False
         self.returns_buffers = False  # whether a BufferState of it is run with it
         self.pending = 0  # autograd functions on the driver that have yet to use the tape
+        self.draw: Draw | None = None
+        self.begins: int | None = None
+        self.recompute: tuple[tuple[int, int], ...] = ()
+        self.extras = b""
+        self.check_finite = False
+
+    def append(self, step: tuple[int, str, str], inputs: Sequence[Node], extras: bytes) -> None:
+        """One more step, which takes these inputs beside the output so far."""
+        self.steps = (*self.steps, step)
+        self._inputs = (*self._inputs, *inputs)
+        self.extras = extras
 
     @property
     def inputs(self) -> Sequence[Node]:
@@ -237,9 +270,13 @@ class Pullback(Node):
         The input slots whose cotangents are given back.
     retain
         Keep the tape for another backward.
+
+    In a training step also: `factor`, by which a cotangent of ones is multiplied, and `weight`, the
+    node of another; `accumulate`, for each parameter whose gradients are now complete, what to add
+    to it: pullbacks on this worker, this one included, and gradients from others.
     """
 
-    __slots__ = ("call", "cotangents", "retain", "wanted")
+    __slots__ = ("accumulate", "call", "cotangents", "factor", "retain", "wanted", "weight")
 
     def __init__(
         self,
@@ -253,10 +290,17 @@ class Pullback(Node):
         self.cotangents = tuple(cotangents)
         self.wanted = wanted
         self.retain = retain
+        self.factor = 1.0
+        self.weight: Node | None = None
+        self.accumulate: dict[str, tuple[Node, ...]] = {}
 
     @property
     def inputs(self) -> Sequence[Node]:
-        return tuple(c for c in self.cotangents if c is not None)
+        found: list[Node] = [c for c in self.cotangents if c is not None]
+        if self.weight is not None:
+            found.append(self.weight)
+        parts = dict.fromkeys(p for parts in self.accumulate.values() for p in parts)
+        return (*found, *(p for p in parts if p is not self))
 
 
 class Cotangent(Node):

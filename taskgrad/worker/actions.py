@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from taskgrad.graph.pytree import flatten
-from taskgrad.worker import stage_calls
+from taskgrad.worker import stage_calls, training
 from taskgrad.worker.store import Store, buffers_key
 
 
@@ -85,7 +85,7 @@ class ReadAll:
 
 @dataclass(frozen=True)
 class OnStage:
-    """A function of `taskgrad.worker.stage_calls`, by name, on the stage `token`."""
+    """A function of `stage_calls`, or of `training` as "training.name", on the stage `token`."""
 
     token: str
     action: str
@@ -93,4 +93,6 @@ class OnStage:
 
     def run(self, store: Store, *values: Any) -> Any:
         """What the function gives."""
-        return getattr(stage_calls, self.action)(store, self.token, *values, **self.arguments)
+        room, _, name = self.action.rpartition(".")
+        function = getattr(training if room == "training" else stage_calls, name)
+        return function(store, self.token, *values, **self.arguments)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from taskgrad.errors import CotangentError
+from taskgrad.errors import CotangentError, LayerError
+from taskgrad.graph.nodes import Draw
 from taskgrad.graph.pytree import Structure, carries_gradient, describe, flatten
-from taskgrad.worker.store import Store, Tape
-
-Gradient = torch.Tensor | None
+from taskgrad.worker.failures import backward_error
+from taskgrad.worker.gradients import Gradient, accumulate_into, own
+from taskgrad.worker.store import ResidentStage, Store, Tape, busy
 
 
 @dataclass(frozen=True)
@@ -21,23 +22,38 @@ class Backward:
     """One backward task; `key` is its own, `token` that of the forward whose tape it uses.
 
     `sources` says where each cotangent is: a position among the task's values, or None for ones.
-    `wanted` are the input slots whose cotangents are given back.
+    Those are multiplied by `factor`, and by the number at position `weight`. `wanted` are the input
+    slots whose cotangents are given back. `accumulate` lists for each parameter whose gradients are
+    now complete what to add to it: keys of backward tasks on this worker, positions of values.
     """
 
     key: str
     token: str
+    title: str
     sources: tuple[int | None, ...]
     wanted: tuple[int, ...]
     retain: bool
+    draw: Draw | None = None
+    factor: float = 1.0
+    weight: int | None = None
+    accumulate: dict[str, list[str | int]] = field(default_factory=dict)
 
     def run(self, store: Store, *values: Any) -> Any:
         """Cotangents of the wanted slots (one, or a tuple); parameters' gradients are stored."""
         tape = store.tape(self.token, keep=self.retain)
-        with tape.stage.lock if tape.stage else contextlib.nullcontext():
+        with tape.stage.lock if tape.stage else contextlib.nullcontext(), busy(tape.stage):
             seeds = self._sum(tape, store.address, values)
             slots = {i: tape.inputs[i] for i in self.wanted}
-            found, parameters = _differentiate(tape, seeds, slots, self.retain)
-        store.put(self.key, parameters)
+            try:
+                found, parameters = _differentiate(tape, seeds, slots, self.retain)
+            except LayerError:
+                raise
+            except Exception as error:
+                raise backward_error(error, store.address, self.title, self.draw) from error
+            if tape.stage is not None:
+                self._accumulate(store, tape.stage, parameters, values)
+        if parameters:
+            store.put(self.key, parameters)
         given = tuple(
             tape.input_structures[i].build(found[i])
             if any(g is not None for g in found[i])
@@ -46,12 +62,31 @@ class Backward:
         )
         return given[0] if len(given) == 1 else given
 
+    def _accumulate(
+        self,
+        store: Store,
+        stage: ResidentStage,
+        parameters: dict[str, Gradient],
+        values: tuple[Any, ...],
+    ) -> None:
+        """Add what is complete to the stage's gradients; the rest stays in `parameters`."""
+        for name, sources in self.accumulate.items():
+            parts = [
+                values[source]
+                if isinstance(source, int)
+                else parameters.pop(name, None)
+                if source == self.key
+                else store.gradients(source).get(name)
+                for source in sources
+            ]
+            accumulate_into(stage.parameters[name], parts, values)
+
     def _sum(self, tape: Tape, address: str, values: tuple[Any, ...]) -> list[Gradient]:
         """The cotangents of the output's leaves, those that meet summed in the order given."""
         total: list[Gradient] = [None] * len(tape.outputs)
         for source in self.sources:
             if source is None:
-                part: list[Gradient] = [_ones(tape, address)]
+                part: list[Gradient] = [_seed(tape, address, self._weight(tape, values))]
             else:
                 part = match(
                     values[source],
@@ -62,8 +97,13 @@ class Backward:
             total = [_add(a, b) for a, b in zip(total, part, strict=True)]
         return total
 
+    def _weight(self, tape: Tape, values: tuple[Any, ...]) -> float:
+        found = self.factor if self.weight is None else self.factor * values[self.weight]
+        stage = tape.stage if self.draw is not None else None  # in a training step
+        return found * stage.training.scale if stage and stage.training else found
 
-def _ones(tape: Tape, address: str) -> torch.Tensor:
+
+def _seed(tape: Tape, address: str, weight: float) -> torch.Tensor:
     (output, *more) = tape.outputs
     if more or not isinstance(output, torch.Tensor) or output.numel() != 1:
         value = tape.output_structure.build(tape.outputs)
@@ -71,7 +111,7 @@ def _ones(tape: Tape, address: str) -> torch.Tensor:
             f"backward() without a cotangent needs a scalar output; {tape.title!r} on worker "
             f"{address} gave {describe(value)}. Pass a cotangent of that shape"
         )
-    return torch.ones_like(output)
+    return torch.full_like(output, weight)
 
 
 def _add(a: Gradient, b: Gradient) -> Gradient:
@@ -144,15 +184,5 @@ def _differentiate(
         i: [next(rest) if leaf is not None else None for leaf in leaves]
         for i, leaves in slots.items()
     }
-    # A gradient may be the very tensor that came in, which is Dask's memory: copy before keeping.
-    foreign = {
-        seed.untyped_storage().data_ptr() for _, seed in pairs if seed.layout is torch.strided
-    }
-    parameters = {name: _own(next(rest), foreign) for name in tape.parameters}
-    return found, parameters
-
-
-def _own(grad: Gradient, foreign: set[int]) -> Gradient:
-    if grad is None or grad.layout is not torch.strided:
-        return grad
-    return grad.clone() if grad.untyped_storage().data_ptr() in foreign else grad
+    taken = [*(seed for _, seed in pairs), *(t for leaves in found.values() for t in leaves)]
+    return found, own(dict(zip(tape.parameters, rest, strict=True)), taken)

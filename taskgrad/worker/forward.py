@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import pickle
-import traceback
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from taskgrad.errors import LayerError
 from taskgrad.graph import pack
+from taskgrad.graph.nodes import Draw
 from taskgrad.graph.pytree import Slot, Structure, carries_gradient, describe, flatten, map_leaves
-from taskgrad.worker.store import ResidentStage, Store, Tape, buffers_key
+from taskgrad.worker import training
+from taskgrad.worker.failures import forward_error
+from taskgrad.worker.randomness import may_draw, random_stream
+from taskgrad.worker.recompute import recomputed
+from taskgrad.worker.store import LOSS, ResidentStage, Store, Tape, buffers_key, busy
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,18 @@ class Forward:
     taped: bool
     needs_grad: tuple[bool, ...]
     buffers: tuple[int, ...] = ()
+    draw: Draw | None = None
+    begins: int | None = None
+    recompute: tuple[tuple[int, int], ...] = ()
+    extras: bytes = b""
+    check_finite: bool = False
 
     def run(self, store: Store, *values: Any) -> Any:
         """The output, detached; the tape, if any, is in the store under `token`."""
         stage = store.stage(self.stage) if self.stage is not None else None
-        with stage.lock if stage else contextlib.nullcontext():
+        with stage.lock if stage else contextlib.nullcontext(), busy(stage):
+            if stage is not None and self.begins is not None:
+                training.begin(stage, self.begins)
             return self._run(store, stage, values)
 
     def _run(self, store: Store, stage: ResidentStage | None, values: tuple[Any, ...]) -> Any:
@@ -79,26 +91,78 @@ class Forward:
                 structure,
                 _trainable(stage, self.steps),
                 stage,
+                recomputes=bool(self.recompute),
             )
             store.put(self.token, tape)
         owned = _storages(stage, self.steps) if stage else set()
         return structure.build([_give(leaf, owned) for leaf in leaves])
 
     def _call(self, store: Store, stage: ResidentStage | None, fed: list[Any]) -> Any:
-        template = pickle.loads(self.template)
-        args, kwargs = map_leaves(lambda x: fed[x.index] if isinstance(x, Slot) else x, template)
-        for index, name, kind in self.steps:
-            if stage is not None:
-                fn = stage.layers[index]
+        args, kwargs = _fill(self.template, fed)
+        last = len(self.steps)
+        segments = dict(self.recompute) if self.taped else {}
+        at = 0
+        while at < last:
+            stop = segments.get(at, at + 1)
+            run = functools.partial(self._steps, store, stage, fed, at, stop)
+            if at in segments:
+                modules = _modules(stage, self.steps[at:stop])
+                keep_state = self.draw is None
+                value = recomputed(run, modules, *args, keep_state=keep_state, **kwargs)
             else:
-                fn = pack.unpack(self.function, [fed[i] for i in self.tensor_slots], own=False)
-            before = (args, kwargs)
+                value = run(*args, **kwargs)
+            args, kwargs, at = (value,), {}, stop
+        return args[0]
+
+    def _steps(
+        self,
+        store: Store,
+        stage: ResidentStage | None,
+        fed: list[Any],
+        start: int,
+        stop: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the steps from `start` to `stop`, each on what the one before gave."""
+        for index, name, kind in self.steps[start:stop]:
+            fn = self._function(stage, index, fed)
+            if index == LOSS:
+                args = (*args, *_fill(self.extras, fed))
             try:
-                value = fn(*args, **kwargs)
+                with self._stream(fn, name):
+                    value = fn(*args, **kwargs)
+                if index == LOSS:
+                    _check_loss(value, self.check_finite)
             except Exception as error:
-                raise _layer_error(error, store.address, name, kind, before) from error
+                given = (args, kwargs)
+                raise forward_error(error, store.address, name, kind, given, self.draw) from error
             args, kwargs = (value,), {}
         return args[0]
+
+    def _function(self, stage: ResidentStage | None, index: int, fed: list[Any]) -> Any:
+        if stage is None:
+            return pack.unpack(self.function, [fed[i] for i in self.tensor_slots], own=False)
+        return stage.loss if index == LOSS else stage.layers[index]
+
+    def _stream(self, fn: Any, name: str) -> contextlib.AbstractContextManager[None]:
+        if self.draw is None or not may_draw(fn):
+            return contextlib.nullcontext()
+        return random_stream(*self.draw, name)
+
+
+def _fill(template: bytes, fed: list[Any]) -> Any:
+    """A template with the inputs in their slots."""
+    return map_leaves(lambda x: fed[x.index] if isinstance(x, Slot) else x, pickle.loads(template))
+
+
+def _check_loss(value: Any, finite: bool) -> None:
+    if not isinstance(value, torch.Tensor) or value.numel() != 1 or not carries_gradient(value):
+        raise TypeError(
+            f"a loss is one floating-point number, a tensor; this one gave {describe(value)}"
+        )
+    if finite and not math.isfinite(value.item()):
+        raise FloatingPointError(f"the loss is {value.item()}")
 
 
 def _feed(
@@ -144,7 +208,7 @@ def _modules(
 ) -> list[nn.Module]:
     if stage is None:
         return []
-    layers = [stage.layers[index] for index, _, _ in steps]
+    layers = [stage.layers[index] for index, _, _ in steps if index != LOSS]
     return [layer for layer in layers if isinstance(layer, nn.Module)]
 
 
@@ -174,21 +238,3 @@ def _set_mode(stage: ResidentStage, mode: bool | None) -> None:
         if isinstance(layer, nn.Module):
             layer.train(mode)
     stage.mode = mode
-
-
-def _layer_error(
-    error: Exception, address: str, name: str, kind: str, given: tuple[Any, Any]
-) -> LayerError:
-    args, kwargs = given
-    shown = ", ".join([*map(describe, args), *(f"{k}={describe(v)}" for k, v in kwargs.items())])
-    # The frames below ours: the layer's own.
-    frames = traceback.extract_tb(error.__traceback__)[1:]
-    own = "".join(traceback.format_list(frames))[-4000:]  # Dask cuts long messages in its own way
-    return LayerError(
-        f"layer {name!r} ({kind}) on worker {address} raised {type(error).__name__}: {error}\n"
-        f"It was given {shown}. Check the layer before it, or the input.\n"
-        f"The layer's own traceback:\n{own}{type(error).__name__}: {error}",
-        name,
-        address,
-        error,
-    )

@@ -64,12 +64,16 @@ def stage_bytes(stage: ResidentStage) -> Held:
 
 
 def tape_bytes(tape: Tape) -> int:
-    """What one tape keeps: inputs, outputs, and what autograd saved between them."""
+    """What one tape keeps: inputs, outputs, and what autograd saved between them.
+
+    Of a tape with layers that run again in the backward, only the inputs and outputs are counted.
+    """
     if tape.nbytes is not None:
         return tape.nbytes
     kept = storages(t for leaves in tape.inputs for t in leaves)
     kept |= storages(tape.outputs)
-    kept |= storages(_saved(tape.outputs))
+    if not tape.recomputes:
+        kept |= storages(_saved(tape.outputs))
     if tape.stage is not None:
         for address in storages(tape.stage.parameters.values()):
             kept.pop(address, None)

@@ -14,6 +14,7 @@ from torch import nn
 
 from taskgrad.errors import WorkerLostError
 from taskgrad.graph import pack
+from taskgrad.worker.gradients import accumulate_into
 from taskgrad.worker.sizes import store_bytes
 from taskgrad.worker.store import ResidentStage, Store
 
@@ -136,32 +137,16 @@ def accumulate(store: Store, token: str, *values: Any, parts: dict[str, list[str
     """Add the gradients of a backward to the parameters'.
 
     `parts` lists for each parameter what to sum, in order: the key of a backward task on this
-    worker, or the position among `values` of a gradient from another worker. They are summed before
-    they are added, as autograd does for a parameter that is used twice.
+    worker, or the position among `values` of a gradient from another worker.
     """
     stage = store.stage(token)
     with stage.lock:
         for name, sources in parts.items():
-            parameter = stage.parameters[name]
-            total: torch.Tensor | None = None
-            for source in sources:
-                part = (
-                    store.gradients(source).get(name) if isinstance(source, str) else values[source]
-                )
-                if part is not None:
-                    part = part.to(parameter.device)
-                    total = part if total is None else total + part
-            if total is None:
-                continue
-            if any(total is value for value in values):
-                total = total.clone()  # it came over the wire: Dask's memory
-            grad = parameter.grad
-            if grad is None:
-                parameter.grad = total
-            elif grad.layout is total.layout is torch.strided:
-                grad.add_(total)
-            else:
-                parameter.grad = grad + total
+            found = [
+                store.gradients(source).get(name) if isinstance(source, str) else values[source]
+                for source in sources
+            ]
+            accumulate_into(stage.parameters[name], found, values)
 
 
 def make_optimizer(

@@ -7,16 +7,22 @@ and leaves when that key does: when the driver lets go of it, is killed, or canc
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from taskgrad.errors import TapeError, WorkerLostError
 from taskgrad.graph.pytree import Structure
+
+if TYPE_CHECKING:
+    from taskgrad.worker.training import Training
 
 # Keys let go of before their task was done; the task then has nothing to leave behind.
 _MAX_REFUSED = 100_000
@@ -36,7 +42,13 @@ class ResidentStage:
     device: torch.device
     mode: bool | None = None
     optimizer: torch.optim.Optimizer | None = None
+    loss: Any = None  # the loss function, on the stage that gives the model's output
+    training: Training | None = None  # what a trainer keeps here
     lock: threading.RLock = field(default_factory=threading.RLock)
+
+
+LOSS = -1
+"""The index of a stage's loss among the steps of a call, where layers have theirs."""
 
 
 @dataclass
@@ -50,7 +62,19 @@ class Tape:
     output_structure: Structure
     parameters: dict[str, nn.Parameter]
     stage: ResidentStage | None
+    recomputes: bool = False  # looking at what autograd saved would run layers again
     nbytes: int | None = None  # once somebody has counted them
+
+
+@contextmanager
+def busy(stage: ResidentStage | None) -> Iterator[None]:
+    """Count this time as work for a trainer, if the stage has one."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        if stage is not None and stage.training is not None:
+            stage.training.busy += time.perf_counter() - start
 
 
 def buffers_key(token: str) -> str:

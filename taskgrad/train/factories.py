@@ -1,0 +1,114 @@
+"""Optimizers and losses as the user gives them, checked before anything is submitted."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from taskgrad.graph import pack
+from taskgrad.graph.layers import kind_of
+
+OptimizerFactory = Callable[..., torch.optim.Optimizer]
+Groups = list[tuple[list[str], dict[str, Any]]]
+
+
+def state_per_parameter(factory: Any) -> float | None:
+    """How many numbers an optimizer keeps for each number of a parameter, found by trying it.
+
+    None if a small parameter is no example for it.
+
+    Raises
+    ------
+    TypeError
+        `factory` does not make an optimizer, or one whose step needs a closure.
+    """
+    example = "a class of torch.optim, or functools.partial(torch.optim.SGD, lr=0.1)"
+    if not callable(factory) or isinstance(factory, torch.optim.Optimizer):
+        raise TypeError(
+            f"the optimizer is what makes one from parameters on each worker, {example}; got "
+            f"{type(factory).__name__}"
+        )
+    with torch.enable_grad():
+        parameter = nn.Parameter(torch.zeros(8, 8))
+    parameter.grad = torch.zeros(8, 8)
+    try:
+        made = factory([parameter])
+    except TypeError as error:
+        raise TypeError(
+            f"the optimizer cannot be made from parameters: {error}. Give {example}"
+        ) from error
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(
+            f"the optimizer is what makes one from parameters, {example}; this one gave a "
+            f"{type(made).__name__}"
+        )
+    if isinstance(made, torch.optim.LBFGS):
+        raise TypeError("LBFGS evaluates the model inside its step, which a Trainer cannot")
+    try:
+        made.step()
+    except Exception:  # it wants other parameters than this one
+        return None
+    kept = [v for v in made.state[parameter].values() if isinstance(v, torch.Tensor)]
+    return sum(v.numel() for v in kept if v.dim()) / parameter.numel()
+
+
+def parameter_groups(
+    names: Sequence[str], patterns: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[list[str], dict[str, Any]]]:
+    """The names in groups: one for each pattern that comes first to match, and the rest.
+
+    Raises
+    ------
+    ValueError
+        A pattern matches no parameter.
+    """
+    groups: Groups = [([], {}), *(([], dict(options)) for options in patterns.values())]
+    for name in names:
+        matching = (i for i, p in enumerate(patterns, 1) if fnmatch.fnmatchcase(name, p))
+        groups[next(matching, 0)][0].append(name)
+    for pattern, (members, _) in zip(patterns, groups[1:], strict=True):
+        if not members:
+            raise ValueError(
+                f"no trainable parameter is left for {pattern!r}: the first pattern to match takes "
+                f"a name. The names are {', '.join(list(names)[:8])}, ..."
+            )
+    return groups
+
+
+def adds_up(loss: Any) -> bool:
+    """Whether a loss is a sum over samples, and not their mean."""
+    options = loss.keywords if isinstance(loss, functools.partial) else {}
+    return options.get("reduction", getattr(loss, "reduction", "mean")) == "sum"
+
+
+def packed_loss(loss: Any) -> tuple[pack.Packed, str]:
+    """A loss function, ready to be sent, and its name.
+
+    Raises
+    ------
+    TypeError
+        It is not callable, cannot be pickled, or has parameters to train.
+    """
+    if not callable(loss):
+        raise TypeError(
+            "the loss is a function of (output, targets) such as torch.nn.functional.cross_entropy;"
+            f" got {type(loss).__name__}"
+        )
+    try:
+        packed = pack.pack(loss)
+    except Exception as error:
+        raise TypeError(
+            f"the loss cannot be sent to a worker, because it cannot be pickled "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if any(t.requires_grad for t in packed.tensors):
+        raise TypeError(
+            f"the loss {kind_of(loss)!r} has parameters to train: make them a layer of the model, "
+            "where the optimizer finds them"
+        )
+    return packed, kind_of(loss)

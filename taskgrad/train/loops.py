@@ -1,0 +1,172 @@
+"""Over a whole loader: fit, evaluate, predict."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from taskgrad.graph.nodes import Call, ancestors
+from taskgrad.graph.slices import as_tensors, batch_size
+from taskgrad.thunk import Thunk, collect, spawn
+from taskgrad.train.data import pair
+
+if TYPE_CHECKING:
+    from taskgrad.train.loss import StepLoss
+    from taskgrad.train.trainer import Trainer
+
+Metrics = Mapping[str, Callable[..., Any]]
+
+# How many batches are on the way at a time where nothing is trained: the stages' work overlaps.
+_ON_THE_WAY = 4
+
+
+def fit(
+    trainer: Trainer,
+    loader: Iterable[Any],
+    epochs: int,
+    val_loader: Iterable[Any] | None,
+    metrics: Metrics,
+    progress: bool,
+) -> list[dict[str, float]]:
+    """Train for some epochs; see `Trainer.fit`."""
+    history = []
+    for epoch in range(epochs):
+        results = _epoch(trainer, loader, f"epoch {epoch + 1}/{epochs}", progress)
+        if val_loader is not None:
+            found = evaluate(trainer, val_loader, metrics)
+            results |= {f"val_{name}": value for name, value in found.items()}
+        history.append(results)
+        for callback in trainer.callbacks:
+            callback.on_epoch(trainer, epoch, results)
+    return history
+
+
+def _epoch(trainer: Trainer, loader: Iterable[Any], title: str, progress: bool) -> dict[str, float]:
+    total, samples = 0.0, 0
+    waiting: deque[StepLoss] = deque()
+    start = time.perf_counter()
+    with _bar(loader, title) if progress else nullcontext() as bar:
+
+        def note(loss: StepLoss) -> None:
+            nonlocal total, samples
+            size = loss.size or 1
+            total, samples = total + loss.item() * size, samples + size
+            if bar is not None:
+                seconds = time.perf_counter() - start
+                shown = {"loss": f"{loss:.4g}", "bubble": f"{loss.report['bubble']:.0%}"}
+                if loss.size:
+                    shown["samples/s"] = f"{samples / seconds:.4g}"
+                bar.set_postfix(shown, refresh=False)
+                bar.update()
+
+        try:
+            for item in loader:
+                x, y = pair(item, "the loader")
+                waiting.append(trainer.step(x, y))
+                while waiting and waiting[0].done:
+                    note(waiting.popleft())
+        except Exception:
+            trainer.wait()  # what was given to it before is trained on
+            raise
+        except BaseException as error:  # Ctrl-C
+            trainer._give_up(error)
+            raise
+        trainer.wait()
+        for loss in waiting:
+            note(loss)
+    if not samples:
+        raise ValueError(
+            "the loader yielded no batches: it is empty, or an iterator that an earlier epoch used "
+            "up. Give something that can be iterated over again, such as a DataLoader or a list"
+        )
+    return {"loss": total / samples}
+
+
+def _bar(loader: Iterable[Any], title: str) -> Any:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return nullcontext()
+    return tqdm(total=len(loader) if isinstance(loader, Sized) else None, desc=title, unit="step")
+
+
+def _measure(
+    functions: Mapping[str, Callable[..., Any]], dims: Any, output: Any, targets: Any
+) -> tuple[dict[str, float], int]:
+    """What each function gives for a batch, and how many samples that has."""
+    targets = as_tensors(targets)
+    found = {name: float(function(output, targets)) for name, function in functions.items()}
+    return found, batch_size(targets, dims, "the targets") or 1
+
+
+def evaluate(trainer: Trainer, loader: Iterable[Any], metrics: Metrics) -> dict[str, float]:
+    """Mean loss and metrics over a loader; see `Trainer.evaluate`."""
+    if "loss" in metrics:
+        raise ValueError('"loss" is the loss itself; give this metric another name')
+    functions = {"loss": trainer._loss_fn, **metrics}
+    measure = partial(_measure, functions, trainer._cutter.target_dims)
+
+    def start(item: Any) -> Thunk:
+        x, y = pair(item, "the loader")
+        return spawn(measure, _forward(trainer, x), y, worker=trainer._cutter.last)
+
+    values: dict[str, list[float]] = {name: [] for name in functions}
+    sizes: list[int] = []
+    for found, size in _stream(trainer, loader, start):
+        sizes.append(size)
+        for name, value in found.items():
+            values[name].append(value)
+    if not sizes:
+        raise ValueError("the loader yielded no batches to evaluate on")
+    even = [1] * len(sizes)  # a loss that is a sum has counted its samples
+    return {
+        name: _mean(of, even if name == "loss" and not trainer._cutter.weighted else sizes)
+        for name, of in values.items()
+    }
+
+
+def _mean(values: list[float], weights: list[int]) -> float:
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+
+
+def predict(trainer: Trainer, loader: Iterable[Any]) -> Iterator[Any]:
+    """Outputs for the batches of a loader, in order; see `Trainer.predict`."""
+    return _stream(trainer, loader, partial(_forward, trainer))
+
+
+def _forward(trainer: Trainer, x: Any) -> Thunk:
+    """The model in evaluation mode, whatever mode the chain is in."""
+    if not isinstance(x, Thunk):
+        x = as_tensors(x)
+    output = trainer.chain(x)
+    for node in ancestors([output._node]):
+        if isinstance(node, Call) and node.stage is not None:
+            node.mode = False
+            node.autocast = trainer._settings.autocast
+    return output
+
+
+def _stream(
+    trainer: Trainer, loader: Iterable[Any], start: Callable[[Any], Thunk]
+) -> Iterator[Any]:
+    """Values of the thunks that are started for the items, in order, some at a time on the way."""
+    trainer.wait()
+    running: deque[Thunk] = deque()
+    items = iter(loader)
+    while True:
+        # Not around the yield: the caller is in its own grad mode there.
+        with torch.no_grad():
+            for item in itertools.islice(items, _ON_THE_WAY - len(running)):
+                running.append(start(item).persist())
+            if not running:
+                return
+            value = collect(running[0])
+        running.popleft()
+        yield value

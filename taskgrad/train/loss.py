@@ -1,0 +1,70 @@
+"""The loss of a step: a number that may still be on its way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from taskgrad.train.step import Step
+    from taskgrad.train.trainer import Trainer
+
+
+class StepLoss:
+    """What `Trainer.step` gives: the batch's loss, once somebody reads it.
+
+    ``float(loss)``, ``loss.item()`` and ``f"{loss:.3f}"`` wait for the step; ``loss.done`` and
+    printing do not.
+    """
+
+    def __init__(self, trainer: Trainer, made: Step, size: int | None) -> None:
+        self.step = made.number
+        """The number of the step, counted from 0."""
+        self.size = size
+        """How many samples the batch had; None where it lies on a worker."""
+        self.made = made
+        self._trainer = trainer
+        self._report: dict[str, Any] | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether reading it does not wait."""
+        return self._report is not None
+
+    def item(self) -> float:
+        """The loss; waits for the step. Raises what `Trainer.step` does."""
+        return float(self.report["loss"])
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The step in numbers; waits for it.
+
+        ``loss``; ``grad_norm`` before clipping (None without); ``bubble``, the share of the time in
+        which a worker had nothing to do; ``skipped``, whether fp16 gradients overflowed and the
+        optimizer took no step.
+        """
+        if self._report is None:
+            if self._error is not None:
+                raise self._error
+            self._trainer._finish(self)
+        assert self._report is not None
+        return self._report
+
+    def settle(self, report: dict[str, Any]) -> None:
+        """The step is done."""
+        self._report = report
+
+    def fail(self, error: BaseException) -> None:
+        """The step will not be done."""
+        self._error = error
+
+    def __float__(self) -> float:
+        return self.item()
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec)
+
+    def __repr__(self) -> str:
+        if self._report is not None:
+            return f"StepLoss({self.item():.6g}, step {self.step})"
+        return f"StepLoss(step {self.step}, {'failed' if self._error else 'on its way'})"

@@ -1,0 +1,219 @@
+"""One training step as a graph: microbatches through all stages and back, then the update."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from taskgrad.chain import GraphChain
+from taskgrad.graph.adjoint import adjoint
+from taskgrad.graph.nodes import Call, Draw, Node, Pullback, Stage, StageCall, ancestors, new_key
+from taskgrad.graph.pytree import Slot
+from taskgrad.plan.schedule import Pipeline, Schedule, check
+from taskgrad.train.data import Batch
+from taskgrad.worker.store import LOSS
+
+Recompute = Callable[[Call, int, int], tuple[tuple[int, int], ...]]
+"""(call, microbatch, microbatches) -> the (start, stop) of its steps that run again in backward."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is the same for every step of a trainer."""
+
+    schedule: Callable[[Pipeline, int], Schedule]
+    seed: int
+    accumulate: int
+    clip_norm: float | None
+    clip_value: float | None
+    autocast: tuple[tuple[str, torch.dtype], ...]
+    recompute: Recompute
+    check_finite: bool
+    order: list[str]  # the trainable parameters, as in the model
+
+
+@dataclass
+class Step:
+    """A step that was built: its results, and the last task on each stage."""
+
+    number: int
+    report: Node
+    last: dict[Stage, Node]
+
+    @property
+    def targets(self) -> list[Node]:
+        """All that has to run."""
+        return [self.report, *self.last.values()]
+
+    def let_go(self) -> None:
+        """Drop what was only needed to submit it: the graph, and with it the steps before."""
+        for node in ancestors(self.targets):
+            node.awaits = ()
+        for node in self.targets:
+            if isinstance(node, StageCall):
+                node.after = ()
+
+
+@dataclass(frozen=True)
+class _Microbatch:
+    """The nodes of one microbatch: its calls, oldest first, and their pullbacks."""
+
+    calls: list[Call]
+    pullbacks: dict[Call, Pullback]
+
+
+def build(
+    chain: GraphChain, batch: Batch, number: int, settings: Settings, before: Step | None
+) -> Step:
+    """The graph of a step, which starts on each stage when the one before is done there."""
+    update = (number + 1) % settings.accumulate == 0
+    parts = [_microbatch(chain, batch, number, m, settings) for m in range(batch.count)]
+    tails = _order(parts, settings, {} if before is None else before.last)
+    prepares = []
+    for stage in chain._stages.values():
+        norms = settings.clip_norm is not None
+        prepare = _on(chain, stage, "prepare", {"update": update, "norms": norms})
+        prepare.awaits = (tails[stage],)
+        prepares.append(prepare)
+    losses = [part.calls[-1] for part in parts]
+    weights = [w for w in batch.weights if isinstance(w, Node)]
+    report = _on(
+        chain,
+        losses[-1].stage,
+        "report",
+        {
+            "weights": None if weights else batch.weights,
+            "order": settings.order if update and settings.clip_norm is not None else None,
+        },
+        [*losses, *weights, *prepares],
+    )
+    return Step(number, report, finish(chain, number, settings, prepares, update=update))
+
+
+def finish(
+    chain: GraphChain,
+    number: int,
+    settings: Settings,
+    prepares: Sequence[Node],
+    *,
+    update: bool,
+) -> dict[Stage, Node]:
+    """Every stage commits, then copies of tied parameters are refreshed; the last task on each."""
+    copies: dict[Stage, set[str]] = {}
+    for stage in chain._stages.values():
+        for name, home in stage.homes.items():
+            copies.setdefault(home, set()).add(name)
+    arguments = {
+        "step": number,
+        "update": update,
+        "clip_norm": settings.clip_norm,
+        "clip_value": settings.clip_value,
+        "order": settings.order,
+    }
+    commits = {
+        stage: _on(
+            chain, stage, "commit", {**arguments, "send": sorted(copies.get(stage, ()))}, prepares
+        )
+        for stage in chain._stages.values()
+    }
+    last: dict[Stage, Node] = dict(commits)
+    for stage in chain._stages.values():
+        homes = [commits[home] for home in dict.fromkeys(stage.homes.values())]
+        if homes and update:
+            key = new_key("update", f"{chain._title} copies")
+            refresh = StageCall(stage, "set_parameters", {}, key=key, after=homes)
+            refresh.awaits = (commits[stage],)
+            last[stage] = refresh
+    return last
+
+
+def _on(
+    chain: GraphChain,
+    stage: Stage | None,
+    action: str,
+    arguments: dict[str, Any],
+    after: Sequence[Node] = (),
+) -> StageCall:
+    assert stage is not None
+    word = {"commit": "update"}.get(action, action)
+    key = new_key(word, chain._title)
+    return StageCall(stage, f"training.{action}", arguments, key=key, after=after)
+
+
+def _microbatch(
+    chain: GraphChain, batch: Batch, number: int, index: int, settings: Settings
+) -> _Microbatch:
+    """Forward with the loss, and backward with the gradients that are complete after each part."""
+    with torch.enable_grad():
+        output = chain(batch.inputs[index])._node
+    calls = sorted((n for n in ancestors([output]) if isinstance(n, Call)), key=lambda c: c.order)
+    for call in calls:
+        call.mode = True
+        call.draw = Draw(settings.seed, number, index)
+        call.autocast = settings.autocast
+        call.recompute = settings.recompute(call, index, batch.count)
+    loss = calls[-1]
+    target = pickle.dumps((Slot(len(loss.inputs)),))
+    loss.append((LOSS, "loss", batch.loss_kind), [batch.targets[index]], target)
+    loss.check_finite = settings.check_finite
+    found = adjoint([(loss, None)])
+    pullbacks = {pullback.call: pullback for pullback in found.pullbacks}
+    share = batch.weights[index]
+    if isinstance(share, Node):
+        pullbacks[loss].factor, pullbacks[loss].weight = 1 / settings.accumulate, share
+    else:
+        pullbacks[loss].factor = share / settings.accumulate
+    for (home, name), grads in found.parameters.items():
+        # The first layer of all that use a parameter is at its home, and comes last in a backward.
+        grads[-1].pullback.accumulate[name] = tuple(
+            g.pullback if g.worker == home.worker else g for g in grads
+        )
+    return _Microbatch(calls, pullbacks)
+
+
+def _order(
+    parts: Sequence[_Microbatch], settings: Settings, before: dict[Stage, Node]
+) -> dict[Stage, Node]:
+    """Have every action wait for the one before it in the schedule; the last one of each stage."""
+    calls = parts[0].calls
+    stages = list(dict.fromkeys(call.stage for call in calls if call.stage is not None))
+    index = {call: i for i, call in enumerate(calls)}
+    pipeline = Pipeline(
+        tuple(stages.index(call.stage) for call in calls if call.stage is not None),
+        tuple(tuple(index[n] for n in c.inputs if isinstance(n, Call)) for c in calls),
+    )
+    schedule = settings.schedule(pipeline, len(parts))
+    tails: dict[Stage, Node] = {}
+    for stage, order in zip(stages, schedule.orders, strict=True):
+        last = before.get(stage)
+        for action in order:
+            part = parts[action.microbatch]
+            call = part.calls[action.stage]
+            node = call if action.kind == "F" else part.pullbacks.get(call)
+            if node is None:
+                continue  # nothing before it can be trained
+            if stage not in tails:
+                call.begins = call.draw.step if call.draw is not None else None
+            node.awaits = () if last is None else (last,)
+            last = tails[stage] = node
+    return tails
+
+
+def checked(
+    schedule: Callable[[Pipeline, int], Schedule],
+) -> Callable[[Pipeline, int], Schedule]:
+    """A user's own way to make schedules, each checked once."""
+    known: dict[tuple[Pipeline, int], Schedule] = {}
+
+    def once(pipeline: Pipeline, microbatches: int) -> Schedule:
+        if (pipeline, microbatches) not in known:
+            found = schedule(pipeline, microbatches)
+            check(found)
+            known[pipeline, microbatches] = found
+        return known[pipeline, microbatches]
+
+    return once

@@ -1,0 +1,381 @@
+"""Train a chain: microbatches in a schedule, optimizers where the parameters live."""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from taskgrad.chain import GraphChain
+from taskgrad.errors import TaskgradError, WorkerLostError
+from taskgrad.executors.futures import forget, launch, run, values_of
+from taskgrad.executors.watching import wait_for
+from taskgrad.graph.nodes import Leaf, Stage, StageCall, new_key
+from taskgrad.graph.slices import Dims
+from taskgrad.plan import schedule as schedules
+from taskgrad.train import loops
+from taskgrad.train.callbacks import Callback
+from taskgrad.train.checkpointing import Checkpoint, recompute_rule
+from taskgrad.train.data import Cutter
+from taskgrad.train.factories import (
+    OptimizerFactory,
+    adds_up,
+    packed_loss,
+    parameter_groups,
+    state_per_parameter,
+)
+from taskgrad.train.loss import StepLoss
+from taskgrad.train.memory import check_fits
+from taskgrad.train.recovery import recover
+from taskgrad.train.step import Settings, Step, build, checked
+
+# A step is submitted while the one before still runs: its inputs are there when that is done.
+_AHEAD = 2
+# How long Ctrl-C may wait for the workers to take back a step, in seconds.
+_INTERRUPT = 1.0
+
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Trainer:
+    """Trains a chain; what one process of plain torch would do with the same microbatches.
+
+    Each batch is cut into microbatches, which pass the stages in the order of a schedule. The loss
+    is computed where the model's output is, the optimizer of each stage runs where its parameters
+    are, and a step is one graph of tasks, submitted at once. With a fixed placement and number of
+    microbatches a step gives plain torch's bits.
+
+    Parameters
+    ----------
+    chain : GraphChain
+    loss_fn : callable
+        ``loss_fn(output, targets)`` gives one number; the mean over samples, unless it has
+        ``reduction="sum"``.
+    optimizer : callable
+        A class of ``torch.optim``, a ``functools.partial`` of one, or a function of a list of
+        parameters (or of groups). It is called on each worker with the parameters there.
+    microbatches : int
+        How many slices a batch is cut into, as ``torch.tensor_split`` does; fewer if it has fewer
+        samples. A microbatch counts by its share of the samples.
+    schedule : {"1f1b", "gpipe"} or callable
+        The order of forwards and backwards; or what makes a `taskgrad.plan.schedule.Schedule` from
+        a ``Pipeline`` and the number of microbatches.
+    lr_scheduler : callable, optional
+        Makes a scheduler from an optimizer, as ``functools.partial(StepLR, step_size=1)``. It takes
+        a step after each step of the optimizer.
+    clip_norm, clip_value : float, optional
+        As ``torch.nn.utils.clip_grad_norm_`` over all parameters of the model, and
+        ``clip_grad_value_``; in this order.
+    accumulate : int
+        The optimizer takes a step after so many batches, with the mean of their gradients.
+    amp : {None, "bf16", "fp16"}
+        Run forwards and loss under ``torch.autocast``; with fp16 also scale the loss, as
+        ``torch.amp.GradScaler`` does.
+    seed : int
+        Of dropout and all else that draws random numbers in a layer; see `random_stream`.
+    callbacks : sequence of Callback
+    checkpoint : {"never", "always", "except_last"} or callable
+        Which forwards keep only the input of each stage and run again in the backward: none, all,
+        all but the last microbatch's. A function of a layer's name says which layers do.
+    param_groups : mapping, optional
+        Options by name pattern: ``{"*.bias": {"weight_decay": 0.0}}``. The first pattern to match a
+        parameter's name takes it.
+    in_dims, target_dims : int, None or pytree
+        The batch dimension of inputs and targets: one number for all tensors, or a pytree of them
+        in the structure of the batch, with None for what goes whole with each microbatch.
+    check_finite : bool
+        A loss that is not finite is an error, and the step is not taken.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument makes no sense; the message says which.
+    MemoryLimitError
+        Parameters, gradients and optimizer state do not fit the memory of a worker.
+
+    Examples
+    --------
+    >>> import functools, torch, taskgrad as tg
+    >>> from torch.nn.functional import mse_loss
+    >>> client = tg.local_cluster(n_workers=2)
+    >>> chain = tg.GraphChain(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)))
+    >>> sgd = functools.partial(torch.optim.SGD, lr=0.1)
+    >>> trainer = tg.Trainer(chain, mse_loss, sgd, microbatches=2)
+    >>> loss = trainer.step(torch.ones(4, 2), torch.zeros(4, 1))
+    >>> loss.item() > 0
+    True
+    >>> client.close()
+    """
+
+    def __init__(
+        self,
+        chain: GraphChain,
+        loss_fn: Callable[..., torch.Tensor],
+        optimizer: OptimizerFactory,
+        *,
+        microbatches: int = 1,
+        schedule: str | Callable[..., schedules.Schedule] = "1f1b",
+        lr_scheduler: Callable[[Any], Any] | None = None,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        accumulate: int = 1,
+        amp: str | None = None,
+        seed: int = 0,
+        callbacks: Sequence[Callback] = (),
+        checkpoint: Checkpoint = "never",
+        param_groups: Mapping[str, Mapping[str, Any]] | None = None,
+        in_dims: Dims = 0,
+        target_dims: Dims = 0,
+        check_finite: bool = False,
+    ) -> None:
+        if not isinstance(chain, GraphChain):
+            raise TypeError(f"a Trainer trains a GraphChain; got {type(chain).__name__}")
+        for name, number in (("microbatches", microbatches), ("accumulate", accumulate)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name} is a whole number from 1 on; got {number!r}")
+        for name, limit in (("clip_norm", clip_norm), ("clip_value", clip_value)):
+            if limit is not None and not limit > 0:
+                raise ValueError(f"{name} is a positive number, or None; got {limit!r}")
+        if amp is not None and amp not in _PRECISIONS:
+            raise ValueError(f'amp is None, "bf16" or "fp16"; got {amp!r}')
+        if isinstance(schedule, str) and schedule not in schedules.NAMES:
+            raise ValueError(
+                f"there is no schedule {schedule!r}; there are {', '.join(schedules.NAMES)}"
+            )
+        if lr_scheduler is not None and not callable(lr_scheduler):
+            raise TypeError(
+                "lr_scheduler is what makes a scheduler from an optimizer on each worker, as "
+                f"functools.partial(StepLR, step_size=1); got {type(lr_scheduler).__name__}"
+            )
+        kept = state_per_parameter(optimizer)
+        loss, loss_kind = packed_loss(loss_fn)
+        trainable = [n for n, info in chain.named_parameters_info() if info.requires_grad]
+        if not trainable:
+            raise ValueError("the chain has no trainable parameters: all of them are frozen")
+        check_fits(chain, kept)
+        self.chain = chain
+        self.callbacks = tuple(callbacks)
+        self.steps = 0
+        """How many batches were taken, or are being taken."""
+        self._loss_fn = loss_fn
+        self._arguments = {
+            "optimizer": optimizer,
+            "scheduler": lr_scheduler,
+            "scaled": amp == "fp16",
+        }
+        self._groups = parameter_groups(trainable, param_groups or {})
+        kinds = {row.device.partition(":")[0] for row in chain.placement}
+        self._settings = Settings(
+            schedule=functools.partial(schedules.schedule, schedule)
+            if isinstance(schedule, str)
+            else checked(schedule),
+            seed=seed,
+            accumulate=accumulate,
+            clip_norm=clip_norm,
+            clip_value=clip_value,
+            autocast=tuple((kind, _PRECISIONS[amp]) for kind in sorted(kinds)) if amp else (),
+            recompute=recompute_rule(checkpoint),
+            check_finite=check_finite,
+            order=trainable,
+        )
+        self._running: deque[StepLoss] = deque()
+        self._last: Step | None = None
+        self._unsettled = False  # a step was interrupted, and is yet to be taken back
+        self._broken: BaseException | None = None
+        workers = [row.worker for row in chain.placement]
+        self._cutter = Cutter(
+            microbatches,
+            in_dims,
+            target_dims,
+            weighted=not adds_up(loss_fn),
+            first=workers[0],
+            last=workers[-1],
+            loss_kind=loss_kind,
+        )
+        self._start(loss.data, loss.tensors)
+
+    def _start(self, data: bytes, tensors: list[torch.Tensor]) -> None:
+        """Make optimizers and schedulers on the workers, and send the loss to the last stage."""
+        chain = self.chain
+        calls = []
+        for stage in chain._stages.values():
+            mine = {n for n in self._settings.order if chain._home(n) is stage}
+            groups = [([n for n in names if n in mine], kw) for names, kw in self._groups]
+            arguments = {
+                **self._arguments,
+                "names": [n for n in self._settings.order if n in mine],
+                "groups": groups,
+                "done": self.steps,
+            }
+            calls.append(self._on(stage, "start", arguments))
+        last = chain._stages[self._cutter.last]
+        set_loss = self._on(last, "set_loss", {"data": data})
+        set_loss.after = (Leaf(tensors, needs_grad=False),)
+        run([*calls, set_loss], chain._session)
+
+    def _on(self, stage: Stage, action: str, arguments: dict[str, Any]) -> StageCall:
+        key = new_key(action, self.chain._title)
+        return StageCall(stage, f"training.{action}", arguments, key=key)
+
+    # -- steps -------------------------------------------------------------------------------------
+
+    def step(self, x: Any, y: Any) -> StepLoss:
+        """Train on one batch; returns its loss, which waits only when it is read.
+
+        Parameters
+        ----------
+        x, y
+            Inputs and targets: tensors, NumPy arrays, or pytrees of them; or both Dask collections
+            (arrays, Delayed, thunks), which are then cut on the workers. The model is called as
+            ``model(x)``, the loss as ``loss_fn(output, y)``.
+
+        Raises
+        ------
+        ValueError
+            The batch is empty, or inputs and targets do not fit together; nothing is submitted.
+        LayerError
+            A layer or the loss raised, in this step or one before that was not read: the message
+            names layer, microbatch and worker. The trainer is as it was before that step.
+        WorkerLostError
+            A worker is gone, and with it its layers.
+        """
+        self._check_usable()
+        batch = self._cutter.cut(x, y)
+        while len(self._running) >= _AHEAD:
+            self._finish(self._running[0])
+        made = build(self.chain, batch, self.steps, self._settings, self._last)
+        loss = StepLoss(self, made, batch.size)
+        try:
+            launch(made.targets, self.chain._session)
+        except BaseException as error:
+            self._give_up(error)
+            raise
+        made.let_go()
+        self._running.append(loss)
+        self._last = made
+        self.steps += 1
+        return loss
+
+    def wait(self) -> None:
+        """Return when every step so far is done.
+
+        Raises
+        ------
+        LayerError, WorkerLostError
+            As `step`.
+        """
+        self._check_usable()
+        while self._running:
+            self._finish(self._running[0])
+
+    def _finish(self, loss: StepLoss) -> None:
+        """Wait for the steps up to this one, and call back."""
+        while not loss.done:
+            first = self._running[0]
+            try:
+                error = wait_for(first.made.targets, self.chain._session)
+                if error is not None:
+                    raise error
+                [report] = values_of([first.made.report], self.chain._session)
+            except BaseException as error:
+                self._give_up(error)
+                raise
+            self._running.popleft()
+            first.settle(report)
+            for callback in self.callbacks:
+                callback.on_step(self, first)
+
+    def _give_up(self, error: BaseException) -> None:
+        """Cancel all steps that run, and go back to before the first of them."""
+        for loss in self._running:
+            forget(loss.made.targets)
+            loss.fail(error)
+        self._running.clear()
+        self._last = None
+        self._unsettled = True
+        interrupted = not isinstance(error, Exception)
+        try:
+            self._take_back(_INTERRUPT if interrupted else None)
+        except TaskgradError as broken:
+            if not isinstance(error, WorkerLostError):
+                error.add_note(f"The step could not be taken back: {broken}")
+
+    def _take_back(self, seconds: float | None = None) -> None:
+        try:
+            done = recover(self.chain, self._settings, seconds=seconds)
+        except TaskgradError as error:
+            self._broken = error
+            raise
+        if done is not None:
+            self.steps = done
+            self._unsettled = False
+
+    def _check_usable(self) -> None:
+        if self._broken is not None:
+            raise TaskgradError(
+                f"this trainer lost part of its model: {self._broken}"
+            ) from self._broken
+        if self._unsettled:
+            self._take_back()
+
+    # -- loops -------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        loader: Iterable[Any],
+        epochs: int = 1,
+        val_loader: Iterable[Any] | None = None,
+        *,
+        metrics: Mapping[str, Callable[..., Any]] | None = None,
+        progress: bool = True,
+    ) -> list[dict[str, float]]:
+        """Train on every batch of a loader, `epochs` times.
+
+        Parameters
+        ----------
+        loader, val_loader
+            Iterables of pairs (inputs, targets), new ones for each epoch: a ``DataLoader``, a list.
+        metrics
+            As in `evaluate`, on `val_loader` after each epoch.
+        progress
+            Show a progress bar (needs tqdm): loss, samples a second, and the bubble, the share of
+            the last step in which a worker had nothing to do.
+
+        Returns
+        -------
+        list of dict
+            For each epoch its mean ``loss`` and, with `val_loader`, ``val_loss`` and ``val_`` and
+            the name of each metric.
+
+        Raises
+        ------
+        ValueError
+            The loader is empty in the first epoch or a later one, or yields something else than
+            pairs.
+        """
+        return loops.fit(self, loader, epochs, val_loader, metrics or {}, progress)
+
+    def evaluate(
+        self, loader: Iterable[Any], metrics: Mapping[str, Callable[..., Any]] | None = None
+    ) -> dict[str, float]:
+        """The mean loss over a loader, in evaluation mode, and the mean of each metric.
+
+        Parameters
+        ----------
+        loader
+            An iterable of pairs (inputs, targets).
+        metrics
+            Functions of (output, targets) that give one number, a mean over samples. They run where
+            the output is.
+        """
+        return loops.evaluate(self, loader, metrics or {})
+
+    def predict(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """The model's outputs in evaluation mode, one for each batch of inputs, in order.
+
+        A generator: a few batches are on their way at a time, however many there are.
+        """
+        return loops.predict(self, loader)

@@ -1,0 +1,56 @@
+"""What went wrong in a layer, as an error that says where."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+from taskgrad.errors import LayerError
+from taskgrad.graph.nodes import Draw
+from taskgrad.graph.pytree import describe
+
+# Dask cuts long messages in its own way.
+_LONGEST_TRACEBACK = 4000
+
+
+def forward_error(
+    error: Exception,
+    address: str,
+    name: str,
+    kind: str,
+    given: tuple[Any, Any],
+    draw: Draw | None,
+) -> LayerError:
+    """A layer raised in its forward."""
+    args, kwargs = given
+    shown = ", ".join([*map(describe, args), *(f"{k}={describe(v)}" for k, v in kwargs.items())])
+    return LayerError(
+        f"layer {name!r} ({kind}) on worker {address} raised {type(error).__name__}{_when(draw)}: "
+        f"{error}\nIt was given {shown}. Check the layer before it, or the input.\n"
+        f"The layer's own traceback:\n{_own_frames(error)}{type(error).__name__}: {error}",
+        name,
+        address,
+        error,
+    )
+
+
+def backward_error(error: Exception, address: str, title: str, draw: Draw | None) -> LayerError:
+    """Autograd raised in the backward of some layers."""
+    return LayerError(
+        f"the backward of {title!r} on worker {address} raised {type(error).__name__}{_when(draw)}"
+        f": {error}\nA function of the layer's own, or a tensor that it wrote in place?\n"
+        f"The traceback there:\n{_own_frames(error)}{type(error).__name__}: {error}",
+        title,
+        address,
+        error,
+    )
+
+
+def _when(draw: Draw | None) -> str:
+    return "" if draw is None else f" in microbatch {draw.microbatch} of step {draw.step}"
+
+
+def _own_frames(error: Exception) -> str:
+    """The frames below ours: the layer's own."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    return "".join(traceback.format_list(frames))[-_LONGEST_TRACEBACK:]

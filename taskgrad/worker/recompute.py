@@ -1,0 +1,57 @@
+"""Activation checkpointing: keep the input of some layers, run them again in the backward.
+
+Chen et al., 2016, through ``torch.utils.checkpoint``. What that does not know is added here: random
+numbers come from the same streams because each layer draws from its own, and buffers (batch norm's
+statistics) are for the second run what they were for the first, and afterwards as if there had been
+no second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+
+def recomputed(
+    run: Callable[..., Any],
+    modules: Iterable[nn.Module],
+    *args: Any,
+    keep_state: bool,
+    **kwargs: Any,
+) -> Any:
+    """``run(*args, **kwargs)``, which keeps nothing for its backward but the arguments.
+
+    With `keep_state` torch keeps the state of its random generators for the second run; not needed
+    where each layer draws from a stream of its own.
+    """
+    buffers = [b for m in modules for b in m.buffers()]
+    first = [b.detach().clone() for b in buffers]
+    ran = False
+
+    def once_more(*args: Any, **kwargs: Any) -> Any:
+        nonlocal ran
+        if not ran:
+            ran = True
+            return run(*args, **kwargs)
+        now = [b.detach().clone() for b in buffers]
+        _write(buffers, first)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            _write(buffers, now)
+
+    # Stopping early is an exception through the layers, which would be reported as theirs.
+    with set_checkpoint_early_stop(False):
+        return checkpoint(
+            once_more, *args, use_reentrant=False, preserve_rng_state=keep_state, **kwargs
+        )
+
+
+def _write(buffers: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    """Past autograd's count of writes: the backward under way may have saved these."""
+    for buffer, value in zip(buffers, values, strict=True):
+        buffer.data.copy_(value)

@@ -1,0 +1,260 @@
+"""A training step where the parameters live: begin, prepare, commit, or roll back.
+
+A step is two-phased, as a database's commit is. Until every stage has said that its gradients are
+complete nothing is changed that cannot be taken back; what `begin` put aside takes it back. Then
+every stage commits: from what all of them said each works out the same clipping and scaling.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from taskgrad.graph import pack
+from taskgrad.worker.store import ResidentStage, Store
+
+# As torch.amp.GradScaler.
+_FIRST_SCALE, _GROWTH, _BACKOFF, _INTERVAL = 2.0**16, 2.0, 0.5, 2000
+
+
+@dataclass
+class Scaler:
+    """The factor that keeps small gradients from being zero in float16, on all stages the same."""
+
+    scale: float = _FIRST_SCALE
+    good_steps: int = 0
+
+    def update(self, finite: bool) -> None:
+        """After a step: less if a gradient was not finite, more after many that were."""
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.scale *= _BACKOFF
+        elif self.good_steps == _INTERVAL:
+            self.scale, self.good_steps = self.scale * _GROWTH, 0
+
+
+@dataclass
+class Training:
+    """What a trainer keeps on one stage beside its optimizer.
+
+    `names` are the trainable parameters that live here, `done` counts the batches that were taken,
+    `begun` is the number of the one under way.
+    """
+
+    names: list[str]
+    scheduler: Any = None
+    scaler: Scaler | None = None
+    done: int = 0
+    begun: int | None = None
+    buffers: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    gradients: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    summary: Summary | None = None
+    busy: float = 0.0
+    began_at: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """What the loss is multiplied by."""
+        return 1.0 if self.scaler is None else self.scaler.scale
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a stage says of its gradients once they are complete; `norms` by parameter."""
+
+    norms: dict[str, torch.Tensor]
+    finite: bool
+    busy: float
+    began_at: float
+    ended_at: float
+
+
+def start(
+    store: Store,
+    token: str,
+    *,
+    names: list[str],
+    groups: Sequence[tuple[list[str], dict[str, Any]]],
+    optimizer: Callable[..., torch.optim.Optimizer],
+    scheduler: Callable[..., Any] | None,
+    scaled: bool,
+    done: int,
+) -> None:
+    """Make the stage's optimizer and scheduler, over the parameters of these groups."""
+    stage = store.stage(token)
+    with stage.lock:
+        training = Training(names, scaler=Scaler() if scaled else None, done=done)
+        stage.optimizer = None
+        if names:
+            parameters: list[Any] = [
+                {"params": [stage.parameters[name] for name in members], **options}
+                for members, options in groups
+            ]
+            if len(groups) == 1 and not groups[0][1]:
+                [parameters] = [group["params"] for group in parameters]
+            stage.optimizer = optimizer(parameters)
+            training.scheduler = None if scheduler is None else scheduler(stage.optimizer)
+        stage.training = training
+
+
+def set_loss(store: Store, token: str, tensors: list[torch.Tensor], *, data: bytes) -> None:
+    """Keep the loss function on the stage that gives the model's output."""
+    stage = store.stage(token)
+    with stage.lock:
+        stage.loss = pack.unpack(data, [t.clone() for t in tensors], own=True)
+        if isinstance(stage.loss, nn.Module):
+            stage.loss.to(stage.device)
+
+
+def _training(stage: ResidentStage) -> Training:
+    if stage.training is None:
+        raise RuntimeError("this stage has no trainer")
+    return stage.training
+
+
+def begin(stage: ResidentStage, step: int) -> None:
+    """Put aside what the step will write before it commits: buffers, and gradients so far."""
+    training = _training(stage)
+    training.begun = step
+    training.began_at = time.time()
+    training.busy = 0.0
+    modules = [m for m in stage.layers.values() if isinstance(m, nn.Module)]
+    buffers = {id(b): b for m in modules for b in m.buffers()}
+    training.buffers = [(b, b.detach().clone()) for b in buffers.values()]
+    grads = {name: stage.parameters[name].grad for name in training.names}
+    training.gradients = {n: None if g is None else g.clone() for n, g in grads.items()}
+
+
+def prepare(store: Store, token: str, *, update: bool, norms: bool) -> Summary:
+    """The gradients of a step are complete here: what the other stages need to know of them."""
+    stage = store.stage(token)
+    with stage.lock:
+        training = _training(stage)
+        found: dict[str, torch.Tensor] = {}
+        finite = True
+        if update:
+            grads = {name: stage.parameters[name].grad for name in training.names}
+            present = {name: g for name, g in grads.items() if g is not None}
+            if training.scaler is not None:
+                for grad in present.values():
+                    grad.mul_(1 / training.scale)
+                finite = all(bool(g.isfinite().all()) for g in present.values())
+            if norms:
+                found = {n: torch.linalg.vector_norm(g, 2.0).cpu() for n, g in present.items()}
+        training.summary = Summary(found, finite, training.busy, training.began_at, time.time())
+        return training.summary
+
+
+def commit(
+    store: Store,
+    token: str,
+    *summaries: Summary,
+    step: int,
+    update: bool,
+    clip_norm: float | None,
+    clip_value: float | None,
+    order: list[str],
+    send: list[str],
+) -> dict[str, torch.Tensor]:
+    """Take the optimizer's step; gives the new values of those parameters that have copies.
+
+    With clipping, as `torch.nn.utils.clip_grad_norm_` over all parameters of the model in this
+    order. A stage that has committed this step already only gives the values again.
+    """
+    stage = store.stage(token)
+    with stage.lock:
+        training = _training(stage)
+        if training.done <= step:
+            if update:
+                finite = all(summary.finite for summary in summaries)
+                total = total_norm(summaries, order) if clip_norm is not None else None
+                if finite and stage.optimizer is not None:
+                    _clip(stage, training.names, clip_norm, clip_value, total)
+                    stage.optimizer.step()
+                if training.scaler is not None:
+                    training.scaler.update(finite)
+                if training.scheduler is not None:
+                    training.scheduler.step()
+                for parameter in stage.parameters.values():
+                    parameter.grad = None
+            training.done, training.begun = step + 1, None
+            training.buffers, training.gradients = [], {}
+        return {name: stage.parameters[name].detach().to("cpu", copy=True) for name in send}
+
+
+def total_norm(summaries: Sequence[Summary], order: Sequence[str]) -> torch.Tensor:
+    """The norm of all gradients together; each parameter counts once, where it lives."""
+    norms = {name: norm for summary in summaries for name, norm in summary.norms.items()}
+    found = [norms[name] for name in order if name in norms]
+    return torch.linalg.vector_norm(torch.stack(found), 2.0) if found else torch.zeros(())
+
+
+def _clip(
+    stage: ResidentStage,
+    names: Sequence[str],
+    norm: float | None,
+    value: float | None,
+    total: torch.Tensor | None,
+) -> None:
+    parameters = [stage.parameters[name] for name in names]
+    if norm is not None and total is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, norm, total)
+    if value is not None:
+        torch.nn.utils.clip_grad_value_(parameters, value)
+
+
+def progress(store: Store, token: str) -> tuple[int, Summary | None]:
+    """How many batches this stage has taken, and what it last said of its gradients."""
+    stage = store.stage(token)
+    with stage.lock:
+        training = _training(stage)
+        return training.done, training.summary
+
+
+def roll_back(store: Store, token: str) -> None:
+    """Take back what the step under way wrote, if there is one."""
+    stage = store.stage(token)
+    with stage.lock, torch.no_grad():
+        training = _training(stage)
+        if training.begun is None:
+            return
+        for buffer, before in training.buffers:
+            buffer.copy_(before)
+        for name, gradient in training.gradients.items():
+            stage.parameters[name].grad = gradient
+        training.begun = None
+        training.buffers, training.gradients = [], {}
+
+
+def report(
+    store: Store, token: str, *values: Any, weights: list[float] | None, order: list[str] | None
+) -> dict[str, Any]:
+    """A step in numbers: its loss, the norm of its gradients, the idle share of the workers.
+
+    The values are the losses of the microbatches, then their shares of the batch if they are not
+    among the arguments, then every stage's `Summary`.
+    """
+    summaries = [value for value in values if isinstance(value, Summary)]
+    numbers = list(values[: len(values) - len(summaries)])
+    if weights is None:
+        half = len(numbers) // 2
+        numbers, weights = numbers[:half], numbers[half:]
+    loss = sum(
+        (loss * weight for loss, weight in zip(numbers[1:], weights[1:], strict=True)),
+        numbers[0] * weights[0],
+    )
+    span = max(s.ended_at for s in summaries) - min(s.began_at for s in summaries)
+    busy = sum(s.busy for s in summaries) / len(summaries)
+    norm = None if order is None else float(total_norm(summaries, order))
+    return {
+        "loss": loss,
+        "grad_norm": norm,
+        "bubble": min(1.0, max(0.0, 1 - busy / span)) if span > 0 else math.nan,
+        "skipped": not all(summary.finite for summary in summaries),
+    }
