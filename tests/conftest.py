@@ -33,6 +33,14 @@ def client(cluster: Client) -> Iterator[Client]:
     yield cluster
 
 
+@pytest.fixture(scope="session")
+def four() -> Iterator[Client]:
+    """Four worker processes of one thread."""
+    client = tg.local_cluster(n_workers=4, dashboard_address=":0")
+    yield client
+    client.close()
+
+
 @pytest.fixture
 def fresh() -> Iterator[Callable[..., Client]]:
     """Makes clusters of the test's own, for tests that break them or need another shape."""

@@ -124,7 +124,7 @@ def schedule(name: str, pipeline: Pipeline, microbatches: int) -> Schedule:
     Raises
     ------
     ValueError
-        There is no such schedule, or there are no microbatches.
+        There is no such schedule, there are no microbatches, or stages need each other.
     """
     if name not in _RULES:
         raise ValueError(f"there is no schedule {name!r}; there are {', '.join(map(repr, NAMES))}")
@@ -176,6 +176,8 @@ def _carry_out(
                 done_at[chosen] = busy_until[worker] = now + _COSTS[chosen.kind]
                 next_of[chosen.kind][chosen.stage] += 1
                 left -= 1
+        if left and max(busy_until) <= now:
+            raise ValueError(f"nothing can run: the stages of {pipeline} need each other")
         now += 1
     return tuple(map(tuple, orders))
 

@@ -150,7 +150,9 @@ def _microbatch(
     """Forward with the loss, and backward with the gradients that are complete after each part."""
     with torch.enable_grad():
         output = chain(batch.inputs[index])._node
-    calls = sorted((n for n in ancestors([output]) if isinstance(n, Call)), key=lambda c: c.order)
+    own = set(chain._stages.values())  # the input may be a thunk, with calls behind it
+    calls = [n for n in ancestors([output]) if isinstance(n, Call) and n.stage in own]
+    calls.sort(key=lambda call: call.order)
     for call in calls:
         call.mode = True
         call.draw = Draw(settings.seed, number, index)
@@ -181,10 +183,10 @@ def _order(
     """Have every action wait for the one before it in the schedule; the last one of each stage."""
     calls = parts[0].calls
     stages = list(dict.fromkeys(call.stage for call in calls if call.stage is not None))
-    index = {call: i for i, call in enumerate(calls)}
+    index: dict[Node, int] = {call: i for i, call in enumerate(calls)}
     pipeline = Pipeline(
         tuple(stages.index(call.stage) for call in calls if call.stage is not None),
-        tuple(tuple(index[n] for n in c.inputs if isinstance(n, Call)) for c in calls),
+        tuple(tuple(index[n] for n in c.inputs if n in index) for c in calls),
     )
     schedule = settings.schedule(pipeline, len(parts))
     tails: dict[Stage, Node] = {}

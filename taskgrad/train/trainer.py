@@ -34,6 +34,9 @@ from taskgrad.train.step import Settings, Step, build, checked
 
 # A step is submitted while the one before still runs: its inputs are there when that is done.
 _AHEAD = 2
+# Dask remembers how to compute again all that a task depended on: steps that wait for each other
+# pile up on the scheduler. So after this many the workers are let run dry.
+_CHAINED = 16
 # How long Ctrl-C may wait for the workers to take back a step, in seconds.
 _INTERRUPT = 1.0
 
@@ -86,6 +89,12 @@ class Trainer:
     in_dims, target_dims : int, None or pytree
         The batch dimension of inputs and targets: one number for all tensors, or a pytree of them
         in the structure of the batch, with None for what goes whole with each microbatch.
+    deferred_batch_norm : bool
+        Batch norm's running statistics are those of the whole batch, not of each microbatch, as
+        torchgpipe has it.
+    compile : bool or mapping
+        Compile each layer on its worker; a mapping has options of ``torch.compile``. Compiled
+        layers need not give plain torch's bits.
     check_finite : bool
         A loss that is not finite is an error, and the step is not taken.
 
@@ -129,6 +138,8 @@ class Trainer:
         param_groups: Mapping[str, Mapping[str, Any]] | None = None,
         in_dims: Dims = 0,
         target_dims: Dims = 0,
+        deferred_batch_norm: bool = False,
+        compile: bool | Mapping[str, Any] = False,
         check_finite: bool = False,
     ) -> None:
         if not isinstance(chain, GraphChain):
@@ -165,6 +176,8 @@ class Trainer:
             "optimizer": optimizer,
             "scheduler": lr_scheduler,
             "scaled": amp == "fp16",
+            "deferred": deferred_batch_norm,
+            "compiled": None if compile is False else dict({} if compile is True else compile),
         }
         self._groups = parameter_groups(trainable, param_groups or {})
         kinds = {row.device.partition(":")[0] for row in chain.placement}
@@ -182,7 +195,8 @@ class Trainer:
             order=trainable,
         )
         self._running: deque[StepLoss] = deque()
-        self._last: Step | None = None
+        self._last: Step | None = None  # the next step waits for it on the workers
+        self._chained = 0
         self._unsettled = False  # a step was interrupted, and is yet to be taken back
         self._broken: BaseException | None = None
         workers = [row.worker for row in chain.placement]
@@ -246,6 +260,8 @@ class Trainer:
         batch = self._cutter.cut(x, y)
         while len(self._running) >= _AHEAD:
             self._finish(self._running[0])
+        if self._chained == _CHAINED:
+            self.wait()
         made = build(self.chain, batch, self.steps, self._settings, self._last)
         loss = StepLoss(self, made, batch.size)
         try:
@@ -256,6 +272,7 @@ class Trainer:
         made.let_go()
         self._running.append(loss)
         self._last = made
+        self._chained += 1
         self.steps += 1
         return loss
 
@@ -270,6 +287,9 @@ class Trainer:
         self._check_usable()
         while self._running:
             self._finish(self._running[0])
+        if self._last is not None:
+            forget(self._last.targets)
+            self._last, self._chained = None, 0
 
     def _finish(self, loss: StepLoss) -> None:
         """Wait for the steps up to this one, and call back."""
@@ -285,6 +305,8 @@ class Trainer:
                 raise
             self._running.popleft()
             first.settle(report)
+            if first.made is not self._last:
+                forget(first.made.targets)
             for callback in self.callbacks:
                 callback.on_step(self, first)
 
@@ -294,7 +316,7 @@ class Trainer:
             forget(loss.made.targets)
             loss.fail(error)
         self._running.clear()
-        self._last = None
+        self._last, self._chained = None, 0
         self._unsettled = True
         interrupted = not isinstance(error, Exception)
         try:

@@ -16,6 +16,7 @@ from taskgrad.graph import pack
 from taskgrad.graph.nodes import Draw
 from taskgrad.graph.pytree import Slot, Structure, carries_gradient, describe, flatten, map_leaves
 from taskgrad.worker import training
+from taskgrad.worker.deferred_norm import deferred
 from taskgrad.worker.failures import forward_error
 from taskgrad.worker.randomness import may_draw, random_stream
 from taskgrad.worker.recompute import recomputed
@@ -73,6 +74,9 @@ class Forward:
             with contextlib.ExitStack() as regions:
                 for kind, dtype in self.autocast:
                     regions.enter_context(torch.autocast(kind, dtype))
+                sums = stage.training.norms if stage and stage.training else None
+                if sums is not None and self.draw is not None:
+                    regions.enter_context(deferred(_modules(stage, self.steps), sums))
                 output = self._call(store, stage, fed)
         if self.buffers:
             # By value: batch norm writes its statistics without counting a version.

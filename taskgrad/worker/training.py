@@ -15,8 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from taskgrad.graph import pack
+from taskgrad.worker import deferred_norm
+from taskgrad.worker.deferred_norm import Sums
 from taskgrad.worker.store import ResidentStage, Store
 
 # As torch.amp.GradScaler.
@@ -55,6 +58,7 @@ class Training:
     buffers: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     gradients: dict[str, torch.Tensor | None] = field(default_factory=dict)
     summary: Summary | None = None
+    norms: dict[_BatchNorm, Sums] | None = None  # where batch norm's statistics are deferred
     busy: float = 0.0
     began_at: float = 0.0
 
@@ -84,12 +88,22 @@ def start(
     optimizer: Callable[..., torch.optim.Optimizer],
     scheduler: Callable[..., Any] | None,
     scaled: bool,
+    deferred: bool,
+    compiled: dict[str, Any] | None,
     done: int,
 ) -> None:
-    """Make the stage's optimizer and scheduler, over the parameters of these groups."""
+    """Make the stage's optimizer and scheduler, over the parameters of these groups.
+
+    `deferred` defers batch norm's statistics; with `compiled`, options of ``torch.compile``, each
+    layer is compiled at its first call.
+    """
     stage = store.stage(token)
     with stage.lock:
         training = Training(names, scaler=Scaler() if scaled else None, done=done)
+        training.norms = {} if deferred else None
+        for layer in stage.layers.values():
+            if compiled is not None and isinstance(layer, nn.Module):
+                layer.compile(**compiled)
         stage.optimizer = None
         if names:
             parameters: list[Any] = [
@@ -124,6 +138,8 @@ def begin(stage: ResidentStage, step: int) -> None:
     training.begun = step
     training.began_at = time.time()
     training.busy = 0.0
+    if training.norms:
+        training.norms.clear()
     modules = [m for m in stage.layers.values() if isinstance(m, nn.Module)]
     buffers = {id(b): b for m in modules for b in m.buffers()}
     training.buffers = [(b, b.detach().clone()) for b in buffers.values()]
@@ -183,6 +199,8 @@ def commit(
                     training.scheduler.step()
                 for parameter in stage.parameters.values():
                     parameter.grad = None
+            if training.norms:
+                deferred_norm.commit(training.norms)
             training.done, training.begun = step + 1, None
             training.buffers, training.gradients = [], {}
         return {name: stage.parameters[name].detach().to("cpu", copy=True) for name in send}
