@@ -157,3 +157,21 @@ def test_settling(cluster, monkeypatch, moved):
     assert not pending.done(0.01)
     assert pending.done(30)
     assert [f.status for f in futures] == ["finished", "error"]
+
+
+def test_a_key_is_let_go_of_though_its_future_lives(plain):
+    future = plain.submit(time.sleep, 0.01, pure=False)
+    follower = plain.submit(lambda x, y: y, future, 2, pure=False)
+    keys = {future.key, follower.key}
+    assert follower.result() == 2
+    internals.let_go(plain, [future.key, follower.key])
+
+    def known(dask_scheduler):
+        return keys & dask_scheduler.tasks.keys()
+
+    end = time.monotonic() + 10
+    while plain.run_on_scheduler(known) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not plain.run_on_scheduler(known)
+    assert future.status == "finished"  # the future itself was told nothing
+    assert plain.submit(abs, -1, pure=False).result() == 1

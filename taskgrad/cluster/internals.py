@@ -132,6 +132,17 @@ def _attribute(owner: Any, name: str) -> Iterator[Any]:
         yield found
 
 
+def let_go(client: Client, keys: Sequence[str]) -> None:
+    """Tell the scheduler that a client wants these keys no more, though somebody has their futures.
+
+    ``Client.cancel`` is not for this: it also cancels the tasks that depend on a key, and on one of
+    those that nobody wants by itself the scheduler stumbles, and drops the client.
+    """
+    send = getattr(client, "_send_to_scheduler", None)
+    if send is not None and client.status == "running":
+        send({"op": "client-releases-keys", "keys": list(keys), "client": client.id})
+
+
 async def settle(futures: Sequence[Future]) -> None:
     """Return when each of these futures has a result or an error, or one was cancelled."""
     all_of = getattr(distributed.client, "_wait", None)

@@ -15,6 +15,7 @@ from dask.base import DaskMethodsMixin
 from dask.highlevelgraph import HighLevelGraph
 from distributed import Future
 
+from taskgrad.cluster import internals
 from taskgrad.cluster.session import Session, check_open
 from taskgrad.errors import TaskgradError
 from taskgrad.executors.lowering import lower, order_inputs, plain_value, resolve
@@ -194,6 +195,12 @@ def forget(nodes: Iterable[Node]) -> None:
     """Let go of what these nodes hold: results, and with them tapes and gradients."""
     for node in nodes:
         node.result = None
+
+
+def cancel(nodes: Sequence[Node], session: Session) -> None:
+    """Have these nodes not run, whoever holds their futures: a traceback, say."""
+    internals.let_go(session.client, [node.key for node in nodes])
+    forget(nodes)
 
 
 def run(targets: Sequence[Node], session: Session, *, wait: bool = True) -> None:

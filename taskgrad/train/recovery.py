@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from taskgrad.chain import GraphChain
-from taskgrad.executors.futures import forget, run, submit, values_of
+from taskgrad.executors.futures import cancel, run, submit, values_of
 from taskgrad.executors.watching import wait_for
 from taskgrad.graph.nodes import Leaf, Node, StageCall, new_key
 from taskgrad.train.step import Settings, finish
@@ -21,7 +21,7 @@ def recover(chain: GraphChain, settings: Settings, *, seconds: float | None = No
     submit(asked, chain._session)
     error = wait_for(asked, chain._session, seconds=seconds)
     if isinstance(error, TimeoutError):
-        forget(asked)
+        cancel(asked, chain._session)
         return None
     if error is not None:
         raise error

@@ -11,7 +11,7 @@ import torch
 
 from taskgrad.chain import GraphChain
 from taskgrad.errors import TaskgradError, WorkerLostError
-from taskgrad.executors.futures import forget, launch, run, values_of
+from taskgrad.executors.futures import cancel, forget, launch, run, values_of
 from taskgrad.executors.watching import wait_for
 from taskgrad.graph.nodes import Leaf, Stage, StageCall, new_key
 from taskgrad.graph.slices import Dims
@@ -38,7 +38,7 @@ _AHEAD = 2
 # pile up on the scheduler. So after this many the workers are let run dry.
 _CHAINED = 16
 # How long Ctrl-C may wait for the workers to take back a step, in seconds.
-_INTERRUPT = 1.0
+_INTERRUPT = 0.5
 
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -264,13 +264,13 @@ class Trainer:
             self.wait()
         made = build(self.chain, batch, self.steps, self._settings, self._last)
         loss = StepLoss(self, made, batch.size)
+        self._running.append(loss)
         try:
             launch(made.targets, self.chain._session)
         except BaseException as error:
             self._give_up(error)
             raise
         made.let_go()
-        self._running.append(loss)
         self._last = made
         self._chained += 1
         self.steps += 1
@@ -313,7 +313,7 @@ class Trainer:
     def _give_up(self, error: BaseException) -> None:
         """Cancel all steps that run, and go back to before the first of them."""
         for loss in self._running:
-            forget(loss.made.targets)
+            cancel(loss.made.targets, self.chain._session)
             loss.fail(error)
         self._running.clear()
         self._last, self._chained = None, 0

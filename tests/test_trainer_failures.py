@@ -1,0 +1,336 @@
+"""A step that fails says where; the trainer goes on from the state before it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from distributed import get_worker
+from torch import nn
+
+import taskgrad as tg
+from conftest import keys_of, total_held, wait_until
+from plain import ConvNet, PlainTrainer, assert_same_training, images
+from taskgrad.cluster.plugins import store_of
+
+ADAMW = partial(torch.optim.AdamW, lr=1e-2)
+STAGES = [0] * 5 + [1] * 5
+
+
+class Trap(nn.Module):
+    """Raises once, in the forward or backward of the call with this number, if a flag is set."""
+
+    def __init__(self, kind: str, call: int) -> None:
+        super().__init__()
+        self.kind, self.call = kind, call
+
+    def forward(self, x):
+        return _Trap.apply(x, self.kind, self.call)
+
+
+class _Trap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, kind, call):
+        ctx.kind, ctx.call = kind, call
+        spring("forward", kind, call)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        spring("backward", ctx.kind, ctx.call)
+        return g, None, None
+
+
+def spring(here: str, kind: str, call: int) -> None:
+    store = store_of(get_worker())
+    if here == kind and getattr(store, "armed", None) is not None:
+        store.armed += 1
+        if store.armed == call + 1:
+            store.armed = None
+            raise ArithmeticError("sprung")
+
+
+def arm(dask_worker) -> None:
+    store_of(dask_worker).armed = 0
+
+
+def disarm(dask_worker) -> None:
+    store_of(dask_worker).armed = None
+
+
+def trapped(kind: str, call: int) -> ConvNet:
+    """The same net as `ConvNet`, with a trap in the place of its last activation."""
+    model = ConvNet()
+    model[6] = nn.Sequential(nn.ReLU(), Trap(kind, call)) if kind else nn.ReLU()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "call"), [("forward", 0), ("forward", 2), ("backward", 0), ("backward", 3)]
+)
+def test_a_layer_that_raises(client, kind, call):
+    """In any microbatch, forward or backward: named, nothing stays, and the step can be retried."""
+    torch.manual_seed(0)
+    model = trapped(kind, call)
+    placement = [0] * 5 + [1] * 6
+    chain = tg.GraphChain(model, client=client, placement=placement)
+    trainer = tg.Trainer(chain, F.cross_entropy, ADAMW, microbatches=4, accumulate=2)
+    plain = PlainTrainer(ConvNet(), F.cross_entropy, ADAMW, microbatches=4, accumulate=2)
+    batches = images(6)
+    client.run(disarm)
+    losses = [trainer.step(x, y).item() for x, y in batches[:3]]
+    client.run(arm)
+    with pytest.raises(tg.LayerError, match=f"microbatch {call} of step 3") as raised:
+        trainer.step(*batches[3]).item()
+    assert isinstance(raised.value.__cause__, ArithmeticError)
+    assert raised.value.worker == chain.placement[8].worker
+    assert raised.value.layer.startswith("6.1") or kind == "backward"
+    del raised
+    assert trainer.steps == 3
+    assert wait_until(lambda: total_held(client)["tapes"] == 0)
+    losses += [trainer.step(x, y).item() for x, y in batches[3:]]
+    expected = plain.train(batches)
+    assert losses == expected
+    ours = {n.replace("6.0", "6"): v for n, v in chain.state_dict().items()}
+    assert all(torch.equal(ours[n], v) for n, v in plain.model.state_dict().items())
+
+
+def test_an_error_in_a_step_not_yet_read_is_raised_by_a_later_one(client):
+    chain = tg.GraphChain(trapped("forward", 0), client=client, placement=[0] * 5 + [1] * 6)
+    trainer = tg.Trainer(chain, F.cross_entropy, ADAMW)
+    (x, y), *_ = images(1)
+    client.run(arm)
+    losses = [trainer.step(x, y), trainer.step(x, y)]
+    with pytest.raises(tg.LayerError, match="sprung"):
+        trainer.step(x, y)
+    for loss in losses:  # the one that was on its way behind it is not taken either
+        with pytest.raises(tg.LayerError, match="sprung"):
+            loss.item()
+    assert trainer.steps == 0
+    assert trainer.step(x, y).item() > 0
+
+
+def test_a_loss_that_is_not_finite(client):
+    chain = tg.GraphChain(ConvNet(), client=client, placement=STAGES)
+    trainer = tg.Trainer(chain, F.cross_entropy, ADAMW, microbatches=2, check_finite=True)
+    (x, y), *_ = images(1)
+    before = chain.state_dict()
+    bad = x.clone()
+    bad[-1] = float("nan")
+    with pytest.raises(tg.LayerError, match="'loss'.*microbatch 1 of step 0: the loss is nan"):
+        trainer.step(bad, y).item()
+    after = chain.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert trainer.step(x, y).item() > 0
+
+
+def test_a_loss_that_is_no_number(client):
+    chain = tg.GraphChain(ConvNet(), client=client, placement=STAGES)
+    loss = nn.CrossEntropyLoss(reduction="none")
+    trainer = tg.Trainer(chain, loss, ADAMW)
+    with pytest.raises(tg.LayerError, match=r"a loss is one floating-point number.*float32\[10\]"):
+        trainer.step(*images(1)[0]).item()
+
+
+X, Y = images(1)[0]
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (X[:0], Y[:0], "the batch is empty"),
+        (X, Y[:7], "10 samples and the targets 7"),
+        ((X, X[:4]), Y, "different batch sizes"),
+        (torch.ones(()), Y, "no batch dimension 0"),
+        ("text", Y, "hold tensors or arrays; got str"),
+        (None, Y, "hold tensors or arrays"),
+        (tg.spawn(torch.ones, 3), Y, "both on the driver, or both Dask collections"),
+    ],
+)
+def test_bad_batches_are_refused_before_anything_is_submitted(client, x, y, message):
+    chain = tg.GraphChain(ConvNet(), client=client, placement=STAGES)
+    trainer = tg.Trainer(chain, F.cross_entropy, ADAMW, microbatches=2)
+    before = keys_of(client, "forward")
+    with pytest.raises(ValueError, match=message):
+        trainer.step(x, y)
+    assert keys_of(client, "forward") == before
+    assert trainer.steps == 0
+    assert trainer.step(X, Y).item() > 0
+
+
+def test_a_batch_of_another_shape_names_the_layer(client):
+    chain = tg.GraphChain(ConvNet(), client=client, placement=STAGES)
+    trainer = tg.Trainer(chain, F.cross_entropy, ADAMW, microbatches=2)
+    with pytest.raises(tg.LayerError, match="layer '0'.*microbatch 0 of step 0"):
+        trainer.step(torch.randn(4, 3, 8, 8), Y[:4]).item()
+    assert trainer.step(X, Y).item() > 0
+
+
+ok = [(X, Y)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((F.cross_entropy, ADAMW), {"microbatches": 0}, ValueError, "microbatches is a whole"),
+        ((F.cross_entropy, ADAMW), {"accumulate": 1.5}, ValueError, "accumulate is a whole"),
+        ((F.cross_entropy, ADAMW), {"schedule": "zigzag"}, ValueError, "no schedule 'zigzag'"),
+        ((F.cross_entropy, ADAMW), {"amp": "fp8"}, ValueError, "amp is None"),
+        ((F.cross_entropy, ADAMW), {"clip_norm": -1}, ValueError, "clip_norm is a positive"),
+        ((F.cross_entropy, ADAMW), {"checkpoint": "some"}, ValueError, "checkpoint is"),
+        ((F.cross_entropy, ADAMW), {"lr_scheduler": 3}, TypeError, "lr_scheduler is what makes"),
+        ((F.cross_entropy, ADAMW), {"param_groups": {"x.*": {}}}, ValueError, "left for 'x.*'"),
+        ((F.cross_entropy, 0.1), {}, TypeError, "the optimizer is what makes one"),
+        ((F.cross_entropy, torch.optim.SGD([X.clone()])), {}, TypeError, "makes one"),
+        ((F.cross_entropy, torch.optim.LBFGS), {}, TypeError, "LBFGS"),
+        ((F.cross_entropy, lambda p: p), {}, TypeError, "this one gave a list"),
+        ((None, ADAMW), {}, TypeError, "the loss is a function"),
+        ((nn.Bilinear(2, 2, 1), ADAMW), {}, TypeError, "has parameters to train"),
+        ((partial(F.cross_entropy, weight=threading.Lock()), ADAMW), {}, TypeError, "pickled"),
+    ],
+)
+def test_bad_arguments(client, arguments, options, error, message):
+    chain = tg.GraphChain(ConvNet(), client=client, placement=STAGES)
+    before = keys_of(client, "start")
+    with pytest.raises(error, match=message):
+        tg.Trainer(chain, *arguments, **options)
+    assert keys_of(client, "start") == before
+
+
+def test_nothing_to_train(client):
+    chain = tg.GraphChain(ConvNet().requires_grad_(False), client=client)
+    with pytest.raises(ValueError, match="all of them are frozen"):
+        tg.Trainer(chain, F.cross_entropy, ADAMW)
+    with pytest.raises(TypeError, match="trains a GraphChain; got ConvNet"):
+        tg.Trainer(ConvNet(), F.cross_entropy, ADAMW)
+
+
+def failing_loader():
+    yield X, Y
+    yield X, Y
+    raise OSError("disk gone")
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "message", "steps"),
+    [
+        (failing_loader(), OSError, "disk gone", 2),
+        ([], ValueError, "yielded no batches", 0),
+        ([(X, Y), X], ValueError, r"yields pairs \(inputs, targets\)", 1),
+        ([(X, Y), (X, Y, X)], ValueError, "yields pairs", 1),
+        ([(X, Y), (X, [Y, Y])], tg.LayerError, "'loss'", 1),
+    ],
+)
+def test_loaders_that_go_wrong(client, loader, error, message, steps):
+    """What came before counts; the trainer can go on."""
+    chain = tg.GraphChain(ConvNet(), client=client, placement=STAGES)
+    trainer = tg.Trainer(chain, F.cross_entropy, ADAMW, microbatches=2)
+    with pytest.raises(error, match=message):
+        trainer.fit(loader, progress=False)
+    assert trainer.steps == steps
+    assert len(trainer.fit(ok, epochs=2, progress=False)) == 2
+    assert trainer.steps == steps + 2
+
+
+def test_an_iterator_is_used_up_after_one_epoch(client):
+    chain = tg.GraphChain(ConvNet(), client=client, placement=STAGES)
+    trainer = tg.Trainer(chain, F.cross_entropy, ADAMW)
+    with pytest.raises(ValueError, match="an iterator that an earlier epoch used up"):
+        trainer.fit(iter(ok), epochs=2, progress=False)
+
+
+class Slow(nn.Module):
+    def forward(self, x):
+        time.sleep(getattr(store_of(get_worker()), "nap", 0.0))
+        return x
+
+
+def set_nap(seconds: float, dask_worker) -> None:
+    store_of(dask_worker).nap = seconds
+
+
+@pytest.mark.parametrize("nap", [0.05, 0.6, 4.0])
+def test_ctrl_c_in_fit(client, nap):
+    """Soon back, no work left over, and the step that was under way did not happen."""
+    model = ConvNet()
+    model[6] = nn.Sequential(nn.ReLU(), Slow())
+    chain = tg.GraphChain(model, client=client, placement=[0] * 5 + [1] * 6)
+    trainer = tg.Trainer(chain, F.cross_entropy, ADAMW, microbatches=2, accumulate=2)
+    plain = PlainTrainer(ConvNet(), F.cross_entropy, ADAMW, microbatches=2, accumulate=2)
+    batches = images(60)
+    client.run(set_nap, nap)
+    pressed: list[float] = []
+
+    def press() -> None:
+        pressed.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    timer = threading.Timer(1.0, press)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(batches, progress=False)
+    assert time.monotonic() - pressed[0] < 2  # as promised, and a deadline; not a measurement
+    timer.join()
+    client.run(set_nap, 0.0)
+    loss = trainer.step(*batches[0])
+    taken = trainer.steps - 1
+    assert taken < 60
+    assert [loss.item()] == plain.train([*batches[:taken], batches[0]])[-1:]
+    ours = {n.replace("6.0", "6"): v for n, v in chain.state_dict().items()}
+    theirs = plain.model.state_dict()
+    assert [n for n, v in theirs.items() if not torch.equal(ours[n], v)] == []
+    assert wait_until(lambda: total_held(client)["tapes"] == 0)
+
+
+def test_a_worker_that_dies_in_a_step(fresh):
+    client = fresh(n_workers=2)
+    model = ConvNet()
+    model[6] = nn.Sequential(nn.ReLU(), Slow())
+    chain = tg.GraphChain(model, client=client, placement=[0] * 5 + [1] * 6)
+    trainer = tg.Trainer(chain, F.cross_entropy, ADAMW, microbatches=2)
+    trainer.step(X, Y).item()
+    client.run(set_nap, 5.0)
+    loss = trainer.step(X, Y)
+    pid = client.run(os.getpid)[chain.placement[8].worker]
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(tg.WorkerLostError, match="worker"):
+        loss.item()
+    with pytest.raises(tg.TaskgradError, match="lost part of its model"):
+        trainer.step(X, Y)
+
+
+def half_way(dask_worker) -> None:
+    """Have the next commit on this worker wait until it is cancelled, then not happen."""
+    from taskgrad.worker import training
+
+    original = training.commit
+
+    def stuck(*args, **kwargs):
+        training.commit = original
+        time.sleep(3)
+        raise ArithmeticError("commit failed")
+
+    training.commit = stuck
+
+
+def test_a_step_that_some_stages_committed_is_finished_by_the_others(client):
+    """The one point where there is no way back: then it is forward."""
+    chain = tg.GraphChain(ConvNet(), client=client, placement=STAGES)
+    trainer = tg.Trainer(chain, F.cross_entropy, ADAMW, microbatches=2, clip_norm=0.5)
+    plain = PlainTrainer(ConvNet(), F.cross_entropy, ADAMW, microbatches=2, clip_norm=0.5)
+    batches = images(3)
+    losses = [trainer.step(*batches[0]).item()]
+    client.run(half_way, workers=[chain.placement[9].worker])
+    with pytest.raises(ArithmeticError, match="commit failed"):
+        trainer.step(*batches[1]).item()
+    assert trainer.steps == 2
+    losses.append(trainer.step(*batches[2]).item())
+    expected = plain.train(batches)
+    assert losses == [expected[0], expected[2]]
+    assert_same_training(chain, plain, client)
