@@ -134,7 +134,7 @@ def test_read_only_buffers_arrive_read_only():
 
 @needs_call
 def test_what_was_made_for_the_message_is_kept_until_the_receiver_has_it():
-    t = torch.randn(2, COUNT).T[:, :1]  # is packed into memory of its own
+    t = torch.randn(COUNT, 2)[:, 0]  # is packed into memory of its own
     want = t.clone()
     with lending():
         frames = written(t)

@@ -13,7 +13,7 @@ from typing import Any
 import dask
 import pytest
 import torch
-from distributed import Client, LocalCluster, Worker
+from distributed import Client, LocalCluster, Worker, wait
 from distributed.utils import open_port
 
 from conftest import wait_until
@@ -247,6 +247,7 @@ def test_it_comes_with_the_first_user_and_goes_with_the_last():
         with Client(cluster, set_as_default=False) as client:
             use(client)
             assert wait_until(lambda: lends(observer) == {True})
+            acquaint(client, a, b)
             client.run(put_another_over_it)
         assert wait_until(lambda: all(observer.run(another_stayed).values()))
         assert borrowed_in_three(observer) == 0
@@ -285,6 +286,7 @@ def test_on_another_kind_of_cluster(config, options):
         before = borrowed(client)[b]
         # Where workers spill, each goes to disk while another comes from there to be sent.
         there = [client.submit(maker, seed, workers=[a], pure=False) for seed in range(6)]
+        wait(there)
         for seed, t in enumerate(there):
             same = client.submit(equal, t, seed, maker, workers=[b], pure=False)
             assert same.result(timeout=30)

@@ -43,8 +43,8 @@ from taskgrad.cluster import cross_memory, internals
 logger = logging.getLogger("taskgrad")
 
 LEAST = 256 << 10
-"""Bytes of a buffer from which on it is lent. A smaller one costs more to lend than to send; up to a
-megabyte it is about the same, from there on lending wins."""
+"""Bytes of a buffer from which on it is lent. Smaller ones cost more to lend than to send; up to a
+megabyte it is about the same."""
 MOST = 256 << 20
 """Bytes that one message lends. The receiver reads them in its event loop, which meanwhile does
 nothing else: 30 ms for so many. What is beyond goes by the wire, piece by piece."""
@@ -79,7 +79,6 @@ class Lent(NamedTuple):
 
     address: int
     nbytes: int
-    readonly: bool
 
 
 class Offer(NamedTuple):
@@ -150,7 +149,7 @@ class Loan:
             return None
         self._room -= buffer.nbytes
         self._kept.append(buffer)
-        return Lent(cross_memory.address_of(buffer), buffer.nbytes, buffer.readonly)
+        return Lent(cross_memory.address_of(buffer), buffer.nbytes)
 
     def end(self, *, answered: bool) -> None:
         """Break the seal, then let go what was lent; remember whether the receiver got it."""
@@ -201,7 +200,7 @@ def receive(pickled: Any, pieces: list[Any], seal: Seal, offer: Offer | None) ->
             # From torch, whose memory is aligned, and warm if the process keeps what it frees.
             view = torch.empty(piece.nbytes, dtype=torch.uint8).numpy().data
             wanted.append((piece.address, view))
-            piece = view.toreadonly() if piece.readonly else view
+            piece = view
         buffers.append(piece)
     if wanted:
         cross_memory.read(seal.pid, wanted)
@@ -263,7 +262,6 @@ def apply(worker: Worker) -> bool:
             status = await stock(comm, *args, who=who, **kwargs)
             answered = True
         finally:
-            _current.set(None)
             loan.end(answered=answered)
         return status
 
