@@ -132,6 +132,23 @@ def test_nothing_breaks_where_dask_has_moved_things(moved):
     assert internals.memory_limit(nothing) is None
     assert internals.memory_used(nothing) is None
     assert internals.threads(nothing) == 1
+    assert internals.results_handler(nothing) is None
+
+
+def test_a_worker_hears_from_the_receiver_before_it_forgets_what_it_sent(plain):
+    def look(dask_worker):
+        return internals.results_handler(dask_worker) == dask_worker.get_data
+
+    assert list(plain.run(look).values()) == [True]
+
+
+def test_another_way_of_giving_results_away_is_noticed():
+    async def without_an_answer(comm, keys, who=None, serializers=None):
+        await comm.write({"status": "OK"}, serializers=serializers)
+
+    for handler in (without_an_answer, len, None):
+        worker = SimpleNamespace(handlers={"get_data": handler})
+        assert internals.results_handler(worker) is None
 
 
 def test_a_worker_says_its_memory_and_threads(plain):

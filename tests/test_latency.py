@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import dask
 import pytest
@@ -159,6 +160,7 @@ def test_the_shortest_interval_that_anybody_asks_for(observer):
         ("taskgrad.latency.interval", "-1ms"),
         ("taskgrad.latency.interval", None),
         ("taskgrad.allocator.enabled", 2),
+        ("taskgrad.cross-memory.enabled", "no"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_named(key, value):
@@ -167,23 +169,29 @@ def test_a_setting_that_makes_no_sense_is_named(key, value):
 
 
 def test_settings_from_the_config():
-    assert Settings.from_config() == Settings(latency=0.0, allocator=True)
+    default = Settings(latency=0.0, allocator=True, cross_memory=True)
+    assert Settings.from_config() == default
     with dask.config.set({"taskgrad.latency.interval": 3}):
-        assert Settings.from_config() == Settings(latency=0.003, allocator=True)
+        assert Settings.from_config() == replace(default, latency=0.003)
+    with dask.config.set({"taskgrad.cross-memory.enabled": False}):
+        assert Settings.from_config() == replace(default, cross_memory=False)
 
 
 def test_settings_when_the_defaults_were_loaded_inside_a_with():
     before = dask.config.config.pop("taskgrad")
     try:
         with dask.config.set({"taskgrad.allocator.enabled": False}):
-            assert Settings.from_config() == Settings(latency=0.0, allocator=False)
-        assert Settings.from_config() == Settings(latency=0.0, allocator=True)
+            assert not Settings.from_config().allocator
+        assert Settings.from_config().allocator
     finally:
         dask.config.config["taskgrad"] = before
 
 
 wishes = st.builds(
-    Settings, latency=st.none() | st.floats(0, 0.01, allow_nan=False), allocator=st.booleans()
+    Settings,
+    latency=st.none() | st.floats(0, 0.01, allow_nan=False),
+    allocator=st.booleans(),
+    cross_memory=st.booleans(),
 )
 
 
@@ -199,6 +207,7 @@ def test_what_holds_is_what_those_want_who_are_there(events):
         assert len(users) == len(there)
         assert users.settings == together(there.values())
         assert users.settings.allocator == any(w.allocator for w in there.values())
+        assert users.settings.cross_memory == any(w.cross_memory for w in there.values())
         asked = [w.latency for w in there.values() if w.latency is not None]
         assert users.settings.latency == (min(asked) if asked else None)
         assert Settings(**users.settings.message()) == users.settings

@@ -11,6 +11,8 @@ import textwrap
 import threading
 import warnings
 from collections import OrderedDict, namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +34,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import taskgrad as tg
+from lending import lending, needs_call
+from taskgrad.cluster import cross_memory, loans
 from taskgrad.cluster import serialize as _family  # noqa: F401  registers it
 from taskgrad.cluster.travel import refuse_untravelable
 
@@ -91,9 +95,27 @@ def unwrap(kind: str, value: Any) -> Any:
 
 def through(value: Any) -> Any:
     """As Dask's comms do it: the message's frames, each in memory of its own on the other side."""
-    frames = dumps({"data": to_serialize(value)})
+    frames = dumps({"data": to_serialize(value)}, context={"recipient": {}})
     received = [bytes(f) if i == 0 else bytearray(f) for i, f in enumerate(frames)]
     return loads(received)["data"]
+
+
+@contextmanager
+def everything_lent() -> Iterator[None]:
+    """In this block messages leave every buffer where it is, and the reader takes it from there."""
+    before, loans.LEAST = loans.LEAST, 1
+    try:
+        with lending():
+            yield
+    finally:
+        loans.LEAST = before
+
+
+@pytest.fixture(params=["wire", pytest.param("lent", marks=needs_call)])
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The two ways in which a tensor gets from one worker to another."""
+    with everything_lent() if request.param == "lent" else nullcontext():
+        yield
 
 
 def plain(t: torch.Tensor) -> torch.Tensor:
@@ -146,15 +168,19 @@ def make(dtype: torch.dtype, shape: list[int], layout: str) -> torch.Tensor:
     layout=st.sampled_from(LAYOUTS),
     container=st.sampled_from(CONTAINERS),
     leaf=st.sampled_from(["tensor", "requires_grad", "parameter"]),
+    lent=st.booleans() if cross_memory.available() else st.just(False),
 )
-def test_any_tensor_anywhere_arrives_bit_for_bit(dtype, shape, layout, container, leaf):
+def test_any_tensor_anywhere_arrives_bit_for_bit(dtype, shape, layout, container, leaf, lent):
     t = make(dtype, shape, layout)
     differentiable = dtype.is_floating_point or dtype.is_complex
     if leaf == "requires_grad" and differentiable:
         t = t.detach().requires_grad_()
     elif leaf == "parameter":
         t = nn.Parameter(t.detach(), requires_grad=differentiable)
-    back = unwrap(container, through(wrap(container, t)))
+    before = loans.bytes_borrowed()
+    with everything_lent() if lent else nullcontext():
+        back = unwrap(container, through(wrap(container, t)))
+    assert (loans.bytes_borrowed() > before) == (lent and t.numel() > 0)
     assert_arrived(back, t)
     if layout in ("plain", "reversed", "channels_last", "expanded"):
         assert back.stride() == t.stride()
@@ -164,7 +190,7 @@ def test_any_tensor_anywhere_arrives_bit_for_bit(dtype, shape, layout, container
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype_travels(dtype):
+def test_every_dtype_travels(way, dtype):
     t = make(dtype, [3, 5], "plain")
     assert_arrived(through((1, t))[1], t)
     assert_arrived(through(t[1, 2]), t[1, 2])
@@ -195,7 +221,7 @@ def test_a_large_frame_is_not_cut_and_joined_again():
     assert max(memoryview(f).nbytes for f in frames) == t.numel()
 
 
-def test_conjugate_and_negative_views_stay_views_and_are_not_copied():
+def test_conjugate_and_negative_views_stay_views_and_are_not_copied(way):
     z = torch.randn(30, dtype=torch.complex64)
     for t in (z.conj(), z.conj().imag, z.to(torch.complex32).conj(), z.conj()[::2]):
         assert_arrived(through((1, t))[1], t)
@@ -225,7 +251,7 @@ def test_small_tensors_in_one_read_do_not_end_up_at_odd_addresses():
     assert_arrived(back, t)
 
 
-def test_sparse_layouts():
+def test_sparse_layouts(way):
     dense = torch.randn(4, 6) * (torch.rand(4, 6) > 0.5)
     loose = torch.sparse_coo_tensor([[0, 0], [1, 1]], [1.0, 2.0], (2, 2), check_invariants=True)
     coo = dense.to_sparse()
@@ -243,7 +269,7 @@ def test_sparse_layouts():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_meta_quantized_and_nested_tensors():
+def test_meta_quantized_and_nested_tensors(way):
     meta = through((1, torch.empty(2, 3, device="meta", dtype=torch.bfloat16)))[1]
     assert (meta.device.type, meta.shape, meta.dtype) == ("meta", (2, 3), torch.bfloat16)
     quantized = torch.quantize_per_tensor(torch.randn(5), 0.1, 2, torch.qint8)
@@ -269,7 +295,7 @@ def _strict(t):
     return t.as_subclass(Strict)
 
 
-def test_subclasses_and_attributes():
+def test_subclasses_and_attributes(way):
     tagged = torch.randn(50, 50).as_subclass(Tagged)
     tagged.tag = "left"
     for t in (tagged, torch.randn(50, 50).as_subclass(Strict)):
@@ -284,7 +310,7 @@ def test_subclasses_and_attributes():
     assert isinstance(through([1, nn.Buffer(torch.ones(2))])[1], nn.Buffer)
 
 
-def test_a_leaf_keeps_its_gradient_and_a_value_inside_a_graph_arrives_without_the_graph():
+def test_a_leaf_keeps_its_gradient_and_a_value_inside_a_graph_arrives_without_the_graph(way):
     w = nn.Parameter(torch.randn(3))
     y = w * 2
     y.sum().backward()
@@ -305,7 +331,7 @@ class Tied(nn.Module):
         self.bn = nn.BatchNorm1d(30)
 
 
-def test_modules_and_optimizers_keep_what_they_share():
+def test_modules_and_optimizers_keep_what_they_share(way):
     model = Tied()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model.bn(model.b(model.a(torch.ones(3, 30)))).sum().backward()
@@ -320,7 +346,7 @@ def test_modules_and_optimizers_keep_what_they_share():
     assert both["optimizer"].param_groups[0]["params"][0] is both["model"].a.weight
 
 
-def test_values_without_tensors_are_pickled_as_dask_does():
+def test_values_without_tensors_are_pickled_as_dask_does(way):
     for value in (1, "a", [1, 2], {"a": {1, 2}}, np.arange(5), Batch("n", np.arange(5))):
         back = through(value)
         assert type(back) is type(value)

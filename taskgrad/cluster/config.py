@@ -26,6 +26,8 @@ class Settings:
     """Seconds for which messages are collected; None leaves it to Dask."""
     allocator: bool = False
     """Whether workers keep the memory that they free."""
+    cross_memory: bool = False
+    """Whether workers of one host read large tensors from each other's memory."""
 
     @classmethod
     def from_config(cls) -> Settings:
@@ -40,6 +42,7 @@ class Settings:
         return cls(
             latency=_duration("taskgrad.latency.interval") if fast else None,
             allocator=_flag("taskgrad.allocator.enabled"),
+            cross_memory=_flag("taskgrad.cross-memory.enabled"),
         )
 
     def message(self) -> dict[str, Any]:
@@ -80,6 +83,7 @@ def together(wishes: Iterable[Settings]) -> Settings:
     return Settings(
         latency=min((w.latency for w in wishes if w.latency is not None), default=None),
         allocator=any(w.allocator for w in wishes),
+        cross_memory=any(w.cross_memory for w in wishes),
     )
 
 

@@ -126,6 +126,35 @@ def threads(worker: Worker) -> int:
     return count if isinstance(count, int) else 1
 
 
+# Every line of a worker's handler for results that deals with the receiver. It ends only when the
+# receiver has all of the data, not before: so long may what was sent lie in this worker's memory.
+_HANDSHAKE_LINES = [
+    "if get_address_host(comm.peer_address) == get_address_host(self.address):",
+    "compressed = await comm.write(msg, serializers=serializers)",
+    "response = await comm.read(deserializers=serializers)",
+    'assert response == "OK", response',
+    "comm.abort()",
+]
+
+
+def results_handler(worker: Worker) -> Any:
+    """The handler that gives a worker's results to who asks, if it is as we know it, else None."""
+    handlers = getattr(worker, "handlers", None)
+    handler: Any = handlers.get("get_data") if isinstance(handlers, dict) else None
+    try:
+        lines = [line.strip() for line in inspect.getsource(handler).splitlines()]
+        named = "who" in inspect.signature(handler).parameters
+    except (OSError, TypeError, ValueError):
+        return None
+    found = [line for line in lines if "comm." in line or "response" in line]
+    return handler if named and found == _HANDSHAKE_LINES else None
+
+
+def set_results_handler(worker: Worker, handler: Any) -> None:
+    """Have a worker give its results away by this handler from now on."""
+    worker.handlers["get_data"] = handler
+
+
 def _attribute(owner: Any, name: str) -> Iterator[Any]:
     found = getattr(owner, name, None)
     if found is not None:

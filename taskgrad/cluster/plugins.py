@@ -18,7 +18,7 @@ from distributed import Scheduler, Worker
 from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
 from distributed.scheduler import TaskState
 
-from taskgrad.cluster import allocator, latency
+from taskgrad.cluster import allocator, latency, loans
 from taskgrad.cluster import serialize as _serialize  # noqa: F401  registers the tensor family
 from taskgrad.cluster.config import Settings, Users
 from taskgrad.worker.sizes import Held, total_bytes
@@ -42,11 +42,17 @@ def store_of(worker: Worker) -> Store:
 
 
 _METRICS = tuple(field.name for field in fields(Held))
+_BORROWED = "cross_memory"
 
 
 def _held(store: Store, name: str, worker: Worker) -> int:
     """One of the metrics that go with a worker's heartbeat: bytes held."""
     return total_bytes(store.entries())[name]
+
+
+def _borrowed(worker: Worker) -> int:
+    """Another: bytes that the worker's process has read from the memory of others."""
+    return loans.bytes_borrowed()
 
 
 class StorePlugin(WorkerPlugin):
@@ -70,13 +76,14 @@ class StorePlugin(WorkerPlugin):
         allocator.check_threads(worker)
         for name in _METRICS:  # columns of the dashboard's table of workers
             worker.metrics[f"{NAME}_{name}"] = functools.partial(_held, store, name)
+        worker.metrics[f"{NAME}_{_BORROWED}"] = _borrowed
 
     def teardown(self, worker: Worker) -> None:
         """Called when the worker closes."""
         _change(worker, Settings())
         worker.stream_handlers.pop(_RELEASE, None)
         worker.stream_handlers.pop(_SETTINGS, None)
-        for name in _METRICS:
+        for name in (*_METRICS, _BORROWED):
             worker.metrics.pop(f"{NAME}_{name}", None)
         _stores.pop(worker, None)
 
@@ -87,6 +94,10 @@ def _change(worker: Worker, settings: Settings) -> None:
         allocator.apply(worker)
     else:
         allocator.restore(worker)
+    if settings.cross_memory:
+        loans.apply(worker)
+    else:
+        loans.restore(worker)
 
 
 class SchedulerSide(SchedulerPlugin):

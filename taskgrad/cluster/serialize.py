@@ -31,6 +31,7 @@ from distributed.protocol.serialize import (
     register_serialization_family,
 )
 
+from taskgrad.cluster import loans
 from taskgrad.cluster.tensors import reduce_tensor
 
 # These hold no tensor; Dask's own function pickles them as fast as can be.
@@ -84,6 +85,9 @@ def dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str, 
             pickled, buffers, found = _pickle_with(TensorCloudPickler, value)
         except Exception:
             return _stock(value, context)  # its error is the one to tell
+    loan = loans.current(context)
+    if loan is not None:
+        pickled, buffers = loan.pack(pickled, buffers)
     # Frames marked False are sent as they are. Dask would cut those over 64 MiB into pieces, and
     # put them together again with a copy. The user's compression, if any, still sees them.
     whole = None if (context or {}).get("compression") else False

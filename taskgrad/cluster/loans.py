@@ -1,0 +1,283 @@
+"""Large tensors between two worker processes of one host: lent, and read where they lie.
+
+A worker that is asked for results sends the words of a message as ever; of large buffers it sends
+only where they lie in its memory, and the receiver reads them there, with
+`taskgrad.cluster.cross_memory`:
+
+    lender                                      receiver
+    a loan begins: a seal lies in memory
+    lends buffers, sends their addresses ─────▶ reads the buffers, then the seal
+                                                   intact: the buffers were there all the time
+    the loan ends: the seal is broken,  ◀────── "OK"
+    the buffers may go
+
+The "OK" is Dask's own: the handler for results waits for it. If the connection breaks first, the
+loan ends first, and a receiver that is still reading finds the seal broken. It raises an OSError,
+which Dask takes for a lost connection, and asks again; the lender has seen the connection go too,
+and lends it nothing the next time.
+
+A worker lends only to those that have shown that they can read it. The first large message to a
+worker that has an address on the same host goes by the wire, with an offer: where the seal of that
+message lies. Who can read it there says so. All this is per pair of workers, and silent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import pickle
+import threading
+import weakref
+from collections import Counter
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from distributed import Worker
+from distributed.comm.addressing import get_address_host
+
+from taskgrad.cluster import cross_memory, internals
+
+logger = logging.getLogger("taskgrad")
+
+LEAST = 256 << 10
+"""Bytes of a buffer from which on it is lent. Smaller ones cost more to lend than to send; up to a
+megabyte it is about the same."""
+MOST = 256 << 20
+"""Bytes that one message lends. The receiver reads them in its event loop, which meanwhile does
+nothing else: 30 ms for so many. What is beyond goes by the wire, piece by piece."""
+# How often in a row a worker is offered a loan, or one that it was given comes to nothing.
+_OFFERS = 3
+_SEAL = 16  # bytes
+_READER = "taskgrad_reader"
+
+_lenders: weakref.WeakKeyDictionary[Worker, Lender] = weakref.WeakKeyDictionary()
+_handlers: weakref.WeakSet[Any] = weakref.WeakSet()
+_current: ContextVar[Loan | None] = ContextVar("taskgrad_loan", default=None)
+_lock = threading.Lock()
+_borrowed = 0
+
+
+class Seal(NamedTuple):
+    """Where some random bytes lie for as long as a loan lasts, and which."""
+
+    pid: int
+    address: int
+    content: bytes
+
+    def intact(self) -> bool:
+        """Whether they lie there now: in no other process do they, and in that one not later."""
+        found = bytearray(len(self.content))
+        cross_memory.read(self.pid, [(self.address, memoryview(found))])
+        return found == self.content
+
+
+class Lent(NamedTuple):
+    """A buffer that stayed where it is."""
+
+    address: int
+    nbytes: int
+
+
+class Offer(NamedTuple):
+    """To the worker ``to``: tell ``lender`` if you can read the seal."""
+
+    lender: str
+    to: str
+
+
+class Lender:
+    """What a worker knows of those that might read its memory, by their addresses."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.readers: set[str] = set()
+        self.offers: Counter[str] = Counter()
+        self.closed = False
+
+    def loan(self, who: str | None) -> Loan | None:
+        """One for this worker, if it may be on this host. Clients and schedulers have no name."""
+        if self.closed or who is None or get_address_host(who) != get_address_host(self.address):
+            return None
+        return Loan(self, who)
+
+    def offer(self, who: str) -> Offer | None:
+        """One to this worker, unless it had some."""
+        if self.offers[who] >= _OFFERS:
+            return None
+        self.offers[who] += 1
+        return Offer(self.address, who)
+
+
+class Loan:
+    """What is kept in memory for one receiver while one message is on its way."""
+
+    def __init__(self, lender: Lender, to: str) -> None:
+        self._lender = lender
+        self._to = to
+        self._bytes = ctypes.create_string_buffer(os.urandom(_SEAL), _SEAL)
+        self._seal = Seal(os.getpid(), ctypes.addressof(self._bytes), self._bytes.raw)
+        self._kept: list[memoryview] = []
+        self._offered = False
+        self._room = MOST
+        self.open = True
+
+    def pack(self, pickled: bytes, buffers: list[memoryview]) -> tuple[bytes, list[memoryview]]:
+        """A pickle and its buffers; what there is to lend of them is not among those that return.
+
+        The new pickle calls `receive` with the old one. Any process that can import taskgrad reads
+        it, as all that taskgrad sends.
+        """
+        if not any(b.nbytes >= LEAST for b in buffers):
+            return pickled, buffers
+        known = self._to in self._lender.readers
+        offer = None
+        if not known and not self._offered:
+            self._offered = True
+            offer = self._lender.offer(self._to)
+        if not known and offer is None:
+            return pickled, buffers
+        pieces = [(self._lend(b) if known else None) or pickle.PickleBuffer(b) for b in buffers]
+        rest: list[pickle.PickleBuffer] = []
+        received = _Received(pickle.PickleBuffer(pickled), pieces, self._seal, offer)
+        return pickle.dumps(received, 5, buffer_callback=rest.append), [b.raw() for b in rest]
+
+    def _lend(self, buffer: memoryview) -> Lent | None:
+        if not LEAST <= buffer.nbytes <= self._room:
+            return None
+        self._room -= buffer.nbytes
+        self._kept.append(buffer)
+        return Lent(cross_memory.address_of(buffer), buffer.nbytes)
+
+    def end(self, *, answered: bool) -> None:
+        """Break the seal, then let go what was lent; remember whether the receiver got it."""
+        self.open = False
+        ctypes.memset(self._bytes, 0, _SEAL)
+        if self._kept and answered:
+            self._lender.offers.pop(self._to, None)
+        elif self._kept:
+            self._lender.readers.discard(self._to)
+        self._kept.clear()
+
+
+class _Received:
+    """Is pickled as a call of `receive`."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self._arguments = arguments
+
+    def __reduce__(self) -> Any:
+        return receive, self._arguments
+
+
+def current(context: dict[str, Any] | None) -> Loan | None:
+    """The loan that goes with the message that is being serialized.
+
+    Only messages to somebody have a context that names a recipient. While a worker looks for what
+    it is asked for, it may also write other results to its disk, and those must be whole.
+    """
+    loan = _current.get()
+    if loan is None or not loan.open or "recipient" not in (context or {}):
+        return None
+    return loan
+
+
+def receive(pickled: Any, pieces: list[Any], seal: Seal, offer: Offer | None) -> Any:
+    """Unpickle a message of which some buffers were lent.
+
+    Raises
+    ------
+    OSError
+        They cannot be read, or might have changed while they were read.
+    """
+    if offer is not None:
+        _consider(offer, seal)
+    buffers, wanted = [], []
+    for piece in pieces:
+        if isinstance(piece, Lent):
+            # From torch, whose memory is aligned, and warm if the process keeps what it frees.
+            view = torch.empty(piece.nbytes, dtype=torch.uint8).numpy().data
+            wanted.append((piece.address, view))
+            piece = view
+        buffers.append(piece)
+    if wanted:
+        cross_memory.read(seal.pid, wanted)
+        if not seal.intact():
+            raise OSError("a loan of memory ended while it was read")
+        _count(sum(view.nbytes for _, view in wanted))
+    return pickle.loads(pickled, buffers=buffers)
+
+
+def bytes_borrowed() -> int:
+    """How much this process has read out of the memory of others."""
+    return _borrowed
+
+
+def _count(nbytes: int) -> None:
+    global _borrowed
+    with _lock:  # messages are also read in a thread beside the event loop
+        _borrowed += nbytes
+
+
+def _consider(offer: Offer, seal: Seal) -> None:
+    """If this process can read what is offered, have its worker say so."""
+    worker = next((w for w in list(_lenders) if w.address == offer.to), None)
+    try:
+        if worker is not None and seal.intact():
+            worker.loop.add_callback(_accept, worker, offer.lender)
+    except OSError:
+        logger.debug("%s cannot read the memory of %s", offer.to, offer.lender, exc_info=True)
+
+
+async def _accept(worker: Worker, lender: str) -> None:
+    try:
+        await getattr(worker.rpc(lender), _READER)(address=worker.address)
+    except Exception:  # it is gone, or no longer lends: then nothing is lent
+        logger.debug("%s accepts no loans from %s", worker.address, lender, exc_info=True)
+
+
+def apply(worker: Worker) -> bool:
+    """Have this worker lend memory, and borrow; returns whether it does."""
+    if worker in _lenders:
+        return True
+    stock = internals.results_handler(worker) if cross_memory.available() else None
+    if stock is None:
+        logger.debug("%s lends no memory: this system or this Dask cannot", worker.address)
+        return False
+    lender = _lenders[worker] = Lender(worker.address)
+
+    def reader(address: str) -> None:
+        lender.readers.add(address)
+
+    @functools.wraps(stock)
+    async def get_data(comm: Any, *args: Any, who: str | None = None, **kwargs: Any) -> Any:
+        loan = lender.loan(who)
+        if loan is None:
+            return await stock(comm, *args, who=who, **kwargs)
+        answered = False
+        _current.set(loan)  # also for the thread in which Dask serializes large messages
+        try:
+            status = await stock(comm, *args, who=who, **kwargs)
+            answered = True
+        finally:
+            loan.end(answered=answered)
+        return status
+
+    _handlers.add(get_data)
+    internals.set_results_handler(worker, get_data)
+    worker.handlers[_READER] = reader
+    return True
+
+
+def restore(worker: Worker) -> None:
+    """Undo `apply`."""
+    lender = _lenders.pop(worker, None)
+    if lender is None:
+        return
+    lender.closed = True
+    worker.handlers.pop(_READER, None)
+    handler = internals.results_handler(worker)
+    if handler in _handlers:  # else somebody has put another over it
+        internals.set_results_handler(worker, handler.__wrapped__)
