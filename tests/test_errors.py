@@ -255,7 +255,11 @@ def test_worker_that_dies_is_named(fresh):
     x = torch.ones(1, 2)
     tg.collect(chain(x))
     gone = chain.placement[1].worker
-    client.retire_workers([gone])
+
+    async def remove(dask_scheduler):
+        await dask_scheduler.remove_worker(gone, stimulus_id="test")
+
+    client.run_on_scheduler(remove)
     with pytest.raises(tg.WorkerLostError, match=f"{gone}.*Make the chain again"):
         tg.collect(chain(x))
 
