@@ -238,8 +238,8 @@ def test_worker_with_another_version(fresh, tmp_path, package):
 def test_versions_that_differ(client, monkeypatch, package, version, shown):
     real = client.get_versions
 
-    def get_versions(**kwargs):
-        found = real(**kwargs)
+    async def get_versions(**kwargs):
+        found = await real(**kwargs)
         worker = next(iter(found["workers"]))
         found["workers"][worker]["packages"][package] = version
         return found
