@@ -6,6 +6,7 @@ where they are for as long as the node itself is held.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from dask.base import DaskMethodsMixin
 from dask.highlevelgraph import HighLevelGraph
 from distributed import Future
 
+from taskgrad.cluster import waiting
 from taskgrad.cluster.session import Session, check_open
 from taskgrad.errors import TaskgradError
 from taskgrad.executors.lowering import lower, order_inputs, plain_value, resolve
@@ -34,6 +36,8 @@ from taskgrad.graph.pytree import tensors
 
 # Inputs from this size on go straight to their worker; smaller ones travel inside the graph.
 _SCATTER_BYTES = 1 << 20
+# How long a scattered input waits for its worker to be there and running, in seconds.
+_RUNNING = 2
 
 _turn = itertools.count()
 
@@ -143,13 +147,30 @@ def _scatter(nodes: Sequence[Node], session: Session) -> None:
         leaf.result = _send(leaf.key, plain_value(leaf), sorted(w for w in users if w), session)
 
 
-def _send(key: str, value: Any, workers: list[str], session: Session) -> Future:
-    """Put a value on workers, directly where the client can reach them."""
-    arguments = {"workers": workers, "hash": False, "broadcast": len(workers) > 1}
-    try:
-        return session.client.scatter({key: value}, direct=True, **arguments)[key]
-    except OSError:
-        return session.client.scatter({key: value}, direct=False, **arguments)[key]
+def _send(key: str, value: Any, workers: list[str], session: Session) -> Future | None:
+    """Put a value on workers, directly where the client can reach them.
+
+    None where they take nothing, as they are gone or paused: the value then travels in the graph,
+    and whoever waits for the call says what is wrong with its worker.
+    """
+    client = session.client
+
+    async def send() -> Future | None:
+        for direct in (True, False):
+            with contextlib.suppress(OSError, KeyError):
+                sent: Any = client.scatter(
+                    {key: value},
+                    workers=workers,
+                    broadcast=len(workers) > 1,
+                    direct=direct,
+                    hash=False,
+                    timeout=_RUNNING,
+                )
+                found: dict[str, Future] = await sent
+                return found[key]
+        return None
+
+    return waiting.answer(client, send, "to take an input")
 
 
 def forget(nodes: Iterable[Node]) -> None:
