@@ -80,6 +80,14 @@ class Store:
                 if first:
                     self.changed()
 
+    def get(self, key: str) -> Any:
+        """The entry under this key; None if there is none.
+
+        A task finds its own entry when Dask runs it again, its result having been moved to another
+        worker and lost there.
+        """
+        return self._entries.get(key)
+
     def stage(self, token: str) -> ResidentStage:
         """The stage under this token; WorkerLostError if this worker never had it or lost it."""
         entry = self._entries.get(token)
