@@ -13,7 +13,7 @@ from pathlib import Path
 import dask
 import pytest
 import torch
-from distributed import Status, get_worker
+from distributed import Client, Status, get_worker
 from torch import nn
 
 import taskgrad as tg
@@ -174,3 +174,31 @@ def test_a_paused_worker_is_not_waited_for_without_end(fresh, rows):
         pytest.raises(tg.WorkerLostError, match=rf"at {address} has been paused for 2 s.*memory"),
     ):
         tg.collect(tg.spawn(torch.add, x, chain(x), worker=1))
+
+
+def test_a_scheduler_that_hangs_is_not_waited_for_without_end(tmp_path):
+    file = tmp_path / "scheduler.json"
+    command = ["-m", "distributed.cli.dask_scheduler", "--port", "0", "--no-dashboard"]
+    scheduler = subprocess.Popen([sys.executable, *command, "--scheduler-file", str(file)])
+    try:
+        assert wait_until(file.exists, 60)
+        with Client(scheduler_file=str(file), set_as_default=False) as client:
+            worker = start_worker(client, "alice", tmp_path)
+            client.wait_for_workers(1, timeout=60)
+            chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client)
+            scheduler.send_signal(signal.SIGSTOP)
+            with dask.config.set({"taskgrad.answer-deadline": "2s"}):
+                for use in (
+                    lambda: tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client),
+                    lambda: tg.collect(chain(torch.ones(1, 2))),
+                    lambda: tg.collect(chain(torch.ones(1 << 18, 2))),
+                ):
+                    with pytest.raises(tg.TaskgradError, match="has not answered for 2 s"):
+                        use()
+            scheduler.send_signal(signal.SIGCONT)
+            assert tg.collect(chain(torch.ones(1, 2))).shape == (1, 2)
+            worker.terminate()
+            worker.wait(30)
+    finally:
+        scheduler.kill()
+        scheduler.wait(30)

@@ -13,7 +13,7 @@ import time
 import psutil
 import pytest
 import torch
-from distributed import wait
+from distributed import Client, wait
 from torch import nn
 
 import taskgrad as tg
@@ -118,20 +118,39 @@ def test_a_long_wait_keeps_nothing_alive(client):
         gc.enable()
 
 
-def test_killed_driver_leaves_nothing(fresh):
+def test_a_client_that_closes_leaves_nothing(client):
+    with Client(client.scheduler.address) as own:
+        chain = tg.GraphChain(nn.Sequential(nn.Linear(3, 3)), client=own)
+        y = chain(torch.randn(2, 3))
+        tg.collect(y)
+        _, back = tg.vjp(chain, torch.randn(2, 3))
+        grads, _ = back(torch.ones(2, 3))
+        tg.collect(grads)
+        assert total_held(client) == {"stages": 1, "tapes": 1, "gradients": 1}
+    assert wait_until(lambda: not any(total_held(client).values()))
+    assert chain is not None
+    assert y is not None
+    assert grads is not None
+
+
+def test_a_driver_that_is_killed_while_it_trains_leaves_nothing(fresh):
     client = fresh(n_workers=2)
     chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client)  # plugins are there
     del chain
     script = f"""
+        from functools import partial
         import torch, taskgrad as tg
         from distributed import Client
         client = Client({client.scheduler.address!r})
         model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
         chain = tg.GraphChain(model, client=client)
+        optimizer = tg.Optimizer(chain, partial(torch.optim.SGD, lr=0.1, momentum=0.9))
         kept = []
         while True:
             kept.append(chain(torch.randn(8, 64)))
             tg.collect(kept[-1])
+            tg.spawn(torch.sum, chain(torch.randn(8, 64))).backward()
+            optimizer.step()
             print(len(kept), flush=True)
     """
     driver = subprocess.Popen(
