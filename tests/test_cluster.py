@@ -90,3 +90,17 @@ def test_a_worker_that_joins_late_is_used(fresh):
     assert len(set(spread.placement.column("worker"))) == 2
     x = torch.ones(1, 2)
     assert_same(tg.collect(spread(x)).detach(), tg.collect(chain(x)).detach())
+
+
+def test_worker_processes_of_several_threads(fresh):
+    """Many calls at once on stages that several threads run."""
+    client = fresh(n_workers=2, threads_per_worker=4)
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).eval()
+    chain = tg.GraphChain(model, client=client, placement=[0, 0, 1])
+    xs = [torch.randn(5, 8, requires_grad=True) for _ in range(40)]
+    ys = [chain(x) for x in xs]
+    cotangent = torch.randn(5, 4)
+    grads = torch.autograd.grad(tg.collect(ys), xs, [cotangent] * len(xs))
+    for x, y, grad in zip(xs, ys, grads, strict=True):
+        assert_same(tg.collect(y).detach(), model(x).detach())
+        assert_same(grad, torch.autograd.grad(model(x), x, cotangent)[0])

@@ -238,8 +238,8 @@ def test_worker_with_another_version(fresh, tmp_path, package):
 def test_versions_that_differ(client, monkeypatch, package, version, shown):
     real = client.get_versions
 
-    def get_versions(**kwargs):
-        found = real(**kwargs)
+    async def get_versions(**kwargs):
+        found = await real(**kwargs)
         worker = next(iter(found["workers"]))
         found["workers"][worker]["packages"][package] = version
         return found
@@ -255,7 +255,11 @@ def test_worker_that_dies_is_named(fresh):
     x = torch.ones(1, 2)
     tg.collect(chain(x))
     gone = chain.placement[1].worker
-    client.retire_workers([gone])
+
+    async def remove(dask_scheduler):
+        await dask_scheduler.remove_worker(gone, stimulus_id="test")
+
+    client.run_on_scheduler(remove)
     with pytest.raises(tg.WorkerLostError, match=f"{gone}.*Make the chain again"):
         tg.collect(chain(x))
 

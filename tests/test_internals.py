@@ -163,6 +163,32 @@ def test_a_worker_says_its_memory_and_threads(plain):
     assert threads == 3
 
 
+def test_a_scheduler_retires_workers_as_we_know_it(plain):
+    """That a wrapped one is called, and by whom, is seen in test_retiring.py."""
+
+    def look(dask_scheduler):
+        async def wrapper(retire, *args, **kwargs):
+            return {}
+
+        before = dask_scheduler.handlers["retire_workers"]
+        wrapped = internals.wrap_retirement(dask_scheduler, wrapper)
+        changed = dask_scheduler.retire_workers is dask_scheduler.handlers["retire_workers"]
+        dask_scheduler.handlers["retire_workers"] = before
+        del dask_scheduler.retire_workers
+        return wrapped, changed, before == dask_scheduler.retire_workers
+
+    assert plain.run_on_scheduler(look) == (True, True, True)
+
+
+@pytest.mark.parametrize("handlers", [{}, {"retire_workers": lambda workers: {}}])
+def test_another_way_of_retiring_is_left_alone(handlers):
+    scheduler = SimpleNamespace(handlers=dict(handlers))
+    assert not internals.wrap_retirement(scheduler, None)
+    assert vars(scheduler) == {"handlers": handlers}
+    assert not internals.wrap_retirement(SimpleNamespace(), None)
+    assert not internals.is_closing_itself(None)
+
+
 @pytest.mark.parametrize("moved", [False, True])
 def test_settling(cluster, monkeypatch, moved):
     """With what Dask has today, which must be there, and without."""

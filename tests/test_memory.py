@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 
 import dask
 import pytest
@@ -41,27 +40,39 @@ def test_memory_of_a_chain(client):
 
 
 def test_memory_is_among_the_workers_metrics(client):
-    chain = tg.GraphChain(nn.Sequential(nn.Linear(100, 100, bias=False)), client=client)
+    """The columns of the dashboard's table of workers: the same sums as the chain's own."""
+    model = nn.Sequential(nn.Linear(100, 100, bias=False), nn.BatchNorm1d(100))
+    chain = tg.GraphChain(model, client=client, placement=[0, 1])
+    optimizer = tg.Optimizer(chain, functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9))
 
-    def reported():
-        workers = client.scheduler_info(n_workers=-1)["workers"].values()
-        return sum(w["metrics"].get("taskgrad_parameters", 0) for w in workers)
+    names = chain.memory().column("worker")
 
-    assert wait_until(lambda: reported() == 40_000)
-    del chain
-    assert wait_until(lambda: reported() == 0)
+    def reported(what):
+        workers = client.scheduler_info(n_workers=-1)["workers"]
+        return [workers[name]["metrics"][f"taskgrad_{what}"] for name in names]
+
+    tg.spawn(torch.sum, chain(torch.randn(50, 100))).backward()
+    optimizer.step()
+    y = chain(torch.randn(50, 100))
+    tg.collect(y)
+    for what in ("parameters", "buffers", "gradients", "optimizer", "tapes"):
+        held = chain.memory().column(what)
+        assert any(held), what
+        assert wait_until(lambda what=what, held=held: reported(what) == held), what
+    del y, chain, optimizer
+    for what in ("parameters", "buffers", "gradients", "optimizer", "tapes"):
+        assert wait_until(lambda what=what: reported(what) == [0, 0]), what
 
 
 @pytest.fixture(scope="module")
 def busy():
-    """A cluster whose memory manager acts at once and which spills nearly everything."""
+    """A cluster whose memory manager acts at once, and that moves results about when asked."""
     settings = {
         "distributed.scheduler.active-memory-manager.interval": "50ms",
-        "distributed.worker.memory.target": 1e-5,
-        "distributed.worker.memory.spill": False,
-        "distributed.worker.memory.pause": False,
+        "distributed.worker.memory.rebalance.measure": "managed",
         "distributed.worker.memory.rebalance.recipient-max": 0.9,
         "distributed.worker.memory.rebalance.sender-min": 0.0,
+        "distributed.worker.memory.rebalance.sender-recipient-gap": 0.0,
     }
     with (
         dask.config.set(settings),
@@ -73,45 +84,78 @@ def busy():
         yield client
 
 
-def nothing(client, y):
-    time.sleep(0.3)  # several rounds of the memory manager
+# Each disturbs results after some forwards and sees that it did: `results` are the futures of their
+# tasks, on the first and the second of the three workers.
 
 
-def rebalance(client, y):
-    client.rebalance()
+def copies(client, results):
+    return {len(workers) for workers in client.who_has(results).values()}
 
 
-def replicate(client, y):
-    client.replicate([y._node.result], n=3)
-    client.replicate([y._node.inputs[0].result], n=3)
-    time.sleep(0.3)  # and the memory manager deletes copies again
+def rebalance(client, results, workers):
+    assert wait_until(lambda: copies(client, results) == {1})  # others cannot be moved
+    client.amm.stop()  # it may take the new copy for the one too many
+    try:
+        client.rebalance(results)
+    finally:
+        client.amm.start()
+    assert any(workers[2] in w for w in client.who_has(results).values())
 
 
-def retire(client, y):
-    idle = sorted(client.scheduler_info(n_workers=-1)["workers"])[2]
-    client.retire_workers([w for w in [idle] if w not in busy_workers(y)], close_workers=False)
+def replicate(client, results, workers):
+    client.amm.stop()
+    try:
+        client.replicate(results, n=3)
+        assert copies(client, results) == {3}
+    finally:
+        client.amm.start()
 
 
-def busy_workers(y):
-    return {y._node.worker, y._node.inputs[0].worker}
+def memory_manager(client, results, workers):
+    replicate(client, results, workers)
+    assert wait_until(lambda: copies(client, results) == {1})
 
 
-@pytest.mark.parametrize("disturb", [nothing, rebalance, replicate, retire])
+def retire_workers(client, results, workers):
+    """What `client` retires is gone for good, so this comes last."""
+    rebalance(client, results, workers)
+    assert list(client.retire_workers(workers)) == [workers[2]]
+    assert all(w and workers[2] not in w for w in client.who_has(results).values())
+
+
+@pytest.mark.parametrize("disturb", [rebalance, replicate, memory_manager, retire_workers])
 def test_between_forward_and_backward(busy, disturb):
-    """The memory manager on, spilling on: 1e-5 of 2 GiB is 21 kB, an activation is 256 kB."""
+    forward_disturb_backward(busy, disturb)
+
+
+def test_spilling(fresh):
+    """Whatever is larger than 1e-5 of 2 GiB, 21 kB, goes to the disk."""
+    settings = {"target": 1e-5, "spill": False, "pause": False}
+
+    def look(client, results, workers):
+        on_disk = set().union(*client.run(lambda dask_worker: set(dask_worker.data.slow)).values())
+        assert on_disk >= {f.key for f in results}
+
+    with dask.config.set({f"distributed.worker.memory.{k}": v for k, v in settings.items()}):
+        client = fresh(n_workers=2, memory_limit="2GiB")
+    forward_disturb_backward(client, look)
+
+
+def forward_disturb_backward(client, disturb):
     model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64))
-    workers = sorted(busy.scheduler_info(n_workers=-1)["workers"])
-    chain = tg.GraphChain(model, client=busy, placement=[workers[0], workers[0], workers[1]])
-    x, t = torch.randn(256, 64, requires_grad=True), torch.randn(256, 64)
-    y = chain(x)
-    out = tg.collect(y)
-    spilled = busy.run(lambda dask_worker: dask_worker.data.slow is not None)
-    assert all(spilled.values())
-    disturb(busy, y)
-    tg.spawn(F.mse_loss, y, t).backward()
-    ours, x.grad = x.grad, None
-    F.mse_loss(model(x), t).backward()
-    assert_same(ours, x.grad)
+    workers = sorted(client.scheduler_info(n_workers=-1)["workers"])
+    chain = tg.GraphChain(model, client=client, placement=[workers[0], workers[0], workers[1]])
+    xs = [torch.randn(256, 64, requires_grad=True) for _ in range(6)]
+    ys = [chain(x) for x in xs]
+    out = [y.detach() for y in tg.collect(ys)]
+    disturb(client, [n.result for y in ys for n in (y._node.inputs[0], y._node)], workers)
+    for x, y, before in zip(xs, ys, out, strict=True):
+        tg.spawn(F.mse_loss, y, torch.zeros(256, 64)).backward()
+        ours, x.grad = x.grad, None
+        theirs = model(x)
+        F.mse_loss(theirs, torch.zeros(256, 64)).backward()
+        assert_same(ours, x.grad)
+        assert_same(before, theirs.detach())
+        assert_same(tg.collect(y).detach(), before)
     for name, grad in tg.collect(chain.grads()).items():
         assert_same(grad, model.get_parameter(name).grad, name)
-    assert out is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 import dask
 import pytest
 import torch
-from distributed import Status, get_worker
+from distributed import Client, Status, get_worker
 from torch import nn
 
 import taskgrad as tg
@@ -79,9 +80,11 @@ def test_a_pin_to_a_worker_that_stays_away_fails_within_the_deadline(fresh):
     thunk = tg.spawn(where, worker=1)
     address = thunk._node.worker
     client.retire_workers([address])
+    # Which worker, which layer, what to do.
+    expected = rf"worker 1 at {address} has been gone for 2 s, and 'forward:where'.*Start a worker"
     with (
         dask.config.set({"taskgrad.worker-deadline": "2s"}),
-        pytest.raises(tg.WorkerLostError, match=rf"worker 1 at {address} has been gone for 2 s"),
+        pytest.raises(tg.WorkerLostError, match=expected),
     ):
         tg.collect(thunk)
 
@@ -91,14 +94,41 @@ def test_a_chain_whose_worker_was_restarted_says_so(fresh):
     chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), client=client)
     assert tg.collect(chain(torch.ones(1, 2))).shape == (1, 2)
     client.restart()
-    with pytest.raises(tg.WorkerLostError, match="Make the chain again"):
-        tg.collect(chain(torch.ones(1, 2)))
+    for rows in (1, 1 << 18):  # the larger input is sent on its own
+        with pytest.raises(tg.WorkerLostError, match="Make the chain again"):
+            tg.collect(chain(torch.ones(rows, 2)))
     again = tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client)
     assert tg.collect(again(torch.ones(1, 2))).shape == (1, 2)
 
 
-def test_a_worker_that_closes_while_it_computes(fresh):
-    client = fresh(n_workers=2)
+def kill(client, worker):
+    os.kill(client.run(os.getpid)[worker], 9)
+
+
+def close(client, worker):
+    async def close(dask_worker):
+        await dask_worker.close(executor_wait=False)
+
+    client.run(close, workers=[worker], wait=False)
+
+
+def remove(client, worker):
+    async def remove(dask_scheduler):
+        await dask_scheduler.remove_worker(worker, stimulus_id="test")
+
+    client.run_on_scheduler(remove)
+
+
+def freeze(client, worker):
+    """It answers nothing any more; Dask notices by the heartbeats that do not come."""
+    os.kill(client.run(os.getpid)[worker], signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("end", [kill, close, remove, freeze])
+def test_a_worker_that_goes_while_it_computes(fresh, end):
+    ttl = "10s" if end is freeze else None
+    with dask.config.set({"distributed.scheduler.worker-ttl": ttl}):
+        client = fresh(n_workers=2)
 
     def slow(x):
         time.sleep(30)
@@ -108,11 +138,11 @@ def test_a_worker_that_closes_while_it_computes(fresh):
     y = tg.spawn(slow, chain(torch.ones(1, 2)))
     y.persist()
     assert wait_until(lambda: any(client.processing().values()))
-    os.kill(client.run(os.getpid)[chain.placement[0].worker], 9)
+    end(client, chain.placement[0].worker)
     start = time.monotonic()
     with pytest.raises(tg.WorkerLostError, match="Make the chain again"):
         tg.collect(y)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 60
 
 
 def test_a_restarted_worker_never_goes_on_with_the_first_weights(fresh):
@@ -126,7 +156,8 @@ def test_a_restarted_worker_never_goes_on_with_the_first_weights(fresh):
             use()
 
 
-def test_a_paused_worker_is_not_waited_for_without_end(fresh):
+@pytest.mark.parametrize("rows", [1, 1 << 18])  # the larger input is sent on its own
+def test_a_paused_worker_is_not_waited_for_without_end(fresh, rows):
     client = fresh(n_workers=2, memory_limit=0)  # no monitor that would unpause it
     chain = tg.GraphChain(
         nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), client=client, placement=[0, 1]
@@ -137,8 +168,37 @@ def test_a_paused_worker_is_not_waited_for_without_end(fresh):
         dask_worker.status = Status.paused
 
     client.run(pause, workers=[address])
+    x = torch.ones(rows, 2)
     with (
         dask.config.set({"taskgrad.worker-deadline": "2s"}),
         pytest.raises(tg.WorkerLostError, match=rf"at {address} has been paused for 2 s.*memory"),
     ):
-        tg.collect(chain(torch.ones(1, 2)))
+        tg.collect(tg.spawn(torch.add, x, chain(x), worker=1))
+
+
+def test_a_scheduler_that_hangs_is_not_waited_for_without_end(tmp_path):
+    file = tmp_path / "scheduler.json"
+    command = ["-m", "distributed.cli.dask_scheduler", "--port", "0", "--no-dashboard"]
+    scheduler = subprocess.Popen([sys.executable, *command, "--scheduler-file", str(file)])
+    try:
+        assert wait_until(file.exists, 60)
+        with Client(scheduler_file=str(file), set_as_default=False) as client:
+            worker = start_worker(client, "alice", tmp_path)
+            client.wait_for_workers(1, timeout=60)
+            chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client)
+            scheduler.send_signal(signal.SIGSTOP)
+            with dask.config.set({"taskgrad.answer-deadline": "2s"}):
+                for use in (
+                    lambda: tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client),
+                    lambda: tg.collect(chain(torch.ones(1, 2))),
+                    lambda: tg.collect(chain(torch.ones(1 << 18, 2))),
+                ):
+                    with pytest.raises(tg.TaskgradError, match="has not answered for 2 s"):
+                        use()
+            scheduler.send_signal(signal.SIGCONT)
+            assert tg.collect(chain(torch.ones(1, 2))).shape == (1, 2)
+            worker.terminate()
+            worker.wait(30)
+    finally:
+        scheduler.kill()
+        scheduler.wait(30)

@@ -100,10 +100,15 @@ def _flag(key: str) -> bool:
     return value
 
 
-def _duration(key: str) -> float:
+def deadline(name: str) -> float:
+    """How many seconds the setting ``taskgrad.<name>-deadline`` allows."""
+    return _duration(f"taskgrad.{name}-deadline", unit="s")
+
+
+def _duration(key: str, unit: str = "ms") -> float:
     value = _get(key)
     try:
-        seconds = float(parse_timedelta(value, default="ms"))
+        seconds = float(parse_timedelta(value, default=unit))
     except (TypeError, ValueError, KeyError):
         seconds = -1.0
     if not seconds >= 0:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import distributed.client
@@ -170,6 +170,35 @@ def let_go(client: Client, keys: Sequence[str]) -> None:
     send = getattr(client, "_send_to_scheduler", None)
     if send is not None and client.status == "running":
         send({"op": "client-releases-keys", "keys": list(keys), "client": client.id})
+
+
+_RETIRE = "retire_workers"
+_RETIRE_TAKES = ["workers", "names", "close_workers", "remove", "stimulus_id", "kwargs"]
+
+
+def wrap_retirement(scheduler: Scheduler, wrapper: Callable[..., Awaitable[Any]]) -> bool:
+    """Have ``wrapper(retire, *args, **kwargs)`` called in place of Dask's ``retire``.
+
+    So for messages (of clients, adaptive clusters, workers that close themselves) and for those who
+    call the scheduler's method (its HTTP API). Returns whether the scheduler has that as we know
+    it; if not, nothing is changed.
+    """
+    retire = getattr(scheduler, "handlers", {}).get(_RETIRE)
+    if not callable(retire) or list(inspect.signature(retire).parameters) != _RETIRE_TAKES:
+        return False
+
+    @functools.wraps(retire)
+    async def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return await wrapper(retire, *args, **kwargs)
+
+    scheduler.handlers[_RETIRE] = wrapped
+    setattr(scheduler, _RETIRE, wrapped)
+    return True
+
+
+def is_closing_itself(stimulus_id: str | None) -> bool:
+    """Whether a retirement with this id is that of a worker which closes in any case then."""
+    return (stimulus_id or "").startswith("worker-close-gracefully")
 
 
 async def settle(futures: Sequence[Future]) -> None:

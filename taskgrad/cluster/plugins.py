@@ -16,11 +16,12 @@ from typing import Any
 
 from distributed import Scheduler, Worker
 from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
-from distributed.scheduler import TaskState
+from distributed.scheduler import TaskState, WorkerState
 
 from taskgrad.cluster import allocator, latency, loans
 from taskgrad.cluster import serialize as _serialize  # noqa: F401  registers the tensor family
 from taskgrad.cluster.config import Settings, Users
+from taskgrad.cluster.retiring import Holders, Reporter
 from taskgrad.worker.sizes import Held, total_bytes
 from taskgrad.worker.store import Store
 
@@ -73,6 +74,7 @@ class StorePlugin(WorkerPlugin):
 
         worker.stream_handlers[_RELEASE] = release
         worker.stream_handlers[_SETTINGS] = change
+        self._reporter = Reporter(worker, store)
         allocator.check_threads(worker)
         for name in _METRICS:  # columns of the dashboard's table of workers
             worker.metrics[f"{NAME}_{name}"] = functools.partial(_held, store, name)
@@ -81,6 +83,7 @@ class StorePlugin(WorkerPlugin):
     def teardown(self, worker: Worker) -> None:
         """Called when the worker closes."""
         _change(worker, Settings())
+        self._reporter.stop()
         worker.stream_handlers.pop(_RELEASE, None)
         worker.stream_handlers.pop(_SETTINGS, None)
         for name in (*_METRICS, _BORROWED):
@@ -103,6 +106,8 @@ def _change(worker: Worker, settings: Settings) -> None:
 class SchedulerSide(SchedulerPlugin):
     """Tells workers which of their keys are forgotten and which settings hold; keeps pins true.
 
+    It also keeps workers that hold something from being retired: see `taskgrad.cluster.retiring`.
+
     Dask pins a task to an address. A worker that was restarted has another one under its old name;
     a task that is pinned to the old address would wait for ever.
     """
@@ -113,7 +118,7 @@ class SchedulerSide(SchedulerPlugin):
     async def start(self, scheduler: Scheduler) -> None:
         """Called once on the scheduler."""
         self._scheduler = scheduler
-        self._ran_on: dict[str, str] = {}
+        self._holders = Holders(scheduler, _is_ours)
         self._users = Users()
         scheduler.handlers[JOIN] = self._join
 
@@ -148,6 +153,16 @@ class SchedulerSide(SchedulerPlugin):
             self._change([worker])
         self._repin(scheduler.tasks.values())
 
+    def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:
+        """What it held is gone with it."""
+        self._holders.gone(worker)
+
+    def valid_workers_downscaling(
+        self, scheduler: Scheduler, workers: list[WorkerState]
+    ) -> list[WorkerState]:
+        """Dask chooses workers to close; it may have those that hold nothing of ours."""
+        return self._holders.without(workers)
+
     def _repin(self, tasks: Iterable[TaskState]) -> None:
         scheduler = self._scheduler
         for task in tasks:
@@ -162,9 +177,14 @@ class SchedulerSide(SchedulerPlugin):
         """Remember who runs a key of ours; release it there when it is forgotten."""
         if finish == "processing":
             task = self._scheduler.tasks[key]
-            if task.annotations and ANNOTATION in task.annotations and task.processing_on:
-                self._ran_on[key] = task.processing_on.address
+            if _is_ours(task) and task.processing_on:
+                self._holders.ran(key, task.processing_on.address)
         elif finish == "forgotten":
-            address = self._ran_on.pop(key, None)
+            address = self._holders.forget(key)
             if address in self._scheduler.stream_comms:
                 self._scheduler.worker_send(address, {"op": _RELEASE, "keys": [key]})
+                self._holders.look(address)
+
+
+def _is_ours(task: TaskState) -> bool:
+    return ANNOTATION in (task.annotations or {})

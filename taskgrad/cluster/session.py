@@ -6,18 +6,17 @@ import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import distributed
 from distributed import Client
 
-from taskgrad.cluster import latency
+from taskgrad.cluster import environment, latency, waiting
 from taskgrad.cluster.config import Settings
 from taskgrad.cluster.local import local_cluster
 from taskgrad.cluster.plugins import JOIN, SchedulerSide, StorePlugin
-from taskgrad.cluster.tasks import store_id
-from taskgrad.errors import ClusterMismatchError, PlacementError, TaskgradError
+from taskgrad.cluster.tasks import introduce
+from taskgrad.errors import PlacementError, TaskgradError
 
 logger = logging.getLogger("taskgrad")
 
@@ -42,12 +41,17 @@ class Session:
         self.client = client
         self.names: dict[str, Any] = {}
         """The name of every worker seen so far, by its address at the time."""
+        self._threads = environment.Threads()
         settings = Settings.from_config()
-        _check_versions(client)
-        client.register_plugin(SchedulerSide())
-        client.register_plugin(StorePlugin())
-        join = getattr(client.scheduler, JOIN)
-        client.sync(join, client=client.id, settings=settings.message())
+        self._threads.add(environment.check(client))
+
+        async def load() -> None:
+            await client.register_plugin(SchedulerSide())
+            await client.register_plugin(StorePlugin())
+            join = getattr(client.scheduler, JOIN)
+            await join(client=client.id, settings=settings.message())
+
+        waiting.answer(client, load, "to load taskgrad")
         latency.apply_client(client, settings.latency)
 
     def workers(self) -> list[WorkerInfo]:
@@ -68,8 +72,13 @@ class Session:
 
     def store_ids(self, addresses: list[str]) -> dict[str, str]:
         """Which store each of these workers has now; another one after a restart."""
-        found: dict[str, str] = self.client.run(store_id, workers=addresses)
-        return found
+
+        async def ask() -> dict[str, tuple[str, int]]:
+            return await self.client.run(introduce, workers=addresses)
+
+        found = waiting.answer(self.client, ask, "what their stores are")
+        self._threads.add({address: threads for address, (_, threads) in found.items()})
+        return {address: store for address, (store, _) in found.items()}
 
     def memory_limits(self) -> dict[str, int]:
         """The memory limit of each worker in bytes, by address; 0 where it has none."""
@@ -96,7 +105,13 @@ class Session:
     def _info(self) -> dict[str, Any]:
         """What the scheduler knows of each worker, by address."""
         check_open(self.client)
-        info: dict[str, Any] = self.client.scheduler_info(n_workers=-1)["workers"]
+
+        async def ask() -> dict[str, Any]:
+            # Not client.scheduler_info: the client refreshes that by itself, with five workers.
+            scheduler: Any = self.client.scheduler
+            return (await scheduler.identity(n_workers=-1))["workers"]
+
+        info = waiting.answer(self.client, ask, "which workers there are")
         self.names |= {address: w.get("name", address) for address, w in info.items()}
         return info
 
@@ -191,38 +206,3 @@ def check_open(client: Any) -> None:
             f"the Dask client is {client.status}: its chains and thunks are gone with it. "
             "Open a client and make them again"
         )
-
-
-_PACKAGES = ("taskgrad", "torch", "dask", "distributed", "python")
-
-
-def _check_versions(client: Client) -> None:
-    versions: Any = client.get_versions(packages=["taskgrad", "torch"])
-    here = {**versions["client"]["packages"], "taskgrad": version("taskgrad")}
-    places = {"scheduler": versions["scheduler"]}
-    places |= {f"worker {address}": v for address, v in versions["workers"].items()}
-    problems = []
-    for package in _PACKAGES:
-        ours = _comparable(package, here.get(package))
-        for place, found in places.items():
-            theirs = _comparable(package, found["packages"].get(package))
-            if theirs != ours:
-                problems.append(f"  {package}: client {ours}, {place} {theirs or 'has none'}")
-    if problems:
-        raise ClusterMismatchError(
-            "client, scheduler and workers must run the same versions; they differ in:\n"
-            + "\n".join(problems)
-            + "\nInstall the same packages everywhere (the same image, or the same environment) "
-            "and restart what differs"
-        )
-
-
-def _comparable(package: str, version: str | None) -> str | None:
-    """What of a version must agree: for torch its release, for Python its minor version."""
-    if version is None:
-        return None
-    if package == "torch":
-        return version.partition("+")[0]
-    if package == "python":
-        return ".".join(version.split(".")[:2])
-    return version

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+import torch
 from distributed import get_worker
 
 from taskgrad.cluster.plugins import store_of
@@ -32,9 +33,9 @@ def run_action(payload: bytes, *values: Any) -> Any:
     return result
 
 
-def store_id(dask_worker: Any = None) -> str:
-    """Which store a worker has: for ``client.run(taskgrad.cluster.tasks.store_id)``."""
-    return store_of(dask_worker).id
+def introduce(dask_worker: Any = None) -> tuple[str, int]:
+    """Which store a worker has, and how many threads torch uses there: for ``client.run``."""
+    return store_of(dask_worker).id, torch.get_num_threads()
 
 
 def held(dask_worker: Any = None) -> dict[str, int]:

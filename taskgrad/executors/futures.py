@@ -6,6 +6,7 @@ where they are for as long as the node itself is held.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from dask.base import DaskMethodsMixin
 from dask.highlevelgraph import HighLevelGraph
 from distributed import Future
 
-from taskgrad.cluster import internals
+from taskgrad.cluster import internals, waiting
 from taskgrad.cluster.session import Session, check_open
 from taskgrad.errors import TaskgradError
 from taskgrad.executors.lowering import lower, order_inputs, plain_value, resolve
@@ -37,6 +38,8 @@ from taskgrad.graph.pytree import tensors
 _SCATTER_BYTES = 1 << 20
 # The same for what is to be there ahead of time.
 _PREFETCH_BYTES = 1 << 16
+# How long a scattered input waits for its worker to be there and running, in seconds.
+_RUNNING = 2
 
 _turn = itertools.count()
 
@@ -177,18 +180,33 @@ def _scatter(nodes: Sequence[Node], session: Session, least: int) -> None:
     for workers, leaves in by_workers.items():
         sent = _send({leaf.key: plain_value(leaf) for leaf in leaves}, list(workers), session)
         for leaf in leaves:
-            leaf.result = sent[leaf.key]
+            leaf.result = sent.get(leaf.key)
 
 
 def _send(values: dict[str, Any], workers: list[str], session: Session) -> dict[str, Future]:
-    """Put values on workers, directly where the client can reach them."""
-    arguments = {"workers": workers, "hash": False, "broadcast": len(workers) > 1}
-    found: dict[str, Future]
-    try:
-        found = session.client.scatter(values, direct=True, **arguments)
-    except OSError:
-        found = session.client.scatter(values, direct=False, **arguments)
-    return found
+    """Put values on workers, directly where the client can reach them.
+
+    Nothing is sent where they take nothing, as they are gone or paused: the values then travel in
+    the graph, and whoever waits for the call says what is wrong with its worker.
+    """
+    client = session.client
+
+    async def send() -> dict[str, Future]:
+        for direct in (True, False):
+            with contextlib.suppress(OSError, KeyError):
+                sent: Any = client.scatter(
+                    values,
+                    workers=workers,
+                    broadcast=len(workers) > 1,
+                    direct=direct,
+                    hash=False,
+                    timeout=_RUNNING,
+                )
+                found: dict[str, Future] = await sent
+                return found
+        return {}
+
+    return waiting.answer(client, send, "to take an input")
 
 
 def forget(nodes: Iterable[Node]) -> None:

@@ -13,12 +13,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import dask
-from dask.utils import parse_timedelta
 from distributed import Future, KilledWorker
 
-from taskgrad.cluster import config as _config  # noqa: F401  sets the defaults
 from taskgrad.cluster import waiting
+from taskgrad.cluster.config import deadline
 from taskgrad.cluster.session import Session, check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.executors.lowering import order_inputs
@@ -120,7 +118,7 @@ class _Watch:
         trouble = self._session.out_of_order(pins)
         now = time.monotonic()
         self._since = {address: self._since.get(address, now) for address in trouble}
-        deadline = parse_timedelta(dask.config.get("taskgrad.worker-deadline"))
+        seconds = deadline("worker")
         for node in unfinished:
             if node.worker is None or node.worker not in trouble:
                 continue
@@ -131,10 +129,10 @@ class _Watch:
                     f"{self._describe(node.worker)} is gone, and {_name(node)} can only run there: "
                     "its layers or tapes are lost. Make the chain again on the workers there are"
                 )
-            if now - self._since[node.worker] >= deadline:
+            if now - self._since[node.worker] >= seconds:
                 return WorkerLostError(
                     f"{self._describe(node.worker)} has been {trouble[node.worker]} for "
-                    f"{deadline:g} s, and {_name(node)} is pinned to it. "
+                    f"{seconds:g} s, and {_name(node)} is pinned to it. "
                     + (_START_ONE if gone else _GIVE_MEMORY)
                 )
         return None

@@ -50,9 +50,16 @@ class Forward:
     check_finite: bool = False
 
     def run(self, store: Store, *values: Any) -> Any:
-        """The output, detached; the tape, if any, is in the store under `token`."""
+        """The output, detached; the tape, if any, is in the store under `token`.
+
+        If it is there already the output is the same again. Layers run anew might give another one
+        (dropout), and the tape would not fit what others have made of the first.
+        """
         stage = store.stage(self.stage) if self.stage is not None else None
         with stage.lock if stage else contextlib.nullcontext(), busy(stage):
+            tape = store.get(self.token)
+            if tape is not None:
+                return self._give_all(stage, tape.outputs, tape.output_structure)
             if stage is not None and self.begins is not None:
                 training.begin(stage, self.begins)
             return self._run(store, stage, values)
@@ -98,6 +105,11 @@ class Forward:
                 recomputes=bool(self.recompute),
             )
             store.put(self.token, tape)
+        return self._give_all(stage, leaves, structure)
+
+    def _give_all(
+        self, stage: ResidentStage | None, leaves: list[Any], structure: Structure
+    ) -> Any:
         owned = _storages(stage, self.steps) if stage else set()
         return structure.build([_give(leaf, owned) for leaf in leaves])
 

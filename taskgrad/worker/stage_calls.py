@@ -29,7 +29,7 @@ def install(
     device: str | None,
     store_id: str,
 ) -> str:
-    """Unpack layers and keep them as a stage; gives the device that they are on.
+    """Unpack layers and keep them as a stage, if it is not there; gives the device they are on.
 
     `names` maps the chain's name of each parameter to (layer index, name in the layer).
 
@@ -44,6 +44,9 @@ def install(
             f"the worker that held {token.partition('-')[0]!r} is gone, and with it its layers; "
             f"worker {store.address} cannot take its place. Make the chain again"
         )
+    there = store.get(token)
+    if there is not None:  # trained meanwhile
+        return str(there.device)
     layers: dict[int, Any] = pack.unpack(data, [t.clone() for t in tensors], own=True)
     modules = [m for m in layers.values() if isinstance(m, nn.Module)]
     place = _assigned(device) if device is not None else _device_of(modules)

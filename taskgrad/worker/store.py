@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -88,6 +88,8 @@ class Store:
     def __init__(self, address: str) -> None:
         self.address = address
         self.id = uuid.uuid4().hex  # another one after every restart
+        self.changed: Callable[[], None] = lambda: None
+        """Called, in any thread, when the first entry has come or the last one has gone."""
         self._entries: dict[str, Any] = {}
         self._refused: OrderedDict[str, None] = OrderedDict()
         self._lock = threading.Lock()
@@ -96,7 +98,18 @@ class Store:
         """Keep an entry, unless its key was let go of in the meantime."""
         with self._lock:
             if self._refused.pop(key, self) is self:
+                first = not self._entries
                 self._entries[key] = entry
+                if first:
+                    self.changed()
+
+    def get(self, key: str) -> Any:
+        """The entry under this key; None if there is none.
+
+        A task finds its own entry when Dask runs it again, its result having been moved to another
+        worker and lost there.
+        """
+        return self._entries.get(key)
 
     def stage(self, token: str) -> ResidentStage:
         """The stage under this token; WorkerLostError if this worker never had it or lost it."""
@@ -111,7 +124,7 @@ class Store:
     def tape(self, token: str, *, keep: bool) -> Tape:
         """The tape under this token, for its one use unless kept."""
         with self._lock:
-            entry = self._entries.get(token) if keep else self._entries.pop(token, None)
+            entry = self._entries.get(token) if keep else self._pop(token)
         if not isinstance(entry, Tape):
             raise TapeError(
                 f"worker {self.address} holds no tape of {token.partition('-')[0]!r}: it was used "
@@ -122,7 +135,10 @@ class Store:
     def take(self, key: str) -> Any:
         """Any entry, once."""
         with self._lock:
-            return self._entries.pop(key)
+            entry = self._pop(key)
+        if entry is None:
+            raise KeyError(key)
+        return entry
 
     def gradients(self, key: str) -> dict[str, torch.Tensor | None]:
         """Parameter gradients that the backward task `key` left here."""
@@ -133,11 +149,21 @@ class Store:
         """Let go of these keys, now or as soon as their tasks end."""
         with self._lock:
             for key in keys:
-                self._entries.pop(buffers_key(key), None)
-                if self._entries.pop(key, None) is None:
+                self._pop(buffers_key(key))
+                if self._pop(key) is None:
                     self._refused[key] = None
                     if len(self._refused) > _MAX_REFUSED:
                         self._refused.popitem(last=False)
+
+    def is_empty(self) -> bool:
+        """Whether nothing is held."""
+        return not self._entries
+
+    def _pop(self, key: str) -> Any:
+        entry = self._entries.pop(key, None)
+        if entry is not None and not self._entries:
+            self.changed()
+        return entry
 
     def entries(self) -> dict[str, Any]:
         """All entries by key, as they are now."""

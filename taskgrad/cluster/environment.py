@@ -1,0 +1,103 @@
+"""Whether client, scheduler and workers fit together: one round of questions at first use.
+
+Other versions are an error. Another number of torch threads is not: machines differ, and a laptop
+may drive a cluster. But it gives other bits, as sums are cut into other parts. So where workers
+differ among themselves a warning lists who has how many.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from distributed import Client
+
+from taskgrad.cluster import waiting
+from taskgrad.errors import ClusterMismatchError
+
+logger = logging.getLogger("taskgrad")
+
+_PACKAGES = ("taskgrad", "torch", "dask", "distributed", "python")
+
+
+def check(client: Client) -> dict[str, int]:
+    """Compare versions everywhere; returns the number of torch threads on each worker.
+
+    The scheduler's threads do not matter: it runs no torch.
+
+    Raises
+    ------
+    ClusterMismatchError
+        Versions differ; the message lists who has what.
+    """
+
+    async def questions() -> tuple[Any, dict[str, int]]:
+        versions: Any = client.get_versions(packages=["taskgrad", "torch"])
+        # A worker without torch has no answer to this; the versions show it.
+        return await asyncio.gather(versions, client.run(torch.get_num_threads, on_error="ignore"))
+
+    versions, threads = waiting.answer(client, questions, "which versions they run")
+    _compare(versions)
+    return threads
+
+
+def _compare(versions: Any) -> None:
+    here = {**versions["client"]["packages"], "taskgrad": version("taskgrad")}
+    places = {"scheduler": versions["scheduler"]}
+    places |= {f"worker {address}": v for address, v in versions["workers"].items()}
+    problems = []
+    for package in _PACKAGES:
+        ours = _comparable(package, here.get(package))
+        for place, found in places.items():
+            theirs = _comparable(package, found["packages"].get(package))
+            if theirs != ours:
+                problems.append(f"  {package}: client {ours}, {place} {theirs or 'has none'}")
+    if problems:
+        raise ClusterMismatchError(
+            "client, scheduler and workers must run the same versions; they differ in:\n"
+            + "\n".join(problems)
+            + "\nInstall the same packages everywhere (the same image, or the same environment) "
+            "and restart what differs"
+        )
+
+
+def _comparable(package: str, version: str | None) -> str | None:
+    """What of a version must agree: for torch its release, for Python its minor version."""
+    if version is None:
+        return None
+    if package == "torch":
+        return version.partition("+")[0]
+    if package == "python":
+        return ".".join(version.split(".")[:2])
+    return version
+
+
+class Threads:
+    """How many threads torch uses on each worker seen so far."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+        self._warned = False
+
+    def add(self, counts: Mapping[str, int]) -> None:
+        """Note more workers; where they differ, say so, once."""
+        self._counts |= counts
+        if len(set(self._counts.values())) > 1 and not self._warned:
+            self._warned = True
+            logger.warning(
+                "torch uses different numbers of threads on the workers, so a call gives other "
+                "bits on one than on another:\n%s\nTo have the same bits everywhere, start all "
+                "workers with the same OMP_NUM_THREADS and MKL_NUM_THREADS",
+                self._table(),
+            )
+
+    def _table(self) -> str:
+        rows = [f"  client: {torch.get_num_threads()}"]
+        for count in sorted(set(self._counts.values())):
+            who = ", ".join(a for a, theirs in self._counts.items() if theirs == count)
+            rows.append(f"  {who}: {count}")
+        return "\n".join(rows)

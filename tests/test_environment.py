@@ -1,0 +1,66 @@
+"""Whether client, scheduler and workers fit together; versions are in test_errors.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+import taskgrad as tg
+
+
+@contextmanager
+def worker_with_threads(client, folder, count):
+    """A worker started by hand, in which torch uses that many threads."""
+    command = ["-m", "distributed.cli.dask_worker", client.scheduler.address, "--no-nanny"]
+    expected = len(client.scheduler_info(n_workers=-1)["workers"]) + 1
+    worker = subprocess.Popen(
+        [sys.executable, *command, "--nthreads", "1", "--local-directory", str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count)},
+    )
+    try:
+        client.wait_for_workers(expected, timeout=60)
+        yield
+    finally:
+        worker.terminate()
+        worker.wait(30)
+
+
+def warnings(caplog):
+    return [r.getMessage() for r in caplog.records if "numbers of threads" in r.getMessage()]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_workers_whose_torch_threads_differ_are_listed_once(fresh, tmp_path, caplog, late):
+    client = fresh(n_workers=1)  # Dask's nanny starts it with OMP_NUM_THREADS=1
+    [first] = client.scheduler_info(n_workers=-1)["workers"]
+    if late:
+        tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client)
+    with worker_with_threads(client, tmp_path, 2):
+        tg.collect(tg.spawn(torch.sum, torch.ones(2), worker=first))
+        assert len(warnings(caplog)) == (0 if late else 1)  # until a chain is on the late one
+        [second] = client.scheduler_info(n_workers=-1)["workers"].keys() - {first}
+        for _ in range(2):
+            model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+            chain = tg.GraphChain(model, client=client, placement=[first, second])
+            assert tg.collect(chain(torch.ones(1, 2))).shape == (1, 2)
+    [warning] = warnings(caplog)
+    rows = warning.splitlines()[1:-1]
+    assert rows == [f"  client: {torch.get_num_threads()}", f"  {first}: 1", f"  {second}: 2"]
+    assert "OMP_NUM_THREADS" in warning.splitlines()[-1]
+
+
+def test_a_client_with_another_number_of_threads_is_nothing_to_warn_of(fresh, caplog):
+    client = fresh(n_workers=2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client)
+    finally:
+        torch.set_num_threads(before)
+    assert warnings(caplog) == []
