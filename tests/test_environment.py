@@ -27,7 +27,7 @@ def worker_with_threads(client, folder, count):
         client.wait_for_workers(expected, timeout=60)
         yield
     finally:
-        worker.terminate()
+        worker.kill()
         worker.wait(30)
 
 

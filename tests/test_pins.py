@@ -197,7 +197,7 @@ def test_a_scheduler_that_hangs_is_not_waited_for_without_end(tmp_path):
                         use()
             scheduler.send_signal(signal.SIGCONT)
             assert tg.collect(chain(torch.ones(1, 2))).shape == (1, 2)
-            worker.terminate()
+            worker.kill()
             worker.wait(30)
     finally:
         scheduler.kill()

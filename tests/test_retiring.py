@@ -147,20 +147,25 @@ def test_a_worker_that_wants_to_leave_stays_open_until_it_holds_nothing(fresh):
     assert_vjp_equals_torch(chain, network, x)  # it takes tasks
     assert tg.collect(tg.spawn(torch.sin, x, worker=0)) is not None
     del chain
-    assert wait_until(lambda: addresses(client) == {other})
+    assert wait_until(lambda: addresses(client) == {other}, 30)
+
+
+def end_lifetime(dask_worker):
+    """What a worker does when it was started with a lifetime and that is over."""
+    dask_worker.loop.call_later(0, dask_worker.close_gracefully, reason="worker-lifetime-reached")
 
 
 def test_a_worker_whose_lifetime_is_over(fresh):
-    """It leaves by itself; both were started to live for 6 s."""
-    client = fresh(n_workers=2, lifetime="6s")
+    client = fresh(n_workers=2)
     network, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(5, 8)
     chain = tg.GraphChain(network, client=client, placement=[1])
     worker = chain.placement[0].worker
+    client.run(end_lifetime)
     assert wait_until(lambda: addresses(client) == {worker}, 30)
     assert wait_until(lambda: told(client))
     assert_vjp_equals_torch(chain, network, x)
     del chain
-    assert wait_until(lambda: not addresses(client))
+    assert wait_until(lambda: not addresses(client), 30)
 
 
 def test_an_adaptive_cluster_shrinks_once_the_chain_is_gone(fresh):
@@ -175,6 +180,6 @@ def test_an_adaptive_cluster_shrinks_once_the_chain_is_gone(fresh):
     assert wait_until(lambda: len(told(client)) == 2)
     assert {event["worker"] for event in told(client)} == before  # once each
     del chain
-    assert wait_until(lambda: len(addresses(client)) == 1)
+    assert wait_until(lambda: len(addresses(client)) == 1, 30)
     time.sleep(0.3)
     assert len(told(client)) == 2
