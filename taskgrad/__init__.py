@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from taskgrad.chain import GraphChain
     from taskgrad.cluster.local import local_cluster
     from taskgrad.errors import (
+        CheckpointError,
         ClusterMismatchError,
         CotangentError,
         LayerError,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         WorkerLostError,
     )
     from taskgrad.graph.parallel import Parallel
+    from taskgrad.graph.weights import load_state_dict
     from taskgrad.pullbacks import vjp
     from taskgrad.thunk import Thunk, collect, spawn
     from taskgrad.train.callbacks import Callback
@@ -33,6 +35,7 @@ __version__ = version("taskgrad")
 _HOMES = {
     "GraphChain": "chain",
     "local_cluster": "cluster.local",
+    "CheckpointError": "errors",
     "ClusterMismatchError": "errors",
     "CotangentError": "errors",
     "LayerError": "errors",
@@ -43,6 +46,7 @@ _HOMES = {
     "TravelError": "errors",
     "WorkerLostError": "errors",
     "Parallel": "graph.parallel",
+    "load_state_dict": "graph.weights",
     "Thunk": "thunk",
     "collect": "thunk",
     "spawn": "thunk",
@@ -55,6 +59,7 @@ _HOMES = {
 
 __all__ = [
     "Callback",
+    "CheckpointError",
     "ClusterMismatchError",
     "CotangentError",
     "GraphChain",
@@ -70,6 +75,7 @@ __all__ = [
     "TravelError",
     "WorkerLostError",
     "collect",
+    "load_state_dict",
     "local_cluster",
     "random_stream",
     "spawn",

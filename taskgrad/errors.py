@@ -34,6 +34,10 @@ class MemoryLimitError(TaskgradError, MemoryError):
     """What is asked for is more than the memory of a worker."""
 
 
+class CheckpointError(TaskgradError, ValueError):
+    """A checkpoint, or a file of weights, cannot be written or read, or is another model's."""
+
+
 class TravelError(TaskgradError, TypeError):
     """A value cannot be sent to another process, and so cannot be a task's result."""
 

@@ -11,10 +11,11 @@ import pytest
 import taskgrad as tg
 
 PUBLIC = ["chain", "cluster.local", "graph.parallel", "plan.placement", "thunk", "pullbacks"]
+CHECKPOINTS = ["graph.encoding", "graph.weights", "train.checkpoint"]
 
 
 @pytest.mark.usefixtures("client")
-@pytest.mark.parametrize("name", [*PUBLIC, "train.optimizer"])
+@pytest.mark.parametrize("name", [*PUBLIC, *CHECKPOINTS, "train.optimizer"])
 def test_examples_run(name):
     results = doctest.testmod(import_module(f"taskgrad.{name}"))
     assert results.attempted

@@ -17,10 +17,8 @@ OptimizerFactory = Callable[..., torch.optim.Optimizer]
 Groups = list[tuple[list[str], dict[str, Any]]]
 
 
-def state_per_parameter(factory: Any) -> float | None:
-    """How many numbers an optimizer keeps for each number of a parameter, found by trying it.
-
-    None if a small parameter is no example for it.
+def example_of(factory: Any) -> tuple[torch.optim.Optimizer, nn.Parameter]:
+    """An optimizer of this kind over one small parameter, which has a gradient.
 
     Raises
     ------
@@ -49,6 +47,15 @@ def state_per_parameter(factory: Any) -> float | None:
         )
     if isinstance(made, torch.optim.LBFGS):
         raise TypeError("LBFGS evaluates the model inside its step, which a Trainer cannot")
+    return made, parameter
+
+
+def state_per_parameter(factory: Any) -> float | None:
+    """How many numbers an optimizer keeps for each number of a parameter, found by trying it.
+
+    None if a small parameter is no example for it. Raises what `example_of` does.
+    """
+    made, parameter = example_of(factory)
     try:
         made.step()
     except Exception:  # it wants other parameters than this one

@@ -18,7 +18,7 @@ from taskgrad.graph.slices import Dims
 from taskgrad.plan import schedule as schedules
 from taskgrad.train import loops
 from taskgrad.train.callbacks import Callback
-from taskgrad.train.checkpointing import Checkpoint, recompute_rule
+from taskgrad.train.checkpoint import Resumable, options_of
 from taskgrad.train.data import Cutter
 from taskgrad.train.factories import (
     OptimizerFactory,
@@ -29,6 +29,7 @@ from taskgrad.train.factories import (
 )
 from taskgrad.train.loss import StepLoss
 from taskgrad.train.memory import check_fits
+from taskgrad.train.recompute import Checkpoint, recompute_rule
 from taskgrad.train.recovery import recover
 from taskgrad.train.step import Settings, Step, build, checked
 
@@ -43,7 +44,7 @@ _INTERRUPT = 0.5
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Trainer:
+class Trainer(Resumable):
     """Trains a chain; what one process of plain torch would do with the same microbatches.
 
     Each batch is cut into microbatches, which pass the stages in the order of a schedule. The loss
@@ -142,6 +143,7 @@ class Trainer:
         compile: bool | Mapping[str, Any] = False,
         check_finite: bool = False,
     ) -> None:
+        arguments = dict(locals())
         if not isinstance(chain, GraphChain):
             raise TypeError(f"a Trainer trains a GraphChain; got {type(chain).__name__}")
         for name, number in (("microbatches", microbatches), ("accumulate", accumulate)):
@@ -171,6 +173,7 @@ class Trainer:
         self.callbacks = tuple(callbacks)
         self.steps = 0
         """How many batches were taken, or are being taken."""
+        self._options = options_of(type(self), arguments)
         self._loss_fn = loss_fn
         self._arguments = {
             "optimizer": optimizer,

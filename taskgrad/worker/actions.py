@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from taskgrad.graph.pytree import flatten
-from taskgrad.worker import stage_calls, training
+from taskgrad.worker import shards, stage_calls, training
 from taskgrad.worker.store import Store, buffers_key
 
 
@@ -83,9 +83,12 @@ class ReadAll:
         return [read.run(store) for read in self.reads]
 
 
+_ROOMS = {"": stage_calls, "shards": shards, "training": training}
+
+
 @dataclass(frozen=True)
 class OnStage:
-    """A function of `stage_calls`, or of `training` as "training.name", on the stage `token`."""
+    """A function of `stage_calls`, or as "training.name" of another module, on a stage."""
 
     token: str
     action: str
@@ -94,5 +97,5 @@ class OnStage:
     def run(self, store: Store, *values: Any) -> Any:
         """What the function gives."""
         room, _, name = self.action.rpartition(".")
-        function = getattr(training if room == "training" else stage_calls, name)
+        function = getattr(_ROOMS[room], name)
         return function(store, self.token, *values, **self.arguments)

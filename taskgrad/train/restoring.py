@@ -1,0 +1,129 @@
+"""Read a checkpoint: whether it fits, and what each stage needs of it, however it was cut then."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from taskgrad.chain import GraphChain
+from taskgrad.errors import CheckpointError
+from taskgrad.graph.encoding import decode, tensors_in
+from taskgrad.graph.layers import owner_of
+from taskgrad.graph.nodes import Stage
+from taskgrad.train.contents import NOT_WRITTEN, inventory, living_on, stage_of
+from taskgrad.train.factories import example_of
+
+
+def check_model(index: Mapping[str, Any], chain: GraphChain, path: Path) -> None:
+    """Raise CheckpointError unless the checkpoint is of this chain's model."""
+    ours, theirs = inventory(chain), index["tensors"]
+    missing = [name for name in ours if name not in theirs]
+    unexpected = [name for name in theirs if name not in ours]
+    words = {
+        "shape": "shape",
+        "dtype": "dtype",
+        "names": "names (it is tied otherwise)",
+        "trainable": "requires_grad",
+        "persistent": "persistent",
+    }
+    wrong = [
+        f"{name}: {word} is {mine[key]} here, {theirs[name][key]} there"
+        for name, mine in ours.items()
+        for key, word in words.items()
+        if name in theirs and mine[key] != theirs[name][key]
+    ]
+    if missing or unexpected or wrong:
+        raise CheckpointError(
+            f"the checkpoint in {path} is of another model than this chain ({chain._title}). "
+            f"Missing there: {missing or 'none'}. Unexpected there: {unexpected or 'none'}. "
+            f"Different: {wrong or 'none'}"
+        )
+
+
+def check_optimizer(index: Mapping[str, Any], optimizer: Any) -> None:
+    """Raise CheckpointError unless the state is of this kind of optimizer."""
+    saved, given = index["optimizer"]["class"], type(example_of(optimizer)[0]).__qualname__
+    if given != saved:
+        raise CheckpointError(f"the checkpoint has the state of {saved}, and {given} was given")
+
+
+def options_for(index: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the trainer: what is given, and the rest as it was saved."""
+    options = dict(given)
+    for name, saved in index["settings"].items():
+        if name not in given:
+            if saved == NOT_WRITTEN:
+                raise CheckpointError(
+                    f"the trainer that was saved had a {name} that is a function of its own, which "
+                    f"a checkpoint cannot hold: give {name}= again"
+                )
+            options[name] = decode(saved, _no_tensor)
+    saved = index["settings"]
+    between = index["step"] % saved["accumulate"] != 0
+    for name, matters in (("amp", True), ("accumulate", between)):
+        if matters and options[name] != saved[name]:
+            raise CheckpointError(
+                f"the checkpoint was saved with {name}={saved[name]!r} and its state depends on "
+                f"that; {name}={options[name]!r} was given"
+            )
+    if (options["lr_scheduler"] is None) != (saved["lr_scheduler"] is None):
+        was = "without an" if saved["lr_scheduler"] is None else "with an"
+        raise CheckpointError(f"the checkpoint was saved {was} lr_scheduler: restore it so too")
+    return options
+
+
+def _no_tensor(name: str) -> torch.Tensor:
+    raise CheckpointError(f"the checkpoint's settings hold a tensor, {name!r}")
+
+
+def parts(index: Mapping[str, Any], chain: GraphChain) -> dict[Stage, dict[str, Any]]:
+    """What each stage needs of a checkpoint, however it was cut then."""
+    groups = index["optimizer"]["groups"]
+    group_of = {name: group for group in groups for name in group["parameters"]}
+    homes = {name: file for file, about in index["files"].items() for name in about["tensors"]}
+    found = {}
+    for stage in chain._stages.values():
+        here = living_on(chain, stage)
+        trained = [name for name in here["parameters"] if name in group_of]
+        extra = {
+            name: value
+            for name, value in index["extra"].items()
+            if stage_of(chain, owner_of(name, chain._by_name)) is stage
+        }
+        part = {
+            "buffers": here["buffers"],
+            "layers": here["layers"],
+            "state": {n: s for n, s in index["optimizer"]["state"].items() if n in trained},
+            "options": {name: group_of[name]["options"] for name in trained},
+            "scheduler": _scheduler(index, {group_of[name]["stage"] for name in trained}),
+            "scaler": index["scaler"],
+            "extra": extra,
+            "step": index["step"],
+        }
+        copies = [
+            n for n, i in chain._tensors.items() if any(chain._home(o) is stage for o in i.names)
+        ]
+        names = [*copies, *(f"buffer/{n}" for n in copies), *(f"gradient/{n}" for n in trained)]
+        names += tensors_in([part[key] for key in ("state", "options", "scheduler", "extra")])
+        files: dict[str, Any] = {}
+        for name in dict.fromkeys(n for n in names if n in homes):
+            about = index["files"][homes[name]]
+            file = files.setdefault(homes[name], {"bytes": about["bytes"], "tensors": {}})
+            file["tensors"][name] = about["tensors"][name]
+        found[stage] = {**part, "files": files}
+    return found
+
+
+def _scheduler(index: Mapping[str, Any], stages: set[int]) -> Any:
+    """The scheduler's state for parameters that were on these stages then."""
+    states = [index["schedulers"][str(i)] for i in sorted(stages)]
+    plain = [decode(state, lambda name: None) for state in states]
+    if any(state != plain[0] for state in plain):
+        raise CheckpointError(
+            "the learning-rate schedulers of these stages were in different states, which cannot "
+            "be one: restore the checkpoint with its layers placed as they were"
+        )
+    return states[0] if states else None

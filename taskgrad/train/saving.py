@@ -1,0 +1,152 @@
+"""Write a checkpoint, so that a crash at any moment leaves a whole one.
+
+Each save makes a new folder, where the workers write their shards side by side; only when all of it
+is on the disk is ``checkpoint.json`` replaced, which says which folder counts. Folders that do not
+count, those of a crash too, are removed by the next save.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from taskgrad.chain import GraphChain
+from taskgrad.errors import CheckpointError
+from taskgrad.graph.encoding import encode
+from taskgrad.graph.weights import CHECKPOINT, WEIGHTS_INDEX, new_index, read_index
+from taskgrad.train.contents import NOT_WRITTEN, inventory, living_on, on_stages, stage_of
+
+if TYPE_CHECKING:
+    from taskgrad.train.trainer import Trainer
+
+# No other folder is ever removed.
+_OURS = re.compile(r"step-\d{8}-[0-9a-f]{8}")
+
+
+def save(trainer: Trainer, path: Path) -> None:
+    """Write the state of a trainer that rests; see `Trainer.save`."""
+    folder = path / f"step-{trainer.steps:08d}-{uuid.uuid4().hex[:8]}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _sweep(path)  # first, for its room on the disk
+        folder.mkdir()
+        stages = list(trainer.chain._stages.values())
+        arguments = {}
+        for i, stage in enumerate(stages, 1):
+            shard = f"{i:05d}-of-{len(stages):05d}.safetensors"
+            here = living_on(trainer.chain, stage)
+            arguments[stage] = {"folder": str(folder), "shard": shard, **here}
+        answers = on_stages(trainer.chain, "save", arguments)
+        index = _index(trainer, _settings(trainer._options), folder.name, answers)
+        _check_visible(folder, index["files"])
+        _write_json(folder / WEIGHTS_INDEX, _weights_index(trainer.chain, answers))
+        _sync(folder)
+        _sync(path)
+        _write_json(path / f"{CHECKPOINT}.new", index)
+        os.replace(path / f"{CHECKPOINT}.new", path / CHECKPOINT)
+        _sync(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write a checkpoint to {path}: {error}") from error
+    finally:
+        if path.is_dir():
+            _sweep(path)
+
+
+def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The trainer's arguments as JSON, with a mark for those that are functions."""
+    found = {}
+    for name, value in options.items():
+        try:
+            found[name] = encode(value, name, {})
+        except CheckpointError:
+            found[name] = NOT_WRITTEN
+    return found
+
+
+def _index(
+    trainer: Trainer, settings: dict[str, Any], folder: str, answers: list[dict[str, Any]]
+) -> dict[str, Any]:
+    chain = trainer.chain
+    steps = {answer["step"] for answer in answers}
+    if steps != {trainer.steps}:
+        raise CheckpointError(f"the trainer is at step {trainer.steps}, its stages at {steps}")
+    optimizers = {i: a["optimizer"] for i, a in enumerate(answers) if a["optimizer"]}
+    stages = list(chain._stages.values())
+    return {
+        **new_index(),
+        "taskgrad": version("taskgrad"),
+        "step": trainer.steps,
+        "folder": folder,
+        "settings": settings,
+        "stage_of": {row.name: stages.index(stage_of(chain, row)) for row in chain._layers},
+        "tensors": inventory(chain),
+        "optimizer": {
+            "class": next(o["class"] for o in optimizers.values()),
+            "groups": [{"stage": i, **g} for i, o in optimizers.items() for g in o["groups"]],
+            "state": {n: kept for o in optimizers.values() for n, kept in o["state"].items()},
+        },
+        "schedulers": {str(i): answers[i]["scheduler"] for i in optimizers},
+        "scaler": answers[0]["scaler"],
+        "extra": {name: value for a in answers for name, value in a["extra"].items()},
+        "files": {file: about for a in answers for file, about in a["files"].items()},
+    }
+
+
+def _check_visible(folder: Path, files: Mapping[str, Any]) -> None:
+    for file, about in files.items():
+        there = folder / file
+        size = there.stat().st_size if there.is_file() else None
+        if size != about["bytes"]:
+            raise CheckpointError(
+                f"a worker wrote {there} ({about['bytes']} bytes), and the driver sees "
+                f"{'no such file' if size is None else f'{size} bytes there'}: a checkpoint goes "
+                "to a filesystem that the driver and all workers share"
+            )
+
+
+def _weights_index(chain: GraphChain, answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """The index that Hugging Face's libraries read; what is tied is in it under one name."""
+    files = [(file, about) for answer in answers for file, about in answer["files"].items()]
+    weights = {
+        n: file for file, about in files if file.startswith("model-") for n in about["tensors"]
+    }
+    infos = [info for name, info in chain._tensors.items() if name in weights]
+    tied = {other: info.name for info in infos for other in info.names[1:]}
+    total = sum(info.nbytes for info in infos)
+    return {"metadata": {"total_size": total, "tied": tied}, "weight_map": weights}
+
+
+def _write_json(file: Path, value: Any) -> None:
+    with file.open("w", encoding="utf-8") as out:
+        json.dump(value, out, indent=1, allow_nan=False)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what saves left behind: all folders of ours but the one that counts."""
+    current = None
+    if (path / CHECKPOINT).exists():
+        try:
+            current = read_index(path)["folder"]
+        except CheckpointError:
+            return  # any of them may be the one that was meant
+    for entry in path.iterdir():
+        if _OURS.fullmatch(entry.name) and entry.name != current:
+            shutil.rmtree(entry, ignore_errors=True)
