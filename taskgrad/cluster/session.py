@@ -42,6 +42,7 @@ class Session:
         self.client = client
         self.names: dict[str, Any] = {}
         """The name of every worker seen so far, by its address at the time."""
+        self._last_info: dict[str, Any] = {}
         settings = Settings.from_config()
         _check_versions(client)
         client.register_plugin(SchedulerSide())
@@ -96,9 +97,15 @@ class Session:
     def _info(self) -> dict[str, Any]:
         """What the scheduler knows of each worker, by address."""
         check_open(self.client)
-        info: dict[str, Any] = self.client.scheduler_info(n_workers=-1)["workers"]
-        self.names |= {address: w.get("name", address) for address, w in info.items()}
-        return info
+        # Not client.scheduler_info(): the client's own refresh, which leaves the workers out, can
+        # come between its question and its answer.
+        ask = self.client.scheduler.identity
+        try:
+            self._last_info = self.client.sync(ask, n_workers=-1)["workers"]
+        except OSError:  # the connection is lost, which the client is about to find out
+            return self._last_info
+        self.names |= {address: w.get("name", address) for address, w in self._last_info.items()}
+        return self._last_info
 
     def resolve(self, spec: WorkerSpec, workers: Sequence[WorkerInfo] | None = None) -> str:
         """The address of a worker given by index, name or address.
