@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from distributed import Client
-from torch.optim.lr_scheduler import MultiStepLR
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import plots
@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--epochs", type=int, default=20, help="times through the training images")
     add("--batch", type=int, default=128, help="images a step")
     add("--microbatches", type=int, default=4, help="parts of a batch that are on the way at once")
-    add("--lr", type=float, default=2e-3, help="learning rate; a tenth of it in the last quarter")
+    add("--lr", type=float, default=4e-3, help="the highest learning rate: it rises, then falls")
     add("--seed", type=int, default=0, help="of the first weights and the order of the images")
     add("--out", type=Path, default=Path("runs/resnet"), help="folder for what is saved")
     return parser.parse_args()
@@ -110,10 +110,10 @@ def main() -> None:
     trainer = tg.Trainer(
         chain,
         F.cross_entropy,
-        functools.partial(torch.optim.AdamW, lr=args.lr),
+        torch.optim.AdamW,
         microbatches=args.microbatches,
         lr_scheduler=functools.partial(
-            MultiStepLR, milestones=[(args.epochs - args.epochs // 4) * len(train)], gamma=0.1
+            OneCycleLR, max_lr=args.lr, total_steps=args.epochs * len(train)
         ),
         seed=args.seed,
         callbacks=[noted],
