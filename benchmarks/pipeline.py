@@ -111,7 +111,7 @@ def _in_a_row(module: nn.Module) -> Iterator[nn.Module]:
         yield module
 
 
-# -- the sides, each in processes of its own ---------------------------------------------------------
+# -- the sides, each in processes of its own ----------------------------------------------------
 
 
 def serve_ours() -> None:

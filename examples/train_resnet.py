@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from distributed import Client
-from tqdm import tqdm
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import plots
 import resnet
@@ -41,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--epochs", type=int, default=20, help="times through the training images")
     add("--batch", type=int, default=128, help="images a step")
     add("--microbatches", type=int, default=4, help="parts of a batch that are on the way at once")
-    add("--lr", type=float, default=2e-3, help="learning rate; a tenth of it in the last quarter")
+    add("--lr", type=float, default=4e-3, help="the highest learning rate: it rises, then falls")
     add("--seed", type=int, default=0, help="of the first weights and the order of the images")
     add("--out", type=Path, default=Path("runs/resnet"), help="folder for what is saved")
     return parser.parse_args()
@@ -56,64 +57,35 @@ def connect(args: argparse.Namespace) -> Client:
     return client
 
 
-def train_step(
-    chain: tg.GraphChain, optimizer: tg.Optimizer, x: torch.Tensor, t: torch.Tensor, parts: int
-) -> float:
-    """One step of the optimizer; returns the loss.
+class Losses(tg.Callback):
+    """Notes the loss of every step."""
 
-    The layers of one worker need the outputs of another's. So that all have something to do, the
-    batch goes through in parts: while one part is in the later layers, the next is in the first.
-    """
-    losses = [
-        tg.spawn(F.cross_entropy, chain(x_part), t_part)
-        for x_part, t_part in zip(x.chunk(parts), t.chunk(parts), strict=True)
-    ]
-    loss = sum(losses[1:], losses[0]) / len(losses)  # still a thunk: nothing has run
-    loss.backward()  # forward and backward, on the workers
-    optimizer.step()
-    optimizer.zero_grad()
-    with torch.no_grad():
-        return float(tg.collect(loss))
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_step(self, trainer: tg.Trainer, loss: Any) -> None:
+        self.values.append(loss.item())
 
 
-def predict(chain: tg.GraphChain, x: torch.Tensor, batch: int) -> torch.Tensor:
-    """The class that the network gives each image."""
-    chain.eval()
-    with torch.no_grad():
-        scores = tg.collect([chain(part) for part in x.split(batch)])
-    chain.train()
-    return torch.cat(scores).argmax(dim=1)
+def accuracy(scores: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Percent of the images whose own class has the highest score."""
+    return 100 * (scores.argmax(dim=1) == t).float().mean()
 
 
-def accuracy(predictions: torch.Tensor, t: torch.Tensor) -> float:
-    """Percent of the predictions that are right."""
-    return 100 * (predictions == t).float().mean().item()
+def loaders(images: Images, batch: int) -> tuple[DataLoader, DataLoader]:
+    """Batches to train on, shuffled and each image moved a little, and batches to test on."""
 
+    def moved(samples: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        x, t = default_collate(samples)
+        return shift(x, pixels=images.size // 8), t
 
-def train(
-    chain: tg.GraphChain, images: Images, args: argparse.Namespace
-) -> tuple[list[float], list[float]]:
-    """Train; returns the loss of each step and the test accuracy after each epoch."""
-    losses: list[float] = []
-    accuracies: list[float] = []
-    batch = min(args.batch, len(images.train_t))
-    steps = len(images.train_t) // batch
-    optimizer = tg.Optimizer(chain, functools.partial(torch.optim.AdamW, lr=args.lr))
-    chain.train()
-    with tqdm(total=args.epochs * steps, unit="step") as bar:
-        for epoch in range(args.epochs):
-            if epoch == args.epochs - args.epochs // 4:
-                gentle = functools.partial(torch.optim.AdamW, lr=args.lr / 10)
-                optimizer = tg.Optimizer(chain, gentle)
-            order = torch.randperm(len(images.train_t))
-            for chosen in order[: steps * batch].split(batch):
-                x = shift(images.train_x[chosen], pixels=images.size // 8)
-                loss = train_step(chain, optimizer, x, images.train_t[chosen], args.microbatches)
-                losses.append(loss)
-                bar.update()
-                bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}")
-            accuracies.append(accuracy(predict(chain, images.test_x, batch), images.test_t))
-    return losses, accuracies
+    train = TensorDataset(images.train_x, images.train_t)
+    test = TensorDataset(images.test_x, images.test_t)
+    batch = min(batch, len(train))
+    return (
+        DataLoader(train, batch, shuffle=True, drop_last=True, collate_fn=moved),
+        DataLoader(test, batch),
+    )
 
 
 def main() -> None:
@@ -133,10 +105,24 @@ def main() -> None:
     print("dashboard:", client.dashboard_link)
     chain = tg.GraphChain(model, client=client, device=args.device)
     print(chain.placement)
+    train, test = loaders(images, args.batch)
+    noted = Losses()
+    trainer = tg.Trainer(
+        chain,
+        F.cross_entropy,
+        torch.optim.AdamW,
+        microbatches=args.microbatches,
+        lr_scheduler=functools.partial(
+            OneCycleLR, max_lr=args.lr, total_steps=args.epochs * len(train)
+        ),
+        seed=args.seed,
+        callbacks=[noted],
+    )
     start = time.perf_counter()
-    losses, accuracies = train(chain, images, args)
+    history = trainer.fit(train, args.epochs, test, metrics={"accuracy": accuracy})
     seconds = time.perf_counter() - start
-    predictions = predict(chain, images.test_x, args.batch)
+    accuracies = [epoch["val_accuracy"] for epoch in history]
+    scores = torch.cat(list(trainer.predict(images.test_x.split(args.batch))))
     trained = chain.eval().to_module().cpu()  # the network itself again, nothing of Dask in it
     client.close()
     print(f"test accuracy: {accuracies[-1]:.2f} % after {seconds:.0f} s")
@@ -157,13 +143,13 @@ def main() -> None:
     metrics = {
         "test_accuracy": accuracies[-1],
         "seconds": seconds,
-        "steps": len(losses),
-        "losses": losses,
+        "steps": len(noted.values),
+        "losses": noted.values,
         "accuracies": accuracies,
     }
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    plots.plot_loss(losses, accuracies, args.out / "loss.png")
-    plots.plot_predictions(images, predictions, args.out / "predictions.png")
+    plots.plot_loss(noted.values, accuracies, args.out / "loss.png")
+    plots.plot_predictions(images, scores.argmax(dim=1), args.out / "predictions.png")
     for name in ("loss.png", "predictions.png", "model.pt", "metrics.json"):
         print("saved", args.out / name)
     plots.show()

@@ -46,9 +46,16 @@ _METRICS = tuple(field.name for field in fields(Held))
 _BORROWED = "cross_memory"
 
 
-def _held(store: Store, name: str, worker: Worker) -> int:
-    """One of the metrics that go with a worker's heartbeat: bytes held."""
-    return total_bytes(store.entries())[name]
+def _held(store: Store, last: dict[str, int], name: str, worker: Worker) -> int:
+    """One of the metrics that go with a worker's heartbeat: bytes held.
+
+    Counted while nothing runs. A backward frees what its tape saved without Python's lock: to look
+    at that from the heartbeat's thread at the same time ends the process.
+    """
+    with store.at_rest() as resting:
+        if resting:
+            last.update(total_bytes(store.entries()))
+    return last[name]
 
 
 def _borrowed(worker: Worker) -> int:
@@ -76,8 +83,9 @@ class StorePlugin(WorkerPlugin):
         worker.stream_handlers[_SETTINGS] = change
         self._reporter = Reporter(worker, store)
         allocator.check_threads(worker)
+        last = dict.fromkeys(_METRICS, 0)
         for name in _METRICS:  # columns of the dashboard's table of workers
-            worker.metrics[f"{NAME}_{name}"] = functools.partial(_held, store, name)
+            worker.metrics[f"{NAME}_{name}"] = functools.partial(_held, store, last, name)
         worker.metrics[f"{NAME}_{_BORROWED}"] = _borrowed
 
     def teardown(self, worker: Worker) -> None:

@@ -26,9 +26,11 @@ def run_action(payload: bytes, *values: Any) -> Any:
     """
     action, total, literals = pickle.loads(payload)
     given = iter(values)
-    result = action.run(
-        _store(), *[literals[i] if i in literals else next(given) for i in range(total)]
-    )
+    store = _store()
+    with store.at_work():
+        result = action.run(
+            store, *[literals[i] if i in literals else next(given) for i in range(total)]
+        )
     refuse_untravelable(result)
     return result
 

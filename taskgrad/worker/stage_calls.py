@@ -117,7 +117,11 @@ def load(store: Store, token: str, states: dict[int, dict[str, Any]]) -> None:
 
 def memory(store: Store, token: str) -> dict[str, int]:
     """Bytes that the stage and its tapes hold, by what holds them."""
-    return asdict(store_bytes(store.entries())[token])
+    stage = store.stage(token)
+    with stage.lock:  # no backward of it frees a tape that is looked at
+        entries = store.entries()
+        mine = {k: e for k, e in entries.items() if getattr(e, "stage", e) is stage}
+        return asdict(store_bytes(mine)[token])
 
 
 def zero_grad(store: Store, token: str) -> None:

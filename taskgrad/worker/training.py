@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from taskgrad.errors import TaskgradError
 from taskgrad.graph import pack
 from taskgrad.worker import deferred_norm
 from taskgrad.worker.deferred_norm import Sums
@@ -195,15 +196,25 @@ def commit(
                     stage.optimizer.step()
                 if training.scaler is not None:
                     training.scaler.update(finite)
-                if training.scheduler is not None:
-                    training.scheduler.step()
                 for parameter in stage.parameters.values():
                     parameter.grad = None
             if training.norms:
                 deferred_norm.commit(training.norms)
             training.done, training.begun = step + 1, None
             training.buffers, training.gradients = [], {}
+            if update and training.scheduler is not None:
+                _step_scheduler(training.scheduler, step, store.address)
         return {name: stage.parameters[name].detach().to("cpu", copy=True) for name in send}
+
+
+def _step_scheduler(scheduler: Any, step: int, address: str) -> None:
+    try:
+        scheduler.step()
+    except Exception as error:  # on every stage alike, all of which have taken the step
+        raise TaskgradError(
+            f"the lr_scheduler on worker {address} raised {type(error).__name__} after step {step} "
+            f"was taken: {error}. It steps with every step of the optimizer, not every epoch"
+        ) from error
 
 
 def total_norm(summaries: Sequence[Summary], order: Sequence[str]) -> torch.Tensor:

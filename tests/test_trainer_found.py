@@ -1,0 +1,75 @@
+"""Faults that the first users of the Trainer found; each stays away."""
+
+from __future__ import annotations
+
+import functools
+
+import distributed
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+
+import taskgrad as tg
+from taskgrad.cluster import plugins
+from taskgrad.cluster.plugins import store_of
+from taskgrad.cluster.session import session
+from taskgrad.worker.store import Store
+
+
+def test_no_worker_is_gone_when_the_client_refreshes_what_it_knows(client, monkeypatch):
+    """Every 2 s the client asks the scheduler for everything but the workers."""
+    ours = session(client)
+    addresses = {worker.address for worker in ours.workers()}
+    ask = client._update_scheduler_info
+
+    async def ask_and_refresh(n_workers=0):
+        await ask(n_workers=n_workers)
+        await ask()
+
+    monkeypatch.setattr(client, "_update_scheduler_info", ask_and_refresh)
+    assert not client.scheduler_info(n_workers=-1)["workers"]
+    assert ours.out_of_order(addresses) == {}
+    assert {worker.address for worker in ours.workers()} == addresses
+
+
+def test_nobody_looks_at_a_tape_while_something_runs(monkeypatch):
+    """The heartbeat's thread counted what a tape saved while a backward freed it: a segfault."""
+    looks = []
+    monkeypatch.setattr(plugins, "total_bytes", lambda entries: looks.append(1) or {"tapes": 7})
+    store, last = Store("here"), {"tapes": 0}
+    with store.at_work():
+        assert plugins._held(store, last, "tapes", None) == 0
+    assert not looks
+    assert plugins._held(store, last, "tapes", None) == 7
+    with store.at_work(), store.at_work():
+        assert plugins._held(store, last, "tapes", None) == 7
+    assert len(looks) == 1
+
+
+def running(_):
+    return store_of(distributed.get_worker())._running
+
+
+def test_an_action_is_at_work(client):
+    assert tg.collect(tg.spawn(running, torch.zeros(1))) == 1
+
+
+def test_a_scheduler_that_has_no_more_steps(client):
+    """It was the last thing in a step, yet half of the step was taken back."""
+    chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), placement=[0, 1])
+    trainer = tg.Trainer(
+        chain,
+        nn.functional.mse_loss,
+        functools.partial(torch.optim.SGD, momentum=0.9),
+        lr_scheduler=functools.partial(OneCycleLR, max_lr=0.1, total_steps=2),
+    )
+    x, t = torch.randn(4, 2), torch.randn(4, 1)
+    for _ in range(2):
+        trainer.step(x, t).item()
+    before = chain.state_dict()
+    with pytest.raises(tg.TaskgradError, match=r"lr_scheduler on .* step 2 .* 3 times"):
+        trainer.step(x, t).item()
+    assert trainer.steps == 3
+    after = chain.state_dict()
+    assert not any(torch.equal(before[name], after[name]) for name in before)  # on both workers
