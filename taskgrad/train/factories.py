@@ -1,4 +1,4 @@
-"""Optimizers and losses as the user gives them, checked before anything is submitted."""
+"""A trainer's arguments as the user gives them, checked before anything is submitted."""
 
 from __future__ import annotations
 
@@ -48,6 +48,39 @@ def example_of(factory: Any) -> tuple[torch.optim.Optimizer, nn.Parameter]:
     if isinstance(made, torch.optim.LBFGS):
         raise TypeError("LBFGS evaluates the model inside its step, which a Trainer cannot")
     return made, parameter
+
+
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_counts(**counts: Any) -> None:
+    """Raise ValueError unless these are whole numbers from 1 on."""
+    for name, number in counts.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} is a whole number from 1 on; got {number!r}")
+
+
+def check_limits(**limits: float | None) -> None:
+    """Raise ValueError unless these are positive numbers or None."""
+    for name, limit in limits.items():
+        if limit is not None and not limit > 0:
+            raise ValueError(f"{name} is a positive number, or None; got {limit!r}")
+
+
+def check_scheduler(lr_scheduler: Any) -> None:
+    """Raise TypeError unless it can make a scheduler, or is None."""
+    if lr_scheduler is not None and not callable(lr_scheduler):
+        raise TypeError(
+            "lr_scheduler is what makes a scheduler from an optimizer on each worker, as "
+            f"functools.partial(StepLR, step_size=1); got {type(lr_scheduler).__name__}"
+        )
+
+
+def precision(amp: str | None) -> torch.dtype | None:
+    """The dtype of ``torch.autocast``; ValueError if there is none of that name."""
+    if amp is not None and amp not in _PRECISIONS:
+        raise ValueError(f'amp is None, "bf16" or "fp16"; got {amp!r}')
+    return None if amp is None else _PRECISIONS[amp]
 
 
 def state_per_parameter(factory: Any) -> float | None:

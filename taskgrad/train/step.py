@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from taskgrad.chain import GraphChain
 from taskgrad.graph.adjoint import adjoint
 from taskgrad.graph.nodes import Call, Draw, Node, Pullback, Stage, StageCall, ancestors, new_key
 from taskgrad.graph.pytree import Slot
-from taskgrad.plan.schedule import Pipeline, Schedule, check
+from taskgrad.plan.schedule import NAMES, Pipeline, Schedule, check
+from taskgrad.plan.schedule import schedule as named_schedule
 from taskgrad.train.data import Batch
 from taskgrad.worker.store import LOSS
 
@@ -205,17 +207,27 @@ def _order(
     return tails
 
 
-def checked(
-    schedule: Callable[[Pipeline, int], Schedule],
+def maker_of(
+    schedule: str | Callable[[Pipeline, int], Schedule],
 ) -> Callable[[Pipeline, int], Schedule]:
-    """A user's own way to make schedules, each checked once."""
+    """What makes schedules, given its name; or a user's own way, whose schedules are each checked.
+
+    Raises
+    ------
+    ValueError
+        There is no schedule of this name.
+    """
+    if isinstance(schedule, str):
+        if schedule not in NAMES:
+            raise ValueError(f"there is no schedule {schedule!r}; there are {', '.join(NAMES)}")
+        return partial(named_schedule, schedule)
     known: dict[tuple[Pipeline, int], Schedule] = {}
 
-    def once(pipeline: Pipeline, microbatches: int) -> Schedule:
+    def checked(pipeline: Pipeline, microbatches: int) -> Schedule:
         if (pipeline, microbatches) not in known:
             found = schedule(pipeline, microbatches)
             check(found)
             known[pipeline, microbatches] = found
         return known[pipeline, microbatches]
 
-    return once
+    return checked

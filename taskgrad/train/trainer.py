@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from taskgrad.executors.futures import cancel, forget, launch, run, values_of
 from taskgrad.executors.watching import wait_for
 from taskgrad.graph.nodes import Leaf, Stage, StageCall, new_key
 from taskgrad.graph.slices import Dims
-from taskgrad.plan import schedule as schedules
+from taskgrad.plan.schedule import Schedule
 from taskgrad.train import loops
 from taskgrad.train.callbacks import Callback
 from taskgrad.train.checkpoint import Resumable, options_of
@@ -23,15 +22,19 @@ from taskgrad.train.data import Cutter
 from taskgrad.train.factories import (
     OptimizerFactory,
     adds_up,
+    check_counts,
+    check_limits,
+    check_scheduler,
     packed_loss,
     parameter_groups,
+    precision,
     state_per_parameter,
 )
 from taskgrad.train.loss import StepLoss
 from taskgrad.train.memory import check_fits
 from taskgrad.train.recompute import Checkpoint, recompute_rule
 from taskgrad.train.recovery import recover
-from taskgrad.train.step import Settings, Step, build, checked
+from taskgrad.train.step import Settings, Step, build, maker_of
 
 # A step is submitted while the one before still runs: its inputs are there when that is done.
 _AHEAD = 2
@@ -40,8 +43,6 @@ _AHEAD = 2
 _CHAINED = 16
 # How long Ctrl-C may wait for the workers to take back a step, in seconds.
 _INTERRUPT = 0.5
-
-_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer(Resumable):
@@ -127,7 +128,7 @@ class Trainer(Resumable):
         optimizer: OptimizerFactory,
         *,
         microbatches: int = 1,
-        schedule: str | Callable[..., schedules.Schedule] = "1f1b",
+        schedule: str | Callable[..., Schedule] = "1f1b",
         lr_scheduler: Callable[[Any], Any] | None = None,
         clip_norm: float | None = None,
         clip_value: float | None = None,
@@ -146,23 +147,10 @@ class Trainer(Resumable):
         arguments = dict(locals())
         if not isinstance(chain, GraphChain):
             raise TypeError(f"a Trainer trains a GraphChain; got {type(chain).__name__}")
-        for name, number in (("microbatches", microbatches), ("accumulate", accumulate)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name} is a whole number from 1 on; got {number!r}")
-        for name, limit in (("clip_norm", clip_norm), ("clip_value", clip_value)):
-            if limit is not None and not limit > 0:
-                raise ValueError(f"{name} is a positive number, or None; got {limit!r}")
-        if amp is not None and amp not in _PRECISIONS:
-            raise ValueError(f'amp is None, "bf16" or "fp16"; got {amp!r}')
-        if isinstance(schedule, str) and schedule not in schedules.NAMES:
-            raise ValueError(
-                f"there is no schedule {schedule!r}; there are {', '.join(schedules.NAMES)}"
-            )
-        if lr_scheduler is not None and not callable(lr_scheduler):
-            raise TypeError(
-                "lr_scheduler is what makes a scheduler from an optimizer on each worker, as "
-                f"functools.partial(StepLR, step_size=1); got {type(lr_scheduler).__name__}"
-            )
+        check_counts(microbatches=microbatches, accumulate=accumulate)
+        check_limits(clip_norm=clip_norm, clip_value=clip_value)
+        check_scheduler(lr_scheduler)
+        dtype = precision(amp)
         kept = state_per_parameter(optimizer)
         loss, loss_kind = packed_loss(loss_fn)
         trainable = [n for n, info in chain.named_parameters_info() if info.requires_grad]
@@ -185,14 +173,12 @@ class Trainer(Resumable):
         self._groups = parameter_groups(trainable, param_groups or {})
         kinds = {row.device.partition(":")[0] for row in chain.placement}
         self._settings = Settings(
-            schedule=functools.partial(schedules.schedule, schedule)
-            if isinstance(schedule, str)
-            else checked(schedule),
+            schedule=maker_of(schedule),
             seed=seed,
             accumulate=accumulate,
             clip_norm=clip_norm,
             clip_value=clip_value,
-            autocast=tuple((kind, _PRECISIONS[amp]) for kind in sorted(kinds)) if amp else (),
+            autocast=tuple((kind, dtype) for kind in sorted(kinds)) if dtype else (),
             recompute=recompute_rule(checkpoint),
             check_finite=check_finite,
             order=trainable,
