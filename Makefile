@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format notebooks docs bench clean
+.PHONY: help setup train train-gpt test lint format notebooks docs bench clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 train: setup ## train the example network: make train ARGS='--help'
 	$(BIN)/python examples/train_resnet.py $(ARGS)
+
+train-gpt: setup ## train the example GPT, and let it write: make train-gpt ARGS='--steps 2000'
+	$(BIN)/python examples/train_gpt.py $(ARGS)
 
 test: setup ## run the tests: make test ARGS='-k vjp'
 	$(BIN)/python -m pytest $(ARGS)
