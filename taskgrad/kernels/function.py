@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -15,6 +15,7 @@ from taskgrad.kernels.dtypes import torch_dtype
 from taskgrad.kernels.formula import Function, called
 from taskgrad.kernels.layout import broadcast
 from taskgrad.kernels.operation import Operation, differentiates
+from taskgrad.kernels.reduction import Reduction
 from taskgrad.kernels.symbols import Symbol
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
@@ -41,6 +42,7 @@ class Vectorized:
         self.__name__ = getattr(fn, "__name__", "") if function is None else function.name
         self._key = uuid4().hex
         self._operation: Operation | None = None
+        self._folds: Reduction | None = None
         self._lock = threading.RLock()
 
     def __call__(self, *args: Any, out: torch.Tensor | None = None) -> Any:
@@ -59,6 +61,107 @@ class Vectorized:
             return operation(args)[0]
         return operation.launcher.run(args)[0]
 
+    @torch.compiler.disable
+    def reduce(
+        self,
+        x: torch.Tensor,
+        dim: int | Sequence[int] | None = None,
+        keepdim: bool = False,
+        start: float | None = None,
+    ) -> torch.Tensor:
+        """Combine the elements along dimensions, in their order; for associative functions.
+
+        Parameters
+        ----------
+        x : tensor
+        dim : int, sequence of int, or None
+            None: over all of them.
+        keepdim : bool
+            Keep the dimensions, with size 1.
+        start : number or None
+            Combined with each result, from the left; the result where there are no elements.
+
+        Returns
+        -------
+        tensor
+            Of the dtype of `x`, the same bits whatever the number of threads.
+
+        Raises
+        ------
+        ValueError
+            There are no elements and no `start`.
+
+        Examples
+        --------
+        >>> import torch, taskgrad as tg
+        >>> add = tg.vectorize(lambda a, b: a + b)
+        >>> add.reduce(torch.tensor([[2.0, 3.0], [4.0, 6.0], [5.0, 7.0]]), dim=0)
+        tensor([11., 16.])
+        """
+        x = self._of_two(x)
+        dims = _dimensions(dim, x.dim())
+        if any(x.shape[d] == 0 for d in dims):
+            if start is None:
+                raise ValueError(f"{self.__name__}.reduce of no elements needs start=")
+            shape = [size for d, size in enumerate(x.shape) if d not in dims]
+            result = torch.full(shape, start, dtype=x.dtype)
+        else:
+            result = self._reduction().fold(x, dims)
+            if start is not None:
+                result = self(start, result)
+        for d in dims if keepdim else ():
+            result = result.unsqueeze(d)
+        return result
+
+    @torch.compiler.disable
+    def scan(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """The running results along a dimension: the first, the first two combined, ...
+
+        Parameters
+        ----------
+        x : tensor
+        dim : int
+
+        Returns
+        -------
+        tensor
+            Of the shape and dtype of `x`, the same bits whatever the number of threads.
+
+        Examples
+        --------
+        >>> import torch, taskgrad as tg
+        >>> larger = tg.vectorize(lambda a, b: a if a > b else b)
+        >>> larger.scan(torch.tensor([3, 1, 4, 1, 5]))
+        tensor([3, 3, 4, 4, 5])
+        """
+        x = self._of_two(x)
+        if x.dim() == 0:
+            _dimensions(dim, 0)
+            return x.clone()
+        (place,) = _dimensions(dim, x.dim())
+        return self._reduction().scan(x.movedim(place, -1)).movedim(-1, place)
+
+    def outer(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The function of every element of `x` with every element of `y`.
+
+        Returns
+        -------
+        tensor
+            Of shape ``x.shape + y.shape``.
+
+        Examples
+        --------
+        >>> import torch, taskgrad as tg
+        >>> times = tg.vectorize(lambda a, b: a * b)
+        >>> times.outer(torch.arange(3), torch.arange(2))
+        tensor([[0, 0],
+                [0, 1],
+                [0, 2]])
+        """
+        self._needs_two("outer")
+        result: torch.Tensor = self(x.reshape(*x.shape, *[1] * y.dim()), y)
+        return result
+
     def __repr__(self) -> str:
         return f"<vectorized {self.__name__}>"
 
@@ -76,6 +179,25 @@ class Vectorized:
                 formula = called(self._function, self._arity)
                 self._operation = Operation(formula, self.__name__, self._key)
             return self._operation
+
+    def _needs_two(self, way: str) -> None:
+        if self._arity != 2:
+            raise TypeError(
+                f"{way} is for functions of two arguments; {self.__name__} takes {self._arity}"
+            )
+
+    def _of_two(self, x: torch.Tensor) -> torch.Tensor:
+        self._needs_two("reducing")
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{self.__name__} reduces a tensor; got {type(x).__name__}")
+        return self._tensor(x)
+
+    def _reduction(self) -> Reduction:
+        operation = self._read()
+        with self._lock:
+            if self._folds is None:
+                self._folds = Reduction(operation)
+            return self._folds
 
     def _complete(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         missing = self._arity - len(args)
@@ -169,6 +291,19 @@ def _crosses(out: torch.Tensor, tensor: torch.Tensor) -> bool:
 
 def _one_place_each(out: torch.Tensor) -> bool:
     return all(stride or size == 1 for size, stride in zip(out.shape, out.stride(), strict=True))
+
+
+def _dimensions(dim: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
+    """Sorted, none negative, none twice."""
+    given = range(rank) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    found = []
+    for d in given:
+        if not -max(rank, 1) <= d < max(rank, 1):
+            raise IndexError(f"dim={d} is out of range for a tensor of {rank} dimensions")
+        found.append(d % max(rank, 1))
+    if len(set(found)) < len(found):
+        raise ValueError(f"dim={dim} names a dimension twice")
+    return tuple(sorted(found)) if rank else ()
 
 
 def _signature(fn: Callable[..., Any]) -> tuple[int, tuple[Any, ...]]:

@@ -135,7 +135,7 @@ class Launcher:
         """The dtypes of the arguments, the kinds of the steps, the dtypes of the outputs."""
         inputs = dtypes.input_dtypes(tensors, weak)
         default = dtypes.default_float()
-        kinds = dtypes.kinds_of(self._expanded, inputs, default, _kind_of_call)
+        kinds = dtypes.kinds_of(self._expanded, inputs, default, kind_of_call)
         given = [Kind(name) for name in inputs]
         if self._results is None:
             found = [kinds[place] for place in self._expanded.outputs]
@@ -196,7 +196,7 @@ def _distinct(tensor: torch.Tensor) -> int:
     return count
 
 
-def _kind_of_call(step: Step, operands: list[Kind]) -> Kind:
+def kind_of_call(step: Step, operands: list[Kind]) -> Kind:
     """What Numba finds a function without a formula to give."""
     numba = require_numba()
     function, which = step.value

@@ -1,8 +1,8 @@
 """In which order a kernel goes through memory: broadcasting, the order of dimensions, blocks. Pure.
 
 As torch's own iterator does, dimensions are ordered by the strides of the operands, the first
-operand counting first, and those that lie in one row are joined into one. A result that is made gets
-its strides in that order.
+operand counting first, and those that lie in one row are joined into one. A result that is made
+gets its strides in that order.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _blocks(
         sizes, strides = [1], [[1] for _ in strides]
     turned = [k for k in range(inputs) if _lies_across(sizes, strides[k])]
     if turned:
-        # Along the rows, for blocks to be turned round in: where the first such operand has stride 1.
+        # The rows: where the first such operand has stride 1.
         d = strides[turned[0]].index(1)
         for row in (sizes, *strides):
             row.insert(1, row.pop(d))

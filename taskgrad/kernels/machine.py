@@ -46,14 +46,15 @@ def _pointer(builder: ir.IRBuilder, address: Any, index: Any, stored: ir.Type) -
     return builder.gep(builder.inttoptr(address, stored.as_pointer()), [index])
 
 
-def _loader(name: str) -> Any:
+def _loader(name: str, apart: bool) -> Any:
     stored, number = _STORED[name], _NUMBA[name]
 
     @intrinsic
     def load(typing_context: Any, address: Any, index: Any) -> Any:
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             value = builder.load(_pointer(builder, args[0], args[1], stored))
-            _told_apart(builder, value, reads=True)
+            if apart:
+                _told_apart(builder, value, reads=True)
             if name == "bool":
                 return builder.icmp_unsigned("!=", value, ir.Constant(_I8, 0))
             if name == "bfloat16":
@@ -107,9 +108,10 @@ def _rounded_to_bfloat16(builder: ir.IRBuilder, value: Any) -> Any:
 
 
 for _name in _STORED:
-    globals()[f"load_{_name}"] = _loader(_name)
+    globals()[f"load_{_name}"] = _loader(_name, apart=True)
     globals()[f"store_{_name}"] = _storer(_name, apart=True)
     # For scratch memory, which is read back.
+    globals()[f"get_{_name}"] = _loader(_name, apart=False)
     globals()[f"put_{_name}"] = _storer(_name, apart=False)
 
 

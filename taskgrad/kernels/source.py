@@ -30,7 +30,7 @@ TILE = 64
 TILE_STRIDE = 72
 STREAMED = 4096
 
-_HEAD = '''\
+HEAD = '''\
 """{title}
 
 Written by taskgrad; delete it whenever you like.
@@ -39,6 +39,7 @@ Written by taskgrad; delete it whenever you like.
 import math
 
 import numpy as np
+from numba import njit
 from numpy import float32, float64, inf, int8, int16, int32, int64, nan, uint8
 
 from taskgrad.kernels import machine as m
@@ -137,7 +138,7 @@ def elementwise_source(
     for k in range(count, count + out):
         lines.append(f"                m.stream(w{k}, o{k}, n * {sizes[k]})")
     lines += ["    if streamed:", "        m.fence()"]
-    return _HEAD.format(title=title) + "\n".join(lines) + "\n"
+    return HEAD.format(title=title) + "\n".join(lines) + "\n"
 
 
 def slot_size() -> int:
