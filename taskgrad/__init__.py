@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from taskgrad.errors import (
         ClusterMismatchError,
         CotangentError,
+        DerivativeError,
         LayerError,
         PlacementError,
         TapeError,
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
         WorkerLostError,
     )
     from taskgrad.graph.parallel import Parallel
+    from taskgrad.kernels.function import fuse, vectorize
+    from taskgrad.kernels.module import Elementwise
     from taskgrad.pullbacks import vjp
     from taskgrad.thunk import Thunk, collect, spawn
     from taskgrad.train.optimizer import Optimizer
@@ -31,6 +34,7 @@ _HOMES = {
     "local_cluster": "cluster.local",
     "ClusterMismatchError": "errors",
     "CotangentError": "errors",
+    "DerivativeError": "errors",
     "LayerError": "errors",
     "PlacementError": "errors",
     "TapeError": "errors",
@@ -38,6 +42,9 @@ _HOMES = {
     "TravelError": "errors",
     "WorkerLostError": "errors",
     "Parallel": "graph.parallel",
+    "Elementwise": "kernels.module",
+    "fuse": "kernels.function",
+    "vectorize": "kernels.function",
     "Thunk": "thunk",
     "collect": "thunk",
     "spawn": "thunk",
@@ -48,6 +55,8 @@ _HOMES = {
 __all__ = [
     "ClusterMismatchError",
     "CotangentError",
+    "DerivativeError",
+    "Elementwise",
     "GraphChain",
     "LayerError",
     "Optimizer",
@@ -59,8 +68,10 @@ __all__ = [
     "TravelError",
     "WorkerLostError",
     "collect",
+    "fuse",
     "local_cluster",
     "spawn",
+    "vectorize",
     "vjp",
 ]
 

@@ -11,6 +11,7 @@ import pytest
 import taskgrad as tg
 
 PUBLIC = ["chain", "cluster.local", "graph.parallel", "plan.placement", "thunk", "pullbacks"]
+PUBLIC += ["kernels.formula", "kernels.function", "kernels.module", "kernels.vectorized"]
 
 
 @pytest.mark.usefixtures("client")

@@ -69,7 +69,7 @@ class Folder:
     def __init__(self, formula: Formula, name: str) -> None:
         self._formula, self._name = expanded(formula), name
         self._plans: dict[Any, _Plan] = {}
-        self._kernels: dict[Any, Kernel] = {}
+        self.kernels: dict[tuple[str, str], Kernel] = {}
 
     def fold(self, x: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
         """The reduction over some dimensions, without them; none of them is empty."""
@@ -155,7 +155,7 @@ class Folder:
 
     def _kernel(self, way: str, dtype: str) -> Kernel:
         key = way, dtype
-        if key not in self._kernels:
+        if key not in self.kernels:
             default = dtypes.default_float()
             held = dtypes.Kind(dtype).computed
             kinds = dtypes.kinds_of(self._formula, [held, held], default, kind_of_call)
@@ -166,8 +166,8 @@ class Folder:
             else:
                 source = fold_source.fold_source(body, dtype, way == "columns", title)
                 count = 6
-            self._kernels[key] = compiled(source, f"{self._name}_{way}", count, body.calls)
-        return self._kernels[key]
+            self.kernels[key] = compiled(source, f"{self._name}_{way}", count, body.calls)
+        return self.kernels[key]
 
 
 def _groups(x: torch.Tensor, dims: Sequence[int]) -> list[tuple[int, int]]:

@@ -162,7 +162,7 @@ def _join(sizes: list[int], rows: list[list[int]]) -> tuple[list[int], list[list
 def _blocks(
     shape: Ints, out_strides: Ints, sizes: list[int], strides: list[list[int]], inputs: int
 ) -> Layout:
-    if not sizes:
+    if not sizes or 0 in sizes:
         sizes, strides = [1], [[1] for _ in strides]
     turned = [k for k in range(inputs) if _lies_across(sizes, strides[k])]
     if turned:

@@ -35,7 +35,7 @@ class Operation:
     def __init__(self, formula: Formula, name: str, key: str, results: Any = None) -> None:
         self.formula, self.key = formula, key
         self.launcher = Launcher(formula, name, results)
-        self._derived: dict[str, Operation] = {}
+        self.derivatives: dict[str, Operation] = {}
         _operations[key] = self
 
     def __call__(self, tensors: Tensors, weak: Weak | None = None) -> tuple[torch.Tensor, ...]:
@@ -55,7 +55,7 @@ class Operation:
     def derived(self, way: str, which: tuple[int, ...]) -> Operation:
         """One of the two above, by its name."""
         part = f"{way}({','.join(map(str, which))})"
-        if part not in self._derived:
+        if part not in self.derivatives:
             if way == "pullback":
                 formula = pullback(self.formula, which)
                 results = partial(_as, which, len(self.formula.outputs))
@@ -63,8 +63,8 @@ class Operation:
                 formula = pushforward(self.formula, which)
                 results = partial(self._results_of, len(which))
             name = f"{self.launcher.name}.{part}"
-            self._derived[part] = Operation(formula, name, f"{self.key}.{part}", results)
-        return self._derived[part]
+            self.derivatives[part] = Operation(formula, name, f"{self.key}.{part}", results)
+        return self.derivatives[part]
 
     def _results_of(self, shift: int, tensors: Tensors, weak: Sequence[bool]) -> list[str]:
         return self.launcher.dtypes_for(tensors[shift:], weak[shift:])

@@ -136,7 +136,7 @@ class _Shadows:
         if isinstance(compiled, types.FunctionType):
             value = compiled
         if isinstance(value, types.FunctionType) and not (value.__module__ or "").startswith(
-            ("torch", "numpy", _HERE)
+            ("torch", "numpy")
         ):
             return self._function(value)
         return value
