@@ -117,7 +117,7 @@ def test_any_strides_are_those_of_torch(pair):
     expected = x - y * 2
     found = minus_twice(x, y)
     assert torch.equal(found, expected)
-    assert found.stride() == expected.stride()
+    assert found.stride() == expected.stride() or not found.numel()
 
 
 minus_twice = tg.vectorize(lambda x, y: x - y * 2)

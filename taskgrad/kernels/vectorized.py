@@ -56,6 +56,7 @@ class Vectorized:
             self._arity, self._defaults = _signature(fn)
             self.__doc__ = fn.__doc__
             self.__module__ = fn.__module__
+            self.__wrapped__ = fn  # for inspect: its signature is the function's
         self.__name__ = getattr(fn, "__name__", "") if function is None else function.name
         self._key = uuid4().hex
         self._operation: Operation | None = None
