@@ -148,6 +148,8 @@ def test_what_cannot_be_derived_says_so():
         g.sum().backward()
     composed = tg.vectorize(lambda x: given(x) * 2)
     assert composed(x).tolist() == (2 * fn(x)).tolist()
+    with pytest.raises(TypeError, match="neither read as a formula .* nor compiled by Numba"):
+        tg.vectorize(lambda x: x.imaginary_part + [x].pop().nothing)(x)
     assert torch.autograd.grad(composed(leaf).sum(), leaf)[0].tolist() == (2 * fn(x)).tolist()
 
 
@@ -194,6 +196,39 @@ def test_torch_compile_in_one_graph():
         torch.testing.assert_close(a, b)
     whole = torch.compile(lambda x, y: mixed(x * 2, y).relu(), fullgraph=True)
     assert torch.equal(whole(x, y), mixed(x * 2, y).relu())
+
+
+def test_many_conditionals():
+    def clamped(x):
+        for bound in range(9):  # each min and max selects: 2**18 ways would be too many
+            x = max(min(x, 10 - bound), bound - 10)
+        for bound in range(8):
+            x = x + 1 if x > bound else x
+        return x
+
+    fn = tg.vectorize(clamped)
+    x = torch.linspace(-12, 12, 25, requires_grad=True)
+    assert fn(x).tolist() == [clamped(v) for v in x.tolist()]
+    (g,) = torch.autograd.grad(fn(x).sum(), x)
+    assert g.tolist() == [float(abs(v) <= 2) for v in x.tolist()]
+
+
+def test_batched_gradients_of_the_old_kind_are_refused():
+    x = torch.ones(3, requires_grad=True)
+    y = tg.vectorize(lambda x: x * x)(x)
+    with pytest.raises(RuntimeError, match="is_grads_batched=True .* use torch.func.vmap"):
+        torch.autograd.grad(y, x, torch.eye(3), is_grads_batched=True)
+
+
+def test_torchs_default_dtype():
+    half = tg.vectorize(lambda x: x / 2)
+    whole = torch.arange(3)
+    assert half(whole).dtype == torch.float32
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert half(whole).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_gradients_have_the_dtypes_of_their_arguments():

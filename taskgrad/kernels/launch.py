@@ -86,7 +86,9 @@ class Launcher:
         out : tensor or None
             Where to write the one output; of its shape and dtype.
         """
+        # torch's default dtype is what whole numbers become where a float comes out.
         key: Any = tuple([(t.dtype, t.shape, t.stride()) for t in tensors])
+        key = torch.get_default_dtype(), key
         if weak is not None or out is not None:
             key = key, weak, None if out is None else out.stride()
         plan = self.plans.get(key)
@@ -105,7 +107,13 @@ class Launcher:
             results = [
                 torch.empty_strided(made.shape, made.out_strides, dtype=d) for d in plan.out_dtypes
             ]
-        addresses = [t.data_ptr() for t in tensors] + [t.data_ptr() for t in results]
+        try:
+            addresses = [t.data_ptr() for t in (*tensors, *results)]
+        except RuntimeError as error:  # a tensor that only stands for others
+            raise RuntimeError(
+                f"{self.name} got a tensor without memory of its own, as is_grads_batched=True "
+                "makes them: use torch.func.vmap, jacrev or jacfwd"
+            ) from error
         start = time.perf_counter()
         count = 1
         if plan.alone:
@@ -202,7 +210,13 @@ def kind_of_call(step: Step, operands: list[Kind]) -> Kind:
     function, which = step.value
     signature = tuple(getattr(numba.types, _numba_name(kind)) for kind in operands)
     dispatcher = numba.njit(error_model="numpy")(function.plain)
-    dispatcher.compile(signature)
+    try:
+        dispatcher.compile(signature)
+    except numba.core.errors.NumbaError as error:
+        raise TypeError(
+            f"{function.name} can be neither read as a formula ({function.obstacle}) "
+            f"nor compiled by Numba: {error}"
+        ) from error
     found = dispatcher.overloads[signature].signature.return_type
     if which is not None:
         found = found[which]

@@ -19,7 +19,7 @@ from taskgrad.kernels.formula import Formula, Function, Writer, pruned
 from taskgrad.kernels.symbols import ObstacleError, Symbol, apply, knows
 
 # More ways than this, or more decisions on one of them, and the function is not read.
-_WAYS = 64
+_WAYS = 512
 _DECISIONS = 40
 _STEPS = 5_000
 _HERE = __name__.rpartition(".")[0]
@@ -197,8 +197,32 @@ def _isinstance(value: Any, kinds: Any) -> bool:
     return isinstance(value, kinds)
 
 
-_BUILTINS: dict[Any, Any] = {float: _float, int: _int, isinstance: _isinstance}
-_BY_NAME = {"float": _float, "int": _int, "isinstance": _isinstance}
+def _extreme(original: Any, op: str) -> Any:
+    """`min` or `max`: of symbols it selects, which needs no second way through the function."""
+
+    def call(*values: Any, **options: Any) -> Any:
+        if options or len(values) < 2 or not any(isinstance(v, Symbol) for v in values):
+            return original(*values, **options)
+        best = values[0]
+        for value in values[1:]:
+            symbol = best if isinstance(best, Symbol) else value
+            if isinstance(symbol, Symbol):
+                best = symbol.step("select", symbol.step(op, value, best), value, best)
+            else:
+                best = original(best, value)
+        return best
+
+    return call
+
+
+_BUILTINS: dict[Any, Any] = {
+    float: _float,
+    int: _int,
+    isinstance: _isinstance,
+    min: _extreme(min, "lt"),
+    max: _extreme(max, "gt"),
+}
+_BY_NAME = {builtin.__name__: shadow for builtin, shadow in _BUILTINS.items()}
 
 
 def _describe(error: Exception) -> str:

@@ -79,7 +79,6 @@ class Vectorized:
             return operation(args)[0]
         return operation.launcher.run(args)[0]
 
-    @torch.compiler.disable
     def reduce(
         self,
         x: torch.Tensor,
@@ -124,14 +123,13 @@ class Vectorized:
             shape = [size for d, size in enumerate(x.shape) if d not in dims]
             result = torch.full(shape, start, dtype=x.dtype)
         else:
-            result = self._reduction().fold(x, dims)
+            result = _outside_of_graphs(self._reduction, "fold", x, dims)
             if start is not None:
                 result = self(start, result)
         for d in dims if keepdim else ():
             result = result.unsqueeze(d)
         return result
 
-    @torch.compiler.disable
     def scan(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """The running results along a dimension: the first, the first two combined, ...
 
@@ -157,7 +155,8 @@ class Vectorized:
             _dimensions(dim, 0)
             return x.clone()
         (place,) = _dimensions(dim, x.dim())
-        return self._reduction().scan(x.movedim(place, -1)).movedim(-1, place)
+        moved = x.movedim(place, -1)
+        return _outside_of_graphs(self._reduction, "scan", moved).movedim(-1, place)
 
     def outer(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The function of every element of `x` with every element of `y`.
@@ -309,6 +308,20 @@ class Vectorized:
 @torch.compiler.disable
 def _read_outside(vectorized: Vectorized) -> None:
     vectorized._read()
+
+
+def _outside_of_graphs(reduction: Callable[[], Reduction], way: str, *args: Any) -> torch.Tensor:
+    """A reduction or scan; torch.compile does not look into it."""
+    if torch.compiler.is_compiling():
+        return _disabled(reduction, way, *args)
+    result: torch.Tensor = getattr(reduction(), way)(*args)
+    return result
+
+
+@torch.compiler.disable
+def _disabled(reduction: Callable[[], Reduction], way: str, *args: Any) -> torch.Tensor:
+    result: torch.Tensor = getattr(reduction(), way)(*args)
+    return result
 
 
 def _again(function: Function, arity: int, defaults: tuple[Any, ...]) -> Vectorized:
