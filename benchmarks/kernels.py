@@ -1,9 +1,9 @@
 """Compiled scalar functions against torch, torch.compile, numexpr, NumPy and a loop in Numba.
 
-Ten million float32, two threads. Everybody makes its own result, on a heap that keeps what is freed,
-as in a worker; all are called in turns. The loop is the one that a user would write by hand:
-`@njit(parallel=True, fastmath=True)`, a `prange`, `math.exp`, gradients by hand. NumPy and numexpr have
-no gradients, so they take part in the forward only. For `_latency` there are 1,000 elements.
+Ten million float32, two threads. Everybody makes its own result, on a heap that keeps what is
+freed, as in a worker; all are called in turns. The loop is the one that a user would write by hand:
+`@njit(parallel=True, fastmath=True)`, a `prange`, `math.exp`, gradients by hand. NumPy and numexpr
+have no gradients, so they take part in the forward only. For `_latency` there are 1,000 elements.
 
 `_vs_copy` is our time for a byte over that of `torch.Tensor.copy_`, without the making of a result.
 `matmul_vs_torch` is a product of two 256 x 256 matrices as an outer product and a sum of ours: why

@@ -20,6 +20,8 @@ _STORED: dict[str, ir.Type] = {
     **{"bool": _I8, "uint8": _I8, "int8": _I8, "int16": _I16, "int32": _I32, "int64": _I64},
     **{"float16": _I16, "bfloat16": _I16, "float32": _F32, "float64": _F64},
 }
+_WIDTHS = {"float32": 32, "float64": 64}
+TURNED = 8  # rows and columns of the blocks that are transposed in registers
 _NUMBA = {
     **{name: getattr(types, name) for name in ("uint8", "int8", "int16", "int32", "int64")},
     **{"bool": types.boolean, "float16": types.float32, "bfloat16": types.float32},
@@ -107,7 +109,50 @@ def _rounded_to_bfloat16(builder: ir.IRBuilder, value: Any) -> Any:
     )
 
 
+def _turner(name: str) -> Any:
+    stored = _STORED[name]
+    vector = ir.VectorType(stored, TURNED)
+
+    @intrinsic
+    def turn(typing_context: Any, source: Any, stride: Any, target: Any, width: Any) -> Any:
+        """Transpose a block of 8 by 8; both strides are in bytes.
+
+        In three rounds of swaps: halves of pairs of rows four apart, then quarters of those two
+        apart, then single elements of neighbours.
+        """
+
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            source, stride, target, width = args
+            zero = ir.Constant(_I64, 0)
+
+            def row(address: Any, step: Any, r: int) -> Any:
+                at = builder.add(address, builder.mul(step, ir.Constant(_I64, r)))
+                return _pointer(builder, at, zero, vector)
+
+            size = int(stored.width if isinstance(stored, ir.IntType) else _WIDTHS[name]) // 8
+            rows = [builder.load(row(source, stride, r), align=size) for r in range(TURNED)]
+            for step in (4, 2, 1):
+                for r in (r for r in range(TURNED) if not r & step):
+                    a, b = rows[r], rows[r + step]
+                    first = [j if not j & step else TURNED + j - step for j in range(TURNED)]
+                    second = [j + step if not j & step else TURNED + j for j in range(TURNED)]
+                    rows[r], rows[r + step] = (
+                        builder.shuffle_vector(
+                            a, b, ir.Constant(ir.VectorType(_I32, TURNED), places)
+                        )
+                        for places in (first, second)
+                    )
+            for r in range(TURNED):
+                builder.store(rows[r], row(target, width, r), align=size)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64, types.int64), generate
+
+    return turn
+
+
 for _name in _STORED:
+    globals()[f"turn_{_name}"] = _turner(_name)
     globals()[f"load_{_name}"] = _loader(_name, apart=True)
     globals()[f"store_{_name}"] = _storer(_name, apart=True)
     # For scratch memory, which is read back.

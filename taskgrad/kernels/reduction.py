@@ -96,17 +96,19 @@ class Fold(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.reduction, ctx.dims, x = inputs
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
+        ctx.shape = x.shape
+        if not ctx.reduction.sums:  # a sum's gradient needs no values
+            ctx.save_for_backward(x)
+            ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
-        (x,) = ctx.saved_tensors
         dims = ctx.dims
         if ctx.reduction.sums:
             for d in dims:
                 g = g.unsqueeze(d)
-            return None, None, g.expand(x.shape)
+            return None, None, g.expand(ctx.shape)
+        (x,) = ctx.saved_tensors
         rows = rows_of(x, dims)
         last = torch.cat([torch.zeros_like(rows[..., 1:]), g.unsqueeze(-1)], -1)
         found = ctx.reduction.cotangent(rows, ctx.reduction.scan(rows), last)
@@ -117,9 +119,9 @@ class Fold(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _reduction: None, _dims: None, t: torch.Tensor) -> torch.Tensor:
-        (x,) = ctx.saved_tensors
         if ctx.reduction.sums:
             return ctx.reduction.fold(t, ctx.dims)
+        (x,) = ctx.saved_tensors
         rows = rows_of(x, ctx.dims)
         tangent = ctx.reduction.tangent(rows, ctx.reduction.scan(rows), rows_of(t, ctx.dims))
         return tangent[..., -1].clone()  # a view of a tangent is refused

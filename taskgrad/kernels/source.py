@@ -26,8 +26,8 @@ from taskgrad.kernels.formula import Formula
 HEADER = ("depth", "rows", "cols", "row_block", "col_block", "row_blocks", "col_blocks")
 # Elements of scratch memory: for a block that is turned round, with rows that do not fall on the
 # same cache lines; and for a row of results that is then streamed to memory.
-TILE = 64
-TILE_STRIDE = 72
+TILE = 128
+TILE_STRIDE = 136
 STREAMED = 4096
 
 HEAD = '''\
@@ -154,20 +154,25 @@ def _turned_round(stored: Sequence[str], letters: str) -> list[str]:
     """Copy blocks of operands that lie along the rows, reading them as they lie."""
     lines = []
     for slot, k in enumerate(_turned(letters)):
-        kept = Kind(stored[k]).computed
-        stride = TILE_STRIDE * 8 // SIZES[kept]
+        name, size, width = stored[k], SIZES[stored[k]], TILE_STRIDE * 8
+        place = slot_size() * slot
         lines += [
+            "        tall, wide = (r1 - r0) // 8 * 8, n // 8 * 8",
+            "        for c in range(0, wide, 8):",
+            "            for r in range(0, tall, 8):",
+            f"                o{k} = q{k} + (c * cs{k} + r) * {size}",
+            f"                w{k} = scratch + {place} + r * {width} + c * {size}",
+            f"                m.turn_{name}(o{k}, cs{k} * {size}, w{k}, {width})",
             "        for c in range(n):",
-            f"            o{k} = q{k} + c * cs{k} * {SIZES[stored[k]]}",
-            f"            w{k} = scratch + {slot_size() * slot} + c * {SIZES[kept]}",
-            "            for r in range(r1 - r0):",
-            f"                m.put_{kept}(w{k}, r * {stride}, m.load_{stored[k]}(o{k}, r))",
+            f"            o{k} = q{k} + c * cs{k} * {size}",
+            f"            w{k} = scratch + {place} + c * {size}",
+            "            for r in range(tall if c < wide else 0, r1 - r0):",
+            f"                m.put_{name}(w{k}, r * {width // size}, m.load_{name}(o{k}, r))",
         ]
     return lines
 
 
 def _argument(k: int, stored: str, kind: Kind, letter: str) -> str:
     index = {"u": "i", "z": "0", "s": f"i * cs{k}", "t": "i"}[letter]
-    held = Kind(stored).computed
-    read = held if letter == "t" else stored
-    return f"a{k} = {cast(f'm.load_{read}(o{k}, {index})', held, kind.computed)}"
+    value = f"m.load_{stored}(o{k}, {index})"
+    return f"a{k} = {cast(value, Kind(stored).computed, kind.computed)}"
