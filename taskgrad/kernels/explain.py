@@ -47,15 +47,11 @@ class KernelRow:
 
 @dataclass(frozen=True)
 class CallRow:
-    """The last call of one part: threads, blocks they shared, bytes, seconds, 1e9 bytes a second.
-
-    `streamed` says whether the result went past the caches.
-    """
+    """The last call of one part; `gb_per_s` is 1e9 bytes a second."""
 
     part: str
     threads: int
     blocks: int
-    streamed: bool
     bytes: int
     seconds: float
     gb_per_s: float
@@ -140,7 +136,6 @@ def _call(part: str, last: LastCall) -> CallRow:
         part,
         last.threads,
         plan.layout.items,
-        plan.streams,
         plan.bytes,
         round(last.seconds, 9),
         round(rate, 2),

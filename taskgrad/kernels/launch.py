@@ -18,8 +18,6 @@ from taskgrad.kernels.formula import Formula, Step, expanded
 from taskgrad.kernels.layout import Layout, contiguous, layout
 from taskgrad.kernels.source import elementwise_source, slot_size
 
-# Results from this size on go past the caches, which they would only sweep.
-STREAM_BYTES = 4 << 20
 _PLANS = 4_096
 
 Results = Callable[[Sequence[torch.Tensor], Sequence[bool]], list[str]]
@@ -37,7 +35,6 @@ class Plan:
     meta: torch.Tensor
     meta_address: int
     slots: int
-    streams: bool
     bytes: int
     alone: bool
 
@@ -119,7 +116,7 @@ class Launcher:
         if plan.alone:
             if made.items:
                 place = threads.scratch(plan.slots) if plan.slots else 0
-                plan.kernel.run(plan.meta_address, place, 0, 0, made.items, *addresses)
+                plan.kernel.run(plan.meta_address, place, 0, made.items, *addresses)
         else:
             count = self._share(plan, addresses)
         self.last = LastCall(plan, count, time.perf_counter() - start)
@@ -129,7 +126,7 @@ class Launcher:
     def _share(plan: Plan, addresses: list[int]) -> int:
         def run(start: int, stop: int) -> None:
             place = threads.scratch(plan.slots) if plan.slots else 0
-            plan.kernel.run(plan.meta_address, place, plan.streams, start, stop, *addresses)
+            plan.kernel.run(plan.meta_address, place, start, stop, *addresses)
 
         return threads.share(run, plan.layout.items, torch.get_num_threads())
 
@@ -170,14 +167,12 @@ class Launcher:
         source = elementwise_source(
             self._expanded, body, kinds, stored, results, made.letters, title
         )
-        kernel = compiled(source, self.name, 5 + len(made.letters), body.calls)
+        kernel = compiled(source, self.name, 4 + len(made.letters), body.calls)
         count = 1
         for size in made.shape:
             count *= size
         sizes = [dtypes.SIZES[name] for name in results]
         alone = made.items <= 1 or count <= threads.ALONE
-        streams = not alone and made.can_stream and count * min(sizes, default=0) >= STREAM_BYTES
-        slots = made.letters.count("t") + (len(results) if streams else 0)
         meta = torch.tensor(made.meta, dtype=torch.int64)
         out_dtypes = tuple(dtypes.torch_dtype(name) for name in results)
         read = sum(_distinct(t) * t.element_size() for t in tensors)
@@ -189,8 +184,7 @@ class Launcher:
             contiguous=made.out_strides == contiguous(made.shape),
             meta=meta,
             meta_address=meta.data_ptr(),
-            slots=slots * slot_size(),
-            streams=streams,
+            slots=made.letters.count("t") * slot_size(),
             bytes=read + count * sum(sizes),
             alone=alone,
         )

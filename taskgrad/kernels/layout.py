@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from taskgrad.kernels.source import HEADER, STREAMED, TILE
+from taskgrad.kernels.source import BLOCK, HEADER, TILE
 
 Ints = tuple[int, ...]
 
@@ -32,8 +32,6 @@ class Layout:
         How many blocks there are.
     block : int
         Elements of a block.
-    can_stream : bool
-        Whether rows are long enough, and the results lie in a row.
     """
 
     shape: Ints
@@ -42,7 +40,6 @@ class Layout:
     meta: Ints
     items: int
     block: int
-    can_stream: bool
 
 
 def broadcast(shapes: Sequence[Ints]) -> Ints:
@@ -177,8 +174,8 @@ def _blocks(
     if turned:
         col_block = row_block = TILE
     else:
-        col_block = min(cols, STREAMED)
-        row_block = max(1, min(rows, STREAMED // col_block))
+        col_block = min(cols, BLOCK)
+        row_block = max(1, min(rows, BLOCK // col_block))
     row_blocks, col_blocks = -(-rows // row_block), -(-cols // col_block)
     header = dict(
         zip(
@@ -202,7 +199,6 @@ def _blocks(
         tuple(meta),
         0 if 0 in shape else prod(outer) * row_blocks * col_blocks,
         row_block * col_block,
-        not turned and cols >= 1024 and set(letters[inputs:]) == {"u"},
     )
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -158,55 +157,6 @@ for _name in _STORED:
     # For scratch memory, which is read back.
     globals()[f"get_{_name}"] = _loader(_name, apart=False)
     globals()[f"put_{_name}"] = _storer(_name, apart=False)
-
-
-@intrinsic
-def stream(typing_context: Any, source: Any, target: Any, size: Any) -> Any:
-    """Copy bytes past the caches, in whole lines of 64 where the target starts one.
-
-    A large result then costs one trip to memory instead of two: the lines that it lands on are not
-    read first.
-    """
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        line = ir.VectorType(_I64, 8)
-        source, target, size = args
-        uncached = builder.module.add_metadata([ir.Constant(_I32, 1)])
-
-        def number(n: int) -> ir.Constant:
-            return ir.Constant(_I64, n)
-
-        def copy_bytes(start: Any, stop: Any) -> None:
-            with cgutils.for_range(builder, builder.sub(stop, start)) as loop:
-                i = builder.add(start, loop.index)
-                value = builder.load(_pointer(builder, source, i, _I8))
-                builder.store(value, _pointer(builder, target, i, _I8))
-
-        to_line = builder.and_(builder.neg(target), number(63))
-        fits = builder.icmp_signed("<", to_line, size)
-        head = builder.select(fits, to_line, size)
-        lines = builder.lshr(builder.sub(size, head), number(6))
-        copy_bytes(number(0), head)
-        source_lines, target_lines = builder.add(source, head), builder.add(target, head)
-        with cgutils.for_range(builder, lines) as loop:
-            value = builder.load(_pointer(builder, source_lines, loop.index, line), align=1)
-            place = _pointer(builder, target_lines, loop.index, line)
-            builder.store(value, place, align=64).set_metadata("nontemporal", uncached)
-        copy_bytes(builder.add(head, builder.shl(lines, number(6))), size)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), generate
-
-
-@intrinsic
-def fence(typing_context: Any) -> Any:
-    """What was streamed is in memory before anything after this."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(), generate
 
 
 @intrinsic

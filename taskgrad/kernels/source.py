@@ -25,10 +25,10 @@ from taskgrad.kernels.formula import Formula
 # The numbers that a layout passes to a kernel, in this order, before sizes and strides.
 HEADER = ("depth", "rows", "cols", "row_block", "col_block", "row_blocks", "col_blocks")
 # Elements of scratch memory: for a block that is turned round, with rows that do not fall on the
-# same cache lines; and for a row of results that is then streamed to memory.
+# same cache lines.
 TILE = 128
 TILE_STRIDE = 136
-STREAMED = 4096
+BLOCK = 1024  # elements, where none is turned round
 
 HEAD = '''\
 """{title}
@@ -74,7 +74,7 @@ def elementwise_source(
     count, out = formula.arity, len(results)
     addresses = [f"p{k}" for k in range(count + out)]
     sizes = [SIZES[name] for name in (*stored, *results)]
-    lines = [f"def kernel(meta, scratch, streamed, start, stop, {', '.join(addresses)}):"]
+    lines = [f"def kernel(meta, scratch, start, stop, {', '.join(addresses)}):"]
     for i, name in enumerate(HEADER):
         lines.append(f"    {name} = m.load_int64(meta, {i})")
     for k in range(count + out):
@@ -113,9 +113,6 @@ def elementwise_source(
             lines.append(
                 f"            o{k} = scratch + {slot_size() * slot} + r * {TILE_STRIDE * 8}"
             )
-    for k in range(count, count + out):
-        place = slot_size() * (letters.count("t") + k - count)
-        lines.append(f"            w{k} = scratch + {place} if streamed else o{k}")
     arguments = [_argument(k, name, kinds[k], letters[k]) for k, name in enumerate(stored)]
     lines += [
         f"            {text}"
@@ -132,18 +129,14 @@ def elementwise_source(
     for k, name in enumerate(results):
         index = "i" if letters[count + k] == "u" else f"i * cs{count + k}"
         lines.append(
-            f"                m.store_{name}(w{count + k}, {index}, {body.result(k, name)})"
+            f"                m.store_{name}(o{count + k}, {index}, {body.result(k, name)})"
         )
-    lines.append("            if streamed:")
-    for k in range(count, count + out):
-        lines.append(f"                m.stream(w{k}, o{k}, n * {sizes[k]})")
-    lines += ["    if streamed:", "        m.fence()"]
     return HEAD.format(title=title) + "\n".join(lines) + "\n"
 
 
 def slot_size() -> int:
     """Bytes of scratch memory for one operand."""
-    return max(TILE * TILE_STRIDE, STREAMED) * 8
+    return TILE * TILE_STRIDE * 8
 
 
 def _turned(letters: str) -> list[int]:
