@@ -101,17 +101,26 @@ _ROWS = """\
             left = min(<block>, n - b0)
             p = q + b0 * stride * <size>
             here, there = scratch, scratch + <half>
-            half = left // 2
+            fours = left // 4
             if stride == 1:
-                for i in range(half):
-                    m.put_<T>(here, i, combine(m.get_<X>(p, 2 * i), m.get_<X>(p, 2 * i + 1)))
+                for i in range(fours):
+                    v = combine(m.get_<X>(p, 4 * i), m.get_<X>(p, 4 * i + 1))
+                    w = combine(m.get_<X>(p, 4 * i + 2), m.get_<X>(p, 4 * i + 3))
+                    m.put_<T>(here, i, combine(v, w))
             else:
-                for i in range(half):
-                    j = 2 * i * stride
-                    m.put_<T>(here, i, combine(m.get_<X>(p, j), m.get_<X>(p, j + stride)))
-            if left % 2:
-                m.put_<T>(here, half, m.get_<X>(p, (left - 1) * stride))
-            left = half + left % 2
+                for i in range(fours):
+                    j = 4 * i * stride
+                    v = combine(m.get_<X>(p, j), m.get_<X>(p, j + stride))
+                    j += 2 * stride
+                    w = combine(m.get_<X>(p, j), m.get_<X>(p, j + stride))
+                    m.put_<T>(here, i, combine(v, w))
+            if left % 4:
+                v = m.get_<X>(p, 4 * fours * stride)
+                for i in range(4 * fours + 1, left):
+                    v = combine(v, m.get_<X>(p, i * stride))
+                m.put_<T>(here, fours, v)
+                fours += 1
+            left = fours
             while left > 1:
                 half = left // 2
                 for i in range(half):

@@ -36,7 +36,8 @@ class _Pass:
             self.kernel.run(self.meta_address, place, start, stop, *addresses)
 
         if self.alone:
-            some(0, self.items)
+            place = threads.scratch(fold_source.SCRATCH)
+            self.kernel.run(self.meta_address, place, 0, self.items, *addresses)
         else:
             threads.share(some, self.items, torch.get_num_threads())
 
@@ -69,10 +70,28 @@ class Folder:
     def __init__(self, formula: Formula, name: str) -> None:
         self._formula, self._name = expanded(formula), name
         self._plans: dict[Any, _Plan] = {}
+        self._direct: dict[Any, tuple[_Pass, tuple[int, ...], torch.dtype]] = {}
         self.kernels: dict[tuple[str, str], Kernel] = {}
 
-    def fold(self, x: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
+    def fold(self, x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
         """The reduction over some dimensions, without them; none of them is empty."""
+        key = x.dtype, x.shape, x.stride(), dims
+        direct = self._direct.get(key)
+        if direct is not None:  # one pass over one dimension: small calls are mostly this
+            only, shape, held = direct
+            out = torch.empty(shape, dtype=held)
+            only.run(x, out)
+            return out
+        result = self._fold(x, dims)
+        if len(dims) == 1 and result.numel():
+            plan = self._plans[x.dtype, x.shape, x.stride(), dims[0]]
+            if plan.shape[-2] == 1 and plan.moves is None and plan.dtype == x.dtype:
+                if len(self._direct) >= _PLANS:
+                    self._direct.clear()
+                self._direct[key] = plan.first, tuple(result.shape), plan.dtype
+        return result
+
+    def _fold(self, x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
         dtype = x.dtype
         if not dims:
             return x.clone()
