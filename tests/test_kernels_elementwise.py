@@ -117,7 +117,8 @@ def test_any_strides_are_those_of_torch(pair):
     expected = x - y * 2
     found = minus_twice(x, y)
     assert torch.equal(found, expected)
-    assert found.stride() == expected.stride() or not found.numel()
+    long = [d for d, size in enumerate(found.shape) if size > 1]  # other strides mean nothing
+    assert not found.numel() or all(found.stride(d) == expected.stride(d) for d in long)
 
 
 minus_twice = tg.vectorize(lambda x, y: x - y * 2)
