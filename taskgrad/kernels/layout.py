@@ -69,7 +69,8 @@ def aligned(shape: Ints, own: Ints, strides: Ints) -> Ints:
     """Strides of a tensor as if it had the common shape: 0 where it is repeated."""
     missing = len(shape) - len(own)
     return (0,) * missing + tuple(
-        0 if size == 1 else stride for size, stride in zip(own, strides, strict=True)
+        0 if size == 1 != whole else stride
+        for size, stride, whole in zip(own, strides, shape[missing:], strict=True)
     )
 
 
