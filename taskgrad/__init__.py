@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         CheckpointError,
         ClusterMismatchError,
         CotangentError,
+        DerivativeError,
         LayerError,
         MemoryLimitError,
         PlacementError,
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     )
     from taskgrad.graph.parallel import Parallel
     from taskgrad.graph.weights import load_state_dict
+    from taskgrad.kernels.function import fuse, vectorize
+    from taskgrad.kernels.module import Elementwise
     from taskgrad.pullbacks import vjp
     from taskgrad.thunk import Thunk, collect, spawn
     from taskgrad.train.callbacks import Callback
@@ -38,6 +41,7 @@ _HOMES = {
     "CheckpointError": "errors",
     "ClusterMismatchError": "errors",
     "CotangentError": "errors",
+    "DerivativeError": "errors",
     "LayerError": "errors",
     "MemoryLimitError": "errors",
     "PlacementError": "errors",
@@ -47,6 +51,9 @@ _HOMES = {
     "WorkerLostError": "errors",
     "Parallel": "graph.parallel",
     "load_state_dict": "graph.weights",
+    "Elementwise": "kernels.module",
+    "fuse": "kernels.function",
+    "vectorize": "kernels.function",
     "Thunk": "thunk",
     "collect": "thunk",
     "spawn": "thunk",
@@ -62,6 +69,8 @@ __all__ = [
     "CheckpointError",
     "ClusterMismatchError",
     "CotangentError",
+    "DerivativeError",
+    "Elementwise",
     "GraphChain",
     "LayerError",
     "MemoryLimitError",
@@ -75,10 +84,12 @@ __all__ = [
     "TravelError",
     "WorkerLostError",
     "collect",
+    "fuse",
     "load_state_dict",
     "local_cluster",
     "random_stream",
     "spawn",
+    "vectorize",
     "vjp",
 ]
 

@@ -42,6 +42,10 @@ class TravelError(TaskgradError, TypeError):
     """A value cannot be sent to another process, and so cannot be a task's result."""
 
 
+class DerivativeError(TaskgradError, NotImplementedError):
+    """A vectorized function has a part without a derivative; the message names the part."""
+
+
 class LayerError(TaskgradError, RuntimeError):
     """A layer raised on its worker; ``__cause__`` is the layer's own exception.
 

@@ -12,6 +12,7 @@ import taskgrad as tg
 
 PUBLIC = ["chain", "cluster.local", "graph.parallel", "plan.placement", "thunk", "pullbacks"]
 CHECKPOINTS = ["graph.encoding", "graph.weights", "train.checkpoint"]
+PUBLIC += ["kernels.formula", "kernels.function", "kernels.module", "kernels.vectorized"]
 
 
 @pytest.mark.usefixtures("client")

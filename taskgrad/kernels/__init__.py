@@ -1,0 +1,1 @@
+"""Elementwise functions, reductions and scans compiled from scalar Python, with gradients."""

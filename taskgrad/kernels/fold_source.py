@@ -1,0 +1,229 @@
+"""The sources of the kernels that reduce and scan one dimension with a function of two arguments.
+
+A reduction is a tree: neighbours are combined, then neighbours of the results, in the order of the
+elements. So the function need be associative only, rounding errors grow with the logarithm of the
+length, and the shape alone decides the bits. The dimension is cut into segments of a fixed length;
+(row, segment) pairs are the items that threads share, and the segments' results are reduced again.
+"""
+
+from __future__ import annotations
+
+from taskgrad.kernels.body import Body
+from taskgrad.kernels.dtypes import SIZES, Kind
+from taskgrad.kernels.source import HEAD
+
+HEADER = ("depth", "length", "stride", "segment", "segments", "cols", "col_stride", "col_blocks")
+SEGMENT = 65_536  # along rows
+COLUMN_SEGMENT = 512  # with columns side by side
+BLOCK = 1_024  # elements whose tree fits into scratch memory
+COLUMNS = 256
+_BASE = 8  # rows of columns added up one after another
+_LEVELS = 40
+SCRATCH = max(2 * BLOCK * 8, (_LEVELS + 1) * COLUMNS * 8) + _LEVELS * 8
+SCAN_SEGMENT = 256
+
+
+def fold_source(body: Body, dtype: str, columns: bool, title: str) -> str:
+    """A module whose ``kernel`` reduces each segment of one dimension.
+
+    Parameters
+    ----------
+    body : Body
+        Of the function, for two values of the dtype in which is computed.
+    dtype : str
+        Of the tensor; the results are in the dtype in which is computed.
+    columns : bool
+        Whether elements of different results lie side by side, rather than those of one.
+    title : str
+    """
+    held = Kind(dtype).computed
+    names = {"T": held, "X": dtype, "size": SIZES[dtype], "held": SIZES[held]}
+    names |= {"half": BLOCK * 8, "block": BLOCK, "columns": COLUMNS, "base": _BASE}
+    names |= {"row": COLUMNS * 8, "stack": SCRATCH - _LEVELS * 8}
+    template = _ITEMS + (_COLUMNS if columns else _ROWS)
+    return HEAD.format(title=title) + _combine(body, held) + _filled(template, names)
+
+
+def scan_source(body: Body, dtype: str, title: str) -> str:
+    """A module whose ``kernel`` writes the running results of each segment of a dense row."""
+    held = Kind(dtype).computed
+    names = {"T": held, "X": dtype, "size": SIZES[dtype], "held": SIZES[held]}
+    return HEAD.format(title=title) + _combine(body, held) + _filled(_SCAN, names)
+
+
+def recurrence_source(dtype: str, title: str) -> str:
+    """A module whose ``kernel`` computes h[i] = g[i] + a[i] h[i - 1] along each dense row."""
+    return HEAD.format(title=title) + _filled(_RECURRENCE, {"T": dtype, "size": SIZES[dtype]})
+
+
+def _filled(template: str, names: dict[str, object]) -> str:
+    for name, value in names.items():
+        template = template.replace(f"<{name}>", str(value))
+    return template
+
+
+def _combine(body: Body, held: str) -> str:
+    lines = "".join(f"    {line}\n" for line in body.lines())
+    return (
+        "@njit(forceinline=True, error_model='numpy')\n"
+        f"def combine(a0, a1):\n{lines}    return {body.result(0, held)}\n\n\n"
+    )
+
+
+_ITEMS = """\
+def kernel(meta, scratch, start, stop, x, out):
+    depth = m.load_int64(meta, 0)
+    length = m.load_int64(meta, 1)
+    stride = m.load_int64(meta, 2)
+    segment = m.load_int64(meta, 3)
+    segments = m.load_int64(meta, 4)
+    cols = m.load_int64(meta, 5)
+    col_stride = m.load_int64(meta, 6)
+    col_blocks = m.load_int64(meta, 7)
+    stack = scratch + <stack>
+    for item in range(start, stop):
+        rest = item // col_blocks
+        c0 = (item - rest * col_blocks) * <columns>
+        row = rest // segments
+        first = (rest - row * segments) * segment
+        n = min(segment, length - first)
+        q = x + (first * stride + c0 * col_stride) * <size>
+        o = out + (rest * cols + c0) * <held>
+        for d in range(depth):
+            size = m.load_int64(meta, 8 + 2 * d)
+            q += row % size * m.load_int64(meta, 9 + 2 * d) * <size>
+            row = row // size
+"""
+
+_ROWS = """\
+        done = 0
+        for b0 in range(0, n, <block>):
+            left = min(<block>, n - b0)
+            p = q + b0 * stride * <size>
+            here, there = scratch, scratch + <half>
+            fours = left // 4
+            if stride == 1:
+                for i in range(fours):
+                    v = combine(m.get_<X>(p, 4 * i), m.get_<X>(p, 4 * i + 1))
+                    w = combine(m.get_<X>(p, 4 * i + 2), m.get_<X>(p, 4 * i + 3))
+                    m.put_<T>(here, i, combine(v, w))
+            else:
+                for i in range(fours):
+                    j = 4 * i * stride
+                    v = combine(m.get_<X>(p, j), m.get_<X>(p, j + stride))
+                    j += 2 * stride
+                    w = combine(m.get_<X>(p, j), m.get_<X>(p, j + stride))
+                    m.put_<T>(here, i, combine(v, w))
+            if left % 4:
+                v = m.get_<X>(p, 4 * fours * stride)
+                for i in range(4 * fours + 1, left):
+                    v = combine(v, m.get_<X>(p, i * stride))
+                m.put_<T>(here, fours, v)
+                fours += 1
+            left = fours
+            while left > 1:
+                half = left // 2
+                for i in range(half):
+                    v = combine(m.get_<T>(here, 2 * i), m.get_<T>(here, 2 * i + 1))
+                    m.put_<T>(there, i, v)
+                if left % 2:
+                    m.put_<T>(there, half, m.get_<T>(here, left - 1))
+                left = half + left % 2
+                here, there = there, here
+            v = m.get_<T>(here, 0)
+            # Blocks are joined as a binary number counts: two of a size make one of the next.
+            level, k = 0, done
+            while k % 2:
+                v = combine(m.get_<T>(stack, level), v)
+                k //= 2
+                level += 1
+            m.put_<T>(stack, level, v)
+            done += 1
+        level, k = 0, done
+        while k % 2 == 0:
+            k //= 2
+            level += 1
+        v = m.get_<T>(stack, level)
+        while k > 1:
+            k //= 2
+            level += 1
+            if k % 2:
+                v = combine(m.get_<T>(stack, level), v)
+        m.put_<T>(o, 0, v)
+"""
+
+_COLUMNS = """\
+        w = min(<columns>, cols - c0)
+        done = 0
+        for b0 in range(0, n, <base>):
+            here = scratch
+            p = q + b0 * stride * <size>
+            for j in range(w):
+                m.put_<T>(here, j, m.get_<X>(p, j * col_stride))
+            for i in range(1, min(<base>, n - b0)):
+                p += stride * <size>
+                if col_stride == 1:
+                    for j in range(w):
+                        m.put_<T>(here, j, combine(m.get_<T>(here, j), m.get_<X>(p, j)))
+                else:
+                    for j in range(w):
+                        v = m.get_<X>(p, j * col_stride)
+                        m.put_<T>(here, j, combine(m.get_<T>(here, j), v))
+            # Blocks are joined as a binary number counts: two of a size make one of the next.
+            level, k = 1, done
+            while k % 2:
+                other = scratch + level * <row>
+                for j in range(w):
+                    m.put_<T>(here, j, combine(m.get_<T>(other, j), m.get_<T>(here, j)))
+                k //= 2
+                level += 1
+            other = scratch + level * <row>
+            for j in range(w):
+                m.put_<T>(other, j, m.get_<T>(here, j))
+            done += 1
+        level, k = 1, done
+        while k % 2 == 0:
+            k //= 2
+            level += 1
+        here = scratch + level * <row>
+        while k > 1:
+            k //= 2
+            level += 1
+            if k % 2:
+                other = scratch + level * <row>
+                for j in range(w):
+                    m.put_<T>(here, j, combine(m.get_<T>(other, j), m.get_<T>(here, j)))
+        for j in range(w):
+            m.put_<T>(o, j, m.get_<T>(here, j))
+"""
+
+_SCAN = """\
+def kernel(meta, scratch, start, stop, x, before, out):
+    length = m.load_int64(meta, 1)
+    segment = m.load_int64(meta, 3)
+    segments = m.load_int64(meta, 4)
+    for item in range(start, stop):
+        row = item // segments
+        number = item - row * segments
+        first = row * length + number * segment
+        n = min(segment, length - number * segment)
+        v = m.get_<X>(x, first)
+        if number > 0:
+            v = combine(m.get_<T>(before, row * segments + number - 1), v)
+        m.put_<X>(out, first, v)
+        for i in range(1, n):
+            v = combine(v, m.load_<X>(x, first + i))
+            m.store_<X>(out, first + i, v)
+"""
+
+_RECURRENCE = """\
+def kernel(meta, scratch, start, stop, a, g, out):
+    length = m.load_int64(meta, 1)
+    for row in range(start, stop):
+        first = row * length
+        h = m.load_<T>(g, first)
+        m.store_<T>(out, first, h)
+        for i in range(first + 1, first + length):
+            h = m.load_<T>(g, i) + m.load_<T>(a, i) * h
+            m.store_<T>(out, i, h)
+"""

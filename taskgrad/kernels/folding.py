@@ -1,0 +1,221 @@
+"""Reductions and scans along one dimension on the CPU; no gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from taskgrad.kernels import dtypes, fold_source, threads
+from taskgrad.kernels.body import Body
+from taskgrad.kernels.compiled import Kernel, compiled
+from taskgrad.kernels.formula import Formula, expanded
+from taskgrad.kernels.launch import kind_of_call
+
+_PLANS = 4_096
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One call of a kernel."""
+
+    kernel: Kernel
+    meta: torch.Tensor
+    meta_address: int
+    items: int
+    alone: bool
+
+    def run(self, *tensors: torch.Tensor) -> None:
+        addresses = [t.data_ptr() for t in tensors]
+
+        def some(start: int, stop: int) -> None:
+            place = threads.scratch(fold_source.SCRATCH)
+            self.kernel.run(self.meta_address, place, start, stop, *addresses)
+
+        if self.alone:
+            place = threads.scratch(fold_source.SCRATCH)
+            self.kernel.run(self.meta_address, place, 0, self.items, *addresses)
+        else:
+            threads.share(some, self.items, torch.get_num_threads())
+
+
+def _pass(kernel: Kernel, numbers: Sequence[int], items: int, elements: int) -> _Pass:
+    meta = torch.tensor(numbers, dtype=torch.int64)
+    return _Pass(kernel, meta, meta.data_ptr(), items, items <= 1 or elements <= threads.ALONE)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A reduction of one dimension: its first pass, and where the results belong."""
+
+    first: _Pass
+    shape: tuple[int, ...]  # of the first pass's results: outer dimensions, segments, columns
+    dtype: torch.dtype
+    moves: int | None  # where the columns go
+
+
+class Folder:
+    """Reduces and scans with one function.
+
+    Parameters
+    ----------
+    formula : Formula
+        Of two arguments.
+    name : str
+    """
+
+    def __init__(self, formula: Formula, name: str) -> None:
+        self._formula, self._name = expanded(formula), name
+        self._plans: dict[Any, _Plan] = {}
+        self._direct: dict[Any, tuple[_Pass, tuple[int, ...], torch.dtype]] = {}
+        self.kernels: dict[tuple[str, str], Kernel] = {}
+
+    def fold(self, x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+        """The reduction over some dimensions, without them; none of them is empty."""
+        key = x.dtype, x.shape, x.stride(), dims
+        direct = self._direct.get(key)
+        if direct is not None:  # one pass over one dimension: small calls are mostly this
+            only, shape, held = direct
+            out = torch.empty(shape, dtype=held)
+            only.run(x, out)
+            return out
+        result = self._fold(x, dims)
+        if len(dims) == 1 and result.numel():
+            plan = self._plans[x.dtype, x.shape, x.stride(), dims[0]]
+            if plan.shape[-2] == 1 and plan.moves is None and plan.dtype == x.dtype:
+                if len(self._direct) >= _PLANS:
+                    self._direct.clear()
+                self._direct[key] = plan.first, tuple(result.shape), plan.dtype
+        return result
+
+    def _fold(self, x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+        dtype = x.dtype
+        if not dims:
+            return x.clone()
+        for last, count in _groups(x, dims):
+            first = last - count + 1
+            joined = x if count == 1 else _flattened(x, first, last)
+            if joined is not None:
+                x = self._fold_one(joined, first)
+            else:
+                for dim in range(last, first - 1, -1):
+                    x = self._fold_one(x, dim)
+        return x.to(dtype)
+
+    def scan(self, x: torch.Tensor) -> torch.Tensor:
+        """The running results along the last dimension of a contiguous tensor."""
+        length = x.shape[-1]
+        if x.numel() == 0:
+            return x.clone()
+        rows = x.numel() // length
+        segment = fold_source.SCAN_SEGMENT
+        segments = -(-length // segment)
+        before = x
+        if segments > 1:
+            totals = self._totals(x.view(rows, length), segment)
+            before = self.scan(totals)
+        out = torch.empty_like(x)
+        kernel = self._kernel("scan", dtypes.name_of(x.dtype))
+        numbers = (0, length, 1, segment, segments)
+        _pass(kernel, numbers, rows * segments, x.numel()).run(x, before, out)
+        return out
+
+    def _totals(self, x: torch.Tensor, segment: int) -> torch.Tensor:
+        rows, length = x.shape
+        segments = -(-length // segment)
+        kernel = self._kernel("rows", dtypes.name_of(x.dtype))
+        numbers = (1, length, 1, segment, segments, 1, 0, 1, rows, length)
+        held = dtypes.Kind(dtypes.name_of(x.dtype)).computed
+        out = torch.empty(rows, segments, dtype=dtypes.torch_dtype(held))
+        _pass(kernel, numbers, rows * segments, x.numel()).run(x, out)
+        return out
+
+    def _fold_one(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        key = x.dtype, x.shape, x.stride(), dim
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = self._plan(x, dim)
+        out = torch.empty(plan.shape, dtype=plan.dtype)
+        if out.numel():
+            plan.first.run(x, out)
+        if plan.shape[-2] > 1:
+            out = self._fold_one(out, len(plan.shape) - 2)
+        else:
+            out = out.squeeze(-2)
+        return out.squeeze(-1) if plan.moves is None else out.movedim(-1, plan.moves)
+
+    def _plan(self, x: torch.Tensor, dim: int) -> _Plan:
+        dtype = dtypes.name_of(x.dtype)
+        shape, strides = x.shape, x.stride()
+        kept = [d for d in range(x.dim()) if d != dim]
+        beside = [d for d in kept if shape[d] >= 8 and 0 < strides[d] < strides[dim]]
+        column = min(beside, key=lambda d: strides[d], default=None)
+        outer = [d for d in kept if d != column]
+        segment = fold_source.SEGMENT if column is None else fold_source.COLUMN_SEGMENT
+        segments = -(-shape[dim] // segment)
+        cols = 1 if column is None else shape[column]
+        col_blocks = -(-cols // fold_source.COLUMNS)
+        numbers = [len(outer), shape[dim], strides[dim], segment, segments, cols]
+        numbers += [0 if column is None else strides[column], col_blocks]
+        for d in reversed(outer):
+            numbers += [shape[d], strides[d]]
+        sizes = [shape[d] for d in outer]
+        kernel = self._kernel("rows" if column is None else "columns", dtype)
+        items = prod(sizes) * segments * col_blocks
+        moves = None if column is None else kept.index(column)
+        held = dtypes.torch_dtype(dtypes.Kind(dtype).computed)
+        first = _pass(kernel, numbers, items, x.numel())
+        return _Plan(first, (*sizes, segments, cols), held, moves)
+
+    def _kernel(self, way: str, dtype: str) -> Kernel:
+        key = way, dtype
+        if key not in self.kernels:
+            default = dtypes.default_float()
+            held = dtypes.Kind(dtype).computed
+            kinds = dtypes.kinds_of(self._formula, [held, held], default, kind_of_call)
+            body = Body(self._formula, kinds, default)
+            title = f"{self._name}, {way} of {dtype}"
+            if way == "scan":
+                source, count = fold_source.scan_source(body, dtype, title), 7
+            else:
+                source = fold_source.fold_source(body, dtype, way == "columns", title)
+                count = 6
+            self.kernels[key] = compiled(source, f"{self._name}_{way}", count, body.calls)
+        return self.kernels[key]
+
+
+def _groups(x: torch.Tensor, dims: Sequence[int]) -> list[tuple[int, int]]:
+    """Runs of neighbouring dimensions, from the last to the first: (last, how many)."""
+    groups: list[tuple[int, int]] = []
+    for dim in sorted(dims, reverse=True):
+        if groups and groups[-1][0] - groups[-1][1] == dim:
+            last, count = groups.pop()
+            groups.append((last, count + 1))
+        else:
+            groups.append((dim, 1))
+    return groups
+
+
+def _flattened(x: torch.Tensor, first: int, last: int) -> torch.Tensor | None:
+    """The same memory with these dimensions as one; None where they do not lie in one row."""
+    try:
+        return x.view(*x.shape[:first], prod(x.shape[first : last + 1]), *x.shape[last + 1 :])
+    except RuntimeError:
+        return None
+
+
+def recurrence(a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """h[i] = g[i] + a[i] h[i - 1] along the last dimension of contiguous floats; h[0] = g[0]."""
+    out = torch.empty_like(g)
+    if g.numel():
+        length = g.shape[-1]
+        name = dtypes.name_of(g.dtype)
+        source = fold_source.recurrence_source(name, f"recurrence of {name}")
+        kernel = compiled(source, "recurrence", 7)
+        _pass(kernel, (0, length), g.numel() // length, g.numel()).run(a, g, out)
+    return out

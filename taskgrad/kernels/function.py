@@ -1,0 +1,96 @@
+"""`vectorize` and `fuse`: scalar functions and expressions of them, compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from taskgrad.kernels.vectorized import Vectorized
+
+
+def vectorize(
+    fn: Callable[..., Any] | None = None, derivative: Callable[..., Any] | None = None
+) -> Any:
+    """Make a scalar function an elementwise operation on tensors, compiled by Numba.
+
+    The result takes tensors and numbers that broadcast together, of any strides, on the CPU, and
+    `out=`. Each combination of dtypes is compiled once a machine and kept on disk. It is part of
+    torch's autograd, `torch.func` and `torch.compile`; see `Vectorized` for reductions.
+
+    Parameters
+    ----------
+    fn : callable
+        Of numbers, with a fixed number of arguments. Arithmetic, functions of `math`, comparisons,
+        conditionals, local variables, constants from outside, and calls of other functions,
+        vectorized or not, give a derivative by themselves. Any other function that Numba compiles,
+        a loop whose end depends on an argument say, needs `derivative` for its gradient.
+    derivative : callable or None
+        Of the same arguments: the derivative, or for several arguments a tuple of one for each.
+
+    Returns
+    -------
+    Vectorized
+        Without `fn`, a decorator that makes one.
+
+    Raises
+    ------
+    TypeError
+        The number of arguments is not fixed.
+    ModuleNotFoundError
+        At the first call: Numba is not installed.
+    DerivativeError
+        At the first gradient: a part has no derivative; the message says which.
+
+    Examples
+    --------
+    >>> import math, torch, taskgrad as tg
+    >>> @tg.vectorize
+    ... def softplus(x):
+    ...     return x if x > 20 else math.log1p(math.exp(x))
+    >>> x = torch.tensor([0.0, 50.0], requires_grad=True)
+    >>> y = softplus(x)
+    >>> y.detach()
+    tensor([ 0.6931, 50.0000])
+    >>> y.sum().backward()
+    >>> x.grad
+    tensor([0.5000, 1.0000])
+    """
+    if fn is None:
+        return lambda found: vectorize(found, derivative)
+    if not callable(fn):
+        raise TypeError(f"vectorize takes a function; got {type(fn).__name__}")
+    return Vectorized(fn, derivative)
+
+
+def fuse(fn: Callable[..., Any]) -> Vectorized:
+    """Make one loop of an expression of vectorized functions: memory is read once.
+
+    Parameters
+    ----------
+    fn : callable
+        Of tensors: calls of vectorized functions, arithmetic, and the elementwise functions of
+        torch that `math` has too, with `torch.where`, `torch.sigmoid` and `torch.relu`.
+
+    Returns
+    -------
+    Vectorized
+        Its gradients are one loop, too.
+
+    Raises
+    ------
+    TypeError
+        A part is not elementwise, or is not known here; the message says which.
+
+    Examples
+    --------
+    >>> import torch, taskgrad as tg
+    >>> square = tg.vectorize(lambda x: x * x)
+    >>> both = tg.fuse(lambda x, y: square(x) + torch.sqrt(square(y)))
+    >>> both(torch.tensor([1.0, 2.0]), torch.tensor([3.0, -4.0]))
+    tensor([4., 8.])
+    """
+    fused = Vectorized(fn)
+    obstacle = fused.obstacle
+    if obstacle:
+        raise TypeError(f"{fused.__name__} cannot be fused: {obstacle}")
+    return fused

@@ -1,0 +1,202 @@
+"""What the generated loops are made of below Python: memory by address, bits, multiply-add.
+
+Needs Numba; only generated code imports this. Addresses are whole numbers: a kernel that takes
+nothing else is called in a third of a microsecond, and every array argument would add to that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_F32, _F64 = ir.FloatType(), ir.DoubleType()
+# How each dtype lies in memory.
+_STORED: dict[str, ir.Type] = {
+    **{"bool": _I8, "uint8": _I8, "int8": _I8, "int16": _I16, "int32": _I32, "int64": _I64},
+    **{"float16": _I16, "bfloat16": _I16, "float32": _F32, "float64": _F64},
+}
+_WIDTHS = {"float32": 32, "float64": 64}
+TURNED = 8  # rows and columns of the blocks that are transposed in registers
+_NUMBA = {
+    **{name: getattr(types, name) for name in ("uint8", "int8", "int16", "int32", "int64")},
+    **{"bool": types.boolean, "float16": types.float32, "bfloat16": types.float32},
+    **{"float32": types.float32, "float64": types.float64},
+}
+
+
+def _told_apart(builder: ir.IRBuilder, access: Any, reads: bool) -> None:
+    """Tell LLVM that what is read and what is written in one turn of the loop do not meet.
+
+    Not even in place: there each element is read before it is written, and by nobody else.
+    """
+    module = builder.module
+    domain = module.add_metadata([ir.MetaDataString(module, "taskgrad")])
+    scopes = [
+        module.add_metadata([module.add_metadata([ir.MetaDataString(module, side), domain])])
+        for side in ("taskgrad reads", "taskgrad writes")
+    ]
+    access.set_metadata("alias.scope", scopes[0 if reads else 1])
+    access.set_metadata("noalias", scopes[1 if reads else 0])
+
+
+def _pointer(builder: ir.IRBuilder, address: Any, index: Any, stored: ir.Type) -> Any:
+    return builder.gep(builder.inttoptr(address, stored.as_pointer()), [index])
+
+
+def _loader(name: str, apart: bool) -> Any:
+    stored, number = _STORED[name], _NUMBA[name]
+
+    @intrinsic
+    def load(typing_context: Any, address: Any, index: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            value = builder.load(_pointer(builder, args[0], args[1], stored))
+            if apart:
+                _told_apart(builder, value, reads=True)
+            if name == "bool":
+                return builder.icmp_unsigned("!=", value, ir.Constant(_I8, 0))
+            if name == "bfloat16":
+                wide = builder.shl(builder.zext(value, _I32), ir.Constant(_I32, 16))
+                return builder.bitcast(wide, _F32)
+            if name == "float16":
+                return builder.fpext(builder.bitcast(value, ir.HalfType()), _F32)
+            return value
+
+        return number(types.int64, types.int64), generate
+
+    return load
+
+
+def _storer(name: str, apart: bool) -> Any:
+    stored, number = _STORED[name], _NUMBA[name]
+
+    @intrinsic
+    def store(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            value = args[2]
+            if name == "bool":
+                value = builder.zext(value, _I8)
+            elif name == "bfloat16":
+                value = _rounded_to_bfloat16(builder, value)
+            elif name == "float16":
+                value = builder.bitcast(builder.fptrunc(value, ir.HalfType()), _I16)
+            access = builder.store(value, _pointer(builder, args[0], args[1], stored))
+            if apart:
+                _told_apart(builder, access, reads=False)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, number), generate
+
+    return store
+
+
+def _rounded_to_bfloat16(builder: ir.IRBuilder, value: Any) -> Any:
+    """The upper half of a float32, to the nearest, ties to even; a NaN stays one."""
+
+    def number(n: int) -> ir.Constant:
+        return ir.Constant(_I32, n)
+
+    bits = builder.bitcast(value, _I32)
+    odd = builder.and_(builder.lshr(bits, number(16)), number(1))
+    rounded = builder.add(bits, builder.add(odd, number(0x7FFF)))
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    return builder.trunc(
+        builder.lshr(builder.select(is_nan, number(0x7FC00000), rounded), number(16)), _I16
+    )
+
+
+def _turner(name: str) -> Any:
+    stored = _STORED[name]
+    vector = ir.VectorType(stored, TURNED)
+
+    @intrinsic
+    def turn(typing_context: Any, source: Any, stride: Any, target: Any, width: Any) -> Any:
+        """Transpose a block of 8 by 8; both strides are in bytes.
+
+        In three rounds of swaps: halves of pairs of rows four apart, then quarters of those two
+        apart, then single elements of neighbours.
+        """
+
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            source, stride, target, width = args
+            zero = ir.Constant(_I64, 0)
+
+            def row(address: Any, step: Any, r: int) -> Any:
+                at = builder.add(address, builder.mul(step, ir.Constant(_I64, r)))
+                return _pointer(builder, at, zero, vector)
+
+            size = int(stored.width if isinstance(stored, ir.IntType) else _WIDTHS[name]) // 8
+            rows = [builder.load(row(source, stride, r), align=size) for r in range(TURNED)]
+            for step in (4, 2, 1):
+                for r in (r for r in range(TURNED) if not r & step):
+                    a, b = rows[r], rows[r + step]
+                    first = [j if not j & step else TURNED + j - step for j in range(TURNED)]
+                    second = [j + step if not j & step else TURNED + j for j in range(TURNED)]
+                    rows[r], rows[r + step] = (
+                        builder.shuffle_vector(
+                            a, b, ir.Constant(ir.VectorType(_I32, TURNED), places)
+                        )
+                        for places in (first, second)
+                    )
+            for r in range(TURNED):
+                builder.store(rows[r], row(target, width, r), align=size)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64, types.int64), generate
+
+    return turn
+
+
+for _name in _STORED:
+    globals()[f"turn_{_name}"] = _turner(_name)
+    globals()[f"load_{_name}"] = _loader(_name, apart=True)
+    globals()[f"store_{_name}"] = _storer(_name, apart=True)
+    # For scratch memory, which is read back.
+    globals()[f"get_{_name}"] = _loader(_name, apart=False)
+    globals()[f"put_{_name}"] = _storer(_name, apart=False)
+
+
+@intrinsic
+def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
+    """a b + c, rounded once."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.fma(*args)
+
+    return a(a, a, a), generate
+
+
+def _bits(source: Any, target: Any, stored: ir.Type) -> Any:
+    @intrinsic
+    def bits(typing_context: Any, value: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            return builder.bitcast(args[0], stored)
+
+        return target(source), generate
+
+    return bits
+
+
+bits_of_float32 = _bits(types.float32, types.int32, _I32)
+bits_of_float64 = _bits(types.float64, types.int64, _I64)
+float32_of_bits = _bits(types.int32, types.float32, _F32)
+float64_of_bits = _bits(types.int64, types.float64, _F64)
+
+
+def _rounder(name: str) -> Any:
+    @intrinsic
+    def rounded(typing_context: Any, x: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            kind = args[0].type
+            function = builder.module.declare_intrinsic(f"llvm.{name}", [kind])
+            return builder.call(function, args)
+
+        return x(x), generate
+
+    return rounded
+
+
+floor, ceil, trunc, rint = (_rounder(name) for name in ("floor", "ceil", "trunc", "rint"))

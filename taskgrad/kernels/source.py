@@ -1,0 +1,171 @@
+"""The source of a kernel: one loop over tensors of any strides.
+
+A kernel goes over **items**: blocks of a few thousand elements, so that any number of threads can
+share them. The innermost dimension is the columns, the next one the rows. How an operand's memory
+lies along the columns is part of the source, by a letter, so that LLVM knows it:
+
+====== =======================================================================================
+letter meaning
+====== =======================================================================================
+u      unit stride: neighbours in memory
+z      zero stride: one element for the whole row, read once
+s      some other stride
+t      unit stride along the rows: a block is first turned round in scratch memory
+====== =======================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from taskgrad.kernels.body import Body, cast
+from taskgrad.kernels.dtypes import SIZES, Kind
+from taskgrad.kernels.formula import Formula
+
+# The numbers that a layout passes to a kernel, in this order, before sizes and strides.
+HEADER = ("depth", "rows", "cols", "row_block", "col_block", "row_blocks", "col_blocks")
+# Elements of scratch memory: for a block that is turned round, with rows that do not fall on the
+# same cache lines.
+TILE = 128
+TILE_STRIDE = 136
+BLOCK = 1024  # elements, where none is turned round
+
+HEAD = '''\
+"""{title}
+
+Written by taskgrad; delete it whenever you like.
+"""
+
+import math
+
+import numpy as np
+from numba import njit
+from numpy import float32, float64, inf, int8, int16, int32, int64, nan, uint8
+
+from taskgrad.kernels import machine as m
+from taskgrad.kernels import scalar_math as s
+
+
+'''
+
+
+def elementwise_source(
+    formula: Formula,
+    body: Body,
+    kinds: Sequence[Kind],
+    stored: Sequence[str],
+    results: Sequence[str],
+    letters: str,
+    title: str,
+) -> str:
+    """A module with the function ``kernel``.
+
+    Parameters
+    ----------
+    formula, body, kinds
+        What is computed.
+    stored, results : sequence of str
+        The dtypes of the input tensors and of the output tensors.
+    letters : str
+        One for each of them: how it lies along the columns.
+    title : str
+        For the head of the module.
+    """
+    count, out = formula.arity, len(results)
+    addresses = [f"p{k}" for k in range(count + out)]
+    sizes = [SIZES[name] for name in (*stored, *results)]
+    lines = [f"def kernel(meta, scratch, start, stop, {', '.join(addresses)}):"]
+    for i, name in enumerate(HEADER):
+        lines.append(f"    {name} = m.load_int64(meta, {i})")
+    for k in range(count + out):
+        lines.append(f"    rs{k} = m.load_int64(meta, {len(HEADER) + k})")
+        lines.append(f"    cs{k} = m.load_int64(meta, {len(HEADER) + count + out + k})")
+    base, step = len(HEADER) + 2 * (count + out), 1 + count + out
+    lines += [
+        "    for item in range(start, stop):",
+        "        rest = item // col_blocks",
+        "        c0 = (item - rest * col_blocks) * col_block",
+        "        r0 = rest % row_blocks * row_block",
+        "        rest = rest // row_blocks",
+        "        n = min(col_block, cols - c0)",
+        "        r1 = min(rows, r0 + row_block)",
+    ]
+    lines += [
+        f"        q{k} = p{k} + (r0 * rs{k} + c0 * cs{k}) * {sizes[k]}" for k in range(count + out)
+    ]
+    lines += [
+        "        for d in range(depth):",
+        f"            at = {base} + d * {step}",
+        "            size = m.load_int64(meta, at)",
+        "            k = rest % size",
+        "            rest = rest // size",
+    ]
+    lines += [
+        f"            q{k} += k * m.load_int64(meta, at + {k + 1}) * {sizes[k]}"
+        for k in range(count + out)
+    ]
+    lines += _turned_round(stored, letters)
+    lines += ["        for r in range(r1 - r0):"]
+    for k in range(count + out):
+        lines.append(f"            o{k} = q{k} + r * rs{k} * {sizes[k]}")
+    if "t" in letters:
+        for slot, k in enumerate(_turned(letters)):
+            lines.append(
+                f"            o{k} = scratch + {slot_size() * slot} + r * {TILE_STRIDE * 8}"
+            )
+    arguments = [_argument(k, name, kinds[k], letters[k]) for k, name in enumerate(stored)]
+    lines += [
+        f"            {text}"
+        for text, letter in zip(arguments, letters, strict=False)
+        if letter == "z"
+    ]
+    lines += ["            for i in range(n):"]
+    lines += [
+        f"                {text}"
+        for text, letter in zip(arguments, letters, strict=False)
+        if letter != "z"
+    ]
+    lines += [f"                {line}" for line in body.lines()]
+    for k, name in enumerate(results):
+        index = "i" if letters[count + k] == "u" else f"i * cs{count + k}"
+        lines.append(
+            f"                m.store_{name}(o{count + k}, {index}, {body.result(k, name)})"
+        )
+    return HEAD.format(title=title) + "\n".join(lines) + "\n"
+
+
+def slot_size() -> int:
+    """Bytes of scratch memory for one operand."""
+    return TILE * TILE_STRIDE * 8
+
+
+def _turned(letters: str) -> list[int]:
+    return [k for k, letter in enumerate(letters) if letter == "t"]
+
+
+def _turned_round(stored: Sequence[str], letters: str) -> list[str]:
+    """Copy blocks of operands that lie along the rows, reading them as they lie."""
+    lines = []
+    for slot, k in enumerate(_turned(letters)):
+        name, size, width = stored[k], SIZES[stored[k]], TILE_STRIDE * 8
+        place = slot_size() * slot
+        lines += [
+            "        tall, wide = (r1 - r0) // 8 * 8, n // 8 * 8",
+            "        for c in range(0, wide, 8):",
+            "            for r in range(0, tall, 8):",
+            f"                o{k} = q{k} + (c * cs{k} + r) * {size}",
+            f"                w{k} = scratch + {place} + r * {width} + c * {size}",
+            f"                m.turn_{name}(o{k}, cs{k} * {size}, w{k}, {width})",
+            "        for c in range(n):",
+            f"            o{k} = q{k} + c * cs{k} * {size}",
+            f"            w{k} = scratch + {place} + c * {size}",
+            "            for r in range(tall if c < wide else 0, r1 - r0):",
+            f"                m.put_{name}(w{k}, r * {width // size}, m.load_{name}(o{k}, r))",
+        ]
+    return lines
+
+
+def _argument(k: int, stored: str, kind: Kind, letter: str) -> str:
+    index = {"u": "i", "z": "0", "s": f"i * cs{k}", "t": "i"}[letter]
+    value = f"m.load_{stored}(o{k}, {index})"
+    return f"a{k} = {cast(value, Kind(stored).computed, kind.computed)}"
