@@ -8,6 +8,7 @@ import threading
 import time
 from functools import partial
 
+import dask
 import pytest
 import torch
 import torch.nn.functional as F
@@ -170,6 +171,33 @@ def test_a_batch_of_another_shape_names_the_layer(client):
     with pytest.raises(tg.LayerError, match="layer '0'.*microbatch 0 of step 0"):
         trainer.step(torch.randn(4, 3, 8, 8), Y[:4]).item()
     assert trainer.step(X, Y).item() > 0
+
+
+def test_thunks_of_another_client_are_refused(client, four):
+    chain = tg.GraphChain(ConvNet(), client=client, placement=STAGES)
+    trainer = tg.Trainer(chain, F.cross_entropy, ADAMW)
+    with four.as_current():
+        x, y = tg.spawn(torch.clone, X, worker=0), tg.spawn(torch.clone, Y, worker=0)
+    with pytest.raises(tg.TaskgradError, match="a thunk of another client"):
+        trainer.step(x, y)
+
+
+def test_a_worker_that_only_holds_the_batch_dies(fresh):
+    client = fresh(n_workers=3)
+    chain = tg.GraphChain(ConvNet(), client=client, placement=STAGES)
+    trainer = tg.Trainer(chain, F.cross_entropy, ADAMW)
+    x, y = tg.spawn(late, X, worker=2), tg.spawn(torch.clone, Y, worker=2)
+    loss = trainer.step(x, y)
+    with dask.config.set({"taskgrad.worker-deadline": "2s"}):
+        client.cluster.scale(2)  # the newest goes
+        with pytest.raises(tg.WorkerLostError, match="worker 2"):
+            loss.item()
+    assert trainer.step(X, Y).item() > 0
+
+
+def late(x):
+    time.sleep(8)
+    return x
 
 
 ok = [(X, Y)]

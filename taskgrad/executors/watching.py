@@ -29,16 +29,21 @@ _ANSWER = 30
 
 
 def wait_for(
-    targets: Sequence[Node], session: Session, *, seconds: float | None = None
+    targets: Sequence[Node],
+    session: Session,
+    *,
+    behind: Sequence[Node] = (),
+    seconds: float | None = None,
 ) -> BaseException | None:
     """Wait until all have run, or one cannot; returns the error, or None.
 
-    With `seconds`, a TimeoutError after so long.
+    `behind` are nodes that the targets need and of which nobody holds the futures: their workers
+    are watched too. With `seconds`, a TimeoutError after so long.
     """
     end = math.inf if seconds is None else time.monotonic() + seconds
     futures = [n.result for n in targets if isinstance(n.result, Future)]
     settled = waiting.all_of(session.client, futures)
-    watch = _Watch(targets, session)
+    watch = _Watch(targets, session, behind)
     try:
         while not settled.done(min(_LOOK, max(0.0, end - time.monotonic()))):
             error = watch.look()
@@ -98,8 +103,11 @@ def failure(node: Node) -> BaseException | None:
 class _Watch:
     """One wait's looks at what it waits for, and since when a worker is out of order."""
 
-    def __init__(self, targets: Sequence[Node], session: Session) -> None:
+    def __init__(
+        self, targets: Sequence[Node], session: Session, behind: Sequence[Node] = ()
+    ) -> None:
         self._targets = targets
+        self._behind = behind
         self._session = session
         self._since: dict[str, float] = {}
 
@@ -113,7 +121,7 @@ class _Watch:
         return failed or self._worker_out_of_order()
 
     def _worker_out_of_order(self) -> WorkerLostError | None:
-        unfinished = sorted(_unfinished(self._targets), key=lambda n: n.order)
+        unfinished = sorted({*_unfinished(self._targets), *self._behind}, key=lambda n: n.order)
         pins = {n.worker for n in unfinished if n.worker is not None}
         trouble = self._session.out_of_order(pins)
         now = time.monotonic()

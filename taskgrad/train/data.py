@@ -8,7 +8,9 @@ from typing import Any
 
 from dask.base import is_dask_collection
 from dask.delayed import Delayed, delayed
+from distributed import Client
 
+from taskgrad.errors import TaskgradError
 from taskgrad.graph.nodes import Foreign, Leaf, Node
 from taskgrad.graph.pytree import describe, flatten, tensors
 from taskgrad.graph.slices import Dims, Share, Slice, as_tensors, batch_size, cut
@@ -42,6 +44,7 @@ class Cutter:
     and `last` are the workers that take inputs and targets.
     """
 
+    client: Client
     microbatches: int
     in_dims: Dims
     target_dims: Dims
@@ -57,7 +60,17 @@ class Cutter:
         ------
         ValueError
             The two differ in their number of samples, or have none.
+        TaskgradError
+            There are thunks of another client.
         """
+        for leaf in [*flatten(x)[0], *flatten(y)[0]]:
+            owner = leaf._session if isinstance(leaf, Thunk) else None
+            if owner is not None and owner.client is not self.client:
+                raise TaskgradError(
+                    f"{leaf!r} is a thunk of another client than the trainer's chain, and so of "
+                    "other workers. Make it while the chain's client is the current one "
+                    "(with client.as_current(): ...)"
+                )
         there = [_on_workers(value) for value in (x, y)]
         if any(there):
             if not all(there):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,8 @@ class Step:
     number: int
     report: Node
     last: dict[Stage, Node]
+    elsewhere: list[Node] = field(default_factory=list)
+    """What runs on workers that have no stage: calls behind the batch."""
 
     @property
     def targets(self) -> list[Node]:
@@ -53,8 +55,11 @@ class Step:
 
     def let_go(self) -> None:
         """Drop what was only needed to submit it: the graph, and with it the steps before."""
+        stages = {stage.worker for stage in self.last}
         for node in ancestors(self.targets):
             node.awaits = ()
+            if node.worker is not None and node.worker not in stages:
+                self.elsewhere.append(node)
         for node in self.targets:
             if isinstance(node, StageCall):
                 node.after = ()

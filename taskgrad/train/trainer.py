@@ -190,6 +190,7 @@ class Trainer(Resumable):
         self._broken: BaseException | None = None
         workers = [row.worker for row in chain.placement]
         self._cutter = Cutter(
+            chain._session.client,
             microbatches,
             in_dims,
             target_dims,
@@ -239,6 +240,8 @@ class Trainer(Resumable):
         ------
         ValueError
             The batch is empty, or inputs and targets do not fit together; nothing is submitted.
+        TaskgradError
+            The batch has thunks of another client.
         LayerError
             A layer or the loss raised, in this step or one before that was not read: the message
             names layer, microbatch and worker. The trainer is as it was before that step.
@@ -285,10 +288,11 @@ class Trainer(Resumable):
         while not loss.done:
             first = self._running[0]
             try:
-                error = wait_for(first.made.targets, self.chain._session)
+                made = first.made
+                error = wait_for(made.targets, self.chain._session, behind=made.elsewhere)
                 if error is not None:
                     raise error
-                [report] = values_of([first.made.report], self.chain._session)
+                [report] = values_of([made.report], self.chain._session)
             except BaseException as error:
                 self._give_up(error)
                 raise
