@@ -13,7 +13,7 @@ from typing import Any
 import dask
 import pytest
 import torch
-from distributed import Client, LocalCluster, Worker, wait
+from distributed import Client, LocalCluster, Worker
 from distributed.utils import open_port
 
 from conftest import wait_until
@@ -286,7 +286,7 @@ def test_on_another_kind_of_cluster(config, options):
         before = borrowed(client)[b]
         # Where workers spill, each goes to disk while another comes from there to be sent.
         there = [client.submit(maker, seed, workers=[a], pure=False) for seed in range(6)]
-        wait(there)
+        assert wait_until(lambda: all(t.done() for t in there), 60)
         for seed, t in enumerate(there):
             same = client.submit(equal, t, seed, maker, workers=[b], pure=False)
             assert same.result(timeout=30)
