@@ -99,9 +99,9 @@ class Session:
         check_open(self.client)
         # Not client.scheduler_info(): the client's own refresh, which leaves the workers out, can
         # come between its question and its answer.
-        ask = self.client.scheduler.identity
+        scheduler: Any = self.client.scheduler
         try:
-            self._last_info = self.client.sync(ask, n_workers=-1)["workers"]
+            self._last_info = self.client.sync(scheduler.identity, n_workers=-1)["workers"]
         except OSError:  # the connection is lost, which the client is about to find out
             return self._last_info
         self.names |= {address: w.get("name", address) for address, w in self._last_info.items()}
