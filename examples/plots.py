@@ -1,4 +1,4 @@
-"""The two pictures of a training: its loss, and what the network says of some test images."""
+"""The pictures of a training: its loss, and what the network says of some test images."""
 
 from __future__ import annotations
 
@@ -31,6 +31,19 @@ def plot_loss(losses: Sequence[float], accuracies: Sequence[float], path: Path) 
     right.plot(range(1, len(accuracies) + 1), accuracies, "o-", color="tab:orange", markersize=4)
     right.set_ylabel("test accuracy (%)", color="tab:orange")
     right.set_title(f"test accuracy {accuracies[-1]:.1f} %")
+    figure.savefig(path, dpi=120)
+
+
+def plot_rounds(
+    losses: Sequence[float], validation_losses: Sequence[float], steps: int, path: Path
+) -> None:
+    """Training and validation loss after rounds of so many steps."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    done = [steps * (i + 1) for i in range(len(losses))]
+    axes.plot(done, losses, "o-", color="tab:blue", label="training, mean of the round")
+    axes.plot(done, validation_losses, "o-", color="tab:orange", label="validation")
+    axes.set(xlabel="step", ylabel="loss", title=f"validation loss {validation_losses[-1]:.2f}")
+    axes.legend()
     figure.savefig(path, dpi=120)
 
 

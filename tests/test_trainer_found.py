@@ -73,3 +73,15 @@ def test_a_scheduler_that_has_no_more_steps(client):
     assert trainer.steps == 3
     after = chain.state_dict()
     assert not any(torch.equal(before[name], after[name]) for name in before)  # on both workers
+
+
+def test_a_message_to_a_worker_that_closes(fresh):
+    """It ended the worker's stream with a KeyError."""
+    client = fresh(n_workers=1)
+    tg.GraphChain(nn.Linear(1, 1), client=client)
+
+    def close_and_tell(dask_worker):
+        dask_worker.plugins["taskgrad"].teardown(dask_worker)
+        dask_worker.stream_handlers["taskgrad-release"](keys=["of a task"])
+
+    client.run(close_and_tell)

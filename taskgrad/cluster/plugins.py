@@ -92,11 +92,15 @@ class StorePlugin(WorkerPlugin):
         """Called when the worker closes."""
         _change(worker, Settings())
         self._reporter.stop()
-        worker.stream_handlers.pop(_RELEASE, None)
-        worker.stream_handlers.pop(_SETTINGS, None)
+        # Messages may still be on their way to a worker that closes.
+        worker.stream_handlers[_RELEASE] = worker.stream_handlers[_SETTINGS] = _ignore
         for name in (*_METRICS, _BORROWED):
             worker.metrics.pop(f"{NAME}_{name}", None)
         _stores.pop(worker, None)
+
+
+def _ignore(**message: Any) -> None:
+    pass
 
 
 def _change(worker: Worker, settings: Settings) -> None:
