@@ -136,6 +136,8 @@ def _training(stage: ResidentStage) -> Training:
 def begin(stage: ResidentStage, step: int) -> None:
     """Put aside what the step will write before it commits: buffers, and gradients so far."""
     training = _training(stage)
+    if training.begun == step:  # Dask runs this again; what was put aside is from before the step
+        return
     training.begun = step
     training.began_at = time.time()
     training.busy = 0.0
