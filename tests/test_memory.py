@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 import time
 
 import dask
@@ -50,6 +52,37 @@ def test_memory_is_among_the_workers_metrics(client):
     assert wait_until(lambda: reported() == 40_000)
     del chain
     assert wait_until(lambda: reported() == 0)
+
+
+LOOKING = """
+import sys, threading, time, torch
+from torch import nn
+from taskgrad.graph.pytree import flatten
+from taskgrad.worker.backward import Backward
+from taskgrad.worker.sizes import total_bytes
+from taskgrad.worker.store import Store, Tape
+
+sys.setswitchinterval(1e-5)
+store, net = Store("here"), nn.Sequential(*[nn.Linear(16, 16), nn.Tanh()] * 60)
+
+def look():
+    while True:
+        total_bytes(store.entries())
+
+threading.Thread(target=look, daemon=True).start()
+for i in range(500):
+    x = torch.randn(8, 16, requires_grad=True)
+    leaves, structure = flatten(net(x).sum())
+    store.put("f", Tape("t", [[x]], [flatten(x)[1]], leaves, structure, {}, None))
+    time.sleep(0.001)  # somebody looks
+    Backward("b", "f", "t", (None,), (0,), retain=False).run(store)
+"""
+
+
+def test_a_tape_can_be_looked_at_while_its_backward_runs():
+    """As the metrics do, in the worker's event loop. Without the tape's lock: a segfault."""
+    done = subprocess.run([sys.executable, "-c", LOOKING], timeout=200, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,8 @@ class Backward:
             seeds = self._sum(tape, store.address, values)
             slots = {i: tape.inputs[i] for i in self.wanted}
             try:
-                found, parameters = _differentiate(tape, seeds, slots, self.retain)
+                with tape.lock:
+                    found, parameters = _differentiate(tape, seeds, slots, self.retain)
             except LayerError:
                 raise
             except Exception as error:

@@ -67,9 +67,20 @@ def tape_bytes(tape: Tape) -> int:
     """What one tape keeps: inputs, outputs, and what autograd saved between them.
 
     Of a tape with layers that run again in the backward, only the inputs and outputs are counted.
+    One whose backward is under way counts as nothing, unless it was counted before.
     """
     if tape.nbytes is not None:
         return tape.nbytes
+    if not tape.lock.acquire(blocking=False):
+        return 0
+    try:
+        tape.nbytes = _kept_bytes(tape)
+    finally:
+        tape.lock.release()
+    return tape.nbytes
+
+
+def _kept_bytes(tape: Tape) -> int:
     kept = storages(t for leaves in tape.inputs for t in leaves)
     kept |= storages(tape.outputs)
     if not tape.recomputes:
@@ -77,8 +88,7 @@ def tape_bytes(tape: Tape) -> int:
     if tape.stage is not None:
         for address in storages(tape.stage.parameters.values()):
             kept.pop(address, None)
-    tape.nbytes = sum(kept.values())
-    return tape.nbytes
+    return sum(kept.values())
 
 
 def _saved(outputs: Iterable[Any]) -> Iterator[torch.Tensor]:
@@ -98,7 +108,7 @@ def _saved(outputs: Iterable[Any]) -> Iterator[torch.Tensor]:
                 continue
             try:
                 value = getattr(node, name)
-            except RuntimeError:  # freed meanwhile: a backward is under way
+            except RuntimeError:  # freed by a backward
                 continue
             yield from value if isinstance(value, tuple | list) else [value]
 

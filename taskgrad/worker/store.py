@@ -64,6 +64,9 @@ class Tape:
     stage: ResidentStage | None
     recomputes: bool = False  # looking at what autograd saved would run layers again
     nbytes: int | None = None  # once somebody has counted them
+    # Held by a backward, and by who looks at what autograd saved: autograd frees it as it goes,
+    # without Python's own lock, and whoever reads it meanwhile takes the process down.
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 @contextmanager
