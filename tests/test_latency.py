@@ -167,17 +167,17 @@ def test_a_setting_that_makes_no_sense_is_named(key, value):
 
 
 def test_settings_from_the_config():
-    assert Settings.from_config() == Settings(latency=0.0, allocator=True)
+    assert Settings.from_config() == Settings(latency=0.0, allocator=True, pause=0.93)
     with dask.config.set({"taskgrad.latency.interval": 3}):
-        assert Settings.from_config() == Settings(latency=0.003, allocator=True)
+        assert Settings.from_config() == Settings(latency=0.003, allocator=True, pause=0.93)
 
 
 def test_settings_when_the_defaults_were_loaded_inside_a_with():
     before = dask.config.config.pop("taskgrad")
     try:
         with dask.config.set({"taskgrad.allocator.enabled": False}):
-            assert Settings.from_config() == Settings(latency=0.0, allocator=False)
-        assert Settings.from_config() == Settings(latency=0.0, allocator=True)
+            assert Settings.from_config() == Settings(latency=0.0, allocator=False, pause=0.93)
+        assert Settings.from_config() == Settings(latency=0.0, allocator=True, pause=0.93)
     finally:
         dask.config.config["taskgrad"] = before
 

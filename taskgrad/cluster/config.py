@@ -26,6 +26,8 @@ class Settings:
     """Seconds for which messages are collected; None leaves it to Dask."""
     allocator: bool = False
     """Whether workers keep the memory that they free."""
+    pause: float | None = None
+    """From which part of its memory limit on a worker is paused; None leaves it to Dask."""
 
     @classmethod
     def from_config(cls) -> Settings:
@@ -40,6 +42,7 @@ class Settings:
         return cls(
             latency=_duration("taskgrad.latency.interval") if fast else None,
             allocator=_flag("taskgrad.allocator.enabled"),
+            pause=_fraction("taskgrad.pause"),
         )
 
     def message(self) -> dict[str, Any]:
@@ -80,6 +83,7 @@ def together(wishes: Iterable[Settings]) -> Settings:
     return Settings(
         latency=min((w.latency for w in wishes if w.latency is not None), default=None),
         allocator=any(w.allocator for w in wishes),
+        pause=max((w.pause for w in wishes if w.pause is not None), default=None),
     )
 
 
@@ -94,6 +98,15 @@ def _flag(key: str) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"the Dask setting {key!r} is true or false; got {value!r}")
     return value
+
+
+def _fraction(key: str) -> float | None:
+    value = _get(key)
+    if value is None or value is False:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"the Dask setting {key!r} is a number up to 1, or false; got {value!r}")
+    return float(value)
 
 
 def _duration(key: str) -> float:

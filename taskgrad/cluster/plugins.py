@@ -18,7 +18,7 @@ from distributed import Scheduler, Worker
 from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
 from distributed.scheduler import TaskState
 
-from taskgrad.cluster import allocator, latency
+from taskgrad.cluster import allocator, latency, pausing
 from taskgrad.cluster import serialize as _serialize  # noqa: F401  registers the tensor family
 from taskgrad.cluster.config import Settings, Users
 from taskgrad.worker.sizes import Held, total_bytes
@@ -38,7 +38,7 @@ _stores: weakref.WeakKeyDictionary[Worker, Store] = weakref.WeakKeyDictionary()
 
 def store_of(worker: Worker) -> Store:
     """This worker's store. A process may hold several workers, each with its own."""
-    return _stores.setdefault(worker, Store(worker.address))
+    return _stores.setdefault(worker, Store(worker.address, worker.local_directory))
 
 
 _METRICS = tuple(field.name for field in fields(Held))
@@ -87,6 +87,10 @@ def _change(worker: Worker, settings: Settings) -> None:
         allocator.apply(worker)
     else:
         allocator.restore(worker)
+    if settings.pause is not None:
+        pausing.apply(worker, settings.pause)
+    else:
+        pausing.restore(worker)
 
 
 class SchedulerSide(SchedulerPlugin):

@@ -16,7 +16,7 @@ from taskgrad.cluster import latency
 from taskgrad.cluster.config import Settings
 from taskgrad.cluster.local import local_cluster
 from taskgrad.cluster.plugins import JOIN, SchedulerSide, StorePlugin
-from taskgrad.cluster.tasks import store_id
+from taskgrad.cluster.tasks import memory, store_id
 from taskgrad.errors import ClusterMismatchError, PlacementError, TaskgradError
 
 logger = logging.getLogger("taskgrad")
@@ -71,9 +71,10 @@ class Session:
         found: dict[str, str] = self.client.run(store_id, workers=addresses)
         return found
 
-    def memory_limits(self) -> dict[str, int]:
-        """The memory limit of each worker in bytes, by address; 0 where it has none."""
-        return {address: w.get("memory_limit") or 0 for address, w in self._info().items()}
+    def memory(self, addresses: list[str]) -> dict[str, tuple[int, int] | None]:
+        """Bytes that each of these workers uses now, and may use; None where it has no limit."""
+        found: dict[str, tuple[int, int] | None] = self.client.run(memory, workers=addresses)
+        return found
 
     def out_of_order(self, addresses: set[str]) -> dict[str, str]:
         """Which of these workers run nothing that is pinned to them, and why: "gone" or "paused".

@@ -7,9 +7,13 @@ from typing import Any
 
 from distributed import get_worker
 
+from taskgrad.cluster import allocator, internals
 from taskgrad.cluster.plugins import store_of
 from taskgrad.cluster.travel import refuse_untravelable
 from taskgrad.worker.store import Store
+
+# Where Dask's nanny restarts a worker, by default.
+_TERMINATE = 0.95
 
 
 def _store() -> Store:
@@ -35,6 +39,23 @@ def run_action(payload: bytes, *values: Any) -> Any:
 def store_id(dask_worker: Any = None) -> str:
     """Which store a worker has: for ``client.run(taskgrad.cluster.tasks.store_id)``."""
     return store_of(dask_worker).id
+
+
+def memory(dask_worker: Any = None) -> tuple[int, int] | None:
+    """Bytes that a worker's process uses, and may use: for ``client.run``.
+
+    What an optimizer loads with it, which is more than 100 MB, is loaded first; memory that is free
+    and kept is given back. None for a worker without a limit.
+    """
+    import torch._dynamo  # noqa: F401
+
+    limit = internals.memory_limit(dask_worker)
+    allocator.give_back()
+    used = internals.memory_used(dask_worker)
+    if limit is None or used is None:
+        return None
+    fraction = min(internals.pause_fraction(dask_worker) or _TERMINATE, _TERMINATE)
+    return used, int(fraction * limit)
 
 
 def held(dask_worker: Any = None) -> dict[str, int]:

@@ -23,9 +23,9 @@ from taskgrad.train.data import Cutter
 from taskgrad.train.factories import (
     OptimizerFactory,
     adds_up,
+    example_of,
     packed_loss,
     parameter_groups,
-    state_per_parameter,
 )
 from taskgrad.train.loss import StepLoss
 from taskgrad.train.memory import check_fits
@@ -152,12 +152,12 @@ class Trainer(Resumable):
                 "lr_scheduler is what makes a scheduler from an optimizer on each worker, as "
                 f"functools.partial(StepLR, step_size=1); got {type(lr_scheduler).__name__}"
             )
-        kept = state_per_parameter(optimizer)
+        example_of(optimizer)
         loss, loss_kind = packed_loss(loss_fn)
         trainable = [n for n, info in chain.named_parameters_info() if info.requires_grad]
         if not trainable:
             raise ValueError("the chain has no trainable parameters: all of them are frozen")
-        check_fits(chain, kept)
+        spilling = check_fits(chain, optimizer, microbatches, accumulate)
         self.chain = chain
         self.callbacks = tuple(callbacks)
         self.steps = 0
@@ -198,9 +198,9 @@ class Trainer(Resumable):
             last=workers[-1],
             loss_kind=loss_kind,
         )
-        self._start(loss.data, loss.tensors)
+        self._start(loss.data, loss.tensors, spilling)
 
-    def _start(self, data: bytes, tensors: list[torch.Tensor]) -> None:
+    def _start(self, data: bytes, tensors: list[torch.Tensor], spilling: set[str]) -> None:
         """Make optimizers and schedulers on the workers, and send the loss to the last stage."""
         chain = self.chain
         calls = []
@@ -212,6 +212,7 @@ class Trainer(Resumable):
                 "names": [n for n in self._settings.order if n in mine],
                 "groups": groups,
                 "done": self.steps,
+                "spill": stage.worker in spilling,
             }
             calls.append(self._on(stage, "start", arguments))
         last = chain._stages[self._cutter.last]

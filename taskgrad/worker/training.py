@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from taskgrad.graph import pack
+from taskgrad.worker.spilling import SpilledState
 from taskgrad.worker.store import ResidentStage, Store
 
 # As torch.amp.GradScaler.
@@ -50,6 +51,7 @@ class Training:
     names: list[str]
     scheduler: Any = None
     scaler: Scaler | None = None
+    spilled: SpilledState | None = None  # where the optimizer's state is, if not in memory
     done: int = 0
     begun: int | None = None
     buffers: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -85,12 +87,18 @@ def start(
     scheduler: Callable[..., Any] | None,
     scaled: bool,
     done: int,
+    spill: bool,
 ) -> None:
-    """Make the stage's optimizer and scheduler, over the parameters of these groups."""
+    """Make the stage's optimizer and scheduler, over the parameters of these groups.
+
+    With `spill` the optimizer's state lies in files.
+    """
     stage = store.stage(token)
     with stage.lock:
         training = Training(names, scaler=Scaler() if scaled else None, done=done)
         stage.optimizer = None
+        if spill:
+            training.spilled = SpilledState(store.folder)
         if names:
             parameters: list[Any] = [
                 {"params": [stage.parameters[name] for name in members], **options}
@@ -176,7 +184,10 @@ def commit(
                 total = total_norm(summaries, order) if clip_norm is not None else None
                 if finite and stage.optimizer is not None:
                     _clip(stage, training.names, clip_norm, clip_value, total)
-                    stage.optimizer.step()
+                    if training.spilled is not None:
+                        training.spilled.step(stage.optimizer)
+                    else:
+                        stage.optimizer.step()
                 if training.scaler is not None:
                     training.scaler.update(finite)
                 if training.scheduler is not None:
