@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,12 +13,13 @@ from torch import nn
 
 from taskgrad.cluster.session import WorkerSpec, session
 from taskgrad.executors.futures import run, values_of
+from taskgrad.executors.installing import install
 from taskgrad.executors.placing import check_picklable, place
 from taskgrad.graph import pack
+from taskgrad.graph.hollow import from_factory, makings
 from taskgrad.graph.layers import (
     Branches,
     Layer,
-    Model,
     ParameterInfo,
     Path,
     flatten_model,
@@ -28,6 +30,7 @@ from taskgrad.graph.layers import (
 from taskgrad.graph.nodes import Call, ChainRef, Leaf, Node, Stage, StageCall, new_key
 from taskgrad.graph.pytree import Slot
 from taskgrad.graph.reads import StoredGrad
+from taskgrad.graph.weights import find_weights
 from taskgrad.plan.drawing import call_graph, html
 from taskgrad.plan.table import MemoryRow, PlacementRow, Table
 from taskgrad.thunk import Inputs, Lazy, Thunk
@@ -60,10 +63,12 @@ class GraphChain(Lazy):
 
     Parameters
     ----------
-    model : nn.Module
+    model : nn.Module or callable
         An ``nn.Sequential`` (nested ones are flattened, names kept) with `Parallel` layers wherever
         a value branches; any other module is one layer. It is copied: the chain does not change it
-        and keeps nothing of it on the driver but names and shapes.
+        and keeps nothing of it on the driver but names and shapes. Or a function that makes it,
+        which is called under ``torch.device("meta")``: what is on the meta device gets its values
+        on its worker, from ``weights`` or from the ``reset_parameters`` of each module.
     client : distributed.Client, optional
         By default the current client; with none, a local cluster is started.
     placement : None, "round_robin" or sequence, optional
@@ -73,13 +78,22 @@ class GraphChain(Lazy):
     device : str, optional
         Torch device of the layers on each worker; by default the kind that the model is on. A bare
         ``"cuda"`` is the first that each worker sees.
+    weights : path, optional
+        Files that the workers read parameters and persistent buffers from: as `load_state_dict`
+        takes them, on a filesystem that all of them share with the driver.
+    seed : int
+        Of the values that modules on the meta device are given. A module draws from a stream that
+        is fixed by the seed and its name, wherever it is.
 
     Raises
     ------
     TypeError
         `model` is not an ``nn.Module``, or a layer cannot be pickled (the message names it).
     ValueError
-        The model has no layers, or parameters that are uninitialized.
+        The model has no layers, or parameters that are uninitialized; or a module on the meta
+        device has no ``reset_parameters`` and no weights.
+    CheckpointError
+        The weights are another model's, or cannot be read.
     PlacementError
         The placement has the wrong length or names a worker that is not there.
     ClusterMismatchError
@@ -100,13 +114,18 @@ class GraphChain(Lazy):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Callable[[], nn.Module],
         *,
         client: Client | None = None,
         placement: Literal["round_robin"] | Sequence[WorkerSpec] | None = None,
         device: str | torch.device | None = None,
+        weights: str | os.PathLike[str] | None = None,
+        seed: int = 0,
     ) -> None:
-        flat = flatten_model(model)
+        module = from_factory(model)
+        flat = flatten_model(module)
+        stored = None if weights is None else find_weights(weights)
+        made_there = makings(flat, stored)
         check_picklable(flat)
         self._session = session(client)
         workers = place(flat, placement, self._session)
@@ -117,7 +136,7 @@ class GraphChain(Lazy):
         # A layer that stands twice in the model, by the first place where it stands.
         first: dict[int, int] = {}
         self._same_as = [first.setdefault(id(m), i) for i, m in enumerate(flat.modules)]
-        self._title = type(model).__name__
+        self._title = type(module).__name__
         self._mode: bool | None = None
         self._stages: dict[str, Stage] = {}
         chain = ChainRef(self._title)
@@ -127,9 +146,10 @@ class GraphChain(Lazy):
         self._by_name = {layer.name: layer for layer in reversed(self._layers)}
         self._trainable = self._trainable_by_layer()
         if device is None:  # a model on a GPU here belongs on the workers' own GPUs
-            kinds = {info.device.type for info in self._tensors.values()} - {"cpu"}
+            kinds = {info.device.type for info in self._tensors.values()} - {"cpu", "meta"}
             device = next(iter(kinds), None)
-        devices = self._install(flat, None if device is None else str(device))
+        device = None if device is None else str(device)
+        devices = install(flat, self._stage_of, device, made_there, seed, self._session)
         sizes = self._sizes()
         self.placement = Table(
             PlacementRow,
@@ -141,40 +161,6 @@ class GraphChain(Lazy):
         """Which layer is on which worker: rows that print as a table."""
 
     # -- construction ------------------------------------------------------------------------------
-
-    def _install(self, flat: Model, device: str | None) -> dict[str, str]:
-        """Send every stage to its worker; returns the device that each ended up on."""
-        for info in self._tensors.values():
-            holders = [self._stage_of[owner_of(n, self._by_name).index] for n in info.names]
-            for stage in holders[1:]:
-                if stage is not holders[0]:
-                    stage.homes[info.name] = holders[0]
-        store_ids = self._session.store_ids(list(self._stages))
-        installs = []
-        for stage in self._stages.values():
-            here = [i for i, s in enumerate(self._stage_of) if s is stage]
-            names: dict[str, tuple[int, str]] = {}
-            for info in self._tensors.values():
-                for name in info.names:
-                    layer = owner_of(name, self._by_name)
-                    if not info.is_buffer and self._stage_of[layer.index] is stage:
-                        names.setdefault(info.name, (layer.index, local_name(name, layer)))
-            packed = pack.pack({i: flat.modules[i] for i in here})
-            arguments = {
-                "data": packed.data,
-                "names": names,
-                "device": device,
-                "store_id": store_ids[stage.worker],
-            }
-            tensors = Leaf(packed.tensors, needs_grad=False)
-            installs.append(
-                StageCall(stage, "install", arguments, key=stage.token, after=[tensors])
-            )
-        run(installs, self._session)
-        for call in installs:
-            call.stage.handle = call.result
-        places = values_of(installs, self._session)
-        return {c.stage.worker: place for c, place in zip(installs, places, strict=True)}
 
     def _sizes(self) -> dict[str, tuple[int, int]]:
         sizes: dict[str, tuple[int, int]] = {}

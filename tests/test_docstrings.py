@@ -11,7 +11,7 @@ import pytest
 import taskgrad as tg
 
 PUBLIC = ["chain", "cluster.local", "graph.parallel", "plan.placement", "thunk", "pullbacks"]
-CHECKPOINTS = ["graph.encoding", "graph.weights", "train.checkpoint"]
+CHECKPOINTS = ["graph.encoding", "graph.weights", "train.checkpoint", "worker.spilling"]
 PUBLIC += ["kernels.formula", "kernels.function", "kernels.module", "kernels.vectorized"]
 
 

@@ -75,8 +75,15 @@ class TestBeforeAnyTaskIsSubmitted:
             tg.GraphChain(nn.Sequential(nn.LazyLinear(3)), client=client)
 
     def test_meta_tensors(self, client):
-        with pytest.raises(ValueError, match=r"'0\.weight' is on the meta device"):
-            tg.GraphChain(nn.Sequential(nn.Linear(2, 2, device="meta")), client=client)
+        class Scale(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.by = nn.Parameter(torch.ones(2))
+
+        with torch.device("meta"):
+            model = nn.Sequential(nn.Linear(2, 2), Scale())
+        with pytest.raises(ValueError, match=r"'1\.by' of module '1' \(Scale\) is on the meta.*no"):
+            tg.GraphChain(model, client=client)
 
     def test_spawn_of_what_cannot_be_called_or_pickled(self):
         with pytest.raises(TypeError, match="spawn takes a function"):

@@ -75,7 +75,7 @@ from taskgrad.worker.sizes import total_bytes
 from taskgrad.worker.store import Store, Tape
 
 sys.setswitchinterval(1e-5)
-store, net = Store("here"), nn.Sequential(*[nn.Linear(16, 16), nn.Tanh()] * 60)
+store, net = Store("here", "."), nn.Sequential(*[nn.Linear(16, 16), nn.Tanh()] * 60)
 
 def look():
     while True:

@@ -115,6 +115,13 @@ def relieve(worker: Worker) -> bool:
     return True
 
 
+def give_back() -> None:
+    """Give all memory that is free and kept back to the system, where the C library is glibc."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
 def _relieve(worker: Worker) -> None:
     relieve(worker)
 

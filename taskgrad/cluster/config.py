@@ -28,6 +28,8 @@ class Settings:
     """Whether workers keep the memory that they free."""
     cross_memory: bool = False
     """Whether workers of one host read large tensors from each other's memory."""
+    pause: float | None = None
+    """From which part of its memory limit on a worker is paused; None leaves it to Dask."""
 
     @classmethod
     def from_config(cls) -> Settings:
@@ -43,6 +45,7 @@ class Settings:
             latency=_duration("taskgrad.latency.interval") if fast else None,
             allocator=_flag("taskgrad.allocator.enabled"),
             cross_memory=_flag("taskgrad.cross-memory.enabled"),
+            pause=_fraction("taskgrad.pause"),
         )
 
     def message(self) -> dict[str, Any]:
@@ -84,6 +87,7 @@ def together(wishes: Iterable[Settings]) -> Settings:
         latency=min((w.latency for w in wishes if w.latency is not None), default=None),
         allocator=any(w.allocator for w in wishes),
         cross_memory=any(w.cross_memory for w in wishes),
+        pause=max((w.pause for w in wishes if w.pause is not None), default=None),
     )
 
 
@@ -103,6 +107,15 @@ def _flag(key: str) -> bool:
 def deadline(name: str) -> float:
     """How many seconds the setting ``taskgrad.<name>-deadline`` allows."""
     return _duration(f"taskgrad.{name}-deadline", unit="s")
+
+
+def _fraction(key: str) -> float | None:
+    value = _get(key)
+    if value is None or value is False:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"the Dask setting {key!r} is a number up to 1, or false; got {value!r}")
+    return float(value)
 
 
 def _duration(key: str, unit: str = "ms") -> float:

@@ -120,6 +120,17 @@ def memory_used(worker: Worker) -> int | None:
     return int(measure()) if callable(measure) else None
 
 
+def pause_fraction(worker: Worker) -> float | None:
+    """The part of its memory limit from which on a worker is paused; None if it never is."""
+    found = getattr(getattr(worker, "memory_manager", None), "memory_pause_fraction", None)
+    return float(found) if isinstance(found, int | float) and found else None
+
+
+def set_pause_fraction(worker: Worker, fraction: float) -> None:
+    """Have a worker be paused from this part of its memory limit on."""
+    worker.memory_manager.memory_pause_fraction = fraction
+
+
 def threads(worker: Worker) -> int:
     """How many tasks a worker runs at a time."""
     count = getattr(getattr(worker, "state", None), "nthreads", None)

@@ -18,7 +18,7 @@ from distributed import Scheduler, Worker
 from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
 from distributed.scheduler import TaskState, WorkerState
 
-from taskgrad.cluster import allocator, latency, loans
+from taskgrad.cluster import allocator, latency, loans, pausing
 from taskgrad.cluster import serialize as _serialize  # noqa: F401  registers the tensor family
 from taskgrad.cluster.config import Settings, Users
 from taskgrad.cluster.retiring import Holders, Reporter
@@ -39,7 +39,7 @@ _stores: weakref.WeakKeyDictionary[Worker, Store] = weakref.WeakKeyDictionary()
 
 def store_of(worker: Worker) -> Store:
     """This worker's store. A process may hold several workers, each with its own."""
-    return _stores.setdefault(worker, Store(worker.address))
+    return _stores.setdefault(worker, Store(worker.address, worker.local_directory))
 
 
 _METRICS = tuple(field.name for field in fields(Held))
@@ -113,6 +113,10 @@ def _change(worker: Worker, settings: Settings) -> None:
         loans.apply(worker)
     else:
         loans.restore(worker)
+    if settings.pause is not None:
+        pausing.apply(worker, settings.pause)
+    else:
+        pausing.restore(worker)
 
 
 class SchedulerSide(SchedulerPlugin):

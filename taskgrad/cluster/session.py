@@ -15,7 +15,7 @@ from taskgrad.cluster import environment, latency, waiting
 from taskgrad.cluster.config import Settings
 from taskgrad.cluster.local import local_cluster
 from taskgrad.cluster.plugins import JOIN, SchedulerSide, StorePlugin
-from taskgrad.cluster.tasks import introduce
+from taskgrad.cluster.tasks import introduce, memory
 from taskgrad.errors import PlacementError, TaskgradError
 
 logger = logging.getLogger("taskgrad")
@@ -80,9 +80,13 @@ class Session:
         self._threads.add({address: threads for address, (_, threads) in found.items()})
         return {address: store for address, (store, _) in found.items()}
 
-    def memory_limits(self) -> dict[str, int]:
-        """The memory limit of each worker in bytes, by address; 0 where it has none."""
-        return {address: w.get("memory_limit") or 0 for address, w in self._info().items()}
+    def memory(self, addresses: list[str]) -> dict[str, tuple[int, int] | None]:
+        """Bytes that each of these workers uses now, and may use; None where it has no limit."""
+
+        async def ask() -> dict[str, tuple[int, int] | None]:
+            return await self.client.run(memory, workers=addresses)
+
+        return waiting.answer(self.client, ask, "how much memory they use")
 
     def out_of_order(self, addresses: set[str]) -> dict[str, str]:
         """Which of these workers run nothing that is pinned to them, and why: "gone" or "paused".

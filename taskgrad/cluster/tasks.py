@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from distributed import get_worker
 
+from taskgrad.cluster import allocator, internals
 from taskgrad.cluster.plugins import store_of
 from taskgrad.cluster.travel import refuse_untravelable
 from taskgrad.worker.store import Store
+
+# Where Dask's nanny restarts a worker, by default.
+_TERMINATE = 0.95
 
 
 def _store() -> Store:
@@ -38,6 +42,23 @@ def run_action(payload: bytes, *values: Any) -> Any:
 def introduce(dask_worker: Any = None) -> tuple[str, int]:
     """Which store a worker has, and how many threads torch uses there: for ``client.run``."""
     return store_of(dask_worker).id, torch.get_num_threads()
+
+
+def memory(dask_worker: Any = None) -> tuple[int, int] | None:
+    """Bytes that a worker's process uses, and may use: for ``client.run``.
+
+    What an optimizer loads with it, which is more than 100 MB, is loaded first; memory that is free
+    and kept is given back. None for a worker without a limit.
+    """
+    import torch._dynamo  # noqa: F401
+
+    limit = internals.memory_limit(dask_worker)
+    allocator.give_back()
+    used = internals.memory_used(dask_worker)
+    if limit is None or used is None:
+        return None
+    fraction = min(internals.pause_fraction(dask_worker) or _TERMINATE, _TERMINATE)
+    return used, int(fraction * limit)
 
 
 def held(dask_worker: Any = None) -> dict[str, int]:

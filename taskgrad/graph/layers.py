@@ -106,7 +106,7 @@ def flatten_model(model: nn.Module) -> Model:
     TypeError
         The model is not an ``nn.Module``.
     ValueError
-        There are no layers, or a parameter has no values: a lazy module never run, a meta tensor.
+        There are no layers, or a parameter has no shape yet: a lazy module never run.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -177,11 +177,6 @@ def _inventory(model: nn.Module, layers: list[Layer]) -> dict[str, ParameterInfo
             raise ValueError(
                 f"{name!r} is uninitialized (a lazy module): run the model once on a sample, "
                 "then make the chain"
-            )
-        if tensor.is_meta:
-            raise ValueError(
-                f"{name!r} is on the meta device and has no values to send: make the model on a "
-                "real device, as model.to_empty(device='cpu') and its initialisation do"
             )
         tensors[name] = ParameterInfo(
             name=name,

@@ -7,6 +7,7 @@ libraries write it; and a checkpoint of ours, whose weights are such a folder in
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def new_index() -> dict[str, Any]:
     return {"format": "taskgrad", "version": _VERSION}
 
 
-def find_weights(path: Path) -> dict[str, Stored]:
+def find_weights(path: str | os.PathLike[str]) -> dict[str, Stored]:
     """Every tensor of a model's weights by its name; tied ones under each of theirs.
 
     Raises
@@ -99,30 +100,31 @@ def find_weights(path: Path) -> dict[str, Stored]:
     CheckpointError
         There are no weights at `path`, or they cannot be read.
     """
-    if path.is_file():
-        return _of_files([path])
-    if not path.is_dir():
-        raise CheckpointError(f"there are no weights at {path}: no such file or folder")
-    if (path / CHECKPOINT).is_file():
-        path = path / read_index(path)["folder"]
-    if not (path / WEIGHTS_INDEX).is_file():
-        if (path / SINGLE).is_file():
-            return _of_files([path / SINGLE])
+    place = Path(path).absolute()
+    if place.is_file():
+        return _of_files([place])
+    if not place.is_dir():
+        raise CheckpointError(f"there are no weights at {place}: no such file or folder")
+    if (place / CHECKPOINT).is_file():
+        place = place / read_index(place)["folder"]
+    if not (place / WEIGHTS_INDEX).is_file():
+        if (place / SINGLE).is_file():
+            return _of_files([place / SINGLE])
         raise CheckpointError(
-            f"there are no weights in {path}: it has none of {CHECKPOINT}, {WEIGHTS_INDEX}, "
+            f"there are no weights in {place}: it has none of {CHECKPOINT}, {WEIGHTS_INDEX}, "
             f"{SINGLE}"
         )
     try:
-        index = json.loads((path / WEIGHTS_INDEX).read_text(encoding="utf-8"))
+        index = json.loads((place / WEIGHTS_INDEX).read_text(encoding="utf-8"))
         weight_map: dict[str, str] = index["weight_map"]
         tied: dict[str, str] = index.get("metadata", {}).get("tied", {})
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path / WEIGHTS_INDEX} cannot be read: {error!r}") from error
-    there = _of_files([path / name for name in dict.fromkeys(weight_map.values())])
+        raise CheckpointError(f"{place / WEIGHTS_INDEX} cannot be read: {error!r}") from error
+    there = _of_files([place / name for name in dict.fromkeys(weight_map.values())])
     absent = [name for name in weight_map if name not in there]
     if absent:
         raise CheckpointError(
-            f"{path / WEIGHTS_INDEX} names tensors that its files do not have: {absent[:5]}"
+            f"{place / WEIGHTS_INDEX} names tensors that its files do not have: {absent[:5]}"
         )
     return there | {other: there[name] for other, name in tied.items()}
 
@@ -137,7 +139,7 @@ def _of_files(files: list[Path]) -> dict[str, Stored]:
     return found
 
 
-def load_state_dict(path: str | Path) -> dict[str, Any]:
+def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Weights from files into plain torch, on the CPU; needs no cluster.
 
     Parameters
@@ -167,7 +169,6 @@ def load_state_dict(path: str | Path) -> dict[str, Any]:
     ...     model.load_state_dict(tg.load_state_dict(folder))
     <All keys matched successfully>
     """
-    path = Path(path)
     stored = find_weights(path)
     values: dict[tuple[str, str], torch.Tensor] = {}
     for file in dict.fromkeys(s.file for s in stored.values()):
@@ -175,9 +176,10 @@ def load_state_dict(path: str | Path) -> dict[str, Any]:
             for key in dict.fromkeys(s.key for s in stored.values() if s.file == file):
                 values[file, key] = handle.get_tensor(key)
     state: dict[str, Any] = {name: values[s.file, s.key] for name, s in stored.items()}
-    if (path / CHECKPOINT).is_file():
-        index = read_index(path)
-        state |= decode(index["extra"], lambda name: _one(path, index, name))
+    place = Path(path).absolute()
+    if (place / CHECKPOINT).is_file():
+        index = read_index(place)
+        state |= decode(index["extra"], lambda name: _one(place, index, name))
     return state
 
 

@@ -2,44 +2,82 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 from dask.utils import format_bytes
 
 from taskgrad.chain import GraphChain
 from taskgrad.errors import MemoryLimitError
+from taskgrad.train.factories import example_of, state_per_parameter
+from taskgrad.worker.spilling import CHUNK
+
+logger = logging.getLogger("taskgrad")
 
 
-def check_fits(chain: GraphChain, state_per_parameter: float | None) -> None:
-    """Raise if parameters, gradients and optimizer state are more than a worker may use.
+def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate: int) -> set[str]:
+    """The workers whose optimizer state has to lie in files; raise if that is not enough.
 
-    Activations come on top, and depend on the batch: they are not counted.
+    Counted is what each worker's process uses now, whoever's it is, and what training adds: the
+    gradients, those of a microbatch until they are added to the others, what accumulating keeps to
+    take a step back, and the optimizer's state and working space. Activations come on top, and
+    depend on the batch: they are not counted.
 
     Raises
     ------
+    TypeError
+        The optimizer is none.
     MemoryLimitError
         Says for each worker that is too small what it needs and how much is missing.
     """
-    limits = chain._session.memory_limits()
-    needs: dict[str, dict[str, int]] = {}
-    for name, info in chain.named_parameters_info():
-        for worker in {chain._home(n).worker for n in info.names}:
-            need = needs.setdefault(worker, {"parameters": 0, "gradients": 0, "optimizer state": 0})
-            need["parameters"] += info.nbytes
-            if info.requires_grad:
-                need["gradients"] += info.nbytes
-                if worker == chain._home(name).worker:
-                    need["optimizer state"] += int((state_per_parameter or 0) * info.nbytes)
-    problems = []
-    for worker, need in needs.items():
-        total, limit = sum(need.values()), limits.get(worker, 0)
-        if limit and total > limit:
-            parts = ", ".join(f"{format_bytes(size)} of {what}" for what, size in need.items())
-            problems.append(
-                f"worker {worker} needs {format_bytes(total)} ({parts}) and has a memory limit of "
-                f"{format_bytes(limit)}: {format_bytes(total - limit)} are missing"
+    kept = state_per_parameter(optimizer) or 0
+    # One parameter after the other: torch's own optimizers do that, others may look at all.
+    by_parameter = type(example_of(optimizer)[0]).__module__.startswith("torch.optim")
+    sets_of_gradients = 1 + (microbatches > 1 or accumulate > 1) + (accumulate > 1)
+    room = chain._session.memory([stage.worker for stage in chain._stages.values()])
+    if not any(room.values()):
+        return set()
+    spilling, problems = set(), []
+    held = {row.worker: row for row in chain.memory()}
+    for stage in chain._stages.values():
+        worker, found = stage.worker, room[stage.worker]
+        if found is None:
+            continue
+        used, limit = found
+        used -= held[worker].gradients + held[worker].optimizer  # made anew
+        trained = {
+            name: info.nbytes
+            for name, info in chain.named_parameters_info()
+            if info.requires_grad and any(chain._home(n) is stage for n in info.names)
+        }
+        largest = max(trained.values(), default=0)
+        gradients = sets_of_gradients * sum(trained.values())
+        state = int(kept * sum(n for name, n in trained.items() if chain._home(name) is stage))
+        work = 2 * largest
+        in_files = used + gradients + work + min(state, int(kept * max(CHUNK, largest)))
+        if used + gradients + state + work <= limit:
+            continue
+        if by_parameter and in_files <= limit:
+            spilling.add(worker)
+            logger.warning(
+                "worker %s keeps %s of optimizer state in files: it has no memory for them. More "
+                "workers, or more memory, make steps faster",
+                worker,
+                format_bytes(state),
             )
+            continue
+        missing = (in_files if by_parameter else used + gradients + state + work) - limit
+        problems.append(
+            f"worker {worker} may use {format_bytes(limit)} of memory and uses {format_bytes(used)}"
+            f" already, {format_bytes(held[worker].parameters)} of that for this chain's "
+            f"parameters; training adds {format_bytes(gradients)} of gradients and "
+            f"{format_bytes(state)} of optimizer state: {format_bytes(missing)} are missing"
+            + (", even with the optimizer state in files" if by_parameter and state else "")
+        )
     if problems:
         raise MemoryLimitError(
             "; ".join(problems)
             + ". Spread the model over more workers, give them more memory, or take an optimizer "
             "that keeps less"
         )
+    return spilling

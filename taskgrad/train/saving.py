@@ -40,7 +40,7 @@ def save(trainer: Trainer, path: Path) -> None:
         stages = list(trainer.chain._stages.values())
         arguments = {}
         for i, stage in enumerate(stages, 1):
-            shard = f"{i:05d}-of-{len(stages):05d}.safetensors"
+            shard = f"{i:05d}-of-{len(stages):05d}"
             here = living_on(trainer.chain, stage)
             arguments[stage] = {"folder": str(folder), "shard": shard, **here}
         answers = on_stages(trainer.chain, "save", arguments)

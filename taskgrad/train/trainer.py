@@ -25,10 +25,10 @@ from taskgrad.train.factories import (
     check_counts,
     check_limits,
     check_scheduler,
+    example_of,
     packed_loss,
     parameter_groups,
     precision,
-    state_per_parameter,
 )
 from taskgrad.train.loss import StepLoss
 from taskgrad.train.memory import check_fits
@@ -151,12 +151,12 @@ class Trainer(Resumable):
         check_limits(clip_norm=clip_norm, clip_value=clip_value)
         check_scheduler(lr_scheduler)
         dtype = precision(amp)
-        kept = state_per_parameter(optimizer)
+        example_of(optimizer)
         loss, loss_kind = packed_loss(loss_fn)
         trainable = [n for n, info in chain.named_parameters_info() if info.requires_grad]
         if not trainable:
             raise ValueError("the chain has no trainable parameters: all of them are frozen")
-        check_fits(chain, kept)
+        spilling = check_fits(chain, optimizer, microbatches, accumulate)
         self.chain = chain
         self.callbacks = tuple(callbacks)
         self.steps = 0
@@ -199,9 +199,9 @@ class Trainer(Resumable):
             last=workers[-1],
             loss_kind=loss_kind,
         )
-        self._start(loss.data, loss.tensors)
+        self._start(loss.data, loss.tensors, spilling)
 
-    def _start(self, data: bytes, tensors: list[torch.Tensor]) -> None:
+    def _start(self, data: bytes, tensors: list[torch.Tensor], spilling: set[str]) -> None:
         """Make optimizers and schedulers on the workers, and send the loss to the last stage."""
         chain = self.chain
         calls = []
@@ -213,6 +213,7 @@ class Trainer(Resumable):
                 "names": [n for n in self._settings.order if n in mine],
                 "groups": groups,
                 "done": self.steps,
+                "spill": stage.worker in spilling,
             }
             calls.append(self._on(stage, "start", arguments))
         last = chain._stages[self._cutter.last]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +23,17 @@ from torch import nn
 from taskgrad.errors import CheckpointError
 from taskgrad.graph.encoding import decode, encode
 from taskgrad.graph.weights import opened
+from taskgrad.worker.spilling import in_rows
 from taskgrad.worker.store import ResidentStage, Store
 from taskgrad.worker.training import Scaler, Training
 
 EXTRA = "_extra_state"  # as torch names it in a state_dict
+
+
+# So many bytes of tensors go to one file, or one tensor.
+_FILE = 256 << 20
+
+_Read = Callable[[str], torch.Tensor]
 
 
 class Place(NamedTuple):
@@ -46,7 +54,7 @@ def save(
     buffers: Mapping[str, Place],
     layers: Mapping[int, str],
 ) -> dict[str, Any]:
-    """Write the stage's tensors to files that end with `shard`; gives the rest, and what it wrote.
+    """Write the stage's tensors to files called after `shard`; gives the rest, and what it wrote.
 
     `parameters` and `buffers` are those whose first names are here, `layers` the names of all
     layers. Nothing that is there is changed.
@@ -86,11 +94,14 @@ def save(
                 f"worker {store.address} does not see the folder {folder}, which the driver made: "
                 "a checkpoint goes to a filesystem that the driver and all workers share"
             )
-        files = {
-            f"{kind}-{shard}": _write(store.address, Path(folder) / f"{kind}-{shard}", tensors)
-            for kind, tensors in (("model", weights), ("training", rest))
-            if tensors
-        }
+        files = {}
+        for kind, tensors in (("model", weights), ("training", rest)):
+            for i, names in enumerate(in_rows({n: t.nbytes for n, t in tensors.items()}, _FILE), 1):
+                file = f"{kind}-{shard}-{i:03d}.safetensors"
+                part = {name: tensors[name] for name in names}
+                files[file] = _write(store.address, Path(folder) / file, part)
+                if training.spilled is not None:
+                    training.spilled.leave_memory()
         return {**found, "files": files}
 
 
@@ -149,7 +160,10 @@ def _write(address: str, file: Path, tensors: Mapping[str, torch.Tensor]) -> dic
             raise CheckpointError(f"{name!r} is {tensor.layout}, which safetensors cannot hold")
     values = {name: _own(tensor.detach().cpu()) for name, tensor in tensors.items()}
     try:
+        file.touch()
+        mode = file.stat().st_mode
         save_file(values, file, metadata={"format": "pt"})
+        file.chmod(mode)  # safetensors' own is for nobody but the worker's user
         with file.open("rb") as written:
             os.fsync(written.fileno())
             size = os.fstat(written.fileno()).st_size
@@ -240,39 +254,38 @@ def load(
         Parameters are in other groups of the optimizer than they were.
     """
     stage = store.stage(token)
-    with stage.lock, torch.no_grad():
+    with stage.lock, torch.no_grad(), ExitStack() as stack:
         training = _training_of(stage)
-        kept: dict[str, torch.Tensor] = {}
-        for file, about in files.items():
-            for name, value in _read(Path(folder) / file, about["tensors"]):
-                if not _put(stage, buffers, name, value):
-                    kept[name] = value
+        homes = {name: file for file, about in files.items() for name in about["tensors"]}
+        handles = {file: stack.enter_context(opened(Path(folder) / file)) for file in files}
+
+        def read(name: str) -> torch.Tensor:
+            tensor: torch.Tensor = handles[homes[name]].get_tensor(name)
+            return tensor
+
+        for name in homes:
+            _put(stage, buffers, name, read)
         if stage.optimizer is not None:
-            _load_optimizer(stage, stage.optimizer, state, options, kept)
+            _load_optimizer(stage, stage.optimizer, state, options, read)
         if training.scheduler is not None:
-            _load_scheduler(training.scheduler, decode(scheduler, kept.__getitem__))
+            _load_scheduler(training.scheduler, decode(scheduler, read))
         training.scaler = None if scaler is None else Scaler(**scaler)
         for name, module in _with_extra_state(stage, layers).items():
-            module.set_extra_state(decode(extra[name], kept.__getitem__))
+            module.set_extra_state(decode(extra[name], read))
         training.done = step
 
 
-def _put(
-    stage: ResidentStage, buffers: Mapping[str, Place], name: str, value: torch.Tensor
-) -> bool:
-    """Write a value into what it is the value of, unless that is the optimizer's or a module's."""
+def _put(stage: ResidentStage, buffers: Mapping[str, Place], name: str, read: _Read) -> None:
+    """Read a parameter, its gradient, or a buffer, if this is the name of one."""
     kind, _, rest = name.partition("/")
     if name in stage.parameters:
-        stage.parameters[name].copy_(value)
+        stage.parameters[name].copy_(read(name))
     elif kind == "gradient" and rest in stage.parameters:
         parameter = stage.parameters[rest]
-        parameter.grad = torch.empty_like(parameter).copy_(value)
+        parameter.grad = torch.empty_like(parameter).copy_(read(name))
     elif name in buffers or (kind == "buffer" and rest in buffers):
         place = buffers[name if name in buffers else rest]
-        stage.layers[place.layer].get_buffer(place.name).copy_(value)
-    else:
-        return False
-    return True
+        stage.layers[place.layer].get_buffer(place.name).copy_(read(name))
 
 
 def _load_optimizer(
@@ -280,10 +293,11 @@ def _load_optimizer(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     options: Mapping[str, Any],
-    kept: Mapping[str, torch.Tensor],
+    read: _Read,
 ) -> None:
+    spilled = _training_of(stage).spilled
     names = {id(p): name for name, p in stage.parameters.items()}
-    comparable = {n: decode(o, lambda key: kept[key].tolist()) for n, o in options.items()}
+    comparable = {n: decode(o, lambda key: read(key).tolist()) for n, o in options.items()}
     for group in optimizer.param_groups:
         members = [names[id(p)] for p in group["params"]]
         for name in members[1:]:
@@ -294,11 +308,11 @@ def _load_optimizer(
                     "and param_groups that it was saved with"
                 )
         if members:
-            group.update(decode(options[members[0]], kept.__getitem__))
+            group.update(decode(options[members[0]], read))
         steps_there = group.get("capturable") or group.get("fused")
         for parameter, name in zip(group["params"], members, strict=True):
             if name in state:
-                values: dict[str, Any] = decode(state[name], kept.__getitem__)
+                values: dict[str, Any] = decode(state[name], read)
                 optimizer.state[parameter] = {
                     # As in torch, a count of steps stays on the host.
                     key: _like(value, parameter)
@@ -306,6 +320,8 @@ def _load_optimizer(
                     else value
                     for key, value in values.items()
                 }
+                if spilled is not None:
+                    spilled.put_away(optimizer.state[parameter])
 
 
 def _load_scheduler(scheduler: Any, state: dict[str, Any]) -> None:

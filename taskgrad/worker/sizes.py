@@ -52,14 +52,16 @@ def _sparse_parts(t: torch.Tensor) -> list[torch.Tensor]:
 
 
 def stage_bytes(stage: ResidentStage) -> Held:
-    """What one stage holds, its tapes aside."""
+    """What one stage holds in memory, its tapes aside."""
     modules = [m for m in stage.layers.values() if isinstance(m, nn.Module)]
     state = stage.optimizer.state.values() if stage.optimizer is not None else ()
+    spilled = stage.training.spilled if stage.training is not None else None
+    kept = (v for values in state for v in values.values() if isinstance(v, torch.Tensor))
     return Held(
         parameters=sum(storages(stage.parameters.values()).values()),
         buffers=sum(storages(b for m in modules for b in m.buffers()).values()),
         gradients=sum(storages(p.grad for p in stage.parameters.values()).values()),
-        optimizer=sum(storages(v for values in state for v in values.values()).values()),
+        optimizer=sum(storages(v for v in kept if not (spilled and spilled.holds(v))).values()),
     )
 
 

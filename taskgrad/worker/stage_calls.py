@@ -14,7 +14,9 @@ from torch import nn
 
 from taskgrad.errors import WorkerLostError
 from taskgrad.graph import pack
+from taskgrad.graph.hollow import Hollow, Making
 from taskgrad.worker.gradients import accumulate_into
+from taskgrad.worker.making import make_values
 from taskgrad.worker.sizes import store_bytes
 from taskgrad.worker.store import ResidentStage, Store
 
@@ -22,19 +24,24 @@ from taskgrad.worker.store import ResidentStage, Store
 def install(
     store: Store,
     token: str,
-    tensors: list[torch.Tensor],
+    tensors: list[torch.Tensor | Hollow],
     *,
     data: bytes,
     names: dict[str, tuple[int, str]],
     device: str | None,
     store_id: str,
+    makings: dict[int, Making],
+    seed: int,
 ) -> str:
     """Unpack layers and keep them as a stage, if it is not there; gives the device they are on.
 
-    `names` maps the chain's name of each parameter to (layer index, name in the layer).
+    `names` maps the chain's name of each parameter to (layer index, name in the layer); `makings`
+    say how the layers of an index come by values that were not sent.
 
     Raises
     ------
+    LayerError, CheckpointError
+        Values cannot be made, or read.
     WorkerLostError
         This is not the store with `store_id`. When a worker is lost, Dask runs again what ran
         there; here that would put the first weights in the place of the trained ones.
@@ -44,10 +51,14 @@ def install(
             f"the worker that held {token.partition('-')[0]!r} is gone, and with it its layers; "
             f"worker {store.address} cannot take its place. Make the chain again"
         )
-    there = store.get(token)
-    if there is not None:  # trained meanwhile
-        return str(there.device)
-    layers: dict[int, Any] = pack.unpack(data, [t.clone() for t in tensors], own=True)
+    known = store.get(token)
+    if known is not None:  # trained meanwhile
+        return str(known.device)
+    there = torch.device("cpu") if device is None else _assigned(device)
+    values = [t.empty(there) if isinstance(t, Hollow) else t.clone() for t in tensors]
+    layers: dict[int, Any] = pack.unpack(data, values, own=True)
+    for index in reversed(makings):  # the first of those that share a parameter has the last word
+        make_values(layers[index], makings[index], seed, store.address)
     modules = [m for m in layers.values() if isinstance(m, nn.Module)]
     place = _assigned(device) if device is not None else _device_of(modules)
     if device is not None:
@@ -172,6 +183,13 @@ def update(store: Store, token: str, *, send: list[str]) -> dict[str, torch.Tens
         if stage.optimizer is not None:
             stage.optimizer.step()
         return {name: _copy(stage.parameters[name]) for name in send}
+
+
+def give(store: Store, token: str, *, names: list[str]) -> dict[str, torch.Tensor]:
+    """Copies of these parameters."""
+    stage = store.stage(token)
+    with stage.lock:
+        return {name: _copy(stage.parameters[name]) for name in names}
 
 
 def set_parameters(store: Store, token: str, *values: dict[str, torch.Tensor]) -> None:

@@ -88,8 +88,9 @@ def buffers_key(token: str) -> str:
 class Store:
     """Stages, tapes and gradients of one worker, by key. Safe from several threads."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, folder: str) -> None:
         self.address = address
+        self.folder = folder  # the worker's own, on a disk
         self.id = uuid.uuid4().hex  # another one after every restart
         self.changed: Callable[[], None] = lambda: None
         """Called, in any thread, when the first entry has come or the last one has gone."""

@@ -21,6 +21,7 @@ from taskgrad.errors import TaskgradError
 from taskgrad.graph import pack
 from taskgrad.worker import deferred_norm
 from taskgrad.worker.deferred_norm import Sums
+from taskgrad.worker.spilling import SpilledState
 from taskgrad.worker.store import ResidentStage, Store
 
 # As torch.amp.GradScaler.
@@ -54,6 +55,7 @@ class Training:
     names: list[str]
     scheduler: Any = None
     scaler: Scaler | None = None
+    spilled: SpilledState | None = None  # where the optimizer's state is, if not in memory
     done: int = 0
     begun: int | None = None
     buffers: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -92,11 +94,13 @@ def start(
     deferred: bool,
     compiled: dict[str, Any] | None,
     done: int,
+    spill: bool,
 ) -> None:
     """Make the stage's optimizer and scheduler, over the parameters of these groups.
 
     `deferred` defers batch norm's statistics; with `compiled`, options of ``torch.compile``, each
-    layer is compiled at its first call.
+    layer is compiled at its first call. With `spill` the
+    optimizer's state lies in files.
     """
     stage = store.stage(token)
     with stage.lock:
@@ -106,6 +110,8 @@ def start(
             if compiled is not None and isinstance(layer, nn.Module):
                 layer.compile(**compiled)
         stage.optimizer = None
+        if spill:
+            training.spilled = SpilledState(store.folder)
         if names:
             parameters: list[Any] = [
                 {"params": [stage.parameters[name] for name in members], **options}
@@ -195,7 +201,10 @@ def commit(
                 total = total_norm(summaries, order) if clip_norm is not None else None
                 if finite and stage.optimizer is not None:
                     _clip(stage, training.names, clip_norm, clip_value, total)
-                    stage.optimizer.step()
+                    if training.spilled is not None:
+                        training.spilled.step(stage.optimizer)
+                    else:
+                        stage.optimizer.step()
                 if training.scaler is not None:
                     training.scaler.update(finite)
                 for parameter in stage.parameters.values():

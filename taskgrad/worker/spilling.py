@@ -1,0 +1,97 @@
+"""Optimizer state in files, for a stage whose worker has no memory for it.
+
+An optimizer reads and writes its state once a step, one parameter after the other; forwards and
+backwards do not need it. So it can lie in mapped files: of each parameter the optimizer's step maps
+the state in, and lets go of it again. The system keeps what it has memory for in its cache. The
+bits are the same.
+"""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+
+Key = TypeVar("Key")
+
+# Smaller tensors stay in memory.
+_LEAST = 1 << 20
+# So many bytes of parameters take their step at once.
+CHUNK = 64 << 20
+
+
+class SpilledState:
+    """The files behind the state of one optimizer. They are gone with the worker.
+
+    For optimizers that treat each parameter by itself, as all of torch's own do.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._maps: dict[int, mmap.mmap] = {}  # by the address of the tensor over it
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """A step of the optimizer, some parameters at a time, whose gradients are dropped then."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = {p: p.grad for p in parameters if p.grad is not None}
+        for parameter in grads:
+            parameter.grad = None
+        for chunk in in_rows({p: p.nbytes for p in grads}, CHUNK):
+            for parameter in chunk:
+                parameter.grad = grads.pop(parameter)
+            optimizer.step()
+            for parameter in chunk:
+                parameter.grad = None
+                self.put_away(optimizer.state[parameter])
+
+    def put_away(self, state: dict[str, Any]) -> None:
+        """Move one parameter's state into files, and out of memory."""
+        for key, value in state.items():
+            if not isinstance(value, torch.Tensor) or value.nbytes < _LEAST:
+                continue
+            if not self.holds(value):
+                value = state[key] = self._mapped(value)
+            # Written to the file by the system, when it needs the memory.
+            self._maps[value.data_ptr()].madvise(mmap.MADV_DONTNEED)
+
+    def leave_memory(self) -> None:
+        """Let go of what was read of the files."""
+        for memory in self._maps.values():
+            memory.madvise(mmap.MADV_DONTNEED)
+
+    def holds(self, value: torch.Tensor) -> bool:
+        """Whether this tensor lies in a file."""
+        return value.data_ptr() in self._maps
+
+    def _mapped(self, value: torch.Tensor) -> torch.Tensor:
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            file.truncate(value.nbytes)
+            memory = mmap.mmap(file.fileno(), value.nbytes)
+        flat = torch.frombuffer(memory, dtype=value.dtype)
+        found = flat.as_strided(value.shape, torch.empty_like(value, device="meta").stride())
+        found.copy_(value)
+        self._maps[found.data_ptr()] = memory
+        return found
+
+
+def in_rows(sizes: Mapping[Key, int], most: int) -> Iterator[list[Key]]:
+    """Keys in order, in rows of so many bytes at most, or of one.
+
+    Examples
+    --------
+    >>> list(in_rows({"a": 2, "b": 3, "c": 9}, 6))
+    [['a', 'b'], ['c']]
+    """
+    row: list[Key] = []
+    total = 0
+    for key, size in sizes.items():
+        if row and total + size > most:
+            yield row
+            row, total = [], 0
+        row.append(key)
+        total += size
+    if row:
+        yield row

@@ -1,0 +1,158 @@
+"""Workers that are nearly full: what fits trains, what does not is refused with a sentence."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import dask
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import taskgrad as tg
+from conftest import wait_until
+from helpers import assert_same
+from taskgrad.worker.spilling import SpilledState
+
+ADAMW = functools.partial(torch.optim.AdamW, lr=1e-3)
+LAYERS, WIDTH = 40, 2048  # 16 MiB of parameters each: 640 MiB
+GIB = 2**30
+
+
+def big():
+    """Four numbers are needed for each parameter: itself, its gradient, AdamW's two. 2.5 GiB."""
+    layers = []
+    for _ in range(LAYERS):
+        layers += [nn.Linear(WIDTH, WIDTH, bias=False), nn.LayerNorm(WIDTH, bias=False)]
+    return nn.Sequential(*layers)
+
+
+def peak_memory(dask_worker):
+    """The most bytes that the process has used at any time."""
+    with open("/proc/self/status") as status:
+        [line] = [line for line in status if line.startswith("VmHWM")]
+    return int(line.split()[1]) << 10
+
+
+def hold(dask_worker, megabytes):
+    """Keep memory that Dask knows nothing of."""
+    dask_worker.held_by_somebody = torch.ones(megabytes << 20, dtype=torch.uint8)
+
+
+def workers_of(client):
+    return set(client.scheduler_info(n_workers=-1)["workers"])
+
+
+def test_what_needs_two_and_a_half_gib_trains_on_two_workers_of_one_and_a_half(fresh, tmp_path):
+    client = fresh(n_workers=2, memory_limit="1.5GiB")
+    before = workers_of(client)
+    chain = tg.GraphChain(big, client=client)
+    assert 4 * sum(chain.placement.column("bytes")) > 2.5 * GIB
+    trainer = tg.Trainer(chain, F.mse_loss, ADAMW)
+    torch.manual_seed(0)
+    x, t = torch.randn(4, WIDTH), torch.randn(4, WIDTH)
+    losses = [trainer.step(x, t).item() for _ in range(4)]
+    assert losses[-1] < losses[0]
+    assert sum(chain.memory().column("optimizer")) < 1 << 20  # in files
+    trainer.save(tmp_path)
+    restored = tg.Trainer.restore(tmp_path, chain, F.mse_loss, ADAMW)
+    assert restored.step(x, t).item() < losses[-1]
+    assert workers_of(client) == before  # the nanny has restarted none
+    peaks = client.run(peak_memory).values()
+    assert max(peaks) < 0.93 * 1.5 * GIB, peaks
+
+
+def test_the_same_on_one_worker_is_refused_beforehand(fresh):
+    client = fresh(n_workers=1, memory_limit="1.5GiB")
+    chain = tg.GraphChain(big, client=client)
+    with pytest.raises(tg.MemoryLimitError) as caught:
+        tg.Trainer(chain, F.mse_loss, ADAMW)
+    message = str(caught.value)
+    for part in (
+        r"may use 1\.\d\d GiB of memory and uses \S+ [MG]iB already, 640\.31 MiB of that for this",
+        r"training adds 640\.31 MiB of gradients and 1\.25 GiB of optimizer state",
+        r"\d+\.\d\d MiB are missing, even with the optimizer state in files",
+    ):
+        assert re.search(part, message), message
+    assert chain.memory().column("optimizer") == [0]
+    tg.Trainer(  # which needs a tenth of it
+        tg.GraphChain(lambda: big()[:4], client=client), F.mse_loss, ADAMW
+    )
+
+
+def test_what_others_hold_counts(fresh):
+    client = fresh(n_workers=1, memory_limit="1GiB")
+    chain = tg.GraphChain(nn.Sequential(nn.Linear(WIDTH, WIDTH)), client=client)
+    sgd = functools.partial(torch.optim.SGD, lr=0.1)
+    tg.Trainer(chain, F.mse_loss, sgd)
+    client.run(hold, megabytes=600)
+    with pytest.raises(tg.MemoryLimitError, match="are missing"):
+        tg.Trainer(chain, F.mse_loss, sgd)
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        ADAMW,
+        functools.partial(torch.optim.AdamW, amsgrad=True),
+        functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
+        functools.partial(torch.optim.RMSprop, centered=True, momentum=0.9),
+        torch.optim.Adagrad,
+        torch.optim.NAdam,
+        torch.optim.Rprop,
+    ],
+)
+def test_state_in_files_gives_the_same_bits(tmp_path, factory):
+    torch.manual_seed(0)
+    shapes = [(1024, 512), (3,), (4096, 4096), (700, 1000)]
+    ours = [nn.Parameter(torch.randn(s)) for s in shapes]
+    ours[0] = nn.Parameter(ours[0].detach().t())  # not row by row in memory
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    groups = [{"params": ours[:2], "lr": 0.01}, {"params": ours[2:]}]
+    spilled, optimizer = SpilledState(str(tmp_path)), factory(groups)
+    plain = factory([{"params": theirs[:2], "lr": 0.01}, {"params": theirs[2:]}])
+    for step in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = None if step == 2 and p is ours[3] else torch.randn_like(p)
+            q.grad = None if p.grad is None else p.grad.clone()
+        spilled.step(optimizer)
+        plain.step()
+        assert all(p.grad is None for p in ours)
+    for p, q in zip(ours, theirs, strict=True):
+        assert_same(p.detach(), q.detach())
+        assert set(optimizer.state[p]) == set(plain.state[q])
+        for key, value in plain.state[q].items():
+            if isinstance(value, torch.Tensor):
+                assert_same(optimizer.state[p][key], value, key)
+    assert not list(tmp_path.iterdir())  # the files have no names: they go with the process
+
+
+def pause_fraction(dask_worker):
+    return dask_worker.memory_manager.memory_pause_fraction
+
+
+def test_workers_are_paused_later_while_taskgrad_is_used(fresh):
+    from distributed import Client
+
+    observer = fresh(n_workers=1)
+
+    def paused_from():
+        [found] = observer.run(pause_fraction).values()
+        return found
+
+    assert paused_from() == 0.8
+    with Client(observer.scheduler.address, set_as_default=False) as client:
+        chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client)
+        assert wait_until(lambda: paused_from() == 0.93)
+        del chain
+    assert wait_until(lambda: paused_from() == 0.8)
+    with (
+        dask.config.set({"taskgrad.pause": False}),
+        Client(observer.scheduler.address, set_as_default=False) as client,
+    ):
+        tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client)
+        assert paused_from() == 0.8
+    with dask.config.set({"taskgrad.pause": 3}), pytest.raises(ValueError, match="taskgrad.pause"):
+        tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=observer)
