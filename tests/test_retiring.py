@@ -10,7 +10,7 @@ from distributed import Client
 from torch import nn
 
 import taskgrad as tg
-from conftest import wait_until
+from conftest import total_held, wait_until
 from helpers import assert_same, assert_vjp_equals_torch, reference
 from taskgrad.cluster.retiring import TOPIC
 
@@ -75,17 +75,18 @@ def test_a_worker_that_holds_only_a_tape_stays_until_it_is_used(fresh):
     assert_same(tg.collect(y).detach(), torch.sin(torch.ones(3)))
 
 
-def test_a_worker_that_holds_only_gradients_stays(fresh):
+def test_gradients_of_a_function_are_results_and_are_moved(fresh):
     client = fresh(n_workers=2)
     layer = nn.Linear(2, 2)
     y, back = tg.vjp(lambda x: tg.spawn(layer, x, worker=1), torch.ones(1, 2))
     grads, _ = back(torch.ones(1, 2))
-    del y
-    for grad in grads.values():
-        grad.persist()
+    expected = tg.collect(grads)
+    del y, back
     worker = next(iter(grads.values()))._node.worker
-    assert wait_until(lambda: set(client.who_has().values()) and not client.processing()[worker])
-    assert client.retire_workers([worker]) == {}
+    assert wait_until(lambda: total_held(client)["tapes"] == 0)
+    assert wait_until(lambda: list(client.retire_workers([worker])) == [worker])
+    for name, grad in tg.collect(grads).items():
+        assert_same(grad, expected[name])
 
 
 def test_a_worker_that_is_running_our_task_stays(fresh):
