@@ -57,7 +57,6 @@ class Reporter:
     def stop(self) -> None:
         """The worker closes."""
         self._worker.handlers.pop(_HELD, None)
-        self._worker.stream_handlers.pop(_LEAVE, None)
 
     def _later(self) -> None:
         self._worker.loop.add_callback(self._report)  # from a task's thread
