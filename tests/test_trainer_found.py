@@ -37,7 +37,7 @@ def test_nobody_looks_at_a_tape_while_something_runs(monkeypatch):
     """The heartbeat's thread counted what a tape saved while a backward freed it: a segfault."""
     looks = []
     monkeypatch.setattr(plugins, "total_bytes", lambda entries: looks.append(1) or {"tapes": 7})
-    store, last = Store("here"), {"tapes": 0}
+    store, last = Store("here", "."), {"tapes": 0}
     with store.at_work():
         assert plugins._held(store, last, "tapes", None) == 0
     assert not looks
