@@ -17,7 +17,15 @@ from torch import nn
 
 import taskgrad as tg
 from conftest import keys_of, total_held, wait_until
-from plain import ConvNet, PlainTrainer, assert_same_training, images
+from plain import (
+    ConvNet,
+    PlainTrainer,
+    assert_same_training,
+    images,
+    next_token,
+    tokens,
+    transformer,
+)
 from taskgrad.cluster.plugins import store_of
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)
@@ -356,6 +364,37 @@ def test_a_step_that_some_stages_committed_is_finished_by_the_others(client):
     losses = [trainer.step(*batches[0]).item()]
     client.run(half_way, workers=[chain.placement[9].worker])
     with pytest.raises(ArithmeticError, match="commit failed"):
+        trainer.step(*batches[1]).item()
+    assert trainer.steps == 2
+    losses.append(trainer.step(*batches[2]).item())
+    expected = plain.train(batches)
+    assert losses == [expected[0], expected[2]]
+    assert_same_training(chain, plain, client)
+
+
+def no_refresh(dask_worker) -> None:
+    """The next time that copies of tied parameters get their new values here, they do not."""
+    from taskgrad.worker import stage_calls
+
+    original = stage_calls.set_parameters
+
+    def broken(*args, **kwargs):
+        stage_calls.set_parameters = original
+        raise ArithmeticError("no refresh")
+
+    stage_calls.set_parameters = broken
+
+
+def test_copies_of_tied_parameters_are_refreshed_after_all(client):
+    """All stages have committed, and the copies have not got their values."""
+    tied = partial(transformer, tied=True)
+    chain = tg.GraphChain(tied(), client=client, placement=[0, 0, 1, 1])
+    trainer = tg.Trainer(chain, next_token, ADAMW, microbatches=2)
+    plain = PlainTrainer(tied(), next_token, ADAMW, microbatches=2)
+    batches = tokens(3)
+    losses = [trainer.step(*batches[0]).item()]
+    client.run(no_refresh, workers=[chain.placement[3].worker])
+    with pytest.raises(ArithmeticError, match="no refresh"):
         trainer.step(*batches[1]).item()
     assert trainer.steps == 2
     losses.append(trainer.step(*batches[2]).item())

@@ -27,7 +27,10 @@ def recover(chain: GraphChain, settings: Settings, *, seconds: float | None = No
         raise error
     answers: list[tuple[int, Any]] = values_of(asked, chain._session)
     done = max(count for count, _ in answers)
-    if min(count for count, _ in answers) < done:
+    lagging = min(count for count, _ in answers) < done
+    # Copies of tied parameters get their values last: those of the last step may not have come.
+    copies = done > 0 and any(stage.homes for stage in chain._stages.values())
+    if lagging or copies:
         summaries = [Leaf(summary, needs_grad=False) for _, summary in answers]
         update = done % settings.accumulate == 0
         run(
