@@ -401,3 +401,39 @@ def test_copies_of_tied_parameters_are_refreshed_after_all(client):
     expected = plain.train(batches)
     assert losses == [expected[0], expected[2]]
     assert_same_training(chain, plain, client)
+
+
+def twice(dask_worker) -> None:
+    """Have every prepare on this worker run two times, as Dask does if its result is lost."""
+    from taskgrad.worker import training
+
+    training.original = training.prepare
+
+    def run_twice(*args, **kwargs):
+        training.original(*args, **kwargs)
+        return training.original(*args, **kwargs)
+
+    training.prepare = run_twice
+
+
+def once(dask_worker) -> None:
+    from taskgrad.worker import training
+
+    training.prepare = training.original
+
+
+def test_a_prepare_that_runs_again_scales_gradients_once(client):
+    options = {"microbatches": 2, "clip_norm": 0.5}
+    chain = tg.GraphChain(ConvNet(), client=client, placement=STAGES)
+    trainer = tg.Trainer(chain, F.cross_entropy, ADAMW, amp="fp16", **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    options |= {"autocast": torch.float16, "scaler": scaler}
+    plain = PlainTrainer(ConvNet(), F.cross_entropy, ADAMW, **options)
+    batches = images(3)
+    client.run(twice)
+    try:
+        losses = [trainer.step(x, y).item() for x, y in batches]
+    finally:
+        client.run(once)
+    assert losses == plain.train(batches)
+    assert_same_training(chain, plain, client)

@@ -61,6 +61,7 @@ class Training:
     buffers: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     gradients: dict[str, torch.Tensor | None] = field(default_factory=dict)
     summary: Summary | None = None
+    prepared: bool = False  # the summary is of the step under way
     norms: dict[_BatchNorm, Sums] | None = None  # where batch norm's statistics are deferred
     busy: float = 0.0
     began_at: float = 0.0
@@ -145,6 +146,7 @@ def begin(stage: ResidentStage, step: int) -> None:
     if training.begun == step:  # Dask runs this again; what was put aside is from before the step
         return
     training.begun = step
+    training.prepared = False
     training.began_at = time.time()
     training.busy = 0.0
     if training.norms:
@@ -157,10 +159,15 @@ def begin(stage: ResidentStage, step: int) -> None:
 
 
 def prepare(store: Store, token: str, *, update: bool, norms: bool) -> Summary:
-    """The gradients of a step are complete here: what the other stages need to know of them."""
+    """The gradients of a step are complete here: what the other stages need to know of them.
+
+    Where Dask runs this again, it must not take the scale out of the gradients twice.
+    """
     stage = store.stage(token)
     with stage.lock:
         training = _training(stage)
+        if training.prepared and training.summary is not None:
+            return training.summary
         found: dict[str, torch.Tensor] = {}
         finite = True
         if update:
@@ -173,6 +180,7 @@ def prepare(store: Store, token: str, *, update: bool, norms: bool) -> Summary:
             if norms:
                 found = {n: torch.linalg.vector_norm(g, 2.0).cpu() for n, g in present.items()}
         training.summary = Summary(found, finite, training.busy, training.began_at, time.time())
+        training.prepared = True
         return training.summary
 
 
@@ -268,7 +276,7 @@ def roll_back(store: Store, token: str) -> None:
             buffer.copy_(before)
         for name, gradient in training.gradients.items():
             stage.parameters[name].grad = gradient
-        training.begun = None
+        training.begun, training.prepared = None, False
         training.buffers, training.gradients = [], {}
 
 
