@@ -89,6 +89,18 @@ def test_tied_weights_over_two_workers(four, workers, microbatches):
     assert "3.weight" not in optimizer_state(four, chain)
 
 
+def test_copies_of_tied_weights_are_equal_after_each_step(four):
+    chain = tg.GraphChain(transformer(tied=True), client=four, placement=[0, 0, 1, 2])
+    trainer = tg.Trainer(chain, next_token, ADAMW, microbatches=2)
+    before = chain.state_dict()["3.weight"]
+    for x, y in tokens(3):
+        trainer.step(x, y).item()
+        state = chain.state_dict()  # each layer's as its own worker has it
+        assert torch.equal(state["0.token.weight"], state["3.weight"])
+        assert not torch.equal(before, state["3.weight"])
+        before = state["3.weight"]
+
+
 def test_gpipe_gives_the_same_bits(four):
     ours = {"schedule": "gpipe"}
     compare(four, ConvNet, F.cross_entropy, images(5), 3, SGD, ours, microbatches=4)
