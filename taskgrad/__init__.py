@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from taskgrad.graph.weights import load_state_dict
     from taskgrad.kernels.function import fuse, vectorize
     from taskgrad.kernels.module import Elementwise
+    from taskgrad.maps.differentiable import map
     from taskgrad.pullbacks import vjp
     from taskgrad.thunk import Thunk, collect, spawn
     from taskgrad.train.callbacks import Callback
@@ -54,6 +55,7 @@ _HOMES = {
     "Elementwise": "kernels.module",
     "fuse": "kernels.function",
     "vectorize": "kernels.function",
+    "map": "maps.differentiable",
     "Thunk": "thunk",
     "collect": "thunk",
     "spawn": "thunk",
@@ -87,6 +89,7 @@ __all__ = [
     "fuse",
     "load_state_dict",
     "local_cluster",
+    "map",
     "random_stream",
     "spawn",
     "vectorize",

@@ -113,10 +113,10 @@ class _Bridge(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         group: _Group = ctx.group
         group.waiting.clear()
-        return None, torch.zeros(0), *group.backward(grads, _keeps_graph())
+        return None, torch.zeros(0), *group.backward(grads, keeps_graph())
 
 
-def _keeps_graph() -> bool:
+def keeps_graph() -> bool:
     """Whether the running backward has retain_graph=True.
 
     Torch has no public name for it; without this one tapes are kept until the graph goes.

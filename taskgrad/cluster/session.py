@@ -25,10 +25,11 @@ WorkerSpec = int | str
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """One worker of the cluster: its address, and the name that it was given."""
+    """One worker of the cluster: its address, the name that it was given, its threads."""
 
     address: str
     name: Any
+    threads: int = 1
 
     def __str__(self) -> str:
         return f"{self.name} at {self.address}" if self.name != self.address else self.address
@@ -104,7 +105,10 @@ class Session:
         return dict.fromkeys(gone, "gone") | dict.fromkeys(paused, "paused")
 
     def _known(self) -> list[WorkerInfo]:
-        return [WorkerInfo(address, self.names[address]) for address in self._info()]
+        return [
+            WorkerInfo(address, self.names[address], w["nthreads"])
+            for address, w in self._info().items()
+        ]
 
     def _info(self) -> dict[str, Any]:
         """What the scheduler knows of each worker, by address."""

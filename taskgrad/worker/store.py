@@ -183,6 +183,10 @@ class Store:
                     if len(self._refused) > _MAX_REFUSED:
                         self._refused.popitem(last=False)
 
+    def is_let_go(self, key: str) -> bool:
+        """Whether nobody waits any more for the task of this key, which has yet to end."""
+        return key in self._refused
+
     def is_empty(self) -> bool:
         """Whether nothing is held."""
         return not self._entries

@@ -1,0 +1,58 @@
+"""The items of a map, as rows of arguments, and how they are cut into chunks. Runs nothing."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+_END = object()
+
+Row = tuple[Any, ...]
+
+
+def read_rows(iterables: Sequence[Iterable[Any]]) -> list[Row]:
+    """The n-th items of all iterables, as row n: each is the arguments of one call.
+
+    Raises
+    ------
+    TypeError
+        One cannot be iterated over, or there is none.
+    ValueError
+        One ends before another.
+    """
+    if not iterables:
+        raise TypeError("a map takes a function and at least one iterable of items")
+    iterators = [iter(given) for given in iterables]
+    rows: list[Row] = []
+    while True:
+        row = tuple(next(iterator, _END) for iterator in iterators)
+        ended = [k for k, item in enumerate(row) if item is _END]
+        if not ended:
+            rows.append(row)
+        elif len(ended) == len(row):
+            return rows
+        else:
+            longer = next(k for k, item in enumerate(row) if item is not _END)
+            raise ValueError(
+                f"the iterables of a map have unequal lengths: the one at position {ended[0]} "
+                f"ended after {len(rows)} items, and the one at position {longer} has more"
+            )
+
+
+def cut(count: int, size: int) -> list[range]:
+    """Chunks of this many items, the last one maybe smaller."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def share(count: int, weights: Sequence[int]) -> list[range]:
+    """`count` items in a row over takers with these weights, as evenly as whole items allow.
+
+    One range for each taker, in order, those at the end empty where there are fewer items.
+    """
+    total = sum(weights)
+    edges, so_far = [0], 0
+    for weight in weights:
+        so_far += weight
+        edges.append(-(-count * so_far // total))
+    return [range(a, b) for a, b in itertools.pairwise(edges)]
