@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from taskgrad.kernels.function import fuse, vectorize
     from taskgrad.kernels.module import Elementwise
     from taskgrad.maps.differentiable import map
+    from taskgrad.maps.streaming import imap, starmap
     from taskgrad.pullbacks import vjp
     from taskgrad.thunk import Thunk, collect, spawn
     from taskgrad.train.callbacks import Callback
@@ -56,6 +57,8 @@ _HOMES = {
     "fuse": "kernels.function",
     "vectorize": "kernels.function",
     "map": "maps.differentiable",
+    "imap": "maps.streaming",
+    "starmap": "maps.streaming",
     "Thunk": "thunk",
     "collect": "thunk",
     "spawn": "thunk",
@@ -87,11 +90,13 @@ __all__ = [
     "WorkerLostError",
     "collect",
     "fuse",
+    "imap",
     "load_state_dict",
     "local_cluster",
     "map",
     "random_stream",
     "spawn",
+    "starmap",
     "vectorize",
     "vjp",
 ]

@@ -178,9 +178,23 @@ def let_go(client: Client, keys: Sequence[str]) -> None:
     ``Client.cancel`` is not for this: it also cancels the tasks that depend on a key, and on one of
     those that nobody wants by itself the scheduler stumbles, and drops the client.
     """
+    tell_scheduler(client, {"op": "client-releases-keys", "keys": list(keys), "client": client.id})
+
+
+def tell_scheduler(client: Client, message: dict[str, Any]) -> None:
+    """Send a message with the client's stream to the scheduler, and wait for nothing."""
     send = getattr(client, "_send_to_scheduler", None)
     if send is not None and client.status == "running":
-        send({"op": "client-releases-keys", "keys": list(keys), "client": client.id})
+        send(message)
+
+
+def add_client_handler(client: Client, op: str, handler: Callable[..., None]) -> bool:
+    """Have a client call ``handler(**message)`` for messages of this kind from the scheduler."""
+    handlers = getattr(client, "_stream_handlers", None)
+    if not isinstance(handlers, dict):
+        return False
+    handlers[op] = handler
+    return True
 
 
 _RETIRE = "retire_workers"

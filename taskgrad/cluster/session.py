@@ -63,7 +63,7 @@ class Session:
         PlacementError
             There are none.
         """
-        found = self._known()
+        found = self.known()
         if not found:
             raise PlacementError(
                 "the cluster has no workers: start some, or wait for them with "
@@ -104,7 +104,8 @@ class Session:
         paused = {a for a, w in here.items() if w["status"] == "paused" and not busy}
         return dict.fromkeys(gone, "gone") | dict.fromkeys(paused, "paused")
 
-    def _known(self) -> list[WorkerInfo]:
+    def known(self) -> list[WorkerInfo]:
+        """All workers there are now, in no order; perhaps none."""
         return [
             WorkerInfo(address, self.names[address], w["nthreads"])
             for address, w in self._info().items()

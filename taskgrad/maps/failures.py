@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import cloudpickle
 
 from taskgrad.errors import TravelError
 from taskgrad.graph.layers import kind_of
+
+E = TypeVar("E", bound=BaseException)
 
 _LONGEST_TRACEBACK = 4000
 
@@ -50,7 +52,7 @@ def own_frames(error: BaseException, ours: int = 1) -> str:
     return "".join(traceback.format_list(frames))[-_LONGEST_TRACEBACK:].rstrip()
 
 
-def portable(error: Exception) -> Exception:
+def portable(error: E) -> E | TravelError:
     """The exception, if it can be pickled and made again; else a TravelError with its text."""
     try:
         again = cloudpickle.loads(cloudpickle.dumps(error))

@@ -1,0 +1,149 @@
+"""What a worker does with a chunk of items: the only task of a streaming map."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from distributed import Worker, get_worker
+from distributed.protocol.serialize import to_serialize
+
+from taskgrad.cluster import letters
+from taskgrad.errors import TaskgradError, TravelError
+from taskgrad.maps.failures import own_frames, portable
+from taskgrad.maps.parcels import Lease, Packer, Parcel
+
+_INLINE = 256 << 10
+"""Bytes of results up to which they go with the letter, through the scheduler."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Which items of which map, and whom to tell."""
+
+    token: str
+    client: str
+    number: int
+    star: bool
+    lend: bool
+    """Whether results may be left in memory for the driver to read."""
+
+
+class Failure(NamedTuple):
+    """What an item raised, and where."""
+
+    error: BaseException
+    frames: str = ""
+    of_item: bool = True
+    """Not so if the function itself could not be loaded."""
+
+
+class Kept:
+    """The task's result while the driver reads it here, and for the case that it cannot."""
+
+    def __init__(self, results: Parcel) -> None:
+        self.results = results
+        self.lease = Lease(results)
+
+    def __reduce__(self) -> Any:
+        return _whole, (self.results,)
+
+    def __sizeof__(self) -> int:
+        return self.results.nbytes
+
+
+def _whole(results: Parcel) -> Parcel:
+    return results
+
+
+def run_chunk(chunk: Chunk, items: Parcel) -> Any:
+    """Call the function with each item; write the results to the driver.
+
+    They go with a letter, if they are small or the driver shall read them here; what the task
+    itself returns is for the other cases.
+    """
+    worker = get_worker()
+    try:
+        fn = letters.take(worker, chunk.token, _load)
+    except Exception as error:
+        unloaded = Failure(portable(error), of_item=False)
+        _tell(worker, chunk, failure=unloaded, whole=True)
+        return None
+    if fn is None:
+        return None  # nobody wants it any more
+    try:
+        items = items.fetch()
+    except OSError:
+        _tell(worker, chunk, unreadable=True)
+        return None
+    started = time.perf_counter()
+    packer, failure = _run(fn, items, chunk.star, letters.taken(worker), chunk.token)
+    seconds = time.perf_counter() - started
+    results = packer.parcel()
+    whole = results.nbytes <= _INLINE
+    about = {"seconds": seconds, "failure": failure, "nbytes": results.nbytes, "whole": whole}
+    if whole:
+        _tell(worker, chunk, results=results, **about)
+        return None
+    if not chunk.lend:
+        _tell(worker, chunk, **about)
+        return results
+    kept = Kept(results)
+    _tell(worker, chunk, results=kept.lease.lent, **about)
+    return kept
+
+
+def _run(
+    fn: Callable[..., Any], items: Parcel, star: bool, wanted: dict[str, Any], token: str
+) -> tuple[Packer, Failure | None]:
+    """Results up to the first failure, or until the map is over."""
+    packer = Packer()
+    add = packer.add
+    args = iter(items)
+    while token in wanted:
+        try:
+            item = next(args)
+        except StopIteration:
+            break
+        except TravelError as error:
+            return packer, Failure(error)
+        try:
+            result = fn(*item) if star else fn(item)
+        except BaseException as error:
+            return packer, Failure(portable(error), own_frames(error))
+        try:
+            add(result)
+        except Exception as error:
+            return packer, Failure(_unsendable(result, error))
+    return packer, None
+
+
+def _unsendable(result: Any, error: Exception) -> TravelError:
+    kind = type(result)
+    return TravelError(
+        f"a result cannot be sent to the driver: a {kind.__module__}.{kind.__qualname__} "
+        f"({type(error).__name__}: {error}). Return tensors, numbers or other values that can be "
+        "pickled"
+    )
+
+
+def _load(parcel: Parcel) -> Any:
+    try:
+        [fn] = parcel
+    except Exception as error:
+        raise TaskgradError(
+            f"the mapped function arrived and cannot be unpickled there ({type(error).__name__}: "
+            f"{error}). Are the modules that it needs installed on the workers? "
+            'client.upload_file("module.py") sends one'
+        ) from error
+    return fn
+
+
+def _tell(worker: Worker, chunk: Chunk, **letter: Any) -> None:
+    if "results" in letter:
+        letter["results"] = to_serialize(letter["results"])
+    if letter.get("failure") is not None:
+        letter["failure"] = to_serialize(letter["failure"])
+    letters.write(worker, chunk.client, chunk.token, {"number": chunk.number, **letter})
