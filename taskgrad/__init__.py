@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from taskgrad.kernels.function import fuse, vectorize
     from taskgrad.kernels.module import Elementwise
     from taskgrad.maps.differentiable import map
+    from taskgrad.maps.front import main, rank, size
     from taskgrad.maps.streaming import imap, starmap
     from taskgrad.pullbacks import vjp
     from taskgrad.thunk import Thunk, collect, spawn
@@ -59,6 +60,9 @@ _HOMES = {
     "map": "maps.differentiable",
     "imap": "maps.streaming",
     "starmap": "maps.streaming",
+    "main": "maps.front",
+    "rank": "maps.front",
+    "size": "maps.front",
     "Thunk": "thunk",
     "collect": "thunk",
     "spawn": "thunk",
@@ -93,8 +97,11 @@ __all__ = [
     "imap",
     "load_state_dict",
     "local_cluster",
+    "main",
     "map",
     "random_stream",
+    "rank",
+    "size",
     "spawn",
     "starmap",
     "vectorize",

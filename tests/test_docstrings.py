@@ -16,7 +16,7 @@ PUBLIC += ["kernels.formula", "kernels.function", "kernels.module", "kernels.vec
 
 
 @pytest.mark.usefixtures("client")
-@pytest.mark.parametrize("name", [*PUBLIC, *CHECKPOINTS, "train.optimizer"])
+@pytest.mark.parametrize("name", [*PUBLIC, *CHECKPOINTS, "maps.front", "train.optimizer"])
 def test_examples_run(name):
     results = doctest.testmod(import_module(f"taskgrad.{name}"))
     assert results.attempted

@@ -106,10 +106,7 @@ class Session:
 
     def known(self) -> list[WorkerInfo]:
         """All workers there are now, in no order; perhaps none."""
-        return [
-            WorkerInfo(address, self.names[address], w["nthreads"])
-            for address, w in self._info().items()
-        ]
+        return _workers_in(self._info())
 
     def _info(self) -> dict[str, Any]:
         """What the scheduler knows of each worker, by address."""
@@ -146,6 +143,15 @@ class Session:
         raise PlacementError(
             f"there is no worker {spec!r} on this cluster. Its workers are {known}"
         )
+
+
+def in_order(info: dict[str, Any]) -> list[WorkerInfo]:
+    """The workers in what the scheduler says of them, in the order in which taskgrad counts them."""
+    return sorted(_workers_in(info), key=_worker_order)
+
+
+def _workers_in(info: dict[str, Any]) -> list[WorkerInfo]:
+    return [WorkerInfo(a, w.get("name", a), w["nthreads"]) for a, w in info.items()]
 
 
 def _worker_order(worker: WorkerInfo) -> tuple[bool, int, str]:
