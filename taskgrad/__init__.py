@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from taskgrad.errors import (
         CheckpointError,
         ClusterMismatchError,
+        CollectiveError,
         CotangentError,
         DerivativeError,
         LayerError,
@@ -30,6 +31,19 @@ if TYPE_CHECKING:
     from taskgrad.maps.front import main, rank, size
     from taskgrad.maps.streaming import imap, starmap
     from taskgrad.pullbacks import vjp
+    from taskgrad.spmd.collectives import (
+        all_gather,
+        all_to_all,
+        axis_index,
+        axis_size,
+        pmax,
+        pmean,
+        pmin,
+        ppermute,
+        psum,
+        psum_scatter,
+    )
+    from taskgrad.spmd.pmap import pmap
     from taskgrad.thunk import Thunk, collect, spawn
     from taskgrad.train.callbacks import Callback
     from taskgrad.train.optimizer import Optimizer
@@ -43,6 +57,7 @@ _HOMES = {
     "local_cluster": "cluster.local",
     "CheckpointError": "errors",
     "ClusterMismatchError": "errors",
+    "CollectiveError": "errors",
     "CotangentError": "errors",
     "DerivativeError": "errors",
     "LayerError": "errors",
@@ -63,6 +78,17 @@ _HOMES = {
     "main": "maps.front",
     "rank": "maps.front",
     "size": "maps.front",
+    "all_gather": "spmd.collectives",
+    "all_to_all": "spmd.collectives",
+    "axis_index": "spmd.collectives",
+    "axis_size": "spmd.collectives",
+    "pmax": "spmd.collectives",
+    "pmean": "spmd.collectives",
+    "pmin": "spmd.collectives",
+    "ppermute": "spmd.collectives",
+    "psum": "spmd.collectives",
+    "psum_scatter": "spmd.collectives",
+    "pmap": "spmd.pmap",
     "Thunk": "thunk",
     "collect": "thunk",
     "spawn": "thunk",
@@ -77,6 +103,7 @@ __all__ = [
     "Callback",
     "CheckpointError",
     "ClusterMismatchError",
+    "CollectiveError",
     "CotangentError",
     "DerivativeError",
     "Elementwise",
@@ -92,6 +119,10 @@ __all__ = [
     "Trainer",
     "TravelError",
     "WorkerLostError",
+    "all_gather",
+    "all_to_all",
+    "axis_index",
+    "axis_size",
     "collect",
     "fuse",
     "imap",
@@ -99,6 +130,13 @@ __all__ = [
     "local_cluster",
     "main",
     "map",
+    "pmap",
+    "pmax",
+    "pmean",
+    "pmin",
+    "ppermute",
+    "psum",
+    "psum_scatter",
     "random_stream",
     "rank",
     "size",

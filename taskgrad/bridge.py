@@ -75,7 +75,9 @@ class _Group:
         seeds: list[tuple[Node, Node | None]] = []
         for node, (leaves, structure) in zip(self.nodes, self.flat, strict=True):
             given = [next(rest) if leaf is _TENSOR else None for leaf in leaves]
-            if node.needs_grad and any(g is not None for g in given):
+            # All ranks of a gang go back together, though one of them has no part in it.
+            ranks = isinstance(node, Call) and node.rank is not None
+            if node.needs_grad and (ranks or any(g is not None for g in given)):
                 seeds.append((node, Leaf(structure.build(given), needs_grad=False)))
         keep = frozenset(c for c in calls_behind(self.nodes) if c.pending > 1)
         found = adjoint(seeds, retain=retain, keep=keep)
@@ -144,12 +146,13 @@ def attach(nodes: Sequence[Node], values: Sequence[Any], session: Session) -> li
 
 
 def _connected(nodes: Sequence[Node]) -> list[list[int]]:
-    """Indices of the nodes that take gradients, grouped by the calls that they share."""
+    """Indices of the nodes that take gradients, grouped by the calls, or gangs, that they share."""
     groups: list[tuple[set[int], list[int]]] = []
     for i, node in enumerate(nodes):
         if not isinstance(node, Call) or not node.needs_grad:
             continue
-        behind = {id(c) for c in calls_behind([node])}
+        calls = calls_behind([node])
+        behind = {id(c) for c in calls} | {id(c.rank.gang) for c in calls if c.rank is not None}
         members = [i]
         for group in [g for g in groups if g[0] & behind]:
             groups.remove(group)

@@ -46,6 +46,11 @@ class DerivativeError(TaskgradError, NotImplementedError):
     """A vectorized function has a part without a derivative; the message names the part."""
 
 
+class CollectiveError(TaskgradError, RuntimeError):
+    """The ranks of a `pmap` did not meet in a collective: they called different ones, or waited
+    too long for one."""
+
+
 class LayerError(TaskgradError, RuntimeError):
     """A layer raised on its worker; ``__cause__`` is the layer's own exception.
 

@@ -13,6 +13,7 @@ import taskgrad as tg
 PUBLIC = ["chain", "cluster.local", "graph.parallel", "plan.placement", "thunk", "pullbacks"]
 CHECKPOINTS = ["graph.encoding", "graph.weights", "train.checkpoint", "worker.spilling"]
 PUBLIC += ["kernels.formula", "kernels.function", "kernels.module", "kernels.vectorized"]
+PUBLIC += ["spmd.collectives", "spmd.pmap"]
 
 
 @pytest.mark.usefixtures("client")

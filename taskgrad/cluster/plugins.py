@@ -21,6 +21,7 @@ from distributed.scheduler import TaskState, WorkerState
 from taskgrad.cluster import allocator, latency, loans, pausing
 from taskgrad.cluster import serialize as _serialize  # noqa: F401  registers the tensor family
 from taskgrad.cluster.config import Settings, Users
+from taskgrad.cluster.post import Post
 from taskgrad.cluster.retiring import Holders, Reporter
 from taskgrad.worker.sizes import Held, total_bytes
 from taskgrad.worker.store import Store
@@ -82,6 +83,7 @@ class StorePlugin(WorkerPlugin):
         worker.stream_handlers[_RELEASE] = release
         worker.stream_handlers[_SETTINGS] = change
         self._reporter = Reporter(worker, store)
+        self._post = Post(worker, store.mail)
         allocator.check_threads(worker)
         last = dict.fromkeys(_METRICS, 0)
         for name in _METRICS:  # columns of the dashboard's table of workers
@@ -92,6 +94,7 @@ class StorePlugin(WorkerPlugin):
         """Called when the worker closes."""
         _change(worker, Settings())
         self._reporter.stop()
+        self._post.stop()
         # Messages may still be on their way to a worker that closes.
         worker.stream_handlers[_RELEASE] = worker.stream_handlers[_SETTINGS] = _ignore
         for name in (*_METRICS, _BORROWED):

@@ -64,3 +64,8 @@ def memory(dask_worker: Any = None) -> tuple[int, int] | None:
 def held(dask_worker: Any = None) -> dict[str, int]:
     """What a worker's store holds now: for ``client.run(taskgrad.cluster.tasks.held)``."""
     return store_of(dask_worker).held()
+
+
+def mail(dask_worker: Any = None) -> dict[str, int]:
+    """How many mailboxes and messages of ranks a worker has now: for ``client.run``."""
+    return store_of(dask_worker).mail.held()

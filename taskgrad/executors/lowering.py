@@ -62,6 +62,8 @@ def _(node: Call) -> Forward:
         recompute=node.recompute,
         extras=node.extras,
         check_finite=node.check_finite,
+        rank=node.rank,
+        peers=node.peers,
     )
 
 
@@ -83,6 +85,7 @@ def _(node: Pullback) -> Backward:
             name: [p.key if isinstance(p, Pullback) else inputs.index(p) for p in parts]
             for name, parts in node.accumulate.items()
         },
+        peers=node.peers,
     )
 
 

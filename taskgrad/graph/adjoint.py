@@ -129,11 +129,25 @@ def adjoint(
                 parameters.setdefault((home, name), []).append(ParameterGrad(pullback, name))
         if not pullback.retain:
             call.spent = True
+    _introduce(pullbacks)
     return Adjoint(
         tuple(pullbacks),
         {leaf: tuple(parts) for leaf, parts in leaves.items()},
         {key: tuple(parts) for key, parts in parameters.items()},
     )
+
+
+def _introduce(pullbacks: Iterable[Pullback]) -> None:
+    """The backwards of one gang's ranks meet, as its forwards did."""
+    gangs: dict[int, dict[int, Pullback]] = {}
+    for pullback in pullbacks:
+        if pullback.call.rank is not None:
+            rank = pullback.call.rank
+            gangs.setdefault(id(rank.gang), {})[rank.index] = pullback
+    for ranks in gangs.values():
+        peers = tuple(ranks[i].key for i in sorted(ranks))
+        for pullback in ranks.values():
+            pullback.peers = peers
 
 
 def _why_not(output: Node) -> str:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from taskgrad.graph.pytree import carries_gradient, tensors
+from taskgrad.graph.ranks import Rank
 
 _order = itertools.count(1)
 
@@ -175,6 +176,8 @@ class Call(Node):
     starts on the stage with this call; `recompute`, the (start, stop) of those steps that keep only
     their input and run again in the backward; `extras`, the pickled further arguments of the last
     step, the loss; `check_finite`, whether that may only be a finite number.
+
+    A call that is one `rank` of a gang knows the keys of all of them as its `peers`.
     """
 
     __slots__ = (
@@ -190,7 +193,9 @@ class Call(Node):
         "kind",
         "mode",
         "parameters",
+        "peers",
         "pending",
+        "rank",
         "recompute",
         "returns_buffers",
         "spent",
@@ -217,6 +222,7 @@ class Call(Node):
         mode: bool | None = None,
         worker: str | None = None,
         kind: str = "forward",
+        rank: Rank | None = None,
     ) -> None:
         super().__init__(new_key(kind, title), worker)
         self.title = title
@@ -241,6 +247,8 @@ class Call(Node):
         self.recompute: tuple[tuple[int, int], ...] = ()
         self.extras = b""
         self.check_finite = False
+        self.rank = rank
+        self.peers: tuple[str, ...] = ()
 
     def append(self, step: tuple[int, str, str], inputs: Sequence[Node], extras: bytes) -> None:
         """One more step, which takes these inputs beside the output so far."""
@@ -274,9 +282,20 @@ class Pullback(Node):
     In a training step also: `factor`, by which a cotangent of ones is multiplied, and `weight`, the
     node of another; `accumulate`, for each parameter whose gradients are now complete, what to add
     to it: pullbacks on this worker, this one included, and gradients from others.
+
+    Where the call is a rank of a gang: `peers`, the keys of the pullbacks of all its ranks.
     """
 
-    __slots__ = ("accumulate", "call", "cotangents", "factor", "retain", "wanted", "weight")
+    __slots__ = (
+        "accumulate",
+        "call",
+        "cotangents",
+        "factor",
+        "peers",
+        "retain",
+        "wanted",
+        "weight",
+    )
 
     def __init__(
         self,
@@ -293,6 +312,7 @@ class Pullback(Node):
         self.factor = 1.0
         self.weight: Node | None = None
         self.accumulate: dict[str, tuple[Node, ...]] = {}
+        self.peers: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> Sequence[Node]:

@@ -14,6 +14,7 @@ from taskgrad.graph.nodes import Draw
 from taskgrad.graph.pytree import Structure, carries_gradient, describe, flatten
 from taskgrad.worker.failures import backward_error
 from taskgrad.worker.gradients import Gradient, accumulate_into, own
+from taskgrad.worker.ranks import Member
 from taskgrad.worker.store import ResidentStage, Store, Tape, busy
 
 
@@ -25,6 +26,7 @@ class Backward:
     Those are multiplied by `factor`, and by the number at position `weight`. `wanted` are the input
     slots whose cotangents are given back. `accumulate` lists for each parameter whose gradients are
     now complete what to add to it: keys of backward tasks on this worker, positions of values.
+    `peers` are the keys of the backward tasks of all ranks, if the forward was one of a gang.
     """
 
     key: str
@@ -37,10 +39,17 @@ class Backward:
     factor: float = 1.0
     weight: int | None = None
     accumulate: dict[str, list[str | int]] = field(default_factory=dict)
+    peers: tuple[str, ...] = ()
 
     def run(self, store: Store, *values: Any) -> Any:
         """Cotangents of the wanted slots (one, or a tuple); parameters' gradients are stored."""
         tape = store.tape(self.token, keep=self.retain)
+        if tape.member is None:
+            return self._run(store, tape, values)
+        with tape.member.talking(self.key, self.peers):
+            return self._run(store, tape, values)
+
+    def _run(self, store: Store, tape: Tape, values: tuple[Any, ...]) -> Any:
         with tape.stage.lock if tape.stage else contextlib.nullcontext(), busy(tape.stage):
             seeds = self._sum(tape, store.address, values)
             slots = {i: tape.inputs[i] for i in self.wanted}
@@ -160,6 +169,15 @@ def match(cotangent: Any, outputs: list[Any], structure: Structure, where: str) 
     return leaves
 
 
+def _collectives(member: Member) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """An output and a taker between which autograd goes through all collectives, if any."""
+    if member.token is member.start:
+        return []
+    if torch.cuda.is_initialized():  # its backward runs in a thread of torch's
+        member.keep_no_thread()
+    return [(member.token, member.start)]
+
+
 def _differentiate(
     tape: Tape, seeds: list[Gradient], slots: dict[int, list[Gradient]], retain: bool
 ) -> tuple[dict[int, list[Gradient]], dict[str, Gradient]]:
@@ -170,14 +188,15 @@ def _differentiate(
     ]
     takers = [leaf for leaves in slots.values() for leaf in leaves if leaf is not None]
     takers += tape.parameters.values()
-    if pairs and takers:
+    ends = _collectives(tape.member) if tape.member is not None else []
+    if ends or (pairs and takers):
         grads: Sequence[Gradient] = torch.autograd.grad(
-            [output for output, _ in pairs],
-            takers,
-            [seed for _, seed in pairs],
+            [*(output for output, _ in pairs), *(last for last, _ in ends)],
+            [*takers, *(first for _, first in ends)],
+            [*(seed for _, seed in pairs), *(torch.zeros_like(last) for last, _ in ends)],
             retain_graph=retain,
             allow_unused=True,
-        )
+        )[: len(takers)]
     else:
         grads = (None,) * len(takers)
     rest = iter(grads)

@@ -15,10 +15,12 @@ from torch import nn
 from taskgrad.graph import pack
 from taskgrad.graph.nodes import Draw
 from taskgrad.graph.pytree import Slot, Structure, carries_gradient, describe, flatten, map_leaves
+from taskgrad.graph.ranks import Rank
 from taskgrad.worker import training
 from taskgrad.worker.deferred_norm import deferred
 from taskgrad.worker.failures import forward_error
-from taskgrad.worker.randomness import may_draw, random_stream
+from taskgrad.worker.randomness import drawing, may_draw, random_stream
+from taskgrad.worker.ranks import Member
 from taskgrad.worker.recompute import recomputed
 from taskgrad.worker.store import LOSS, ResidentStage, Store, Tape, buffers_key, busy
 
@@ -48,6 +50,8 @@ class Forward:
     recompute: tuple[tuple[int, int], ...] = ()
     extras: bytes = b""
     check_finite: bool = False
+    rank: Rank | None = None
+    peers: tuple[str, ...] = ()
 
     def run(self, store: Store, *values: Any) -> Any:
         """The output, detached; the tape, if any, is in the store under `token`.
@@ -62,14 +66,25 @@ class Forward:
                 return self._give_all(stage, tape.outputs, tape.output_structure)
             if stage is not None and self.begins is not None:
                 training.begin(stage, self.begins)
-            return self._run(store, stage, values)
+            if self.rank is None:
+                return self._run(store, stage, values)
+            member = Member(self.rank, store)
+            with member.talking(self.token, self.peers), drawing(member.seed()):
+                return self._run(store, stage, values, member)
 
-    def _run(self, store: Store, stage: ResidentStage | None, values: tuple[Any, ...]) -> Any:
+    def _run(
+        self,
+        store: Store,
+        stage: ResidentStage | None,
+        values: tuple[Any, ...],
+        member: Member | None = None,
+    ) -> Any:
         device = stage.device if stage else None
         takes: list[list[torch.Tensor | None]] = []
         structures: list[Structure] = []
         fed: list[Any] = []
-        with torch.set_grad_enabled(self.taped):
+        grad_mode = self.rank.gang.grad_mode if self.rank is not None else self.taped
+        with torch.set_grad_enabled(grad_mode):
             for value, wanted in zip(values, self.needs_grad, strict=True):
                 leaves, structure = flatten(value)
                 taken, given = _feed(leaves, self.taped and wanted, device)
@@ -102,6 +117,7 @@ class Forward:
                 structure,
                 _trainable(stage, self.steps),
                 stage,
+                member,
                 recomputes=bool(self.recompute),
             )
             store.put(self.token, tape)

@@ -32,6 +32,45 @@ _DRAWING = (
     nn.TransformerDecoderLayer,
 )
 _may_draw: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_entered = threading.local()  # the streams that its thread draws from, the innermost last
+
+
+class _Stream:
+    """Random numbers of its own for whoever is in it; while out, it remembers where it was."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed: int | None = seed
+        self._own: list[torch.Tensor] = []
+        self._before: list[torch.Tensor] = []
+
+    def enter(self) -> None:
+        """Have torch's default generators draw from this stream; others wait meanwhile."""
+        _one_at_a_time.acquire()
+        generators = _generators()
+        self._before = [generator.get_state() for generator in generators]
+        if self._seed is not None:
+            for generator in generators:
+                generator.manual_seed(self._seed)
+        else:
+            _set(generators, self._own)
+
+    def leave(self) -> None:
+        """Give the generators back as they were."""
+        generators = _generators()
+        self._seed, self._own = None, [generator.get_state() for generator in generators]
+        _set(generators, self._before)
+        _one_at_a_time.release()
+
+
+def _generators() -> list[torch.Generator]:
+    cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    return [torch.default_generator, *cuda]
+
+
+def _set(generators: list[torch.Generator], states: list[torch.Tensor]) -> None:
+    # A device that was used for the first time since has no state to go back to.
+    for generator, state in zip(generators, states, strict=False):
+        generator.set_state(state)
 
 
 def stream_seed(seed: int, step: int, microbatch: int, layer: str) -> int:
@@ -67,19 +106,42 @@ def random_stream(seed: int, step: int, microbatch: int, layer: str) -> Iterator
     ...     bool((torch.rand(2) == a).all())
     True
     """
-    start = stream_seed(seed, step, microbatch, layer)
-    with _one_at_a_time:
-        generators = [torch.default_generator]
-        if torch.cuda.is_initialized():
-            generators += torch.cuda.default_generators
-        before = [generator.get_state() for generator in generators]
-        for generator in generators:
-            generator.manual_seed(start)
-        try:
-            yield
-        finally:
-            for generator, state in zip(generators, before, strict=True):
-                generator.set_state(state)
+    with drawing(stream_seed(seed, step, microbatch, layer)):
+        yield
+
+
+@contextmanager
+def drawing(seed: int) -> Iterator[None]:
+    """Have torch's default generators draw from the stream of this seed."""
+    stream = _Stream(seed)
+    streams = _streams()
+    stream.enter()
+    streams.append(stream)
+    try:
+        yield
+    finally:
+        streams.remove(stream)
+        stream.leave()
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Be out of this thread's streams for a while, so that others can draw; then go on in them."""
+    streams = _streams()
+    for stream in reversed(streams):
+        stream.leave()
+    try:
+        yield
+    finally:
+        for stream in streams:
+            stream.enter()
+
+
+def _streams() -> list[_Stream]:
+    if not hasattr(_entered, "streams"):
+        _entered.streams = []
+    found: list[_Stream] = _entered.streams
+    return found
 
 
 def may_draw(fn: Any) -> bool:

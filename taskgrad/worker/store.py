@@ -20,8 +20,10 @@ from torch import nn
 
 from taskgrad.errors import TapeError, WorkerLostError
 from taskgrad.graph.pytree import Structure
+from taskgrad.worker.mail import Mail
 
 if TYPE_CHECKING:
+    from taskgrad.worker.ranks import Member
     from taskgrad.worker.training import Training
 
 # Keys let go of before their task was done; the task then has nothing to leave behind.
@@ -62,6 +64,7 @@ class Tape:
     output_structure: Structure
     parameters: dict[str, nn.Parameter]
     stage: ResidentStage | None
+    member: Member | None = None  # the rank of a gang whose forward it was
     recomputes: bool = False  # looking at what autograd saved would run layers again
     nbytes: int | None = None  # once somebody has counted them
     # Held by a backward, and by who looks at what autograd saved: autograd frees it as it goes,
@@ -92,6 +95,7 @@ class Store:
         self.address = address
         self.folder = folder  # the worker's own, on a disk
         self.id = uuid.uuid4().hex  # another one after every restart
+        self.mail = Mail()
         self.changed: Callable[[], None] = lambda: None
         """Called, in any thread, when the first entry has come or the last one has gone."""
         self._entries: dict[str, Any] = {}
@@ -175,6 +179,7 @@ class Store:
 
     def release(self, keys: list[str]) -> None:
         """Let go of these keys, now or as soon as their tasks end."""
+        self.mail.release(keys)
         with self._lock:
             for key in keys:
                 self._pop(buffers_key(key))

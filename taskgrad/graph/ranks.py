@@ -1,0 +1,50 @@
+"""The ranks of one parallel call: calls of one function that run at the same time and meet.
+
+A `Gang` is what the calls have in common. It is plain data and goes to the workers with each call;
+on the driver its identity says which calls belong together, forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, eq=False)
+class Gang:
+    """One call of a function on several workers at once.
+
+    Attributes
+    ----------
+    title
+        The function's name, for messages.
+    axis
+        The name of the mapped axis; None if it has none.
+    workers
+        The address of each rank's worker, in rank order.
+    seed
+        What the ranks' random streams start from.
+    deadline
+        Seconds for which a rank waits for another one.
+    grad_mode
+        Whether autograd is on in the function, as it was where the call was made. So the function
+        can take gradients of its own, also where nobody outside takes any.
+    """
+
+    title: str
+    axis: Hashable
+    workers: tuple[str, ...]
+    seed: int
+    deadline: float
+    grad_mode: bool
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One call of a gang."""
+
+    gang: Gang
+    index: int
+
+    def __str__(self) -> str:
+        return f"rank {self.index} of {self.gang.title}"

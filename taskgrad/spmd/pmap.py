@@ -1,0 +1,253 @@
+"""A parallel map: one function, one rank a worker, as JAX's pmap."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import cloudpickle
+import torch
+from distributed import Client, get_worker
+
+from taskgrad import bridge
+from taskgrad.cluster.config import deadline
+from taskgrad.cluster.session import Session, session
+from taskgrad.errors import TaskgradError
+from taskgrad.executors.futures import run_with_buffers, values_of
+from taskgrad.graph import pack
+from taskgrad.graph.layers import kind_of
+from taskgrad.graph.nodes import Call, Leaf, Node
+from taskgrad.graph.pytree import Slot, Structure, describe, flatten, map_leaves
+from taskgrad.graph.ranks import Gang, Rank
+from taskgrad.spmd.axes import Axis, join, mapped_size, spread
+from taskgrad.thunk import Lazy, Thunk
+from taskgrad.worker.ranks import running
+
+
+def pmap(
+    fn: Callable[..., Any],
+    axis_name: Hashable = None,
+    *,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    client: Client | None = None,
+) -> Callable[..., Any]:
+    """Map a function over an axis, with one worker for each index: JAX's ``pmap``.
+
+    Each call splits the arguments along their mapped axes, runs ``fn`` once for each index, all at
+    the same time, each *rank* on a worker of its own, and stacks the results. Inside, the ranks
+    exchange values by the axis's name: `psum`, `pmean`, `pmax`, `pmin`, `all_gather`, `ppermute`,
+    `all_to_all`, `psum_scatter`; `axis_index` says which rank one is.
+
+    A call runs at once and returns tensors. They are part of the driver's autograd graph: their
+    backward runs on the workers, through the collectives too, and gives gradients to the arguments
+    and to what ``fn`` closes over (tensors, modules), summed over the ranks. ``fn`` runs once.
+
+    Parameters
+    ----------
+    fn
+        A function of pytrees. Also a module.
+    axis_name
+        What collectives call the axis.
+    in_axes
+        The axis of each tensor that is mapped; None gives a value whole to all ranks, as a module
+        or a number has to be. An int or None for all, or a tuple with an entry for each positional
+        argument: an int, None, or a tree of them that is a prefix of the argument. Keyword
+        arguments are mapped over axis 0.
+    out_axes
+        Where the axis is in the results, an int or None, or a tree of them. With None a result has
+        to be the same on all ranks, and is that of rank 0.
+    client
+        By default the current one.
+
+    Returns
+    -------
+    callable
+        Takes what ``fn`` takes, with the mapped axes.
+
+    Raises
+    ------
+    ValueError
+        On a call: the axes do not fit, or are longer than there are workers.
+    LayerError
+        On a call: ``fn`` raised; names the first rank that did, and its worker.
+    CollectiveError
+        The ranks called different collectives, or waited for one longer than
+        ``taskgrad.collective-deadline``.
+    WorkerLostError
+        A rank's worker went away.
+
+    Notes
+    -----
+    Random numbers: each rank draws from a stream of its own, started from a number that each call
+    takes from torch's default generator on the driver. So ``torch.manual_seed`` there fixes them.
+
+    Examples
+    --------
+    >>> import torch, taskgrad as tg
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> f = tg.pmap(lambda x: tg.psum(w @ x, "i"), axis_name="i")
+    >>> y = f(torch.eye(2))
+    >>> y
+    tensor([3., 3.], grad_fn=<StackBackward0>)
+    >>> y[0].backward()
+    >>> w.grad
+    tensor([1., 1.])
+    """
+    if isinstance(fn, Lazy):
+        raise TypeError("pmap takes a function or a module; a GraphChain has workers of its own")
+    if not callable(fn):
+        raise TypeError(f"pmap takes a function or a module; got {type(fn).__name__}")
+    if isinstance(axis_name, tuple | list):
+        raise NotImplementedError(f"pmap maps one axis; got the axis names {axis_name!r}")
+    if isinstance(in_axes, list):
+        in_axes = tuple(in_axes)
+    if in_axes is not None and not isinstance(in_axes, int | tuple):
+        raise TypeError(f"in_axes is an int, None or a tuple of an entry each; got {in_axes!r}")
+    title = kind_of(fn).strip("<>")
+
+    def mapped(*args: Any, **kwargs: Any) -> Any:
+        _refuse_inside(title)
+        split = _split(title, args, kwargs, in_axes)
+        owner = session(client)
+        calls = _calls(fn, title, axis_name, split, _places(title, split.size, owner))
+        run_with_buffers(calls, owner)
+        values = values_of(calls, owner)
+        if torch.is_grad_enabled():
+            values = bridge.attach(calls, values, owner)
+        return _together(f"pmap of {title!r}", values, out_axes)
+
+    return functools.wraps(fn)(mapped) if hasattr(fn, "__name__") else mapped
+
+
+class _Split:
+    """Arguments: what each rank gets as `parts`; what all get is in the `template`."""
+
+    def __init__(self, leaves: list[Any], structure: Structure, axes: list[Axis], what: str):
+        self.size = mapped_size(leaves, axes, what)
+        mapped = {i: axis for i, axis in enumerate(axes) if axis is not None}
+        slots = {i: Slot(position) for position, i in enumerate(mapped)}
+        self.template = structure.build([slots.get(i, leaf) for i, leaf in enumerate(leaves)])
+        # Parted on the driver, by torch: gradients find their way back by themselves.
+        parted = [leaves[i].unbind(axis) for i, axis in mapped.items()]
+        self.parts = list(zip(*parted, strict=True))
+
+
+class _Program:
+    """The function, with what is the same on all ranks put in: what is sent to them."""
+
+    def __init__(self, fn: Callable[..., Any], template: Any) -> None:
+        self._fn = fn
+        self._template = template
+
+    def __call__(self, *parts: Any) -> Any:
+        args, kwargs = map_leaves(
+            lambda leaf: parts[leaf.index] if isinstance(leaf, Slot) else leaf, self._template
+        )
+        return self._fn(*args, **kwargs)
+
+
+def _refuse_inside(title: str) -> None:
+    if running() is not None:
+        raise NotImplementedError(
+            f"pmap of {title!r} inside a function that tg.pmap runs: maps are not nested. Map one "
+            "axis, and use torch.vmap for the other"
+        )
+    try:
+        get_worker()
+    except ValueError:
+        return
+    raise TaskgradError(
+        f"pmap of {title!r} is called inside a task, such as a chain's layer or a function given "
+        "to tg.spawn: call it on the driver"
+    )
+
+
+def _split(title: str, args: Any, kwargs: Any, in_axes: Any) -> _Split:
+    what = f"pmap of {title!r}"
+    if isinstance(in_axes, tuple) and len(in_axes) != len(args):
+        raise ValueError(
+            f"{what}: in_axes has {len(in_axes)} entries for {len(args)} positional arguments"
+        )
+    leaves, structure = flatten((args, kwargs))
+    if any(isinstance(leaf, Thunk) for leaf in leaves):
+        raise TypeError(f"{what} runs at once and takes tensors: tg.collect its thunks first")
+    axes = spread(in_axes, args, "in_axes") + [0] * len(flatten(kwargs)[0])
+    return _Split(leaves, structure, axes, what)
+
+
+def _places(title: str, size: int, owner: Session) -> tuple[str, ...]:
+    workers = owner.workers()
+    if size > len(workers):
+        raise ValueError(
+            f"pmap of {title!r} over an axis of length {size} requires {size} workers, but only "
+            f"{len(workers)} are there. Start more, or put torch.vmap inside for a part of the axis"
+        )
+    return tuple(w.address for w in workers[:size])
+
+
+def _calls(
+    fn: Callable[..., Any],
+    title: str,
+    axis_name: Hashable,
+    split: _Split,
+    workers: tuple[str, ...],
+) -> list[Call]:
+    """One call a rank, each pinned to its worker."""
+    packed = _pack(_Program(fn, split.template), title)
+    names = {id(p): (n, m) for m in packed.modules for n, p in m.named_parameters()}
+    buffers = {id(b) for m in packed.modules for b in m.buffers()}
+    shared: list[Node] = [
+        Leaf(t, name=n, owner=m)
+        for t, (n, m) in ((t, names.get(id(t), ("", None))) for t in packed.tensors)
+    ]
+    seed = int(torch.randint(2**62, ()))
+    gang = Gang(title, axis_name, workers, seed, deadline("collective"), torch.is_grad_enabled())
+    calls = []
+    for index, (worker, parts) in enumerate(zip(workers, split.parts, strict=True)):
+        rank = Rank(gang, index)
+        slots = tuple(Slot(len(shared) + i) for i in range(len(parts)))
+        call = Call(
+            title=str(rank),
+            steps=((0, str(rank), kind_of(fn)),),
+            inputs=[*shared, *map(Leaf, parts)],
+            template=cloudpickle.dumps((slots, {})),
+            function=packed.data,
+            tensor_slots=tuple(range(len(shared))),
+            # What a module writes into its buffers comes home from rank 0, as with torch's DDP.
+            buffers=tuple(i for i, t in enumerate(packed.tensors) if id(t) in buffers)
+            if index == 0
+            else (),
+            worker=worker,
+            rank=rank,
+        )
+        calls.append(call)
+    for call in calls:
+        call.peers = tuple(c.key for c in calls)
+    return calls
+
+
+def _pack(program: _Program, title: str) -> pack.Packed:
+    try:
+        return pack.pack(program)
+    except Exception as error:
+        raise TypeError(
+            f"{title!r}, or an argument of it, cannot be sent to the workers, because it cannot "
+            f"be pickled ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _together(what: str, values: Sequence[Any], out_axes: Any) -> Any:
+    """The ranks' outputs as one."""
+    trees = [flatten(value) for value in values]
+    structure = trees[0][1]
+    for rank, (_, other) in enumerate(trees):
+        if other != structure:
+            raise ValueError(
+                f"{what}: the ranks' outputs differ in structure: rank 0 gave "
+                f"{describe(values[0])}, rank {rank} gave {describe(values[rank])}"
+            )
+    axes = spread(out_axes, values[0], "out_axes")
+    columns = zip(*(leaves for leaves, _ in trees), strict=True)
+    return structure.build([join(c, a, what) for c, a in zip(columns, axes, strict=True)])

@@ -1,0 +1,280 @@
+"""The collectives on plain tensors: what each rank sends, what it makes of what comes.
+
+All are linear but the extremes, and the transpose of each is another one:
+
+    psum          psum           (an output of every rank is a sum of the inputs of all)
+    all_gather    psum_scatter
+    ppermute      ppermute with the pairs turned round
+    all_to_all    all_to_all with the axes swapped
+
+Sums are taken in rank order, in float32 for the half-precision dtypes: all ranks get the same bits,
+whatever comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from taskgrad.graph.pytree import describe
+from taskgrad.worker.mail import Message
+from taskgrad.worker.ranks import Member
+
+Tensors = Sequence[torch.Tensor]
+
+_HALF = (torch.bfloat16, torch.float16)
+# Sums of so many bytes over more than two ranks are made in parts, one by each rank.
+_IN_PARTS = 1 << 20
+
+
+@dataclass
+class Operation:
+    """One collective, of some tensors at once."""
+
+    name: ClassVar[str]
+
+    def arguments(self) -> str:
+        """Those that all ranks have to agree on, for messages."""
+        return ""
+
+    def check(self, x: torch.Tensor, size: int) -> None:
+        """Raise ValueError if this tensor cannot be given."""
+
+    def run(self, member: Member, xs: Tensors, wants: bool) -> tuple[list[torch.Tensor], bool]:
+        """The results, and whether any rank takes a gradient of what it gave."""
+        parcels: list[list[torch.Tensor]] = [[] for _ in range(member.size)]
+        for x in xs:
+            for parcel, part in zip(parcels, self.parts(x, member.size, member.index), strict=True):
+                parcel.extend(_portable(p) for p in part)
+        messages = member.exchange(self.title(xs), wants, parcels)
+        found = self.join(xs, messages, member)
+        return found, any(m.wants for m in messages)
+
+    def title(self, xs: Tensors) -> str:
+        """The call, as messages show it and as the ranks compare it."""
+        return f"{self.name}({', '.join(map(describe, xs))}{self.arguments()})"
+
+    def parts(self, x: torch.Tensor, size: int, index: int) -> list[list[torch.Tensor]]:
+        """What each rank gets of a tensor: one tensor or none."""
+        raise NotImplementedError
+
+    def join(self, xs: Tensors, messages: list[Message], member: Member) -> list[torch.Tensor]:
+        """What all ranks sent, made into the results."""
+        columns = zip(*(m.parcel for m in messages), strict=True)
+        return [
+            self.one([part.to(x.device) for part in parts])
+            for x, parts in zip(xs, columns, strict=True)
+        ]
+
+    def one(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """What came of one tensor, by rank, made into one."""
+        raise NotImplementedError
+
+    def transpose(self, xs: Tensors, cotangents: Tensors) -> tuple[Operation, list[torch.Tensor]]:
+        """The operation that takes cotangents back, and what to give it.
+
+        `xs` has the shapes of what this one was given.
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class Sum(Operation):
+    """The sum over the ranks, on each."""
+
+    name = "psum"
+
+    def run(self, member: Member, xs: Tensors, wants: bool) -> tuple[list[torch.Tensor], bool]:
+        """In two rounds where that sends less: each rank sums a part and gives it to all."""
+        if member.size < 3 or sum(x.nbytes for x in xs) < _IN_PARTS:
+            return super().run(member, xs, wants)
+        chunks = [x.reshape(-1).tensor_split(member.size) for x in xs]
+        parcels = [[_portable(c[i]) for c in chunks] for i in range(member.size)]
+        first = member.exchange(self.title(xs), wants, parcels)
+        sums = [in_order(parts) for parts in zip(*(m.parcel for m in first), strict=True)]
+        second = member.exchange(f"{self.title(xs)}, second round", wants, [sums] * member.size)
+        found = [
+            torch.cat(parts).reshape(x.shape).to(x.device)
+            for x, parts in zip(xs, zip(*(m.parcel for m in second), strict=True), strict=True)
+        ]
+        return found, any(m.wants for m in first)
+
+    def parts(self, x: torch.Tensor, size: int, index: int) -> list[list[torch.Tensor]]:
+        return [[x]] * size
+
+    def one(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return in_order(parts)
+
+    def transpose(self, xs: Tensors, cotangents: Tensors) -> tuple[Operation, list[torch.Tensor]]:
+        return Sum(), list(cotangents)
+
+
+@dataclass
+class Extreme(Operation):
+    """The largest or smallest over the ranks, on each."""
+
+    largest: bool
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "pmax" if self.largest else "pmin"
+
+    def parts(self, x: torch.Tensor, size: int, index: int) -> list[list[torch.Tensor]]:
+        return [[x]] * size
+
+    def join(self, xs: Tensors, messages: list[Message], member: Member) -> list[torch.Tensor]:
+        """Also the share of each result that is this rank's."""
+        found, self.shares = [], []
+        for x, parts in zip(xs, zip(*(m.parcel for m in messages), strict=True), strict=True):
+            every = torch.stack([part.to(x.device) for part in parts])
+            result = every.amax(0) if self.largest else every.amin(0)
+            found.append(result)
+            self.shares.append((x == result, (every == result).sum(0)))
+        return found
+
+    def transpose(self, xs: Tensors, cotangents: Tensors) -> tuple[Operation, list[torch.Tensor]]:
+        return Sum(), list(cotangents)
+
+
+@dataclass
+class Gather(Operation):
+    """The tensors of all ranks, along a new axis or one they have."""
+
+    axis: int
+    tiled: bool
+    name = "all_gather"
+
+    def arguments(self) -> str:
+        return f", axis={self.axis}, tiled={self.tiled}"
+
+    def check(self, x: torch.Tensor, size: int) -> None:
+        _check_axis("axis", self.axis, x.ndim if self.tiled else x.ndim + 1, x)
+
+    def parts(self, x: torch.Tensor, size: int, index: int) -> list[list[torch.Tensor]]:
+        return [[x]] * size
+
+    def one(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(parts, self.axis) if self.tiled else torch.stack(parts, self.axis)
+
+    def transpose(self, xs: Tensors, cotangents: Tensors) -> tuple[Operation, list[torch.Tensor]]:
+        return Scatter(self.axis, self.tiled), list(cotangents)
+
+
+@dataclass
+class Scatter(Operation):
+    """The sum over the ranks, of which each keeps its part along one axis."""
+
+    axis: int
+    tiled: bool
+    name = "psum_scatter"
+
+    def arguments(self) -> str:
+        return f", scatter_dimension={self.axis}, tiled={self.tiled}"
+
+    def check(self, x: torch.Tensor, size: int) -> None:
+        _check_axis("scatter_dimension", self.axis, x.ndim, x)
+        _check_split("scatter_dimension", self.axis, x, size, self.tiled)
+
+    def parts(self, x: torch.Tensor, size: int, index: int) -> list[list[torch.Tensor]]:
+        return [[part] for part in _split(x, self.axis, size, self.tiled)]
+
+    def one(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return in_order(parts)
+
+    def transpose(self, xs: Tensors, cotangents: Tensors) -> tuple[Operation, list[torch.Tensor]]:
+        return Gather(self.axis, self.tiled), list(cotangents)
+
+
+@dataclass
+class Permute(Operation):
+    """The tensor of another rank; zeros where none sends."""
+
+    pairs: tuple[tuple[int, int], ...]
+    name = "ppermute"
+
+    def arguments(self) -> str:
+        return f", perm={list(self.pairs)}"
+
+    def parts(self, x: torch.Tensor, size: int, index: int) -> list[list[torch.Tensor]]:
+        to = dict(self.pairs).get(index)
+        return [[x] if i == to else [] for i in range(size)]
+
+    def join(self, xs: Tensors, messages: list[Message], member: Member) -> list[torch.Tensor]:
+        """What the source sent, in memory of our own."""
+        source = {to: of for of, to in self.pairs}.get(member.index)
+        if source is None:
+            return [torch.zeros_like(x) for x in xs]
+        parcel = messages[source].parcel
+        return [torch.empty_like(x).copy_(part) for x, part in zip(xs, parcel, strict=True)]
+
+    def transpose(self, xs: Tensors, cotangents: Tensors) -> tuple[Operation, list[torch.Tensor]]:
+        return Permute(tuple((to, of) for of, to in self.pairs)), list(cotangents)
+
+
+@dataclass
+class AllToAll(Operation):
+    """Of the tensors of all ranks the part that is this rank's, put side by side."""
+
+    split: int
+    concat: int
+    tiled: bool
+    name = "all_to_all"
+
+    def arguments(self) -> str:
+        return f", split_axis={self.split}, concat_axis={self.concat}, tiled={self.tiled}"
+
+    def check(self, x: torch.Tensor, size: int) -> None:
+        _check_axis("split_axis", self.split, x.ndim, x)
+        _check_axis("concat_axis", self.concat, x.ndim, x)
+        _check_split("split_axis", self.split, x, size, self.tiled)
+
+    def parts(self, x: torch.Tensor, size: int, index: int) -> list[list[torch.Tensor]]:
+        return [[part] for part in _split(x, self.split, size, self.tiled)]
+
+    def one(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(parts, self.concat) if self.tiled else torch.stack(parts, self.concat)
+
+    def transpose(self, xs: Tensors, cotangents: Tensors) -> tuple[Operation, list[torch.Tensor]]:
+        return replace(self, split=self.concat, concat=self.split), list(cotangents)
+
+
+def in_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Their sum from the first on, in memory of its own; half precision is rounded once."""
+    dtype = parts[0].dtype
+    wide = torch.float32 if dtype in _HALF else dtype
+    total = parts[0].to(wide, copy=True)
+    for part in parts[1:]:
+        total += part.to(wide)
+    return total.to(dtype)
+
+
+def _portable(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().resolve_conj().resolve_neg().cpu()
+
+
+def _split(x: torch.Tensor, axis: int, size: int, tiled: bool) -> Sequence[torch.Tensor]:
+    return x.chunk(size, axis) if tiled else x.unbind(axis)
+
+
+def _check_axis(name: str, axis: Any, ndim: int, x: torch.Tensor) -> None:
+    if not -ndim <= axis < ndim:
+        raise ValueError(
+            f"{name}={axis} is no axis of {describe(x)}; there are {ndim} to choose from"
+        )
+
+
+def _check_split(name: str, axis: int, x: torch.Tensor, size: int, tiled: bool) -> None:
+    length = x.shape[axis]
+    if tiled and length % size:
+        raise ValueError(
+            f"{name}={axis} of {describe(x)} has length {length}, which the axis size {size} does "
+            "not divide"
+        )
+    if not tiled and length != size:
+        raise ValueError(
+            f"{name}={axis} of {describe(x)} has length {length}; with tiled=False that has to be "
+            f"the axis size, {size}"
+        )

@@ -1,0 +1,217 @@
+"""What the ranks of a parallel call send each other: a mailbox for each of their tasks.
+
+A message is for one task, by the task's key, and says who sent it and as which collective, counted
+from 0. It may come before its task has begun. When the task has ended, or its key was let go of,
+the mailbox is gone, and what comes for it later is refused: the sender is told how the task ended.
+
+How a message travels is the business of a `Carrier`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from taskgrad.errors import TaskgradError
+
+# Tasks that are remembered as ended. Their ranks end together, give or take a message.
+_MAX_ENDED = 10_000
+
+
+class Message(NamedTuple):
+    """What one rank sends another in one collective."""
+
+    source: int
+    number: int
+    what: str
+    wants: bool  # whether the sender takes a gradient of what it gave
+    store: str  # the id of the sender's store: another one after a restart
+    parcel: list[Any]
+
+
+@dataclass(frozen=True)
+class End:
+    """How a task ended: it returned after so many collectives, or raised."""
+
+    count: int
+    error: BaseException | None
+
+
+class GangFailed(BaseException):
+    """Ends a rank because the ranks cannot go on. Not an Exception: no rank's code shall catch it.
+
+    Attributes
+    ----------
+    error : BaseException
+        What the rank's task is to raise: another rank's error, or why they do not meet.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class Carrier(Protocol):
+    """Takes messages to other workers. Nothing here blocks, but for `give_thread_back`."""
+
+    def send(self, worker: str, key: str, message: Message) -> Future[End | None]:
+        """Deliver a message; gives how its task ended if it had. OSError: the worker is gone."""
+
+    def tell(self, worker: str, key: str, error: BaseException) -> Future[None]:
+        """Have a task fail with this error."""
+
+    def attend(self, worker: str, key: str) -> Future[End | None]:
+        """How a task ended, once it has; None if not after some time. OSError: as above."""
+
+    def give_thread_back(self) -> None:
+        """Let the worker run another task in place of the one in this thread."""
+
+
+@dataclass
+class _Box:
+    messages: dict[tuple[int, int], Message] = field(default_factory=dict)
+    stores: dict[int, str] = field(default_factory=dict)
+    error: BaseException | None = None
+    opened: bool = False
+    since: float = field(default_factory=time.monotonic)
+
+
+class Mail:
+    """The mailboxes of one worker. Safe from several threads."""
+
+    def __init__(self) -> None:
+        self.carrier: Carrier | None = None
+        self._boxes: dict[str, _Box] = {}
+        self._ended: OrderedDict[str, End] = OrderedDict()
+        self._news = threading.Condition()
+
+    def open(self, key: str) -> None:
+        """The task with this key has begun. It may have before, if Dask runs it again."""
+        with self._news:
+            self._ended.pop(key, None)
+            self._boxes.setdefault(key, _Box()).opened = True
+
+    def end(self, key: str, end: End) -> None:
+        """It has ended: its mailbox goes."""
+        with self._news:
+            if self._boxes.pop(key, None) is not None:
+                self._remember(key, end)
+            self._news.notify_all()
+
+    def release(self, keys: Iterable[str]) -> None:
+        """These keys are let go of: tasks that still run end at their next collective."""
+        error = TaskgradError("the call was let go of before all of its ranks had run")
+        with self._news:
+            for key in keys:
+                box = self._boxes.get(key)
+                if box is None:
+                    if key in self._ended:
+                        self._ended[key] = End(0, error)  # not the error itself: it may be large
+                elif box.opened:
+                    self._fail(box, error)
+                else:
+                    del self._boxes[key]
+                    self._remember(key, End(0, error))
+            self._news.notify_all()
+
+    def deliver(self, key: str, message: Message) -> End | None:
+        """Take a message for a task; gives how the task ended if it had."""
+        with self._news:
+            if key in self._ended:
+                return self._ended[key]
+            box = self._boxes.setdefault(key, _Box())
+            if box.stores.setdefault(message.source, message.store) != message.store:
+                self._fail(box, _restarted(message.source))
+            box.messages[message.source, message.number] = message
+            self._news.notify_all()
+        return None
+
+    def fail(self, key: str, error: BaseException) -> None:
+        """Have a task fail at its next collective, or now if it waits in one."""
+        with self._news:
+            if key not in self._ended:
+                self._fail(self._boxes.setdefault(key, _Box()), error)
+                self._news.notify_all()
+
+    def ended(self, key: str) -> End | None:
+        """How a task ended, if it has."""
+        return self._ended.get(key)
+
+    def error(self, key: str) -> BaseException | None:
+        """The error with which a task is to fail, if any."""
+        box = self._boxes.get(key)
+        return box.error if box is not None else None
+
+    def wait(self, key: str, number: int, sources: Sequence[int], seconds: float) -> set[int]:
+        """Wait so long for one message of each of these ranks; returns of whom none has come.
+
+        Raises
+        ------
+        GangFailed
+            The task is to fail.
+        """
+        box = self._boxes[key]
+
+        def missing() -> set[int]:
+            return {s for s in sources if (s, number) not in box.messages}
+
+        with self._news:
+            self._news.wait_for(lambda: box.error is not None or not missing(), seconds)
+            if box.error is not None:
+                raise GangFailed(box.error)
+            return missing()
+
+    def take(self, key: str, number: int, sources: Sequence[int]) -> list[Message]:
+        """The messages of one collective, once all have come."""
+        with self._news:
+            messages = self._boxes[key].messages
+            return [messages.pop((source, number)) for source in sources]
+
+    def expire(self, seconds: float) -> None:
+        """Drop what has come for tasks that have not begun for so long: they never will."""
+        old = time.monotonic() - seconds
+        with self._news:
+            for key in [k for k, b in self._boxes.items() if not b.opened and b.since < old]:
+                del self._boxes[key]
+
+    def close(self) -> None:
+        """The worker closes."""
+        with self._news:
+            for box in self._boxes.values():
+                self._fail(box, TaskgradError("the worker of a rank closes"))
+            self._boxes = {k: b for k, b in self._boxes.items() if b.opened}
+            self._news.notify_all()
+
+    def held(self) -> dict[str, int]:
+        """How many mailboxes and messages there are."""
+        with self._news:
+            boxes = list(self._boxes.values())
+            return {"mailboxes": len(boxes), "messages": sum(len(b.messages) for b in boxes)}
+
+    def wake(self, *_: Any) -> None:
+        """Have whoever waits look again."""
+        with self._news:
+            self._news.notify_all()
+
+    def until(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Wait so long for something that ends with a call of `wake`."""
+        with self._news:
+            return self._news.wait_for(condition, seconds)
+
+    def _fail(self, box: _Box, error: BaseException) -> None:
+        box.error = box.error or error
+        box.messages.clear()
+
+    def _remember(self, key: str, end: End) -> None:
+        self._ended[key] = end
+        if len(self._ended) > _MAX_ENDED:
+            self._ended.popitem(last=False)
+
+
+def _restarted(source: int) -> BaseException:
+    return TaskgradError(f"rank {source} has begun a second time: its worker was restarted")
