@@ -21,12 +21,19 @@ _MARK = "TASKGRAD_TEST_JOB"
 class Job:
     """One script in processes of its own."""
 
-    def __init__(self, script: Path, ranks: int | None, *args: str, options: tuple = ()) -> None:
+    def __init__(
+        self,
+        script: Path,
+        ranks: int | None,
+        *args: str,
+        options: tuple[str, ...] = (),
+        env: dict[str, str] | None = None,
+    ) -> None:
         self._id = uuid.uuid4().hex
         launcher = [] if ranks is None else [str(MPIRUN), *options, "-n", str(ranks)]
         self.process = subprocess.Popen(
             [*launcher, sys.executable, str(script), *args],
-            env={**environment(), _MARK: self._id},
+            env={**environment(), **(env or {}), _MARK: self._id},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -81,9 +88,9 @@ class Job:
 
 
 @contextlib.contextmanager
-def job(script: Path, ranks: int | None, *args: str, options: tuple = ()) -> Iterator[Job]:
+def job(script: Path, ranks: int | None, options: tuple[str, ...] = ()) -> Iterator[Job]:
     """A job that is over with the block."""
-    started = Job(script, ranks, *args, options=options)
+    started = Job(script, ranks, options=options)
     try:
         yield started
     finally:
@@ -91,9 +98,11 @@ def job(script: Path, ranks: int | None, *args: str, options: tuple = ()) -> Ite
         started.process.communicate()
 
 
-def run(script: Path, ranks: int | None, *args: str) -> tuple[int, str, str]:
+def run(
+    script: Path, ranks: int | None, *args: str, env: dict[str, str] | None = None
+) -> tuple[int, str, str]:
     """Run a script to its end, on so many ranks, or without MPI."""
-    return Job(script, ranks, *args).finish()
+    return Job(script, ranks, *args, env=env).finish()
 
 
 def environment() -> dict[str, str]:

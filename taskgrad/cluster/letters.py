@@ -59,11 +59,12 @@ class Letters(SchedulerPlugin):
         if client in self._scheduler.clients:
             self._left[token] = client, thing
 
-    def _take(self, worker: str, token: str) -> Any:
+    def _take(self, worker: str, token: str) -> dict[str, Any]:
+        # In a dictionary: between threads of one process, Dask opens only what lies in a container.
         if token not in self._left:
-            return None
+            return {"thing": None}
         self._takers[token].add(worker)
-        return self._left[token][1]
+        return {"thing": self._left[token][1]}
 
     def _pass_on(self, client: str, token: str, letter: Any, worker: str) -> None:
         stream = self._scheduler.client_comms.get(client)
@@ -147,7 +148,8 @@ def take(worker: Worker, token: str, load: Callable[[Any], Any]) -> Any:
         worker.stream_handlers[_DROP] = functools.partial(_forget, mine)
         ask = functools.partial(getattr(worker.scheduler, _TAKE), worker=worker.address)
         try:
-            thing = sync(worker.loop, ask, token=token, callback_timeout=deadline("answer"))
+            answer = sync(worker.loop, ask, token=token, callback_timeout=deadline("answer"))
+            thing = answer["thing"]
             loaded = None if thing is None else load(thing)
         except BaseException:
             mine.pop(token, None)

@@ -146,7 +146,7 @@ class Session:
 
 
 def in_order(info: dict[str, Any]) -> list[WorkerInfo]:
-    """The workers in what the scheduler says of them, in the order in which taskgrad counts them."""
+    """The workers in what the scheduler says of them, in the order of their indices."""
     return sorted(_workers_in(info), key=_worker_order)
 
 
