@@ -27,6 +27,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from taskgrad.kernels.formula import Function
+from taskgrad.kernels.source import CALL
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,12 @@ class Kernel:
     Attributes
     ----------
     run : callable
-        Takes whole numbers only, and lets go of Python's lock while it runs.
+        Takes the address of a call (`taskgrad.kernels.source.CALL`), and lets go of Python's lock
+        while it runs.
+    address : int
+        Of the machine code, a C function of that address.
+    fail : callable
+        Runs the same call with Python's own errors, where a function without a formula raised one.
     path : Path
         Of the source.
     compiled_here : bool
@@ -47,12 +53,27 @@ class Kernel:
         What compiling took, whoever did it.
     """
 
-    run: Callable[..., None]
+    run: Callable[[int], None]
+    address: int
+    fail: Callable[[int], None]
     path: Path
     compiled_here: bool
     vector_bits: int
     seconds: float
 
+
+# A C function cannot raise Python's errors: it leaves a mark, and `Kernel.fail` does it again.
+_GUARD = f"""
+
+kernel = njit(error_model="numpy")(kernel)
+
+
+def guarded(call):
+    try:
+        kernel(call)
+    except Exception:
+        m.store_int64(call, {CALL.index("failed")}, 1)
+"""
 
 _kernels: dict[Path, Kernel] = {}
 _lock = threading.RLock()
@@ -78,55 +99,64 @@ def require_numba() -> ModuleType:
     return found
 
 
-def compiled(source: str, name: str, arguments: int, calls: Sequence[Function] = ()) -> Kernel:
-    """The kernel of a source that defines ``kernel`` with this many arguments, all whole numbers.
+def compiled(source: str, name: str, calls: Sequence[Function] = ()) -> Kernel:
+    """The kernel of a source that defines ``kernel``.
 
     Parameters
     ----------
     source : str
     name : str
         For the name of its file.
-    arguments : int
     calls : sequence of Function
         Those without a formula, which the source calls as ``call0``, ``call1``, ...
     """
     numba = require_numba()
+    if calls:
+        source += _GUARD
     content = "\n".join([source, _foundations(), *(fingerprint(c.plain) for c in calls)])
     digest = hashlib.sha256(content.encode()).hexdigest()[:24]
     path = cache_folder() / f"{re.sub(r'[^a-zA-Z0-9]+', '_', name)[:40]}_{digest}.py"
     with _lock:
         if path not in _kernels:
             with _locked(path.with_suffix(".lock")):
-                _kernels[path] = _compile(numba, path, source, arguments, calls)
+                _kernels[path] = _compile(numba, path, source, calls)
         return _kernels[path]
 
 
-def _compile(
-    numba: ModuleType, path: Path, source: str, arguments: int, calls: Sequence[Function]
-) -> Kernel:
+def _compile(numba: ModuleType, path: Path, source: str, calls: Sequence[Function]) -> Kernel:
     _write(path, source)
     module = _load(path)
     for k, function in enumerate(calls):
         setattr(module, f"call{k}", numba.njit(error_model="numpy")(function.plain))
-    signature = numba.void(*[numba.int64] * arguments)
+    signature = numba.void(numba.int64)
     start = time.perf_counter()
-    run = numba.njit(signature, nogil=True, cache=True, error_model="numpy")(module.kernel)
+    code = numba.cfunc(signature, cache=True, error_model="numpy")(
+        module.guarded if calls else module.kernel
+    )
     seconds = time.perf_counter() - start
-    fresh = bool(run.stats.cache_misses)
+    fresh = code.cache_hits == 0
     notes_path = path.with_suffix(".json")
     if fresh or not notes_path.exists():
-        notes = {"vector_bits": _vector_bits(run) if fresh else 0, "seconds": seconds}
+        notes = {"vector_bits": _vector_bits(code) if fresh else 0, "seconds": seconds}
         _write(notes_path, json.dumps(notes))
     notes = json.loads(notes_path.read_text())
-    return Kernel(run, path, fresh, notes["vector_bits"], notes["seconds"])
+
+    return Kernel(
+        code.ctypes,
+        code.address,
+        module.kernel,
+        path,
+        fresh,
+        notes["vector_bits"],
+        notes["seconds"],
+    )
 
 
-def _vector_bits(run: Any) -> int:
+def _vector_bits(code: Any) -> int:
     """From LLVM's own mark on the loops that it vectorised, and the registers in the assembly."""
-    (llvm,) = run.inspect_llvm().values()
-    if "llvm.loop.isvectorized" not in llvm:
+    if "llvm.loop.isvectorized" not in code.inspect_llvm():
         return 0
-    (assembly,) = run.inspect_asm().values()
+    assembly = code._library.get_asm_str()
     registers = {"%zmm": 512, "%ymm": 256, "%xmm": 128}
     widest = (bits for register, bits in registers.items() if register in assembly)
     return next(widest, 128)

@@ -8,9 +8,11 @@ length, and the shape alone decides the bits. The dimension is cut into segments
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from taskgrad.kernels.body import Body
 from taskgrad.kernels.dtypes import SIZES, Kind
-from taskgrad.kernels.source import HEAD
+from taskgrad.kernels.source import HEAD, ITEMS, entry
 
 HEADER = ("depth", "length", "stride", "segment", "segments", "cols", "col_stride", "col_blocks")
 SEGMENT = 65_536  # along rows
@@ -40,23 +42,29 @@ def fold_source(body: Body, dtype: str, columns: bool, title: str) -> str:
     names = {"T": held, "X": dtype, "size": SIZES[dtype], "held": SIZES[held]}
     names |= {"half": BLOCK * 8, "block": BLOCK, "columns": COLUMNS, "base": _BASE}
     names |= {"row": COLUMNS * 8, "stack": SCRATCH - _LEVELS * 8}
-    template = _ITEMS + (_COLUMNS if columns else _ROWS)
-    return HEAD.format(title=title) + _combine(body, held) + _filled(template, names)
+    template = _SEGMENTS + (_COLUMNS if columns else _ROWS)
+    return HEAD.format(title=title) + _combine(body, held) + _filled(template, ("x", "out"), names)
 
 
 def scan_source(body: Body, dtype: str, title: str) -> str:
     """A module whose ``kernel`` writes the running results of each segment of a dense row."""
     held = Kind(dtype).computed
     names = {"T": held, "X": dtype, "size": SIZES[dtype], "held": SIZES[held]}
-    return HEAD.format(title=title) + _combine(body, held) + _filled(_SCAN, names)
+    return (
+        HEAD.format(title=title)
+        + _combine(body, held)
+        + _filled(_SCAN, ("x", "before", "out"), names)
+    )
 
 
 def recurrence_source(dtype: str, title: str) -> str:
     """A module whose ``kernel`` computes h[i] = g[i] + a[i] h[i - 1] along each dense row."""
-    return HEAD.format(title=title) + _filled(_RECURRENCE, {"T": dtype, "size": SIZES[dtype]})
+    names = {"T": dtype, "size": SIZES[dtype]}
+    return HEAD.format(title=title) + _filled(_RECURRENCE, ("a", "g", "out"), names)
 
 
-def _filled(template: str, names: dict[str, object]) -> str:
+def _filled(template: str, addresses: Sequence[str], names: Mapping[str, object]) -> str:
+    names = {"entry": "\n".join(entry(addresses)), "items": "\n".join(ITEMS), **names}
     for name, value in names.items():
         template = template.replace(f"<{name}>", str(value))
     return template
@@ -70,8 +78,8 @@ def _combine(body: Body, held: str) -> str:
     )
 
 
-_ITEMS = """\
-def kernel(meta, scratch, start, stop, x, out):
+_SEGMENTS = """\
+<entry>
     depth = m.load_int64(meta, 0)
     length = m.load_int64(meta, 1)
     stride = m.load_int64(meta, 2)
@@ -81,7 +89,7 @@ def kernel(meta, scratch, start, stop, x, out):
     col_stride = m.load_int64(meta, 6)
     col_blocks = m.load_int64(meta, 7)
     stack = scratch + <stack>
-    for item in range(start, stop):
+<items>
         rest = item // col_blocks
         c0 = (item - rest * col_blocks) * <columns>
         row = rest // segments
@@ -198,11 +206,11 @@ _COLUMNS = """\
 """
 
 _SCAN = """\
-def kernel(meta, scratch, start, stop, x, before, out):
+<entry>
     length = m.load_int64(meta, 1)
     segment = m.load_int64(meta, 3)
     segments = m.load_int64(meta, 4)
-    for item in range(start, stop):
+<items>
         row = item // segments
         number = item - row * segments
         first = row * length + number * segment
@@ -217,10 +225,10 @@ def kernel(meta, scratch, start, stop, x, before, out):
 """
 
 _RECURRENCE = """\
-def kernel(meta, scratch, start, stop, a, g, out):
+<entry>
     length = m.load_int64(meta, 1)
-    for row in range(start, stop):
-        first = row * length
+<items>
+        first = item * length
         h = m.load_<T>(g, first)
         m.store_<T>(out, first, h)
         for i in range(first + 1, first + length):

@@ -11,9 +11,9 @@ import torch
 
 from taskgrad.kernels import dtypes, fold_source, threads
 from taskgrad.kernels.body import Body
+from taskgrad.kernels.calls import kind_of_call
 from taskgrad.kernels.compiled import Kernel, compiled
 from taskgrad.kernels.formula import Formula, expanded
-from taskgrad.kernels.launch import kind_of_call
 
 _PLANS = 4_096
 
@@ -29,17 +29,14 @@ class _Pass:
     alone: bool
 
     def run(self, *tensors: torch.Tensor) -> None:
-        addresses = [t.data_ptr() for t in tensors]
-
-        def some(start: int, stop: int) -> None:
-            place = threads.scratch(fold_source.SCRATCH)
-            self.kernel.run(self.meta_address, place, start, stop, *addresses)
-
-        if self.alone:
-            place = threads.scratch(fold_source.SCRATCH)
-            self.kernel.run(self.meta_address, place, 0, self.items, *addresses)
-        else:
-            threads.share(some, self.items, torch.get_num_threads())
+        threads.run(
+            self.kernel,
+            self.items,
+            [t.data_ptr() for t in tensors],
+            meta=self.meta_address,
+            scratch=fold_source.SCRATCH,
+            threads=1 if self.alone else torch.get_num_threads(),
+        )
 
 
 def _pass(kernel: Kernel, numbers: Sequence[int], items: int, elements: int) -> _Pass:
@@ -181,11 +178,10 @@ class Folder:
             body = Body(self._formula, kinds, default)
             title = f"{self._name}, {way} of {dtype}"
             if way == "scan":
-                source, count = fold_source.scan_source(body, dtype, title), 7
+                source = fold_source.scan_source(body, dtype, title)
             else:
                 source = fold_source.fold_source(body, dtype, way == "columns", title)
-                count = 6
-            self.kernels[key] = compiled(source, f"{self._name}_{way}", count, body.calls)
+            self.kernels[key] = compiled(source, f"{self._name}_{way}", body.calls)
         return self.kernels[key]
 
 
@@ -216,6 +212,6 @@ def recurrence(a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         length = g.shape[-1]
         name = dtypes.name_of(g.dtype)
         source = fold_source.recurrence_source(name, f"recurrence of {name}")
-        kernel = compiled(source, "recurrence", 7)
+        kernel = compiled(source, "recurrence")
         _pass(kernel, (0, length), g.numel() // length, g.numel()).run(a, g, out)
     return out

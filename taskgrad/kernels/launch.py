@@ -6,17 +6,21 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 
 from taskgrad.kernels import dtypes, threads
 from taskgrad.kernels.body import Body
+from taskgrad.kernels.calls import kind_of_call
 from taskgrad.kernels.compiled import Kernel, compiled, require_numba
 from taskgrad.kernels.dtypes import Kind
-from taskgrad.kernels.formula import Formula, Step, expanded
+from taskgrad.kernels.formula import Formula, expanded
 from taskgrad.kernels.layout import Layout, contiguous, layout
-from taskgrad.kernels.source import elementwise_source, slot_size
+from taskgrad.kernels.source import elementwise_source, scratch_of
+from taskgrad.kernels.summed import Partial
+from taskgrad.kernels.sums import sum_over
 
 _PLANS = 4_096
 
@@ -31,10 +35,11 @@ class Plan:
     layout: Layout
     signature: str
     out_dtypes: tuple[torch.dtype, ...]
+    made_dtypes: tuple[torch.dtype, ...]  # of what the kernel writes: partial sums are float32
     contiguous: bool
     meta: torch.Tensor
     meta_address: int
-    slots: int
+    scratch: int
     bytes: int
     alone: bool
 
@@ -72,6 +77,7 @@ class Launcher:
         tensors: Sequence[torch.Tensor],
         weak: tuple[bool, ...] | None = None,
         out: torch.Tensor | None = None,
+        sums: tuple[torch.Size | None, ...] = (),
     ) -> list[torch.Tensor]:
         """The outputs, for tensors of the CPU; no gradients.
 
@@ -82,15 +88,18 @@ class Launcher:
             Which of them stand for Python numbers.
         out : tensor or None
             Where to write the one output; of its shape and dtype.
+        sums : tuple of (shape or None)
+            For each output the shape to which it is summed, as broadcasting back would; those are
+            floats. Empty: none is.
         """
         # torch's default dtype is what whole numbers become where a float comes out.
         key: Any = tuple([(t.dtype, t.shape, t.stride()) for t in tensors])
         key = torch.get_default_dtype(), key
-        if weak is not None or out is not None:
-            key = key, weak, None if out is None else out.stride()
+        if weak is not None or out is not None or sums:
+            key = key, weak, None if out is None else out.stride(), sums
         plan = self.plans.get(key)
         if plan is None:
-            plan = self._plan(tensors, weak, out)
+            plan = self._plan(tensors, weak, out, sums)
             with self._lock:
                 if len(self.plans) >= _PLANS:
                     self.plans.clear()
@@ -98,6 +107,13 @@ class Launcher:
         made = plan.layout
         if out is not None:
             results = [out]
+        elif sums:
+            results = [
+                torch.empty_strided(made.shape, made.out_strides, dtype=d)
+                if partial is None
+                else torch.empty(partial.shape, dtype=d)
+                for d, partial in zip(plan.made_dtypes, made.partials, strict=True)
+            ]
         elif plan.contiguous:
             results = [torch.empty(made.shape, dtype=d) for d in plan.out_dtypes]
         else:
@@ -112,23 +128,23 @@ class Launcher:
                 "makes them: use torch.func.vmap, jacrev or jacfwd"
             ) from error
         start = time.perf_counter()
-        count = 1
-        if plan.alone:
-            if made.items:
-                place = threads.scratch(plan.slots) if plan.slots else 0
-                plan.kernel.run(plan.meta_address, place, 0, made.items, *addresses)
-        else:
-            count = self._share(plan, addresses)
+        count = threads.run(
+            plan.kernel,
+            made.items,
+            addresses,
+            meta=plan.meta_address,
+            scratch=plan.scratch,
+            threads=1 if plan.alone else torch.get_num_threads(),
+        )
+        if sums:
+            results = [
+                made if partial is None else _summed(made, partial, dtype)
+                for made, partial, dtype in zip(
+                    results, made.partials, plan.out_dtypes, strict=True
+                )
+            ]
         self.last = LastCall(plan, count, time.perf_counter() - start)
         return results
-
-    @staticmethod
-    def _share(plan: Plan, addresses: list[int]) -> int:
-        def run(start: int, stop: int) -> None:
-            place = threads.scratch(plan.slots) if plan.slots else 0
-            plan.kernel.run(plan.meta_address, place, start, stop, *addresses)
-
-        return threads.share(run, plan.layout.items, torch.get_num_threads())
 
     def dtypes_for(self, tensors: Sequence[torch.Tensor], weak: Sequence[bool]) -> list[str]:
         """The dtypes of the outputs."""
@@ -154,24 +170,31 @@ class Launcher:
         tensors: Sequence[torch.Tensor],
         weak: tuple[bool, ...] | None,
         out: torch.Tensor | None,
+        sums: tuple[torch.Size | None, ...],
     ) -> Plan:
         require_numba()
         weak = weak or (False,) * len(tensors)
         _, kinds, results = self._typed(tensors, weak)
         stored = [dtypes.name_of(t.dtype) for t in tensors]
         target = None if out is None else (tuple(out.shape), out.stride())
-        made = layout([(tuple(t.shape), t.stride()) for t in tensors], target, len(results))
+        operands = [(tuple(t.shape), t.stride()) for t in tensors]
+        made = layout(operands, target, len(results), sums)
+        stay = [
+            name if partial is None else Kind(name).computed
+            for name, partial in zip(results, made.partials, strict=True)
+        ]
         body = Body(self._expanded, kinds, dtypes.default_float())
         signature = f"({', '.join(stored)}) -> {', '.join(results)}"
         title = f"{self.name}: {signature}, {made.letters}"
-        source = elementwise_source(
-            self._expanded, body, kinds, stored, results, made.letters, title
-        )
-        kernel = compiled(source, self.name, 4 + len(made.letters), body.calls)
+        source = elementwise_source(self._expanded, body, kinds, stored, stay, made.letters, title)
+        kernel = compiled(source, self.name, body.calls)
         count = 1
         for size in made.shape:
             count *= size
-        sizes = [dtypes.SIZES[name] for name in results]
+        written = sum(
+            dtypes.SIZES[name] * (count if partial is None else prod(partial.shape))
+            for name, partial in zip(stay, made.partials, strict=True)
+        )
         alone = made.items <= 1 or count <= threads.ALONE
         meta = torch.tensor(made.meta, dtype=torch.int64)
         out_dtypes = tuple(dtypes.torch_dtype(name) for name in results)
@@ -181,13 +204,18 @@ class Launcher:
             layout=made,
             signature=signature,
             out_dtypes=out_dtypes,
+            made_dtypes=tuple(dtypes.torch_dtype(name) for name in stay),
             contiguous=made.out_strides == contiguous(made.shape),
             meta=meta,
             meta_address=meta.data_ptr(),
-            slots=made.letters.count("t") * slot_size(),
-            bytes=read + count * sum(sizes),
+            scratch=scratch_of(made.letters),
+            bytes=read + written,
             alone=alone,
         )
+
+
+def _summed(partial_sums: torch.Tensor, partial: Partial, dtype: torch.dtype) -> torch.Tensor:
+    return partial.placed(sum_over(partial_sums, partial.summed)).to(dtype)
 
 
 def _distinct(tensor: torch.Tensor) -> int:
@@ -196,36 +224,3 @@ def _distinct(tensor: torch.Tensor) -> int:
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= size if stride else min(size, 1)
     return count
-
-
-def kind_of_call(step: Step, operands: list[Kind]) -> Kind:
-    """What Numba finds a function without a formula to give."""
-    numba = require_numba()
-    function, which = step.value
-    signature = tuple(getattr(numba.types, _numba_name(kind)) for kind in operands)
-    dispatcher = numba.njit(error_model="numpy")(function.plain)
-    try:
-        dispatcher.compile(signature)
-    except numba.core.errors.NumbaError as error:
-        raise TypeError(
-            f"{function.name} can be neither read as a formula ({function.obstacle}) "
-            f"nor compiled by Numba: {error}"
-        ) from error
-    found = dispatcher.overloads[signature].signature.return_type
-    if which is not None:
-        found = found[which]
-    name = str(getattr(found, "literal_type", found))
-    floats = [k for k in operands if k.is_float]
-    if name == "bool":
-        return Kind("bool")
-    if not name.startswith("float"):
-        return Kind(name if name in dtypes.SIZES else "int64")
-    # Numba computes with Python's floats in float64; as in torch, they do not widen a float32.
-    joined = floats[0] if floats else Kind(dtypes.default_float())
-    for kind in floats[1:]:
-        joined = dtypes.promote(joined, kind, dtypes.default_float())
-    return joined
-
-
-def _numba_name(kind: Kind) -> str:
-    return "boolean" if kind.dtype == "bool" else kind.computed

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import prod
 
 from taskgrad.kernels.source import BLOCK, HEADER, TILE
+from taskgrad.kernels.summed import Partial, block_of, partial_of
 
 Ints = tuple[int, ...]
 
@@ -32,6 +33,8 @@ class Layout:
         How many blocks there are.
     block : int
         Elements of a block.
+    partials : tuple of (Partial or None)
+        For each output: how it is summed, if it is.
     """
 
     shape: Ints
@@ -40,6 +43,7 @@ class Layout:
     meta: Ints
     items: int
     block: int
+    partials: tuple[Partial | None, ...]
 
 
 def broadcast(shapes: Sequence[Ints]) -> Ints:
@@ -75,9 +79,22 @@ def aligned(shape: Ints, own: Ints, strides: Ints) -> Ints:
 
 
 def layout(
-    operands: Sequence[tuple[Ints, Ints]], out: tuple[Ints, Ints] | None, outputs: int
+    operands: Sequence[tuple[Ints, Ints]],
+    out: tuple[Ints, Ints] | None,
+    outputs: int,
+    sums: Sequence[Ints | None] = (),
 ) -> Layout:
-    """The layout for inputs of these shapes and strides, and for a result if there is one already.
+    """The layout for inputs of these shapes and strides.
+
+    Parameters
+    ----------
+    operands : sequence of (shape, strides)
+    out : (shape, strides) or None
+        Of the result, if there is one already.
+    outputs : int
+        How many there are.
+    sums : sequence of (shape or None)
+        For each output the shape to which it is summed, if it is.
 
     Raises
     ------
@@ -89,9 +106,13 @@ def layout(
     known = [*([out[1]] if out else []), *strides]
     order = _order(shape, known)
     out_strides = out[1] if out else _dense(shape, order)
-    rows = [*strides, *[out_strides] * outputs]
+    sums = sums or [None] * outputs
+    rows = [
+        *strides,
+        *(out_strides if own is None else aligned(shape, own, contiguous(own)) for own in sums),
+    ]
     sizes, joined = _join([shape[d] for d in order], [[s[d] for d in order] for s in rows])
-    return _blocks(shape, out_strides, sizes, joined, len(operands))
+    return _blocks(shape, out_strides, sizes, joined, sums)
 
 
 def strides_of_result(operands: Sequence[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
@@ -158,8 +179,13 @@ def _join(sizes: list[int], rows: list[list[int]]) -> tuple[list[int], list[list
 
 
 def _blocks(
-    shape: Ints, out_strides: Ints, sizes: list[int], strides: list[list[int]], inputs: int
+    shape: Ints,
+    out_strides: Ints,
+    sizes: list[int],
+    strides: list[list[int]],
+    sums: Sequence[Ints | None],
 ) -> Layout:
+    inputs = len(strides) - len(sums)
     if not sizes or 0 in sizes:
         sizes, strides = [1], [[1] for _ in strides]
     turned = [k for k in range(inputs) if _lies_across(sizes, strides[k])]
@@ -174,10 +200,23 @@ def _blocks(
     cols, rows, *outer = sizes
     if turned:
         col_block = row_block = TILE
+    elif any(own is not None for own in sums):
+        over_rows = any(
+            own is not None and not s[1] for own, s in zip(sums, strides[inputs:], strict=True)
+        )
+        col_block, row_block = block_of(cols, rows, over_rows)
     else:
         col_block = min(cols, BLOCK)
         row_block = max(1, min(rows, BLOCK // col_block))
     row_blocks, col_blocks = -(-rows // row_block), -(-cols // col_block)
+    partials: list[Partial | None] = []
+    summed: dict[int, str] = {}
+    for k, own in enumerate(sums, start=inputs):
+        partial = None
+        if own is not None:
+            blocks = col_blocks, row_blocks
+            partial, strides[k], summed[k] = partial_of(own, sizes, strides[k], blocks)
+        partials.append(partial)
     header = dict(
         zip(
             HEADER,
@@ -189,7 +228,8 @@ def _blocks(
     for d, size in enumerate(outer, start=2):
         meta += [size, *(s[d] for s in strides)]
     letters = "".join(
-        "t" if k in turned else {1: "u", 0: "z"}.get(s[0], "s") for k, s in enumerate(strides)
+        "t" if k in turned else summed.get(k) or {1: "u", 0: "z"}.get(s[0], "s")
+        for k, s in enumerate(strides)
     )
     # A result of one element that is written over and over has no place in a row.
     letters = letters[:inputs] + letters[inputs:].replace("z", "s")
@@ -200,6 +240,7 @@ def _blocks(
         tuple(meta),
         0 if 0 in shape else prod(outer) * row_blocks * col_blocks,
         row_block * col_block,
+        tuple(partials),
     )
 
 

@@ -28,19 +28,20 @@ _NUMBA = {
 }
 
 
-def _told_apart(builder: ir.IRBuilder, access: Any, reads: bool) -> None:
-    """Tell LLVM that what is read and what is written in one turn of the loop do not meet.
+def _told_apart(builder: ir.IRBuilder, access: Any, side: str) -> None:
+    """Tell LLVM that what a turn of the loop reads, writes and adds to ("sums") do not meet.
 
     Not even in place: there each element is read before it is written, and by nobody else.
     """
     module = builder.module
     domain = module.add_metadata([ir.MetaDataString(module, "taskgrad")])
-    scopes = [
-        module.add_metadata([module.add_metadata([ir.MetaDataString(module, side), domain])])
-        for side in ("taskgrad reads", "taskgrad writes")
-    ]
-    access.set_metadata("alias.scope", scopes[0 if reads else 1])
-    access.set_metadata("noalias", scopes[1 if reads else 0])
+    scopes = {
+        side: module.add_metadata([ir.MetaDataString(module, f"taskgrad {side}"), domain])
+        for side in ("reads", "writes", "sums")
+    }
+    others = [scope for other, scope in scopes.items() if other != side]
+    access.set_metadata("alias.scope", module.add_metadata([scopes[side]]))
+    access.set_metadata("noalias", module.add_metadata(others))
 
 
 def _pointer(builder: ir.IRBuilder, address: Any, index: Any, stored: ir.Type) -> Any:
@@ -55,7 +56,7 @@ def _loader(name: str, apart: bool) -> Any:
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             value = builder.load(_pointer(builder, args[0], args[1], stored))
             if apart:
-                _told_apart(builder, value, reads=True)
+                _told_apart(builder, value, "reads")
             if name == "bool":
                 return builder.icmp_unsigned("!=", value, ir.Constant(_I8, 0))
             if name == "bfloat16":
@@ -70,7 +71,7 @@ def _loader(name: str, apart: bool) -> Any:
     return load
 
 
-def _storer(name: str, apart: bool) -> Any:
+def _storer(name: str, side: str | None) -> Any:
     stored, number = _STORED[name], _NUMBA[name]
 
     @intrinsic
@@ -84,13 +85,33 @@ def _storer(name: str, apart: bool) -> Any:
             elif name == "float16":
                 value = builder.bitcast(builder.fptrunc(value, ir.HalfType()), _I16)
             access = builder.store(value, _pointer(builder, args[0], args[1], stored))
-            if apart:
-                _told_apart(builder, access, reads=False)
+            if side is not None:
+                _told_apart(builder, access, side)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, number), generate
 
     return store
+
+
+def _grower(name: str) -> Any:
+    stored, number = _STORED[name], _NUMBA[name]
+
+    @intrinsic
+    def grow(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
+        """Add to an element of scratch memory."""
+
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            place = _pointer(builder, args[0], args[1], stored)
+            before = builder.load(place)
+            access = builder.store(builder.fadd(before, args[2]), place)
+            for touched in (before, access):
+                _told_apart(builder, touched, "sums")
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, number), generate
+
+    return grow
 
 
 def _rounded_to_bfloat16(builder: ir.IRBuilder, value: Any) -> Any:
@@ -153,10 +174,25 @@ def _turner(name: str) -> Any:
 for _name in _STORED:
     globals()[f"turn_{_name}"] = _turner(_name)
     globals()[f"load_{_name}"] = _loader(_name, apart=True)
-    globals()[f"store_{_name}"] = _storer(_name, apart=True)
+    globals()[f"store_{_name}"] = _storer(_name, "writes")
     # For scratch memory, which is read back.
     globals()[f"get_{_name}"] = _loader(_name, apart=False)
-    globals()[f"put_{_name}"] = _storer(_name, apart=False)
+    globals()[f"put_{_name}"] = _storer(_name, None)
+
+for _name in ("float32", "float64"):
+    globals()[f"grow_{_name}"] = _grower(_name)
+    globals()[f"keep_{_name}"] = _storer(_name, "sums")
+
+
+@intrinsic
+def take(typing_context: Any, address: Any, index: Any, count: Any) -> Any:
+    """Add to a whole number that threads share; what it was before."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        place = _pointer(builder, args[0], args[1], _I64)
+        return builder.atomic_rmw("add", place, args[2], "monotonic")
+
+    return types.int64(types.int64, types.int64, types.int64), generate
 
 
 @intrinsic

@@ -14,6 +14,7 @@ from taskgrad.kernels import dtypes
 from taskgrad.kernels.derivative import pullback, pushforward
 from taskgrad.kernels.formula import Formula
 from taskgrad.kernels.launch import Launcher
+from taskgrad.kernels.sums import sum_to
 
 Tensors = Sequence[torch.Tensor]
 Weak = tuple[bool, ...]
@@ -81,9 +82,20 @@ class Operation:
         rest = tuple(argument for argument in wanted if argument not in found)
         if rest:
             known = None if weak is None else (*[False] * len(cotangents), *weak)
-            results = self.pullback(rest)([*cotangents, *tensors], known)
+            shapes = [tensors[argument].shape for argument in rest]
+            results = self._pulled_back(rest, [*cotangents, *tensors], known, shapes)
             found.update(zip(rest, results, strict=True))
-        return [found[argument].sum_to_size(tensors[argument].shape) for argument in wanted]
+        return [sum_to(found[argument], tensors[argument].shape) for argument in wanted]
+
+    def _pulled_back(
+        self, rest: tuple[int, ...], inputs: Tensors, weak: Weak | None, shapes: list[torch.Size]
+    ) -> Tensors:
+        """Those of the arguments, summed to these shapes already where that needs no graph."""
+        pullback, common = self.pullback(rest), inputs[0].shape
+        if all(shape == common for shape in shapes) or differentiates(inputs) or 0 in common:
+            return pullback(inputs, weak)
+        sums = tuple(None if shape == common else shape for shape in shapes)
+        return pullback.launcher.run(inputs, weak, sums=sums)
 
 
 def _as(which: tuple[int, ...], shift: int, tensors: Tensors, weak: Sequence[bool]) -> list[str]:

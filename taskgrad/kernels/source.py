@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from taskgrad.kernels.body import Body, cast
 from taskgrad.kernels.dtypes import SIZES, Kind
 from taskgrad.kernels.formula import Formula
+from taskgrad.kernels.summed import LETTERS, SCRATCH, Lines
 
 # The numbers that a layout passes to a kernel, in this order, before sizes and strides.
 HEADER = ("depth", "rows", "cols", "row_block", "col_block", "row_blocks", "col_blocks")
@@ -28,7 +29,11 @@ HEADER = ("depth", "rows", "cols", "row_block", "col_block", "row_blocks", "col_
 # same cache lines.
 TILE = 128
 TILE_STRIDE = 136
-BLOCK = 1024  # elements, where none is turned round
+BLOCK = 8192  # elements, where none is turned round
+
+# What a call passes: all its threads get the address of one row of whole numbers, and share it.
+CALL = ("ticket", "next", "step", "items", "meta", "scratch", "scratch_size", "failed")
+_READ = CALL[2:-1]
 
 HEAD = '''\
 """{title}
@@ -67,14 +72,21 @@ def elementwise_source(
     stored, results : sequence of str
         The dtypes of the input tensors and of the output tensors.
     letters : str
-        One for each of them: how it lies along the columns.
+        One for each of them: how it lies along the columns, or how it is summed
+        (`taskgrad.kernels.summed`).
     title : str
         For the head of the module.
     """
     count, out = formula.arity, len(results)
     addresses = [f"p{k}" for k in range(count + out)]
+    summed = [
+        (k, letters[k], results[k - count])
+        for k in range(count, count + out)
+        if letters[k] in LETTERS
+    ]
+    sums = Lines(summed, slot_size() * letters.count("t"))
     sizes = [SIZES[name] for name in (*stored, *results)]
-    lines = [f"def kernel(meta, scratch, start, stop, {', '.join(addresses)}):"]
+    lines = entry(addresses)
     for i, name in enumerate(HEADER):
         lines.append(f"    {name} = m.load_int64(meta, {i})")
     for k in range(count + out):
@@ -82,17 +94,18 @@ def elementwise_source(
         lines.append(f"    cs{k} = m.load_int64(meta, {len(HEADER) + count + out + k})")
     base, step = len(HEADER) + 2 * (count + out), 1 + count + out
     lines += [
-        "    for item in range(start, stop):",
+        *ITEMS,
         "        rest = item // col_blocks",
-        "        c0 = (item - rest * col_blocks) * col_block",
-        "        r0 = rest % row_blocks * row_block",
+        "        cb = item - rest * col_blocks",
+        "        rb = rest % row_blocks",
         "        rest = rest // row_blocks",
+        "        c0, r0 = cb * col_block, rb * row_block",
         "        n = min(col_block, cols - c0)",
         "        r1 = min(rows, r0 + row_block)",
     ]
-    lines += [
-        f"        q{k} = p{k} + (r0 * rs{k} + c0 * cs{k}) * {sizes[k]}" for k in range(count + out)
-    ]
+    for k, letter in enumerate(letters):
+        row, col = "rb" if letter in "rb" else "r0", "cb" if letter in "cb" else "c0"
+        lines.append(f"        q{k} = p{k} + ({row} * rs{k} + {col} * cs{k}) * {sizes[k]}")
     lines += [
         "        for d in range(depth):",
         f"            at = {base} + d * {step}",
@@ -105,6 +118,7 @@ def elementwise_source(
         for k in range(count + out)
     ]
     lines += _turned_round(stored, letters)
+    lines += sums.start()
     lines += ["        for r in range(r1 - r0):"]
     for k in range(count + out):
         lines.append(f"            o{k} = q{k} + r * rs{k} * {sizes[k]}")
@@ -127,15 +141,47 @@ def elementwise_source(
     ]
     lines += [f"                {line}" for line in body.lines()]
     for k, name in enumerate(results):
-        index = "i" if letters[count + k] == "u" else f"i * cs{count + k}"
-        lines.append(
-            f"                m.store_{name}(o{count + k}, {index}, {body.result(k, name)})"
-        )
+        letter, value = letters[count + k], body.result(k, name)
+        if letter in LETTERS:
+            lines.append(f"                {sums.element(count + k, value)}")
+        else:
+            index = "i" if letter == "u" else f"i * cs{count + k}"
+            lines.append(f"                m.store_{name}(o{count + k}, {index}, {value})")
+    lines += [*sums.row(), *sums.end()]
     return HEAD.format(title=title) + "\n".join(lines) + "\n"
 
 
+def entry(addresses: Sequence[str]) -> list[str]:
+    """The first lines of a kernel: what each thread reads of the call whose address it gets."""
+    lines = ["def kernel(call):"]
+    lines += [
+        f"    {name} = m.load_int64(call, {i})" for i, name in enumerate(CALL) if name in _READ
+    ]
+    lines.append(f"    scratch += m.take(call, {CALL.index('ticket')}, 1) * scratch_size")
+    addressed = enumerate(addresses, start=len(CALL))
+    lines += [f"    {name} = m.load_int64(call, {i})" for i, name in addressed]
+    return [*lines, "    item, last = -1, 0"]
+
+
+# A thread goes over the items it took, and takes the next ones until there are none.
+ITEMS = (
+    "    while True:",
+    "        item += 1",
+    "        if item >= last:",
+    f"            item = m.take(call, {CALL.index('next')}, step)",
+    "            if item >= items:",
+    "                break",
+    "            last = min(items, item + step)",
+)
+
+
+def scratch_of(letters: str) -> int:
+    """Bytes of scratch memory that a thread needs."""
+    return letters.count("t") * slot_size() + sum(SCRATCH for x in letters if x in LETTERS)
+
+
 def slot_size() -> int:
-    """Bytes of scratch memory for one operand."""
+    """Bytes of scratch memory for one operand that is turned round."""
     return TILE * TILE_STRIDE * 8
 
 

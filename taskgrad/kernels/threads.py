@@ -1,30 +1,88 @@
-"""Blocks of a kernel shared among threads, as many as torch uses.
+"""Calls of kernels whose items several threads share, as many as torch uses.
 
-The threads are our own. Numba's are not safe from several Python threads on every machine, and they
-spin beside torch's; a kernel that lets go of Python's lock needs neither. Who computes which block
-does not matter to the bits: no block depends on another.
+Where torch's threads are OpenMP's, the kernel runs on those: they are awake when an operation of
+torch has just ended, each on a core of its own, and each Python thread has its own team of them.
+Elsewhere, and in a forked child, whose parent's team is not there, they are our own. Who computes
+which item does not matter to the bits: no item depends on another.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import threading
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
 
 import torch
+
+from taskgrad.kernels.compiled import Kernel
+from taskgrad.kernels.source import CALL
 
 # Elements below which waking a thread costs more than it saves.
 ALONE = 65_536
 # Pieces a thread, so that one that is held up does not hold up all.
-_PIECES = 8
+_PIECES = 32
+_FAILED = CALL.index("failed")
 
 _pool: ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()
+_forked = False
 _scratch = threading.local()
 
 
-def scratch(size: int) -> int:
+def run(
+    kernel: Kernel,
+    items: int,
+    addresses: Sequence[int],
+    *,
+    meta: int,
+    scratch: int = 0,
+    threads: int = 1,
+) -> int:
+    """Call a kernel for all its items; how many threads took part.
+
+    Parameters
+    ----------
+    kernel : Kernel
+    items : int
+    addresses : sequence of int
+        Of its operands.
+    meta : int
+        The address of the numbers that its layout passes.
+    scratch : int
+        Bytes of memory that each thread needs.
+    threads : int
+        At most so many.
+    """
+    threads = min(threads, items)
+    if threads > 1:
+        step = -(-items // (threads * _PIECES))
+    else:
+        threads, step = 1, items
+    place = _scratch_of(scratch * threads) if scratch else 0
+    # In the order of source.CALL.
+    call = array("q", (0, 0, step, items, meta, place, scratch, 0, *addresses))
+    address = call.buffer_info()[0]
+    if threads == 1:
+        kernel.run(address)
+    else:
+        team = None if _forked else _openmp()
+        if team is None:
+            _share(kernel, address, threads)
+        else:
+            team(kernel.address, address, threads, 0)
+    if call[_FAILED]:
+        call[:2] = array("q", (0, 0))
+        kernel.fail(address)
+    return threads
+
+
+def _scratch_of(size: int) -> int:
     """The address of this thread's own memory of at least this many bytes, on a cache line."""
     held: torch.Tensor | None = getattr(_scratch, "held", None)
     if held is None or held.numel() < size + 64:
@@ -32,36 +90,34 @@ def scratch(size: int) -> int:
     return -(-held.data_ptr() // 64) * 64
 
 
-def share(run: Callable[[int, int], None], items: int, threads: int) -> int:
-    """Call ``run(start, stop)`` for pieces of range(items); how many threads took part."""
-    threads = min(threads, items)
-    if threads <= 1:
-        run(0, items)
-        return 1
-    step = -(-items // (threads * _PIECES))
-    starts = iter(range(0, items, step))
-    lock = threading.Lock()
-
-    def work() -> None:
-        while True:
-            with lock:
-                start = next(starts, None)
-            if start is None:
-                return
-            run(start, min(items, start + step))
-
-    others: list[Future[None]] = [_threads().submit(work) for _ in range(threads - 1)]
-    try:
-        work()
-    finally:
-        for other in others:
-            # One that has not started yet is not needed any more: all pieces are taken.
-            if not other.cancel():
-                other.result()
-    return threads
+@cache
+def _openmp() -> Callable[[int, int, int, int], None] | None:
+    """What starts a team of the OpenMP that torch uses: function, argument, threads, flags."""
+    if not sys.platform.startswith("linux") or "OpenMP" not in torch.__config__.parallel_info():
+        return None
+    try:  # found in the library itself or in what it is linked with
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        start = library.GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    start.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+    start.restype = None
+    found: Callable[[int, int, int, int], None] = start
+    return found
 
 
-def _threads() -> ThreadPoolExecutor:
+def _share(kernel: Kernel, address: int, threads: int) -> None:
+    others: list[Future[None]] = [
+        _own_threads().submit(kernel.run, address) for _ in range(threads - 1)
+    ]
+    kernel.run(address)
+    for other in others:
+        # One that has not started yet is not needed any more: all items are taken.
+        if not other.cancel():
+            other.result()
+
+
+def _own_threads() -> ThreadPoolExecutor:
     global _pool
     with _pool_lock:
         if _pool is None:
@@ -69,10 +125,10 @@ def _threads() -> ThreadPoolExecutor:
         return _pool
 
 
-def _forget_pool() -> None:
+def _after_fork() -> None:
     """A forked child has no threads but the one that forked."""
-    global _pool, _pool_lock
-    _pool, _pool_lock = None, threading.Lock()
+    global _pool, _pool_lock, _forked
+    _pool, _pool_lock, _forked = None, threading.Lock(), True
 
 
-os.register_at_fork(after_in_child=_forget_pool)
+os.register_at_fork(after_in_child=_after_fork)
