@@ -1,11 +1,19 @@
 """Compiled scalar functions against torch, torch.compile, numexpr, NumPy and a loop in Numba.
 
 Ten million float32, two threads. Everybody makes its own result, on a heap that keeps what is
-freed, as in a worker; all are called in turns. The loop is the one that a user would write by hand:
-`@njit(parallel=True, fastmath=True)`, a `prange`, `math.exp`, gradients by hand. NumPy and numexpr
-have no gradients, so they take part in the forward only. For `_latency` there are 1,000 elements.
+freed, as in a worker. All are called in turns. torch, Numba and numexpr have threads of their own,
+which stay awake for some milliseconds after a call and take the cores of whoever is next; so a turn
+is a pause in which they fall asleep, a call that is not measured, and one that is. The loop is the
+one that a user would write by hand: `@njit(parallel=True, fastmath=True)`, a `prange`, `math.exp`,
+gradients by hand. NumPy and numexpr have no gradients, so they take part in the forward only. For
+`_latency` there are 1,000 elements.
 
-`_vs_copy` is our time for a byte over that of `torch.Tensor.copy_`, without the making of a result.
+`_into_vs_copy` is our time for a byte over that of `torch.Tensor.copy_`, with out=, without the
+making of a result; the loop's bytes stand beside it. What is transposed is compared with a copy of
+the transposed tensor, too, as no copy of it reaches the speed of one that goes straight ahead.
+`_sum_backward` of torch and ours is an expanded view, for which no memory is written; the loop
+writes it.
+
 `matmul_vs_torch` is a product of two 256 x 256 matrices as an outer product and a sum of ours: why
 matrix products stay torch's.
 """
@@ -30,7 +38,8 @@ from benchmarks._report import Report, arguments
 COUNT = 10_000_000
 ROWS, COLUMNS = 4_000, 2_500
 THREADS = 2
-ROUNDS = 21
+ROUNDS = 31
+PAUSE = 0.01  # seconds in which the threads of whoever was before fall asleep
 CALLS = 2_000
 CUBE, SCALE = 0.044715, 0.7978845608
 
@@ -179,6 +188,33 @@ def loop_broadcast_backward(g, x, y):
     return gx, gy
 
 
+@loop
+def loop_fma_into(x, y, z, out):
+    for i in prange(x.size):
+        out[i] = x[i] * y[i] + z[i]
+
+
+@loop
+def loop_transposed_into(x, y, out):
+    for i in prange(x.shape[0]):
+        for j in range(x.shape[1]):
+            out[i, j] = x[i, j] * y[i, j]
+
+
+@loop
+def loop_broadcast_into(x, y, out):
+    for i in prange(x.shape[0]):
+        for j in range(x.shape[1]):
+            out[i, j] = x[i, j] * y[j]
+
+
+LOOPS_INTO = {
+    "fma": loop_fma_into,
+    "transposed": loop_transposed_into,
+    "broadcast": loop_broadcast_into,
+}
+
+
 class Case:
     """One expression, everybody's way of it, and its inputs."""
 
@@ -264,6 +300,8 @@ def in_turns(calls: dict[str, Call], rounds: int, repeat: int = 1) -> dict[str, 
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            time.sleep(PAUSE)
+            call()
             start = time.perf_counter()
             for _ in range(repeat):
                 call()
@@ -288,16 +326,23 @@ def bandwidth(report: Report, found: dict[str, Case]) -> None:
     for name, streams in (("fma", 4), ("broadcast", 2), ("transposed", 3)):
         case = found[name]
         out = target if case.inputs[0].dim() == 1 else table
+        arrays = [*case.arrays, out.numpy()]
         calls = {
             "ours": lambda case=case, out=out: case.ours(*case.inputs, out=out),
             "copy": lambda: target.copy_(source),
+            "loop": lambda name=name, arrays=arrays: LOOPS_INTO[name](*arrays),
         }
+        if name == "transposed":
+            calls["transposed_copy"] = lambda: table.copy_(found["transposed"].inputs[1])
         seconds = in_turns(calls, ROUNDS)
-        ours = [s / streams for s in seconds["ours"]]
-        copy = [s / 2 for s in seconds["copy"]]
-        report.figure(f"{name}_out_gb_s", [4e-9 * COUNT / s for s in ours], "GB/s")
-        report.figure(f"{name}_copy_gb_s", [4e-9 * COUNT / s for s in copy], "GB/s")
-        report.ratio(f"{name}_forward_vs_copy", ours, copy)
+        each = {
+            who: [s / (2 if "copy" in who else streams) for s in seconds[who]] for who in seconds
+        }
+        for who, found_seconds in each.items():
+            rates = [4e-9 * COUNT / s for s in found_seconds]
+            report.figure(f"{name}_into_{who}_gb_s", rates, "GB/s")
+            if who != "ours":
+                report.ratio(f"{name}_into_vs_{who}", each["ours"], found_seconds)
 
 
 def keep_freed_memory() -> None:

@@ -85,6 +85,54 @@ def test_broadcast_gradients_are_summed_back():
         torch.testing.assert_close(a, b)
 
 
+PAIRS = [
+    *(((700, 90), (90,)), ((700, 90), (700, 1)), ((700, 90), ()), ((70_001, 3), (3,))),
+    *(((70_001,), (1,)), ((3, 100, 50), (1, 100, 1)), ((3, 100, 50), (3, 1, 50))),
+    *(((64, 30, 7, 7), (30, 1, 1)), ((5, 1, 5, 1), (1, 5, 1, 5)), ((0, 3), (3,))),
+]
+
+
+@pytest.mark.parametrize("shapes", PAIRS, ids=str)
+def test_broadcast_gradients_are_summed_as_they_are_made(shapes):
+    """Neither the layout nor the number of threads decides what is summed, or its bits."""
+    torch.manual_seed(0)
+    x, y = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    made = KERNELS["mul2"](x, y)
+    g = torch.randn(made.shape)
+    across = g.movedim(0, -1).contiguous().movedim(-1, 0)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads, cotangent in ((1, g), (2, g), (7, g), (2, across)):
+            torch.set_num_threads(threads)
+            found.append(torch.autograd.grad(made, (x, y), cotangent, retain_graph=True))
+    finally:
+        torch.set_num_threads(before)
+    wide = x.detach().double().requires_grad_(), y.detach().double().requires_grad_()
+    expected = torch.autograd.grad(wide[0] * wide[1], wide, g.double())
+    for mine in found:
+        for a, b in zip(mine, expected, strict=True):
+            torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-4)
+    for other in found[1:3]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_broadcast_gradients_write_only_what_is_asked():
+    x, y = torch.randn(700, 90, requires_grad=True), torch.randn(90, requires_grad=True)
+    fn = tg.vectorize(lambda x, y: x * y)
+    torch.autograd.grad(fn(x, y), (x, y), torch.randn(700, 90))
+    (row,) = [row for row in fn.explain().kernels if row.part == "pullback(0,1)"]
+    assert row.along == "uuuur"  # the second one's gradient: one row a block
+    (call,) = [call for call in fn.explain().calls if call.part == "pullback(0,1)"]
+    assert call.bytes < 1.1 * 4 * (3 * 700 * 90 + 90)
+
+
+def test_a_sum_of_half_precision_is_rounded_once():
+    x = torch.ones(1000, 3, dtype=torch.bfloat16)
+    y = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
+    KERNELS["mul2"](x, y).backward(torch.ones(1000, 3, dtype=torch.bfloat16))
+    assert y.grad.tolist() == [1000.0] * 3  # in bfloat16 all the way it would stop at 256
+
+
 shapes = st.lists(st.integers(0, 5), min_size=0, max_size=4)
 
 
@@ -323,3 +371,11 @@ def test_explain():
     assert explained.kernels[0].vector_bits >= 128
     assert explained.calls[0].bytes == 2 * 100 * 4
     assert "mul(3, a0)" in str(explained)
+    add = tg.vectorize(lambda a, b: a + b)
+    add.reduce(torch.randn(300_000))
+    add.scan(torch.randn(10))
+    calls = {call.part: call for call in add.explain().calls}
+    assert calls["reduce"].bytes == 4 * (300_000 + calls["reduce"].blocks)
+    assert calls["reduce"].threads == min(torch.get_num_threads(), calls["reduce"].blocks)
+    assert calls["reduce"].gb_per_s > 0
+    assert calls["scan"].blocks == 1

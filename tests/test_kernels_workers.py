@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from uuid import uuid4
 
+import pytest
 import torch
 from torch import nn
 
@@ -106,6 +108,59 @@ if not child:
 print(os.waitpid(child, 0)[1])
 """
     assert run(code) == "0"
+
+
+def test_threads_of_our_own_where_torch_has_no_openmp():
+    code = """
+import math, torch, taskgrad as tg
+from taskgrad.kernels import threads
+torch.set_num_threads(3)
+fn = tg.vectorize(lambda x, y: math.exp(x) * y)
+add = tg.vectorize(lambda a, b: a + b)
+x, y = torch.randn(999, 301), torch.randn(301)
+found = [fn(x, y), add.reduce(x), add.scan(x)]
+threads._openmp = lambda: None
+again = [fn(x, y), add.reduce(x), add.scan(x)]
+print(all(torch.equal(a, b) for a, b in zip(found, again)), threads._pool is not None)
+print(fn.explain().calls[0].threads)
+"""
+    assert run(code).split() == ["True", "True", "3"]
+
+
+def test_an_error_inside_a_function_reaches_the_caller():
+    def positive(x):
+        while x > 1.0:
+            x = x / 2
+        if x < 0.0:
+            raise ValueError("below zero")
+        return x
+
+    fn = tg.vectorize(positive)
+    x = torch.ones(200_000)
+    assert torch.equal(fn(x), x)
+    x[150_000] = -1.0
+    with pytest.raises(ValueError, match="below zero"):
+        fn(x)
+    assert torch.equal(fn(x.abs()), x.abs())
+
+
+@pytest.mark.parametrize("over", ["threads", "processes", "both"])
+def test_inside_a_map(client, over):
+    """The kernel and its derivative run where the items are; what is closed over has a gradient."""
+    fn = tg.vectorize(lambda x, y: math.tanh(x) * y if x > y else x * x)
+    torch.manual_seed(0)
+    items = [torch.randn(5, 3, requires_grad=True) for _ in range(8)]
+    row = torch.randn(3, requires_grad=True)
+    leaves, cotangents = [*items, row], [torch.randn(5, 3) for _ in items]
+    found = list(tg.map(lambda x: fn(x, row), items, over=over))
+    expected = [fn(x, row) for x in items]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for a, b in zip(
+        torch.autograd.grad(found, leaves, cotangents),
+        torch.autograd.grad(expected, leaves, cotangents),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
 
 
 def test_without_numba():

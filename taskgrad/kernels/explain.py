@@ -7,8 +7,9 @@ from dataclasses import astuple, dataclass, fields
 
 from taskgrad.kernels.folding import Folder
 from taskgrad.kernels.formula import expanded, text_of
-from taskgrad.kernels.launch import LastCall, Plan
+from taskgrad.kernels.launch import Plan
 from taskgrad.kernels.operation import Operation
+from taskgrad.kernels.threads import LastCall
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class KernelRow:
 
 @dataclass(frozen=True)
 class CallRow:
-    """The last call of one part; `gb_per_s` is 1e9 bytes a second."""
+    """The last call of one part, reductions and scans too; `gb_per_s` is 1e9 bytes a second."""
 
     part: str
     threads: int
@@ -100,6 +101,7 @@ def explain(operation: Operation, folder: Folder | None, name: str, obstacle: st
         kernels.append(
             KernelRow(way, dtype, way != "columns", "u", bits, here, seconds, str(kernel.path))
         )
+    calls += [_call(way, last) for way, last in (folder.last if folder else {}).items()]
     formula = obstacle or text_of(expanded(operation.formula))
     return Explanation(name, formula, tuple(kernels), tuple(calls))
 
@@ -130,16 +132,8 @@ def _row(part: str, plan: Plan) -> KernelRow:
 
 
 def _call(part: str, last: LastCall) -> CallRow:
-    plan = last.plan
-    rate = plan.bytes / last.seconds / 1e9
-    return CallRow(
-        part,
-        last.threads,
-        plan.layout.items,
-        plan.bytes,
-        round(last.seconds, 9),
-        round(rate, 2),
-    )
+    rate = round(last.bytes / last.seconds / 1e9, 2)
+    return CallRow(part, last.threads, last.items, last.bytes, round(last.seconds, 9), rate)
 
 
 def _indented(text: str) -> str:

@@ -17,7 +17,7 @@ from taskgrad.kernels.source import HEAD, ITEMS, entry
 HEADER = ("depth", "length", "stride", "segment", "segments", "cols", "col_stride", "col_blocks")
 SEGMENT = 65_536  # along rows
 COLUMN_SEGMENT = 512  # with columns side by side
-BLOCK = 1_024  # elements whose tree fits into scratch memory
+BLOCK = 2_048  # elements whose tree fits into scratch memory
 COLUMNS = 256
 _BASE = 8  # rows of columns added up one after another
 _LEVELS = 40
@@ -111,10 +111,12 @@ _ROWS = """\
             here, there = scratch, scratch + <half>
             fours = left // 4
             if stride == 1:
+                for i in range(2 * fours):
+                    v = combine(m.get_<X>(p, 2 * i), m.get_<X>(p, 2 * i + 1))
+                    m.put_<T>(there, i, v)
                 for i in range(fours):
-                    v = combine(m.get_<X>(p, 4 * i), m.get_<X>(p, 4 * i + 1))
-                    w = combine(m.get_<X>(p, 4 * i + 2), m.get_<X>(p, 4 * i + 3))
-                    m.put_<T>(here, i, combine(v, w))
+                    v = combine(m.get_<T>(there, 2 * i), m.get_<T>(there, 2 * i + 1))
+                    m.put_<T>(here, i, v)
             else:
                 for i in range(fours):
                     j = 4 * i * stride

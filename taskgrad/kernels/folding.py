@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -28,8 +29,9 @@ class _Pass:
     items: int
     alone: bool
 
-    def run(self, *tensors: torch.Tensor) -> None:
-        threads.run(
+    def run(self, *tensors: torch.Tensor) -> int:
+        """How many threads took part."""
+        return threads.run(
             self.kernel,
             self.items,
             [t.data_ptr() for t in tensors],
@@ -69,6 +71,7 @@ class Folder:
         self._plans: dict[Any, _Plan] = {}
         self._direct: dict[Any, tuple[_Pass, tuple[int, ...], torch.dtype]] = {}
         self.kernels: dict[tuple[str, str], Kernel] = {}
+        self.last: dict[str, threads.LastCall] = {}
 
     def fold(self, x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
         """The reduction over some dimensions, without them; none of them is empty."""
@@ -77,7 +80,7 @@ class Folder:
         if direct is not None:  # one pass over one dimension: small calls are mostly this
             only, shape, held = direct
             out = torch.empty(shape, dtype=held)
-            only.run(x, out)
+            self._run("reduce", only, x, out)
             return out
         result = self._fold(x, dims)
         if len(dims) == 1 and result.numel():
@@ -89,17 +92,18 @@ class Folder:
         return result
 
     def _fold(self, x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-        dtype = x.dtype
+        dtype, part = x.dtype, "reduce"
         if not dims:
             return x.clone()
         for last, count in _groups(x, dims):
             first = last - count + 1
             joined = x if count == 1 else _flattened(x, first, last)
             if joined is not None:
-                x = self._fold_one(joined, first)
+                x = self._fold_one(joined, first, part)
             else:
                 for dim in range(last, first - 1, -1):
-                    x = self._fold_one(x, dim)
+                    x, part = self._fold_one(x, dim, part), "reduce.rest"
+            part = "reduce.rest"
         return x.to(dtype)
 
     def scan(self, x: torch.Tensor) -> torch.Tensor:
@@ -117,7 +121,8 @@ class Folder:
         out = torch.empty_like(x)
         kernel = self._kernel("scan", dtypes.name_of(x.dtype))
         numbers = (0, length, 1, segment, segments)
-        _pass(kernel, numbers, rows * segments, x.numel()).run(x, before, out)
+        chosen = _pass(kernel, numbers, rows * segments, x.numel())
+        self._run("scan", chosen, x, before, out)
         return out
 
     def _totals(self, x: torch.Tensor, segment: int) -> torch.Tensor:
@@ -127,10 +132,18 @@ class Folder:
         numbers = (1, length, 1, segment, segments, 1, 0, 1, rows, length)
         held = dtypes.Kind(dtypes.name_of(x.dtype)).computed
         out = torch.empty(rows, segments, dtype=dtypes.torch_dtype(held))
-        _pass(kernel, numbers, rows * segments, x.numel()).run(x, out)
+        chosen = _pass(kernel, numbers, rows * segments, x.numel())
+        self._run("scan.totals", chosen, x, out)
         return out
 
-    def _fold_one(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+    def _run(self, part: str, chosen: _Pass, *tensors: torch.Tensor) -> None:
+        start = time.perf_counter()
+        count = chosen.run(*tensors)
+        seconds = time.perf_counter() - start
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        self.last[part] = threads.LastCall(count, chosen.items, size, seconds)
+
+    def _fold_one(self, x: torch.Tensor, dim: int, part: str) -> torch.Tensor:
         key = x.dtype, x.shape, x.stride(), dim
         plan = self._plans.get(key)
         if plan is None:
@@ -139,9 +152,9 @@ class Folder:
             plan = self._plans[key] = self._plan(x, dim)
         out = torch.empty(plan.shape, dtype=plan.dtype)
         if out.numel():
-            plan.first.run(x, out)
+            self._run(part, plan.first, x, out)
         if plan.shape[-2] > 1:
-            out = self._fold_one(out, len(plan.shape) - 2)
+            out = self._fold_one(out, len(plan.shape) - 2, "reduce.rest")
         else:
             out = out.squeeze(-2)
         return out.squeeze(-1) if plan.moves is None else out.movedim(-1, plan.moves)

@@ -19,7 +19,6 @@ from taskgrad.kernels.dtypes import Kind
 from taskgrad.kernels.formula import Formula, expanded
 from taskgrad.kernels.layout import Layout, contiguous, layout
 from taskgrad.kernels.source import elementwise_source, scratch_of
-from taskgrad.kernels.summed import Partial
 from taskgrad.kernels.sums import sum_over
 
 _PLANS = 4_096
@@ -44,15 +43,6 @@ class Plan:
     alone: bool
 
 
-@dataclass
-class LastCall:
-    """What the last call did, for `explain`."""
-
-    plan: Plan
-    threads: int
-    seconds: float
-
-
 class Launcher:
     """Runs one formula.
 
@@ -68,7 +58,7 @@ class Launcher:
     def __init__(self, formula: Formula, name: str, results: Results | None = None) -> None:
         self.formula, self.name, self._results = formula, name, results
         self.plans: dict[Any, Plan] = {}
-        self.last: LastCall | None = None
+        self.last: threads.LastCall | None = None
         self._expanded = expanded(formula)
         self._lock = threading.Lock()
 
@@ -105,21 +95,7 @@ class Launcher:
                     self.plans.clear()
                 self.plans[key] = plan
         made = plan.layout
-        if out is not None:
-            results = [out]
-        elif sums:
-            results = [
-                torch.empty_strided(made.shape, made.out_strides, dtype=d)
-                if partial is None
-                else torch.empty(partial.shape, dtype=d)
-                for d, partial in zip(plan.made_dtypes, made.partials, strict=True)
-            ]
-        elif plan.contiguous:
-            results = [torch.empty(made.shape, dtype=d) for d in plan.out_dtypes]
-        else:
-            results = [
-                torch.empty_strided(made.shape, made.out_strides, dtype=d) for d in plan.out_dtypes
-            ]
+        results = _empty(plan) if out is None else [out]
         try:
             addresses = [t.data_ptr() for t in (*tensors, *results)]
         except RuntimeError as error:  # a tensor that only stands for others
@@ -137,13 +113,9 @@ class Launcher:
             threads=1 if plan.alone else torch.get_num_threads(),
         )
         if sums:
-            results = [
-                made if partial is None else _summed(made, partial, dtype)
-                for made, partial, dtype in zip(
-                    results, made.partials, plan.out_dtypes, strict=True
-                )
-            ]
-        self.last = LastCall(plan, count, time.perf_counter() - start)
+            results = _summed(plan, results)
+        seconds = time.perf_counter() - start
+        self.last = threads.LastCall(count, made.items, plan.bytes, seconds)
         return results
 
     def dtypes_for(self, tensors: Sequence[torch.Tensor], weak: Sequence[bool]) -> list[str]:
@@ -196,6 +168,7 @@ class Launcher:
             for name, partial in zip(stay, made.partials, strict=True)
         )
         alone = made.items <= 1 or count <= threads.ALONE
+        dense = not any(made.partials)
         meta = torch.tensor(made.meta, dtype=torch.int64)
         out_dtypes = tuple(dtypes.torch_dtype(name) for name in results)
         read = sum(_distinct(t) * t.element_size() for t in tensors)
@@ -205,7 +178,7 @@ class Launcher:
             signature=signature,
             out_dtypes=out_dtypes,
             made_dtypes=tuple(dtypes.torch_dtype(name) for name in stay),
-            contiguous=made.out_strides == contiguous(made.shape),
+            contiguous=dense and made.out_strides == contiguous(made.shape),
             meta=meta,
             meta_address=meta.data_ptr(),
             scratch=scratch_of(made.letters),
@@ -214,8 +187,27 @@ class Launcher:
         )
 
 
-def _summed(partial_sums: torch.Tensor, partial: Partial, dtype: torch.dtype) -> torch.Tensor:
-    return partial.placed(sum_over(partial_sums, partial.summed)).to(dtype)
+def _empty(plan: Plan) -> list[torch.Tensor]:
+    """Memory for what the kernel writes."""
+    made = plan.layout
+    if plan.contiguous:
+        return [torch.empty(made.shape, dtype=d) for d in plan.made_dtypes]
+    return [
+        torch.empty_strided(made.shape, made.out_strides, dtype=d)
+        if partial is None
+        else torch.empty(partial.shape, dtype=d)
+        for d, partial in zip(plan.made_dtypes, made.partials, strict=True)
+    ]
+
+
+def _summed(plan: Plan, results: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The partial sums among the results added up."""
+    return [
+        result if partial is None else partial.placed(sum_over(result, partial.summed)).to(dtype)
+        for result, partial, dtype in zip(
+            results, plan.layout.partials, plan.out_dtypes, strict=True
+        )
+    ]
 
 
 def _distinct(tensor: torch.Tensor) -> int:

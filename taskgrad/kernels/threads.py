@@ -15,6 +15,7 @@ import threading
 from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +34,16 @@ _pool: ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()
 _forked = False
 _scratch = threading.local()
+
+
+@dataclass(frozen=True)
+class LastCall:
+    """What the last call did, for `explain`: threads, items that they shared, bytes, seconds."""
+
+    threads: int
+    items: int
+    bytes: int
+    seconds: float
 
 
 def run(
