@@ -300,7 +300,8 @@ def in_turns(calls: dict[str, Call], rounds: int, repeat: int = 1) -> dict[str, 
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            time.sleep(PAUSE)
+            if repeat == 1:  # small calls use no threads but Numba's, and stay warm by themselves
+                time.sleep(PAUSE)
             call()
             start = time.perf_counter()
             for _ in range(repeat):
