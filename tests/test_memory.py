@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+import time
 
 import dask
 import pytest
@@ -64,6 +65,30 @@ def test_memory_is_among_the_workers_metrics(client):
     del y, chain, optimizer
     for what in ("parameters", "buffers", "gradients", "optimizer", "tapes"):
         assert wait_until(lambda what=what: reported(what) == [0, 0]), what
+
+
+def until_there(_, path):
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_metrics_move_while_a_worker_is_always_at_work(fresh, tmp_path):
+    client = fresh(n_workers=1, threads_per_worker=2)
+    at_work = tg.spawn(until_there, torch.zeros(1), tmp_path / "end").persist()
+    chain = tg.GraphChain(nn.Linear(100, 100), client=client)
+    y = chain(torch.randn(50, 100))
+    tg.collect(y)
+
+    def reported():
+        [worker] = client.scheduler_info(n_workers=-1)["workers"].values()
+        return [worker["metrics"][f"taskgrad_{what}"] for what in ("parameters", "tapes")]
+
+    (tape,) = chain.memory().column("tapes")
+    assert wait_until(lambda: reported() == [40_400, tape])
+    (tmp_path / "end").touch()
+    tg.collect(at_work)
 
 
 LOOKING = """

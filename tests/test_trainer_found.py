@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import functools
 
-import distributed
 import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 import taskgrad as tg
-from taskgrad.cluster import plugins
-from taskgrad.cluster.plugins import store_of
 from taskgrad.cluster.session import session
-from taskgrad.worker.store import Store
 
 
 def test_no_worker_is_gone_when_the_client_refreshes_what_it_knows(client, monkeypatch):
@@ -31,28 +27,6 @@ def test_no_worker_is_gone_when_the_client_refreshes_what_it_knows(client, monke
     assert not client.scheduler_info(n_workers=-1)["workers"]
     assert ours.out_of_order(addresses) == {}
     assert {worker.address for worker in ours.workers()} == addresses
-
-
-def test_nobody_looks_at_a_tape_while_something_runs(monkeypatch):
-    """The heartbeat's thread counted what a tape saved while a backward freed it: a segfault."""
-    looks = []
-    monkeypatch.setattr(plugins, "total_bytes", lambda entries: looks.append(1) or {"tapes": 7})
-    store, last = Store("here", "."), {"tapes": 0}
-    with store.at_work():
-        assert plugins._held(store, last, "tapes", None) == 0
-    assert not looks
-    assert plugins._held(store, last, "tapes", None) == 7
-    with store.at_work(), store.at_work():
-        assert plugins._held(store, last, "tapes", None) == 7
-    assert len(looks) == 1
-
-
-def running(_):
-    return store_of(distributed.get_worker())._running
-
-
-def test_an_action_is_at_work(client):
-    assert tg.collect(tg.spawn(running, torch.zeros(1))) == 1
 
 
 def test_a_scheduler_that_has_no_more_steps(client):

@@ -47,16 +47,20 @@ _METRICS = tuple(field.name for field in fields(Held))
 _BORROWED = "cross_memory"
 
 
-def _held(store: Store, last: dict[str, int], name: str, worker: Worker) -> int:
-    """One of the metrics that go with a worker's heartbeat: bytes held.
+class _Counts:
+    """What a store holds, as metrics that go with a worker's heartbeat: bytes, counted once each.
 
-    Counted while nothing runs. A backward frees what its tape saved without Python's lock: to look
-    at that from the heartbeat's thread at the same time ends the process.
+    A heartbeat reads all of them, one after the other, in the event loop.
     """
-    with store.at_rest() as resting:
-        if resting:
-            last.update(total_bytes(store.entries()))
-    return last[name]
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._unread: dict[str, int] = {}
+
+    def read(self, name: str, worker: Worker) -> int:
+        if name not in self._unread:
+            self._unread = total_bytes(self._store.entries())
+        return self._unread.pop(name)
 
 
 def _borrowed(worker: Worker) -> int:
@@ -85,9 +89,9 @@ class StorePlugin(WorkerPlugin):
         self._reporter = Reporter(worker, store)
         self._post = Post(worker, store.mail)
         allocator.check_threads(worker)
-        last = dict.fromkeys(_METRICS, 0)
+        counts = _Counts(store)
         for name in _METRICS:  # columns of the dashboard's table of workers
-            worker.metrics[f"{NAME}_{name}"] = functools.partial(_held, store, last, name)
+            worker.metrics[f"{NAME}_{name}"] = functools.partial(counts.read, name)
         worker.metrics[f"{NAME}_{_BORROWED}"] = _borrowed
 
     def teardown(self, worker: Worker) -> None:

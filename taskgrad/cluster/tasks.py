@@ -30,11 +30,9 @@ def run_action(payload: bytes, *values: Any) -> Any:
     """
     action, total, literals = pickle.loads(payload)
     given = iter(values)
-    store = _store()
-    with store.at_work():
-        result = action.run(
-            store, *[literals[i] if i in literals else next(given) for i in range(total)]
-        )
+    result = action.run(
+        _store(), *[literals[i] if i in literals else next(given) for i in range(total)]
+    )
     refuse_untravelable(result)
     return result
 

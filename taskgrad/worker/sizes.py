@@ -52,11 +52,12 @@ def _sparse_parts(t: torch.Tensor) -> list[torch.Tensor]:
 
 
 def stage_bytes(stage: ResidentStage) -> Held:
-    """What one stage holds in memory, its tapes aside."""
+    """What one stage holds in memory, its tapes aside. A step may be under way meanwhile."""
     modules = [m for m in stage.layers.values() if isinstance(m, nn.Module)]
-    state = stage.optimizer.state.values() if stage.optimizer is not None else ()
+    # As lists, made in one go: a step adds to what it iterates over.
+    state = list(stage.optimizer.state.values()) if stage.optimizer is not None else []
     spilled = stage.training.spilled if stage.training is not None else None
-    kept = (v for values in state for v in values.values() if isinstance(v, torch.Tensor))
+    kept = (v for values in state for v in list(values.values()) if isinstance(v, torch.Tensor))
     return Held(
         parameters=sum(storages(stage.parameters.values()).values()),
         buffers=sum(storages(b for m in modules for b in m.buffers()).values()),

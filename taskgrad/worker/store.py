@@ -101,30 +101,6 @@ class Store:
         self._entries: dict[str, Any] = {}
         self._refused: OrderedDict[str, None] = OrderedDict()
         self._lock = threading.Lock()
-        self._running = 0
-        self._gate = threading.Lock()
-
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """While an action runs; several may."""
-        with self._gate:
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._gate:
-                self._running -= 1
-
-    @contextmanager
-    def at_rest(self) -> Iterator[bool]:
-        """Whether no action runs; if so, none begins before the end of this block."""
-        if not self._gate.acquire(blocking=False):
-            yield False
-            return
-        try:
-            yield self._running == 0
-        finally:
-            self._gate.release()
 
     def put(self, key: str, entry: Any) -> None:
         """Keep an entry, unless its key was let go of in the meantime."""
