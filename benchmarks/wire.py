@@ -2,7 +2,8 @@
 
 Two clusters of two worker processes, one as Dask starts it and one with taskgrad attached, take
 turns. A float32 tensor goes to and fro between the two workers of one as the result of a chain of
-tasks that do nothing: what is measured is a hop, the scheduler's part in it included.
+tasks that do nothing: what is measured is a hop, the scheduler's part in it included. The chain is
+submitted as one graph, as taskgrad submits; so each tensor goes as soon as the next one is there.
 
 Stock here means stock but for the true sizes of tensors, which Dask takes from taskgrad wherever it
 is installed.
@@ -14,9 +15,12 @@ import json
 import subprocess
 import sys
 import time
+import uuid
 from typing import Any
 
+import dask
 import torch
+from dask import delayed
 from distributed import Client, LocalCluster
 
 from benchmarks._report import Report, arguments
@@ -39,13 +43,16 @@ def same(t: torch.Tensor) -> torch.Tensor:
 
 def hop(client: Client, workers: list[str], count: int) -> float:
     """Seconds a hop, over a chain of them that starts with the tensor in place."""
-    futures = [client.submit(make, count, workers=[workers[0]], pure=False)]
-    _wait(client, futures[-1])
-    start = time.perf_counter()
+    start = client.submit(make, count, workers=[workers[0]], pure=False)
+    _wait(client, start)
+    name, task = uuid.uuid4().hex, start
     for i in range(HOPS):
-        futures.append(client.submit(same, futures[-1], workers=[workers[(i + 1) % 2]], pure=False))
-    _wait(client, futures[-1])
-    return (time.perf_counter() - start) / HOPS
+        with dask.annotate(workers=[workers[(i + 1) % 2]]):
+            task = delayed(same)(task, dask_key_name=f"hop{i}-{name}")
+    began = time.perf_counter()
+    end = client.compute(task, optimize_graph=False)
+    _wait(client, end)
+    return (time.perf_counter() - began) / HOPS
 
 
 def _registered() -> bool:

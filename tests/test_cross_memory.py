@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,31 @@ def test_every_byte_is_read(monkeypatch, sizes, threads):
     cross_memory.read(os.getpid(), list(zip(there, views, strict=True)))
     for source, view in zip(sources, views, strict=True):
         assert bytes(view) == source.tobytes()
+
+
+@pytest.mark.parametrize("size", [1, 63, 4 * MIB, 5 * MIB + 3])
+def test_room_is_aligned_and_in_huge_pages_where_that_pays(size):
+    rooms = [cross_memory.room(size) for _ in range(3)]
+    for room in rooms:
+        assert room.nbytes == size
+        assert not room.readonly
+        assert cross_memory.address_of(room) % 64 == 0
+        if size >= 4 * MIB and Path("/sys/kernel/mm/transparent_hugepage").exists():
+            assert "hg" in flags_at(cross_memory.address_of(room) + size // 2)
+
+
+def flags_at(address: int) -> list[str]:
+    """What the kernel was told about the memory at this address; "hg": to use huge pages."""
+    inside = False
+    with open("/proc/self/smaps") as maps:
+        for line in maps:
+            name, *rest = line.split()
+            if "-" in name and not name.endswith(":"):
+                first, last = (int(end, 16) for end in name.split("-"))
+                inside = first <= address < last
+            elif inside and name == "VmFlags:":
+                return rest
+    raise LookupError(hex(address))
 
 
 @needs_call

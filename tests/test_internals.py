@@ -131,6 +131,7 @@ def test_nothing_breaks_where_dask_has_moved_things(moved):
     assert vars(moved) == before
     assert internals.memory_limit(nothing) is None
     assert internals.memory_used(nothing) is None
+    assert internals.pause_fraction(nothing) is None
     assert internals.threads(nothing) == 1
     assert internals.results_handler(nothing) is None
 

@@ -154,7 +154,7 @@ def results_handler(worker: Worker) -> Any:
     handler: Any = handlers.get("get_data") if isinstance(handlers, dict) else None
     try:
         lines = [line.strip() for line in inspect.getsource(handler).splitlines()]
-        named = "who" in inspect.signature(handler).parameters
+        named = {"comm", "keys", "who"} <= inspect.signature(handler).parameters.keys()
     except (OSError, TypeError, ValueError):
         return None
     found = [line for line in lines if "comm." in line or "response" in line]
