@@ -460,11 +460,36 @@ def test_sizes_are_true():
     t = torch.zeros(1000, 1000)
     assert 4_000_000 <= sizeof(t) < 4_001_000
     assert 4_000 <= sizeof(t[0]) < 5_000
-    assert sizeof([t, t[0]]) >= 4_004_000
     assert sizeof(torch.zeros(1, 1000).expand(1000, 1000)) < 5_000
     assert sizeof(torch.empty(1000, 1000, device="meta")) < 1_000
     assert 2_000_000 <= sizeof(t.bfloat16()) < 2_001_000
     assert 8_000_000 <= sizeof(t.to(torch.complex64)) < 8_001_000
+
+
+def test_views_of_one_storage_are_not_counted_twice():
+    t = torch.zeros(1000, 1000)
+    for views in (
+        [t, t],
+        (t, t[0]),
+        {"a": t, "b": [t.T, {"c": t[5:]}]},
+        Pair(t, t),
+        {1: t, 2: (t,)},
+    ):
+        assert 4_000_000 <= sizeof(views) < 4_010_000
+    assert 8_000_000 <= sizeof([t, t.clone()]) < 8_010_000
+    assert 4_000_000 <= sizeof([t[:500], t[500:]]) < 4_010_000  # nor is what differs left out
+    assert 2_000_000 <= sizeof([t[:250], t[250:500]]) < 2_010_000
+    assert 4_000 <= sizeof([t[0]]) < 10_000
+    assert sizeof([t, t]) == sizeof([t, t])  # nothing is remembered
+    assert 4_000_000 <= sizeof(t) < 4_001_000
+    assert sizeof([1, "a", {2: 3.0}]) == sum(
+        (sys.getsizeof([1, "a", {2: 3.0}]), sizeof(1), sizeof("a"), sizeof({2: 3.0}))
+    )
+    shared = nn.Module()
+    shared.register_buffer("whole", t)
+    shared.register_buffer("row", t[3])
+    assert 4_000_000 <= sizeof(shared) < 4_010_000
+    assert 4_000_000 <= sizeof([shared, t]) < 4_010_000
 
 
 def test_sizes_of_parameters_modules_and_sparse():

@@ -3,8 +3,8 @@
 The scheduler weighs transfers, and workers their memory, by these numbers. A tensor counts the
 bytes that it would put on the wire: a view what it shows, an expanded one what is there once, a
 sparse one its indices and values. A module counts each of its parameters and buffers once, and once
-more for a gradient. A container of tensors is Dask's affair: it adds its elements up, so two views
-of one storage in a list count twice.
+more for a gradient. A container is added up as Dask does it, except that views of one storage never
+count more than that storage holds. (Of long lists Dask looks at a few elements only.)
 
 The ``dask.sizeof`` entry point calls `register` while dask itself is being imported, so this
 module imports neither dask nor torch.
@@ -12,7 +12,11 @@ module imports neither dask nor torch.
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,10 +29,14 @@ _SPARSE_PARTS = {
     "torch.sparse_csc": ("ccol_indices", "row_indices", "values"),
     "torch.sparse_bsc": ("ccol_indices", "row_indices", "values"),
 }
+_counted: ContextVar[dict[int, int] | None] = ContextVar("taskgrad_counted", default=None)
+"""Bytes counted so far by the address of their storage, while a container is looked through."""
 
 
 def register(sizeof: Any) -> None:
-    """Teach Dask's `sizeof` tensors and modules, once torch is there."""
+    """Teach Dask's `sizeof` tensors and modules, once torch is there, and containers of them."""
+    for kind in (list, tuple, set, frozenset, dict):
+        sizeof.register(kind, _each_storage_once(sizeof.dispatch(kind)))
 
     @sizeof.register_lazy("torch")
     def register_torch() -> None:
@@ -36,6 +44,28 @@ def register(sizeof: Any) -> None:
 
         sizeof.register(torch.Tensor, tensor_bytes)
         sizeof.register(torch.nn.Module, module_bytes)
+
+
+def _each_storage_once(stock: Callable[[Any], int]) -> Callable[[Any], int]:
+    @functools.wraps(stock)
+    def container_bytes(value: Any) -> int:
+        with _container():
+            return stock(value)
+
+    return container_bytes
+
+
+@contextmanager
+def _container() -> Iterator[None]:
+    """Views of one storage that are met in this block are counted together."""
+    if _counted.get() is not None:  # inside another container
+        yield
+        return
+    token = _counted.set({})
+    try:
+        yield
+    finally:
+        _counted.reset(token)
 
 
 def tensor_bytes(t: torch.Tensor) -> int:
@@ -49,7 +79,8 @@ def tensor_bytes(t: torch.Tensor) -> int:
 def module_bytes(module: torch.nn.Module) -> int:
     """A module's tensors, tied ones once. Its other attributes are small beside them."""
     tensors = [*module.parameters(), *module.buffers()]
-    return sys.getsizeof(module) + sum(map(tensor_bytes, tensors))
+    with _container():
+        return sys.getsizeof(module) + sum(map(tensor_bytes, tensors))
 
 
 def _data_bytes(t: torch.Tensor) -> int:
@@ -65,4 +96,19 @@ def _data_bytes(t: torch.Tensor) -> int:
     if count and 0 in t.stride():
         for size, stride in zip(t.shape, t.stride(), strict=True):
             count //= size if stride == 0 else 1
-    return count * t.element_size()
+    return _not_yet_counted(t, count * t.element_size())
+
+
+def _not_yet_counted(t: torch.Tensor, nbytes: int) -> int:
+    """How many more bytes a container has with this tensor, which shows so many of its storage."""
+    counted = _counted.get()
+    if counted is None:
+        return nbytes
+    try:
+        storage = t.untyped_storage()
+        address, limit = storage.data_ptr(), storage.nbytes()
+    except (NotImplementedError, RuntimeError):  # a subclass that wraps others has none
+        return nbytes
+    before = counted.get(address, 0)
+    counted[address] = max(before, min(before + nbytes, limit))
+    return counted[address] - before
