@@ -19,6 +19,9 @@ from torch import nn
 import taskgrad as tg
 from conftest import total_held, wait_until
 from helpers import assert_same
+from taskgrad.cluster.plugins import store_of
+from taskgrad.worker.actions import OnStage
+from taskgrad.worker.backward import Backward
 
 
 class Fails(nn.Module):
@@ -165,6 +168,52 @@ def test_a_driver_that_is_killed_while_it_trains_leaves_nothing(fresh):
     driver.wait(10)
     driver.stdout.close()
     assert wait_until(lambda: not any(total_held(client).values()), 30), total_held(client)
+
+
+def test_late_messages_of_an_old_run_are_refused(client):
+    """Every entry stands under a key that no other run has: a late message names nothing."""
+    model = nn.Sequential(nn.Linear(3, 3))
+    x = torch.ones(2, 3, requires_grad=True)
+
+    def run():
+        chain = tg.GraphChain(model, client=client, placement=[0])
+        y = chain(x)
+        tg.collect(y)
+        [stage] = chain._stages.values()
+        return chain, y, stage.token, y._node.key
+
+    *old, old_token, old_key = run()
+    old.clear()
+    assert wait_until(lambda: not any(total_held(client).values()))
+    chain, y, token, key = run()
+    assert {old_token, old_key}.isdisjoint({token, key})
+
+    def late(dask_worker):
+        store = store_of(dask_worker)
+        dask_worker.stream_handlers["taskgrad-release"](keys=[old_token, old_key])
+        refused = []
+        backward = Backward(
+            key="late", token=old_key, title="t", sources=(), wanted=(), retain=False
+        )
+        for action in (
+            OnStage(token=old_token, action="zero_grad", arguments={}),
+            OnStage(token=old_token, action="training.roll_back", arguments={}),
+            backward,
+        ):
+            try:
+                action.run(store)
+            except tg.TaskgradError as error:
+                refused.append(type(error).__name__)
+        store.put(old_key, "what a forward left that ended after its key was let go of")
+        return refused, sorted(store.entries()) == sorted([token, key])
+
+    address = chain.placement[0].worker
+    assert client.run(late, workers=[address])[address] == (
+        ["WorkerLostError", "WorkerLostError", "TapeError"],
+        True,
+    )
+    y.backward(torch.ones(2, 3))
+    assert_same(x.grad, torch.ones(2, 3) @ model[0].weight)
 
 
 def lose(client, futures):
