@@ -460,3 +460,38 @@ def test_progress(client: Client, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     with pytest.raises(ImportError, match="needs tqdm: pip install tqdm"):
         tg.imap(double, range(30), progress=True, client=client)
+
+
+def test_arrays_and_tensors_of_every_kind_come_as_they_went(client: Client) -> None:
+    arrays = [
+        *(np.arange(6).astype(d).reshape(2, 3) for d in ("f2", "f4", ">f8", "i1", "u8", "?", "c8")),
+        *(np.array(3.5), np.zeros((0, 3)), np.arange(12).reshape(3, 4).T, np.arange(9)[::2]),
+        *(np.array(["a", "bc"]), np.array([None, 1], object), np.datetime64("2026-01-01", "D")),
+        *(np.ma.masked_array([1, 2], [True, False]), np.float32(2.5)),
+    ]
+    tensors = [
+        *(torch.arange(6).reshape(2, 3).to(d) for d in (torch.float16, torch.bfloat16, torch.bool)),
+        *(
+            torch.tensor(1.5),
+            torch.zeros(0, 2),
+            torch.arange(6).reshape(2, 3).T,
+            torch.ones(2) * 1j,
+        ),
+        *((torch.ones(2) * 1j).conj(), torch.eye(3).to_sparse(), torch.nn.Parameter(torch.ones(2))),
+    ]
+    items: list[Any] = [x for x in [*arrays, None, *tensors, "word", 3] for _ in range(3)]
+    for sent, got in zip(
+        items, tg.imap(lambda x: x, items, chunksize=50, client=client), strict=True
+    ):
+        assert type(got) is type(sent)
+        if isinstance(sent, np.ndarray):
+            assert got.dtype == sent.dtype
+            np.testing.assert_array_equal(got, sent)
+            assert got.flags.writeable
+        elif isinstance(sent, torch.Tensor):
+            assert got.dtype is sent.dtype
+            assert got.layout is sent.layout
+            assert got.is_conj() == sent.is_conj()
+            assert torch.equal(got.to_dense(), sent.to_dense())
+        else:
+            assert got == sent

@@ -13,6 +13,7 @@ from distributed import Client, LocalCluster
 from distributed.batched import BatchedSend
 
 from taskgrad.cluster import internals, waiting
+from tests.conftest import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +220,24 @@ def test_a_key_is_let_go_of_though_its_future_lives(plain):
     assert not plain.run_on_scheduler(known)
     assert future.status == "finished"  # the future itself was told nothing
     assert plain.submit(abs, -1, pure=False).result() == 1
+
+
+def test_a_client_can_be_told_by_the_scheduler_and_tell_it(plain):
+    """The way of a letter: a worker's stream, the scheduler's handler, the client's."""
+    got = []
+
+    def on_scheduler(dask_scheduler):
+        def pass_on(client, word, **kwargs):
+            dask_scheduler.client_comms[client].send({"op": "test-letter", "word": word})
+
+        dask_scheduler.stream_handlers["test-letter"] = pass_on
+
+    def on_worker(client, dask_worker):
+        dask_worker.batched_stream.send({"op": "test-letter", "client": client, "word": "worker"})
+
+    assert internals.add_client_handler(plain, "test-letter", lambda word: got.append(word))
+    plain.run_on_scheduler(on_scheduler)
+    internals.tell_scheduler(plain, {"op": "test-letter", "word": "client"})
+    plain.run(on_worker, plain.id)
+    assert wait_until(lambda: sorted(got) == ["client", "worker"])
+    assert not internals.add_client_handler(SimpleNamespace(), "test-letter", print)

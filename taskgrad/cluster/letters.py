@@ -27,6 +27,7 @@ from distributed.utils import sync
 
 from taskgrad.cluster import internals, waiting
 from taskgrad.cluster.config import deadline
+from taskgrad.errors import TaskgradError
 
 _LETTER = "taskgrad-letter"
 _DROP = "taskgrad-drop"
@@ -94,7 +95,8 @@ def receive(client: Client, token: str, box: Any) -> None:
     _boxes[token] = box
     if client not in _known:
         waiting.answer(client, lambda: client.register_plugin(Letters()), "to pass letters on")
-        internals.add_client_handler(client, _LETTER, _receive)
+        if not internals.add_client_handler(client, _LETTER, _receive):
+            raise TaskgradError("this version of Dask has no place for letters from tasks")
         _known.add(client)
 
 

@@ -11,6 +11,7 @@ raises.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 import uuid
@@ -111,7 +112,8 @@ class Stream:
         self._token = uuid.uuid4().hex
         self._name = f"imap-{kind_of(fn)}-{self._token}"
 
-        self._changed = threading.Condition(threading.RLock())
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._open: Packer | None = None
         self._open_size = 1
         self._open_since = 0.0
@@ -127,6 +129,7 @@ class Stream:
         self._error: BaseException | None = None
         self._broken: BaseException | None = None
         self._lend = cross_memory.available()
+        self._unread = 0
         self._news = self._counted = time.monotonic()
         self._looked = 0.0
         self._alone_since: float | None = None
@@ -141,15 +144,19 @@ class Stream:
             letters.leave(self._client, self._token, self._packed)
             self._feeder.start()
             while (sent := self._next_answered()) is not None:
-                yield from self._values(sent)
+                results = self._fetched(sent)
+                if results is None:
+                    self._redo(sent)
+                    continue
+                _let_go(sent)
+                sent.items = _NOTHING
+                yield from self._values(sent, results)
                 self._done(sent)
         finally:
             self._stop()
 
-    def _values(self, sent: _Sent) -> Iterator[Any]:
+    def _values(self, sent: _Sent, results: Parcel) -> Iterator[Any]:
         index = sent.first
-        results = self._fetched(sent)
-        _let_go(sent)
         failure = sent.failure
         try:
             for value in results:
@@ -163,29 +170,44 @@ class Stream:
                 note_item(failure.error, index, self._fn, sent.worker, failure.frames)
             raise failure.error
 
-    def _fetched(self, sent: _Sent) -> Parcel:
-        """The results: from the letter, from the worker's memory, or asked of the worker."""
+    def _fetched(self, sent: _Sent) -> Parcel | None:
+        """The results: from the letter, from the worker's memory, or asked of the worker.
+
+        None if they went with their worker, and Dask could not make them again.
+        """
         if sent.results is not None:
             try:
                 return sent.results.fetch()
-            except OSError:
-                self._lend = False
+            except OSError:  # its worker is gone, or on another host
+                self._unread += 1
+                self._lend = self._lend and self._unread < _ATTEMPTS
         if sent.future is None:  # of a chunk that failed before it began
-            return Packer().parcel()
+            return _NOTHING
         pending = waiting.values(self._client, [sent.future])
         try:
             while not pending.done(_GLANCE):
                 self._look()
             [results] = pending.result()
-        except (OSError, asyncio.CancelledError, CancelledError, KilledWorker) as error:
-            raise WorkerLostError(
-                f"the results of {self._items(sent)} were on worker {sent.worker}, and are lost: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        except (OSError, asyncio.CancelledError, CancelledError, KilledWorker):
+            return None
         finally:
             pending.cancel()
-        found: Parcel = results
-        return found
+        return results if isinstance(results, Parcel) else None
+
+    def _redo(self, sent: _Sent) -> None:
+        """Send a chunk again whose results are lost."""
+        if sent.attempts >= _ATTEMPTS:
+            raise WorkerLostError(
+                f"the results of {self._items(sent)} were on worker {sent.worker}, and are lost, "
+                f"for the {_ATTEMPTS}rd time. Look at the workers' logs"
+            )
+        _let_go(sent)
+        with self._changed:
+            sent.answered = False
+            sent.results = sent.failure = None
+            if not self._unordered:
+                self._next = sent.number
+            self._again.append(sent)
 
     def _next_answered(self) -> _Sent | None:
         """The chunk to yield next, once it is there; None at the end."""
@@ -324,11 +346,9 @@ class Stream:
             sent.worker = worker
             sent.results = letter.get("results")
             sent.failure = letter.get("failure")
-            if letter["whole"]:
+            if letter["whole"]:  # else its task may have to run again
                 _let_go(sent)
-            elif sent.lease is not None:
-                sent.lease.end()
-            sent.items = _NOTHING
+                sent.items = _NOTHING
             if sent.failure is None:
                 nbytes = max(sent.nbytes, letter["nbytes"])
                 self._sizing.ran(sent.count, letter["seconds"], nbytes)
@@ -353,16 +373,20 @@ class Stream:
     def _feed(self) -> None:
         error: BaseException | None = None
         source = self._inputs[0] if len(self._inputs) == 1 else zip(*self._inputs, strict=False)
+        lock = self._lock
         try:
-            while self._room():
-                try:
-                    item = next(source)
-                except StopIteration:
+            wanted = self._room()
+            while wanted:
+                for item in source:
+                    with lock:
+                        chunk = self._take(item)
+                    if chunk is not None:
+                        break
+                else:
                     break
-                chunk = self._take(item)
-                del item
-                if chunk is not None:
-                    self._send(chunk)
+                item = None
+                self._send(chunk)
+                wanted = self._room()
         except BaseException as raised:  # it is the consumer's to see
             error = raised
         try:
@@ -379,9 +403,7 @@ class Stream:
             self._changed.notify_all()
 
     def _room(self) -> bool:
-        """Wait until an item may be pulled; False once none is wanted any more."""
-        if self._open is not None:
-            return not self._stopped
+        """Wait until items may be pulled; False once none is wanted any more."""
         with self._changed:
             while not self._stopped:
                 size = self._next_size()
@@ -408,20 +430,18 @@ class Stream:
 
     def _take(self, item: Any) -> _Sent | None:
         """Pack an item; returns the chunk that is full with it."""
-        with self._changed:
-            if self._stopped:
-                return None
-            if self._open is None:
-                self._open = Packer()
-                self._open_since = time.monotonic()
-            try:
-                self._open.add(item)
-            except Exception as error:
-                raise self._unsendable(item, error) from error
-            self._pulled += 1
-            if len(self._open) >= self._open_size or self._open.nbytes >= sizing.NBYTES:
-                return self._close_open()
-            return None
+        packer = self._open
+        if packer is None:
+            packer = self._open = Packer()
+            self._open_since = time.monotonic()
+        try:
+            packer.add(item)
+        except Exception as error:
+            raise self._unsendable(item, error) from error
+        self._pulled += 1
+        if self._stopped or packer.count >= self._open_size or packer.nbytes >= sizing.NBYTES:
+            return self._close_open()
+        return None
 
     def _unsendable(self, item: Any, error: Exception) -> TravelError:
         kind = type(item)
@@ -436,7 +456,7 @@ class Stream:
         if packer is None or (stale and time.monotonic() - self._open_since < _STALE):
             return None
         self._open = None
-        self._open_size = max(1, self._open_size - len(packer))
+        self._open_size = max(1, self._open_size - packer.count)
         items = packer.parcel()
         count = len(items)
         sent = _Sent(self._numbers, self._pulled - count, count, items, items.nbytes)
@@ -445,6 +465,8 @@ class Stream:
         return sent
 
     def _send(self, sent: _Sent) -> None:
+        if self._stopped:
+            return
         try:
             self._submit(sent)
         except BaseException as error:
@@ -458,9 +480,10 @@ class Stream:
             sent.lease = Lease(items)
             items = sent.lease.lent
         elif sent.nbytes >= _SCATTER_FROM:
-            items = sent.scattered = client.scatter(
-                items, hash=False, timeout=deadline("answer"), asynchronous=False
-            )
+            with contextlib.suppress(OSError):  # the worker goes just now: then with the task
+                items = sent.scattered = client.scatter(
+                    items, hash=False, timeout=deadline("answer"), asynchronous=False
+                )
         chunk = Chunk(self._token, client.id, sent.number, self._star, self._lend)
         key = (self._name, sent.number, sent.attempts)
         sent.attempts += 1

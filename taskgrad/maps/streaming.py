@@ -156,7 +156,7 @@ def _map(
 
     def stream() -> Iterator[Any]:
         _leave_slot()
-        threads = sum(owner.client.nthreads().values())
+        threads = sum(worker.threads for worker in owner.known())
         return Stream(
             owner,
             fn,
