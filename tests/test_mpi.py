@@ -109,9 +109,10 @@ def test_one_file_runs_with_and_without_mpi(script, ranks, arguments, workers):
 
 
 ENDS = """
-    def forever():
+    def forever():  # Python cannot end beside this without a crash
+        x = torch.ones(500, 500)
         while True:
-            time.sleep(0.1)
+            x = x @ x / 500
 
     if tg.main(__name__):
         how = sys.argv[1]
@@ -119,7 +120,9 @@ ENDS = """
         if how == "raises":
             raise ValueError("that is how it ends")
         if how == "exits":
-            tasks = [distributed.get_client().submit(forever, pure=False) for _ in range(4)]
+            client = distributed.get_client()
+            client.retire_workers(names=[1])  # a rank that is no worker any more
+            tasks = [client.submit(forever, pure=False) for _ in range(2)]
             time.sleep(0.5)
             sys.exit(3)
 """

@@ -39,6 +39,8 @@ class Work:
     """Rank 0's first message: which cluster to join, and how."""
 
     scheduler: str
+    host: str | None
+    """Where workers listen; None leaves it to their way to the scheduler."""
     neighbours: int
     """How many ranks are workers on this host; they share its memory."""
 
@@ -81,6 +83,7 @@ async def _work(order: Work, threads: int, interface: str | None) -> None:
         order.scheduler,
         name=mpi.numbers()[0],
         nthreads=threads,
+        host=order.host,
         interface=interface,
         memory_limit=parse_memory_limit("auto", 1, order.neighbours, logger=logger) or 0,
         dashboard=False,

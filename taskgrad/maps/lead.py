@@ -49,12 +49,15 @@ class Lead:
                 f"{deadline('start'):g} s. Every rank has to run the same file up to there; what "
                 "takes long belongs after it, or raise Dask's setting taskgrad.start-deadline"
             )
-        self._client = local_cluster(
-            n_workers=0, host=_address(hosts, interface), interface=interface
-        )
+        elsewhere = next((host for host in hosts.values() if host != mpi.host()), None)
+        # With nobody elsewhere, nothing need be reached from there.
+        here = None if elsewhere or interface else "127.0.0.1"
+        at = get_ip(elsewhere) if elsewhere and not interface else here
+        self._client = local_cluster(n_workers=0, host=at, interface=interface)
         neighbours = Counter(hosts.values())
-        for rank, host in hosts.items():
-            mpi.send(rank, Work(_scheduler(self._client), neighbours[host]))
+        for rank, name in hosts.items():
+            work = Work(_scheduler(self._client), here, neighbours[name])
+            mpi.send(rank, work)
         self._wait_for_workers(end)
 
     def _wait_for_workers(self, end: float) -> None:
@@ -113,14 +116,6 @@ def _end_with(launcher: int) -> None:
         time.sleep(1)
     print("taskgrad: rank 0 ends, as the launcher (mpirun) is gone", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _address(hosts: dict[int, str], interface: str | None) -> str | None:
-    """Where the scheduler listens: on this host only, if nobody is elsewhere."""
-    elsewhere = [host for host in hosts.values() if host != mpi.host()]
-    if interface is not None:
-        return None
-    return get_ip(elsewhere[0]) if elsewhere else "127.0.0.1"
 
 
 def _scheduler(client: Client) -> str:
