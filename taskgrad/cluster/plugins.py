@@ -32,6 +32,7 @@ NAME = "taskgrad"
 ANNOTATION = "taskgrad"
 _RELEASE = "taskgrad-release"
 _SETTINGS = "taskgrad-settings"
+_GONE = "taskgrad-gone"
 JOIN = "taskgrad_join"
 """A client's call to the scheduler: it uses taskgrad from now on, with these settings."""
 
@@ -84,7 +85,11 @@ class StorePlugin(WorkerPlugin):
         def change(**settings: Any) -> None:
             _change(worker, Settings(**settings))
 
+        def gone(address: str) -> None:
+            store.mail.gone(address)
+
         worker.stream_handlers[_RELEASE] = release
+        worker.stream_handlers[_GONE] = gone
         worker.stream_handlers[_SETTINGS] = change
         self._reporter = Reporter(worker, store)
         self._post = Post(worker, store.mail)
@@ -100,7 +105,8 @@ class StorePlugin(WorkerPlugin):
         self._reporter.stop()
         self._post.stop()
         # Messages may still be on their way to a worker that closes.
-        worker.stream_handlers[_RELEASE] = worker.stream_handlers[_SETTINGS] = _ignore
+        for name in (_RELEASE, _SETTINGS, _GONE):
+            worker.stream_handlers[name] = _ignore
         for name in (*_METRICS, _BORROWED):
             worker.metrics.pop(f"{NAME}_{name}", None)
         _stores.pop(worker, None)
@@ -177,8 +183,10 @@ class SchedulerSide(SchedulerPlugin):
         self._repin(scheduler.tasks.values())
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:
-        """What it held is gone with it."""
+        """What it held is gone with it; ranks that wait for one of its are told."""
         self._holders.gone(worker)
+        for address in list(scheduler.stream_comms):
+            scheduler.worker_send(address, {"op": _GONE, "address": worker})
 
     def valid_workers_downscaling(
         self, scheduler: Scheduler, workers: list[WorkerState]

@@ -19,7 +19,7 @@ from taskgrad.graph.ranks import Rank
 from taskgrad.worker import training
 from taskgrad.worker.deferred_norm import deferred
 from taskgrad.worker.failures import forward_error
-from taskgrad.worker.randomness import drawing, may_draw, random_stream
+from taskgrad.worker.randomness import may_draw, random_stream
 from taskgrad.worker.ranks import Member
 from taskgrad.worker.recompute import recomputed
 from taskgrad.worker.store import LOSS, ResidentStage, Store, Tape, buffers_key, busy
@@ -69,7 +69,7 @@ class Forward:
             if self.rank is None:
                 return self._run(store, stage, values)
             member = Member(self.rank, store)
-            with member.talking(self.token, self.peers), drawing(member.seed()):
+            with member.talking(self.token, self.peers):
                 return self._run(store, stage, values, member)
 
     def _run(
@@ -178,6 +178,8 @@ class Forward:
         return stage.loss if index == LOSS else stage.layers[index]
 
     def _stream(self, fn: Any, name: str) -> contextlib.AbstractContextManager[None]:
+        if self.rank is not None:
+            return random_stream(self.rank.gang.seed, 0, self.rank.index, "rank")
         if self.draw is None or not may_draw(fn):
             return contextlib.nullcontext()
         return random_stream(*self.draw, name)

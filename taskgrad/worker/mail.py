@@ -77,24 +77,33 @@ class _Box:
     messages: dict[tuple[int, int], Message] = field(default_factory=dict)
     stores: dict[int, str] = field(default_factory=dict)
     error: BaseException | None = None
-    opened: bool = False
+    lost: Callable[[str], BaseException | None] | None = None  # once the task has begun
+    gone: set[str] = field(default_factory=set)
     since: float = field(default_factory=time.monotonic)
 
 
 class Mail:
-    """The mailboxes of one worker. Safe from several threads."""
+    """The mailboxes of one worker. Safe from several threads.
 
-    def __init__(self) -> None:
+    `is_let_go` says of a key whether nobody waits for its task any more.
+    """
+
+    def __init__(self, is_let_go: Callable[[str], bool] = lambda key: False) -> None:
         self.carrier: Carrier | None = None
+        self._is_let_go = is_let_go
         self._boxes: dict[str, _Box] = {}
         self._ended: OrderedDict[str, End] = OrderedDict()
         self._news = threading.Condition()
 
-    def open(self, key: str) -> None:
-        """The task with this key has begun. It may have before, if Dask runs it again."""
+    def open(self, key: str, lost: Callable[[str], BaseException | None]) -> None:
+        """The task with this key has begun. It may have before, if Dask runs it again.
+
+        `lost` gives the error with which it fails when the worker of this address is gone, if it
+        does.
+        """
         with self._news:
             self._ended.pop(key, None)
-            self._boxes.setdefault(key, _Box()).opened = True
+            self._boxes.setdefault(key, _Box()).lost = lost
 
     def end(self, key: str, end: End) -> None:
         """It has ended: its mailbox goes."""
@@ -105,18 +114,25 @@ class Mail:
 
     def release(self, keys: Iterable[str]) -> None:
         """These keys are let go of: tasks that still run end at their next collective."""
-        error = TaskgradError("the call was let go of before all of its ranks had run")
         with self._news:
             for key in keys:
                 box = self._boxes.get(key)
-                if box is None:
-                    if key in self._ended:
-                        self._ended[key] = End(0, error)  # not the error itself: it may be large
-                elif box.opened:
-                    self._fail(box, error)
+                if box is not None and box.lost is not None:
+                    self._fail(box, _let_go())
                 else:
-                    del self._boxes[key]
-                    self._remember(key, End(0, error))
+                    self._boxes.pop(key, None)
+                if key in self._ended:
+                    self._ended[key] = End(0, _let_go())  # its error may be large
+            self._news.notify_all()
+
+    def gone(self, worker: str) -> None:
+        """The worker of this address is gone: tasks that run with it fail."""
+        with self._news:
+            for box in self._boxes.values():
+                error = box.lost(worker) if box.lost is not None else None
+                if error is not None:
+                    box.gone.add(worker)
+                    self._fail(box, error)
             self._news.notify_all()
 
     def deliver(self, key: str, message: Message) -> End | None:
@@ -124,6 +140,8 @@ class Mail:
         with self._news:
             if key in self._ended:
                 return self._ended[key]
+            if key not in self._boxes and self._is_let_go(key):
+                return End(0, _let_go())
             box = self._boxes.setdefault(key, _Box())
             if box.stores.setdefault(message.source, message.store) != message.store:
                 self._fail(box, _restarted(message.source))
@@ -134,7 +152,7 @@ class Mail:
     def fail(self, key: str, error: BaseException) -> None:
         """Have a task fail at its next collective, or now if it waits in one."""
         with self._news:
-            if key not in self._ended:
+            if key in self._boxes or not (key in self._ended or self._is_let_go(key)):
                 self._fail(self._boxes.setdefault(key, _Box()), error)
                 self._news.notify_all()
 
@@ -146,6 +164,11 @@ class Mail:
         """The error with which a task is to fail, if any."""
         box = self._boxes.get(key)
         return box.error if box is not None else None
+
+    def is_gone(self, key: str, worker: str) -> bool:
+        """Whether a worker went while the task ran."""
+        box = self._boxes.get(key)
+        return box is not None and worker in box.gone
 
     def wait(self, key: str, number: int, sources: Sequence[int], seconds: float) -> set[int]:
         """Wait so long for one message of each of these ranks; returns of whom none has come.
@@ -176,7 +199,7 @@ class Mail:
         """Drop what has come for tasks that have not begun for so long: they never will."""
         old = time.monotonic() - seconds
         with self._news:
-            for key in [k for k, b in self._boxes.items() if not b.opened and b.since < old]:
+            for key in [k for k, b in self._boxes.items() if b.lost is None and b.since < old]:
                 del self._boxes[key]
 
     def close(self) -> None:
@@ -184,7 +207,7 @@ class Mail:
         with self._news:
             for box in self._boxes.values():
                 self._fail(box, TaskgradError("the worker of a rank closes"))
-            self._boxes = {k: b for k, b in self._boxes.items() if b.opened}
+            self._boxes = {k: b for k, b in self._boxes.items() if b.lost is not None}
             self._news.notify_all()
 
     def held(self) -> dict[str, int]:
@@ -211,6 +234,10 @@ class Mail:
         self._ended[key] = end
         if len(self._ended) > _MAX_ENDED:
             self._ended.popitem(last=False)
+
+
+def _let_go() -> BaseException:
+    return TaskgradError("the call was let go of before all of its ranks had run")
 
 
 def _restarted(source: int) -> BaseException:

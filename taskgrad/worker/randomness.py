@@ -106,14 +106,7 @@ def random_stream(seed: int, step: int, microbatch: int, layer: str) -> Iterator
     ...     bool((torch.rand(2) == a).all())
     True
     """
-    with drawing(stream_seed(seed, step, microbatch, layer)):
-        yield
-
-
-@contextmanager
-def drawing(seed: int) -> Iterator[None]:
-    """Have torch's default generators draw from the stream of this seed."""
-    stream = _Stream(seed)
+    stream = _Stream(stream_seed(seed, step, microbatch, layer))
     streams = _streams()
     stream.enter()
     streams.append(stream)

@@ -26,7 +26,7 @@ import torch
 from taskgrad.errors import CollectiveError, TaskgradError, WorkerLostError
 from taskgrad.graph.ranks import Rank
 from taskgrad.worker.mail import Carrier, End, GangFailed, Message
-from taskgrad.worker.randomness import paused, stream_seed
+from taskgrad.worker.randomness import paused
 from taskgrad.worker.store import Store
 
 # Seconds a rank keeps its thread and its random stream while it waits, and after which it asks
@@ -60,7 +60,7 @@ class Member:
         talk = _Talk(self.rank, self._store, key, peers)
         token = _here.set(self)
         self._talk = talk
-        self._store.mail.open(key)
+        self._store.mail.open(key, talk.lost)
         error: BaseException | None = None
         try:
             yield
@@ -98,10 +98,6 @@ class Member:
                 "works while the function runs, in its own thread"
             )
         return self._talk.exchange(what, wants, parcels)
-
-    def seed(self) -> int:
-        """Of this rank's random stream."""
-        return stream_seed(self.rank.gang.seed, 0, self.index, "rank")
 
     def keep_no_thread(self) -> None:
         """Leave the worker's pool of threads now: a later wait may be in a thread of torch's."""
@@ -156,7 +152,8 @@ class _Talk:
             if i != rank.index
         }
         self._thread: int | None = threading.get_ident()
-        self._under_way: list[Future[Any]] = []
+        self._under_way: list[tuple[str, Future[Any]]] = []
+        self._in = "its function"
 
     @property
     def _carrier(self) -> Carrier:
@@ -167,6 +164,7 @@ class _Talk:
     def exchange(self, what: str, wants: bool, parcels: Sequence[list[Any]]) -> list[Message]:
         number = self.number
         self.number += 1
+        self._in = what
         mine = self._message(number, what, wants, parcels[self._rank.index])
         large = self._send(number, what, wants, parcels)
         self._wait(number, what, large)
@@ -191,14 +189,14 @@ class _Talk:
     ) -> list[Future[Any]]:
         """Returns the sends that have to end before what is sent may change."""
         large = []
-        self._under_way = [f for f in self._under_way if not f.done()]
+        self._under_way = [(w, f) for w, f in self._under_way if not f.done()]
         for i, (worker, key) in self._others.items():
             parcel = parcels[i]
             small = sum(t.nbytes for t in parcel) <= _SMALL
             if small:
                 parcel = [t.clone() for t in parcel]
             sent = self._carrier.send(worker, key, self._message(number, what, wants, parcel))
-            self._under_way.append(sent)
+            self._under_way.append((worker, sent))
             sent.add_done_callback(self._answered(i, what))
             if not small:
                 large.append(sent)
@@ -258,7 +256,7 @@ class _Talk:
             if sent.cancelled():
                 return
             if sent.exception() is not None:
-                self._mail.fail(self._key, self._gone(peer, what))
+                self._mail.fail(self._key, self._gone(peer))
             elif sent.result() is not None:
                 self._mail.fail(self._key, self._over(peer, sent.result(), what))
 
@@ -279,7 +277,7 @@ class _Talk:
             if stopped.is_set() or future.cancelled():
                 return
             if future.exception() is not None:
-                self._mail.fail(self._key, self._gone(peer, what))
+                self._mail.fail(self._key, self._gone(peer))
             elif future.result() is None:
                 ask()
             elif self._absent(peer, number):
@@ -299,10 +297,15 @@ class _Talk:
         except GangFailed:
             return False
 
-    def _gone(self, peer: int, what: str) -> BaseException:
+    def lost(self, worker: str) -> BaseException | None:
+        """What it means for this rank that a worker is gone."""
+        peers = [i for i, (address, _) in self._others.items() if address == worker]
+        return self._gone(peers[0]) if peers else None
+
+    def _gone(self, peer: int) -> BaseException:
         return WorkerLostError(
             f"rank {peer} of {self._gang.title} is gone with worker {self._gang.workers[peer]}, "
-            f"while rank {self._rank.index} waited for it in {what}. Look at that worker's log "
+            f"while rank {self._rank.index} was in {self._in}. Look at that worker's log "
             "(memory?), then call again"
         )
 
@@ -324,13 +327,14 @@ class _Talk:
     def tell_all(self, error: BaseException) -> None:
         """Have all other ranks fail with this error."""
         for worker, key in self._others.values():
-            self._under_way.append(self._carrier.tell(worker, key, error))
+            self._under_way.append((worker, self._carrier.tell(worker, key, error)))
 
     def flush(self) -> None:
         """Wait until what was sent has arrived, or cannot: then this task's end means something."""
         end = time.monotonic() + self._gang.deadline
-        for sent in self._under_way:
+        for _, sent in self._under_way:
             sent.add_done_callback(self._mail.wake)
         self._mail.until(
-            lambda: all(sent.done() for sent in self._under_way), end - time.monotonic()
+            lambda: all(f.done() or self._mail.is_gone(self._key, w) for w, f in self._under_way),
+            end - time.monotonic(),
         )

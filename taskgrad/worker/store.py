@@ -95,7 +95,7 @@ class Store:
         self.address = address
         self.folder = folder  # the worker's own, on a disk
         self.id = uuid.uuid4().hex  # another one after every restart
-        self.mail = Mail()
+        self.mail = Mail(self.is_let_go)
         self.changed: Callable[[], None] = lambda: None
         """Called, in any thread, when the first entry has come or the last one has gone."""
         self._entries: dict[str, Any] = {}
@@ -155,7 +155,6 @@ class Store:
 
     def release(self, keys: list[str]) -> None:
         """Let go of these keys, now or as soon as their tasks end."""
-        self.mail.release(keys)
         with self._lock:
             for key in keys:
                 self._pop(buffers_key(key))
@@ -163,6 +162,7 @@ class Store:
                     self._refused[key] = None
                     if len(self._refused) > _MAX_REFUSED:
                         self._refused.popitem(last=False)
+        self.mail.release(keys)
 
     def is_let_go(self, key: str) -> bool:
         """Whether nobody waits any more for the task of this key, which has yet to end."""
