@@ -6,6 +6,7 @@ where they are for as long as the node itself is held.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
@@ -177,21 +178,25 @@ def _scatter(nodes: Sequence[Node], session: Session, least: int) -> None:
     for leaf in [n for n in nodes if isinstance(n, Leaf)]:
         if sum(t.numel() * t.element_size() for t in tensors(leaf.value)) >= least:
             by_workers.setdefault(tuple(sorted(users.get(leaf, ()))), []).append(leaf)
-    for workers, leaves in by_workers.items():
-        sent = _send({leaf.key: plain_value(leaf) for leaf in leaves}, list(workers), session)
+    parts = [
+        ({leaf.key: plain_value(leaf) for leaf in leaves}, list(workers))
+        for workers, leaves in by_workers.items()
+    ]
+    sent = _send(parts, session) if parts else {}
+    for leaves in by_workers.values():
         for leaf in leaves:
             leaf.result = sent.get(leaf.key)
 
 
-def _send(values: dict[str, Any], workers: list[str], session: Session) -> dict[str, Future]:
-    """Put values on workers, directly where the client can reach them.
+def _send(parts: Sequence[tuple[dict[str, Any], list[str]]], session: Session) -> dict[str, Future]:
+    """Put values on workers, all at once, directly where the client can reach them.
 
     Nothing is sent where they take nothing, as they are gone or paused: the values then travel in
     the graph, and whoever waits for the call says what is wrong with its worker.
     """
     client = session.client
 
-    async def send() -> dict[str, Future]:
+    async def send(values: dict[str, Any], workers: list[str]) -> dict[str, Future]:
         for direct in (True, False):
             with contextlib.suppress(OSError, KeyError):
                 sent: Any = client.scatter(
@@ -206,7 +211,13 @@ def _send(values: dict[str, Any], workers: list[str], session: Session) -> dict[
                 return found
         return {}
 
-    return waiting.answer(client, send, "to take an input")
+    async def send_all() -> dict[str, Future]:
+        found: dict[str, Future] = {}
+        for sent in await asyncio.gather(*(send(*part) for part in parts)):
+            found |= sent
+        return found
+
+    return waiting.answer(client, send_all, "to take an input")
 
 
 def forget(nodes: Iterable[Node]) -> None:
