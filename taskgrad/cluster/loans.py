@@ -34,7 +34,6 @@ from collections import Counter
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
-import torch
 from distributed import Worker
 from distributed.comm.addressing import get_address_host
 
@@ -251,20 +250,16 @@ def apply(worker: Worker) -> bool:
         lender.readers.add(address)
 
     @functools.wraps(stock)
-    async def get_data(comm: Any, keys: Any, who: str | None = None, **kwargs: Any) -> Any:
+    async def get_data(comm: Any, *args: Any, who: str | None = None, **kwargs: Any) -> Any:
         loan = lender.loan(who)
         if loan is None:
-            return await stock(comm, keys, who=who, **kwargs)
-        offloads = comm.allow_offload
+            return await stock(comm, *args, who=who, **kwargs)
         answered = False
-        if who in lender.readers and _takes_no_time(worker, keys):
-            comm.allow_offload = False
         _current.set(loan)  # also for the thread in which Dask serializes large messages
         try:
-            status = await stock(comm, keys, who=who, **kwargs)
+            status = await stock(comm, *args, who=who, **kwargs)
             answered = True
         finally:
-            comm.allow_offload = offloads
             loan.end(answered=answered)
         return status
 
@@ -272,18 +267,6 @@ def apply(worker: Worker) -> bool:
     internals.set_results_handler(worker, get_data)
     worker.handlers[_READER] = reader
     return True
-
-
-def _takes_no_time(worker: Worker, keys: Any) -> bool:
-    """Whether what is asked for is one tensor, to be lent as it is.
-
-    Dask serializes large messages in a thread, because most take long. This one takes 0.1 ms, and
-    changing to a thread and back 0.4 ms.
-    """
-    if len(keys) != 1:
-        return False
-    value = worker.data.get(*keys)
-    return type(value) is torch.Tensor and value.device.type == "cpu" and value.is_contiguous()
 
 
 def restore(worker: Worker) -> None:
