@@ -112,7 +112,7 @@ def _pid(i: int) -> int:
 
 
 def test_memory_is_flat_over_200_000_items(client: Client) -> None:
-    """As much after 200,000 items of 1 KB as after a quarter of them, in every process."""
+    """As much after 200,000 items of 4 KB as after a quarter of them, in every process."""
     processes = {
         "driver and scheduler": psutil.Process(),
         **{address: psutil.Process(pid) for address, pid in client.run(os.getpid).items()},
@@ -123,7 +123,7 @@ def test_memory_is_flat_over_200_000_items(client: Client) -> None:
 
     def source() -> Iterator[bytes]:
         for i in range(200_000):
-            yield i.to_bytes(8, "little") * 128
+            yield i.to_bytes(8, "little") * 512
 
     before: dict[str, int] = {}
     for i, y in enumerate(tg.imap(bytes.upper, source(), client=client)):
@@ -132,5 +132,6 @@ def test_memory_is_flat_over_200_000_items(client: Client) -> None:
         del y
     assert i == 199_999
     grown = {name: (rss()[name] - before[name]) / 2**20 for name in processes}
-    # Were they held, these 150,000 items would be 150 MiB, and their results as much again.
-    assert all(mib < 40 for mib in grown.values()), grown
+    # Each worker has had 300 MiB of items since, and as much of results: held anywhere, even one
+    # way only, that would show. The window is 64 MiB, and may have filled up since.
+    assert all(mib < 120 for mib in grown.values()), grown
