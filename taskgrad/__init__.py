@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from taskgrad.graph.weights import load_state_dict
     from taskgrad.kernels.function import fuse, vectorize
     from taskgrad.kernels.module import Elementwise
-    from taskgrad.maps.differentiable import map
-    from taskgrad.maps.front import main, rank, size
-    from taskgrad.maps.streaming import imap, starmap
+    from taskgrad.maps.differentiable.mapping import map
+    from taskgrad.maps.mpi.front import main, rank, size
+    from taskgrad.maps.streaming.imap import imap, starmap
     from taskgrad.pullbacks import vjp
     from taskgrad.spmd.collectives import (
         all_gather,
@@ -72,12 +72,12 @@ _HOMES = {
     "Elementwise": "kernels.module",
     "fuse": "kernels.function",
     "vectorize": "kernels.function",
-    "map": "maps.differentiable",
-    "imap": "maps.streaming",
-    "starmap": "maps.streaming",
-    "main": "maps.front",
-    "rank": "maps.front",
-    "size": "maps.front",
+    "map": "maps.differentiable.mapping",
+    "imap": "maps.streaming.imap",
+    "starmap": "maps.streaming.imap",
+    "main": "maps.mpi.front",
+    "rank": "maps.mpi.front",
+    "size": "maps.mpi.front",
     "all_gather": "spmd.collectives",
     "all_to_all": "spmd.collectives",
     "axis_index": "spmd.collectives",

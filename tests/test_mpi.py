@@ -168,7 +168,7 @@ def test_no_process_survives_a_kill(script, who, how, options):
 
 def test_rank_0_ends_when_its_launcher_is_gone(script):
     text = """
-    from taskgrad.maps.lead import _end_with
+    from taskgrad.maps.mpi.lead import _end_with
     if os.fork():
         print("ready", flush=True)
         time.sleep(100)

@@ -20,7 +20,7 @@ from distributed.comm.addressing import get_address_host_port
 from distributed.worker_memory import parse_memory_limit
 
 from taskgrad.cluster.config import deadline
-from taskgrad.maps import mpi
+from taskgrad.maps.mpi import messages
 
 logger = logging.getLogger("taskgrad")
 
@@ -63,17 +63,17 @@ class _RankWorker(Worker):
 def follow(threads: int, interface: str | None) -> NoReturn:
     """Be a worker of rank 0's cluster, then leave; does not return."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all ranks; rank 0 decides
-    mpi.send(0, mpi.host())
+    messages.send(0, messages.host())
     # As Dask's nanny has it for worker processes, so that a worker gives the same bits.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
-    order = mpi.receive(0, 2 * deadline("start"))
+    order = messages.receive(0, 2 * deadline("start"))
     if order is None:
         _lost("rank 0 has not said what to do")
     if isinstance(order, Work):
         try:
             asyncio.run(_work(order, threads, interface))
         except Exception as error:
-            mpi.send(0, Failed(f"{type(error).__name__}: {error}"))
+            messages.send(0, Failed(f"{type(error).__name__}: {error}"))
         _wait_for_the_end(order.scheduler)
     _leave()
 
@@ -81,7 +81,7 @@ def follow(threads: int, interface: str | None) -> NoReturn:
 async def _work(order: Work, threads: int, interface: str | None) -> None:
     worker = await _RankWorker(
         order.scheduler,
-        name=mpi.numbers()[0],
+        name=messages.numbers()[0],
         nthreads=threads,
         host=order.host,
         interface=interface,
@@ -112,26 +112,26 @@ async def _stop_tasks() -> None:
 
 def _wait_for_the_end(scheduler: str) -> None:
     """The worker has closed. Rank 0 said why before, unless it is gone, or closed only this one."""
-    while mpi.receive(0, _LOOK) != LEAVE:
+    while messages.receive(0, _LOOK) != LEAVE:
         try:
             socket.create_connection(get_address_host_port(scheduler), timeout=_LOOK).close()
         except OSError:
-            if mpi.receive(0, 0) == LEAVE:
+            if messages.receive(0, 0) == LEAVE:
                 return
             _lost("its scheduler is gone")
 
 
 def _lost(why: str) -> NoReturn:
     """Nobody will end this rank in order, and MPI cannot be left without rank 0."""
-    rank = mpi.numbers()[0]
+    rank = messages.numbers()[0]
     print(f"taskgrad: rank {rank} ends, as rank 0 is lost: {why}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
 def _leave() -> NoReturn:
-    mpi.send(0, LEAVE)
-    mpi.finalize(PATIENCE)
-    mpi.watch(PATIENCE)  # Python waits for threads that tasks have started
+    messages.send(0, LEAVE)
+    messages.finalize(PATIENCE)
+    messages.watch(PATIENCE)  # Python waits for threads that tasks have started
     if _busy():
         # Native code that does not return to Python. To tear down Python beside it ends in a crash;
         # and it has to be C's exit, not _exit, as MPICH tells its launcher of this end only there.

@@ -13,7 +13,7 @@ from distributed.protocol.serialize import to_serialize
 from taskgrad.cluster import letters
 from taskgrad.errors import TaskgradError, TravelError
 from taskgrad.maps.failures import own_frames, portable
-from taskgrad.maps.parcels import Lease, Packer, Parcel
+from taskgrad.maps.streaming.parcels import Lease, Packer, Parcel
 
 _INLINE = 256 << 10
 """Bytes of results up to which they go with the letter, through the scheduler."""

@@ -5,7 +5,7 @@ passes, and behind which all others serve. It is built on mpi4py and not on dask
 ``initialize`` gives rank 0 to the scheduler and the script to rank 1: it needs three ranks to have
 one worker, waits in collective calls without a deadline, and closes the cluster by opening a new
 client in an ``atexit`` handler, when Python starts no more threads for it (dask-mpi issue 87). What
-it does besides is the few messages of `taskgrad.maps.mpi`.
+it does besides is the few messages of `taskgrad.maps.mpi.messages`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from taskgrad.cluster.config import deadline
 from taskgrad.cluster.local import local_cluster
 from taskgrad.cluster.session import in_order
 from taskgrad.errors import TaskgradError
-from taskgrad.maps import mpi
-from taskgrad.maps.follow import follow
-from taskgrad.maps.lead import Lead
+from taskgrad.maps.mpi import messages
+from taskgrad.maps.mpi.follow import follow
+from taskgrad.maps.mpi.lead import Lead
 
 
 def main(
@@ -100,8 +100,8 @@ def rank() -> int:
     >>> tg.rank()
     0
     """
-    if mpi.launched():
-        return mpi.numbers()[0]
+    if messages.launched():
+        return messages.numbers()[0]
     worker = _worker()
     if worker is None or _is_here(worker.address):
         return 0
@@ -123,8 +123,8 @@ def size() -> int:
     >>> tg.size() >= 1
     True
     """
-    if mpi.launched():
-        return mpi.numbers()[1]
+    if messages.launched():
+        return messages.numbers()[1]
     worker = _worker()
     if worker is not None:
         workers = _ask(worker)
@@ -162,7 +162,7 @@ class _Program:
             self._made_for = wish
 
     def _start(self, workers: int | None, threads: int, interface: str | None) -> None:
-        here, ranks = mpi.numbers() if mpi.launched() else (0, 0)
+        here, ranks = messages.numbers() if messages.launched() else (0, 0)
         if here > 0:
             follow(threads, interface)
         self._pid = os.getpid()

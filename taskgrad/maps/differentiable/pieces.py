@@ -15,9 +15,9 @@ import torch
 
 from taskgrad.graph.pytree import carries_gradient, flatten
 from taskgrad.maps.failures import own_frames
-from taskgrad.maps.items import Row
-from taskgrad.maps.reducing import fold
-from taskgrad.maps.threads import Halt, run_all
+from taskgrad.maps.differentiable.items import Row
+from taskgrad.maps.differentiable.reducing import fold
+from taskgrad.maps.differentiable.threads import Halt, run_all
 from taskgrad.worker.randomness import random_stream
 
 Gradient = torch.Tensor | None

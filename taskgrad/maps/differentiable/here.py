@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from taskgrad.graph import pack
-from taskgrad.maps.closed_over import closed_over_tensors, title_of
+from taskgrad.maps.differentiable.closed_over import closed_over_tensors, title_of
 from taskgrad.maps.failures import note_item
-from taskgrad.maps.items import Row, cut, share
-from taskgrad.maps.joining import Recording, join
-from taskgrad.maps.pieces import (
+from taskgrad.maps.differentiable.items import Row, cut, share
+from taskgrad.maps.differentiable.joining import Recording, join
+from taskgrad.maps.differentiable.pieces import (
     Gradient,
     ItemError,
     Piece,
@@ -23,7 +23,7 @@ from taskgrad.maps.pieces import (
     run_pieces,
     total,
 )
-from taskgrad.maps.threads import threads_here, worker_here
+from taskgrad.maps.differentiable.threads import threads_here, worker_here
 
 
 def map_here(

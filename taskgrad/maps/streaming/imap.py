@@ -12,8 +12,8 @@ from distributed import Client, secede
 from taskgrad.cluster.session import session
 from taskgrad.errors import TravelError
 from taskgrad.graph.layers import kind_of
-from taskgrad.maps.parcels import pack_function
-from taskgrad.maps.stream import Stream
+from taskgrad.maps.streaming.parcels import pack_function
+from taskgrad.maps.streaming.stream import Stream
 
 Chunksize = int | Literal["auto"]
 

@@ -15,8 +15,8 @@ from distributed.utils import get_ip
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.local import local_cluster
 from taskgrad.errors import TaskgradError
-from taskgrad.maps import mpi
-from taskgrad.maps.follow import LEAVE, PATIENCE, Failed, Work
+from taskgrad.maps.mpi import messages
+from taskgrad.maps.mpi.follow import LEAVE, PATIENCE, Failed, Work
 
 _LOOK = 0.05  # s between two looks whether workers are there
 
@@ -25,7 +25,7 @@ class Lead:
     """The scheduler of all ranks' workers, in this process, and its client."""
 
     def __init__(self) -> None:
-        self._ranks = range(1, mpi.numbers()[1])
+        self._ranks = range(1, messages.numbers()[1])
         self._present: set[int] = set()
         self._client: Client | None = None
 
@@ -40,7 +40,7 @@ class Lead:
         """
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
         end = time.monotonic() + deadline("start")
-        hosts = mpi.receive_each(self._ranks, deadline("start"))
+        hosts = messages.receive_each(self._ranks, deadline("start"))
         self._present = set(hosts)
         if len(hosts) < len(self._ranks):
             missing = sorted(set(self._ranks) - set(hosts))
@@ -49,7 +49,7 @@ class Lead:
                 f"{deadline('start'):g} s. Every rank has to run the same file up to there; what "
                 "takes long belongs after it, or raise Dask's setting taskgrad.start-deadline"
             )
-        elsewhere = next((host for host in hosts.values() if host != mpi.host()), None)
+        elsewhere = next((host for host in hosts.values() if host != messages.host()), None)
         # With nobody elsewhere, nothing need be reached from there.
         here = None if elsewhere or interface else "127.0.0.1"
         at = get_ip(elsewhere) if elsewhere and not interface else here
@@ -57,14 +57,14 @@ class Lead:
         neighbours = Counter(hosts.values())
         for rank, name in hosts.items():
             work = Work(_scheduler(self._client), here, neighbours[name])
-            mpi.send(rank, work)
+            messages.send(rank, work)
         self._wait_for_workers(end)
 
     def _wait_for_workers(self, end: float) -> None:
         assert self._client is not None
         while missing := self._without_worker(self._client):
             for rank in missing:
-                failed = mpi.receive(rank, 0)
+                failed = messages.receive(rank, 0)
                 if isinstance(failed, Failed):
                     raise TaskgradError(f"the worker of rank {rank} did not start: {failed.why}")
             if time.monotonic() > end:
@@ -86,7 +86,7 @@ class Lead:
         Where some are not, the job is aborted: MPI cannot be left without them.
         """
         for rank in self._present:  # first: a worker whose scheduler is gone wants to know why
-            mpi.send(rank, LEAVE)
+            messages.send(rank, LEAVE)
         if self._client is not None:
             self._client.close()
         end = time.monotonic() + PATIENCE
@@ -97,11 +97,11 @@ class Lead:
                 f"taskgrad: {_named(missing)} did not leave, so the job is aborted",
                 file=sys.stderr,
             )
-            mpi.abort()
-        mpi.finalize(PATIENCE)
+            messages.abort()
+        messages.finalize(PATIENCE)
 
     def _says_goodbye(self, rank: int, end: float) -> bool:
-        while (message := mpi.receive(rank, max(0.0, end - time.monotonic()))) is not None:
+        while (message := messages.receive(rank, max(0.0, end - time.monotonic()))) is not None:
             if message == LEAVE:
                 return True
         return False

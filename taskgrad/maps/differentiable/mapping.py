@@ -12,10 +12,10 @@ from typing import Any, Literal
 from distributed import Client
 
 from taskgrad.graph.pytree import flatten
-from taskgrad.maps.here import map_here
-from taskgrad.maps.items import read_rows
-from taskgrad.maps.reducing import fold, mean
-from taskgrad.maps.there import map_there
+from taskgrad.maps.differentiable.here import map_here
+from taskgrad.maps.differentiable.items import read_rows
+from taskgrad.maps.differentiable.reducing import fold, mean
+from taskgrad.maps.differentiable.there import map_there
 from taskgrad.thunk import Lazy, Thunk, collect
 
 

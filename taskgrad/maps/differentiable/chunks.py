@@ -22,10 +22,10 @@ from taskgrad.executors.lowering import action_of
 from taskgrad.graph import pack
 from taskgrad.graph.nodes import Leaf, Node, new_key
 from taskgrad.graph.pytree import Slot, flatten
-from taskgrad.maps.cotangents import decode
+from taskgrad.maps.differentiable.cotangents import decode
 from taskgrad.maps.failures import portable
-from taskgrad.maps.items import share
-from taskgrad.maps.pieces import (
+from taskgrad.maps.differentiable.items import share
+from taskgrad.maps.differentiable.pieces import (
     Gradient,
     ItemError,
     Piece,
@@ -35,7 +35,7 @@ from taskgrad.maps.pieces import (
     run_pieces,
     total,
 )
-from taskgrad.maps.threads import threads_here
+from taskgrad.maps.differentiable.threads import threads_here
 from taskgrad.worker.failures import backward_error
 from taskgrad.worker.store import Store, Tape
 
@@ -56,7 +56,7 @@ class Work:
     threads
         Whether a chunk is run by as many threads as its worker has.
     grad, taped, seed, reduce
-        As in `taskgrad.maps.pieces.Task`.
+        As in `taskgrad.maps.differentiable.pieces.Task`.
     wanted, is_buffer
         Which of the shared tensors take a gradient, and which are buffers of modules.
     eager

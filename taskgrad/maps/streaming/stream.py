@@ -28,10 +28,10 @@ from taskgrad.cluster.config import deadline
 from taskgrad.cluster.session import Session
 from taskgrad.errors import TaskgradError, TravelError, WorkerLostError
 from taskgrad.graph.layers import kind_of
-from taskgrad.maps import sizing
+from taskgrad.maps.streaming import sizing
 from taskgrad.maps.failures import note_item
-from taskgrad.maps.parcels import Lease, Packer, Parcel
-from taskgrad.maps.serving import Chunk, Failure, run_chunk
+from taskgrad.maps.streaming.parcels import Lease, Packer, Parcel
+from taskgrad.maps.streaming.serving import Chunk, Failure, run_chunk
 
 _LEND_FROM = 256 << 10
 """Bytes of items from which on workers of this host are to read them here."""

@@ -1,0 +1,1 @@
+"""A map that torch differentiates: over processes, threads, or both."""

@@ -1,0 +1,1 @@
+"""One file under mpirun, on local workers, or in one process."""

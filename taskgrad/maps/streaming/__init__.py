@@ -1,0 +1,1 @@
+"""Maps over streams: items go in as results come out."""
