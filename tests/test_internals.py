@@ -133,6 +133,8 @@ def test_nothing_breaks_where_dask_has_moved_things(moved):
     assert internals.memory_limit(nothing) is None
     assert internals.memory_used(nothing) is None
     assert internals.pause_fraction(nothing) is None
+    assert internals.profile_interval(nothing) is None
+    internals.set_profile_interval(nothing, 1.0)
     assert internals.threads(nothing) == 1
     assert internals.results_handler(nothing) is None
 
@@ -163,6 +165,32 @@ def test_a_worker_says_its_memory_and_threads(plain):
     assert limit == worker["memory_limit"]
     assert 10 * 2**20 < used < limit
     assert threads == 3
+
+
+def test_a_worker_takes_samples_as_often_as_it_is_told(plain):
+    async def count(dask_worker):
+        """The interval; samples in half a second of a task, at this interval and another."""
+
+        def taken():
+            profiles = [dask_worker.profile_recent, *(p for _, p in dask_worker.profile_history)]
+            return sum(profile["count"] for profile in profiles)
+
+        found = [internals.profile_interval(dask_worker)]
+        for _ in range(2):
+            before = taken()
+            await asyncio.sleep(0.5)
+            found.append(taken() - before)
+            internals.set_profile_interval(dask_worker, 0.2)
+            await asyncio.sleep(0.05)
+        internals.set_profile_interval(dask_worker, found[0])
+        return found
+
+    busy = plain.submit(time.sleep, 1.5)
+    [(interval, often, seldom)] = plain.run(count).values()
+    busy.result()
+    assert interval == 0.01
+    assert often > 5
+    assert 1 <= seldom <= 3
 
 
 def test_a_scheduler_retires_workers_as_we_know_it(plain):

@@ -169,7 +169,7 @@ def test_a_setting_that_makes_no_sense_is_named(key, value):
 
 
 def test_settings_from_the_config():
-    default = Settings(latency=0.0, allocator=True, cross_memory=True, pause=0.93)
+    default = Settings(latency=0.0, allocator=True, cross_memory=True, pause=0.93, profile=0.1)
     assert Settings.from_config() == default
     with dask.config.set({"taskgrad.latency.interval": 3}):
         assert Settings.from_config() == replace(default, latency=0.003)

@@ -129,30 +129,34 @@ def test_state_in_files_gives_the_same_bits(tmp_path, factory):
     assert not list(tmp_path.iterdir())  # the files have no names: they go with the process
 
 
-def pause_fraction(dask_worker):
-    return dask_worker.memory_manager.memory_pause_fraction
+def of_the_worker(dask_worker):
+    """From which part of its memory limit on it is paused; how often it samples, in ms."""
+    return (
+        dask_worker.memory_manager.memory_pause_fraction,
+        dask_worker.periodic_callbacks["profile"].callback_time,
+    )
 
 
-def test_workers_are_paused_later_while_taskgrad_is_used(fresh):
+def test_workers_are_paused_later_and_sample_less_while_taskgrad_is_used(fresh):
     from distributed import Client
 
     observer = fresh(n_workers=1)
 
-    def paused_from():
-        [found] = observer.run(pause_fraction).values()
+    def now():
+        [found] = observer.run(of_the_worker).values()
         return found
 
-    assert paused_from() == 0.8
+    assert now() == (0.8, 10)
     with Client(observer.scheduler.address, set_as_default=False) as client:
         chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client)
-        assert wait_until(lambda: paused_from() == 0.93)
+        assert wait_until(lambda: now() == (0.93, 100))
         del chain
-    assert wait_until(lambda: paused_from() == 0.8)
+    assert wait_until(lambda: now() == (0.8, 10))
     with (
-        dask.config.set({"taskgrad.pause": False}),
+        dask.config.set({"taskgrad.pause": False, "taskgrad.profile": False}),
         Client(observer.scheduler.address, set_as_default=False) as client,
     ):
         tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client)
-        assert paused_from() == 0.8
+        assert now() == (0.8, 10)
     with dask.config.set({"taskgrad.pause": 3}), pytest.raises(ValueError, match="taskgrad.pause"):
         tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=observer)

@@ -30,6 +30,8 @@ class Settings:
     """Whether workers of one host read large tensors from each other's memory."""
     pause: float | None = None
     """From which part of its memory limit on a worker is paused; None leaves it to Dask."""
+    profile: float | None = None
+    """Seconds between two samples of a worker's profiler, at least; None leaves it to Dask."""
 
     @classmethod
     def from_config(cls) -> Settings:
@@ -46,6 +48,7 @@ class Settings:
             allocator=_flag("taskgrad.allocator.enabled"),
             cross_memory=_flag("taskgrad.cross-memory.enabled"),
             pause=_fraction("taskgrad.pause"),
+            profile=_duration("taskgrad.profile") if _get("taskgrad.profile") else None,
         )
 
     def message(self) -> dict[str, Any]:
@@ -88,6 +91,7 @@ def together(wishes: Iterable[Settings]) -> Settings:
         allocator=any(w.allocator for w in wishes),
         cross_memory=any(w.cross_memory for w in wishes),
         pause=max((w.pause for w in wishes if w.pause is not None), default=None),
+        profile=max((w.profile for w in wishes if w.profile is not None), default=None),
     )
 
 

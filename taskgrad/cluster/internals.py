@@ -131,6 +131,26 @@ def set_pause_fraction(worker: Worker, fraction: float) -> None:
     worker.memory_manager.memory_pause_fraction = fraction
 
 
+def profile_interval(worker: Worker) -> float | None:
+    """Seconds between two samples of a worker's profiler; None if it takes none."""
+    found = _profiler(worker)
+    return None if found is None else found.callback_time / 1000
+
+
+def set_profile_interval(worker: Worker, seconds: float) -> None:
+    """Have a worker's profiler take a sample every so many seconds, from the next one on."""
+    found = _profiler(worker)
+    if found is not None:
+        found.callback_time = seconds * 1000
+
+
+def _profiler(worker: Worker) -> Any:
+    """Tornado's timer of the samples."""
+    timers = getattr(worker, "periodic_callbacks", None)
+    found = timers.get("profile") if isinstance(timers, dict) else None
+    return found if isinstance(getattr(found, "callback_time", None), int | float) else None
+
+
 def threads(worker: Worker) -> int:
     """How many tasks a worker runs at a time."""
     count = getattr(getattr(worker, "state", None), "nthreads", None)

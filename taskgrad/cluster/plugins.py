@@ -18,7 +18,7 @@ from distributed import Scheduler, Worker
 from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
 from distributed.scheduler import TaskState, WorkerState
 
-from taskgrad.cluster import allocator, latency, loans, pausing
+from taskgrad.cluster import allocator, latency, loans, pausing, profiling
 from taskgrad.cluster import serialize as _serialize  # noqa: F401  registers the tensor family
 from taskgrad.cluster.config import Settings, Users
 from taskgrad.cluster.post import Post
@@ -130,6 +130,10 @@ def _change(worker: Worker, settings: Settings) -> None:
         pausing.apply(worker, settings.pause)
     else:
         pausing.restore(worker)
+    if settings.profile is not None:
+        profiling.apply(worker, settings.profile)
+    else:
+        profiling.restore(worker)
 
 
 class SchedulerSide(SchedulerPlugin):

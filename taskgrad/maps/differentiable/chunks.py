@@ -23,7 +23,6 @@ from taskgrad.graph import pack
 from taskgrad.graph.nodes import Leaf, Node, new_key
 from taskgrad.graph.pytree import Slot, flatten
 from taskgrad.maps.differentiable.cotangents import decode
-from taskgrad.maps.failures import portable
 from taskgrad.maps.differentiable.items import share
 from taskgrad.maps.differentiable.pieces import (
     Gradient,
@@ -36,6 +35,7 @@ from taskgrad.maps.differentiable.pieces import (
     total,
 )
 from taskgrad.maps.differentiable.threads import threads_here
+from taskgrad.maps.failures import portable
 from taskgrad.worker.failures import backward_error
 from taskgrad.worker.store import Store, Tape
 

@@ -9,7 +9,6 @@ import torch
 
 from taskgrad.graph import pack
 from taskgrad.maps.differentiable.closed_over import closed_over_tensors, title_of
-from taskgrad.maps.failures import note_item
 from taskgrad.maps.differentiable.items import Row, cut, share
 from taskgrad.maps.differentiable.joining import Recording, join
 from taskgrad.maps.differentiable.pieces import (
@@ -24,6 +23,7 @@ from taskgrad.maps.differentiable.pieces import (
     total,
 )
 from taskgrad.maps.differentiable.threads import threads_here, worker_here
+from taskgrad.maps.failures import note_item
 
 
 def map_here(

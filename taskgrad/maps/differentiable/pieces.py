@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from taskgrad.graph.pytree import carries_gradient, flatten
-from taskgrad.maps.failures import own_frames
 from taskgrad.maps.differentiable.items import Row
 from taskgrad.maps.differentiable.reducing import fold
 from taskgrad.maps.differentiable.threads import Halt, run_all
+from taskgrad.maps.failures import own_frames
 from taskgrad.worker.randomness import random_stream
 
 Gradient = torch.Tensor | None

@@ -16,14 +16,21 @@ from taskgrad.executors.futures import forget, submit, values_of
 from taskgrad.executors.watching import failure, wait_for
 from taskgrad.graph.nodes import Leaf, Node, autocast_now
 from taskgrad.graph.pytree import Slot, carries_gradient, flatten
-from taskgrad.maps.differentiable.chunks import Chunk, ChunksBackward, Reply, Shared, SharedGradient, Work
+from taskgrad.maps.differentiable.chunks import (
+    Chunk,
+    ChunksBackward,
+    Reply,
+    Shared,
+    SharedGradient,
+    Work,
+)
 from taskgrad.maps.differentiable.closed_over import Packed, pack_function, title_of
 from taskgrad.maps.differentiable.cotangents import encode
-from taskgrad.maps.failures import note_item
 from taskgrad.maps.differentiable.items import Row, cut, share
 from taskgrad.maps.differentiable.joining import Recording, join
 from taskgrad.maps.differentiable.pieces import Gradient, ItemError, total
 from taskgrad.maps.differentiable.threads import worker_here
+from taskgrad.maps.failures import note_item
 
 
 def map_there(

@@ -28,8 +28,8 @@ from taskgrad.cluster.config import deadline
 from taskgrad.cluster.session import Session
 from taskgrad.errors import TaskgradError, TravelError, WorkerLostError
 from taskgrad.graph.layers import kind_of
-from taskgrad.maps.streaming import sizing
 from taskgrad.maps.failures import note_item
+from taskgrad.maps.streaming import sizing
 from taskgrad.maps.streaming.parcels import Lease, Packer, Parcel
 from taskgrad.maps.streaming.serving import Chunk, Failure, run_chunk
 
