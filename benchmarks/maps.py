@@ -36,8 +36,8 @@ ROUNDS = 3
 SECONDS = {"10us": 10e-6, "100us": 100e-6, "1ms": 1e-3, "10ms": 10e-3}
 SIZES = {"1kb": 1_000, "1mb": 1_000_000}
 COUNTS = {
-    **{"10us_1kb": 150_000, "100us_1kb": 20_000, "1ms_1kb": 2_400, "10ms_1kb": 240},
-    **{"10us_1mb": 500, "100us_1mb": 500, "1ms_1mb": 1_000, "10ms_1mb": 240},
+    **{"10us_1kb": 150_000, "100us_1kb": 60_000, "1ms_1kb": 12_000, "10ms_1kb": 1_200},
+    **{"10us_1mb": 500, "100us_1mb": 500, "1ms_1mb": 1_000, "10ms_1mb": 600},
 }
 CHUNK_SECONDS = (0.005, 0.02, 0.08)
 MOST_BYTES = 16 << 20  # of a chunk
@@ -240,9 +240,9 @@ def _measure(report: Report, case: str, ours: Ours, rivals: dict[str, Any]) -> N
     best: dict[str, tuple[float, Any]] = {}
     for name, rival in rivals.items():
         tried = [*sizes(case), *(["auto"] if name == "joblib" else [])]
-        rival.measure(case, loops, count // 20, tried[0])  # to warm up
+        rival.measure(case, loops, count // 40, tried[0])  # to warm up
         best[name] = min(
-            ((rival.measure(case, loops, count // 10, n), n) for n in tried), key=_first
+            ((rival.measure(case, loops, count // 20, n), n) for n in tried), key=_first
         )
     limit = 2 * min(best.values(), key=_first)[0]
     close = [name for name, (seconds, _) in best.items() if seconds <= limit]

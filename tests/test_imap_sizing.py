@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskgrad.maps.streaming.sizing import LEAST_SECONDS, NBYTES, SECONDS, Sizing
+from taskgrad.maps.streaming.sizing import LEAST_SECONDS, MOST_SECONDS, NBYTES, SECONDS, Sizing
 
 
 @given(
@@ -40,6 +40,18 @@ def test_chunks_at_the_end_are_even_and_small(each: float, threads: int, count: 
         sizes.append(min(left, sizing.next(left)))
         assert sizes[-1] <= max(-(-left // (2 * threads)), LEAST_SECONDS / each, 1)
     assert sizes[-1] * each <= max(2 * LEAST_SECONDS, each)
+
+
+def test_chunks_of_a_long_map_take_longer() -> None:
+    sizing = Sizing(None, 2)
+    took = []
+    for _ in range(200):
+        size = sizing.next(None)
+        sizing.ran(size, size * 1e-3, 0)
+        took.append(size * 1e-3)
+    assert took[5] == SECONDS
+    assert took[-1] == MOST_SECONDS
+    assert all(t <= max(SECONDS, sum(took[:i]) / 2 / 16) for i, t in enumerate(took))
 
 
 def test_a_size_that_was_given_stays() -> None:

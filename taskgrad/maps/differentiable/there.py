@@ -16,14 +16,8 @@ from taskgrad.executors.futures import forget, submit, values_of
 from taskgrad.executors.watching import failure, wait_for
 from taskgrad.graph.nodes import Leaf, Node, autocast_now
 from taskgrad.graph.pytree import Slot, carries_gradient, flatten
-from taskgrad.maps.differentiable.chunks import (
-    Chunk,
-    ChunksBackward,
-    Reply,
-    Shared,
-    SharedGradient,
-    Work,
-)
+from taskgrad.maps.differentiable.actions import Reply, Work
+from taskgrad.maps.differentiable.chunks import Chunk, ChunksBackward, Shared, SharedGradient
 from taskgrad.maps.differentiable.closed_over import Packed, pack_function, title_of
 from taskgrad.maps.differentiable.cotangents import encode
 from taskgrad.maps.differentiable.items import Row, cut, share

@@ -48,8 +48,8 @@ def imap(
         Yield results as they come. Else in the order of the items.
     chunksize
         How many items go to a worker at a time. "auto" starts with one and then aims at a tenth of
-        a second and at most 4 MiB a chunk, from measured times. The results of a chunk come
-        together.
+        a second a chunk (half a second in a long map) and at most 4 MiB, from measured times. The
+        results of a chunk come together.
     buffersize
         How many items may have been pulled and not yielded, at most. By default 8 chunks for each
         thread of the workers.

@@ -1,8 +1,9 @@
 """How many items to a chunk: few while nothing is known of them, then by their measured time.
 
-A chunk costs a few milliseconds beside its items, so it shall take many times that. At the end of
-an input whose length is known chunks become smaller, so that the workers end together: guided
-self-scheduling (Polychronopoulos and Kuck, 1987).
+A chunk costs a few milliseconds beside its items, so it shall take many times that. In a long map
+chunks become longer: nobody waits at its end for more than a small part of the time that it took.
+At the end of an input whose length is known they become smaller, so that the workers end together:
+guided self-scheduling (Polychronopoulos and Kuck, 1987).
 """
 
 from __future__ import annotations
@@ -10,7 +11,11 @@ from __future__ import annotations
 import math
 
 SECONDS = 0.1
-"""What a chunk shall take."""
+"""What a chunk shall take at first."""
+MOST_SECONDS = 0.5
+"""What it shall take at most, in a long map."""
+_SHARE = 1 / 16
+"""What part of the time of the map so far."""
 LEAST_SECONDS = 0.01
 """What the smaller ones at the end shall take at least."""
 NBYTES = 4 << 20
@@ -46,6 +51,7 @@ class Sizing:
         self.threads = threads
         self._largest = 0
         self._seconds: float | None = None
+        self._total = 0.0
         self._nbytes = 0.0
 
     def next(self, remaining: int | None) -> int:
@@ -54,7 +60,9 @@ class Sizing:
             return self._fixed
         if self._seconds is None:
             return 1
-        most = min(self._of(SECONDS), _GROWTH * self._largest)
+        so_far = self._total / self.threads
+        seconds = min(max(SECONDS, _SHARE * so_far), MOST_SECONDS)
+        most = min(self._of(seconds), _GROWTH * self._largest)
         if self._nbytes:
             most = min(most, NBYTES / self._nbytes)
         if remaining is not None:
@@ -71,6 +79,7 @@ class Sizing:
         if not items:
             return
         self._largest = max(self._largest, items)
+        self._total += seconds
         each = seconds / items
         before = self._seconds
         self._seconds = each if before is None else before + _WEIGHT * (each - before)

@@ -1,0 +1,370 @@
+"""What a worker does with the chunks of a map: run them, and take cotangents back through them.
+
+A chunk leaves a tape in its worker's store, under its key, as a forward of a chain does. One
+backward a worker uses the tapes of all chunks there, and gives one gradient for each tensor that
+the chunks share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from taskgrad.errors import TaskgradError, WorkerLostError
+from taskgrad.graph import pack
+from taskgrad.graph.pytree import Slot, flatten
+from taskgrad.maps.differentiable.cotangents import decode
+from taskgrad.maps.differentiable.items import share
+from taskgrad.maps.differentiable.pieces import (
+    Gradient,
+    ItemError,
+    Piece,
+    Rows,
+    Task,
+    differentiate,
+    run_pieces,
+    total,
+)
+from taskgrad.maps.differentiable.threads import threads_here
+from taskgrad.maps.failures import portable
+from taskgrad.worker.failures import backward_error
+from taskgrad.worker.store import Store, Tape
+
+# Gradients are made together with the results where that takes less than a round trip...
+_EAGER_SECONDS = 0.02
+# ... and where they are small beside one.
+_EAGER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all chunks of a map have in common.
+
+    Attributes
+    ----------
+    title
+        The function's name.
+    threads
+        Whether a chunk is run by as many threads as its worker has.
+    grad, taped, seed, reduce
+        As in `taskgrad.maps.differentiable.pieces.Task`.
+    wanted, is_buffer
+        Which of the shared tensors take a gradient, and which are buffers of modules.
+    eager
+        Whether the backward is run at once: yes, no, or where it pays (None).
+    eager_seed
+        The cotangent that it is run with.
+    autocast, dtype
+        Torch's autocast regions and default dtype on the driver.
+    """
+
+    title: str
+    threads: bool
+    grad: bool
+    taped: bool
+    seed: int | None
+    reduce: bool
+    wanted: tuple[bool, ...]
+    is_buffer: tuple[bool, ...]
+    eager: bool | None
+    eager_seed: float
+    autocast: tuple[tuple[str, torch.dtype], ...]
+    dtype: torch.dtype
+
+
+@dataclass
+class Reply:
+    """What comes home of a chunk.
+
+    Attributes
+    ----------
+    results, flags
+        Its results, and which of their leaves give a gradient.
+    entries
+        For each of those leaves the position of its result.
+    leads
+        The positions among those leaves of the results' losses, if it was differentiated at once.
+    eager_shared, eager_items
+        The gradients, if so; None of what is shared where it is added up on the worker first.
+    """
+
+    results: list[Any]
+    flags: list[bool]
+    entries: list[int]
+    leads: list[int] | None = None
+    eager_shared: list[Gradient] | None = None
+    eager_items: list[Gradient] | None = None
+
+
+@dataclass
+class ChunkTape(Tape):
+    """The tape of a chunk: its pieces; its reply, should Dask ask again; its eager gradients."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    reply: Reply | None = None
+    eager_shared: list[Gradient] | None = None
+
+
+@dataclass(frozen=True)
+class GiveShared:
+    """The value of a `Shared`."""
+
+    def run(self, store: Store, value: Any) -> Any:
+        """The same value."""
+        return value
+
+
+@dataclass(frozen=True)
+class RunChunk:
+    """Run a `Chunk`."""
+
+    key: str
+    work: Work
+    start: int
+    wanted: tuple[bool, ...]
+    alone: bool
+
+    def run(self, store: Store, shared: list[Any], items: list[Any]) -> Reply:
+        """Its reply; its tape, if any, is in the store under its key.
+
+        Raises
+        ------
+        ItemError
+            An item raised.
+        """
+        known = store.get(self.key)
+        if isinstance(known, ChunkTape) and known.reply is not None:
+            return known.reply
+        work = self.work
+        data, *tensors = shared
+        leaves = [
+            t.detach().requires_grad_() if wanted and work.taped else t.clone() if buffer else t
+            for t, wanted, buffer in zip(tensors, work.wanted, work.is_buffer, strict=True)
+        ]
+        task = Task(
+            pack.unpack(data, leaves, own=False), work.grad, work.taped, work.seed, work.reduce
+        )
+        threads = threads_here() if work.threads else 1
+        parts = self._parts(items, threads)
+        start = time.perf_counter()
+        try:
+            with _surroundings(work):
+                pieces = run_pieces(task, parts, threads, lambda: not store.is_let_go(self.key))
+        except ItemError as failed:
+            raise ItemError(failed.index, portable(failed.error), failed.frames) from None
+        seconds = time.perf_counter() - start
+        self._check_buffers(tensors, leaves)
+        reply = _reply(pieces)
+        if not work.taped:
+            return Reply(reply.results, [False] * len(reply.flags), [])
+        takers = [t for t, wanted in zip(leaves, work.wanted, strict=True) if wanted]
+        for piece in pieces:
+            piece.shared = takers
+        tape = _tape(work.title, pieces, reply)
+        self._go_back_at_once(tape, pieces, reply, seconds, threads)
+        store.put(self.key, tape)
+        return reply
+
+    def _parts(self, items: list[Any], threads: int) -> list[Rows]:
+        """The rows for each thread."""
+        data, *tensors = items
+        rows = pickle.loads(data)
+        parts = []
+        for r in share(len(rows), [1] * min(threads, len(rows))):
+            leaves, structure = flatten(rows[r.start : r.stop])
+            slots = [leaf.index if isinstance(leaf, Slot) else None for leaf in leaves]
+            parts.append(
+                Rows(
+                    self.start + r.start,
+                    [x if s is None else tensors[s] for x, s in zip(leaves, slots, strict=True)],
+                    structure,
+                    [s is not None and self.wanted[s] for s in slots],
+                    copied=True,
+                )
+            )
+        return parts
+
+    def _check_buffers(self, before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
+        for old, new, is_buffer in zip(before, after, self.work.is_buffer, strict=True):
+            if is_buffer and not torch.equal(old, new.to(old.device)):
+                raise TaskgradError(
+                    f"{self.work.title!r} changed a buffer of a module that it closes over (batch "
+                    "norm in training mode?): each chunk has a copy of its own, and yours would "
+                    'not change. Put the module in evaluation mode, or use over="threads"'
+                )
+
+    def _go_back_at_once(
+        self, tape: ChunkTape, pieces: list[Piece], reply: Reply, seconds: float, threads: int
+    ) -> None:
+        """Differentiate now what are losses, if that is asked for or pays."""
+        eager = self.work.eager
+        if eager is False:
+            return
+        losses = [_losses(piece) for piece in pieces]
+        if any(found is None for found in losses):
+            if eager:
+                raise TypeError(
+                    f"eager_grad=True, and {self.work.title!r} gives something that is neither a "
+                    "0-d tensor that requires grad nor a tuple led by one"
+                )
+            return
+        size = sum(t.numel() * t.element_size() for t in pieces[0].shared)
+        size += sum(t.numel() * t.element_size() for piece in pieces for t in piece.taken)
+        if eager is None and (seconds > _EAGER_SECONDS or size > _EAGER_BYTES):
+            return
+        seeds: list[list[Gradient]] = []
+        for piece, leads in zip(pieces, losses, strict=True):
+            chosen = set(leads or ())
+            seeds.append(
+                [
+                    torch.full_like(o, self.work.eager_seed) if i in chosen else None
+                    for i, o in enumerate(piece.outputs)
+                ]
+            )
+        shared, taken = differentiate(pieces, seeds, threads, retain=True)
+        before, leads_found = 0, []
+        for piece, leads in zip(pieces, losses, strict=True):
+            leads_found += [before + i for i in leads or ()]
+            before += len(piece.outputs)
+        reply.leads = leads_found
+        reply.eager_items = [_home(g) for grads in taken for g in grads]
+        tape.eager_shared = [_home(g) for g in total(shared)]
+        if self.alone:
+            reply.eager_shared = tape.eager_shared
+
+
+def _losses(piece: Piece) -> list[int] | None:
+    """The positions among a piece's outputs of its results' losses; None if one has none."""
+    positions, flag = [], 0
+    for result in piece.results:
+        lead = result[0] if isinstance(result, tuple) and result else result
+        if not (isinstance(lead, torch.Tensor) and lead.dim() == 0 and piece.flags[flag]):
+            return None
+        positions.append(flag)
+        flag += len(flatten(result)[0])
+    outputs = [i for i, flagged in enumerate(piece.flags) if flagged]
+    return [outputs.index(position) for position in positions]
+
+
+def _reply(pieces: Sequence[Piece]) -> Reply:
+    results: list[Any] = []
+    flags: list[bool] = []
+    entries: list[int] = []
+    for piece in pieces:
+        entries += [len(results) + e for e in piece.entries]
+        results += piece.results
+        flags += piece.flags
+    leaves, structure = flatten(results)
+    return Reply(structure.build([_home(leaf) for leaf in leaves]), flags, entries)
+
+
+def _home(leaf: Any) -> Any:
+    """A leaf as it can be sent: on the host."""
+    if isinstance(leaf, torch.Tensor) and leaf.device.type not in ("cpu", "meta"):
+        return leaf.cpu()
+    return leaf
+
+
+def _tape(title: str, pieces: list[Piece], reply: Reply) -> ChunkTape:
+    outputs = [output for piece in pieces for output in piece.outputs]
+    inputs: list[list[Gradient]] = [[*pieces[0].shared]]
+    inputs += [[*piece.taken] for piece in pieces]
+    return ChunkTape(
+        title, inputs, [], outputs, flatten(outputs)[1], {}, None, pieces=pieces, reply=reply
+    )
+
+
+_dtype_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _surroundings(work: Work) -> Iterator[None]:
+    """What holds on the driver: grad mode, autocast, default dtype."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(work.grad))
+        for device, dtype in work.autocast:
+            stack.enter_context(torch.autocast(device, dtype))
+        if work.dtype is not torch.get_default_dtype():
+            stack.enter_context(_dtype_lock)  # it is the process's
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(work.dtype)
+        yield
+
+
+@dataclass(frozen=True)
+class GiveSharedGradient:
+    """The value of a `SharedGradient`."""
+
+    keys: tuple[str, ...]
+
+    def run(self, store: Store, *after: Any) -> list[Gradient] | None:
+        """The sum; None if one of the chunks was not eager, or is gone."""
+        tapes = [store.get(key) for key in self.keys]
+        parts = [t.eager_shared if isinstance(t, ChunkTape) else None for t in tapes]
+        found = [part for part in parts if part is not None]
+        return total(found) if len(found) == len(parts) else None
+
+
+@dataclass(frozen=True)
+class GoBack:
+    """Run a `ChunksBackward`."""
+
+    keys: tuple[str, ...]
+    outputs: tuple[int, ...]
+    runs: tuple[tuple[int, int], ...]
+    title: str
+    threads: bool
+    retain: bool
+
+    def run(
+        self, store: Store, distinct: list[torch.Tensor]
+    ) -> tuple[list[Gradient] | None, list[list[Gradient] | None]]:
+        """Gradients of what the chunks share, and of each chunk's items.
+
+        Raises
+        ------
+        LayerError
+            Autograd raised.
+        WorkerLostError
+            A tape is not here: the worker was restarted.
+        """
+        rest = iter(decode(self.runs, distinct))
+        cotangents = {
+            key: [next(rest) for _ in range(count)]
+            for key, count in zip(self.keys, self.outputs, strict=True)
+        }
+        used = [k for k, given in cotangents.items() if any(c is not None for c in given)]
+        tapes = [self._tape(store, key) for key in used]
+        pieces = [piece for tape in tapes for piece in tape.pieces]
+        rest = iter([c for key in used for c in cotangents[key]])
+        seeds = [[next(rest) for _ in piece.outputs] for piece in pieces]
+        threads = threads_here() if self.threads else 1
+        with contextlib.ExitStack() as stack:
+            for tape in tapes:
+                stack.enter_context(tape.lock)
+            try:
+                shared, taken = differentiate(pieces, seeds, threads, retain=self.retain)
+            except Exception as error:
+                raise backward_error(error, store.address, self.title, None) from error
+        by_piece = iter(taken)
+        items = {
+            key: [_home(g) for _ in tape.pieces for g in next(by_piece)]
+            for key, tape in zip(used, tapes, strict=True)
+        }
+        return [_home(g) for g in total(shared)], [items.get(key) for key in self.keys]
+
+    def _tape(self, store: Store, key: str) -> ChunkTape:
+        tape = store.get(key)
+        if not isinstance(tape, ChunkTape):
+            raise WorkerLostError(
+                f"worker {store.address} does not hold what the map of {self.title!r} left there: "
+                "it was restarted since. Run the map again"
+            )
+        return tape
