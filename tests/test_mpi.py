@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
+import re
 import signal
 import textwrap
 import time
@@ -10,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from distributed import Worker
 
 import taskgrad as tg
 from mpi_jobs import job, run
+from taskgrad.maps.mpi.follow import _no_failed_heartbeats
 
 HEAD = """\
 import json, os, sys, time
@@ -60,6 +65,13 @@ WORK = """
         sum(tg.map(lambda x: w * x, [1.0, 2.0, 4.0])).backward()
         return w.grad.item()
 
+    def sum_over_ranks():
+        x = 1.0 + torch.arange(max(1, tg.size() - 1))
+        x.requires_grad_()
+        y = tg.pmap(lambda v: tg.psum(v * v, "i"), axis_name="i")(x)
+        y.sum().backward()
+        return y.tolist(), x.grad.tolist()
+
     def chain_is_torch():
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Linear(6, 1))
@@ -79,6 +91,7 @@ WORK = """
             "unordered": unordered(x).tolist(),
             "gradient": map_gradient(),
             "chain": chain_is_torch(),
+            "pmap": sum_over_ranks(),
             "ranks": sorted(ranks), "sizes": sorted(sizes), "pids": len({*pids, os.getpid()}),
             "here": [tg.rank(), tg.size()],
         }))
@@ -101,6 +114,7 @@ def test_one_file_runs_with_and_without_mpi(script, ranks, arguments, workers):
         "unordered": [2 * x for x in range(100)],
         "gradient": 7.0,
         "chain": True,
+        "pmap": [[5.0, 5.0], [4.0, 8.0]] if workers else [[1.0], [2.0]],
         "ranks": list(range(1, workers + 1)) or [0],
         "sizes": [1 + workers],
         "pids": 1 + workers,
@@ -126,6 +140,15 @@ ENDS = """
             time.sleep(0.5)
             sys.exit(3)
 """
+
+
+def test_a_heartbeat_that_finds_no_scheduler_prints_no_traceback():
+    said = re.findall(r'logger\.exception\("(.*?)"\)', inspect.getsource(Worker.heartbeat))
+    assert said  # else Dask has changed it
+    for sentence in said:
+        record = logging.makeLogRecord({"msg": sentence})
+        assert not _no_failed_heartbeats(record), sentence
+    assert _no_failed_heartbeats(logging.makeLogRecord({"msg": "something else"}))
 
 
 @pytest.mark.parametrize(("how", "expected"), [("raises", 1), ("exits", 3)])

@@ -78,7 +78,17 @@ def follow(threads: int, interface: str | None) -> NoReturn:
     _leave()
 
 
+def _no_failed_heartbeats(record: logging.LogRecord) -> bool:
+    """Drops Dask's traceback of a heartbeat that finds no scheduler.
+
+    Rank 0 may close while one is on its way, which is no error; and where rank 0 is lost this rank
+    says so itself.
+    """
+    return "during heartbeat" not in record.getMessage()
+
+
 async def _work(order: Work, threads: int, interface: str | None) -> None:
+    logging.getLogger("distributed.worker").addFilter(_no_failed_heartbeats)
     worker = await _RankWorker(
         order.scheduler,
         name=messages.numbers()[0],
