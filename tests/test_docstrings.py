@@ -17,7 +17,7 @@ PUBLIC += ["spmd.collectives", "spmd.pmap"]
 
 
 @pytest.mark.usefixtures("client")
-@pytest.mark.parametrize("name", [*PUBLIC, *CHECKPOINTS, "maps.front", "train.optimizer"])
+@pytest.mark.parametrize("name", [*PUBLIC, *CHECKPOINTS, "maps.mpi.front", "train.optimizer"])
 def test_examples_run(name):
     results = doctest.testmod(import_module(f"taskgrad.{name}"))
     assert results.attempted
