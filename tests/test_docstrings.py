@@ -5,21 +5,24 @@ from __future__ import annotations
 import doctest
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
 import taskgrad as tg
 
-PUBLIC = ["chain", "cluster.local", "graph.parallel", "plan.placement", "thunk", "pullbacks"]
-CHECKPOINTS = ["graph.encoding", "graph.weights", "train.checkpoint", "worker.spilling"]
-PUBLIC += ["kernels.formula", "kernels.function", "kernels.module", "kernels.vectorized"]
-PUBLIC += ["spmd.collectives", "spmd.pmap"]
+HOME = Path(tg.__file__).parent
+WITH_EXAMPLES = sorted(
+    ".".join(path.relative_to(HOME.parent).with_suffix("").parts)
+    for path in HOME.rglob("*.py")
+    if ">>> " in path.read_text(encoding="utf-8")
+)
 
 
 @pytest.mark.usefixtures("client")
-@pytest.mark.parametrize("name", [*PUBLIC, *CHECKPOINTS, "maps.mpi.front", "train.optimizer"])
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_examples_run(name):
-    results = doctest.testmod(import_module(f"taskgrad.{name}"))
+    results = doctest.testmod(import_module(name))
     assert results.attempted
     assert not results.failed
 

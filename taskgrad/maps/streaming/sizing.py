@@ -39,7 +39,7 @@ class Sizing:
     >>> sizing = Sizing(None, threads=2)
     >>> sizing.next(None)
     1
-    >>> sizing.ran(items=1, seconds=0.001, nbytes=100)
+    >>> sizing.ran(items=1, seconds=0.005, nbytes=100)
     >>> sizing.next(None)
     8
     >>> sizing.next(remaining=10)
