@@ -44,6 +44,14 @@ def test_memory_of_a_chain(client):
     assert "parameters" in repr(chain.memory())
 
 
+def metrics_of(client):
+    """The metrics of each worker, from the scheduler itself: what the client knows of workers it
+    refreshes by itself, and then it may know none for a moment."""
+    return client.run_on_scheduler(
+        lambda dask_scheduler: {a: dict(w.metrics) for a, w in dask_scheduler.workers.items()}
+    )
+
+
 def test_memory_is_among_the_workers_metrics(client):
     """The columns of the dashboard's table of workers: the same sums as the chain's own."""
     model = nn.Sequential(nn.Linear(100, 100, bias=False), nn.BatchNorm1d(100))
@@ -53,8 +61,8 @@ def test_memory_is_among_the_workers_metrics(client):
     names = chain.memory().column("worker")
 
     def reported(what):
-        workers = client.scheduler_info(n_workers=-1)["workers"]
-        return [workers[name]["metrics"][f"taskgrad_{what}"] for name in names]
+        metrics = metrics_of(client)
+        return [metrics[name][f"taskgrad_{what}"] for name in names]
 
     tg.spawn(torch.sum, chain(torch.randn(50, 100))).backward()
     optimizer.step()
@@ -84,8 +92,8 @@ def test_metrics_move_while_a_worker_is_always_at_work(fresh, tmp_path):
     tg.collect(y)
 
     def reported():
-        [worker] = client.scheduler_info(n_workers=-1)["workers"].values()
-        return [worker["metrics"][f"taskgrad_{what}"] for what in ("parameters", "tapes")]
+        [metrics] = metrics_of(client).values()
+        return [metrics[f"taskgrad_{what}"] for what in ("parameters", "tapes")]
 
     (tape,) = chain.memory().column("tapes")
     assert wait_until(lambda: reported() == [40_400, tape])

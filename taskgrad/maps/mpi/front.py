@@ -22,7 +22,7 @@ from distributed import Client, Worker
 
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.local import local_cluster
-from taskgrad.cluster.session import in_order
+from taskgrad.cluster.session import current_session, in_order
 from taskgrad.errors import TaskgradError
 from taskgrad.maps.mpi import messages
 from taskgrad.maps.mpi.follow import follow
@@ -127,13 +127,11 @@ def size() -> int:
         return messages.numbers()[1]
     worker = _worker()
     if worker is not None:
-        workers = _ask(worker)
+        addresses = list(_ask(worker))
     else:
-        try:
-            workers = distributed.get_client().scheduler_info(n_workers=-1)["workers"]
-        except ValueError:
-            return 1
-    return 1 + sum(not _is_here(address) for address in workers)
+        found = current_session()
+        addresses = [] if found is None else [info.address for info in found.known()]
+    return 1 + sum(not _is_here(address) for address in addresses)
 
 
 _Wish = tuple[int | None, int, str | None]
