@@ -30,7 +30,8 @@ def cluster() -> Iterator[Client]:
 def client(cluster: Client) -> Iterator[Client]:
     """The session's cluster; what earlier tests left to the garbage collector is gone from it."""
     wait_until(lambda: not any(total_held(cluster).values()))
-    yield cluster
+    with cluster.as_current():  # and not the cluster that was made last
+        yield cluster
 
 
 @pytest.fixture(scope="session")

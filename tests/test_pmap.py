@@ -222,7 +222,7 @@ def test_data_parallel_training_equals_plain_torch_on_the_whole_batch(four):
             optimizer.zero_grad()
         grads, value = step({n: p.detach() for n, p in model.named_parameters()}, x, t)
         for name, parameter in model.named_parameters():
-            parameter.grad = grads[name]
+            parameter.grad = grads[name].detach()  # else a cycle: its graph holds the parameter
         loss = losses(other, x, t).mean()
         loss.backward()
         expected = F.cross_entropy(plain(x.flatten(0, 1)), t.flatten())
