@@ -161,6 +161,8 @@ def test_the_shortest_interval_that_anybody_asks_for(observer):
         ("taskgrad.latency.interval", None),
         ("taskgrad.allocator.enabled", 2),
         ("taskgrad.cross-memory.enabled", "no"),
+        ("taskgrad.profile", "soon"),
+        ("taskgrad.profile", True),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_named(key, value):

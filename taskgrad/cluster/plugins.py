@@ -18,7 +18,7 @@ from distributed import Scheduler, Worker
 from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
 from distributed.scheduler import TaskState, WorkerState
 
-from taskgrad.cluster import allocator, latency, loans, pausing, profiling
+from taskgrad.cluster import allocator, latency, loans, minimums
 from taskgrad.cluster import serialize as _serialize  # noqa: F401  registers the tensor family
 from taskgrad.cluster.config import Settings, Users
 from taskgrad.cluster.post import Post
@@ -126,14 +126,8 @@ def _change(worker: Worker, settings: Settings) -> None:
         loans.apply(worker)
     else:
         loans.restore(worker)
-    if settings.pause is not None:
-        pausing.apply(worker, settings.pause)
-    else:
-        pausing.restore(worker)
-    if settings.profile is not None:
-        profiling.apply(worker, settings.profile)
-    else:
-        profiling.restore(worker)
+    minimums.PAUSE.hold(worker, settings.pause)
+    minimums.PROFILE.hold(worker, settings.profile)
 
 
 class SchedulerSide(SchedulerPlugin):
