@@ -11,32 +11,27 @@ raises.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from distributed import CancelledError, Client, Future
+from distributed import CancelledError, Client
 from distributed.scheduler import KilledWorker
 
-from taskgrad.cluster import cross_memory, letters, waiting
+from taskgrad.cluster import letters, waiting
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.session import Session
 from taskgrad.errors import TaskgradError, TravelError, WorkerLostError
 from taskgrad.graph.layers import kind_of
 from taskgrad.maps.failures import note_item
 from taskgrad.maps.streaming import sizing
-from taskgrad.maps.streaming.parcels import Lease, Packer, Parcel
-from taskgrad.maps.streaming.serving import Chunk, Failure, run_chunk
+from taskgrad.maps.streaming.parcels import Packer, Parcel
+from taskgrad.maps.streaming.sending import NOTHING, Sender, Sent
+from taskgrad.maps.streaming.serving import Failure
 
-_LEND_FROM = 256 << 10
-"""Bytes of items from which on workers of this host are to read them here."""
-_SCATTER_FROM = 1 << 20
-"""Bytes of items from which on they go straight to a worker and not through the scheduler."""
 _ATTEMPTS = 3
 """How often items that went straight to a worker are sent again, when it is gone."""
 _AT_WORK = 3
@@ -52,29 +47,6 @@ _COUNT = 2.0
 """Seconds after which the workers' threads are counted again."""
 _JOIN = 1.0
 """Seconds that `close` gives an input to end what it is doing."""
-
-
-@dataclass
-class _Sent:
-    """A chunk on its way, and what came back."""
-
-    number: int
-    first: int
-    count: int
-    items: Parcel
-    nbytes: int
-    lease: Lease | None = None
-    attempts: int = 0
-    scattered: Future | None = None
-    future: Future | None = None
-    results: Parcel | None = None
-    failure: Failure | None = None
-    worker: str = ""
-    answered: bool = False
-
-    @property
-    def last(self) -> int:
-        return self.first + self.count - 1
 
 
 class Stream:
@@ -99,7 +71,6 @@ class Stream:
         self._fn = fn
         self._packed = packed
         self._inputs = inputs
-        self._star = star
         self._length = length
         self._threads = threads
         self._unordered = unordered
@@ -117,9 +88,9 @@ class Stream:
         self._open: Packer | None = None
         self._open_size = 1
         self._open_since = 0.0
-        self._sent: dict[int, _Sent] = {}
+        self._sent: dict[int, Sent] = {}
         self._answered: deque[int] = deque()
-        self._again: deque[_Sent] = deque()
+        self._again: deque[Sent] = deque()
         self._numbers = 0
         self._pulled = 0
         self._yielded = 0
@@ -128,7 +99,7 @@ class Stream:
         self._stopped = False
         self._error: BaseException | None = None
         self._broken: BaseException | None = None
-        self._lend = cross_memory.available()
+        self._sender = Sender(self._client, self._name, self._token, star)
         self._unread = 0
         self._news = self._counted = time.monotonic()
         self._looked = 0.0
@@ -148,14 +119,14 @@ class Stream:
                 if results is None:
                     self._redo(sent)
                     continue
-                _let_go(sent)
-                sent.items = _NOTHING
+                sent.let_go()
+                sent.items = NOTHING
                 yield from self._values(sent, results)
                 self._done(sent)
         finally:
             self._stop()
 
-    def _values(self, sent: _Sent, results: Parcel) -> Iterator[Any]:
+    def _values(self, sent: Sent, results: Parcel) -> Iterator[Any]:
         index = sent.first
         failure = sent.failure
         try:
@@ -170,7 +141,7 @@ class Stream:
                 note_item(failure.error, index, self._fn, sent.worker, failure.frames)
             raise failure.error
 
-    def _fetched(self, sent: _Sent) -> Parcel | None:
+    def _fetched(self, sent: Sent) -> Parcel | None:
         """The results: from the letter, from the worker's memory, or asked of the worker.
 
         None if they went with their worker, and Dask could not make them again.
@@ -180,9 +151,9 @@ class Stream:
                 return sent.results.fetch()
             except OSError:  # its worker is gone, or on another host
                 self._unread += 1
-                self._lend = self._lend and self._unread < _ATTEMPTS
+                self._sender.lend = self._sender.lend and self._unread < _ATTEMPTS
         if sent.future is None:  # of a chunk that failed before it began
-            return _NOTHING
+            return NOTHING
         pending = waiting.values(self._client, [sent.future])
         try:
             while not pending.done(_GLANCE):
@@ -194,14 +165,14 @@ class Stream:
             pending.cancel()
         return results if isinstance(results, Parcel) else None
 
-    def _redo(self, sent: _Sent) -> None:
+    def _redo(self, sent: Sent) -> None:
         """Send a chunk again whose results are lost."""
         if sent.attempts >= _ATTEMPTS:
             raise WorkerLostError(
                 f"the results of {self._items(sent)} were on worker {sent.worker}, and are lost, "
                 f"for the {_ATTEMPTS}rd time. Look at the workers' logs"
             )
-        _let_go(sent)
+        sent.let_go()
         with self._changed:
             sent.answered = False
             sent.results = sent.failure = None
@@ -209,7 +180,7 @@ class Stream:
                 self._next = sent.number
             self._again.append(sent)
 
-    def _next_answered(self) -> _Sent | None:
+    def _next_answered(self) -> Sent | None:
         """The chunk to yield next, once it is there; None at the end."""
         while True:
             with self._changed:
@@ -227,7 +198,7 @@ class Stream:
             if waited:
                 self._look()
 
-    def _take_answered(self) -> _Sent | None:
+    def _take_answered(self) -> Sent | None:
         if self._unordered:
             return self._sent[self._answered.popleft()] if self._answered else None
         sent = self._sent.get(self._next)
@@ -236,7 +207,7 @@ class Stream:
         self._next += 1
         return sent
 
-    def _done(self, sent: _Sent) -> None:
+    def _done(self, sent: Sent) -> None:
         with self._changed:
             del self._sent[sent.number]
             self._changed.notify_all()
@@ -260,7 +231,7 @@ class Stream:
             self._looked = time.monotonic()
             self._look_for_workers()
 
-    def _ended_otherwise(self, sent: _Sent, status: str | None) -> None:
+    def _ended_otherwise(self, sent: Sent, status: str | None) -> None:
         """A task has ended, and no letter came before: what was it?"""
         items, future = self._items(sent), sent.future
         assert future is not None
@@ -307,7 +278,7 @@ class Stream:
     def _where(self) -> str:
         return f"after {self._yielded} results of the map of {kind_of(self._fn)!r}"
 
-    def _items(self, sent: _Sent) -> str:
+    def _items(self, sent: Sent) -> str:
         return f"items {sent.first} to {sent.last} of the map of {kind_of(self._fn)!r}"
 
     def _stop(self) -> None:
@@ -319,7 +290,7 @@ class Stream:
             self._sent.clear()
             self._open = None
         for one in sent:
-            _let_go(one)
+            one.let_go()
         letters.drop(self._client, self._token)
         if self._feeder.ident is None:
             _close(self._inputs)
@@ -337,8 +308,8 @@ class Stream:
             if sent is None or sent.answered:
                 return  # its task ran twice
             if letter.get("unreadable"):
-                self._lend = False
-                _let_go(sent)
+                self._sender.lend = False
+                sent.let_go()
                 self._again.append(sent)
                 self._changed.notify_all()
                 return
@@ -347,8 +318,8 @@ class Stream:
             sent.results = letter.get("results")
             sent.failure = letter.get("failure")
             if letter["whole"]:  # else its task may have to run again
-                _let_go(sent)
-                sent.items = _NOTHING
+                sent.let_go()
+                sent.items = NOTHING
             if sent.failure is None:
                 nbytes = max(sent.nbytes, letter["nbytes"])
                 self._sizing.ran(sent.count, letter["seconds"], nbytes)
@@ -428,7 +399,7 @@ class Stream:
             size = min(size, self._buffersize - (self._pulled - self._yielded))
         return max(0, size)
 
-    def _take(self, item: Any) -> _Sent | None:
+    def _take(self, item: Any) -> Sent | None:
         """Pack an item; returns the chunk that is full with it."""
         packer = self._open
         if packer is None:
@@ -450,7 +421,7 @@ class Stream:
             f"a {kind.__module__}.{kind.__qualname__} ({type(error).__name__}: {error})"
         )
 
-    def _close_open(self, stale: bool = False) -> _Sent | None:
+    def _close_open(self, stale: bool = False) -> Sent | None:
         """The chunk that is being made, taken out; if asked so, only when it waits for long."""
         packer = self._open
         if packer is None or (stale and time.monotonic() - self._open_since < _STALE):
@@ -459,12 +430,12 @@ class Stream:
         self._open_size = max(1, self._open_size - packer.count)
         items = packer.parcel()
         count = len(items)
-        sent = _Sent(self._numbers, self._pulled - count, count, items, items.nbytes)
+        sent = Sent(self._numbers, self._pulled - count, count, items, items.nbytes)
         self._numbers += 1
         self._sent[sent.number] = sent
         return sent
 
-    def _send(self, sent: _Sent) -> None:
+    def _send(self, sent: Sent) -> None:
         if self._stopped:
             return
         try:
@@ -472,41 +443,13 @@ class Stream:
         except BaseException as error:
             self._broken = error  # the consumer looks
 
-    def _submit(self, sent: _Sent) -> None:
-        items: Any = sent.items
-        client = self._client
-        sent.scattered = None
-        if self._lend and sent.nbytes >= _LEND_FROM:
-            sent.lease = Lease(items)
-            items = sent.lease.lent
-        elif sent.nbytes >= _SCATTER_FROM:
-            with contextlib.suppress(OSError):  # the worker goes just now: then with the task
-                items = sent.scattered = client.scatter(
-                    items, hash=False, timeout=deadline("answer"), asynchronous=False
-                )
-        chunk = Chunk(self._token, client.id, sent.number, self._star, self._lend)
-        key = (self._name, sent.number, sent.attempts)
-        sent.attempts += 1
-        [future] = client.map(
-            run_chunk, [chunk], [items], key=[key], pure=False, fifo_timeout="0 s"
-        )
+    def _submit(self, sent: Sent) -> None:
+        future = self._sender.submit(sent)
         with self._changed:
             if self._stopped or sent.answered:
                 future.release()
             else:
                 sent.future = future
-
-
-_NOTHING = Packer().parcel()
-
-
-def _let_go(sent: _Sent) -> None:
-    if sent.lease is not None:
-        sent.lease.end()
-    for future in (sent.future, sent.scattered):
-        if future is not None:
-            future.release()
-    sent.lease = sent.future = sent.scattered = None
 
 
 def _close(inputs: Sequence[Iterator[Any]]) -> None:
