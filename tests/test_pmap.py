@@ -222,7 +222,7 @@ def test_data_parallel_training_equals_plain_torch_on_the_whole_batch(four):
             optimizer.zero_grad()
         grads, value = step({n: p.detach() for n, p in model.named_parameters()}, x, t)
         for name, parameter in model.named_parameters():
-            parameter.grad = grads[name].detach()  # else a cycle: its graph holds the parameter
+            parameter.grad = grads[name]
         loss = losses(other, x, t).mean()
         loss.backward()
         expected = F.cross_entropy(plain(x.flatten(0, 1)), t.flatten())
@@ -233,6 +233,27 @@ def test_data_parallel_training_equals_plain_torch_on_the_whole_batch(four):
             optimizer.step()
     for m in (model, other):
         torch.testing.assert_close(m.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_result_that_takes_no_gradient_keeps_no_tape(client):
+    """Though the function closes over parameters that would."""
+    model = nn.Linear(3, 1)
+
+    def f(x):
+        held = {name: p.detach() for name, p in model.named_parameters()}
+        return torch.func.functional_call(model, held, (x,)), model(x)
+
+    x = torch.randn(2, 5, 3)
+    without, of_parameters = tg.pmap(f, client=client)(x)
+    assert not without.requires_grad
+    assert of_parameters.requires_grad
+    torch.testing.assert_close(without, model(x).detach())
+    of_parameters.sum().backward()
+    assert model.weight.grad is not None
+
+    alone = tg.pmap(lambda x: f(x)[0], client=client)(x)
+    assert not alone.requires_grad
+    assert wait_until(lambda: not any(total_held(client).values()))
 
 
 def test_buffers_that_a_module_changes_come_from_rank_0(client):

@@ -114,9 +114,11 @@ def pmap(
         calls = _calls(fn, title, axis_name, split, _places(title, split.size, owner))
         run_with_buffers(calls, owner)
         values = values_of(calls, owner)
-        if torch.is_grad_enabled():
+        # Attached to what takes no gradient a result would keep the tapes for nothing.
+        if torch.is_grad_enabled() and any(any(flags) for _, flags in values):
             values = bridge.attach(calls, values, owner)
-        return _together(f"pmap of {title!r}", values, out_axes)
+        outputs = [_as_there(value, flags) for value, flags in values]
+        return _together(f"pmap of {title!r}", outputs, out_axes)
 
     return functools.wraps(fn)(mapped) if hasattr(fn, "__name__") else mapped
 
@@ -135,7 +137,10 @@ class _Split:
 
 
 class _Program:
-    """The function, with what is the same on all ranks put in: what is sent to them."""
+    """The function, with what is the same on all ranks put in: what is sent to them.
+
+    It gives what the function gives, and for each leaf of that whether a gradient can flow into it.
+    """
 
     def __init__(self, fn: Callable[..., Any], template: Any) -> None:
         self._fn = fn
@@ -145,7 +150,20 @@ class _Program:
         args, kwargs = map_leaves(
             lambda leaf: parts[leaf.index] if isinstance(leaf, Slot) else leaf, self._template
         )
-        return self._fn(*args, **kwargs)
+        value = self._fn(*args, **kwargs)
+        flags = [isinstance(x, torch.Tensor) and x.requires_grad for x in flatten(value)[0]]
+        return value, flags
+
+
+def _as_there(value: Any, flags: Sequence[bool]) -> Any:
+    """A rank's output, of which those leaves take a gradient that did on its worker."""
+    leaves, structure = flatten(value)
+    return structure.build(
+        [
+            leaf if flag or not isinstance(leaf, torch.Tensor) else leaf.detach()
+            for leaf, flag in zip(leaves, flags, strict=True)
+        ]
+    )
 
 
 def _refuse_inside(title: str) -> None:
