@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import time
 from collections.abc import Callable, Iterator
 
@@ -14,6 +15,8 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 import taskgrad as tg
 from taskgrad.cluster.tasks import held
 
+# Ctrl-C is tested. A shell's background jobs are started with it ignored, and so would this be.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # as the workers: the same operations give the same bits
 
 
