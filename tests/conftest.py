@@ -15,9 +15,12 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 import taskgrad as tg
 from taskgrad.cluster.tasks import held
 
-# Ctrl-C is tested. A shell's background jobs are started with it ignored, and so would this be.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # as the workers: the same operations give the same bits
+
+
+def pytest_sessionstart() -> None:
+    """Ctrl-C is tested. A shell's background jobs are started with it ignored, as this may be."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
