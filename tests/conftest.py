@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 import taskgrad as tg
 from taskgrad.cluster.tasks import held
 
+os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a worker that crashes says where
 torch.set_num_threads(1)  # as the workers: the same operations give the same bits
 
 

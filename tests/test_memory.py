@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import dask
 import pytest
@@ -18,7 +20,8 @@ from helpers import assert_same
 from taskgrad.graph.pytree import flatten
 from taskgrad.worker.backward import Backward
 from taskgrad.worker.sizes import total_bytes
-from taskgrad.worker.store import Store, Tape
+from taskgrad.worker.store import ResidentStage, Store, Tape
+from taskgrad.worker.turn import turn
 
 
 def test_memory_of_a_chain(client):
@@ -226,3 +229,25 @@ def forward_disturb_backward(client, disturb):
         assert_same(tg.collect(y).detach(), before)
     for name, grad in tg.collect(chain.grads()).items():
         assert_same(grad, model.get_parameter(name).grad, name)
+
+
+def test_nobody_reads_gradients_while_a_task_has_the_stage():
+    """torch crashes where one thread reads ``.grad`` and another replaces it: the task counts."""
+    parameter = nn.Parameter(torch.zeros(100))
+    stage = ResidentStage({}, {"p": parameter}, torch.device("cpu"))
+    made, asked = threading.Event(), threading.Event()
+
+    def task():
+        with turn(stage):
+            parameter.grad = torch.ones(100)
+            made.set()
+            asked.wait(30)
+
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(task)
+        assert made.wait(30)
+        assert total_bytes({"s": stage})["gradients"] == 0
+        asked.set()
+        running.result()
+        with stage.lock:  # so that the other thread can only say what the task has counted
+            assert pool.submit(total_bytes, {"s": stage}).result()["gradients"] == 400

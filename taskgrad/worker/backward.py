@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,8 @@ from taskgrad.graph.pytree import Structure, carries_gradient, describe, flatten
 from taskgrad.worker.failures import backward_error
 from taskgrad.worker.gradients import Gradient, accumulate_into, own
 from taskgrad.worker.ranks import Member
-from taskgrad.worker.store import ResidentStage, Store, Tape, busy
+from taskgrad.worker.store import ResidentStage, Store, Tape
+from taskgrad.worker.turn import turn
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Backward:
             return self._run(store, tape, values)
 
     def _run(self, store: Store, tape: Tape, values: tuple[Any, ...]) -> Any:
-        with tape.stage.lock if tape.stage else contextlib.nullcontext(), busy(tape.stage):
+        with turn(tape.stage):
             seeds = self._sum(tape, store.address, values)
             slots = {i: tape.inputs[i] for i in self.wanted}
             try:

@@ -22,7 +22,8 @@ from taskgrad.worker.failures import forward_error
 from taskgrad.worker.randomness import may_draw, random_stream
 from taskgrad.worker.ranks import Member
 from taskgrad.worker.recompute import recomputed
-from taskgrad.worker.store import LOSS, ResidentStage, Store, Tape, buffers_key, busy
+from taskgrad.worker.store import LOSS, ResidentStage, Store, Tape, buffers_key
+from taskgrad.worker.turn import turn
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Forward:
         (dropout), and the tape would not fit what others have made of the first.
         """
         stage = store.stage(self.stage) if self.stage is not None else None
-        with stage.lock if stage else contextlib.nullcontext(), busy(stage):
+        with turn(stage):
             tape = store.get(self.token)
             if tape is not None:
                 return self._give_all(stage, tape.outputs, tape.output_structure)

@@ -61,9 +61,28 @@ def stage_bytes(stage: ResidentStage) -> Held:
     return Held(
         parameters=sum(storages(stage.parameters.values()).values()),
         buffers=sum(storages(b for m in modules for b in m.buffers()).values()),
-        gradients=sum(storages(p.grad for p in stage.parameters.values()).values()),
+        gradients=_known_gradient_bytes(stage),
         optimizer=sum(storages(v for v in kept if not (spilled and spilled.holds(v))).values()),
     )
+
+
+def gradient_bytes(stage: ResidentStage) -> int:
+    """What the gradients of a stage hold, for whoever holds its lock.
+
+    torch takes the process down where one thread reads ``.grad`` and another replaces it.
+    """
+    return sum(storages(p.grad for p in stage.parameters.values()).values())
+
+
+def _known_gradient_bytes(stage: ResidentStage) -> int:
+    if stage.lock.acquire(blocking=False):
+        try:
+            stage.gradient_bytes = gradient_bytes(stage)
+        finally:
+            stage.lock.release()
+    else:
+        stage.uncounted = True
+    return stage.gradient_bytes
 
 
 def tape_bytes(tape: Tape) -> int:

@@ -7,11 +7,9 @@ and leaves when that key does: when the driver lets go of it, is killed, or canc
 from __future__ import annotations
 
 import threading
-import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +35,7 @@ class ResidentStage:
     `layers` are modules (or connection functions) by their index in the chain, `names` the chain's
     names for them, `parameters` the trainable and frozen parameters by the chain's first name for
     each. `lock` is held while any of it runs, so that a worker of several threads does not tear it.
+    `gradient_bytes` is what was last counted; `uncounted` asks whoever holds the lock to do it.
     """
 
     layers: dict[int, Any]
@@ -46,6 +45,8 @@ class ResidentStage:
     optimizer: torch.optim.Optimizer | None = None
     loss: Any = None  # the loss function, on the stage that gives the model's output
     training: Training | None = None  # what a trainer keeps here
+    gradient_bytes: int = 0
+    uncounted: bool = False
     lock: threading.RLock = field(default_factory=threading.RLock)
 
 
@@ -70,17 +71,6 @@ class Tape:
     # Held by a backward, and by who looks at what autograd saved: autograd frees it as it goes,
     # without Python's own lock, and whoever reads it meanwhile takes the process down.
     lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-@contextmanager
-def busy(stage: ResidentStage | None) -> Iterator[None]:
-    """Count this time as work for a trainer, if the stage has one."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        if stage is not None and stage.training is not None:
-            stage.training.busy += time.perf_counter() - start
 
 
 def buffers_key(token: str) -> str:

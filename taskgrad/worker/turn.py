@@ -1,0 +1,32 @@
+"""A task's turn at a stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from taskgrad.worker.sizes import gradient_bytes
+from taskgrad.worker.store import ResidentStage
+
+
+@contextmanager
+def turn(stage: ResidentStage | None) -> Iterator[None]:
+    """Have the stage for oneself, and count this time as work for a trainer, if there is one.
+
+    At the end its gradients are counted, if somebody wanted to and found the stage taken. No stage:
+    the task runs a function, and waits for nobody.
+    """
+    if stage is None:
+        yield
+        return
+    with stage.lock:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if stage.training is not None:
+                stage.training.busy += time.perf_counter() - start
+            if stage.uncounted:
+                stage.gradient_bytes = gradient_bytes(stage)
+                stage.uncounted = False
