@@ -4,11 +4,15 @@ A reduction is a tree: neighbours are combined, then neighbours of the results, 
 elements. So the function need be associative only, rounding errors grow with the logarithm of the
 length, and the shape alone decides the bits. The dimension is cut into segments of a fixed length;
 (row, segment) pairs are the items that threads share, and the segments' results are reduced again.
+
+A function that also commutes may combine elements that are far apart, so that vector registers need
+not be turned round: a dense row is then read as a table (`lanes_source`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import indent
 
 from taskgrad.kernels.body import Body
 from taskgrad.kernels.dtypes import SIZES, Kind
@@ -20,6 +24,8 @@ COLUMN_SEGMENT = 512  # with columns side by side
 BLOCK = 2_048  # elements whose tree fits into scratch memory
 COLUMNS = 256
 _BASE = 8  # rows of columns added up one after another
+_LANES = 16  # columns of the table as which a dense row is read
+_TREE = 16  # its rows that are combined in registers, and so many of their results again
 _LEVELS = 40
 SCRATCH = max(2 * BLOCK * 8, (_LEVELS + 1) * COLUMNS * 8) + _LEVELS * 8
 SCAN_SEGMENT = 256
@@ -46,6 +52,27 @@ def fold_source(body: Body, dtype: str, columns: bool, title: str) -> str:
     return HEAD.format(title=title) + _combine(body, held) + _filled(template, ("x", "out"), names)
 
 
+def lanes_source(body: Body, dtype: str, title: str) -> str:
+    """As `fold_source` for neighbours in memory, with a function that commutes."""
+    held = Kind(dtype).computed
+    names = {"T": held, "X": dtype, "size": SIZES[dtype], "held": SIZES[held]}
+    names |= {"columns": COLUMNS, "row": COLUMNS * 8, "stack": SCRATCH - _LEVELS * 8}
+    names |= {"levels": _LEVELS, "lanes": _LANES, "group": _TREE * _LANES, "groups": _TREE}
+    names |= {"chunk": _TREE * _TREE * _LANES}
+    names |= {"tree": _tree(f"m.load_{dtype}(p, i + <k>)")}
+    names |= {"upper_tree": _tree(f"m.get_{held}(groups, i + <k>)")}
+    template = _SEGMENTS + _ROWS_AS_TABLE
+    return HEAD.format(title=title) + _combine(body, held) + _filled(template, ("x", "out"), names)
+
+
+def _tree(element: str) -> str:
+    """Rows of a table combined, for its column ``i``; ``<k>`` is where a row begins."""
+    values = [element.replace("<k>", str(k * _LANES)) for k in range(_TREE)]
+    while len(values) > 1:
+        values = [f"combine({a}, {b})" for a, b in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
 def scan_source(body: Body, dtype: str, title: str) -> str:
     """A module whose ``kernel`` writes the running results of each segment of a dense row."""
     held = Kind(dtype).computed
@@ -65,6 +92,8 @@ def recurrence_source(dtype: str, title: str) -> str:
 
 def _filled(template: str, addresses: Sequence[str], names: Mapping[str, object]) -> str:
     names = {"entry": "\n".join(entry(addresses)), "items": "\n".join(ITEMS), **names}
+    names = {"join": _JOIN.rstrip(), "collect": _COLLECT.rstrip(), **names}
+    names = {"collect_here": indent(_COLLECT.rstrip(), 4 * " "), **names}
     for name, value in names.items():
         template = template.replace(f"<{name}>", str(value))
     return template
@@ -162,6 +191,36 @@ _ROWS = """\
         m.put_<T>(o, 0, v)
 """
 
+_JOIN = """\
+            # Blocks are joined as a binary number counts: two of a size make one of the next.
+            level, k = 1, done
+            while k % 2:
+                other = scratch + level * <row>
+                for j in range(w):
+                    m.put_<T>(here, j, combine(m.get_<T>(other, j), m.get_<T>(here, j)))
+                k //= 2
+                level += 1
+            other = scratch + level * <row>
+            for j in range(w):
+                m.put_<T>(other, j, m.get_<T>(here, j))
+            done += 1
+"""
+
+_COLLECT = """\
+        level, k = 1, done
+        while k % 2 == 0:
+            k //= 2
+            level += 1
+        here = scratch + level * <row>
+        while k > 1:
+            k //= 2
+            level += 1
+            if k % 2:
+                other = scratch + level * <row>
+                for j in range(w):
+                    m.put_<T>(here, j, combine(m.get_<T>(other, j), m.get_<T>(here, j)))
+"""
+
 _COLUMNS = """\
         w = min(<columns>, cols - c0)
         done = 0
@@ -179,32 +238,51 @@ _COLUMNS = """\
                     for j in range(w):
                         v = m.get_<X>(p, j * col_stride)
                         m.put_<T>(here, j, combine(m.get_<T>(here, j), v))
-            # Blocks are joined as a binary number counts: two of a size make one of the next.
-            level, k = 1, done
-            while k % 2:
-                other = scratch + level * <row>
-                for j in range(w):
-                    m.put_<T>(here, j, combine(m.get_<T>(other, j), m.get_<T>(here, j)))
-                k //= 2
-                level += 1
-            other = scratch + level * <row>
-            for j in range(w):
-                m.put_<T>(other, j, m.get_<T>(here, j))
-            done += 1
-        level, k = 1, done
-        while k % 2 == 0:
-            k //= 2
-            level += 1
-        here = scratch + level * <row>
-        while k > 1:
-            k //= 2
-            level += 1
-            if k % 2:
-                other = scratch + level * <row>
-                for j in range(w):
-                    m.put_<T>(here, j, combine(m.get_<T>(other, j), m.get_<T>(here, j)))
+<join>
+<collect>
         for j in range(w):
             m.put_<T>(o, j, m.get_<T>(here, j))
+"""
+
+_ROWS_AS_TABLE = """\
+        done, b0, w = 0, 0, min(<lanes>, n)
+        groups = scratch + <row> * <levels>
+        while b0 + <chunk> <= n:
+            for g in range(<groups>):
+                p, here = q + b0 * <size>, groups + g * <lanes> * <held>
+                for i in range(<lanes>):
+                    m.store_<T>(here, i, <tree>)
+                b0 += <group>
+            here = scratch
+            for i in range(<lanes>):
+                m.put_<T>(here, i, <upper_tree>)
+<join>
+        if done > 0:
+<collect_here>
+        else:
+            here = scratch + <row>
+            for j in range(w):
+                m.put_<T>(here, j, m.get_<X>(q, j))
+            b0 = w
+        # Less than a chunk is left: its rows come on top of each other, and then of the rest.
+        if b0 < n:
+            p, wide, rest = q + b0 * <size>, min(<lanes>, n - b0), scratch
+            for j in range(wide):
+                m.put_<T>(rest, j, m.get_<X>(p, j))
+            for b in range(b0 + <lanes>, n, <lanes>):
+                p = q + b * <size>
+                for j in range(min(<lanes>, n - b)):
+                    m.put_<T>(rest, j, combine(m.get_<T>(rest, j), m.get_<X>(p, j)))
+            for j in range(wide):
+                m.put_<T>(here, j, combine(m.get_<T>(here, j), m.get_<T>(rest, j)))
+        left = w
+        while left > 1:
+            half = left // 2
+            for j in range(half):
+                upper = m.get_<T>(here, left - half + j)
+                m.put_<T>(here, j, combine(m.get_<T>(here, j), upper))
+            left -= half
+        m.put_<T>(o, 0, m.get_<T>(here, 0))
 """
 
 _SCAN = """\

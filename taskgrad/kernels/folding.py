@@ -17,6 +17,7 @@ from taskgrad.kernels.compiled import Kernel, compiled
 from taskgrad.kernels.formula import Formula, expanded
 
 _PLANS = 4_096
+_COMMUTE = {"add", "mul", "and", "or", "xor"}
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,10 @@ class _Pass:
     items: int
     alone: bool
 
-    def run(self, *tensors: torch.Tensor) -> int:
-        """How many threads took part."""
-        return threads.run(
+    def run(self, *tensors: torch.Tensor) -> threads.LastCall:
+        """What it did."""
+        start = time.perf_counter()
+        count = threads.run(
             self.kernel,
             self.items,
             [t.data_ptr() for t in tensors],
@@ -39,11 +41,23 @@ class _Pass:
             scratch=fold_source.SCRATCH,
             threads=1 if self.alone else torch.get_num_threads(),
         )
+        seconds = time.perf_counter() - start
+        return threads.LastCall(count, self.items, sum(t.nbytes for t in tensors), seconds)
 
 
 def _pass(kernel: Kernel, numbers: Sequence[int], items: int, elements: int) -> _Pass:
     meta = torch.tensor(numbers, dtype=torch.int64)
     return _Pass(kernel, meta, meta.data_ptr(), items, items <= 1 or elements <= threads.ALONE)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A pass of a reduction, and the tensor that it makes from the one before."""
+
+    part: str
+    only: _Pass
+    shape: Sequence[int]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -69,42 +83,48 @@ class Folder:
     def __init__(self, formula: Formula, name: str) -> None:
         self._formula, self._name = expanded(formula), name
         self._plans: dict[Any, _Plan] = {}
-        self._direct: dict[Any, tuple[_Pass, tuple[int, ...], torch.dtype]] = {}
+        self._steps: dict[Any, list[_Step]] = {}
         self.kernels: dict[tuple[str, str], Kernel] = {}
         self.last: dict[str, threads.LastCall] = {}
 
+    def again(self, x: torch.Tensor, dim: int | None) -> torch.Tensor | None:
+        """As `fold` over one dimension or all, if that was done before and is passes alone.
+
+        Nothing else is looked at: small calls are mostly this, and so are large ones whose elements
+        have pushed everything else out of the caches.
+        """
+        dims = tuple(range(x.dim())) if dim is None else (dim,)
+        steps = self._steps.get((x.dtype, x.shape, x.stride(), dims))
+        if steps is None:
+            return None
+        for step in steps:
+            out = torch.empty(step.shape, dtype=step.dtype)
+            self.last[step.part] = step.only.run(x, out)
+            x = out
+        return x
+
     def fold(self, x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
         """The reduction over some dimensions, without them; none of them is empty."""
-        key = x.dtype, x.shape, x.stride(), dims
-        direct = self._direct.get(key)
-        if direct is not None:  # one pass over one dimension: small calls are mostly this
-            only, shape, held = direct
-            out = torch.empty(shape, dtype=held)
-            self._run("reduce", only, x, out)
-            return out
-        result = self._fold(x, dims)
-        if len(dims) == 1 and result.numel():
-            plan = self._plans[x.dtype, x.shape, x.stride(), dims[0]]
-            if plan.shape[-2] == 1 and plan.moves is None and plan.dtype == x.dtype:
-                if len(self._direct) >= _PLANS:
-                    self._direct.clear()
-                self._direct[key] = plan.first, tuple(result.shape), plan.dtype
-        return result
-
-    def _fold(self, x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-        dtype, part = x.dtype, "reduce"
         if not dims:
             return x.clone()
+        steps: list[_Step] = []
+        result, part = x, "reduce"
         for last, count in _groups(x, dims):
             first = last - count + 1
-            joined = x if count == 1 else _flattened(x, first, last)
+            joined = result if count == 1 else _flattened(result, first, last)
             if joined is not None:
-                x = self._fold_one(joined, first, part)
+                result = self._fold_one(joined, first, part, steps)
             else:
                 for dim in range(last, first - 1, -1):
-                    x, part = self._fold_one(x, dim, part), "reduce.rest"
+                    result, part = self._fold_one(result, dim, part, steps), "reduce.rest"
             part = "reduce.rest"
-        return x.to(dtype)
+        if steps and result.dtype == x.dtype and result.is_contiguous() and result.numel():
+            *before, end = steps
+            steps = [*before, _Step(end.part, end.only, result.shape, end.dtype)]
+            if len(self._steps) >= _PLANS:
+                self._steps.clear()
+            self._steps[x.dtype, x.shape, x.stride(), dims] = steps
+        return result.to(x.dtype)
 
     def scan(self, x: torch.Tensor) -> torch.Tensor:
         """The running results along the last dimension of a contiguous tensor."""
@@ -122,7 +142,7 @@ class Folder:
         kernel = self._kernel("scan", dtypes.name_of(x.dtype))
         numbers = (0, length, 1, segment, segments)
         chosen = _pass(kernel, numbers, rows * segments, x.numel())
-        self._run("scan", chosen, x, before, out)
+        self.last["scan"] = chosen.run(x, before, out)
         return out
 
     def _totals(self, x: torch.Tensor, segment: int) -> torch.Tensor:
@@ -133,17 +153,10 @@ class Folder:
         held = dtypes.Kind(dtypes.name_of(x.dtype)).computed
         out = torch.empty(rows, segments, dtype=dtypes.torch_dtype(held))
         chosen = _pass(kernel, numbers, rows * segments, x.numel())
-        self._run("scan.totals", chosen, x, out)
+        self.last["scan.totals"] = chosen.run(x, out)
         return out
 
-    def _run(self, part: str, chosen: _Pass, *tensors: torch.Tensor) -> None:
-        start = time.perf_counter()
-        count = chosen.run(*tensors)
-        seconds = time.perf_counter() - start
-        size = sum(t.numel() * t.element_size() for t in tensors)
-        self.last[part] = threads.LastCall(count, chosen.items, size, seconds)
-
-    def _fold_one(self, x: torch.Tensor, dim: int, part: str) -> torch.Tensor:
+    def _fold_one(self, x: torch.Tensor, dim: int, part: str, steps: list[_Step]) -> torch.Tensor:
         key = x.dtype, x.shape, x.stride(), dim
         plan = self._plans.get(key)
         if plan is None:
@@ -152,9 +165,10 @@ class Folder:
             plan = self._plans[key] = self._plan(x, dim)
         out = torch.empty(plan.shape, dtype=plan.dtype)
         if out.numel():
-            self._run(part, plan.first, x, out)
+            self.last[part] = plan.first.run(x, out)
+            steps.append(_Step(part, plan.first, plan.shape, plan.dtype))
         if plan.shape[-2] > 1:
-            out = self._fold_one(out, len(plan.shape) - 2, "reduce.rest")
+            out = self._fold_one(out, len(plan.shape) - 2, "reduce.rest", steps)
         else:
             out = out.squeeze(-2)
         return out.squeeze(-1) if plan.moves is None else out.movedim(-1, plan.moves)
@@ -175,7 +189,10 @@ class Folder:
         for d in reversed(outer):
             numbers += [shape[d], strides[d]]
         sizes = [shape[d] for d in outer]
-        kernel = self._kernel("rows" if column is None else "columns", dtype)
+        way = "rows" if column is None else "columns"
+        if way == "rows" and strides[dim] == 1 and _commutes(self._formula):
+            way = "lanes"
+        kernel = self._kernel(way, dtype)
         items = prod(sizes) * segments * col_blocks
         moves = None if column is None else kept.index(column)
         held = dtypes.torch_dtype(dtypes.Kind(dtype).computed)
@@ -192,10 +209,23 @@ class Folder:
             title = f"{self._name}, {way} of {dtype}"
             if way == "scan":
                 source = fold_source.scan_source(body, dtype, title)
+            elif way == "lanes":
+                source = fold_source.lanes_source(body, dtype, title)
             else:
                 source = fold_source.fold_source(body, dtype, way == "columns", title)
             self.kernels[key] = compiled(source, f"{self._name}_{way}", body.calls)
         return self.kernels[key]
+
+
+def _commutes(formula: Formula) -> bool:
+    """Whether it is known to: it is one operation on both arguments that does."""
+    *arguments, last = formula.steps
+    return (
+        all(step.op == "arg" for step in arguments)
+        and formula.outputs == (2,)
+        and last.op in _COMMUTE
+        and set(last.operands) == {0, 1}
+    )
 
 
 def _groups(x: torch.Tensor, dims: Sequence[int]) -> list[tuple[int, int]]:

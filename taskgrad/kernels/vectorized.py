@@ -115,6 +115,10 @@ class Vectorized:
         >>> add.reduce(torch.tensor([[2.0, 3.0], [4.0, 6.0], [5.0, 7.0]]), dim=0)
         tensor([11., 16.])
         """
+        if start is None and not keepdim:
+            known = self._reduced_again(x, dim)
+            if known is not None:
+                return known
         x = self._of_two(x)
         dims = _dimensions(dim, x.dim())
         if any(x.shape[d] == 0 for d in dims):
@@ -231,6 +235,14 @@ class Vectorized:
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{self.__name__} reduces a tensor; got {type(x).__name__}")
         return self._tensor(x)
+
+    def _reduced_again(self, x: Any, dim: Any) -> torch.Tensor | None:
+        """A reduction of a plain tensor like an earlier one; None where there was none."""
+        if torch.compiler.is_compiling() or self._folds is None or type(x) not in _PLAIN:
+            return None
+        if not (dim is None or type(dim) is int) or not x.is_cpu or x.is_neg():
+            return None
+        return None if differentiates((x,)) else self._folds.folder.again(x, dim)
 
     def _reduction(self) -> Reduction:
         operation = self._read()
