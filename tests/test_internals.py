@@ -133,8 +133,8 @@ def test_nothing_breaks_where_dask_has_moved_things(moved):
     assert internals.memory_limit(nothing) is None
     assert internals.memory_used(nothing) is None
     assert internals.pause_fraction(nothing) is None
-    assert internals.profile_interval(nothing) is None
-    internals.set_profile_interval(nothing, 1.0)
+    assert internals.timer_interval(nothing, "tick") is None
+    internals.set_timer_interval(nothing, "tick", 1.0)
     assert internals.threads(nothing) == 1
     assert internals.results_handler(nothing) is None
 
@@ -175,14 +175,14 @@ def test_a_worker_takes_samples_as_often_as_it_is_told(plain):
             profiles = [dask_worker.profile_recent, *(p for _, p in dask_worker.profile_history)]
             return sum(profile["count"] for profile in profiles)
 
-        found = [internals.profile_interval(dask_worker)]
+        found = [internals.timer_interval(dask_worker, "profile")]
         for _ in range(2):
             before = taken()
             await asyncio.sleep(0.5)
             found.append(taken() - before)
-            internals.set_profile_interval(dask_worker, 0.2)
+            internals.set_timer_interval(dask_worker, "profile", 0.2)
             await asyncio.sleep(0.05)
-        internals.set_profile_interval(dask_worker, found[0])
+        internals.set_timer_interval(dask_worker, "profile", found[0])
         return found
 
     busy = plain.submit(time.sleep, 1.5)

@@ -163,6 +163,7 @@ def test_the_shortest_interval_that_anybody_asks_for(observer):
         ("taskgrad.cross-memory.enabled", "no"),
         ("taskgrad.profile", "soon"),
         ("taskgrad.profile", True),
+        ("taskgrad.tick", True),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_named(key, value):
@@ -171,7 +172,9 @@ def test_a_setting_that_makes_no_sense_is_named(key, value):
 
 
 def test_settings_from_the_config():
-    default = Settings(latency=0.0, allocator=True, cross_memory=True, pause=0.93, profile=0.1)
+    default = Settings(
+        latency=0.0, allocator=True, cross_memory=True, pause=0.93, profile=0.1, tick=0.2
+    )
     assert Settings.from_config() == default
     with dask.config.set({"taskgrad.latency.interval": 3}):
         assert Settings.from_config() == replace(default, latency=0.003)

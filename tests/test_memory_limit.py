@@ -9,6 +9,7 @@ import dask
 import pytest
 import torch
 import torch.nn.functional as F
+from distributed import Nanny
 from torch import nn
 
 import taskgrad as tg
@@ -130,33 +131,42 @@ def test_state_in_files_gives_the_same_bits(tmp_path, factory):
 
 
 def of_the_worker(dask_worker):
-    """From which part of its memory limit on it is paused; how often it samples, in ms."""
+    """From which part of its memory limit on it is paused; how often it samples, ticks, in ms."""
     return (
         dask_worker.memory_manager.memory_pause_fraction,
         dask_worker.periodic_callbacks["profile"].callback_time,
+        dask_worker.periodic_callbacks["tick"].callback_time,
     )
 
 
-def test_workers_are_paused_later_and_sample_less_while_taskgrad_is_used(fresh):
+def ticks_of_others(dask_scheduler):
+    """How often the scheduler and its process's nannies look at their event loop, in ms."""
+    nannies = [n for n in Nanny._instances if n.scheduler_addr == dask_scheduler.address]
+    assert len(nannies) == len(dask_scheduler.workers)
+    here = [dask_scheduler, *nannies]
+    return {server.periodic_callbacks["tick"].callback_time for server in here}
+
+
+def test_workers_are_paused_later_and_look_less_while_taskgrad_is_used(fresh):
     from distributed import Client
 
     observer = fresh(n_workers=1)
 
     def now():
         [found] = observer.run(of_the_worker).values()
-        return found
+        return *found, observer.run_on_scheduler(ticks_of_others)
 
-    assert now() == (0.8, 10)
+    assert now() == (0.8, 10, 20, {20})
     with Client(observer.scheduler.address, set_as_default=False) as client:
         chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client)
-        assert wait_until(lambda: now() == (0.93, 100))
+        assert wait_until(lambda: now() == (0.93, 100, 200, {200}))
         del chain
-    assert wait_until(lambda: now() == (0.8, 10))
+    assert wait_until(lambda: now() == (0.8, 10, 20, {20}))
     with (
-        dask.config.set({"taskgrad.pause": False, "taskgrad.profile": False}),
+        dask.config.set({f"taskgrad.{name}": False for name in ("pause", "profile", "tick")}),
         Client(observer.scheduler.address, set_as_default=False) as client,
     ):
         tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client)
-        assert now() == (0.8, 10)
+        assert now() == (0.8, 10, 20, {20})
     with dask.config.set({"taskgrad.pause": 3}), pytest.raises(ValueError, match="taskgrad.pause"):
         tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=observer)

@@ -32,6 +32,8 @@ class Settings:
     """From which part of its memory limit on a worker is paused; None leaves it to Dask."""
     profile: float | None = None
     """Seconds between two samples of a worker's profiler, at least; None leaves it to Dask."""
+    tick: float | None = None
+    """Seconds between two looks of an event loop at itself, at least; None leaves it to Dask."""
 
     @classmethod
     def from_config(cls) -> Settings:
@@ -49,6 +51,7 @@ class Settings:
             cross_memory=_flag("taskgrad.cross-memory.enabled"),
             pause=_fraction("taskgrad.pause"),
             profile=_duration("taskgrad.profile") if _get("taskgrad.profile") else None,
+            tick=_duration("taskgrad.tick") if _get("taskgrad.tick") else None,
         )
 
     def message(self) -> dict[str, Any]:
@@ -92,6 +95,7 @@ def together(wishes: Iterable[Settings]) -> Settings:
         cross_memory=any(w.cross_memory for w in wishes),
         pause=max((w.pause for w in wishes if w.pause is not None), default=None),
         profile=max((w.profile for w in wishes if w.profile is not None), default=None),
+        tick=max((w.tick for w in wishes if w.tick is not None), default=None),
     )
 
 

@@ -14,8 +14,9 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import distributed.client
-from distributed import Client, Future, Scheduler, Worker
+from distributed import Client, Future, Nanny, Scheduler, Worker
 from distributed.batched import BatchedSend
+from distributed.core import Server
 
 
 class _Interval(float):
@@ -131,24 +132,30 @@ def set_pause_fraction(worker: Worker, fraction: float) -> None:
     worker.memory_manager.memory_pause_fraction = fraction
 
 
-def profile_interval(worker: Worker) -> float | None:
-    """Seconds between two samples of a worker's profiler; None if it takes none."""
-    found = _profiler(worker)
+def timer_interval(server: Server, name: str) -> float | None:
+    """Seconds between two runs of one of a server's timers; None if it has none of this name."""
+    found = _timer(server, name)
     return None if found is None else found.callback_time / 1000
 
 
-def set_profile_interval(worker: Worker, seconds: float) -> None:
-    """Have a worker's profiler take a sample every so many seconds, from the next one on."""
-    found = _profiler(worker)
+def set_timer_interval(server: Server, name: str, seconds: float) -> None:
+    """Have a timer run every so many seconds, from the next time on."""
+    found = _timer(server, name)
     if found is not None:
         found.callback_time = seconds * 1000
 
 
-def _profiler(worker: Worker) -> Any:
-    """Tornado's timer of the samples."""
-    timers = getattr(worker, "periodic_callbacks", None)
-    found = timers.get("profile") if isinstance(timers, dict) else None
+def _timer(server: Server, name: str) -> Any:
+    """Tornado's own."""
+    timers = getattr(server, "periodic_callbacks", None)
+    found = timers.get(name) if isinstance(timers, dict) else None
     return found if isinstance(getattr(found, "callback_time", None), int | float) else None
+
+
+def nannies_beside(scheduler: Scheduler) -> list[Server]:
+    """Those of a scheduler's nannies that are in its process, as in a `LocalCluster`."""
+    here = list(getattr(Nanny, "_instances", ()))
+    return [n for n in here if getattr(n, "scheduler_addr", None) == scheduler.address]
 
 
 def threads(worker: Worker) -> int:

@@ -18,7 +18,7 @@ from distributed import Scheduler, Worker
 from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
 from distributed.scheduler import TaskState, WorkerState
 
-from taskgrad.cluster import allocator, latency, loans, minimums
+from taskgrad.cluster import allocator, internals, latency, loans, minimums
 from taskgrad.cluster import serialize as _serialize  # noqa: F401  registers the tensor family
 from taskgrad.cluster.config import Settings, Users
 from taskgrad.cluster.post import Post
@@ -128,6 +128,7 @@ def _change(worker: Worker, settings: Settings) -> None:
         loans.restore(worker)
     minimums.PAUSE.hold(worker, settings.pause)
     minimums.PROFILE.hold(worker, settings.profile)
+    minimums.TICK.hold(worker, settings.tick)
 
 
 class SchedulerSide(SchedulerPlugin):
@@ -158,6 +159,8 @@ class SchedulerSide(SchedulerPlugin):
         """Have the settings of now hold on the scheduler, and on these workers."""
         settings = self._users.settings
         latency.apply_scheduler(self._scheduler, settings.latency)
+        for server in (self._scheduler, *internals.nannies_beside(self._scheduler)):
+            minimums.TICK.hold(server, settings.tick)
         for address in workers:
             self._scheduler.worker_send(address, {"op": _SETTINGS, **settings.message()})
 
