@@ -63,6 +63,20 @@ def test_several_segments(shape):
     torch.testing.assert_close(add.reduce(x), x.sum())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.int8])
+def test_dense_rows_of_any_length_with_a_function_that_commutes(dtype):
+    for length in (1, 15, 16, 17, 255, 256, 257, 4095, 4096, 4097, 65_536, 65_537, 140_000):
+        x = (3 * torch.randn(3, length)).to(dtype)
+        expected = x.double().sum(1) if dtype.is_floating_point else x.sum(1)
+        for _ in range(2):  # the second one finds all as it was for the first
+            found = add.reduce(x, 1)
+            if dtype == torch.bfloat16:
+                torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1)
+            else:
+                torch.testing.assert_close(found, expected.to(dtype))
+        assert torch.equal(add.reduce(x[0], 0), found[0])
+
+
 def test_accuracy_is_that_of_a_tree():
     ones = torch.full((5_000_000,), 0.1)
     exact = ones.double().sum()

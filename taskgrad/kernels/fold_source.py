@@ -16,7 +16,7 @@ from textwrap import indent
 
 from taskgrad.kernels.body import Body
 from taskgrad.kernels.dtypes import SIZES, Kind
-from taskgrad.kernels.source import HEAD, ITEMS, entry
+from taskgrad.kernels.source import CALL, HEAD, ITEMS, entry
 
 HEADER = ("depth", "length", "stride", "segment", "segments", "cols", "col_stride", "col_blocks")
 SEGMENT = 65_536  # along rows
@@ -53,7 +53,11 @@ def fold_source(body: Body, dtype: str, columns: bool, title: str) -> str:
 
 
 def lanes_source(body: Body, dtype: str, title: str) -> str:
-    """As `fold_source` for neighbours in memory, with a function that commutes."""
+    """As `fold_source` for neighbours in memory, with a function that commutes.
+
+    Where there are several segments, whoever is the last to end joins what they gave, so that one
+    call does it all. Its operands are the tensor, the segments' results and the rows'.
+    """
     held = Kind(dtype).computed
     names = {"T": held, "X": dtype, "size": SIZES[dtype], "held": SIZES[held]}
     names |= {"columns": COLUMNS, "row": COLUMNS * 8, "stack": SCRATCH - _LEVELS * 8}
@@ -61,8 +65,10 @@ def lanes_source(body: Body, dtype: str, title: str) -> str:
     names |= {"chunk": _TREE * _TREE * _LANES}
     names |= {"tree": _tree(f"m.load_{dtype}(p, i + <k>)")}
     names |= {"upper_tree": _tree(f"m.get_{held}(groups, i + <k>)")}
+    names |= {"done": CALL.index("done")}
     template = _SEGMENTS + _ROWS_AS_TABLE
-    return HEAD.format(title=title) + _combine(body, held) + _filled(template, ("x", "out"), names)
+    addresses = ("x", "out", "ends")
+    return HEAD.format(title=title) + _combine(body, held) + _filled(template, addresses, names)
 
 
 def _tree(element: str) -> str:
@@ -118,6 +124,7 @@ _SEGMENTS = """\
     col_stride = m.load_int64(meta, 6)
     col_blocks = m.load_int64(meta, 7)
     stack = scratch + <stack>
+    mine = 0
 <items>
         rest = item // col_blocks
         c0 = (item - rest * col_blocks) * <columns>
@@ -257,24 +264,25 @@ _ROWS_AS_TABLE = """\
             for i in range(<lanes>):
                 m.put_<T>(here, i, <upper_tree>)
 <join>
-        if done > 0:
+        some = done > 0
+        here = scratch + <row>
+        if some:
 <collect_here>
-        else:
-            here = scratch + <row>
-            for j in range(w):
-                m.put_<T>(here, j, m.get_<X>(q, j))
-            b0 = w
-        # Less than a chunk is left: its rows come on top of each other, and then of the rest.
-        if b0 < n:
-            p, wide, rest = q + b0 * <size>, min(<lanes>, n - b0), scratch
-            for j in range(wide):
-                m.put_<T>(rest, j, m.get_<X>(p, j))
-            for b in range(b0 + <lanes>, n, <lanes>):
-                p = q + b * <size>
-                for j in range(min(<lanes>, n - b)):
-                    m.put_<T>(rest, j, combine(m.get_<T>(rest, j), m.get_<X>(p, j)))
-            for j in range(wide):
-                m.put_<T>(here, j, combine(m.get_<T>(here, j), m.get_<T>(rest, j)))
+        # Less than a chunk is left: its groups, and then its rows, come on top of that.
+        while b0 + <group> <= n:
+            p = q + b0 * <size>
+            for i in range(<lanes>):
+                m.store_<T>(scratch, i, <tree>)
+            for i in range(<lanes>):
+                v = m.get_<T>(scratch, i)
+                m.put_<T>(here, i, combine(m.get_<T>(here, i), v) if some else v)
+            b0, some = b0 + <group>, True
+        while b0 < n:
+            p = q + b0 * <size>
+            for i in range(min(<lanes>, n - b0)):
+                v = m.get_<X>(p, i)
+                m.put_<T>(here, i, combine(m.get_<T>(here, i), v) if some else v)
+            b0, some = b0 + <lanes>, True
         left = w
         while left > 1:
             half = left // 2
@@ -283,6 +291,17 @@ _ROWS_AS_TABLE = """\
                 m.put_<T>(here, j, combine(m.get_<T>(here, j), upper))
             left -= half
         m.put_<T>(o, 0, m.get_<T>(here, 0))
+        mine += 1
+    if segments > 1 and mine > 0 and m.take(call, <done>, mine) + mine == items:
+        for row in range(items // segments):
+            here, left = out + row * segments * <held>, segments
+            while left > 1:
+                half = left // 2
+                for j in range(half):
+                    upper = m.get_<T>(here, left - half + j)
+                    m.put_<T>(here, j, combine(m.get_<T>(here, j), upper))
+                left -= half
+            m.put_<T>(ends, row, m.get_<T>(here, 0))
 """
 
 _SCAN = """\

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -29,14 +29,19 @@ class _Pass:
     meta_address: int
     items: int
     alone: bool
+    between: int | None = None  # elements of memory for segments that the kernel itself joins
 
     def run(self, *tensors: torch.Tensor) -> threads.LastCall:
         """What it did."""
         start = time.perf_counter()
+        addresses = [t.data_ptr() for t in tensors]
+        if self.between is not None:  # with one segment a row there is nothing to join
+            between = torch.empty(self.between, dtype=torch.float64) if self.between else tensors[1]
+            addresses.insert(1, between.data_ptr())
         count = threads.run(
             self.kernel,
             self.items,
-            [t.data_ptr() for t in tensors],
+            addresses,
             meta=self.meta_address,
             scratch=fold_source.SCRATCH,
             threads=1 if self.alone else torch.get_num_threads(),
@@ -197,6 +202,8 @@ class Folder:
         moves = None if column is None else kept.index(column)
         held = dtypes.torch_dtype(dtypes.Kind(dtype).computed)
         first = _pass(kernel, numbers, items, x.numel())
+        if way == "lanes":
+            first, segments = replace(first, between=items if segments > 1 else 0), 1
         return _Plan(first, (*sizes, segments, cols), held, moves)
 
     def _kernel(self, way: str, dtype: str) -> Kernel:

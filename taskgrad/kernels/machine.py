@@ -186,11 +186,14 @@ for _name in ("float32", "float64"):
 
 @intrinsic
 def take(typing_context: Any, address: Any, index: Any, count: Any) -> Any:
-    """Add to a whole number that threads share; what it was before."""
+    """Add to a whole number that threads share; what it was before.
+
+    What a thread wrote before, others see that find its number.
+    """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         place = _pointer(builder, args[0], args[1], _I64)
-        return builder.atomic_rmw("add", place, args[2], "monotonic")
+        return builder.atomic_rmw("add", place, args[2], "acq_rel")
 
     return types.int64(types.int64, types.int64, types.int64), generate
 

@@ -32,8 +32,8 @@ TILE_STRIDE = 136
 BLOCK = 8192  # elements, where none is turned round
 
 # What a call passes: all its threads get the address of one row of whole numbers, and share it.
-CALL = ("ticket", "next", "step", "items", "meta", "scratch", "scratch_size", "failed")
-_READ = CALL[2:-1]
+CALL = ("ticket", "next", "step", "items", "meta", "scratch", "scratch_size", "failed", "done")
+_READ = CALL[2:7]
 
 HEAD = '''\
 """{title}

@@ -77,7 +77,7 @@ def run(
         threads, step = 1, items
     place = _scratch_of(scratch * threads) if scratch else 0
     # In the order of source.CALL.
-    call = array("q", (0, 0, step, items, meta, place, scratch, 0, *addresses))
+    call = array("q", (0, 0, step, items, meta, place, scratch, 0, 0, *addresses))
     address = call.buffer_info()[0]
     if threads == 1:
         kernel.run(address)

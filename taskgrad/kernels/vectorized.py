@@ -86,7 +86,10 @@ class Vectorized:
         keepdim: bool = False,
         start: float | None = None,
     ) -> torch.Tensor:
-        """Combine the elements along dimensions, in their order; for associative functions.
+        """Combine the elements along dimensions; for associative functions.
+
+        In the order of the elements, unless the function is known not to care: a sum, a product, or
+        a bitwise operation of its two arguments.
 
         Parameters
         ----------
