@@ -56,7 +56,7 @@ def lanes_source(body: Body, dtype: str, title: str) -> str:
     """As `fold_source` for neighbours in memory, with a function that commutes.
 
     Where there are several segments, whoever is the last to end joins what they gave, so that one
-    call does it all. Its operands are the tensor, the segments' results and the rows'.
+    call does it all, in memory that the threads share.
     """
     held = Kind(dtype).computed
     names = {"T": held, "X": dtype, "size": SIZES[dtype], "held": SIZES[held]}
@@ -67,7 +67,7 @@ def lanes_source(body: Body, dtype: str, title: str) -> str:
     names |= {"upper_tree": _tree(f"m.get_{held}(groups, i + <k>)")}
     names |= {"done": CALL.index("done")}
     template = _SEGMENTS + _ROWS_AS_TABLE
-    addresses = ("x", "out", "ends")
+    addresses = ("x", "out", "between")
     return HEAD.format(title=title) + _combine(body, held) + _filled(template, addresses, names)
 
 
@@ -253,6 +253,8 @@ _COLUMNS = """\
 
 _ROWS_AS_TABLE = """\
         done, b0, w = 0, 0, min(<lanes>, n)
+        if segments > 1:
+            o = between + item * <held>
         groups = scratch + <row> * <levels>
         while b0 + <chunk> <= n:
             for g in range(<groups>):
@@ -294,14 +296,14 @@ _ROWS_AS_TABLE = """\
         mine += 1
     if segments > 1 and mine > 0 and m.take(call, <done>, mine) + mine == items:
         for row in range(items // segments):
-            here, left = out + row * segments * <held>, segments
+            here, left = between + row * segments * <held>, segments
             while left > 1:
                 half = left // 2
                 for j in range(half):
                     upper = m.get_<T>(here, left - half + j)
                     m.put_<T>(here, j, combine(m.get_<T>(here, j), upper))
                 left -= half
-            m.put_<T>(ends, row, m.get_<T>(here, 0))
+            m.put_<T>(out, row, m.get_<T>(here, 0))
 """
 
 _SCAN = """\

@@ -29,21 +29,18 @@ class _Pass:
     meta_address: int
     items: int
     alone: bool
-    between: int | None = None  # elements of memory for segments that the kernel itself joins
+    shared: int = 0  # bytes of memory for segments that the kernel itself joins
 
     def run(self, *tensors: torch.Tensor) -> threads.LastCall:
         """What it did."""
         start = time.perf_counter()
-        addresses = [t.data_ptr() for t in tensors]
-        if self.between is not None:  # with one segment a row there is nothing to join
-            between = torch.empty(self.between, dtype=torch.float64) if self.between else tensors[1]
-            addresses.insert(1, between.data_ptr())
         count = threads.run(
             self.kernel,
             self.items,
-            addresses,
+            [t.data_ptr() for t in tensors],
             meta=self.meta_address,
             scratch=fold_source.SCRATCH,
+            shared=self.shared,
             threads=1 if self.alone else torch.get_num_threads(),
         )
         seconds = time.perf_counter() - start
@@ -203,7 +200,7 @@ class Folder:
         held = dtypes.torch_dtype(dtypes.Kind(dtype).computed)
         first = _pass(kernel, numbers, items, x.numel())
         if way == "lanes":
-            first, segments = replace(first, between=items if segments > 1 else 0), 1
+            first, segments = replace(first, shared=8 * items if segments > 1 else 0), 1
         return _Plan(first, (*sizes, segments, cols), held, moves)
 
     def _kernel(self, way: str, dtype: str) -> Kernel:

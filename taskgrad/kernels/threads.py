@@ -53,6 +53,7 @@ def run(
     *,
     meta: int,
     scratch: int = 0,
+    shared: int = 0,
     threads: int = 1,
 ) -> int:
     """Call a kernel for all its items; how many threads took part.
@@ -67,6 +68,9 @@ def run(
         The address of the numbers that its layout passes.
     scratch : int
         Bytes of memory that each thread needs.
+    shared : int
+        Bytes of memory that they need together, where they need any; its address is one more
+        operand, the last.
     threads : int
         At most so many.
     """
@@ -75,9 +79,10 @@ def run(
         step = -(-items // (threads * _PIECES))
     else:
         threads, step = 1, items
-    place = _scratch_of(scratch * threads) if scratch else 0
+    place = _scratch_of(scratch * threads + shared) if scratch else 0
     # In the order of source.CALL.
-    call = array("q", (0, 0, step, items, meta, place, scratch, 0, 0, *addresses))
+    last = place + scratch * threads
+    call = array("q", (0, 0, step, items, meta, place, scratch, 0, 0, *addresses, last))
     address = call.buffer_info()[0]
     if threads == 1:
         kernel.run(address)

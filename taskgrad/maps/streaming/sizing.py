@@ -14,7 +14,7 @@ SECONDS = 0.1
 """What a chunk shall take at first."""
 MOST_SECONDS = 0.5
 """What it shall take at most, in a long map."""
-_SHARE = 1 / 16
+_SHARE = 1 / 32
 """What part of the time of the map so far."""
 LEAST_SECONDS = 0.01
 """What the smaller ones at the end shall take at least."""
