@@ -1,11 +1,11 @@
 """Streaming maps: taskgrad.imap against multiprocessing, joblib and mpi4py.futures.
 
 Two worker processes each. The function computes for a fixed time and returns its item, a numpy
-array: 1 KB or 1 MB in, the same out. (It makes hashes, as many as took so long before. An empty loop
-of Python is up to 15 % faster in one process than in the next, by where its memory lies.) taskgrad
-chooses its chunks itself. Each rival has the best of a few chunk sizes, found first, for each kind
-of item; one that takes more than twice as long as the best then is left out. The others take turns
-with taskgrad; the ratio is to the rival with the lowest median.
+array: 1 KB or 1 MB in, the same out. (It makes hashes, as many as took so long before. An empty
+loop of Python is up to 15 % faster in one process than in the next, by where its memory lies.)
+taskgrad chooses its chunks itself. Each rival has the best of a few chunk sizes, found first, for
+each kind of item; one that takes more than twice as long as the best then is left out. The others
+take turns with taskgrad; the ratio is to the rival with the lowest median.
 
 ``Pool.imap`` and mpi4py's ``MPIPoolExecutor.map`` with ``chunksize``, joblib's ``Parallel`` with
 ``return_as="generator"`` and ``batch_size``.
