@@ -20,7 +20,6 @@ matrix products stay torch's.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ import torch
 from numba import njit, prange
 
 import taskgrad as tg
+from benchmarks._heap import keep_freed_memory
 from benchmarks._report import Report, arguments
 
 COUNT = 10_000_000
@@ -344,13 +344,6 @@ def bandwidth(report: Report, found: dict[str, Case]) -> None:
             report.figure(f"{name}_into_{who}_gb_s", rates, "GB/s")
             if who != "ours":
                 report.ratio(f"{name}_into_vs_{who}", each["ours"], found_seconds)
-
-
-def keep_freed_memory() -> None:
-    """As taskgrad does in workers; glibc only, like that."""
-    libc = ctypes.CDLL(None)
-    for parameter in (-1, -3):  # trim threshold, mmap threshold
-        libc.mallopt(parameter, 1 << 30)
 
 
 def main() -> None:
