@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from distributed import Client
+from distributed import Client, get_worker
 from torch import nn
 
 import taskgrad as tg
@@ -634,7 +634,7 @@ def test_dropping_the_results_releases_the_tapes(client, model, columns):
 # -- maps in maps, in chains; chains in maps -------------------------------------------------------
 
 
-@pytest.mark.parametrize("inner", ["threads", "processes"])
+@pytest.mark.parametrize("inner", MODES)
 @pytest.mark.parametrize("outer", MODES)
 def test_nested(client, model, columns, outer, inner):
     xs, _ = columns
@@ -645,21 +645,10 @@ def test_nested(client, model, columns, outer, inner):
         return sum(mapped_outer(lambda g: sum(mapped_inner(lambda x: model(x).sum(), g)), groups))
 
     theirs = torch.autograd.grad(both(map, map), takers)
-    ours = (
-        both(
-            functools.partial(tg.map, over=outer, client=client),
-            functools.partial(tg.map, over=inner),
-        )
-        if outer == "threads" or inner == "threads"
-        else None
+    ours = both(
+        functools.partial(tg.map, over=outer, client=client),
+        functools.partial(tg.map, over=inner),
     )
-    if ours is None:
-        with pytest.raises(tg.TaskgradError, match='inside a task, on worker.*over="threads"'):
-            both(
-                functools.partial(tg.map, over=outer, client=client),
-                functools.partial(tg.map, over=inner),
-            )
-        return
     ours.backward()
     assert_close(taken(takers), theirs)
 
@@ -676,10 +665,28 @@ class Mapped(nn.Module):
         return torch.stack(tg.map(self.inner, xs, over=self.over))
 
 
-def test_in_a_layer_of_a_chain(wide, columns):
+def here(barrier, _):
+    if barrier is not None:
+        barrier.wait(30)  # so that no thread takes two items
+    return threading.get_ident(), get_worker().address
+
+
+@pytest.mark.parametrize(("over", "threads"), [("processes", 1), ("threads", 3), ("both", 3)])
+def test_inside_a_task_its_worker_does_it_all(wide, over, threads):
+    def mapped(_):
+        barrier = threading.Barrier(threads) if threads > 1 else None
+        return tg.map(functools.partial(here, barrier), range(3), over=over)
+
+    (found,) = tg.map(mapped, [0], client=wide)
+    assert len(set(found)) == threads
+    assert len({address for _, address in found}) == 1
+
+
+@pytest.mark.parametrize("over", MODES)
+def test_in_a_layer_of_a_chain(wide, columns, over):
     torch.manual_seed(0)
     xs, _ = columns
-    layers = nn.Sequential(nn.Linear(5, 5), Mapped("threads"), nn.Linear(2, 1))
+    layers = nn.Sequential(nn.Linear(5, 5), Mapped(over), nn.Linear(2, 1))
     chain = tg.GraphChain(layers, client=wide)
     tg.collect(chain(xs)).sum().backward()
     ours = taken([xs])
@@ -688,9 +695,6 @@ def test_in_a_layer_of_a_chain(wide, columns):
     layers(xs).sum().backward()
     for name, grad in tg.collect(chain.grads()).items():
         assert_close([grad], [layers.get_parameter(name).grad])
-    refused = tg.GraphChain(nn.Sequential(Mapped("processes")), client=wide)
-    with pytest.raises(tg.LayerError, match='inside a task, on worker.*over="threads"'):
-        tg.collect(refused(xs))
 
 
 def test_a_chain_inside_a_map(client, model, columns):

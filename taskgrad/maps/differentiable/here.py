@@ -22,7 +22,7 @@ from taskgrad.maps.differentiable.pieces import (
     run_pieces,
     total,
 )
-from taskgrad.maps.differentiable.threads import threads_here, worker_here
+from taskgrad.maps.differentiable.threads import worker_here
 from taskgrad.maps.failures import note_item
 
 
@@ -30,12 +30,12 @@ def map_here(
     fn: Callable[..., Any],
     rows: Sequence[Row],
     *,
+    threads: int,
     chunksize: int | None,
     reduce: bool,
     seed: int | None,
 ) -> list[Any]:
     """The results, or their sums by chunk, attached to autograd's graph."""
-    threads = threads_here()
     if chunksize is None:
         ranges = share(len(rows), [1] * min(threads, len(rows)))
     else:

@@ -16,6 +16,7 @@ from taskgrad.maps.differentiable.here import map_here
 from taskgrad.maps.differentiable.items import read_rows
 from taskgrad.maps.differentiable.reducing import fold, mean
 from taskgrad.maps.differentiable.there import map_there
+from taskgrad.maps.differentiable.threads import threads_here, worker_here
 from taskgrad.thunk import Lazy, Thunk, collect
 
 
@@ -46,6 +47,8 @@ def map(
     over
         "processes": the client's workers, one item at a time on each. "threads": threads of this
         process, with no cluster. "both": the workers, and on each as many threads as it has.
+        Inside a task (in a function that is mapped, or in a chain's layer) the worker that runs it
+        does all of it: one item at a time, or with as many threads as it has.
     chunksize
         How many items make one task, or one piece of work of a thread. By default each worker or
         thread has one chunk, all of the same size; over both by the workers' threads.
@@ -100,8 +103,12 @@ def map(
         if reduce is not None:
             raise ValueError(f"reduce={reduce!r} of a map over no items")
         return []
-    if over == "threads":
-        results = map_here(fn, rows, chunksize=chunksize, reduce=reduce is not None, seed=seed)
+    if over == "threads" or worker_here() is not None:
+        # In a task, other workers may be waiting for this one: it does all of it.
+        threads = 1 if over == "processes" else threads_here()
+        results = map_here(
+            fn, rows, threads=threads, chunksize=chunksize, reduce=reduce is not None, seed=seed
+        )
     else:
         results = map_there(
             fn,

@@ -23,7 +23,6 @@ from taskgrad.maps.differentiable.cotangents import encode
 from taskgrad.maps.differentiable.items import Row, cut, share
 from taskgrad.maps.differentiable.joining import Recording, join
 from taskgrad.maps.differentiable.pieces import Gradient, ItemError, total
-from taskgrad.maps.differentiable.threads import worker_here
 from taskgrad.maps.failures import note_item
 
 
@@ -40,13 +39,6 @@ def map_there(
     client: Client | None,
 ) -> list[Any]:
     """The results, or their sums by chunk, attached to autograd's graph."""
-    worker = worker_here()
-    if worker is not None:
-        raise TaskgradError(
-            f"a map of {title_of(fn)!r} over processes was started inside a task, on worker "
-            f"{worker.address}: it would wait for workers that wait for it. Inside a task use "
-            'over="threads", or start the map on the driver'
-        )
     packed = pack_function(fn)
     wanted = [carries_gradient(t) and t.requires_grad for t in packed.tensors]
     grad = torch.is_grad_enabled()
