@@ -100,6 +100,8 @@ def _filled(template: str, addresses: Sequence[str], names: Mapping[str, object]
     names = {"entry": "\n".join(entry(addresses)), "items": "\n".join(ITEMS), **names}
     names = {"join": _JOIN.rstrip(), "collect": _COLLECT.rstrip(), **names}
     names = {"collect_here": indent(_COLLECT.rstrip(), 4 * " "), **names}
+    names = {"halved": _HALVED.rstrip(), **names}
+    names = {"halved_there": indent(_HALVED.rstrip(), 4 * " "), **names}
     for name, value in names.items():
         template = template.replace(f"<{name}>", str(value))
     return template
@@ -251,6 +253,15 @@ _COLUMNS = """\
             m.put_<T>(o, j, m.get_<T>(here, j))
 """
 
+_HALVED = """\
+        while left > 1:
+            half = left // 2
+            for j in range(half):
+                upper = m.get_<T>(here, left - half + j)
+                m.put_<T>(here, j, combine(m.get_<T>(here, j), upper))
+            left -= half
+"""
+
 _ROWS_AS_TABLE = """\
         done, b0, w = 0, 0, min(<lanes>, n)
         if segments > 1:
@@ -286,23 +297,13 @@ _ROWS_AS_TABLE = """\
                 m.put_<T>(here, i, combine(m.get_<T>(here, i), v) if some else v)
             b0, some = b0 + <lanes>, True
         left = w
-        while left > 1:
-            half = left // 2
-            for j in range(half):
-                upper = m.get_<T>(here, left - half + j)
-                m.put_<T>(here, j, combine(m.get_<T>(here, j), upper))
-            left -= half
+<halved>
         m.put_<T>(o, 0, m.get_<T>(here, 0))
         mine += 1
     if segments > 1 and mine > 0 and m.take(call, <done>, mine) + mine == items:
         for row in range(items // segments):
             here, left = between + row * segments * <held>, segments
-            while left > 1:
-                half = left // 2
-                for j in range(half):
-                    upper = m.get_<T>(here, left - half + j)
-                    m.put_<T>(here, j, combine(m.get_<T>(here, j), upper))
-                left -= half
+<halved_there>
             m.put_<T>(out, row, m.get_<T>(here, 0))
 """
 
