@@ -484,6 +484,51 @@ def test_a_mean_is_one_round_trip_too(client, model, columns):
     assert backwards(client) == before
 
 
+@pytest.mark.parametrize("factor", [1, 1 / 3])
+def test_a_backward_that_came_twice_is_expected(client, columns, factor):
+    """Whatever it takes and whatever its cotangent is, and with the same bits."""
+    xs, _ = columns
+    w = torch.ones(600, 600, requires_grad=True)  # more than is sent home unasked
+    fn = lambda x: (x.sum() * w.sin()).mean()  # noqa: E731
+
+    def step(**options):
+        (sum(tg.map(fn, xs, client=client, **options)) * factor).backward()
+        return taken([w, xs])
+
+    lazy = step(eager_grad=False)
+    trips = []
+    for _ in range(4):
+        before = backwards(client)
+        for a, b in zip(step(), lazy, strict=True):
+            assert_same(a, b)
+        trips.append(backwards(client) - before)
+    assert trips == [2, 2, 0, 0]
+    before = backwards(client)
+    sum(i * loss for i, loss in enumerate(tg.map(fn, xs, client=client))).backward()
+    assert backwards(client) == before + 2  # made in vain; not what was expected
+    taken([w, xs])
+    before = backwards(client)
+    step()
+    assert backwards(client) == before + 2
+    assert wait_until(lambda: not any(total_held(client).values()))
+
+
+def test_no_backward_is_expected_of_a_function_that_is_evaluated_in_between(client, columns):
+    xs, _ = columns
+    w = torch.ones(600, 600, requires_grad=True)
+
+    def fn(x):
+        return (x.sum() * w.sin()).mean()
+
+    for _ in range(4):
+        before = backwards(client)
+        sum(tg.map(functools.partial(fn), xs, client=client)).backward()
+        assert backwards(client) == before + 2
+        with torch.no_grad():
+            tg.map(fn, xs, client=client)  # keeps nothing, says nothing
+        tg.map(fn, xs, client=client)
+
+
 def test_eager_gradients_need_losses(client):
     x = torch.ones(2, requires_grad=True)
     with pytest.raises(TypeError, match="eager_grad=True.*neither a 0-d tensor"):
@@ -816,6 +861,13 @@ def test_a_failing_backward(client):
     losses = tg.map(lambda x: Bad.apply(x).sum(), [x, x], eager_grad=False, client=client)
     with pytest.raises(tg.LayerError, match="backward of 'lambda' on worker.*ArithmeticError"):
         sum(losses).backward()
+    assert wait_until(lambda: not any(total_held(client).values()))
+    losses = tg.map(lambda x: Bad.apply(x).sum(), [x, x], client=client)  # unasked: not its fault
+    assert [loss.item() for loss in losses] == [2, 2]
+    with pytest.raises(tg.LayerError, match="ArithmeticError"):
+        sum(losses).backward()
+    with pytest.raises(tg.LayerError, match="backward of 'lambda' on worker.*ArithmeticError"):
+        tg.map(lambda x: Bad.apply(x).sum(), [x, x], eager_grad=True, client=client)
     assert wait_until(lambda: not any(total_held(client).values()))
     with pytest.raises(ArithmeticError):
         sum(tg.map(lambda x: Bad.apply(x).sum(), [x, x], over="threads")).backward()

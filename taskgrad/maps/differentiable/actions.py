@@ -11,6 +11,7 @@ import contextlib
 import pickle
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.graph import pack
 from taskgrad.graph.pytree import Slot, flatten
 from taskgrad.maps.differentiable.cotangents import decode
+from taskgrad.maps.differentiable.eager import differentiate_at_once
 from taskgrad.maps.differentiable.items import share
 from taskgrad.maps.differentiable.pieces import (
     Gradient,
@@ -33,74 +35,10 @@ from taskgrad.maps.differentiable.pieces import (
     total,
 )
 from taskgrad.maps.differentiable.threads import threads_here
+from taskgrad.maps.differentiable.work import Reply, Work
 from taskgrad.maps.failures import portable
 from taskgrad.worker.failures import backward_error
 from taskgrad.worker.store import Store, Tape
-
-# Gradients are made together with the results where that takes less than a round trip...
-_EAGER_SECONDS = 0.02
-# ... and where they are small beside one.
-_EAGER_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Work:
-    """What all chunks of a map have in common.
-
-    Attributes
-    ----------
-    title
-        The function's name.
-    threads
-        Whether a chunk is run by as many threads as its worker has.
-    grad, taped, seed, reduce
-        As in `taskgrad.maps.differentiable.pieces.Task`.
-    wanted, is_buffer
-        Which of the shared tensors take a gradient, and which are buffers of modules.
-    eager
-        Whether the backward is run at once: yes, no, or where it pays (None).
-    eager_seed
-        The cotangent that it is run with.
-    autocast, dtype
-        Torch's autocast regions and default dtype on the driver.
-    """
-
-    title: str
-    threads: bool
-    grad: bool
-    taped: bool
-    seed: int | None
-    reduce: bool
-    wanted: tuple[bool, ...]
-    is_buffer: tuple[bool, ...]
-    eager: bool | None
-    eager_seed: float
-    autocast: tuple[tuple[str, torch.dtype], ...]
-    dtype: torch.dtype
-
-
-@dataclass
-class Reply:
-    """What comes home of a chunk.
-
-    Attributes
-    ----------
-    results, flags
-        Its results, and which of their leaves give a gradient.
-    entries
-        For each of those leaves the position of its result.
-    leads
-        The positions among those leaves of the results' losses, if it was differentiated at once.
-    eager_shared, eager_items
-        The gradients, if so; None of what is shared where it is added up on the worker first.
-    """
-
-    results: list[Any]
-    flags: list[bool]
-    entries: list[int]
-    leads: list[int] | None = None
-    eager_shared: list[Gradient] | None = None
-    eager_items: list[Gradient] | None = None
 
 
 @dataclass
@@ -163,12 +101,16 @@ class RunChunk:
         self._check_buffers(tensors, leaves)
         reply = _reply(pieces)
         if not work.taped:
-            return Reply(reply.results, [False] * len(reply.flags), [])
+            return Reply(reply.attempt, reply.results, [False] * len(reply.flags), [])
         takers = [t for t, wanted in zip(leaves, work.wanted, strict=True) if wanted]
         for piece in pieces:
             piece.shared = takers
         tape = _tape(work.title, pieces, reply)
-        self._go_back_at_once(tape, pieces, reply, seconds, threads)
+        eager = differentiate_at_once(work, pieces, seconds, threads, store.address)
+        if eager is not None:
+            reply.leads, reply.eager_items = eager.leads, [_home(g) for g in eager.items]
+            tape.eager_shared = [_home(g) for g in eager.shared]
+            reply.eager_shared = tape.eager_shared if self.alone else None
         store.put(self.key, tape)
         return reply
 
@@ -200,58 +142,6 @@ class RunChunk:
                     'not change. Put the module in evaluation mode, or use over="threads"'
                 )
 
-    def _go_back_at_once(
-        self, tape: ChunkTape, pieces: list[Piece], reply: Reply, seconds: float, threads: int
-    ) -> None:
-        """Differentiate now what are losses, if that is asked for or pays."""
-        eager = self.work.eager
-        if eager is False:
-            return
-        losses = [_losses(piece) for piece in pieces]
-        if any(found is None for found in losses):
-            if eager:
-                raise TypeError(
-                    f"eager_grad=True, and {self.work.title!r} gives something that is neither a "
-                    "0-d tensor that requires grad nor a tuple led by one"
-                )
-            return
-        size = sum(t.numel() * t.element_size() for t in pieces[0].shared)
-        size += sum(t.numel() * t.element_size() for piece in pieces for t in piece.taken)
-        if eager is None and (seconds > _EAGER_SECONDS or size > _EAGER_BYTES):
-            return
-        seeds: list[list[Gradient]] = []
-        for piece, leads in zip(pieces, losses, strict=True):
-            chosen = set(leads or ())
-            seeds.append(
-                [
-                    torch.full_like(o, self.work.eager_seed) if i in chosen else None
-                    for i, o in enumerate(piece.outputs)
-                ]
-            )
-        shared, taken = differentiate(pieces, seeds, threads, retain=True)
-        before, leads_found = 0, []
-        for piece, leads in zip(pieces, losses, strict=True):
-            leads_found += [before + i for i in leads or ()]
-            before += len(piece.outputs)
-        reply.leads = leads_found
-        reply.eager_items = [_home(g) for grads in taken for g in grads]
-        tape.eager_shared = [_home(g) for g in total(shared)]
-        if self.alone:
-            reply.eager_shared = tape.eager_shared
-
-
-def _losses(piece: Piece) -> list[int] | None:
-    """The positions among a piece's outputs of its results' losses; None if one has none."""
-    positions, flag = [], 0
-    for result in piece.results:
-        lead = result[0] if isinstance(result, tuple) and result else result
-        if not (isinstance(lead, torch.Tensor) and lead.dim() == 0 and piece.flags[flag]):
-            return None
-        positions.append(flag)
-        flag += len(flatten(result)[0])
-    outputs = [i for i, flagged in enumerate(piece.flags) if flagged]
-    return [outputs.index(position) for position in positions]
-
 
 def _reply(pieces: Sequence[Piece]) -> Reply:
     results: list[Any] = []
@@ -262,7 +152,8 @@ def _reply(pieces: Sequence[Piece]) -> Reply:
         results += piece.results
         flags += piece.flags
     leaves, structure = flatten(results)
-    return Reply(structure.build([_home(leaf) for leaf in leaves]), flags, entries)
+    found = structure.build([_home(leaf) for leaf in leaves])
+    return Reply(uuid.uuid4().hex, found, flags, entries)
 
 
 def _home(leaf: Any) -> Any:
@@ -317,6 +208,7 @@ class GoBack:
     """Run a `ChunksBackward`."""
 
     keys: tuple[str, ...]
+    attempts: tuple[str, ...]
     outputs: tuple[int, ...]
     runs: tuple[tuple[int, int], ...]
     title: str
@@ -333,7 +225,7 @@ class GoBack:
         LayerError
             Autograd raised.
         WorkerLostError
-            A tape is not here: the worker was restarted.
+            A tape is not here, or of another attempt: the worker was restarted.
         """
         rest = iter(decode(self.runs, distinct))
         cotangents = {
@@ -341,7 +233,8 @@ class GoBack:
             for key, count in zip(self.keys, self.outputs, strict=True)
         }
         used = [k for k, given in cotangents.items() if any(c is not None for c in given)]
-        tapes = [self._tape(store, key) for key in used]
+        attempts = dict(zip(self.keys, self.attempts, strict=True))
+        tapes = [self._tape(store, key, attempts[key]) for key in used]
         pieces = [piece for tape in tapes for piece in tape.pieces]
         rest = iter([c for key in used for c in cotangents[key]])
         seeds = [[next(rest) for _ in piece.outputs] for piece in pieces]
@@ -360,9 +253,11 @@ class GoBack:
         }
         return [_home(g) for g in total(shared)], [items.get(key) for key in self.keys]
 
-    def _tape(self, store: Store, key: str) -> ChunkTape:
+    def _tape(self, store: Store, key: str, attempt: str) -> ChunkTape:
         tape = store.get(key)
-        if not isinstance(tape, ChunkTape):
+        # Another attempt may have drawn other random numbers: the results are not of its tape.
+        reply = tape.reply if isinstance(tape, ChunkTape) else None
+        if not isinstance(tape, ChunkTape) or reply is None or reply.attempt != attempt:
             raise WorkerLostError(
                 f"worker {store.address} does not hold what the map of {self.title!r} left there: "
                 "it was restarted since. Run the map again"

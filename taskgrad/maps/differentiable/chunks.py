@@ -11,8 +11,8 @@ from taskgrad.maps.differentiable.actions import (
     GiveSharedGradient,
     GoBack,
     RunChunk,
-    Work,
 )
+from taskgrad.maps.differentiable.work import Work
 
 
 class Shared(Node):
@@ -77,14 +77,16 @@ class ChunksBackward(Node):
 
     Its input are the distinct cotangents of the chunks' outputs, of which `runs` tell the order and
     `outputs` how many each chunk has. Its value are the gradients of what the chunks share, and for
-    each chunk those of its items; None for one without cotangents.
+    each chunk those of its items; None for one without cotangents. It uses the tapes of these
+    `attempts` at the chunks and of no others.
     """
 
-    __slots__ = ("chunks", "cotangents", "outputs", "retain", "runs")
+    __slots__ = ("attempts", "chunks", "cotangents", "outputs", "retain", "runs")
 
     def __init__(
         self,
         chunks: Sequence[Chunk],
+        attempts: Sequence[str],
         outputs: Sequence[int],
         runs: Sequence[tuple[int, int]],
         cotangents: Leaf,
@@ -92,6 +94,7 @@ class ChunksBackward(Node):
     ) -> None:
         super().__init__(new_key("backward", chunks[0].work.title), chunks[0].worker)
         self.chunks = tuple(chunks)
+        self.attempts = tuple(attempts)
         self.outputs = tuple(outputs)
         self.runs = tuple(runs)
         self.cotangents = cotangents
@@ -121,4 +124,6 @@ def _(node: SharedGradient) -> GiveSharedGradient:
 def _(node: ChunksBackward) -> GoBack:
     first = node.chunks[0].work
     keys = tuple(chunk.key for chunk in node.chunks)
-    return GoBack(keys, node.outputs, node.runs, first.title, first.threads, node.retain)
+    return GoBack(
+        keys, node.attempts, node.outputs, node.runs, first.title, first.threads, node.retain
+    )

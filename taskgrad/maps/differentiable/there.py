@@ -16,13 +16,14 @@ from taskgrad.executors.futures import forget, submit, values_of
 from taskgrad.executors.watching import failure, wait_for
 from taskgrad.graph.nodes import Leaf, Node, autocast_now
 from taskgrad.graph.pytree import Slot, carries_gradient, flatten
-from taskgrad.maps.differentiable.actions import Reply, Work
 from taskgrad.maps.differentiable.chunks import Chunk, ChunksBackward, Shared, SharedGradient
 from taskgrad.maps.differentiable.closed_over import Packed, pack_function, title_of
 from taskgrad.maps.differentiable.cotangents import encode
+from taskgrad.maps.differentiable.expected import Expectation
 from taskgrad.maps.differentiable.items import Row, cut, share
 from taskgrad.maps.differentiable.joining import Recording, join
 from taskgrad.maps.differentiable.pieces import Gradient, ItemError, total
+from taskgrad.maps.differentiable.work import Reply, Work
 from taskgrad.maps.failures import note_item
 
 
@@ -44,6 +45,8 @@ def map_there(
     grad = torch.is_grad_enabled()
     items = [_Items(row, i, title_of(fn)) for i, row in enumerate(rows)]
     taped = grad and (any(wanted) or any(any(item.wanted) for item in items))
+    expectation = Expectation(fn) if taped and eager is None else None
+    expected = None if expectation is None else expectation.cotangent
     work = Work(
         title=title_of(fn),
         threads=threads,
@@ -54,7 +57,8 @@ def map_there(
         wanted=tuple(wanted),
         is_buffer=tuple(packed.is_buffer),
         eager=eager,
-        eager_seed=eager_seed,
+        eager_seed=eager_seed if expected is None else expected,
+        expected=expected is not None,
         autocast=autocast_now(),
         dtype=torch.get_default_dtype(),
     )
@@ -73,6 +77,7 @@ def map_there(
     recording = _Recorded(
         work, groups, replies, by_worker, [sum(c.wanted) for c in chunks], sum(wanted), owner
     )
+    recording.expectation = expectation
     forget(sums)
     inputs = [t for t, w in zip(packed.tensors, wanted, strict=True) if w]
     inputs += [t for item in items for t, w in zip(item.tensors, item.wanted, strict=True) if w]
@@ -229,6 +234,7 @@ class _Recorded(Recording):
             before += len(reply.results)
         super().__init__(work.title, entries)
         self.owner = owner
+        self.expectation: Expectation | None = None
         self.shared = shared
         self.parts: list[_Part] = []
         rest = iter(zip(replies, taken, strict=True))
@@ -239,6 +245,8 @@ class _Recorded(Recording):
     def backward(self, cotangents: Sequence[Gradient], retain: bool) -> list[Gradient]:
         """Each worker's where its tapes are, all at once; the last worker's are added first."""
         self.claim(cotangents, retain)
+        if self.expectation is not None:
+            self.expectation.meet(self.entries, cotangents)
         rest = iter(cotangents)
         nodes: dict[int, ChunksBackward] = {}
         found: list[_Gradients | None] = []
@@ -306,6 +314,7 @@ class _Part:
     ) -> None:
         self.work = work
         self.chunks = list(chunks)
+        self.attempts = [reply.attempt for reply, _ in replies]
         self.outputs = [len(reply.entries) for reply, _ in replies]
         self.taken = [count for _, count in replies]
         self._leads: list[int] = []
@@ -345,7 +354,12 @@ class _Part:
         """The node of a backward with these cotangents."""
         runs, tensors = encode(cotangents)
         return ChunksBackward(
-            self.chunks, self.outputs, runs, Leaf(tensors, needs_grad=False), retain
+            self.chunks,
+            self.attempts,
+            self.outputs,
+            runs,
+            Leaf(tensors, needs_grad=False),
+            retain,
         )
 
 
