@@ -25,7 +25,7 @@ class KernelRow:
         Whether every operand lay in one row, or was one number: the fast path.
     along : str
         How the operands lay along the loop: u unit stride, z one element, s strided, t turned
-        round in blocks first.
+        round in blocks first, p a result of unit stride that goes past the caches.
     vector_bits : int
         The widest registers of the loop as LLVM vectorised it; 0 where it did not.
     compiled_here : bool
@@ -114,7 +114,7 @@ def _parts(operation: Operation, name: str = "forward") -> Iterator[tuple[str, O
 
 def _aligned(plan: Plan) -> bool:
     rows = plan.layout.meta[1]
-    return rows == 1 and set(plan.layout.letters) <= {"u", "z"}
+    return rows == 1 and set(plan.layout.letters) <= {"u", "z", "p"}
 
 
 def _row(part: str, plan: Plan) -> KernelRow:

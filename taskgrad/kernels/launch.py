@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -19,6 +19,7 @@ from taskgrad.kernels.dtypes import Kind
 from taskgrad.kernels.formula import Formula, expanded
 from taskgrad.kernels.layout import Layout, contiguous, layout
 from taskgrad.kernels.source import elementwise_source, scratch_of
+from taskgrad.kernels.streamed import past_caches
 from taskgrad.kernels.sums import sum_over
 
 _PLANS = 4_096
@@ -85,11 +86,13 @@ class Launcher:
         # torch's default dtype is what whole numbers become where a float comes out.
         key: Any = tuple([(t.dtype, t.shape, t.stride()) for t in tensors])
         key = torch.get_default_dtype(), key
+        in_place = False
         if weak is not None or out is not None or sums:
-            key = key, weak, None if out is None else out.stride(), sums
+            in_place = out is not None and any(t.data_ptr() == out.data_ptr() for t in tensors)
+            key = key, weak, None if out is None else out.stride(), in_place, sums
         plan = self.plans.get(key)
         if plan is None:
-            plan = self._plan(tensors, weak, out, sums)
+            plan = self._plan(tensors, weak, out, in_place, sums)
             with self._lock:
                 if len(self.plans) >= _PLANS:
                     self.plans.clear()
@@ -142,6 +145,7 @@ class Launcher:
         tensors: Sequence[torch.Tensor],
         weak: tuple[bool, ...] | None,
         out: torch.Tensor | None,
+        in_place: bool,
         sums: tuple[torch.Size | None, ...],
     ) -> Plan:
         require_numba()
@@ -155,23 +159,25 @@ class Launcher:
             name if partial is None else Kind(name).computed
             for name, partial in zip(results, made.partials, strict=True)
         ]
+        count = prod(made.shape)
+        written = sum(
+            dtypes.SIZES[name] * (count if partial is None else prod(partial.shape))
+            for name, partial in zip(stay, made.partials, strict=True)
+        )
+        touched = sum(_distinct(t) * t.element_size() for t in tensors) + written
+        if not in_place:  # else its lines are in the caches already
+            outputs = list(enumerate(stay, start=len(tensors)))
+            letters = past_caches(made.letters, outputs, made.columns, touched)
+            made = replace(made, letters=letters)
         body = Body(self._expanded, kinds, dtypes.default_float())
         signature = f"({', '.join(stored)}) -> {', '.join(results)}"
         title = f"{self.name}: {signature}, {made.letters}"
         source = elementwise_source(self._expanded, body, kinds, stored, stay, made.letters, title)
         kernel = compiled(source, self.name, body.calls)
-        count = 1
-        for size in made.shape:
-            count *= size
-        written = sum(
-            dtypes.SIZES[name] * (count if partial is None else prod(partial.shape))
-            for name, partial in zip(stay, made.partials, strict=True)
-        )
         alone = made.items <= 1 or count <= threads.ALONE
         dense = not any(made.partials)
         meta = torch.tensor(made.meta, dtype=torch.int64)
         out_dtypes = tuple(dtypes.torch_dtype(name) for name in results)
-        read = sum(_distinct(t) * t.element_size() for t in tensors)
         return Plan(
             kernel=kernel,
             layout=made,
@@ -182,7 +188,7 @@ class Launcher:
             meta=meta,
             meta_address=meta.data_ptr(),
             scratch=scratch_of(made.letters),
-            bytes=read + written,
+            bytes=touched,
             alone=alone,
         )
 

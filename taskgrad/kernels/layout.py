@@ -45,6 +45,12 @@ class Layout:
     block: int
     partials: tuple[Partial | None, ...]
 
+    @property
+    def columns(self) -> int:
+        """Elements of a block's row."""
+        cols, block = (self.meta[HEADER.index(name)] for name in ("cols", "col_block"))
+        return min(cols, block)
+
 
 def broadcast(shapes: Sequence[Ints]) -> Ints:
     """The common shape.

@@ -12,6 +12,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from taskgrad.kernels.streamed import PIECE
+
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
 # How each dtype lies in memory.
@@ -20,6 +22,7 @@ _STORED: dict[str, ir.Type] = {
     **{"float16": _I16, "bfloat16": _I16, "float32": _F32, "float64": _F64},
 }
 _WIDTHS = {"float32": 32, "float64": 64}
+_STREAMED = 256  # bits of a store past the caches
 TURNED = 8  # rows and columns of the blocks that are transposed in registers
 _NUMBA = {
     **{name: getattr(types, name) for name in ("uint8", "int8", "int16", "int32", "int64")},
@@ -171,8 +174,46 @@ def _turner(name: str) -> Any:
     return turn
 
 
+def _streamer(name: str) -> Any:
+    stored = _STORED[name]
+    width = int(stored.width if isinstance(stored, ir.IntType) else _WIDTHS[name])
+    vector, size = ir.VectorType(stored, _STREAMED // width), _STREAMED // 8
+
+    @intrinsic
+    def stream(typing_context: Any, source: Any, target: Any) -> Any:
+        """Move a piece of a result to memory, past the caches; there it is on a cache line."""
+
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            source, target = args
+            past = builder.module.add_metadata([ir.Constant(_I32, 1)])
+            parts = [ir.Constant(_I64, part) for part in range(PIECE * width // _STREAMED)]
+            values = [
+                builder.load(_pointer(builder, source, part, vector), align=size) for part in parts
+            ]
+            for part, value in zip(parts, values, strict=True):
+                access = builder.store(value, _pointer(builder, target, part, vector), align=size)
+                access.set_metadata("nontemporal", past)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), generate
+
+    return stream
+
+
+@intrinsic
+def fence(typing_context: Any) -> Any:
+    """What this thread wrote before, past the caches too, others see before what it writes next."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
 for _name in _STORED:
     globals()[f"turn_{_name}"] = _turner(_name)
+    globals()[f"stream_{_name}"] = _streamer(_name)
     globals()[f"load_{_name}"] = _loader(_name, apart=True)
     globals()[f"store_{_name}"] = _storer(_name, "writes")
     # For scratch memory, which is read back.

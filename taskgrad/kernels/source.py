@@ -11,6 +11,7 @@ u      unit stride: neighbours in memory
 z      zero stride: one element for the whole row, read once
 s      some other stride
 t      unit stride along the rows: a block is first turned round in scratch memory
+p      an output of unit stride that goes past the caches (`taskgrad.kernels.streamed`)
 ====== =======================================================================================
 """
 
@@ -18,10 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from taskgrad.kernels import streamed, summed
 from taskgrad.kernels.body import Body, cast
 from taskgrad.kernels.dtypes import SIZES, Kind
 from taskgrad.kernels.formula import Formula
-from taskgrad.kernels.summed import LETTERS, SCRATCH, Lines
 
 # The numbers that a layout passes to a kernel, in this order, before sizes and strides.
 HEADER = ("depth", "rows", "cols", "row_block", "col_block", "row_blocks", "col_blocks")
@@ -78,21 +79,56 @@ def elementwise_source(
         For the head of the module.
     """
     count, out = formula.arity, len(results)
-    addresses = [f"p{k}" for k in range(count + out)]
-    summed = [
-        (k, letters[k], results[k - count])
-        for k in range(count, count + out)
-        if letters[k] in LETTERS
-    ]
-    sums = Lines(summed, slot_size() * letters.count("t"))
+    outputs = list(enumerate(results, start=count))
+    sums = summed.Lines(
+        [(k, letters[k], name) for k, name in outputs if letters[k] in summed.LETTERS],
+        slot_size() * letters.count("t"),
+    )
+    streams = streamed.Streams(
+        [(k, name) for k, name in outputs if letters[k] == streamed.LETTER],
+        scratch_of(letters.replace(streamed.LETTER, "u")),
+    )
     sizes = [SIZES[name] for name in (*stored, *results)]
-    lines = entry(addresses)
-    for i, name in enumerate(HEADER):
-        lines.append(f"    {name} = m.load_int64(meta, {i})")
+    lines = entry([f"p{k}" for k in range(count + out)])
+    lines += streams.start()
+    lines += _block(letters, sizes)
+    lines += _turned_round(stored, letters)
+    lines += sums.start()
+    lines += ["        for r in range(r1 - r0):"]
     for k in range(count + out):
+        lines.append(f"            o{k} = q{k} + r * rs{k} * {sizes[k]}")
+    for slot, k in enumerate(_turned(letters)):
+        lines.append(f"            o{k} = scratch + {slot_size() * slot} + r * {TILE_STRIDE * 8}")
+    arguments = [_argument(k, name, kinds[k], letters[k]) for k, name in enumerate(stored)]
+    once = [text for text, letter in zip(arguments, letters, strict=False) if letter == "z"]
+    lines += [f"            {text}" for text in once]
+    element = [text for text in arguments if text not in once] + body.lines()
+    past = {}
+    for k, name in outputs:
+        value = body.result(k - count, name)
+        if letters[k] in summed.LETTERS:
+            element.append(sums.element(k, value))
+        elif letters[k] == streamed.LETTER:
+            past[k] = value
+        else:
+            index = "i" if letters[k] == "u" else f"i * cs{k}"
+            element.append(f"m.store_{name}(o{k}, {index}, {value})")
+    if past:
+        lines += streams.row(element, past)
+    else:
+        lines += ["            for i in range(n):", *(f"                {x}" for x in element)]
+    lines += [*sums.row(), *sums.end(), *streams.end()]
+    return HEAD.format(title=title) + "\n".join(lines) + "\n"
+
+
+def _block(letters: str, sizes: Sequence[int]) -> list[str]:
+    """Take the next block: its rows `r0` to `r1`, its `n` columns, where each operand begins."""
+    operands = range(len(letters))
+    lines = [f"    {name} = m.load_int64(meta, {i})" for i, name in enumerate(HEADER)]
+    for k in operands:
         lines.append(f"    rs{k} = m.load_int64(meta, {len(HEADER) + k})")
-        lines.append(f"    cs{k} = m.load_int64(meta, {len(HEADER) + count + out + k})")
-    base, step = len(HEADER) + 2 * (count + out), 1 + count + out
+        lines.append(f"    cs{k} = m.load_int64(meta, {len(HEADER) + len(letters) + k})")
+    base, step = len(HEADER) + 2 * len(letters), 1 + len(letters)
     lines += [
         *ITEMS,
         "        rest = item // col_blocks",
@@ -113,42 +149,9 @@ def elementwise_source(
         "            k = rest % size",
         "            rest = rest // size",
     ]
-    lines += [
-        f"            q{k} += k * m.load_int64(meta, at + {k + 1}) * {sizes[k]}"
-        for k in range(count + out)
+    return lines + [
+        f"            q{k} += k * m.load_int64(meta, at + {k + 1}) * {sizes[k]}" for k in operands
     ]
-    lines += _turned_round(stored, letters)
-    lines += sums.start()
-    lines += ["        for r in range(r1 - r0):"]
-    for k in range(count + out):
-        lines.append(f"            o{k} = q{k} + r * rs{k} * {sizes[k]}")
-    if "t" in letters:
-        for slot, k in enumerate(_turned(letters)):
-            lines.append(
-                f"            o{k} = scratch + {slot_size() * slot} + r * {TILE_STRIDE * 8}"
-            )
-    arguments = [_argument(k, name, kinds[k], letters[k]) for k, name in enumerate(stored)]
-    lines += [
-        f"            {text}"
-        for text, letter in zip(arguments, letters, strict=False)
-        if letter == "z"
-    ]
-    lines += ["            for i in range(n):"]
-    lines += [
-        f"                {text}"
-        for text, letter in zip(arguments, letters, strict=False)
-        if letter != "z"
-    ]
-    lines += [f"                {line}" for line in body.lines()]
-    for k, name in enumerate(results):
-        letter, value = letters[count + k], body.result(k, name)
-        if letter in LETTERS:
-            lines.append(f"                {sums.element(count + k, value)}")
-        else:
-            index = "i" if letter == "u" else f"i * cs{count + k}"
-            lines.append(f"                m.store_{name}(o{count + k}, {index}, {value})")
-    lines += [*sums.row(), *sums.end()]
-    return HEAD.format(title=title) + "\n".join(lines) + "\n"
 
 
 def entry(addresses: Sequence[str]) -> list[str]:
@@ -177,7 +180,11 @@ ITEMS = (
 
 def scratch_of(letters: str) -> int:
     """Bytes of scratch memory that a thread needs."""
-    return letters.count("t") * slot_size() + sum(SCRATCH for x in letters if x in LETTERS)
+    return (
+        letters.count("t") * slot_size()
+        + sum(summed.SCRATCH for x in letters if x in summed.LETTERS)
+        + letters.count(streamed.LETTER) * streamed.SCRATCH
+    )
 
 
 def slot_size() -> int:
