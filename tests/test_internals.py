@@ -137,6 +137,9 @@ def test_nothing_breaks_where_dask_has_moved_things(moved):
     internals.set_timer_interval(nothing, "tick", 1.0)
     assert internals.threads(nothing) == 1
     assert internals.results_handler(nothing) is None
+    assert internals.held_in_memory(nothing, ["key"]) == []
+    with internals.writing_at_once(nothing):
+        assert not hasattr(nothing, "allow_offload")
 
 
 def test_a_worker_hears_from_the_receiver_before_it_forgets_what_it_sent(plain):
@@ -144,6 +147,24 @@ def test_a_worker_hears_from_the_receiver_before_it_forgets_what_it_sent(plain):
         return internals.results_handler(dask_worker) == dask_worker.get_data
 
     assert list(plain.run(look).values()) == [True]
+
+
+def test_what_a_worker_holds_in_memory(plain):
+    def look(dask_worker):
+        return internals.held_in_memory(dask_worker, ["there", "elsewhere"])
+
+    (address, *_) = plain.scheduler_info()["workers"]
+    there = plain.submit(lambda: 3, key="there", workers=[address])
+    assert there.result(timeout=30) == 3
+    assert plain.run(look, workers=[address])[address] == [3]
+
+
+def test_a_connection_makes_large_messages_at_once_if_told(plain):
+    comm = plain.scheduler_comm.comm
+    assert comm.allow_offload is True
+    with internals.writing_at_once(comm):
+        assert comm.allow_offload is False
+    assert comm.allow_offload is True
 
 
 def test_another_way_of_giving_results_away_is_noticed():

@@ -14,6 +14,7 @@ import dask
 import pytest
 import torch
 from distributed import Client, LocalCluster, Worker
+from distributed.comm import utils as comm_utils
 from distributed.utils import open_port
 
 from conftest import wait_until
@@ -125,6 +126,33 @@ def test_32_mb_pass_from_memory_to_memory(pair, maker):
         assert pass_one(client, b, a, seed, maker)
     after = borrowed(client)
     assert {w: after[w] - before[w] for w in after} == {a: 3 * 4 * COUNT, b: 3 * 4 * COUNT}
+
+
+def count_threads(dask_worker: Worker) -> list[str]:
+    """From now on, what messages a worker makes in a thread beside its event loop."""
+    made: list[str] = []
+    stock = getattr(comm_utils.offload, "stock", comm_utils.offload)
+
+    async def offload(fn, *args, **kwargs):
+        made.append(fn.__qualname__)
+        return await stock(fn, *args, **kwargs)
+
+    offload.stock = stock
+    comm_utils.offload = offload
+    dask_worker.made_in_threads = made
+    return made
+
+
+@needs_others
+def test_only_messages_that_are_work_are_made_in_a_thread(pair):
+    """One that is lent as it lies is not; one that has to be packed first is."""
+    client, (a, b) = pair
+    client.run(count_threads)
+    made = lambda: client.run(lambda dask_worker: dask_worker.made_in_threads)[a]  # noqa: E731
+    assert pass_one(client, a, b, 1)
+    assert made() == []
+    assert pass_one(client, a, b, 1, make_strided)
+    assert made() == ["to_frames.<locals>._to_frames"]
 
 
 @needs_others

@@ -8,6 +8,7 @@ version of Dask moves something, so that we notice before users do.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -191,6 +192,29 @@ def results_handler(worker: Worker) -> Any:
 def set_results_handler(worker: Worker, handler: Any) -> None:
     """Have a worker give its results away by this handler from now on."""
     worker.handlers["get_data"] = handler
+
+
+def held_in_memory(worker: Worker, keys: Sequence[str]) -> list[Any]:
+    """The results with these keys that a worker has, but for those that it spilled to disk."""
+    data = getattr(worker, "data", {})
+    memory = getattr(data, "memory", data)
+    return [memory[key] for key in keys if key in memory]
+
+
+@contextlib.contextmanager
+def writing_at_once(comm: Any) -> Iterator[None]:
+    """Have a connection make its messages where it is, in the event loop.
+
+    Those of more than 10 MB it makes in a thread beside it, as some are a second's work.
+    """
+    before = getattr(comm, "allow_offload", None)
+    if before is not None:
+        comm.allow_offload = False
+    try:
+        yield
+    finally:
+        if before is not None:
+            comm.allow_offload = before
 
 
 def _attribute(owner: Any, name: str) -> Iterator[Any]:

@@ -23,6 +23,7 @@ message lies. Who can read it there says so. All this is per pair of workers, an
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import logging
@@ -38,6 +39,7 @@ from distributed import Worker
 from distributed.comm.addressing import get_address_host
 
 from taskgrad.cluster import cross_memory, internals
+from taskgrad.cluster.tensors import lies_ready
 
 logger = logging.getLogger("taskgrad")
 
@@ -250,14 +252,19 @@ def apply(worker: Worker) -> bool:
         lender.readers.add(address)
 
     @functools.wraps(stock)
-    async def get_data(comm: Any, *args: Any, who: str | None = None, **kwargs: Any) -> Any:
+    async def get_data(comm: Any, keys: Any, who: str | None = None, **kwargs: Any) -> Any:
         loan = lender.loan(who)
         if loan is None:
-            return await stock(comm, *args, who=who, **kwargs)
+            return await stock(comm, keys, who=who, **kwargs)
         answered = False
         _current.set(loan)  # also for the thread in which Dask serializes large messages
         try:
-            status = await stock(comm, *args, who=who, **kwargs)
+            with contextlib.ExitStack() as stack:
+                # What is lent, or lies ready to be sent, is no work for a thread: to go there and
+                # back would take a millisecond, where reading 32 MB takes two or three.
+                if all(map(lies_ready, internals.held_in_memory(worker, keys))):
+                    stack.enter_context(internals.writing_at_once(comm))
+                status = await stock(comm, keys, who=who, **kwargs)
             answered = True
         finally:
             loan.end(answered=answered)

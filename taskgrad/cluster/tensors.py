@@ -38,6 +38,7 @@ _SPARSE_COMPRESSED = {
     torch.sparse_csc: ("ccol_indices", "row_indices"),
     torch.sparse_bsc: ("ccol_indices", "row_indices"),
 }
+_FEW = 64
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _OWN_REDUCES = (torch.Tensor.__reduce_ex__, torch.nn.Parameter.__reduce_ex__)
 
@@ -61,6 +62,20 @@ def reduce_tensor(t: torch.Tensor) -> Any:
         return NotImplemented
     with torch._C.DisableTorchFunctionSubclass():
         return _reduce(t, cls)
+
+
+def lies_ready(value: Any) -> bool:
+    """Whether a message of this value is made without a copy, and without looking at many things.
+
+    A tensor whose memory is as it is sent, or a few.
+    """
+    kind = type(value)
+    if kind is torch.Tensor or kind is torch.nn.Parameter:
+        ready = value.layout is torch.strided and value.device.type == "cpu"
+        return ready and value.is_contiguous() and not value.__dict__
+    if kind is tuple or kind is list:
+        return len(value) <= _FEW and all(map(lies_ready, value))
+    return value is None
 
 
 def _reduce(t: torch.Tensor, cls: type) -> Any:
