@@ -33,7 +33,7 @@ def lending(known: bool = True) -> Iterator[loans.Loan]:
 def _can_read_others() -> bool:
     """Whether processes here can read each other: a child its parent no easier than a sibling."""
     with lending() as loan:
-        script = f"from taskgrad.cluster.loans import Seal; assert Seal{tuple(loan._seal)}.intact()"
+        script = f"from taskgrad.cluster.loans import Seal; assert Seal{tuple(loan.seal)}.intact()"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     return done.returncode == 0
 

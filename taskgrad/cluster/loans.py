@@ -32,6 +32,7 @@ import pickle
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -44,15 +45,19 @@ from taskgrad.cluster.tensors import lies_ready
 logger = logging.getLogger("taskgrad")
 
 LEAST = 256 << 10
-"""Bytes of a buffer from which on it is lent. Smaller ones cost more to lend than to send; up to a
-megabyte it is about the same."""
+"""Bytes of a message's buffers from which on they are lent. Fewer cost more to lend than to send;
+up to a megabyte it is about the same."""
+PIECE = 16 << 10
+"""Bytes of a buffer from which on it is one of them."""
 MOST = 256 << 20
 """Bytes that one message lends. The receiver reads them in its event loop, which meanwhile does
 nothing else: 30 ms for so many. What is beyond goes by the wire, piece by piece."""
-# How often in a row a worker is offered a loan, or one that it was given comes to nothing.
-_OFFERS = 3
+OFFERS = 3
+"""How often in a row a worker is offered a loan, or one that it was given comes to nothing."""
 _SEAL = 16  # bytes
 _READER = "taskgrad_reader"
+READS = "taskgrad_reads"
+"""Asks a worker whether it can read a seal."""
 
 _lenders: weakref.WeakKeyDictionary[Worker, Lender] = weakref.WeakKeyDictionary()
 _handlers: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -106,7 +111,7 @@ class Lender:
 
     def offer(self, who: str) -> Offer | None:
         """One to this worker, unless it had some."""
-        if self.offers[who] >= _OFFERS:
+        if self.offers[who] >= OFFERS:
             return None
         self.offers[who] += 1
         return Offer(self.address, who)
@@ -119,7 +124,7 @@ class Loan:
         self._lender = lender
         self._to = to
         self._bytes = ctypes.create_string_buffer(os.urandom(_SEAL), _SEAL)
-        self._seal = Seal(os.getpid(), ctypes.addressof(self._bytes), self._bytes.raw)
+        self.seal = Seal(os.getpid(), ctypes.addressof(self._bytes), self._bytes.raw)
         self._kept: list[memoryview] = []
         self._offered = False
         self._room = MOST
@@ -131,7 +136,7 @@ class Loan:
         The new pickle calls `receive` with the old one. Any process that can import taskgrad reads
         it, as all that taskgrad sends.
         """
-        if not any(b.nbytes >= LEAST for b in buffers):
+        if sum(b.nbytes for b in buffers if b.nbytes >= PIECE) < LEAST:
             return pickled, buffers
         known = self._to in self._lender.readers
         offer = None
@@ -140,14 +145,17 @@ class Loan:
             offer = self._lender.offer(self._to)
         if not known and offer is None:
             return pickled, buffers
-        pieces = [(self._lend(b) if known else None) or pickle.PickleBuffer(b) for b in buffers]
+        pieces = [self._lend(b) if known else pickle.PickleBuffer(b) for b in buffers]
         rest: list[pickle.PickleBuffer] = []
-        received = _Received(pickle.PickleBuffer(pickled), pieces, self._seal, offer)
+        received = _Received(pickle.PickleBuffer(pickled), pieces, self.seal, offer)
         return pickle.dumps(received, 5, buffer_callback=rest.append), [b.raw() for b in rest]
 
-    def _lend(self, buffer: memoryview) -> Lent | None:
-        if not LEAST <= buffer.nbytes <= self._room:
-            return None
+    def _lend(self, buffer: memoryview) -> Lent | bytes | pickle.PickleBuffer:
+        """What stands for a buffer; one that is not lent is sent, and an empty one is neither."""
+        if not buffer.nbytes:
+            return b""
+        if not PIECE <= buffer.nbytes <= self._room:
+            return pickle.PickleBuffer(buffer)
         self._room -= buffer.nbytes
         self._kept.append(buffer)
         return Lent(cross_memory.address_of(buffer), buffer.nbytes)
@@ -161,6 +169,19 @@ class Loan:
         elif self._kept:
             self._lender.readers.discard(self._to)
         self._kept.clear()
+
+
+@contextlib.contextmanager
+def lend(loan: Loan | None) -> Iterator[None]:
+    """Lend what the messages of this block hold; the block ends when they have been answered."""
+    answered = False
+    _current.set(loan)  # also for the thread in which Dask serializes large messages
+    try:
+        yield
+        answered = True
+    finally:
+        if loan is not None:
+            loan.end(answered=answered)
 
 
 class _Received:
@@ -221,6 +242,14 @@ def _count(nbytes: int) -> None:
         _borrowed += nbytes
 
 
+def _reads(seal: Any) -> bool:
+    """Whether this process can read a seal; who asks has no address of its own."""
+    try:
+        return Seal(*seal).intact()
+    except OSError:
+        return False
+
+
 def _consider(offer: Offer, seal: Seal) -> None:
     """If this process can read what is offered, have its worker say so."""
     worker = next((w for w in list(_lenders) if w.address == offer.to), None)
@@ -256,23 +285,18 @@ def apply(worker: Worker) -> bool:
         loan = lender.loan(who)
         if loan is None:
             return await stock(comm, keys, who=who, **kwargs)
-        answered = False
-        _current.set(loan)  # also for the thread in which Dask serializes large messages
-        try:
-            with contextlib.ExitStack() as stack:
-                # What is lent, or lies ready to be sent, is no work for a thread: to go there and
-                # back would take a millisecond, where reading 32 MB takes two or three.
-                if all(map(lies_ready, internals.held_in_memory(worker, keys))):
-                    stack.enter_context(internals.writing_at_once(comm))
-                status = await stock(comm, keys, who=who, **kwargs)
-            answered = True
-        finally:
-            loan.end(answered=answered)
-        return status
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lend(loan))
+            # What is lent, or lies ready to be sent, is no work for a thread: to go there and back
+            # would take a millisecond, where reading 32 MB takes two or three.
+            if all(map(lies_ready, internals.held_in_memory(worker, keys))):
+                stack.enter_context(internals.writing_at_once(comm))
+            return await stock(comm, keys, who=who, **kwargs)
 
     _handlers.add(get_data)
     internals.set_results_handler(worker, get_data)
     worker.handlers[_READER] = reader
+    worker.handlers[READS] = _reads
     return True
 
 
@@ -282,7 +306,8 @@ def restore(worker: Worker) -> None:
     if lender is None:
         return
     lender.closed = True
-    worker.handlers.pop(_READER, None)
+    for name in (_READER, READS):
+        worker.handlers.pop(name, None)
     handler = internals.results_handler(worker)
     if handler in _handlers:  # else somebody has put another over it
         internals.set_results_handler(worker, handler.__wrapped__)

@@ -6,8 +6,6 @@ where they are for as long as the node itself is held.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,7 +15,7 @@ from dask.base import DaskMethodsMixin
 from dask.highlevelgraph import HighLevelGraph
 from distributed import Future
 
-from taskgrad.cluster import internals, waiting
+from taskgrad.cluster import inputs, internals
 from taskgrad.cluster.session import Session, check_open
 from taskgrad.errors import TaskgradError
 from taskgrad.executors.lowering import lower, order_inputs, plain_value, resolve
@@ -39,8 +37,6 @@ from taskgrad.graph.pytree import tensors
 _SCATTER_BYTES = 1 << 20
 # The same for what is to be there ahead of time.
 _PREFETCH_BYTES = 1 << 16
-# How long a scattered input waits for its worker to be there and running, in seconds.
-_RUNNING = 2
 
 _turn = itertools.count()
 
@@ -182,42 +178,10 @@ def _scatter(nodes: Sequence[Node], session: Session, least: int) -> None:
         ({leaf.key: plain_value(leaf) for leaf in leaves}, list(workers))
         for workers, leaves in by_workers.items()
     ]
-    sent = _send(parts, session) if parts else {}
+    sent = inputs.send(session.client, parts) if parts else {}
     for leaves in by_workers.values():
         for leaf in leaves:
             leaf.result = sent.get(leaf.key)
-
-
-def _send(parts: Sequence[tuple[dict[str, Any], list[str]]], session: Session) -> dict[str, Future]:
-    """Put values on workers, all at once, directly where the client can reach them.
-
-    Nothing is sent where they take nothing, as they are gone or paused: the values then travel in
-    the graph, and whoever waits for the call says what is wrong with its worker.
-    """
-    client = session.client
-
-    async def send(values: dict[str, Any], workers: list[str]) -> dict[str, Future]:
-        for direct in (True, False):
-            with contextlib.suppress(OSError, KeyError):
-                sent: Any = client.scatter(
-                    values,
-                    workers=workers,
-                    broadcast=len(workers) > 1,
-                    direct=direct,
-                    hash=False,
-                    timeout=_RUNNING,
-                )
-                found: dict[str, Future] = await sent
-                return found
-        return {}
-
-    async def send_all() -> dict[str, Future]:
-        found: dict[str, Future] = {}
-        for sent in await asyncio.gather(*(send(*part) for part in parts)):
-            found |= sent
-        return found
-
-    return waiting.answer(client, send_all, "to take an input")
 
 
 def forget(nodes: Iterable[Node]) -> None:

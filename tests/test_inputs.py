@@ -1,0 +1,161 @@
+"""Inputs of the driver: to a worker of its own host from memory to memory, or else by the wire."""
+
+from __future__ import annotations
+
+import uuid
+
+import pytest
+import torch
+from distributed import Client, LocalCluster
+
+import taskgrad as tg
+from conftest import wait_until
+from lending import needs_others
+from taskgrad.cluster import cross_memory, inputs, loans
+from taskgrad.cluster.session import session
+
+COUNT = 500_000  # floats: 2 MB
+
+
+@pytest.fixture
+def ours(client) -> tuple[Client, list[str]]:
+    """A client whose workers have not been asked yet, and they."""
+    inputs._lenders.pop(client, None)
+    return client, [worker.address for worker in session(client).workers()]
+
+
+def send(client: Client, worker: str, value):
+    """The value as it is on the worker."""
+    key = f"input-{uuid.uuid4().hex}"
+    return inputs.send(client, [({key: value}, [worker])])[key]
+
+
+def borrowed(client: Client, worker: str) -> int:
+    return client.run(loans.bytes_borrowed, workers=[worker])[worker]
+
+
+def refuse_reads() -> None:
+    """Have all reads of this process fail that are for more than a seal."""
+    stock = cross_memory.read
+
+    def read(pid, pieces):
+        if sum(view.nbytes for _, view in pieces) > 16:
+            raise PermissionError("not today")
+        stock(pid, pieces)
+
+    read.stock = stock
+    cross_memory.read = read
+
+
+def allow_reads() -> None:
+    cross_memory.read = cross_memory.read.stock
+
+
+@needs_others
+def test_a_value_is_read_from_the_drivers_memory_and_is_the_workers_own(ours):
+    client, (a, b) = ours
+    before = borrowed(client, a), borrowed(client, b)
+    value = [b"some bytes", torch.arange(COUNT), {"x": (torch.ones(COUNT), None)}, 3]
+    there = send(client, a, value)
+    value[1].zero_()  # what the driver does with its tensors afterwards is its own business
+    first, second, third, fourth = there.result()
+    assert (first, fourth) == (b"some bytes", 3)
+    assert torch.equal(second, torch.arange(COUNT))
+    assert torch.equal(third["x"][0], torch.ones(COUNT))
+    assert third["x"][1] is None
+    assert borrowed(client, a) - before[0] == COUNT * (8 + 4)
+    assert borrowed(client, b) == before[1]
+
+
+@needs_others
+def test_many_tensors_that_are_small_by_themselves(ours):
+    client, (a, _) = ours
+    before = borrowed(client, a)
+    value = [torch.full((5_000,), float(i)) for i in range(40)]
+    there = send(client, a, value)
+    assert all(map(torch.equal, there.result(), value))
+    assert borrowed(client, a) - before == 40 * 5_000 * 4
+
+
+@needs_others
+def test_a_worker_is_asked_once(ours):
+    client, (a, _) = ours
+    send(client, a, torch.ones(COUNT))
+    asked = []
+    client.run(count_questions, workers=[a])
+    before = borrowed(client, a)
+    for _ in range(3):
+        asked.append(send(client, a, torch.ones(COUNT)))
+    assert client.run(lambda dask_worker: dask_worker.asked, workers=[a])[a] == 0
+    assert borrowed(client, a) - before == 3 * COUNT * 4
+
+
+def count_questions(dask_worker) -> None:
+    dask_worker.asked = 0
+    stock = dask_worker.handlers[loans.READS]
+
+    def reads(seal):
+        dask_worker.asked += 1
+        return stock(seal)
+
+    dask_worker.handlers[loans.READS] = reads
+
+
+@needs_others
+def test_a_read_that_fails_is_a_transfer_by_the_wire(ours):
+    client, (a, _) = ours
+    before = borrowed(client, a)
+    client.run(refuse_reads, workers=[a])
+    try:
+        for i in range(loans.OFFERS + 2):
+            there = send(client, a, torch.full((COUNT,), float(i)))
+            assert there.result()[0] == i
+        assert inputs._lenders[client].readers == set()  # it was asked again, but not for ever
+    finally:
+        client.run(allow_reads, workers=[a])
+    assert borrowed(client, a) == before
+
+
+def test_a_worker_that_does_not_borrow_gets_it_by_the_wire(ours):
+    client, (a, _) = ours
+
+    def forget(dask_worker) -> None:
+        dask_worker.kept = dask_worker.handlers.pop(loans.READS, None)
+
+    def remember(dask_worker) -> None:
+        if dask_worker.kept is not None:
+            dask_worker.handlers[loans.READS] = dask_worker.kept
+
+    before = borrowed(client, a)
+    client.run(forget, workers=[a])
+    try:
+        there = send(client, a, [torch.ones(COUNT)])
+        assert torch.equal(there.result()[0], torch.ones(COUNT))
+    finally:
+        client.run(remember, workers=[a])
+    assert borrowed(client, a) == before
+
+
+@needs_others
+def test_the_batch_of_a_chain_goes_so(ours):
+    client, (a, _) = ours
+    before = borrowed(client, a)
+    chain = tg.GraphChain(torch.nn.Sequential(torch.nn.Identity()), placement=[0], client=client)
+    x = torch.randn(COUNT)
+    assert torch.equal(tg.collect(chain(x)), x)
+    assert borrowed(client, a) - before == COUNT * 4
+
+
+def test_within_a_process_a_value_is_passed_as_it_is():
+    with (
+        LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        (worker,) = session(client).workers()
+        assert worker.address.startswith("inproc:")
+        there = send(client, worker.address, [torch.ones(COUNT)])
+        assert torch.equal(there.result()[0], torch.ones(COUNT))
+        del there
+        assert wait_until(
+            lambda: not client.run(lambda dask_worker: len(dask_worker.data))[worker.address]
+        )
