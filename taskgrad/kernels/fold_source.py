@@ -11,6 +11,7 @@ not be turned round: a dense row is then read as a table (`lanes_source`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from textwrap import indent
 
@@ -63,17 +64,27 @@ def lanes_source(body: Body, dtype: str, title: str) -> str:
     names |= {"columns": COLUMNS, "row": COLUMNS * 8, "stack": SCRATCH - _LEVELS * 8}
     names |= {"levels": _LEVELS, "lanes": _LANES, "group": _TREE * _LANES, "groups": _TREE}
     names |= {"chunk": _TREE * _TREE * _LANES}
-    names |= {"tree": _tree(f"m.load_{dtype}(p, i + <k>)")}
-    names |= {"upper_tree": _tree(f"m.get_{held}(groups, i + <k>)")}
+    names |= {"chain": _chain(f"m.load_{dtype}(p, i + <k>)")}
+    names |= {"tree": _tree(f"m.get_{held}(groups, i + <k>)")}
     names |= {"done": CALL.index("done")}
     template = _SEGMENTS + _ROWS_AS_TABLE
     addresses = ("x", "out", "between")
     return HEAD.format(title=title) + _combine(body, held) + _filled(template, addresses, names)
 
 
+def _rows(element: str) -> list[str]:
+    """What is at column ``i`` of each row of a table; ``<k>`` is where a row begins."""
+    return [element.replace("<k>", str(k * _LANES)) for k in range(_TREE)]
+
+
+def _chain(element: str) -> str:
+    """Rows combined one after another, as they come out of memory."""
+    return functools.reduce(lambda a, b: f"combine({a}, {b})", _rows(element))
+
+
 def _tree(element: str) -> str:
-    """Rows of a table combined, for its column ``i``; ``<k>`` is where a row begins."""
-    values = [element.replace("<k>", str(k * _LANES)) for k in range(_TREE)]
+    """Rows combined in pairs, and these in pairs."""
+    values = _rows(element)
     while len(values) > 1:
         values = [f"combine({a}, {b})" for a, b in zip(values[::2], values[1::2], strict=True)]
     return values[0]
@@ -271,11 +282,11 @@ _ROWS_AS_TABLE = """\
             for g in range(<groups>):
                 p, here = q + b0 * <size>, groups + g * <lanes> * <held>
                 for i in range(<lanes>):
-                    m.store_<T>(here, i, <tree>)
+                    m.store_<T>(here, i, <chain>)
                 b0 += <group>
             here = scratch
             for i in range(<lanes>):
-                m.put_<T>(here, i, <upper_tree>)
+                m.put_<T>(here, i, <tree>)
 <join>
         some = done > 0
         here = scratch + <row>
@@ -285,7 +296,7 @@ _ROWS_AS_TABLE = """\
         while b0 + <group> <= n:
             p = q + b0 * <size>
             for i in range(<lanes>):
-                m.store_<T>(scratch, i, <tree>)
+                m.store_<T>(scratch, i, <chain>)
             for i in range(<lanes>):
                 v = m.get_<T>(scratch, i)
                 m.put_<T>(here, i, combine(m.get_<T>(here, i), v) if some else v)

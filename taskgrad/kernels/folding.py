@@ -31,8 +31,8 @@ class _Pass:
     alone: bool
     shared: int = 0  # bytes of memory for segments that the kernel itself joins
 
-    def run(self, *tensors: torch.Tensor) -> threads.LastCall:
-        """What it did."""
+    def run(self, *tensors: torch.Tensor, nbytes: int | None = None) -> threads.LastCall:
+        """What it did, with tensors of so many bytes together."""
         start = time.perf_counter()
         count = threads.run(
             self.kernel,
@@ -44,7 +44,8 @@ class _Pass:
             threads=1 if self.alone else torch.get_num_threads(),
         )
         seconds = time.perf_counter() - start
-        return threads.LastCall(count, self.items, sum(t.nbytes for t in tensors), seconds)
+        nbytes = sum(t.nbytes for t in tensors) if nbytes is None else nbytes
+        return threads.LastCall(count, self.items, nbytes, seconds)
 
 
 def _pass(kernel: Kernel, numbers: Sequence[int], items: int, elements: int) -> _Pass:
@@ -60,6 +61,7 @@ class _Step:
     only: _Pass
     shape: Sequence[int]
     dtype: torch.dtype
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Folder:
             return None
         for step in steps:
             out = torch.empty(step.shape, dtype=step.dtype)
-            self.last[step.part] = step.only.run(x, out)
+            self.last[step.part] = step.only.run(x, out, nbytes=step.nbytes)
             x = out
         return x
 
@@ -122,7 +124,7 @@ class Folder:
             part = "reduce.rest"
         if steps and result.dtype == x.dtype and result.is_contiguous() and result.numel():
             *before, end = steps
-            steps = [*before, _Step(end.part, end.only, result.shape, end.dtype)]
+            steps = [*before, replace(end, shape=result.shape)]
             if len(self._steps) >= _PLANS:
                 self._steps.clear()
             self._steps[x.dtype, x.shape, x.stride(), dims] = steps
@@ -168,7 +170,8 @@ class Folder:
         out = torch.empty(plan.shape, dtype=plan.dtype)
         if out.numel():
             self.last[part] = plan.first.run(x, out)
-            steps.append(_Step(part, plan.first, plan.shape, plan.dtype))
+            nbytes = x.nbytes + out.nbytes
+            steps.append(_Step(part, plan.first, plan.shape, plan.dtype, nbytes))
         if plan.shape[-2] > 1:
             out = self._fold_one(out, len(plan.shape) - 2, "reduce.rest", steps)
         else:

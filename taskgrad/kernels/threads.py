@@ -15,9 +15,9 @@ import threading
 from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -36,8 +36,7 @@ _forked = False
 _scratch = threading.local()
 
 
-@dataclass(frozen=True)
-class LastCall:
+class LastCall(NamedTuple):
     """What the last call did, for `explain`: threads, items that they shared, bytes, seconds."""
 
     threads: int
