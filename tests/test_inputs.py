@@ -78,27 +78,30 @@ def test_many_tensors_that_are_small_by_themselves(ours):
 
 
 @needs_others
-def test_a_worker_is_asked_once(ours):
+@pytest.mark.parametrize("can", [True, False])
+def test_a_worker_is_asked_once_whether_it_can(ours, can):
     client, (a, _) = ours
-    send(client, a, torch.ones(COUNT))
-    asked = []
-    client.run(count_questions, workers=[a])
+
+    def count(dask_worker) -> None:
+        dask_worker.asked = 0
+        dask_worker.stock = dask_worker.handlers[loans.READS]
+
+        def reads(seal):
+            dask_worker.asked += 1
+            return can and dask_worker.stock(seal)
+
+        dask_worker.handlers[loans.READS] = reads
+
+    def restore(dask_worker) -> int:
+        dask_worker.handlers[loans.READS] = dask_worker.stock
+        return dask_worker.asked
+
+    client.run(count, workers=[a])
     before = borrowed(client, a)
-    for _ in range(3):
-        asked.append(send(client, a, torch.ones(COUNT)))
-    assert client.run(lambda dask_worker: dask_worker.asked, workers=[a])[a] == 0
-    assert borrowed(client, a) - before == 3 * COUNT * 4
-
-
-def count_questions(dask_worker) -> None:
-    dask_worker.asked = 0
-    stock = dask_worker.handlers[loans.READS]
-
-    def reads(seal):
-        dask_worker.asked += 1
-        return stock(seal)
-
-    dask_worker.handlers[loans.READS] = reads
+    there = [send(client, a, torch.full((COUNT,), float(i))) for i in range(3)]
+    assert client.run(restore, workers=[a])[a] == 1
+    assert borrowed(client, a) - before == (3 * COUNT * 4 if can else 0)
+    assert [future.result()[0].item() for future in there] == [0, 1, 2]
 
 
 @needs_others

@@ -8,7 +8,6 @@ its memory; so the driver asks each worker once, before the first input that goe
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import weakref
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from taskgrad.cluster.loans import OFFERS, READS, Lender, Loan, lend
 
 logger = logging.getLogger("taskgrad")
 
-# How long an input waits for its worker to be there and running, in seconds.
+# How long an input waits for its worker to be there and running, or to answer, in seconds.
 _RUNNING = 2
 
 _lenders: weakref.WeakKeyDictionary[Client, Lender] = weakref.WeakKeyDictionary()
@@ -64,17 +63,22 @@ async def _send(client: Client, values: dict[str, Any], workers: list[str]) -> d
     ways = [(True, loan)] if loan is not None else []
     # Directly where the client can reach them, else by way of the scheduler.
     for direct, lent in (*ways, (True, None), (False, None)):
-        with contextlib.suppress(OSError, KeyError), lend(lent):
-            sent: Any = client.scatter(
-                values,
-                workers=workers,
-                broadcast=len(workers) > 1,
-                direct=direct,
-                hash=False,
-                timeout=_RUNNING,
-            )
-            found: dict[str, Future] = await sent
-            return found
+        try:
+            with lend(lent):
+                sent: Any = client.scatter(
+                    values,
+                    workers=workers,
+                    broadcast=len(workers) > 1,
+                    direct=direct,
+                    hash=False,
+                    timeout=_RUNNING,
+                )
+                found: dict[str, Future] = await sent
+                return found
+        except TimeoutError:  # none of them is there and running
+            return {}
+        except (OSError, KeyError):
+            continue
     return {}
 
 
@@ -88,9 +92,12 @@ async def _loan(client: Client, workers: Sequence[str]) -> Loan | None:
         lender.offers[worker] += 1
         loan = Loan(lender, worker)
         with lend(loan):
+            asked = getattr(client.rpc(worker), READS)(seal=tuple(loan.seal))
             try:
-                if await getattr(client.rpc(worker), READS)(seal=tuple(loan.seal)):
+                if await asyncio.wait_for(asked, _RUNNING):
                     lender.readers.add(worker)
-            except Exception:  # it is gone, or does not borrow
+                else:
+                    lender.offers[worker] = OFFERS
+            except Exception:  # it is gone, or does not borrow, at least not yet
                 logger.debug("%s cannot read the driver's memory", worker, exc_info=True)
     return Loan(lender, worker) if worker in lender.readers else None
