@@ -51,6 +51,17 @@ def test_every_dtype_from_every_offset(past, dtype, count):
     assert along(copy) == ["up"]
 
 
+@pytest.mark.parametrize("offset", [1, 2, 3, 4])
+def test_memory_at_odd_addresses(past, offset):
+    """A store of a line that is not one would end the process."""
+    copy = past(lambda x: x)
+    x = torch.randn(1_000)
+    held = bytearray(4 * 1_000 + 64)
+    out = torch.frombuffer(held, dtype=torch.float32, count=1_000, offset=offset)
+    assert torch.equal(copy(x, out=out), x)
+    assert along(copy) == ["up"]
+
+
 def test_rows_that_do_not_end_with_a_line(past):
     times = past(lambda x, y: x * y)
     x, y = torch.randn(301, 1_003), torch.randn(1_003)

@@ -18,7 +18,8 @@ and lends it nothing the next time.
 
 A worker lends only to those that have shown that they can read it. The first large message to a
 worker that has an address on the same host goes by the wire, with an offer: where the seal of that
-message lies. Who can read it there says so. All this is per pair of workers, and silent.
+message lies. Who can read it there says so. All this is per pair of workers, and silent. What a
+driver gives to workers is lent as well: see `taskgrad.cluster.inputs`.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ import pickle
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+from dask.sizeof import sizeof
 from distributed import Worker
 from distributed.comm.addressing import get_address_host
 
@@ -129,6 +131,12 @@ class Loan:
         self._offered = False
         self._room = MOST
         self.open = True
+
+    def holds(self, values: Sequence[Any]) -> bool:
+        """Whether all of these values can be lent as they lie; what is sent may be compressed."""
+        if self._to not in self._lender.readers or not all(map(lies_ready, values)):
+            return False
+        return sum(map(sizeof, values)) <= MOST
 
     def pack(self, pickled: bytes, buffers: list[memoryview]) -> tuple[bytes, list[memoryview]]:
         """A pickle and its buffers; what there is to lend of them is not among those that return.
@@ -287,9 +295,9 @@ def apply(worker: Worker) -> bool:
             return await stock(comm, keys, who=who, **kwargs)
         with contextlib.ExitStack() as stack:
             stack.enter_context(lend(loan))
-            # What is lent, or lies ready to be sent, is no work for a thread: to go there and back
-            # would take a millisecond, where reading 32 MB takes two or three.
-            if all(map(lies_ready, internals.held_in_memory(worker, keys))):
+            # What is lent as it lies is no work for a thread: to go there and back would take a
+            # millisecond, where reading 32 MB takes two or three.
+            if loan.holds(internals.held_in_memory(worker, keys)):
                 stack.enter_context(internals.writing_at_once(comm))
             return await stock(comm, keys, who=who, **kwargs)
 

@@ -38,7 +38,7 @@ _SPARSE_COMPRESSED = {
     torch.sparse_csc: ("ccol_indices", "row_indices"),
     torch.sparse_bsc: ("ccol_indices", "row_indices"),
 }
-_FEW = 64
+_FEW = 64  # values of a container that can be looked at one by one in an event loop
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _OWN_REDUCES = (torch.Tensor.__reduce_ex__, torch.nn.Parameter.__reduce_ex__)
 

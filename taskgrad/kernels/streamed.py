@@ -86,6 +86,8 @@ class Streams:
         """
         k, name, _ = self._outputs[0]
         lines = [f"first = min(n, (-o{k} & {_LINE - 1}) // {SIZES[name]})"]
+        # Memory from elsewhere (torch.frombuffer) may have no element on the beginning of a line.
+        lines.append(f"first = n if o{k} & {SIZES[name] - 1} else first")
         for other, _, _ in self._outputs[1:]:  # their lines may begin elsewhere
             lines.append(f"first = n if (o{k} ^ o{other}) & {_LINE - 1} else first")
         lines += [
