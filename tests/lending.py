@@ -6,10 +6,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
+import torch
+from distributed import Client
 
+from conftest import wait_until
 from taskgrad.cluster import cross_memory, loans
+from taskgrad.cluster.session import session
 
 HERE, THERE = "tcp://127.0.0.1:1", "tcp://127.0.0.1:2"
 
@@ -40,3 +45,46 @@ def _can_read_others() -> bool:
 
 needs_call = pytest.mark.skipif(not cross_memory.available(), reason="no process_vm_readv")
 needs_others = pytest.mark.skipif(not _can_read_others(), reason="no reading of other processes")
+
+COUNT = 8_000_000  # floats: 32 MB
+
+
+def make(seed: int, count: int = COUNT) -> torch.Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed))
+
+
+def make_strided(seed: int) -> torch.Tensor:
+    return make(seed, 2 * COUNT).view(-1, 2)[:, 0]
+
+
+def equal(t: torch.Tensor, seed: int, maker: Any = make) -> bool:
+    return torch.equal(t, maker(seed))
+
+
+def borrowed(client: Client) -> dict[str, int]:
+    """Bytes that each worker has read from another's memory."""
+    return client.run(loans.bytes_borrowed)
+
+
+def readers(client: Client, lender: str) -> list[str]:
+    def look(dask_worker):
+        return sorted(loans._lenders[dask_worker].readers)
+
+    return client.run(look, workers=[lender])[lender]
+
+
+def pass_one(client: Client, a: str, b: str, seed: int, maker: Any = make) -> bool:
+    """A tensor from one worker to the other; whether it is what it was."""
+    there = client.submit(maker, seed, workers=[a], pure=False)
+    return client.submit(equal, there, seed, maker, workers=[b], pure=False).result(timeout=30)
+
+
+def acquaint(client: Client, a: str, b: str) -> None:
+    """Have two workers find out that one can read the other."""
+    assert pass_one(client, a, b, 0)
+    assert wait_until(lambda: readers(client, a) == [b])
+
+
+def use(client: Client) -> tuple[Client, list[str]]:
+    session(client)
+    return client, sorted(client.scheduler_info(n_workers=-1)["workers"])

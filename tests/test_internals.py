@@ -167,6 +167,29 @@ def test_a_connection_makes_large_messages_at_once_if_told(plain):
     assert comm.allow_offload is True
 
 
+def test_the_function_that_asks_for_results_is_wrapped_once_and_unwrapped(monkeypatch):
+    stock = distributed.worker.get_data_from_worker
+    wrapper = lambda gather: lambda *args, **kwargs: gather(*args, **kwargs)  # noqa: E731
+    assert internals.wrap_gathering(wrapper)
+    wrapped = distributed.worker.get_data_from_worker
+    assert wrapped is not stock
+    assert internals.wrap_gathering(wrapper)
+    assert distributed.worker.get_data_from_worker is wrapped
+    internals.unwrap_gathering()
+    internals.unwrap_gathering()
+    assert distributed.worker.get_data_from_worker is stock
+    # A worker calls it by its name in that module, as it stands there then.
+    assert "get_data_from_worker(" in inspect.getsource(distributed.Worker.gather_dep)
+
+    def another(rpc, keys, worker):
+        return {}
+
+    for gather in (another, None):
+        monkeypatch.setattr(distributed.worker, "get_data_from_worker", gather)
+        assert not internals.wrap_gathering(wrapper)
+        assert distributed.worker.get_data_from_worker is gather
+
+
 def test_another_way_of_giving_results_away_is_noticed():
     async def without_an_answer(comm, keys, who=None, serializers=None):
         await comm.write({"status": "OK"}, serializers=serializers)

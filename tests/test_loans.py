@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import dask
+import distributed.worker
 import pytest
 import torch
 from distributed import Client, LocalCluster, Worker
@@ -18,56 +18,24 @@ from distributed.comm import utils as comm_utils
 from distributed.utils import open_port
 
 from conftest import wait_until
-from lending import needs_call, needs_others
-from taskgrad.cluster import cross_memory, loans
-from taskgrad.cluster.session import session
-
-COUNT = 8_000_000  # floats: 32 MB
-
-
-def make(seed: int, count: int = COUNT) -> torch.Tensor:
-    return torch.randn(count, generator=torch.Generator().manual_seed(seed))
-
-
-def make_strided(seed: int) -> torch.Tensor:
-    return make(seed, 2 * COUNT).view(-1, 2)[:, 0]
-
-
-def equal(t: torch.Tensor, seed: int, maker: Any = make) -> bool:
-    return torch.equal(t, maker(seed))
+from lending import (
+    COUNT,
+    acquaint,
+    borrowed,
+    equal,
+    make,
+    make_strided,
+    needs_call,
+    needs_others,
+    pass_one,
+    readers,
+    use,
+)
+from taskgrad.cluster import cross_memory, loans, shelf
 
 
 def same(t: torch.Tensor) -> torch.Tensor:
     return t
-
-
-def borrowed(client: Client) -> dict[str, int]:
-    """Bytes that each worker has read from another's memory."""
-    return client.run(loans.bytes_borrowed)
-
-
-def readers(client: Client, lender: str) -> list[str]:
-    def look(dask_worker):
-        return sorted(loans._lenders[dask_worker].readers)
-
-    return client.run(look, workers=[lender])[lender]
-
-
-def pass_one(client: Client, a: str, b: str, seed: int, maker: Any = make) -> bool:
-    """A tensor from one worker to the other; whether it is what it was."""
-    there = client.submit(maker, seed, workers=[a], pure=False)
-    return client.submit(equal, there, seed, maker, workers=[b], pure=False).result(timeout=30)
-
-
-def acquaint(client: Client, a: str, b: str) -> None:
-    """Have two workers find out that one can read the other."""
-    assert pass_one(client, a, b, 0)
-    assert wait_until(lambda: readers(client, a) == [b])
-
-
-def use(client: Client) -> tuple[Client, list[str]]:
-    session(client)
-    return client, sorted(client.scheduler_info(n_workers=-1)["workers"])
 
 
 def forget(dask_worker: Worker) -> None:
@@ -226,6 +194,8 @@ def lends(client: Client) -> set[bool]:
         handler = dask_worker.handlers["get_data"]
         known = "taskgrad_reader" in dask_worker.handlers
         assert known == (handler != dask_worker.get_data) == (dask_worker in loans._lenders)
+        looks = hasattr(distributed.worker.get_data_from_worker, "taskgrad")
+        assert known == looks == (dask_worker in shelf._shelves)
         return known
 
     return set(client.run(look).values())

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import distributed.client
+import distributed.worker
 from distributed import Client, Future, Nanny, Scheduler, Worker
 from distributed.batched import BatchedSend
 from distributed.core import Server
@@ -199,6 +200,34 @@ def held_in_memory(worker: Worker, keys: Sequence[str]) -> list[Any]:
     data = getattr(worker, "data", {})
     memory = getattr(data, "memory", data)
     return [memory[key] for key in keys if key in memory]
+
+
+_GATHER = "get_data_from_worker"
+_GATHER_TAKES = ["rpc", "keys", "worker", "who", "serializers", "deserializers"]
+
+
+def wrap_gathering(wrapper: Callable[[Any], Any]) -> bool:
+    """Have ``wrapper(gather)`` ask other workers for results, in place of Dask's ``gather``.
+
+    That is one function for all workers of a process; it is wrapped once. Returns whether it is,
+    which takes that it is as we know it.
+    """
+    gather = getattr(distributed.worker, _GATHER, None)
+    if hasattr(gather, "taskgrad"):
+        return True
+    if not callable(gather) or list(inspect.signature(gather).parameters) != _GATHER_TAKES:
+        return False
+    wrapped = wrapper(gather)
+    wrapped.taskgrad = gather
+    setattr(distributed.worker, _GATHER, wrapped)
+    return True
+
+
+def unwrap_gathering() -> None:
+    """Undo `wrap_gathering`, unless somebody has put another over it."""
+    stock = getattr(getattr(distributed.worker, _GATHER, None), "taskgrad", None)
+    if stock is not None:
+        setattr(distributed.worker, _GATHER, stock)
 
 
 @contextlib.contextmanager

@@ -18,8 +18,9 @@ and lends it nothing the next time.
 
 A worker lends only to those that have shown that they can read it. The first large message to a
 worker that has an address on the same host goes by the wire, with an offer: where the seal of that
-message lies. Who can read it there says so. All this is per pair of workers, and silent. What a
-driver gives to workers is lent as well: see `taskgrad.cluster.inputs`.
+message lies. Who can read it there says so, and is told where it finds what need not be asked for:
+see `taskgrad.cluster.shelf`. All this is per pair of workers, and silent. What a driver gives to
+workers is lent as well: see `taskgrad.cluster.inputs`.
 """
 
 from __future__ import annotations
@@ -103,6 +104,10 @@ class Lender:
         self.address = address
         self.readers: set[str] = set()
         self.offers: Counter[str] = Counter()
+        self.shelf: Any = None
+        """Where its readers find its results by themselves; see `taskgrad.cluster.shelf`."""
+        self.shelves: dict[str, Any] = {}
+        """Where those are of others that it can read."""
         self.closed = False
 
     def loan(self, who: str | None) -> Loan | None:
@@ -239,6 +244,16 @@ def receive(pickled: Any, pieces: list[Any], seal: Seal, offer: Offer | None) ->
     return pickle.loads(pickled, buffers=buffers)
 
 
+def lender_at(address: str | None) -> Lender | None:
+    """What the worker of this process that has this address knows of others, if it lends."""
+    return next((known for known in list(_lenders.values()) if known.address == address), None)
+
+
+def has_readers(worker: Worker) -> bool:
+    """Whether somebody can read this worker's memory."""
+    return worker in _lenders and bool(_lenders[worker].readers)
+
+
 def bytes_borrowed() -> int:
     """How much this process has read out of the memory of others."""
     return _borrowed
@@ -270,7 +285,9 @@ def _consider(offer: Offer, seal: Seal) -> None:
 
 async def _accept(worker: Worker, lender: str) -> None:
     try:
-        await getattr(worker.rpc(lender), _READER)(address=worker.address)
+        shelf = await getattr(worker.rpc(lender), _READER)(address=worker.address)
+        if shelf is not None and worker in _lenders:
+            _lenders[worker].shelves[lender] = shelf
     except Exception:  # it is gone, or no longer lends: then nothing is lent
         logger.debug("%s accepts no loans from %s", worker.address, lender, exc_info=True)
 
@@ -285,8 +302,9 @@ def apply(worker: Worker) -> bool:
         return False
     lender = _lenders[worker] = Lender(worker.address)
 
-    def reader(address: str) -> None:
+    def reader(address: str) -> Any:
         lender.readers.add(address)
+        return lender.shelf
 
     @functools.wraps(stock)
     async def get_data(comm: Any, keys: Any, who: str | None = None, **kwargs: Any) -> Any:

@@ -18,7 +18,7 @@ from distributed import Scheduler, Worker
 from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
 from distributed.scheduler import TaskState, WorkerState
 
-from taskgrad.cluster import allocator, internals, latency, loans, minimums
+from taskgrad.cluster import allocator, internals, latency, loans, minimums, shelf
 from taskgrad.cluster import serialize as _serialize  # noqa: F401  registers the tensor family
 from taskgrad.cluster.config import Settings, Users
 from taskgrad.cluster.post import Post
@@ -78,6 +78,7 @@ class StorePlugin(WorkerPlugin):
     def setup(self, worker: Worker) -> None:
         """Called once on each worker, those that join later too."""
         store = store_of(worker)
+        self._worker = worker
 
         def release(keys: list[str]) -> None:
             store.release(keys)
@@ -98,6 +99,10 @@ class StorePlugin(WorkerPlugin):
         for name in _METRICS:  # columns of the dashboard's table of workers
             worker.metrics[f"{NAME}_{name}"] = functools.partial(counts.read, name)
         worker.metrics[f"{NAME}_{_BORROWED}"] = _borrowed
+
+    def transition(self, key: Any, start: str, finish: str, **kwargs: Any) -> None:
+        """What was computed can be read by others from now on, what is released no more."""
+        shelf.moved(self._worker, key, start, finish)
 
     def teardown(self, worker: Worker) -> None:
         """Called when the worker closes."""
@@ -124,7 +129,9 @@ def _change(worker: Worker, settings: Settings) -> None:
         allocator.restore(worker)
     if settings.cross_memory:
         loans.apply(worker)
+        shelf.apply(worker)
     else:
+        shelf.restore(worker)
         loans.restore(worker)
     minimums.PAUSE.hold(worker, settings.pause)
     minimums.PROFILE.hold(worker, settings.profile)

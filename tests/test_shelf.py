@@ -1,0 +1,248 @@
+"""Large results that a worker shows are read by others of its host, and not asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from distributed import Client, LocalCluster, Worker
+from torch.utils import _pytree as pytree
+
+from conftest import wait_until
+from lending import THERE, acquaint, borrowed, equal, make, needs_call, needs_others, use
+from taskgrad.cluster import cross_memory, loans, shelf
+from taskgrad.cluster.shelf import Shelf, take
+
+COUNT = 200_000  # floats: 0.8 MB
+
+
+def nested(seed: int) -> Any:
+    return make(seed, COUNT), None, [make(seed + 1, COUNT), make(seed + 2, 3)]
+
+
+def same_values(a: Any, b: Any) -> bool:
+    (leaves, spec), (others, other_spec) = pytree.tree_flatten(a), pytree.tree_flatten(b)
+    pairs = zip(leaves, others, strict=True)
+    return spec == other_spec and all(x is y is None or torch.equal(x, y) for x, y in pairs)
+
+
+def equals(value: Any, seed: int, maker: Callable[[int], Any]) -> bool:
+    return same_values(value, maker(seed))
+
+
+def equal_and_small(t: torch.Tensor, seed: int, small: int) -> bool:
+    return equal(t, seed) and small == seed
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[tuple[Client, list[str]]]:
+    """Two worker processes that can read each other, and know it."""
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        _, (a, b) = use(client)
+        acquaint(client, a, b)
+        acquaint(client, b, a)
+        yield client, [a, b]
+
+
+def shown(client: Client, worker: str) -> list[Any]:
+    def look(dask_worker: Worker) -> list[Any]:
+        return list(shelf._shelves[dask_worker]._items)
+
+    found: list[Any] = client.run(look, workers=[worker])[worker]
+    return found
+
+
+def show(client: Client, worker: str, function: Any, *arguments: Any) -> Any:
+    """A result that lies on a worker's shelf."""
+    future = client.submit(function, *arguments, workers=[worker], pure=False)
+    assert wait_until(lambda: future.key in shown(client, worker))
+    return future
+
+
+def asked(client: Client, worker: str) -> int:
+    """How often this worker was asked for results."""
+
+    def look(dask_worker: Worker) -> int:
+        return int(dask_worker.transfer_outgoing_count_total)
+
+    return int(client.run(look, workers=[worker])[worker])
+
+
+@needs_others
+@pytest.mark.parametrize("maker", [make, nested])
+def test_what_is_shown_is_read_and_not_asked_for(pair, maker):
+    client, (a, b) = pair
+    before = asked(client, a), borrowed(client)[b]
+    for seed in range(3):
+        there = show(client, a, maker, seed)
+        assert client.submit(equals, there, seed, maker, workers=[b], pure=False).result(30)
+    large = sum(t.nbytes for t in pytree.tree_leaves(maker(0)) if t is not None and t.numel() > 3)
+    assert (asked(client, a), borrowed(client)[b]) == (before[0], before[1] + 3 * large)
+
+
+@needs_others
+def test_what_else_a_task_takes_is_asked_for(pair):
+    client, (a, b) = pair
+    before = asked(client, a)
+    small = client.submit(int, 7, workers=[a], pure=False)
+    large = show(client, a, make, 7)
+    taken = client.submit(equal_and_small, large, 7, small, workers=[b], pure=False)
+    assert taken.result(timeout=30)
+    assert asked(client, a) == before + 1
+    assert small.key not in shown(client, a)
+
+
+@needs_others
+def test_what_is_released_is_on_no_shelf(pair):
+    client, (a, _) = pair
+    key = show(client, a, make, 1).key
+    assert wait_until(lambda: key not in shown(client, a))
+
+
+@needs_others
+def test_what_came_from_another_worker_is_not_shown(pair):
+    client, (a, b) = pair
+    there = show(client, a, make, 1)
+    assert client.submit(equal, there, 1, workers=[b], pure=False).result(timeout=30)
+    assert set(client.who_has(there)[there.key]) == {a, b}
+    assert there.key not in shown(client, b)
+
+
+# From here on the reader is the process itself: to its own memory it can do anything in between.
+
+
+def values() -> dict[str, torch.Tensor]:
+    return {"x": make(1, COUNT), "y": make(2, COUNT)}
+
+
+@pytest.fixture
+def filled() -> tuple[Shelf, dict[str, torch.Tensor]]:
+    """A shelf, and what lies on it."""
+    found, on_it = Shelf(), values()
+    for key, value in on_it.items():
+        found.show(key, value)
+    return found, on_it
+
+
+@needs_call
+def test_a_reader_finds_values_of_its_own(filled):
+    found, on_it = filled
+    got = take(found.place, ["x", "elsewhere", "y"])
+    assert list(got) == ["x", "y"]
+    assert all(torch.equal(got[key], on_it[key]) for key in on_it)
+    on_it["x"].zero_()
+    assert torch.equal(got["x"], make(1, COUNT))
+
+
+@needs_call
+def test_a_tensor_that_dies_is_found_no_more(filled):
+    found, on_it = filled
+    del on_it["x"]
+    assert list(take(found.place, ["x", "y"])) == ["y"]
+
+
+@needs_call
+def test_a_part_that_dies_takes_the_whole_away():
+    found, parts = Shelf(), [make(1, COUNT), make(2, COUNT)]
+    found.show("x", parts)
+    assert same_values(take(found.place, ["x"])["x"], parts)
+    parts.pop()
+    assert take(found.place, ["x"]) == {}
+
+
+@needs_call
+def test_a_key_that_is_made_again_has_its_new_value(filled):
+    found, on_it = filled
+    new = make(3, COUNT)
+    found.show("x", new)
+    assert torch.equal(take(found.place, ["x"])["x"], new)
+    found.show("x", 3)  # not of those that are shown; and the old value is not it
+    assert list(take(found.place, list(on_it))) == ["y"]
+
+
+@needs_call
+def test_the_oldest_makes_room(filled):
+    found, on_it = filled
+    more = {i: make(i, COUNT // 2) for i in range(shelf.SLOTS - 1)}
+    for key, value in more.items():
+        found.show(key, value)
+    assert list(take(found.place, ["x", "y", *more])) == ["y", *more]
+    found.clear()
+    assert take(found.place, ["y", *more]) == {}
+    for key, value in on_it.items():
+        found.show(key, value)
+    assert list(take(found.place, list(on_it))) == list(on_it)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        make(1, 1000),
+        torch.nn.Parameter(make(1, COUNT)),
+        make(1, COUNT).requires_grad_(),
+        make(1, 2 * COUNT).view(-1, 2)[:, 0],
+        {"x": make(1, COUNT)},
+        [make(1, COUNT), "a word"],
+        make(1, COUNT).to_sparse(),
+        torch.ones(COUNT, device="meta"),
+        3,
+    ],
+    ids=["small", "parameter", "leaf", "strided", "dict", "mixed", "sparse", "meta", "int"],
+)
+def test_what_is_not_shown(value):
+    found = Shelf()
+    found.show("x", value)
+    assert not found._items
+
+
+@needs_call
+@pytest.mark.parametrize("reads", [1, 2, 3, 4])
+def test_what_dies_while_it_is_read_is_not_taken(filled, monkeypatch, reads):
+    """The table, an item, its seal, its tensor, the seal again: after any of these."""
+    found, on_it = filled
+    stock, count = cross_memory.read, 0
+
+    def read(pid, pieces):
+        nonlocal count
+        stock(pid, pieces)
+        count += 1
+        if count == reads:
+            del on_it["x"]
+
+    monkeypatch.setattr(cross_memory, "read", read)
+    assert take(found.place, ["x"]) == {}
+    assert "x" not in on_it
+
+
+@needs_call
+def test_records_that_are_half_written_lead_to_nothing(filled):
+    found, _ = filled
+    size = shelf._RECORD.size
+    slots = [found._items[key].slot * size for key in ("x", "y")]
+    (x, y) = (list(shelf._RECORD.unpack_from(found._table, at)) for at in slots)
+    shelf._RECORD.pack_into(found._table, slots[0], *x[:2], *y[2:])
+    assert list(take(found.place, ["x", "y"])) == ["y"]
+    shelf._RECORD.pack_into(found._table, slots[0], x[0], bytes(16), *x[2:])
+    assert list(take(found.place, ["x", "y"])) == ["y"]
+    shelf._RECORD.pack_into(found._table, slots[0], *x[:2], 8, 100)  # no memory at all
+    assert list(take(found.place, ["x", "y"])) == ["y"]
+
+
+@needs_call
+def test_a_shelf_that_is_gone_is_forgotten(filled):
+    found, _ = filled
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait(30)
+    lender = loans.Lender("tcp://127.0.0.1:3")
+    lender.shelves[THERE] = found.place._replace(pid=ended.pid)
+    assert shelf.look(lender, THERE, ["x"]) == {}
+    assert lender.shelves == {}
+    lender.shelves[THERE] = tuple(found.place)
+    assert list(shelf.look(lender, THERE, ["x"])) == ["x"]
