@@ -13,7 +13,18 @@ from distributed import Client, LocalCluster, Worker
 from torch.utils import _pytree as pytree
 
 from conftest import wait_until
-from lending import THERE, acquaint, borrowed, equal, make, needs_call, needs_others, use
+from lending import (
+    THERE,
+    acquaint,
+    borrowed,
+    equal,
+    make,
+    needs_call,
+    needs_others,
+    pass_one,
+    readers,
+    use,
+)
 from taskgrad.cluster import cross_memory, loans, shelf
 from taskgrad.cluster.shelf import Shelf, take
 
@@ -22,6 +33,10 @@ COUNT = 200_000  # floats: 0.8 MB
 
 def nested(seed: int) -> Any:
     return make(seed, COUNT), None, [make(seed + 1, COUNT), make(seed + 2, 3)]
+
+
+def small(seed: int) -> torch.Tensor:
+    return make(seed, 3)
 
 
 def same_values(a: Any, b: Any) -> bool:
@@ -76,7 +91,7 @@ def asked(client: Client, worker: str) -> int:
 
 
 @needs_others
-@pytest.mark.parametrize("maker", [make, nested])
+@pytest.mark.parametrize("maker", [make, nested, small])
 def test_what_is_shown_is_read_and_not_asked_for(pair, maker):
     client, (a, b) = pair
     before = asked(client, a), borrowed(client)[b]
@@ -97,6 +112,21 @@ def test_what_else_a_task_takes_is_asked_for(pair):
     assert taken.result(timeout=30)
     assert asked(client, a) == before + 1
     assert small.key not in shown(client, a)
+
+
+@needs_others
+def test_workers_get_to_know_each_other_by_small_tensors():
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        _, (a, b) = use(client)
+        assert pass_one(client, a, b, 1, small)
+        assert wait_until(lambda: readers(client, a) == [b])
+        before = asked(client, a)
+        there = show(client, a, small, 2)
+        assert client.submit(equals, there, 2, small, workers=[b], pure=False).result(timeout=30)
+        assert asked(client, a) == before
 
 
 @needs_others
@@ -184,17 +214,18 @@ def test_the_oldest_makes_room(filled):
 @pytest.mark.parametrize(
     "value",
     [
-        make(1, 1000),
+        None,
         torch.nn.Parameter(make(1, COUNT)),
         make(1, COUNT).requires_grad_(),
         make(1, 2 * COUNT).view(-1, 2)[:, 0],
         {"x": make(1, COUNT)},
+        [make(1, 3) for _ in range(65)],
         [make(1, COUNT), "a word"],
         make(1, COUNT).to_sparse(),
         torch.ones(COUNT, device="meta"),
         3,
     ],
-    ids=["small", "parameter", "leaf", "strided", "dict", "mixed", "sparse", "meta", "int"],
+    ids=["none", "parameter", "leaf", "strided", "dict", "many", "mixed", "sparse", "meta", "int"],
 )
 def test_what_is_not_shown(value):
     found = Shelf()

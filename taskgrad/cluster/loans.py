@@ -16,10 +16,10 @@ loan ends first, and a receiver that is still reading finds the seal broken. It 
 which Dask takes for a lost connection, and asks again; the lender has seen the connection go too,
 and lends it nothing the next time.
 
-A worker lends only to those that have shown that they can read it. The first large message to a
-worker that has an address on the same host goes by the wire, with an offer: where the seal of that
-message lies. Who can read it there says so, and is told where it finds what need not be asked for:
-see `taskgrad.cluster.shelf`. All this is per pair of workers, and silent. What a driver gives to
+A worker lends only to those that have shown that they can read it. With the first tensors to a
+worker that has an address on the same host goes an offer: where the seal of that message lies. Who
+can read it there says so, and is told where it finds what need not be asked for: see
+`taskgrad.cluster.shelf`. All this is per pair of workers, and silent. What a driver gives to
 workers is lent as well: see `taskgrad.cluster.inputs`.
 """
 
@@ -149,19 +149,20 @@ class Loan:
         The new pickle calls `receive` with the old one. Any process that can import taskgrad reads
         it, as all that taskgrad sends.
         """
-        if sum(b.nbytes for b in buffers if b.nbytes >= PIECE) < LEAST:
-            return pickled, buffers
         known = self._to in self._lender.readers
-        offer = None
-        if not known and not self._offered:
-            self._offered = True
-            offer = self._lender.offer(self._to)
-        if not known and offer is None:
+        offer = self._offer() if buffers and not known else None
+        large = sum(b.nbytes for b in buffers if b.nbytes >= PIECE)
+        if offer is None and not (known and large >= LEAST):
             return pickled, buffers
         pieces = [self._lend(b) if known else pickle.PickleBuffer(b) for b in buffers]
         rest: list[pickle.PickleBuffer] = []
         received = _Received(pickle.PickleBuffer(pickled), pieces, self.seal, offer)
         return pickle.dumps(received, 5, buffer_callback=rest.append), [b.raw() for b in rest]
+
+    def _offer(self) -> Offer | None:
+        """One goes with the first buffers of the message, if one is due."""
+        offered, self._offered = self._offered, True
+        return None if offered else self._lender.offer(self._to)
 
     def _lend(self, buffer: memoryview) -> Lent | bytes | pickle.PickleBuffer:
         """What stands for a buffer; one that is not lent is sent, and an empty one is neither."""

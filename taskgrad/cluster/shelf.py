@@ -38,7 +38,7 @@ import torch
 from distributed import Worker
 
 from taskgrad.cluster import cross_memory, internals, loans
-from taskgrad.cluster.loans import LEAST, MOST, PIECE, Lender, Lent, Seal, receive
+from taskgrad.cluster.loans import MOST, PIECE, Lender, Lent, Seal, receive
 from taskgrad.cluster.serialize import TensorPickler
 from taskgrad.cluster.tensors import lies_ready
 
@@ -98,7 +98,7 @@ class Shelf:
         """Show a result under its key, if it is of those that can be."""
         self.remove(key)
         tensors = _tensors_of(value)
-        if not LEAST <= sum(t.nbytes for t in tensors) <= MOST:
+        if not 0 < len(tensors) <= SLOTS or sum(t.nbytes for t in tensors) > MOST:
             return
         if not self._free:
             self.remove(next(iter(self._items)))
