@@ -8,6 +8,11 @@ one that a user would write by hand: `@njit(parallel=True, fastmath=True)`, a `p
 gradients by hand. NumPy and numexpr have no gradients, so they take part in the forward only. For
 `_latency` there are 1,000 elements.
 
+A sum of ours begins at the end of the memory if whoever was there last went forwards, and at the
+start if it was one of ours that did not: part of what was read last is still in the caches. As all
+are called twice, `sum_forward` shows the second case; `sum_after_copy`, where what goes before is a
+copy of the same tensor by torch, the first.
+
 `_into_vs_copy` is our time for a byte over that of `torch.Tensor.copy_`, with out=, without the
 making of a result; the loop's bytes stand beside it. What is transposed is compared with a copy of
 the transposed tensor, too, as no copy of it reaches the speed of one that goes straight ahead.
@@ -292,8 +297,10 @@ def cases(count: int, rows: int, columns: int) -> dict[str, Case]:
     }
 
 
-def in_turns(calls: dict[str, Call], rounds: int, repeat: int = 1) -> dict[str, list[float]]:
-    """Seconds a call of each, all of them in every round."""
+def in_turns(
+    calls: dict[str, Call], rounds: int, repeat: int = 1, before: Call | None = None
+) -> dict[str, list[float]]:
+    """Seconds a call of each, all of them in every round, after the same call or another."""
     for call in calls.values():
         for _ in range(3):
             call()
@@ -302,7 +309,7 @@ def in_turns(calls: dict[str, Call], rounds: int, repeat: int = 1) -> dict[str, 
         for name, call in calls.items():
             if repeat == 1:  # small calls use no threads but Numba's, and stay warm by themselves
                 time.sleep(PAUSE)
-            call()
+            (before or call)()
             start = time.perf_counter()
             for _ in range(repeat):
                 call()
@@ -310,9 +317,16 @@ def in_turns(calls: dict[str, Call], rounds: int, repeat: int = 1) -> dict[str, 
     return seconds
 
 
-def compare(report: Report, key: str, calls: dict[str, Call], rounds: int, repeat: int = 1) -> None:
+def compare(
+    report: Report,
+    key: str,
+    calls: dict[str, Call],
+    rounds: int,
+    repeat: int = 1,
+    before: Call | None = None,
+) -> None:
     """Measure all and add figures and ratios."""
-    seconds = in_turns(calls, rounds, repeat)
+    seconds = in_turns(calls, rounds, repeat, before)
     for name, found in seconds.items():
         report.figure(f"{key}_{name}", found)
     for name, found in seconds.items():
@@ -358,6 +372,15 @@ def main() -> None:
     for name, case in large.items():
         compare(report, f"{name}_forward", case.forward(), ROUNDS)
         compare(report, f"{name}_backward", case.backward(), ROUNDS)
+    case = large["sum"]
+    copied = torch.empty(COUNT)
+    compare(
+        report,
+        "sum_after_copy",
+        case.forward(),
+        ROUNDS,
+        before=lambda: copied.copy_(case.inputs[0]),
+    )
     bandwidth(report, large)
     for name, case in cases(1_000, 40, 25).items():
         compare(report, f"{name}_latency", case.forward(), ROUNDS, CALLS // ROUNDS)

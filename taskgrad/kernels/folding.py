@@ -20,6 +20,22 @@ _PLANS = 4_096
 _COMMUTE = {"add", "mul", "and", "or", "xor"}
 
 
+# The address of the memory that was last read from its end.
+_ended = 0
+
+
+def _from_end(address: int) -> bool:
+    """Whether to begin at the end of this memory, as more of that will be in the caches.
+
+    Whoever wrote or read it before did so from the start, unless it was us just now, the other way.
+    Where it is larger than the last cache, only what was gone through last is still there.
+    """
+    global _ended
+    is_so = address != _ended
+    _ended = address if is_so else 0
+    return is_so
+
+
 @dataclass(frozen=True)
 class _Pass:
     """One call of a kernel."""
@@ -30,6 +46,7 @@ class _Pass:
     items: int
     alone: bool
     shared: int = 0  # bytes of memory for segments that the kernel itself joins
+    turns: bool = False  # whether it goes by `_from_end`
 
     def run(self, *tensors: torch.Tensor, nbytes: int | None = None) -> threads.LastCall:
         """What it did, with tensors of so many bytes together."""
@@ -41,6 +58,7 @@ class _Pass:
             meta=self.meta_address,
             scratch=fold_source.SCRATCH,
             shared=self.shared,
+            from_end=self.turns and _from_end(tensors[0].data_ptr()),
             threads=1 if self.alone else torch.get_num_threads(),
         )
         seconds = time.perf_counter() - start
@@ -203,7 +221,8 @@ class Folder:
         held = dtypes.torch_dtype(dtypes.Kind(dtype).computed)
         first = _pass(kernel, numbers, items, x.numel())
         if way == "lanes":
-            first, segments = replace(first, shared=8 * items if segments > 1 else 0), 1
+            first = replace(first, shared=8 * items if segments > 1 else 0, turns=True)
+            segments = 1
         return _Plan(first, (*sizes, segments, cols), held, moves)
 
     def _kernel(self, way: str, dtype: str) -> Kernel:

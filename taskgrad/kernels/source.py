@@ -33,8 +33,11 @@ TILE_STRIDE = 136
 BLOCK = 8192  # elements, where none is turned round
 
 # What a call passes: all its threads get the address of one row of whole numbers, and share it.
-CALL = ("ticket", "next", "step", "items", "meta", "scratch", "scratch_size", "failed", "done")
-_READ = CALL[2:7]
+CALL = (
+    *("ticket", "next", "step", "items", "meta", "scratch", "scratch_size"),
+    *("failed", "done", "from_end"),
+)
+_READ = (*CALL[2:7], "from_end")
 
 HEAD = '''\
 """{title}
@@ -166,7 +169,8 @@ def entry(addresses: Sequence[str]) -> list[str]:
     return [*lines, "    item, last = -1, 0"]
 
 
-# A thread goes over the items it took, and takes the next ones until there are none.
+# A thread goes over the items it took, and takes the next ones until there are none; the last ones
+# first, if so called, but always forwards among those it took, as processors read ahead.
 ITEMS = (
     "    while True:",
     "        item += 1",
@@ -175,6 +179,8 @@ ITEMS = (
     "            if item >= items:",
     "                break",
     "            last = min(items, item + step)",
+    "            if from_end:",
+    "                item, last = items - last, items - item",
 )
 
 

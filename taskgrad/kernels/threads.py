@@ -54,6 +54,7 @@ def run(
     scratch: int = 0,
     shared: int = 0,
     threads: int = 1,
+    from_end: bool = False,
 ) -> int:
     """Call a kernel for all its items; how many threads took part.
 
@@ -72,16 +73,15 @@ def run(
         operand, the last.
     threads : int
         At most so many.
+    from_end : bool
+        Whether the last items come first.
     """
-    threads = min(threads, items)
-    if threads > 1:
-        step = -(-items // (threads * _PIECES))
-    else:
-        threads, step = 1, items
+    threads = max(1, min(threads, items))
+    step = -(-items // (threads * _PIECES)) if threads > 1 or from_end else items
     place = _scratch_of(scratch * threads + shared) if scratch else 0
     # In the order of source.CALL.
     last = place + scratch * threads
-    call = array("q", (0, 0, step, items, meta, place, scratch, 0, 0, *addresses, last))
+    call = array("q", (0, 0, step, items, meta, place, scratch, 0, 0, from_end, *addresses, last))
     address = call.buffer_info()[0]
     if threads == 1:
         kernel.run(address)
