@@ -99,12 +99,14 @@ def test_a_forked_child_has_threads_of_its_own():
 import os, torch, taskgrad as tg
 torch.set_num_threads(2)
 fn = tg.vectorize(lambda x: x + 1)
+add = tg.vectorize(lambda a, b: a + b)
 x = torch.ones(300_000)
 fn(x)
+add.reduce(x), add.reduce(x)  # is kept ready
 child = os.fork()
 if not child:
     found = fn(x)
-    os._exit(0 if found[0].item() == found[-1].item() == 2 else 1)
+    os._exit(0 if found[0].item() == found[-1].item() == 2 and add.reduce(x) == 300_000 else 1)
 print(os.waitpid(child, 0)[1])
 """
     assert run(code) == "0"

@@ -15,25 +15,11 @@ from taskgrad.kernels.body import Body
 from taskgrad.kernels.calls import kind_of_call
 from taskgrad.kernels.compiled import Kernel, compiled
 from taskgrad.kernels.formula import Formula, expanded
+from taskgrad.kernels.repeated import Repeated, done_from_end, from_end
 
 _PLANS = 4_096
+_READY = 16  # reductions that are kept ready; each has memory of its own for every thread
 _COMMUTE = {"add", "mul", "and", "or", "xor"}
-
-
-# The address of the memory that was last read from its end.
-_ended = 0
-
-
-def _from_end(address: int) -> bool:
-    """Whether to begin at the end of this memory, as more of that will be in the caches.
-
-    Whoever wrote or read it before did so from the start, unless it was us just now, the other way.
-    Where it is larger than the last cache, only what was gone through last is still there.
-    """
-    global _ended
-    is_so = address != _ended
-    _ended = address if is_so else 0
-    return is_so
 
 
 @dataclass(frozen=True)
@@ -46,7 +32,7 @@ class _Pass:
     items: int
     alone: bool
     shared: int = 0  # bytes of memory for segments that the kernel itself joins
-    turns: bool = False  # whether it goes by `_from_end`
+    turns: bool = False  # whether it goes by `from_end`
 
     def run(self, *tensors: torch.Tensor, nbytes: int | None = None) -> threads.LastCall:
         """What it did, with tensors of so many bytes together."""
@@ -58,10 +44,12 @@ class _Pass:
             meta=self.meta_address,
             scratch=fold_source.SCRATCH,
             shared=self.shared,
-            from_end=self.turns and _from_end(tensors[0].data_ptr()),
+            from_end=self.turns and from_end(tensors[0].data_ptr()),
             threads=1 if self.alone else torch.get_num_threads(),
         )
         seconds = time.perf_counter() - start
+        if self.turns:
+            done_from_end()
         nbytes = sum(t.nbytes for t in tensors) if nbytes is None else nbytes
         return threads.LastCall(count, self.items, nbytes, seconds)
 
@@ -80,6 +68,13 @@ class _Step:
     shape: Sequence[int]
     dtype: torch.dtype
     nbytes: int
+
+    last: dict[str, threads.LastCall]
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype)
+        self.last[self.part] = self.only.run(x, out, nbytes=self.nbytes)
+        return out
 
 
 @dataclass(frozen=True)
@@ -105,7 +100,9 @@ class Folder:
     def __init__(self, formula: Formula, name: str) -> None:
         self._formula, self._name = expanded(formula), name
         self._plans: dict[Any, _Plan] = {}
-        self._steps: dict[Any, list[_Step]] = {}
+        self._steps: dict[Any, Sequence[_Step | Repeated]] = {}
+        self._again: dict[Any, Sequence[_Step | Repeated]] = {}
+        self._ready = 0
         self.kernels: dict[tuple[str, str], Kernel] = {}
         self.last: dict[str, threads.LastCall] = {}
 
@@ -115,14 +112,19 @@ class Folder:
         Nothing else is looked at: small calls are mostly this, and so are large ones whose elements
         have pushed everything else out of the caches.
         """
-        dims = tuple(range(x.dim())) if dim is None else (dim,)
-        steps = self._steps.get((x.dtype, x.shape, x.stride(), dims))
+        key = x.dtype, x.shape, x.stride(), dim
+        steps = self._again.get(key)
         if steps is None:
-            return None
+            rank = x.dim()
+            if dim is not None and not -rank <= dim < rank:
+                return None
+            dims = tuple(range(rank)) if dim is None else (dim % rank,)
+            steps = self._steps.get((*key[:3], dims))
+            if steps is None:
+                return None
+            self._again[key] = steps
         for step in steps:
-            out = torch.empty(step.shape, dtype=step.dtype)
-            self.last[step.part] = step.only.run(x, out, nbytes=step.nbytes)
-            x = out
+            x = step.run(x)
         return x
 
     def fold(self, x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
@@ -141,12 +143,33 @@ class Folder:
                     result, part = self._fold_one(result, dim, part, steps), "reduce.rest"
             part = "reduce.rest"
         if steps and result.dtype == x.dtype and result.is_contiguous() and result.numel():
-            *before, end = steps
-            steps = [*before, replace(end, shape=result.shape)]
             if len(self._steps) >= _PLANS:
                 self._steps.clear()
-            self._steps[x.dtype, x.shape, x.stride(), dims] = steps
+                self._again.clear()
+                self._ready = 0
+            self._steps[x.dtype, x.shape, x.stride(), dims] = self._kept(steps, result.shape)
         return result.to(x.dtype)
+
+    def _kept(self, steps: Sequence[_Step], shape: torch.Size) -> Sequence[_Step | Repeated]:
+        """The same steps, to be done again; their result has this shape."""
+        *before, end = steps
+        only = end.only
+        if before or shape or not only.turns or self._ready == _READY:
+            return [*before, replace(end, shape=shape)]
+        self._ready += 1
+        repeated = Repeated(
+            self.last,
+            end.part,
+            only.kernel,
+            only.items,
+            only.meta,
+            end.dtype,
+            end.nbytes,
+            alone=only.alone,
+            scratch=fold_source.SCRATCH,
+            shared=only.shared,
+        )
+        return [repeated]
 
     def scan(self, x: torch.Tensor) -> torch.Tensor:
         """The running results along the last dimension of a contiguous tensor."""
@@ -189,7 +212,7 @@ class Folder:
         if out.numel():
             self.last[part] = plan.first.run(x, out)
             nbytes = x.nbytes + out.nbytes
-            steps.append(_Step(part, plan.first, plan.shape, plan.dtype, nbytes))
+            steps.append(_Step(part, plan.first, plan.shape, plan.dtype, nbytes, self.last))
         if plan.shape[-2] > 1:
             out = self._fold_one(out, len(plan.shape) - 2, "reduce.rest", steps)
         else:

@@ -116,7 +116,11 @@ def differentiates(tensors: Tensors) -> bool:
     """Whether a call has to be part of autograd's graph, or is inside a transform of torch.func."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t.requires_grad:
+                return True
+    return False
 
 
 class Apply(torch.autograd.Function):

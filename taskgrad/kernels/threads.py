@@ -9,15 +9,16 @@ which item does not matter to the bits: no item depends on another.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import sys
 import threading
 from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -29,6 +30,7 @@ ALONE = 65_536
 # Pieces a thread, so that one that is held up does not hold up all.
 _PIECES = 32
 _FAILED = CALL.index("failed")
+FROM_END = CALL.index("from_end")
 
 _pool: ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()
@@ -36,7 +38,8 @@ _forked = False
 _scratch = threading.local()
 
 
-class LastCall(NamedTuple):
+@dataclass(slots=True)
+class LastCall:
     """What the last call did, for `explain`: threads, items that they shared, bytes, seconds."""
 
     threads: int
@@ -77,24 +80,52 @@ def run(
         Whether the last items come first.
     """
     threads = max(1, min(threads, items))
-    step = -(-items // (threads * _PIECES)) if threads > 1 or from_end else items
     place = _scratch_of(scratch * threads + shared) if scratch else 0
-    # In the order of source.CALL.
-    last = place + scratch * threads
-    call = array("q", (0, 0, step, items, meta, place, scratch, 0, 0, from_end, *addresses, last))
+    call = numbers_of(
+        items, addresses, meta=meta, place=place, scratch=scratch, threads=threads, turns=from_end
+    )
+    call[FROM_END] = from_end
     address = call.buffer_info()[0]
-    if threads == 1:
-        kernel.run(address)
-    else:
-        team = None if _forked else _openmp()
-        if team is None:
-            _share(kernel, address, threads)
-        else:
-            team(kernel.address, address, threads, 0)
+    start_of(kernel, address, threads)()
     if call[_FAILED]:
         call[:2] = array("q", (0, 0))
         kernel.fail(address)
     return threads
+
+
+def numbers_of(
+    items: int,
+    addresses: Sequence[int],
+    *,
+    meta: int,
+    place: int,
+    scratch: int,
+    threads: int,
+    turns: bool,
+) -> array[int]:
+    """What a call passes: `taskgrad.kernels.source.CALL`, then the addresses.
+
+    Parameters
+    ----------
+    place : int
+        Where the memory begins that `scratch` bytes of are each thread's; what they need together
+        lies behind it.
+    turns : bool
+        Whether it may begin with the last items, so that even one thread takes pieces of them.
+    """
+    step = -(-items // (threads * _PIECES)) if threads > 1 or turns else items
+    numbers = (0, 0, step, items, meta, place, scratch, 0, 0, 0)
+    return array("q", (*numbers, *addresses, place + scratch * threads))
+
+
+def start_of(kernel: Kernel, address: int, threads: int) -> Callable[[], None]:
+    """What has so many threads make the call at this address."""
+    if threads == 1:
+        return functools.partial(kernel.run, address)
+    team = _openmp()
+    if team is None:
+        return functools.partial(_share, kernel, address, threads)
+    return functools.partial(team, kernel.address, address, threads, 0)
 
 
 def _scratch_of(size: int) -> int:
@@ -108,7 +139,8 @@ def _scratch_of(size: int) -> int:
 @cache
 def _openmp() -> Callable[[int, int, int, int], None] | None:
     """What starts a team of the OpenMP that torch uses: function, argument, threads, flags."""
-    if not sys.platform.startswith("linux") or "OpenMP" not in torch.__config__.parallel_info():
+    is_openmp = "OpenMP" in torch.__config__.parallel_info()
+    if _forked or not is_openmp or not sys.platform.startswith("linux"):
         return None
     try:  # found in the library itself or in what it is linked with
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
@@ -144,6 +176,7 @@ def _after_fork() -> None:
     """A forked child has no threads but the one that forked."""
     global _pool, _pool_lock, _forked
     _pool, _pool_lock, _forked = None, threading.Lock(), True
+    _openmp.cache_clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)
