@@ -148,6 +148,17 @@ def test_what_came_from_another_worker_is_not_shown(pair):
 # From here on the reader is the process itself: to its own memory it can do anything in between.
 
 
+class Nobody:
+    """A shelf looks at its worker only when it is told of a task."""
+
+
+NOBODY = Nobody()
+
+
+def make_shelf() -> Shelf:
+    return Shelf(NOBODY, set())
+
+
 def values() -> dict[str, torch.Tensor]:
     return {"x": make(1, COUNT), "y": make(2, COUNT)}
 
@@ -155,7 +166,7 @@ def values() -> dict[str, torch.Tensor]:
 @pytest.fixture
 def filled() -> tuple[Shelf, dict[str, torch.Tensor]]:
     """A shelf, and what lies on it."""
-    found, on_it = Shelf(), values()
+    found, on_it = make_shelf(), values()
     for key, value in on_it.items():
         found.show(key, value)
     return found, on_it
@@ -180,7 +191,7 @@ def test_a_tensor_that_dies_is_found_no_more(filled):
 
 @needs_call
 def test_a_part_that_dies_takes_the_whole_away():
-    found, parts = Shelf(), [make(1, COUNT), make(2, COUNT)]
+    found, parts = make_shelf(), [make(1, COUNT), make(2, COUNT)]
     found.show("x", parts)
     assert same_values(take(found.place, ["x"])["x"], parts)
     parts.pop()
@@ -204,7 +215,7 @@ def test_the_oldest_makes_room(filled):
     for key, value in more.items():
         found.show(key, value)
     assert list(take(found.place, ["x", "y", *more])) == ["y", *more]
-    found.clear()
+    found.close()
     assert take(found.place, ["y", *more]) == {}
     for key, value in on_it.items():
         found.show(key, value)
@@ -228,7 +239,7 @@ def test_the_oldest_makes_room(filled):
     ids=["none", "parameter", "leaf", "strided", "dict", "many", "mixed", "sparse", "meta", "int"],
 )
 def test_what_is_not_shown(value):
-    found = Shelf()
+    found = make_shelf()
     found.show("x", value)
     assert not found._items
 

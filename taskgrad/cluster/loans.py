@@ -250,11 +250,6 @@ def lender_at(address: str | None) -> Lender | None:
     return next((known for known in list(_lenders.values()) if known.address == address), None)
 
 
-def has_readers(worker: Worker) -> bool:
-    """Whether somebody can read this worker's memory."""
-    return worker in _lenders and bool(_lenders[worker].readers)
-
-
 def bytes_borrowed() -> int:
     """How much this process has read out of the memory of others."""
     return _borrowed

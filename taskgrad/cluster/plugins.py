@@ -78,13 +78,14 @@ class StorePlugin(WorkerPlugin):
     def setup(self, worker: Worker) -> None:
         """Called once on each worker, those that join later too."""
         store = store_of(worker)
-        self._worker = worker
+        self._shelf: shelf.Shelf | None = None
 
         def release(keys: list[str]) -> None:
             store.release(keys)
 
         def change(**settings: Any) -> None:
             _change(worker, Settings(**settings))
+            self._shelf = shelf.shelf_of(worker)
 
         def gone(address: str) -> None:
             store.mail.gone(address)
@@ -102,11 +103,13 @@ class StorePlugin(WorkerPlugin):
 
     def transition(self, key: Any, start: str, finish: str, **kwargs: Any) -> None:
         """What was computed can be read by others from now on, what is released no more."""
-        shelf.moved(self._worker, key, start, finish)
+        if self._shelf is not None:
+            self._shelf.moved(key, start, finish)
 
     def teardown(self, worker: Worker) -> None:
         """Called when the worker closes."""
         _change(worker, Settings())
+        self._shelf = None
         self._reporter.stop()
         self._post.stop()
         # Messages may still be on their way to a worker that closes.

@@ -52,6 +52,7 @@ _TURNS = 4
 _RECORD = struct.Struct("16s16sQQ")  # digest, seal, address and bytes of the item
 _TABLE = SLOTS * _RECORD.size
 _SEAL = 16  # bytes; also of a digest
+_TENSORS = 64  # of a result; small ones are copied into the item, a megabyte at most
 
 _shelves: weakref.WeakKeyDictionary[Worker, Shelf] = weakref.WeakKeyDictionary()
 
@@ -88,17 +89,20 @@ def _break(item: Any, _died: Any = None) -> None:
 class Shelf:
     """What one worker shows to its readers."""
 
-    def __init__(self) -> None:
+    def __init__(self, worker: Worker, readers: Collection[str]) -> None:
+        self._worker = weakref.proxy(worker)
+        self._readers = readers
         self._table = ctypes.create_string_buffer(_TABLE)
         self.place = Place(os.getpid(), ctypes.addressof(self._table), os.urandom(_SEAL))
         self._items: OrderedDict[Any, _Item] = OrderedDict()
         self._free = list(range(SLOTS))
+        self._closed = False
 
     def show(self, key: Any, value: Any) -> None:
         """Show a result under its key, if it is of those that can be."""
         self.remove(key)
         tensors = _tensors_of(value)
-        if not 0 < len(tensors) <= SLOTS or sum(t.nbytes for t in tensors) > MOST:
+        if not 0 < len(tensors) <= _TENSORS or sum(t.nbytes for t in tensors) > MOST:
             return
         if not self._free:
             self.remove(next(iter(self._items)))
@@ -106,6 +110,21 @@ class Shelf:
         self._items[key] = item
         where = ctypes.addressof(item.bytes), len(item.bytes)
         self._write(item.slot, self.place.digest(key), item.seal, *where)
+
+    def moved(self, key: Any, start: str, finish: str) -> None:
+        """A task of the worker went from one state to another: show its result, or no more."""
+        if start == "memory":
+            self.remove(key)
+        elif finish == "memory" and start != "flight" and self._readers:
+            self._show(key, _TURNS)
+
+    def _show(self, key: Any, turns: int) -> None:
+        """After so many turns of the event loop."""
+        if turns:
+            asyncio.get_running_loop().call_soon(self._show, key, turns - 1)
+        elif not self._closed:
+            for value in internals.held_in_memory(self._worker, [key]):
+                self.show(key, value)
 
     def remove(self, key: Any) -> None:
         """Show it no more, if it is shown."""
@@ -118,7 +137,9 @@ class Shelf:
     def _write(self, slot: int, *record: Any) -> None:
         _RECORD.pack_into(self._table, slot * _RECORD.size, *record)
 
-    def clear(self) -> None:
+    def close(self) -> None:
+        """Show nothing any more."""
+        self._closed = True
         for key in list(self._items):
             self.remove(key)
 
@@ -217,26 +238,9 @@ def _gather(stock: Any) -> Any:
     return gather
 
 
-def moved(worker: Worker, key: Any, start: str, finish: str) -> None:
-    """A task of this worker went from one state to another: show its result, or show it no more."""
-    shelf = _shelves.get(worker)
-    if shelf is None:
-        return
-    if start == "memory":
-        shelf.remove(key)
-    elif finish == "memory" and start != "flight" and loans.has_readers(worker):
-        _show(worker, key, _TURNS)
-
-
-def _show(worker: Worker, key: Any, turns: int) -> None:
-    """After so many turns of the event loop."""
-    if turns:
-        asyncio.get_running_loop().call_soon(_show, worker, key, turns - 1)
-        return
-    shelf = _shelves.get(worker)
-    if shelf is not None:
-        for value in internals.held_in_memory(worker, [key]):
-            shelf.show(key, value)
+def shelf_of(worker: Worker) -> Shelf | None:
+    """This worker's, if it shows its results."""
+    return _shelves.get(worker)
 
 
 def apply(worker: Worker) -> None:
@@ -244,7 +248,7 @@ def apply(worker: Worker) -> None:
     lender = loans.lender_at(worker.address)
     if worker in _shelves or lender is None or not internals.wrap_gathering(_gather):
         return
-    shelf = _shelves[worker] = Shelf()
+    shelf = _shelves[worker] = Shelf(worker, lender.readers)
     lender.shelf = shelf.place
 
 
@@ -252,6 +256,6 @@ def restore(worker: Worker) -> None:
     """Undo `apply`."""
     shelf = _shelves.pop(worker, None)
     if shelf is not None:
-        shelf.clear()
+        shelf.close()
         if not _shelves:
             internals.unwrap_gathering()
