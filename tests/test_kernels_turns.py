@@ -50,6 +50,7 @@ def directions(monkeypatch):
 
     monkeypatch.setattr(threads, "start_of", start_of)
     monkeypatch.setattr(repeated, "_HOLDS", 60)
+    monkeypatch.setattr(repeated, "_ended", 0)  # another test's memory may have been here
     return found
 
 
