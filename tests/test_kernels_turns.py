@@ -141,3 +141,12 @@ def test_no_more_than_a_few_are_kept_ready():
     kept = [step for steps in add._folds.folder._steps.values() for step in steps]
     assert len(kept) == 40
     assert sum(isinstance(step, repeated.Repeated) for step in kept) == folding._READY
+
+
+def test_reducing_in_other_ways_does_not_use_them_up():
+    add, x = make_add(), torch.ones(1_000)
+    for _ in range(2 * folding._READY):
+        assert add.reduce(x, keepdim=True).tolist() == [1_000]
+        assert add.reduce(x, start=1) == 1_001
+    ((step,),) = add._folds.folder._steps.values()
+    assert isinstance(step, repeated.Repeated)

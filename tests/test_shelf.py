@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -288,3 +289,18 @@ def test_a_shelf_that_is_gone_is_forgotten(filled):
     assert lender.shelves == {}
     lender.shelves[THERE] = tuple(found.place)
     assert list(shelf.look(lender, THERE, ["x"])) == ["x"]
+
+
+def test_a_worker_that_is_too_busy_for_the_rest_is_asked_for_all_of_it_again(monkeypatch):
+    """Dask takes such an answer for all that it wanted, so it has to be one."""
+    asked_for = []
+
+    async def busy(rpc, keys, worker, *, who=None):
+        asked_for.append(keys)
+        return {"status": "busy"}
+
+    monkeypatch.setattr(shelf.loans, "lender_at", lambda address: address)
+    monkeypatch.setattr(shelf, "look", lambda lender, worker, keys: {"x": 1})
+    gather = shelf._gather(busy)
+    answer = asyncio.run(gather(None, ["x", "y"], "there", who="here"))
+    assert (answer, asked_for) == ({"status": "busy"}, [["y"]])

@@ -74,7 +74,7 @@ def dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str, 
     if type(value) in _PLAIN:
         return _stock(value, context)
     try:
-        pickled, buffers, found = _pickle_with(TensorPickler, value)
+        pickled, buffers, found = pickle_with(TensorPickler, value)
         by_value = b"__main__" in pickled or _module_by_value(value)
     except Exception:
         found, by_value = -1, True  # not all of it was looked through
@@ -82,7 +82,7 @@ def dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str, 
         return _stock(value, context)
     if by_value:
         try:
-            pickled, buffers, found = _pickle_with(TensorCloudPickler, value)
+            pickled, buffers, found = pickle_with(TensorCloudPickler, value)
         except Exception:
             return _stock(value, context)  # its error is the one to tell
     loan = loans.current(context)
@@ -99,7 +99,8 @@ def dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str, 
     return header, [pickled, *buffers]
 
 
-def _pickle_with(kind: Any, value: Any) -> tuple[bytes, list[memoryview], int]:
+def pickle_with(kind: Any, value: Any) -> tuple[bytes, list[memoryview], int]:
+    """A value's pickle by one of these picklers, the memory of its tensors, and how many it has."""
     buffers: list[pickle.PickleBuffer] = []
     file = io.BytesIO()
     pickler = kind(file, protocol=5, buffer_callback=buffers.append)

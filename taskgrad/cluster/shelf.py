@@ -24,7 +24,6 @@ import asyncio
 import ctypes
 import functools
 import hashlib
-import io
 import logging
 import os
 import pickle
@@ -39,7 +38,7 @@ from distributed import Worker
 
 from taskgrad.cluster import cross_memory, internals, loans
 from taskgrad.cluster.loans import MOST, PIECE, Lender, Lent, Seal, receive
-from taskgrad.cluster.serialize import TensorPickler
+from taskgrad.cluster.serialize import TensorPickler, pickle_with
 from taskgrad.cluster.tensors import lies_ready
 
 logger = logging.getLogger("taskgrad")
@@ -65,6 +64,7 @@ class Place(NamedTuple):
     salt: bytes
 
     def digest(self, key: Any) -> bytes:
+        """What stands for a key; in other memory than this shelf's it does not come up."""
         return hashlib.blake2b(repr(key).encode(), digest_size=_SEAL, key=self.salt).digest()
 
 
@@ -79,6 +79,7 @@ class _Item:
         self._watched = [weakref.ref(t, broken) for t in tensors]
 
     def end(self) -> None:
+        """Who reads it from now on sees that it is gone."""
         _break(self.bytes)
 
 
@@ -163,10 +164,8 @@ def _walk(value: Any) -> Iterator[torch.Tensor]:
 
 def _where(value: Any) -> bytes:
     """A pickle of a value: of what is large in it, where it lies."""
-    buffers: list[pickle.PickleBuffer] = []
-    file = io.BytesIO()
-    TensorPickler(file, protocol=5, buffer_callback=buffers.append).dump(value)
-    return pickle.dumps((file.getvalue(), [_piece(b.raw()) for b in buffers]), 5)
+    pickled, buffers, _ = pickle_with(TensorPickler, value)
+    return pickle.dumps((pickled, [_piece(b) for b in buffers]), 5)
 
 
 def _piece(buffer: memoryview) -> Lent | bytes:

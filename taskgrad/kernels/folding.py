@@ -68,7 +68,6 @@ class _Step:
     shape: Sequence[int]
     dtype: torch.dtype
     nbytes: int
-
     last: dict[str, threads.LastCall]
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
@@ -143,19 +142,22 @@ class Folder:
                     result, part = self._fold_one(result, dim, part, steps), "reduce.rest"
             part = "reduce.rest"
         if steps and result.dtype == x.dtype and result.is_contiguous() and result.numel():
-            if len(self._steps) >= _PLANS:
-                self._steps.clear()
-                self._again.clear()
-                self._ready = 0
-            self._steps[x.dtype, x.shape, x.stride(), dims] = self._kept(steps, result.shape)
+            self._keep((x.dtype, x.shape, x.stride(), dims), steps, result.shape)
         return result.to(x.dtype)
 
-    def _kept(self, steps: Sequence[_Step], shape: torch.Size) -> Sequence[_Step | Repeated]:
-        """The same steps, to be done again; their result has this shape."""
+    def _keep(self, key: Any, steps: Sequence[_Step], shape: torch.Size) -> None:
+        """Keep these steps, to be done again; their result has this shape."""
+        if key in self._steps:  # `fold` is also called for what `again` does not do
+            return
+        if len(self._steps) >= _PLANS:
+            self._steps.clear()
+            self._again.clear()
+            self._ready = 0
         *before, end = steps
         only = end.only
         if before or shape or not only.turns or self._ready == _READY:
-            return [*before, replace(end, shape=shape)]
+            self._steps[key] = [*before, replace(end, shape=shape)]
+            return
         self._ready += 1
         repeated = Repeated(
             self.last,
@@ -169,7 +171,7 @@ class Folder:
             scratch=fold_source.SCRATCH,
             shared=only.shared,
         )
-        return [repeated]
+        self._steps[key] = [repeated]
 
     def scan(self, x: torch.Tensor) -> torch.Tensor:
         """The running results along the last dimension of a contiguous tensor."""
