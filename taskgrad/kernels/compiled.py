@@ -209,7 +209,7 @@ def cache_folder() -> Path:
 def _foundations() -> str:
     """What a kernel's machine code depends on beside its source."""
     here = Path(__file__).parent
-    ours = [(here / name).read_text() for name in ("machine.py", "scalar_math.py")]
+    ours = [(here / name).read_text() for name in ("machine.py", "turned.py", "scalar_math.py")]
     return "\n".join([*ours, sys.version, version("numba"), version("llvmlite"), version("numpy")])
 
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from taskgrad.kernels.source import BLOCK, HEADER, TILE
+from taskgrad.kernels import turned
+from taskgrad.kernels.source import BLOCK, HEADER
 from taskgrad.kernels.summed import Partial, block_of, partial_of
 
 Ints = tuple[int, ...]
@@ -194,18 +195,18 @@ def _blocks(
     inputs = len(strides) - len(sums)
     if not sizes or 0 in sizes:
         sizes, strides = [1], [[1] for _ in strides]
-    turned = [k for k in range(inputs) if _lies_across(sizes, strides[k])]
-    if turned:
+    across = [k for k in range(inputs) if _lies_across(sizes, strides[k])]
+    if across:
         # The rows: where the first such operand has stride 1.
-        d = strides[turned[0]].index(1)
+        d = strides[across[0]].index(1)
         for row in (sizes, *strides):
             row.insert(1, row.pop(d))
-        turned = [k for k in turned if strides[k][1] == 1]
+        across = [k for k in across if strides[k][1] == 1]
     if len(sizes) == 1:
         sizes, strides = [*sizes, 1], [[*s, 0] for s in strides]
     cols, rows, *outer = sizes
-    if turned:
-        col_block = row_block = TILE
+    if across:
+        row_block, col_block = turned.ROWS, turned.COLUMNS
     elif any(own is not None for own in sums):
         over_rows = any(
             own is not None and not s[1] for own, s in zip(sums, strides[inputs:], strict=True)
@@ -234,7 +235,7 @@ def _blocks(
     for d, size in enumerate(outer, start=2):
         meta += [size, *(s[d] for s in strides)]
     letters = "".join(
-        "t" if k in turned else summed.get(k) or {1: "u", 0: "z"}.get(s[0], "s")
+        turned.LETTER if k in across else summed.get(k) or {1: "u", 0: "z"}.get(s[0], "s")
         for k, s in enumerate(strides)
     )
     # A result of one element that is written over and over has no place in a row.

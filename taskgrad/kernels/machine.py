@@ -13,6 +13,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from taskgrad.kernels.streamed import PIECE
+from taskgrad.kernels.turned import STRIP
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
@@ -23,7 +24,6 @@ _STORED: dict[str, ir.Type] = {
 }
 _WIDTHS = {"float32": 32, "float64": 64}
 _STREAMED = 256  # bits of a store past the caches
-TURNED = 8  # rows and columns of the blocks that are transposed in registers
 _NUMBA = {
     **{name: getattr(types, name) for name in ("uint8", "int8", "int16", "int32", "int64")},
     **{"bool": types.boolean, "float16": types.float32, "bfloat16": types.float32},
@@ -134,7 +134,7 @@ def _rounded_to_bfloat16(builder: ir.IRBuilder, value: Any) -> Any:
 
 def _turner(name: str) -> Any:
     stored = _STORED[name]
-    vector = ir.VectorType(stored, TURNED)
+    vector = ir.VectorType(stored, STRIP)
 
     @intrinsic
     def turn(typing_context: Any, source: Any, stride: Any, target: Any, width: Any) -> Any:
@@ -153,25 +153,63 @@ def _turner(name: str) -> Any:
                 return _pointer(builder, at, zero, vector)
 
             size = int(stored.width if isinstance(stored, ir.IntType) else _WIDTHS[name]) // 8
-            rows = [builder.load(row(source, stride, r), align=size) for r in range(TURNED)]
+            rows = [builder.load(row(source, stride, r), align=size) for r in range(STRIP)]
             for step in (4, 2, 1):
-                for r in (r for r in range(TURNED) if not r & step):
+                for r in (r for r in range(STRIP) if not r & step):
                     a, b = rows[r], rows[r + step]
-                    first = [j if not j & step else TURNED + j - step for j in range(TURNED)]
-                    second = [j + step if not j & step else TURNED + j for j in range(TURNED)]
+                    first = [j if not j & step else STRIP + j - step for j in range(STRIP)]
+                    second = [j + step if not j & step else STRIP + j for j in range(STRIP)]
                     rows[r], rows[r + step] = (
                         builder.shuffle_vector(
-                            a, b, ir.Constant(ir.VectorType(_I32, TURNED), places)
+                            a, b, ir.Constant(ir.VectorType(_I32, STRIP), places)
                         )
                         for places in (first, second)
                     )
-            for r in range(TURNED):
+            for r in range(STRIP):
                 builder.store(rows[r], row(target, width, r), align=size)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.int64, types.int64), generate
 
     return turn
+
+
+def _ask_for(builder: ir.IRBuilder, address: Any, to_write: bool) -> None:
+    """Have the second cache fetch a line; an address where there is no memory does no harm."""
+    pointer = _I8.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+    prefetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+    second_cache, data = ir.Constant(_I32, 2), ir.Constant(_I32, 1)
+    at = builder.inttoptr(address, pointer)
+    builder.call(prefetch, [at, ir.Constant(_I32, int(to_write)), second_cache, data])
+
+
+def _asker(to_write: bool) -> Any:
+    @intrinsic
+    def ahead(typing_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            _ask_for(builder, args[0], to_write)
+            return context.get_dummy_value()
+
+        return types.void(types.int64), generate
+
+    return ahead
+
+
+ahead_read, ahead_write = _asker(to_write=False), _asker(to_write=True)
+
+
+@intrinsic
+def ahead_across(typing_context: Any, address: Any, stride: Any) -> Any:
+    """Ask for a line of each of the columns that are transposed at once; the stride is in bytes."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        for column in range(STRIP):
+            step = builder.mul(args[1], ir.Constant(_I64, column))
+            _ask_for(builder, builder.add(args[0], step), to_write=False)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
 
 
 def _streamer(name: str) -> Any:

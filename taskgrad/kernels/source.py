@@ -10,7 +10,7 @@ letter meaning
 u      unit stride: neighbours in memory
 z      zero stride: one element for the whole row, read once
 s      some other stride
-t      unit stride along the rows: a block is first turned round in scratch memory
+t      unit stride along the rows: turned round in scratch memory (`taskgrad.kernels.turned`)
 p      an output of unit stride that goes past the caches (`taskgrad.kernels.streamed`)
 ====== =======================================================================================
 """
@@ -19,17 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from taskgrad.kernels import streamed, summed
+from taskgrad.kernels import streamed, summed, turned
 from taskgrad.kernels.body import Body, cast
 from taskgrad.kernels.dtypes import SIZES, Kind
 from taskgrad.kernels.formula import Formula
 
 # The numbers that a layout passes to a kernel, in this order, before sizes and strides.
 HEADER = ("depth", "rows", "cols", "row_block", "col_block", "row_blocks", "col_blocks")
-# Elements of scratch memory: for a block that is turned round, with rows that do not fall on the
-# same cache lines.
-TILE = 128
-TILE_STRIDE = 136
 BLOCK = 8192  # elements, where none is turned round
 
 # What a call passes: all its threads get the address of one row of whole numbers, and share it.
@@ -85,23 +81,23 @@ def elementwise_source(
     outputs = list(enumerate(results, start=count))
     sums = summed.Lines(
         [(k, letters[k], name) for k, name in outputs if letters[k] in summed.LETTERS],
-        slot_size() * letters.count("t"),
+        turned.SCRATCH * letters.count(turned.LETTER),
     )
     streams = streamed.Streams(
         [(k, name) for k, name in outputs if letters[k] == streamed.LETTER],
         scratch_of(letters.replace(streamed.LETTER, "u")),
     )
+    tiles = turned.Tiles(letters, (*stored, *results), count)
     sizes = [SIZES[name] for name in (*stored, *results)]
     lines = entry([f"p{k}" for k in range(count + out)])
     lines += streams.start()
     lines += _block(letters, sizes)
-    lines += _turned_round(stored, letters)
+    lines += tiles.block()
     lines += sums.start()
     lines += ["        for r in range(r1 - r0):"]
     for k in range(count + out):
         lines.append(f"            o{k} = q{k} + r * rs{k} * {sizes[k]}")
-    for slot, k in enumerate(_turned(letters)):
-        lines.append(f"            o{k} = scratch + {slot_size() * slot} + r * {TILE_STRIDE * 8}")
+    lines += tiles.row()
     arguments = [_argument(k, name, kinds[k], letters[k]) for k, name in enumerate(stored)]
     once = [text for text, letter in zip(arguments, letters, strict=False) if letter == "z"]
     lines += [f"            {text}" for text in once]
@@ -187,41 +183,10 @@ ITEMS = (
 def scratch_of(letters: str) -> int:
     """Bytes of scratch memory that a thread needs."""
     return (
-        letters.count("t") * slot_size()
+        letters.count(turned.LETTER) * turned.SCRATCH
         + sum(summed.SCRATCH for x in letters if x in summed.LETTERS)
         + letters.count(streamed.LETTER) * streamed.SCRATCH
     )
-
-
-def slot_size() -> int:
-    """Bytes of scratch memory for one operand that is turned round."""
-    return TILE * TILE_STRIDE * 8
-
-
-def _turned(letters: str) -> list[int]:
-    return [k for k, letter in enumerate(letters) if letter == "t"]
-
-
-def _turned_round(stored: Sequence[str], letters: str) -> list[str]:
-    """Copy blocks of operands that lie along the rows, reading them as they lie."""
-    lines = []
-    for slot, k in enumerate(_turned(letters)):
-        name, size, width = stored[k], SIZES[stored[k]], TILE_STRIDE * 8
-        place = slot_size() * slot
-        lines += [
-            "        tall, wide = (r1 - r0) // 8 * 8, n // 8 * 8",
-            "        for c in range(0, wide, 8):",
-            "            for r in range(0, tall, 8):",
-            f"                o{k} = q{k} + (c * cs{k} + r) * {size}",
-            f"                w{k} = scratch + {place} + r * {width} + c * {size}",
-            f"                m.turn_{name}(o{k}, cs{k} * {size}, w{k}, {width})",
-            "        for c in range(n):",
-            f"            o{k} = q{k} + c * cs{k} * {size}",
-            f"            w{k} = scratch + {place} + c * {size}",
-            "            for r in range(tall if c < wide else 0, r1 - r0):",
-            f"                m.put_{name}(w{k}, r * {width // size}, m.load_{name}(o{k}, r))",
-        ]
-    return lines
 
 
 def _argument(k: int, stored: str, kind: Kind, letter: str) -> str:
