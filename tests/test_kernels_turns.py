@@ -9,27 +9,8 @@ import pytest
 import torch
 
 import taskgrad as tg
-from taskgrad.kernels import folding, repeated, threads
-from taskgrad.kernels.compiled import compiled
-from taskgrad.kernels.source import CALL, HEAD, ITEMS, entry
-
-# Writes down in which order a thread goes over the items.
-ORDER = "\n".join(
-    [
-        HEAD.format(title="order"),
-        *entry(("count", "order")),
-        *ITEMS,
-        "        m.store_int64(order, m.take(count, 0, 1), item)",
-    ]
-)
-
-
-def order(items: int, most: int, from_end: bool) -> list[int]:
-    found, count = torch.full((items,), -1), torch.zeros(1, dtype=torch.int64)
-    addresses = [count.data_ptr(), found.data_ptr()]
-    kernel = compiled(ORDER, "order")
-    threads.run(kernel, items, addresses, meta=0, threads=most, from_end=from_end)
-    return found.tolist()
+from taskgrad.kernels import fold_source, folding, repeated, threads
+from taskgrad.kernels.sharing import FROM_END
 
 
 @pytest.fixture
@@ -40,7 +21,7 @@ def directions(monkeypatch):
 
     def start_of(kernel, address, count):
         start = stock(kernel, address, count)
-        number = ctypes.c_int64.from_address(address + 8 * CALL.index("from_end"))
+        number = ctypes.c_int64.from_address(address + 8 * FROM_END)
 
         def go():
             found.append(bool(number.value))
@@ -52,18 +33,6 @@ def directions(monkeypatch):
     monkeypatch.setattr(repeated, "_HOLDS", 60)
     monkeypatch.setattr(repeated, "_ended", 0)  # another test's memory may have been here
     return found
-
-
-def test_one_thread_goes_forwards_or_takes_the_last_pieces_first():
-    assert order(100, 1, False) == list(range(100))
-    taken = order(100, 1, True)  # in pieces of four: 32 for a thread
-    assert taken == [i for first in range(96, -1, -4) for i in range(first, first + 4)]
-
-
-@pytest.mark.parametrize("items", [1, 2, 31, 32, 33, 64, 65, 1000])
-@pytest.mark.parametrize("most", [1, 2, 5])
-def test_every_item_once(items, most):
-    assert sorted(order(items, most, True)) == list(range(items))
 
 
 def make_add():
@@ -91,6 +60,18 @@ def test_after_a_while_others_were_there(directions, monkeypatch, shape):
     for _ in range(3):
         add.reduce(x, len(shape) - 1)
     assert directions == [True, True, True]
+
+
+def test_what_does_not_fit_in_the_caches_is_read_ahead_to_the_same_bits(monkeypatch):
+    def planned(add):
+        (plan,) = add._folds.folder._plans.values()
+        return plan.first.meta[-1].item()
+
+    within, beyond, x = make_add(), make_add(), torch.randn(300_000)
+    expected = within.reduce(x)
+    monkeypatch.setattr(folding, "last_cache", lambda: x.nbytes - 1)
+    assert torch.equal(beyond.reduce(x), expected)
+    assert (planned(within), planned(beyond)) == (0, fold_source.AHEAD)
 
 
 def test_what_may_not_be_read_as_a_table_is_read_forwards(directions):

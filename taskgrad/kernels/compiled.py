@@ -27,7 +27,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from taskgrad.kernels.formula import Function
-from taskgrad.kernels.source import CALL
+from taskgrad.kernels.sharing import FAILED
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Kernel:
     Attributes
     ----------
     run : callable
-        Takes the address of a call (`taskgrad.kernels.source.CALL`), and lets go of Python's lock
+        Takes the address of a call (`taskgrad.kernels.sharing.CALL`), and lets go of Python's lock
         while it runs.
     address : int
         Of the machine code, a C function of that address.
@@ -72,7 +72,7 @@ def guarded(call):
     try:
         kernel(call)
     except Exception:
-        m.store_int64(call, {CALL.index("failed")}, 1)
+        m.store_int64(call, {FAILED}, 1)
 """
 
 _kernels: dict[Path, Kernel] = {}

@@ -16,6 +16,7 @@ from taskgrad.kernels.calls import kind_of_call
 from taskgrad.kernels.compiled import Kernel, compiled
 from taskgrad.kernels.formula import Formula, expanded
 from taskgrad.kernels.repeated import Repeated, done_from_end, from_end
+from taskgrad.kernels.streamed import last_cache
 
 _PLANS = 4_096
 _READY = 16  # reductions that are kept ready; each has memory of its own for every thread
@@ -240,6 +241,7 @@ class Folder:
         way = "rows" if column is None else "columns"
         if way == "rows" and strides[dim] == 1 and _commutes(self._formula):
             way = "lanes"
+            numbers.append(fold_source.AHEAD if x.nbytes > last_cache() else 0)
         kernel = self._kernel(way, dtype)
         items = prod(sizes) * segments * col_blocks
         moves = None if column is None else kept.index(column)

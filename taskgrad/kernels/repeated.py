@@ -20,11 +20,10 @@ from torch import get_num_threads
 
 from taskgrad.kernels import threads
 from taskgrad.kernels.compiled import Kernel
-from taskgrad.kernels.source import CALL
+from taskgrad.kernels.sharing import CALL, FROM_END, begin_again, row_of
 from taskgrad.kernels.threads import LastCall
 
 _RESULTS = 16  # made at a time
-_TICKET, _NEXT, _DONE, _FROM_END = map(CALL.index, ("ticket", "next", "done", "from_end"))
 _X, _OUT = len(CALL), len(CALL) + 1
 
 # For so many seconds what was read from its end is taken for what is in the caches: until then few
@@ -120,8 +119,8 @@ class Repeated:
         place = x.data_ptr()
         is_from_end = place != _ended or start > _until  # as in `from_end`, without its call
         _ended = place if is_from_end else 0
-        numbers[_TICKET] = numbers[_NEXT] = numbers[_DONE] = 0
-        numbers[_FROM_END] = is_from_end
+        begin_again(numbers)
+        numbers[FROM_END] = is_from_end
         numbers[_X] = place
         numbers[_OUT] = out.data_ptr()
         make()
@@ -135,13 +134,14 @@ class Repeated:
         self._calls.setdefault(count, [])
         count = min(count, self._items)
         memory = torch.empty(self._scratch * count + self._shared + 64, dtype=torch.uint8)
-        numbers = threads.numbers_of(
+        numbers = row_of(
             self._items,
             (0, 0),
             meta=self._meta.data_ptr(),
             place=-(-memory.data_ptr() // 64) * 64,
             scratch=self._scratch,
             threads=count,
+            who=threads.who(),
             turns=True,
         )
         make = threads.start_of(self._kernel, numbers.buffer_info()[0], count)

@@ -23,17 +23,11 @@ from taskgrad.kernels import streamed, summed, turned
 from taskgrad.kernels.body import Body, cast
 from taskgrad.kernels.dtypes import SIZES, Kind
 from taskgrad.kernels.formula import Formula
+from taskgrad.kernels.sharing import ITEMS, entry
 
 # The numbers that a layout passes to a kernel, in this order, before sizes and strides.
 HEADER = ("depth", "rows", "cols", "row_block", "col_block", "row_blocks", "col_blocks")
 BLOCK = 8192  # elements, where none is turned round
-
-# What a call passes: all its threads get the address of one row of whole numbers, and share it.
-CALL = (
-    *("ticket", "next", "step", "items", "meta", "scratch", "scratch_size"),
-    *("failed", "done", "from_end"),
-)
-_READ = (*CALL[2:7], "from_end")
 
 HEAD = '''\
 """{title}
@@ -151,33 +145,6 @@ def _block(letters: str, sizes: Sequence[int]) -> list[str]:
     return lines + [
         f"            q{k} += k * m.load_int64(meta, at + {k + 1}) * {sizes[k]}" for k in operands
     ]
-
-
-def entry(addresses: Sequence[str]) -> list[str]:
-    """The first lines of a kernel: what each thread reads of the call whose address it gets."""
-    lines = ["def kernel(call):"]
-    lines += [
-        f"    {name} = m.load_int64(call, {i})" for i, name in enumerate(CALL) if name in _READ
-    ]
-    lines.append(f"    scratch += m.take(call, {CALL.index('ticket')}, 1) * scratch_size")
-    addressed = enumerate(addresses, start=len(CALL))
-    lines += [f"    {name} = m.load_int64(call, {i})" for i, name in addressed]
-    return [*lines, "    item, last = -1, 0"]
-
-
-# A thread goes over the items it took, and takes the next ones until there are none; the last ones
-# first, if so called, but always forwards among those it took, as processors read ahead.
-ITEMS = (
-    "    while True:",
-    "        item += 1",
-    "        if item >= last:",
-    f"            item = m.take(call, {CALL.index('next')}, step)",
-    "            if item >= items:",
-    "                break",
-    "            last = min(items, item + step)",
-    "            if from_end:",
-    "                item, last = items - last, items - item",
-)
 
 
 def scratch_of(letters: str) -> int:

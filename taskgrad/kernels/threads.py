@@ -13,24 +13,20 @@ import functools
 import os
 import sys
 import threading
-from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from taskgrad.kernels.compiled import Kernel
-from taskgrad.kernels.source import CALL
+from taskgrad.kernels.sharing import FAILED, FROM_END, begin_again, row_of
 
 # Elements below which waking a thread costs more than it saves.
 ALONE = 65_536
-# Pieces a thread, so that one that is held up does not hold up all.
-_PIECES = 32
-_FAILED = CALL.index("failed")
-FROM_END = CALL.index("from_end")
 
 _pool: ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()
@@ -81,41 +77,23 @@ def run(
     """
     threads = max(1, min(threads, items))
     place = _scratch_of(scratch * threads + shared) if scratch else 0
-    call = numbers_of(
-        items, addresses, meta=meta, place=place, scratch=scratch, threads=threads, turns=from_end
+    call = row_of(
+        items,
+        addresses,
+        meta=meta,
+        place=place,
+        scratch=scratch,
+        threads=threads,
+        who=who(),
+        turns=from_end,
     )
     call[FROM_END] = from_end
     address = call.buffer_info()[0]
     start_of(kernel, address, threads)()
-    if call[_FAILED]:
-        call[:2] = array("q", (0, 0))
+    if call[FAILED]:
+        begin_again(call)
         kernel.fail(address)
     return threads
-
-
-def numbers_of(
-    items: int,
-    addresses: Sequence[int],
-    *,
-    meta: int,
-    place: int,
-    scratch: int,
-    threads: int,
-    turns: bool,
-) -> array[int]:
-    """What a call passes: `taskgrad.kernels.source.CALL`, then the addresses.
-
-    Parameters
-    ----------
-    place : int
-        Where the memory begins that `scratch` bytes of are each thread's; what they need together
-        lies behind it.
-    turns : bool
-        Whether it may begin with the last items, so that even one thread takes pieces of them.
-    """
-    step = -(-items // (threads * _PIECES)) if threads > 1 or turns else items
-    numbers = (0, 0, step, items, meta, place, scratch, 0, 0, 0)
-    return array("q", (*numbers, *addresses, place + scratch * threads))
 
 
 def start_of(kernel: Kernel, address: int, threads: int) -> Callable[[], None]:
@@ -125,7 +103,7 @@ def start_of(kernel: Kernel, address: int, threads: int) -> Callable[[], None]:
     team = _openmp()
     if team is None:
         return functools.partial(_share, kernel, address, threads)
-    return functools.partial(team, kernel.address, address, threads, 0)
+    return functools.partial(team.start, kernel.address, address, threads, 0)
 
 
 def _scratch_of(size: int) -> int:
@@ -136,21 +114,40 @@ def _scratch_of(size: int) -> int:
     return -(-held.data_ptr() // 64) * 64
 
 
+def who() -> int:
+    """The address of a C function that tells a thread its number in its team; 0 for our own."""
+    team = _openmp()
+    return 0 if team is None else team.number
+
+
+class _Team(NamedTuple):
+    """The OpenMP that torch uses.
+
+    Attributes
+    ----------
+    start : callable
+        Starts a team: function, argument, threads, flags.
+    number : int
+        The address of a C function that tells a thread its number.
+    """
+
+    start: Callable[[int, int, int, int], None]
+    number: int
+
+
 @cache
-def _openmp() -> Callable[[int, int, int, int], None] | None:
-    """What starts a team of the OpenMP that torch uses: function, argument, threads, flags."""
+def _openmp() -> _Team | None:
     is_openmp = "OpenMP" in torch.__config__.parallel_info()
     if _forked or not is_openmp or not sys.platform.startswith("linux"):
         return None
     try:  # found in the library itself or in what it is linked with
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        start = library.GOMP_parallel
+        start, number = library.GOMP_parallel, library.omp_get_thread_num
     except (OSError, AttributeError):
         return None
     start.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
     start.restype = None
-    found: Callable[[int, int, int, int], None] = start
-    return found
+    return _Team(start, ctypes.cast(number, ctypes.c_void_p).value or 0)
 
 
 def _share(kernel: Kernel, address: int, threads: int) -> None:
