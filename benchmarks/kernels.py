@@ -384,6 +384,12 @@ def main() -> None:
     bandwidth(report, large)
     for name, case in cases(1_000, 40, 25).items():
         compare(report, f"{name}_latency", case.forward(), ROUNDS, CALLS // ROUNDS)
+    x, y, z, out = (torch.randn(1_000) for _ in range(4))
+    calls = {
+        "ours": lambda: fma(x, y, z, out=out),
+        "torch": lambda: torch.addcmul(z, x, y, out=out),
+    }
+    compare(report, "fma_into_latency", calls, ROUNDS, CALLS // ROUNDS)
     a, b = torch.randn(256, 256), torch.randn(256, 256)
     calls = {
         "ours": lambda: add.reduce(product(a[:, :, None], b), 1),

@@ -304,6 +304,35 @@ def test_out():
         minus_twice(x.requires_grad_(), y, out=torch.empty(4, 3))
 
 
+def test_out_is_looked_at_again_where_only_memory_differs():
+    """What fits is known from the first call; that memory crosses, or is conjugate, is not."""
+    row, apart = torch.arange(9.0), torch.empty(8)
+    expected = row[:-1] - row[:-1] * 2
+    minus_twice(row[:-1], row[:-1], out=apart)
+    negative = torch.zeros(8, dtype=torch.complex64).conj().imag
+    minus_twice(row[:-1], row[:-1], out=negative)
+    assert negative.is_neg()
+    assert torch.equal(negative, expected)
+    minus_twice(row[:-1], row[:-1], out=row[1:])
+    assert torch.equal(apart, expected)
+    assert torch.equal(row[1:], expected)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="has the shape"):
+            minus_twice(apart, apart, out=torch.empty(7))
+
+
+def test_out_goes_by_the_default_dtype_of_the_call():
+    half = tg.vectorize(lambda x: x / 2)
+    x, out = torch.arange(4), torch.empty(4)
+    assert half(x, out=out).tolist() == [0, 0.5, 1, 1.5]
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert half(x, out=out).tolist() == [0, 0.5, 1, 1.5]
+        assert half.explain().kernels[-1].signature == "(int64) -> float64"
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_empty_and_meta():
     empty = torch.empty(0, 3, dtype=torch.float64)
     assert minus_twice(empty, 1.0).shape == (0, 3)

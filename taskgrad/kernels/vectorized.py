@@ -1,4 +1,4 @@
-"""A scalar Python function as an operation on tensors: what a call, a pickle, `out=` do."""
+"""A scalar Python function as an operation on tensors: what a call and a pickle do."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from uuid import uuid4
 import torch
 
 from taskgrad.kernels import opaque, reading
-from taskgrad.kernels.dtypes import torch_dtype
 from taskgrad.kernels.explain import Explanation, explain
 from taskgrad.kernels.formula import Function, called
-from taskgrad.kernels.layout import broadcast
+from taskgrad.kernels.into import Into
 from taskgrad.kernels.operation import Operation, differentiates
 from taskgrad.kernels.reduction import Reduction
 from taskgrad.kernels.symbols import Symbol
@@ -60,6 +59,7 @@ class Vectorized:
         self.__name__ = getattr(fn, "__name__", "") if function is None else function.name
         self._key = uuid4().hex
         self._operation: Operation | None = None
+        self._into: Callable[..., torch.Tensor]  # with the operation
         self._folds: Reduction | None = None
         self._lock = threading.RLock()
 
@@ -224,7 +224,9 @@ class Vectorized:
                     assert self._fn is not None
                     self._function = _read(self._fn, self._derivative, self._arity, self.__name__)
                 formula = called(self._function, self._arity)
-                self._operation = Operation(formula, self.__name__, self._key)
+                operation = Operation(formula, self.__name__, self._key)
+                self._into = Into(operation.launcher)
+                self._operation = operation
             return self._operation
 
     def _needs_two(self, way: str) -> None:
@@ -286,24 +288,6 @@ class Vectorized:
             return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
         raise TypeError(f"{self.__name__} takes tensors and numbers; got {type(value).__name__}")
 
-    def _into(self, out: torch.Tensor, tensors: Any, weak: tuple[bool, ...] | None) -> torch.Tensor:
-        operation = self._read()
-        if differentiates([*tensors, out]):
-            raise RuntimeError(
-                f"{self.__name__}: out= has no gradients; call it without, or in torch.no_grad()"
-            )
-        shape = broadcast([tuple(t.shape) for t in tensors])
-        if tuple(out.shape) != shape:
-            raise ValueError(f"out= has the shape {tuple(out.shape)}; the result's is {shape}")
-        (name,) = operation.launcher.dtypes_for(tensors, weak or (False,) * len(tensors))
-        if not torch.can_cast(torch_dtype(name), out.dtype):
-            raise TypeError(f"out= is {out.dtype}, which a result of torch.{name} does not fit in")
-        direct = out.dtype == torch_dtype(name) and not any(_crosses(out, t) for t in tensors)
-        if direct and not out.is_neg() and _one_place_each(out):
-            operation.launcher.run(tensors, weak, out)
-            return out
-        return out.copy_(operation.launcher.run(tensors, weak)[0])
-
     def _compiling(self, args: tuple[Any, ...]) -> Any:
         # torch.compile reads this: plain code only.
         if self._operation is None:
@@ -348,18 +332,6 @@ def _inlined(operation: Operation, args: tuple[Any, ...]) -> Symbol:
     places = [symbol.place_of(x) for x in args]
     (place,) = symbol.writer.insert(operation.formula, places)
     return Symbol(symbol.writer, place, symbol.decide)
-
-
-def _crosses(out: torch.Tensor, tensor: torch.Tensor) -> bool:
-    """Whether they share memory and are not one and the same piece of it."""
-    if out.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
-        return False
-    same = (out.data_ptr(), out.shape, out.stride(), out.dtype)
-    return same != (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-
-
-def _one_place_each(out: torch.Tensor) -> bool:
-    return all(stride or size == 1 for size, stride in zip(out.shape, out.stride(), strict=True))
 
 
 def _dimensions(dim: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
