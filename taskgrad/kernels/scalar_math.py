@@ -91,9 +91,11 @@ def _make(number: Any, whole: Any) -> dict[str, Callable[..., Any]]:
         r = fma(n, -ln2_low, r)
         p = fma(number(r * r), tail(r), r)
         p = number(p + one)
-        # In two steps, since the power itself can be out of range where the result is not.
+        # In two steps, since the power itself can be out of range where the result is not; the
+        # first cannot leave the range, and is added to the exponent.
         a = whole(k >> whole(1))
-        y = number(number(p * power_of_two(a)) * power_of_two(whole(k - a)))
+        p = of_bits(whole(bits_of(p) + whole(a << shift)))
+        y = number(p * power_of_two(whole(k - a)))
         return y if x == x else x
 
     @_inline
