@@ -68,6 +68,40 @@ def test_a_value_is_read_from_the_drivers_memory_and_is_the_workers_own(ours):
 
 
 @needs_others
+def test_what_several_workers_take_each_of_them_reads_itself(ours):
+    client, workers = ours
+    before = [borrowed(client, w) for w in workers]
+    shared, own = torch.arange(COUNT), torch.ones(COUNT)
+    keys = [f"input-{uuid.uuid4().hex}" for _ in range(2)]
+    there = inputs.send(client, [({keys[0]: shared}, workers), ({keys[1]: own}, workers[:1])])
+    assert [borrowed(client, w) - b for w, b in zip(workers, before, strict=True)] == [
+        COUNT * (8 + 4),
+        COUNT * 8,
+    ]
+    assert client.who_has(list(there.values())) == {keys[0]: tuple(workers), keys[1]: (workers[0],)}
+    assert torch.equal(there[keys[0]].result(), shared)
+    doubled = client.submit(lambda x, y: (x + y)[-1], *there.values(), workers=workers[:1])
+    assert doubled.result() == COUNT
+    del there, doubled
+    assert wait_until(lambda: not any(client.has_what().values()))
+
+
+@needs_others
+def test_where_one_of_several_cannot_read_it_they_pass_it_on(ours):
+    client, workers = ours
+    before = [borrowed(client, w) for w in workers]
+    key = f"input-{uuid.uuid4().hex}"
+    client.run(refuse_reads, workers=workers[1:])
+    try:
+        there = inputs.send(client, [({key: torch.arange(COUNT)}, workers)])
+    finally:
+        client.run(allow_reads, workers=workers[1:])
+    assert sorted(client.who_has([there[key]])[key]) == sorted(workers)
+    assert torch.equal(there[key].result(), torch.arange(COUNT))
+    assert borrowed(client, workers[1]) == before[1]
+
+
+@needs_others
 def test_many_tensors_that_are_small_by_themselves(ours):
     client, (a, _) = ours
     before = borrowed(client, a)

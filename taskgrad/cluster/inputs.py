@@ -1,8 +1,9 @@
 """Inputs that go from the driver straight to the workers that take them.
 
-To a worker on the driver's own host they are lent, as results are between two workers
-(`taskgrad.cluster.loans`). A driver has no address at which a worker could tell it that it can read
-its memory; so the driver asks each worker once, before the first input that goes there.
+To workers on the driver's own host they are lent, as results are between two workers
+(`taskgrad.cluster.loans`), to each by itself. Other workers pass on what several of them take. A
+driver has no address at which a worker could tell it that it can read its memory; so the driver
+asks each worker once, before the first input that goes there.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distributed import Client, Future
+from distributed.protocol.serialize import to_serialize
 
 from taskgrad.cluster import waiting
 from taskgrad.cluster.loans import OFFERS, READS, Lender, Loan, lend
@@ -22,6 +24,9 @@ logger = logging.getLogger("taskgrad")
 
 # How long an input waits for its worker to be there and running, or to answer, in seconds.
 _RUNNING = 2
+
+Part = tuple[dict[str, Any], list[str]]
+"""Values by their keys, and the workers that take them."""
 
 _lenders: weakref.WeakKeyDictionary[Client, Lender] = weakref.WeakKeyDictionary()
 
@@ -40,7 +45,7 @@ def _itself(value: Any) -> Any:
     return value
 
 
-def send(client: Client, parts: Sequence[tuple[dict[str, Any], list[str]]]) -> dict[str, Future]:
+def send(client: Client, parts: Sequence[Part]) -> dict[str, Future]:
     """Put values on workers, by their keys, all at once.
 
     Nothing is sent where they take nothing, as they are gone or paused: the values then travel in
@@ -48,33 +53,78 @@ def send(client: Client, parts: Sequence[tuple[dict[str, Any], list[str]]]) -> d
     """
 
     async def send_all() -> dict[str, Future]:
-        found: dict[str, Future] = {}
-        for sent in await asyncio.gather(*(_send(client, *part) for part in parts)):
+        workers = list(dict.fromkeys(worker for _, takers in parts for worker in takers))
+        loans = zip(
+            workers, await asyncio.gather(*(_loan(client, w) for w in workers)), strict=True
+        )
+        lent = {worker: loan for worker, loan in loans if loan is not None}
+        found = await _lend(client, [part for part in parts if lent.keys() >= {*part[1]}], lent)
+        rest = [part for part in parts if not found.keys() >= part[0].keys()]
+        for sent in await asyncio.gather(*(_send(client, *part) for part in rest)):
             found |= sent
         return found
 
     return waiting.answer(client, send_all, "to take an input")
 
 
+async def _lend(
+    client: Client, parts: Sequence[Part], loans: Mapping[str, Loan]
+) -> dict[str, Future]:
+    """What all its takers have read here. One message to each of them, and two to the scheduler."""
+    if not parts:
+        return {}
+    scheduler: Any = client.scheduler
+    running = await scheduler.ncores_running(workers=list(loans))
+    by_worker: dict[str, dict[str, Any]] = {}
+    for values, takers in parts:
+        if running.keys() >= {*takers}:
+            for worker in takers:
+                by_worker.setdefault(worker, {}).update(values)
+    sizes = await asyncio.gather(*(_give(client, loans[w], w, v) for w, v in by_worker.items()))
+    took = {worker: size for worker, size in zip(by_worker, sizes, strict=True) if size is not None}
+    done = [part for part in parts if took.keys() >= {*part[1]}]
+    try:
+        await scheduler.update_data(
+            who_has={key: takers for values, takers in done for key in values},
+            nbytes={key: size for sizes in took.values() for key, size in sizes.items()},
+            client=client.id,
+        )
+    except KeyError:  # a worker has gone
+        return {}
+    memory: Any = "memory"  # whatever Dask's annotations say, the name of a state
+    return {key: Future(key, client, memory) for values, _ in done for key in values}
+
+
+async def _give(
+    client: Client, loan: Loan, worker: str, values: dict[str, Any]
+) -> dict[str, int] | None:
+    """The bytes that each value has on the worker, or None if it did not get them."""
+    try:
+        with lend(loan):
+            wrapped = {key: to_serialize(_Whole(value)) for key, value in values.items()}
+            answer = await client.rpc(worker).update_data(data=wrapped)
+            sizes: dict[str, int] = answer["nbytes"]
+            return sizes
+    except OSError:
+        logger.debug("%s did not read an input", worker, exc_info=True)
+        return None
+
+
 async def _send(client: Client, values: dict[str, Any], workers: list[str]) -> dict[str, Future]:
     if all(not worker.startswith("inproc:") for worker in workers):  # there, nothing is pickled
         values = {key: _Whole(value) for key, value in values.items()}
-    loan = await _loan(client, workers)
-    ways = [(True, loan)] if loan is not None else []
-    # Directly where the client can reach them, else by way of the scheduler.
-    for direct, lent in (*ways, (True, None), (False, None)):
+    for direct in (True, False):  # where the client cannot reach them, by way of the scheduler
         try:
-            with lend(lent):
-                sent: Any = client.scatter(
-                    values,
-                    workers=workers,
-                    broadcast=len(workers) > 1,
-                    direct=direct,
-                    hash=False,
-                    timeout=_RUNNING,
-                )
-                found: dict[str, Future] = await sent
-                return found
+            sent: Any = client.scatter(
+                values,
+                workers=workers,
+                broadcast=len(workers) > 1,
+                direct=direct,
+                hash=False,
+                timeout=_RUNNING,
+            )
+            found: dict[str, Future] = await sent
+            return found
         except TimeoutError:  # none of them is there and running
             return {}
         except (OSError, KeyError):
@@ -82,11 +132,10 @@ async def _send(client: Client, values: dict[str, Any], workers: list[str]) -> d
     return {}
 
 
-async def _loan(client: Client, workers: Sequence[str]) -> Loan | None:
-    """One to this worker, if it can read this process. Several pass on what they get."""
-    if len(workers) != 1:
+async def _loan(client: Client, worker: str) -> Loan | None:
+    """One to this worker, if it can read this process and is another one."""
+    if worker.startswith("inproc:"):
         return None
-    (worker,) = workers
     lender = _lenders.setdefault(client, Lender(client.id))
     if worker not in lender.readers and lender.offers[worker] < OFFERS:
         lender.offers[worker] += 1
