@@ -54,10 +54,8 @@ def send(client: Client, parts: Sequence[Part]) -> dict[str, Future]:
 
     async def send_all() -> dict[str, Future]:
         workers = list(dict.fromkeys(worker for _, takers in parts for worker in takers))
-        loans = zip(
-            workers, await asyncio.gather(*(_loan(client, w) for w in workers)), strict=True
-        )
-        lent = {worker: loan for worker, loan in loans if loan is not None}
+        loans = await asyncio.gather(*(_loan(client, worker) for worker in workers))
+        lent = {w: loan for w, loan in zip(workers, loans, strict=True) if loan is not None}
         found = await _lend(client, [part for part in parts if lent.keys() >= {*part[1]}], lent)
         rest = [part for part in parts if not found.keys() >= part[0].keys()]
         for sent in await asyncio.gather(*(_send(client, *part) for part in rest)):
@@ -83,6 +81,8 @@ async def _lend(
     sizes = await asyncio.gather(*(_give(client, loans[w], w, v) for w, v in by_worker.items()))
     took = {worker: size for worker, size in zip(by_worker, sizes, strict=True) if size is not None}
     done = [part for part in parts if took.keys() >= {*part[1]}]
+    if not done:
+        return {}
     try:
         await scheduler.update_data(
             who_has={key: takers for values, takers in done for key in values},
