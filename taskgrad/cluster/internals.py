@@ -18,6 +18,7 @@ import distributed.client
 import distributed.worker
 from distributed import Client, Future, Nanny, Scheduler, Worker
 from distributed.batched import BatchedSend
+from distributed.comm.addressing import get_address_host
 from distributed.core import Server
 
 
@@ -250,6 +251,23 @@ def _attribute(owner: Any, name: str) -> Iterator[Any]:
     found = getattr(owner, name, None)
     if found is not None:
         yield found
+
+
+def host_of(client: Client) -> str | None:
+    """The host of this end of a client's connection to the scheduler."""
+    stream = getattr(getattr(client, "scheduler_comm", None), "comm", None)
+    address = getattr(stream, "local_address", "")
+    return get_address_host(address) if "://" in address else None
+
+
+async def results_of(client: Client, worker: str, keys: Sequence[Any]) -> dict[Any, Any]:
+    """Those of the results that a worker has and gives, asked for by the client in its own name."""
+    ask = getattr(distributed.worker, "get_data_from_worker", None)
+    if ask is None:
+        return {}
+    response = await ask(client.rpc, list(keys), worker, who=client.id)
+    found: dict[Any, Any] = response["data"] if response.get("status") == "OK" else {}
+    return found
 
 
 def let_go(client: Client, keys: Sequence[str]) -> None:

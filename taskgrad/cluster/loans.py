@@ -20,7 +20,7 @@ A worker lends only to those that have shown that they can read it. With the fir
 worker that has an address on the same host goes an offer: where the seal of that message lies. Who
 can read it there says so, and is told where it finds what need not be asked for: see
 `taskgrad.cluster.shelf`. All this is per pair of workers, and silent. What a driver gives to
-workers is lent as well: see `taskgrad.cluster.inputs`.
+workers is lent as well, and what it fetches from them: see `taskgrad.cluster.inputs` and `outputs`.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ _SEAL = 16  # bytes
 _READER = "taskgrad_reader"
 READS = "taskgrad_reads"
 """Asks a worker whether it can read a seal."""
+LENDS = "taskgrad_lends"
+"""Asks a worker to lend to this client, and where a seal lies by which that sees if it can read."""
 
 _lenders: weakref.WeakKeyDictionary[Worker, Lender] = weakref.WeakKeyDictionary()
 _handlers: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -103,6 +105,8 @@ class Lender:
     def __init__(self, address: str) -> None:
         self.address = address
         self.readers: set[str] = set()
+        self.clients: set[str] = set()
+        """Drivers that it lends to."""
         self.offers: Counter[str] = Counter()
         self.shelf: Any = None
         """Where its readers find its results by themselves; see `taskgrad.cluster.shelf`."""
@@ -111,10 +115,17 @@ class Lender:
         self.closed = False
 
     def loan(self, who: str | None) -> Loan | None:
-        """One for this worker, if it may be on this host. Clients and schedulers have no name."""
-        if self.closed or who is None or get_address_host(who) != get_address_host(self.address):
+        """One for a driver that it lends to, or for a worker that may be on this host."""
+        if self.closed or who is None:
             return None
-        return Loan(self, who)
+        if who in self.clients:
+            return Loan(self, who)
+        beside = "://" in who and get_address_host(who) == get_address_host(self.address)
+        return Loan(self, who) if beside else None
+
+    def knows(self, who: str) -> bool:
+        """Whether this worker or driver has shown that it can read."""
+        return who in self.readers or who in self.clients
 
     def offer(self, who: str) -> Offer | None:
         """One to this worker, unless it had some."""
@@ -139,7 +150,7 @@ class Loan:
 
     def holds(self, values: Sequence[Any]) -> bool:
         """Whether all of these values can be lent as they lie; what is sent may be compressed."""
-        if self._to not in self._lender.readers or not all(map(lies_ready, values)):
+        if not self._lender.knows(self._to) or not all(map(lies_ready, values)):
             return False
         return sum(map(sizeof, values)) <= MOST
 
@@ -149,7 +160,7 @@ class Loan:
         The new pickle calls `receive` with the old one. Any process that can import taskgrad reads
         it, as all that taskgrad sends.
         """
-        known = self._to in self._lender.readers
+        known = self._lender.knows(self._to)
         offer = self._offer() if buffers and not known else None
         large = sum(b.nbytes for b in buffers if b.nbytes >= PIECE)
         if offer is None and not (known and large >= LEAST):
@@ -182,6 +193,7 @@ class Loan:
             self._lender.offers.pop(self._to, None)
         elif self._kept:
             self._lender.readers.discard(self._to)
+            self._lender.clients.discard(self._to)
         self._kept.clear()
 
 
@@ -302,6 +314,12 @@ def apply(worker: Worker) -> bool:
         lender.readers.add(address)
         return lender.shelf
 
+    probe = Loan(lender, "")
+
+    def lends(client: str) -> Any:
+        lender.clients.add(client)
+        return tuple(probe.seal)
+
     @functools.wraps(stock)
     async def get_data(comm: Any, keys: Any, who: str | None = None, **kwargs: Any) -> Any:
         loan = lender.loan(who)
@@ -319,6 +337,7 @@ def apply(worker: Worker) -> bool:
     internals.set_results_handler(worker, get_data)
     worker.handlers[_READER] = reader
     worker.handlers[READS] = _reads
+    worker.handlers[LENDS] = lends
     return True
 
 
@@ -328,7 +347,7 @@ def restore(worker: Worker) -> None:
     if lender is None:
         return
     lender.closed = True
-    for name in (_READER, READS):
+    for name in (_READER, READS, LENDS):
         worker.handlers.pop(name, None)
     handler = internals.results_handler(worker)
     if handler in _handlers:  # else somebody has put another over it

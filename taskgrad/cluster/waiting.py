@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from distributed import CancelledError, Client, Future
 
-from taskgrad.cluster import internals
+from taskgrad.cluster import internals, outputs
 from taskgrad.cluster.config import deadline
 from taskgrad.errors import TaskgradError
 
@@ -56,9 +56,9 @@ def all_of(client: Client, futures: Sequence[Future]) -> Pending:
     return Pending(client, settle)
 
 
-def values(client: Client, futures: Sequence[Future]) -> Pending:
-    """Done once the values of these futures are here."""
-    return Pending(client, lambda: client.gather(list(futures), asynchronous=True))
+def values(client: Client, futures: Sequence[Future], workers: Sequence[str]) -> Pending:
+    """Done once the values of these futures, which ran on these workers, are here."""
+    return Pending(client, lambda: outputs.values(client, futures, workers))
 
 
 def answer(client: Client, ask: Callable[[], Awaitable[T]], what: str) -> T:

@@ -66,7 +66,8 @@ def gather(nodes: Sequence[Node], session: Session) -> list[Any]:
     """
     if not nodes:
         return []
-    coming = waiting.values(session.client, [n.result for n in nodes])
+    workers = [n.worker or "" for n in nodes]
+    coming = waiting.values(session.client, [n.result for n in nodes], workers)
     watch = _Watch(nodes, session)
     try:
         while not coming.done(_LOOK):

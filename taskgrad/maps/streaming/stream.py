@@ -154,7 +154,7 @@ class Stream:
                 self._sender.lend = self._sender.lend and self._unread < _ATTEMPTS
         if sent.future is None:  # of a chunk that failed before it began
             return NOTHING
-        pending = waiting.values(self._client, [sent.future])
+        pending = waiting.values(self._client, [sent.future], [sent.worker])
         try:
             while not pending.done(_GLANCE):
                 self._look()

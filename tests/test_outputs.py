@@ -1,0 +1,151 @@
+"""Results for the driver: from a worker of its own host from memory to memory, or by the wire."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from distributed import Client, LocalCluster
+
+import taskgrad as tg
+from lending import needs_others
+from taskgrad.cluster import cross_memory, internals, loans, outputs, waiting
+from taskgrad.cluster.session import session
+
+COUNT = 500_000  # floats: 2 MB
+
+
+@pytest.fixture
+def ours(client) -> tuple[Client, list[str]]:
+    """A client that has not asked its workers yet, and they."""
+    outputs._lenders.pop(client, None)
+    return client, [worker.address for worker in session(client).workers()]
+
+
+def make(client: Client, worker: str, fn: Any = torch.arange, *args: Any) -> Any:
+    """The future of a value that a worker has made."""
+    future = client.submit(fn, *(args or (COUNT,)), workers=[worker], pure=False)
+    future.exception(timeout=30)
+    return future
+
+
+def fetch(client: Client, futures: list[Any], workers: list[str]) -> list[Any]:
+    pending = waiting.values(client, futures, workers)
+    assert pending.done(30)
+    return pending.result()
+
+
+@needs_others
+def test_results_are_read_from_the_workers_memory(ours):
+    client, workers = ours
+    futures = [make(client, w, torch.full, (COUNT,), float(i)) for i, w in enumerate(workers)]
+    before = loans.bytes_borrowed()
+    found = fetch(client, futures, workers)
+    assert loans.bytes_borrowed() - before == 2 * COUNT * 4
+    del futures  # what the workers do with their memory from now on
+    refill = [make(client, w, torch.full, (COUNT,), -1.0) for w in workers]
+    assert [t.unique().tolist() for t in found] == [[0], [1]]
+    del refill
+
+
+@needs_others
+def test_a_driver_asks_each_worker_once_whether_it_lends(ours, monkeypatch):
+    client, workers = ours
+    asked = []
+    stock = outputs._lends
+
+    async def lends(client, worker):
+        asked.append(worker)
+        return await stock(client, worker)
+
+    monkeypatch.setattr(outputs, "_lends", lends)
+    for _ in range(2):
+        fetch(client, [make(client, w) for w in workers], workers)
+    assert sorted(asked) == sorted(workers)
+
+
+@needs_others
+def test_what_cannot_be_read_comes_by_the_wire(ours, monkeypatch):
+    client, (a, _) = ours
+    assert torch.equal(fetch(client, [make(client, a)], [a])[0], torch.arange(COUNT))
+    stock, before = cross_memory.read, loans.bytes_borrowed()
+
+    def read(pid, pieces):
+        if sum(view.nbytes for _, view in pieces) > 16:
+            raise PermissionError("not today")
+        stock(pid, pieces)
+
+    monkeypatch.setattr(cross_memory, "read", read)
+    for _ in range(loans.OFFERS + 1):
+        assert torch.equal(fetch(client, [make(client, a)], [a])[0], torch.arange(COUNT))
+    assert loans.bytes_borrowed() == before
+
+
+@pytest.mark.parametrize("how", ["silent", "elsewhere"])
+def test_a_worker_that_does_not_lend_is_not_asked_for_results(ours, monkeypatch, how):
+    """One that has not the handler, and one that is not on the driver's host."""
+    client, (a, _) = ours
+
+    def forget(dask_worker) -> None:
+        dask_worker.kept = dask_worker.handlers.pop(loans.LENDS, None)
+
+    def remember(dask_worker) -> None:
+        if dask_worker.kept is not None:
+            dask_worker.handlers[loans.LENDS] = dask_worker.kept
+
+    asked = []
+    monkeypatch.setattr(internals, "results_of", lambda *args: asked.append(args))
+    if how == "elsewhere":
+        monkeypatch.setattr(internals, "host_of", lambda client: "192.0.2.7")
+    client.run(forget, workers=[a] if how == "silent" else [])
+    try:
+        assert torch.equal(fetch(client, [make(client, a)], [a])[0], torch.arange(COUNT))
+    finally:
+        client.run(remember, workers=[a] if how == "silent" else [])
+    assert not asked
+
+
+def test_what_is_not_where_it_ran_is_found(ours):
+    client, (a, b) = ours
+    there = make(client, a)
+    assert torch.equal(fetch(client, [there], [b])[0], torch.arange(COUNT))
+    assert torch.equal(fetch(client, [there], [""])[0], torch.arange(COUNT))
+    values = fetch(client, [there, make(client, b, int, 3), there], [b, b, a])
+    assert (values[1], values[0].shape, values[2].shape) == (3, (COUNT,), (COUNT,))
+
+
+def test_what_a_worker_raised_is_raised(ours):
+    client, (a, b) = ours
+    futures = [make(client, a), make(client, b, int, "x")]
+    pending = waiting.values(client, futures, [a, b])
+    assert pending.done(30)
+    with pytest.raises(ValueError, match="invalid literal"):
+        pending.result()
+
+
+@needs_others
+def test_what_is_collected_comes_so(ours):
+    client, _ = ours
+    net = torch.nn.Sequential(torch.nn.Linear(8, COUNT // 8, bias=False))
+    chain = tg.GraphChain(net, placement=[0], client=client)
+    x, before = torch.randn(8, 8), loans.bytes_borrowed()
+    assert torch.equal(tg.collect(chain(x)), net(x))
+    between = loans.bytes_borrowed()
+    assert between - before == COUNT * 4
+    assert torch.equal(chain.to_module()[0].weight, net[0].weight)
+    assert loans.bytes_borrowed() - between == COUNT * 4
+
+
+def test_within_a_process_a_value_is_passed_as_it_is():
+    with (
+        LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        (worker,) = session(client).workers()
+        there = make(client, worker.address)
+        (found,) = fetch(client, [there], [worker.address])
+        assert torch.equal(found, torch.arange(COUNT))
+        look = lambda key, dask_worker: dask_worker.data[key].data_ptr()  # noqa: E731
+        held = client.run(look, there.key)
+        assert held[worker.address] == found.data_ptr()
