@@ -5,12 +5,15 @@ turns. A float32 tensor goes to and fro between the two workers of one as the re
 tasks that do nothing: what is measured is a hop, the scheduler's part in it included. The chain is
 submitted as one graph, as taskgrad submits; so each tensor goes as soon as the next one is there.
 
+Then a worker's result that the driver fetches, once it is there.
+
 Stock here means stock but for the true sizes of tensors, which Dask takes from taskgrad wherever it
 is installed.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -55,6 +58,26 @@ def hop(client: Client, workers: list[str], count: int) -> float:
     return (time.perf_counter() - began) / HOPS
 
 
+def home(client: Client, workers: list[str], count: int, ours: bool) -> float:
+    """Seconds until a tensor that lies on a worker is here."""
+    future = client.submit(make, count, workers=[workers[0]], pure=False)
+    _wait(client, future)
+    began = time.perf_counter()
+    if ours:
+        from taskgrad.cluster import waiting
+
+        pending = waiting.values(client, [future], [workers[0]])
+        if not pending.done(60):
+            raise TimeoutError("the tensor did not come")
+        (value,) = pending.result()
+    else:
+        value = client.gather(future)
+    seconds = time.perf_counter() - began
+    if value[-1] != 1:
+        raise ValueError("another tensor came")
+    return seconds
+
+
 def _registered() -> bool:
     return "taskgrad.cluster.serialize" in sys.modules
 
@@ -82,7 +105,9 @@ def _serve(ours: bool) -> None:
         workers = sorted(client.scheduler_info()["workers"])
         print("ready", flush=True)
         for line in sys.stdin:
-            print(json.dumps(hop(client, workers, int(line))), flush=True)
+            way, count = line.split()
+            args = client, workers, int(count)
+            print(json.dumps(home(*args, ours) if way == "home" else hop(*args)), flush=True)
 
 
 class _Cluster:
@@ -95,9 +120,10 @@ class _Cluster:
         )
         self._answer()
 
-    def hop(self, count: int) -> float:
+    def seconds(self, way: str, count: int) -> float:
+        """Of a "hop" or of the way "home"."""
         assert self.process.stdin is not None
-        print(count, file=self.process.stdin, flush=True)
+        print(way, count, file=self.process.stdin, flush=True)
         return float(json.loads(self._answer()))
 
     def _answer(self) -> str:
@@ -119,19 +145,20 @@ def main() -> None:
     report = Report("wire")
     stock, ours = _Cluster("stock"), _Cluster("ours")
     try:
-        for name, count in SIZES.items():
+        for way, name in itertools.product(("hop", "home"), SIZES):
+            count, key = SIZES[name], f"{'tensor' if way == 'hop' else way}_{name}"
             for _ in range(WARM_UP):
-                stock.hop(count)
-                ours.hop(count)
+                stock.seconds(way, count)
+                ours.seconds(way, count)
             theirs, mine = [], []
             for _ in range(ROUNDS):
-                theirs.append(stock.hop(count))
-                mine.append(ours.hop(count))
-            report.figure(f"tensor_{name}_stock", theirs)
-            report.figure(f"tensor_{name}", mine)
-            report.figure(f"tensor_{name}_gb_s", [4e-9 * count / s for s in mine], "GB/s")
-            report.figure(f"tensor_{name}_stock_gb_s", [4e-9 * count / s for s in theirs], "GB/s")
-            report.ratio(f"tensor_{name}", mine, theirs)
+                theirs.append(stock.seconds(way, count))
+                mine.append(ours.seconds(way, count))
+            report.figure(f"{key}_stock", theirs)
+            report.figure(key, mine)
+            report.figure(f"{key}_gb_s", [4e-9 * count / s for s in mine], "GB/s")
+            report.figure(f"{key}_stock_gb_s", [4e-9 * count / s for s in theirs], "GB/s")
+            report.ratio(key, mine, theirs)
     finally:
         stock.close()
         ours.close()
