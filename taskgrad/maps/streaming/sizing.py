@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-SECONDS = 0.1
+SECONDS = 0.2
 """What a chunk shall take at first."""
 MOST_SECONDS = 0.5
 """What it shall take at most, in a long map."""
