@@ -95,7 +95,7 @@ def test_a_worker_that_does_not_lend_is_not_asked_for_results(ours, monkeypatch,
             dask_worker.handlers[loans.LENDS] = dask_worker.kept
 
     asked = []
-    monkeypatch.setattr(internals, "results_of", lambda *args: asked.append(args))
+    monkeypatch.setattr(internals, "results_of", lambda *args, **_: asked.append(args))
     if how == "elsewhere":
         monkeypatch.setattr(internals, "host_of", lambda client: "192.0.2.7")
     client.run(forget, workers=[a] if how == "silent" else [])
@@ -135,6 +135,23 @@ def test_what_is_collected_comes_so(ours):
     assert between - before == COUNT * 4
     assert torch.equal(chain.to_module()[0].weight, net[0].weight)
     assert loans.bytes_borrowed() - between == COUNT * 4
+
+
+@needs_others
+def test_a_worker_that_has_gone_is_not_tried_for_long():
+    """Not the 30 s for which Dask tries to connect."""
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        a, b = [worker.address for worker in session(client).workers()]
+        fetch(client, [make(client, a)], [a])
+        there = make(client, b)
+        nanny = next(n for n in cluster.workers.values() if n.worker_address == a)
+        client.sync(nanny.close)
+        pending = waiting.values(client, [there], [a])
+        assert pending.done(20)
+        assert torch.equal(pending.result()[0], torch.arange(COUNT))
 
 
 def test_within_a_process_a_value_is_passed_as_it_is():

@@ -260,11 +260,21 @@ def host_of(client: Client) -> str | None:
     return get_address_host(address) if "://" in address else None
 
 
-async def results_of(client: Client, worker: str, keys: Sequence[Any]) -> dict[Any, Any]:
-    """Those of the results that a worker has and gives, asked for by the client in its own name."""
+async def results_of(
+    client: Client, worker: str, keys: Sequence[Any], *, seconds: float
+) -> dict[Any, Any]:
+    """Those of the results that a worker has and gives, asked for by the client in its own name.
+
+    Raises
+    ------
+    OSError, TimeoutError
+        It is gone, or has not taken a connection within so many seconds. Dask itself tries for 30.
+    """
     ask = getattr(distributed.worker, "get_data_from_worker", None)
     if ask is None:
         return {}
+    comm = await asyncio.wait_for(client.rpc.connect(worker), seconds)
+    client.rpc.reuse(worker, comm)  # `ask` takes it
     response = await ask(client.rpc, list(keys), worker, who=client.id)
     found: dict[Any, Any] = response["data"] if response.get("status") == "OK" else {}
     return found

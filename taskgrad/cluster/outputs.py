@@ -22,7 +22,7 @@ from taskgrad.cluster.loans import LENDS, OFFERS, Seal
 
 logger = logging.getLogger("taskgrad")
 
-# How long a worker may take to say where its seal is, in seconds.
+# How long a worker may take to be reached, and to say where its seal is, in seconds.
 _ANSWER = 2
 
 _lenders: weakref.WeakKeyDictionary[Client, dict[str, int]] = weakref.WeakKeyDictionary()
@@ -53,7 +53,7 @@ async def _borrow(client: Client, worker: str, keys: list[Any]) -> dict[Any, Any
     if not lenders[worker]:
         return {}
     try:
-        found = await internals.results_of(client, worker, keys)
+        found = await internals.results_of(client, worker, keys, seconds=_ANSWER)
     except Exception:  # it is gone, or what it sent cannot be read; Dask says what there is to say
         logger.debug("%s did not lend %d results", worker, len(keys), exc_info=True)
         lenders[worker] -= 1

@@ -154,7 +154,7 @@ class Stream:
                 self._sender.lend = self._sender.lend and self._unread < _ATTEMPTS
         if sent.future is None:  # of a chunk that failed before it began
             return NOTHING
-        pending = waiting.values(self._client, [sent.future], [sent.worker])
+        pending = waiting.values(self._client, [sent.future], [""])  # from wherever they are now
         try:
             while not pending.done(_GLANCE):
                 self._look()
