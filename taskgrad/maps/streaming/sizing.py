@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 
-SECONDS = 0.2
+SECONDS = 0.3
 """What a chunk shall take at first."""
 MOST_SECONDS = 0.5
 """What it shall take at most, in a long map."""
-_SHARE = 1 / 32
+_SHARE = 1 / 16
 """What part of the time of the map so far."""
 LEAST_SECONDS = 0.01
 """What the smaller ones at the end shall take at least."""
