@@ -88,3 +88,21 @@ def acquaint(client: Client, a: str, b: str) -> None:
 def use(client: Client) -> tuple[Client, list[str]]:
     session(client)
     return client, sorted(client.scheduler_info(n_workers=-1)["workers"])
+
+
+@contextmanager
+def without_handler(client: Client, worker: str, name: str) -> Iterator[None]:
+    """As if this worker did not know what it is asked by this name."""
+
+    def forget(dask_worker):
+        dask_worker.kept = dask_worker.handlers.pop(name, None)
+
+    def remember(dask_worker):
+        if dask_worker.kept is not None:
+            dask_worker.handlers[name] = dask_worker.kept
+
+    client.run(forget, workers=[worker])
+    try:
+        yield
+    finally:
+        client.run(remember, workers=[worker])

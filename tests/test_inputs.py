@@ -10,7 +10,7 @@ from distributed import Client, LocalCluster
 
 import taskgrad as tg
 from conftest import wait_until
-from lending import needs_others
+from lending import needs_others, without_handler
 from taskgrad.cluster import cross_memory, inputs, loans
 from taskgrad.cluster.session import session
 
@@ -156,21 +156,10 @@ def test_a_read_that_fails_is_a_transfer_by_the_wire(ours):
 
 def test_a_worker_that_does_not_borrow_gets_it_by_the_wire(ours):
     client, (a, _) = ours
-
-    def forget(dask_worker) -> None:
-        dask_worker.kept = dask_worker.handlers.pop(loans.READS, None)
-
-    def remember(dask_worker) -> None:
-        if dask_worker.kept is not None:
-            dask_worker.handlers[loans.READS] = dask_worker.kept
-
     before = borrowed(client, a)
-    client.run(forget, workers=[a])
-    try:
+    with without_handler(client, a, loans.READS):
         there = send(client, a, [torch.ones(COUNT)])
         assert torch.equal(there.result()[0], torch.ones(COUNT))
-    finally:
-        client.run(remember, workers=[a])
     assert borrowed(client, a) == before
 
 

@@ -9,7 +9,7 @@ import torch
 from distributed import Client, LocalCluster
 
 import taskgrad as tg
-from lending import needs_others
+from lending import needs_others, without_handler
 from taskgrad.cluster import cross_memory, internals, loans, outputs, waiting
 from taskgrad.cluster.session import session
 
@@ -82,28 +82,39 @@ def test_what_cannot_be_read_comes_by_the_wire(ours, monkeypatch):
     assert loans.bytes_borrowed() == before
 
 
-@pytest.mark.parametrize("how", ["silent", "elsewhere"])
-def test_a_worker_that_does_not_lend_is_not_asked_for_results(ours, monkeypatch, how):
-    """One that has not the handler, and one that is not on the driver's host."""
+@pytest.fixture
+def asked(monkeypatch) -> list[Any]:
+    """Workers that are asked for results themselves; none gives any."""
+    found: list[Any] = []
+
+    async def results_of(client, worker, keys, *, seconds):
+        found.append(worker)
+        return {}
+
+    monkeypatch.setattr(internals, "results_of", results_of)
+    return found
+
+
+def test_a_worker_that_does_not_lend_is_not_asked_for_results(ours, asked):
     client, (a, _) = ours
-
-    def forget(dask_worker) -> None:
-        dask_worker.kept = dask_worker.handlers.pop(loans.LENDS, None)
-
-    def remember(dask_worker) -> None:
-        if dask_worker.kept is not None:
-            dask_worker.handlers[loans.LENDS] = dask_worker.kept
-
-    asked = []
-    monkeypatch.setattr(internals, "results_of", lambda *args, **_: asked.append(args))
-    if how == "elsewhere":
-        monkeypatch.setattr(internals, "host_of", lambda client: "192.0.2.7")
-    client.run(forget, workers=[a] if how == "silent" else [])
-    try:
+    with without_handler(client, a, loans.LENDS):
         assert torch.equal(fetch(client, [make(client, a)], [a])[0], torch.arange(COUNT))
-    finally:
-        client.run(remember, workers=[a] if how == "silent" else [])
     assert not asked
+
+
+def test_nor_is_one_on_another_host(ours, asked, monkeypatch):
+    client, (a, _) = ours
+    with monkeypatch.context() as context:
+        context.setattr(internals, "host_of", lambda client: "192.0.2.7")
+        assert torch.equal(fetch(client, [make(client, a)], [a])[0], torch.arange(COUNT))
+    assert not asked
+
+
+@needs_others
+def test_one_that_lends_is_asked_and_what_it_does_not_give_comes_all_the_same(ours, asked):
+    client, (a, _) = ours
+    assert torch.equal(fetch(client, [make(client, a)], [a])[0], torch.arange(COUNT))
+    assert asked == [a]
 
 
 def test_what_is_not_where_it_ran_is_found(ours):

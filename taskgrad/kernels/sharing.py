@@ -17,7 +17,8 @@ CALL = (
     *("meta", "scratch", "scratch_size", "from_end", "failed", "done"),
 )
 _WHERE = {name: i for i, name in enumerate(CALL)}
-_READ = CALL[1:10]
+# What each thread reads; the others are counted in, where they lie.
+_READ = [name for name in CALL if name not in ("ticket", "failed", "done")]
 TICKET, THREADS, RANGES = (_WHERE[name] for name in ("ticket", "threads", "ranges"))
 FROM_END, FAILED, DONE = (_WHERE[name] for name in ("from_end", "failed", "done"))
 _PIECES = 32  # of a range
