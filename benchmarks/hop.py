@@ -61,7 +61,7 @@ def main() -> None:
     ):
         session(ours)
         clients = {"taskgrad": ours, "stock": stock}
-        workers = {k: sorted(c.scheduler_info(n_workers=-1)["workers"]) for k, c in clients.items()}
+        workers = {k: sorted(c.nthreads()) for k, c in clients.items()}
         kinds: dict[str, Callable[[list[str]], Any]] = {
             "same_worker": lambda names: hops(names[:1]),
             "alternating": hops,

@@ -102,7 +102,7 @@ def _serve(ours: bool) -> None:
             session(client)
         elif any([_registered(), *client.run(_registered).values()]):
             raise RuntimeError("the stock cluster must not know taskgrad's family")
-        workers = sorted(client.scheduler_info()["workers"])
+        workers = sorted(client.nthreads())
         print("ready", flush=True)
         for line in sys.stdin:
             way, count = line.split()

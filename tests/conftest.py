@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,12 @@ def fresh() -> Iterator[Callable[..., Client]]:
     yield make
     for one in made:
         one.close()
+
+
+def about_workers(client: Client) -> dict[str, dict[str, Any]]:
+    """What the scheduler knows of each worker. `Client.scheduler_info` may say that there are none:
+    every two seconds the client replaces what that gives by an answer without workers."""
+    return client.sync(client.scheduler.identity)["workers"]
 
 
 def total_held(client: Client) -> dict[str, int]:

@@ -87,7 +87,7 @@ def acquaint(client: Client, a: str, b: str) -> None:
 
 def use(client: Client) -> tuple[Client, list[str]]:
     session(client)
-    return client, sorted(client.scheduler_info(n_workers=-1)["workers"])
+    return client, sorted(client.nthreads())
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import taskgrad as tg
 def worker_with_threads(client, folder, count):
     """A worker started by hand, in which torch uses that many threads."""
     command = ["-m", "distributed.cli.dask_worker", client.scheduler.address, "--no-nanny"]
-    expected = len(client.scheduler_info(n_workers=-1)["workers"]) + 1
+    expected = len(client.nthreads()) + 1
     worker = subprocess.Popen(
         [sys.executable, *command, "--nthreads", "1", "--local-directory", str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count)},
@@ -38,13 +38,13 @@ def warnings(caplog):
 @pytest.mark.parametrize("late", [False, True])
 def test_workers_whose_torch_threads_differ_are_listed_once(fresh, tmp_path, caplog, late):
     client = fresh(n_workers=1)  # Dask's nanny starts it with OMP_NUM_THREADS=1
-    [first] = client.scheduler_info(n_workers=-1)["workers"]
+    [first] = client.nthreads()
     if late:
         tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client)
     with worker_with_threads(client, tmp_path, 2):
         tg.collect(tg.spawn(torch.sum, torch.ones(2), worker=first))
         assert len(warnings(caplog)) == (0 if late else 1)  # until a chain is on the late one
-        [second] = client.scheduler_info(n_workers=-1)["workers"].keys() - {first}
+        [second] = client.nthreads().keys() - {first}
         for _ in range(2):
             model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
             chain = tg.GraphChain(model, client=client, placement=[first, second])

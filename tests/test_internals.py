@@ -12,8 +12,8 @@ import pytest
 from distributed import Client, LocalCluster
 from distributed.batched import BatchedSend
 
+from conftest import about_workers, wait_until
 from taskgrad.cluster import internals, waiting
-from tests.conftest import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_what_a_worker_holds_in_memory(plain):
     def look(dask_worker):
         return internals.held_in_memory(dask_worker, ["there", "elsewhere"])
 
-    (address, *_) = plain.scheduler_info()["workers"]
+    (address, *_) = plain.nthreads()
     there = plain.submit(lambda: 3, key="there", workers=[address])
     assert there.result(timeout=30) == 3
     assert plain.run(look, workers=[address])[address] == [3]
@@ -205,7 +205,7 @@ def test_a_worker_says_its_memory_and_threads(plain):
         return limit, internals.memory_used(dask_worker), internals.threads(dask_worker)
 
     [(limit, used, threads)] = plain.run(look).values()
-    [worker] = plain.scheduler_info(n_workers=-1)["workers"].values()
+    [worker] = about_workers(plain).values()
     assert limit == worker["memory_limit"]
     assert 10 * 2**20 < used < limit
     assert threads == 3

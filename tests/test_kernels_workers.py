@@ -73,7 +73,7 @@ def test_compiled_once_a_machine(client):
     fn = tg.vectorize(lambda x: x * constant)
     futures = [
         client.submit(compiled_here, fn, torch.ones(3), workers=[worker], pure=False)
-        for worker in client.scheduler_info()["workers"]
+        for worker in client.nthreads()
     ]
     assert sorted(client.gather(futures)) == [False, True]
 

@@ -17,7 +17,7 @@ from distributed import Client, LocalCluster, Worker
 from distributed.comm import utils as comm_utils
 from distributed.utils import open_port
 
-from conftest import wait_until
+from conftest import about_workers, wait_until
 from lending import (
     COUNT,
     acquaint,
@@ -156,7 +156,7 @@ def test_what_was_borrowed_is_among_the_workers_metrics(pair):
     assert pass_one(client, a, b, 1)
 
     def reported():
-        workers = client.scheduler_info(n_workers=-1)["workers"]
+        workers = about_workers(client)
         return {address: w["metrics"]["taskgrad_cross_memory"] for address, w in workers.items()}
 
     assert wait_until(lambda: reported() == borrowed(client))
@@ -217,7 +217,7 @@ def another_stayed(dask_worker: Worker) -> bool:
 
 def borrowed_in_three(client: Client) -> int:
     """Bytes borrowed in as many transfers from one worker to the other."""
-    a, b = sorted(client.scheduler_info(n_workers=-1)["workers"])
+    a, b = sorted(client.nthreads())
     before = borrowed(client)[b]
     for seed in range(3):
         assert pass_one(client, a, b, seed)
@@ -296,7 +296,7 @@ def test_on_another_kind_of_cluster(config, options):
 @contextmanager
 def worker_process(client: Client, host: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
     """A worker with this address; at the end, or before, it is killed."""
-    known = len(client.scheduler_info(n_workers=-1)["workers"])
+    known = len(client.nthreads())
     command = [sys.executable, "-m", "distributed.cli.dask_worker", client.scheduler.address]
     command += ["--no-nanny", "--no-dashboard", "--nthreads=1"]
     command += [f"--host={host}", f"--worker-port={port}"]
@@ -339,9 +339,9 @@ def test_a_killed_worker_that_comes_back_at_its_address(empty):
             acquaint(client, a, b)
             acquaint(client, b, a)
             process.kill()
-            assert wait_until(lambda: len(client.scheduler_info()["workers"]) == 1)
+            assert wait_until(lambda: len(client.nthreads()) == 1)
         with worker_process(empty, "127.0.0.1", port):
-            assert sorted(client.scheduler_info()["workers"]) == [a, b]
+            assert sorted(client.nthreads()) == [a, b]
             for seed in range(3):
                 assert pass_one(client, a, b, seed)
                 assert pass_one(client, b, a, seed)

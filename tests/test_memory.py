@@ -15,7 +15,7 @@ from distributed import Client, LocalCluster
 from torch import nn
 
 import taskgrad as tg
-from conftest import wait_until
+from conftest import about_workers, wait_until
 from helpers import assert_same
 from taskgrad.graph.pytree import flatten
 from taskgrad.worker.backward import Backward
@@ -47,14 +47,6 @@ def test_memory_of_a_chain(client):
     assert "parameters" in repr(chain.memory())
 
 
-def metrics_of(client):
-    """The metrics of each worker, from the scheduler itself: what the client knows of workers it
-    refreshes by itself, and then it may know none for a moment."""
-    return client.run_on_scheduler(
-        lambda dask_scheduler: {a: dict(w.metrics) for a, w in dask_scheduler.workers.items()}
-    )
-
-
 def test_memory_is_among_the_workers_metrics(client):
     """The columns of the dashboard's table of workers: the same sums as the chain's own."""
     model = nn.Sequential(nn.Linear(100, 100, bias=False), nn.BatchNorm1d(100))
@@ -64,8 +56,8 @@ def test_memory_is_among_the_workers_metrics(client):
     names = chain.memory().column("worker")
 
     def reported(what):
-        metrics = metrics_of(client)
-        return [metrics[name][f"taskgrad_{what}"] for name in names]
+        workers = about_workers(client)
+        return [workers[name]["metrics"][f"taskgrad_{what}"] for name in names]
 
     tg.spawn(torch.sum, chain(torch.randn(50, 100))).backward()
     optimizer.step()
@@ -95,8 +87,8 @@ def test_metrics_move_while_a_worker_is_always_at_work(fresh, tmp_path):
     tg.collect(y)
 
     def reported():
-        [metrics] = metrics_of(client).values()
-        return [metrics.get(f"taskgrad_{what}") for what in ("parameters", "tapes")]
+        [worker] = about_workers(client).values()
+        return [worker["metrics"].get(f"taskgrad_{what}") for what in ("parameters", "tapes")]
 
     (tape,) = chain.memory().column("tapes")
     assert wait_until(lambda: reported() == [40_400, tape])
@@ -213,7 +205,7 @@ def test_spilling(fresh):
 
 def forward_disturb_backward(client, disturb):
     model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64))
-    workers = sorted(client.scheduler_info(n_workers=-1)["workers"])
+    workers = sorted(client.nthreads())
     chain = tg.GraphChain(model, client=client, placement=[workers[0], workers[0], workers[1]])
     xs = [torch.randn(256, 64, requires_grad=True) for _ in range(6)]
     ys = [chain(x) for x in xs]

@@ -42,13 +42,9 @@ def hold(dask_worker, megabytes):
     dask_worker.held_by_somebody = torch.ones(megabytes << 20, dtype=torch.uint8)
 
 
-def workers_of(client):
-    return set(client.scheduler_info(n_workers=-1)["workers"])
-
-
 def test_what_needs_two_and_a_half_gib_trains_on_two_workers_of_one_and_a_half(fresh, tmp_path):
     client = fresh(n_workers=2, memory_limit="1.5GiB")
-    before = workers_of(client)
+    before = set(client.nthreads())
     chain = tg.GraphChain(big, client=client)
     assert 4 * sum(chain.placement.column("bytes")) > 2.5 * GIB
     trainer = tg.Trainer(chain, F.mse_loss, ADAMW)
@@ -60,7 +56,7 @@ def test_what_needs_two_and_a_half_gib_trains_on_two_workers_of_one_and_a_half(f
     trainer.save(tmp_path)
     restored = tg.Trainer.restore(tmp_path, chain, F.mse_loss, ADAMW)
     assert restored.step(x, t).item() < losses[-1]
-    assert workers_of(client) == before  # the nanny has restarted none
+    assert set(client.nthreads()) == before  # the nanny has restarted none
     peaks = client.run(peak_memory).values()
     assert max(peaks) < 0.93 * 1.5 * GIB, peaks
 

@@ -63,7 +63,7 @@ def test_a_pin_survives_a_restart_by_hand(fresh, tmp_path):
     thunk = tg.spawn(where, worker="alice")
     first.terminate()
     first.wait(30)
-    assert wait_until(lambda: not client.scheduler_info()["workers"])
+    assert wait_until(lambda: not client.nthreads())
     found = []
     collecting = threading.Thread(target=lambda: found.append(tg.collect(thunk)))
     collecting.start()

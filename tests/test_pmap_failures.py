@@ -153,7 +153,7 @@ def test_a_worker_that_is_killed_in_a_collective(fresh, tmp_path):
 
     with pytest.raises(tg.WorkerLostError, match="rank 1 of f is gone with worker tcp://"):
         tg.pmap(f, "i", client=client)(X[:2])
-    assert wait_until(lambda: len(client.scheduler_info()["workers"]) == 2, 30)
+    assert wait_until(lambda: len(client.nthreads()) == 2, 30)
     assert wait_until(lambda: empty(client))
     y = tg.pmap(f, "i", client=client)(X[:2])
     torch.testing.assert_close(y, 2 * X[:2].sum(0).expand(2, 3))

@@ -10,7 +10,7 @@ from distributed import Client
 from torch import nn
 
 import taskgrad as tg
-from conftest import total_held, wait_until
+from conftest import about_workers, total_held, wait_until
 from helpers import assert_same, assert_vjp_equals_torch, reference
 from taskgrad.cluster.retiring import TOPIC
 
@@ -20,8 +20,7 @@ def model():
 
 
 def addresses(client):
-    workers = client.scheduler_info(n_workers=-1)["workers"]
-    return {a for a, w in workers.items() if w["status"] == "running"}
+    return {a for a, w in about_workers(client).items() if w["status"] == "running"}
 
 
 def told(client):

@@ -49,7 +49,7 @@ def secure():
 
 
 def test_everything_works_over_tls(secure):
-    workers = secure.scheduler_info(n_workers=-1)["workers"]
+    workers = secure.nthreads()
     assert all(address.startswith("tls://") for address in [secure.scheduler.address, *workers])
     chain = train(secure)
     assert chain.memory().column("parameters")

@@ -219,7 +219,7 @@ def test_late_messages_of_an_old_run_are_refused(client):
 def lose(client, futures):
     """Move results to a third worker, as a rebalance would, and lose that: Dask runs them again."""
     keys = [f.key for f in futures]
-    third = sorted(client.scheduler_info(n_workers=-1)["workers"])[2]
+    third = sorted(client.nthreads())[2]
 
     async def move(dask_scheduler):
         for key in keys:
@@ -236,7 +236,7 @@ def lose(client, futures):
 def test_a_forward_that_dask_runs_again_gives_what_it_gave(fresh):
     """Other random numbers would not fit what was computed from the first ones."""
     client = fresh(n_workers=3)
-    workers = sorted(client.scheduler_info(n_workers=-1)["workers"])
+    workers = sorted(client.nthreads())
     chain = tg.GraphChain(nn.Sequential(nn.Dropout()), client=client, placement=workers[:1])
     x = torch.ones(20, 100, requires_grad=True)
     y = chain(x)
@@ -249,7 +249,7 @@ def test_a_forward_that_dask_runs_again_gives_what_it_gave(fresh):
 
 def test_layers_that_dask_installs_again_stay_as_they_are(fresh):
     client = fresh(n_workers=3)
-    workers = sorted(client.scheduler_info(n_workers=-1)["workers"])
+    workers = sorted(client.nthreads())
     chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client, placement=workers[:1])
     trained = {"0.weight": torch.zeros(2, 2), "0.bias": torch.zeros(2)}
     chain.load_state_dict(trained)

@@ -85,7 +85,7 @@ def test_the_next_steps_input_is_there_before_this_step_ends(client):
     first = trainer.step(*batch())
     # Large enough to be sent ahead, and not in the graph.
     second = trainer.step(torch.randn(16384, 4), torch.randn(16384, 1))
-    workers = sorted(client.scheduler_info()["workers"])
+    workers = sorted(client.nthreads())
     stage = trainer.chain.placement[0].worker
     assert stage in workers
     assert wait_until(lambda: any(key.startswith("input") for key in client.has_what()[stage]))

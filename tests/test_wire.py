@@ -430,7 +430,7 @@ def check_all(container: str, value: Any) -> bool:
 
 @pytest.mark.parametrize("container", ["tensor", "tuple", "deep"])
 def test_from_worker_to_worker_as_results(client: Client, container):
-    a, b = client.scheduler_info()["workers"]
+    a, b = client.nthreads()
     there = client.submit(make_all, container, workers=[a], pure=False)
     assert client.submit(check_all, container, there, workers=[b], pure=False).result()
     assert check_all(container, there.result())
@@ -444,7 +444,7 @@ def aligned_and_writable(batch: Batch) -> tuple[int, bool]:
 
 @pytest.mark.parametrize("size", [10, 1 << 15, 1 << 18, 20 << 20], ids=lambda n: f"{4 * n} bytes")
 def test_what_arrives_is_aligned_and_writable(client: Client, size):
-    a, b = client.scheduler_info()["workers"]
+    a, b = client.nthreads()
     there = client.submit(big_batch, size, workers=[a], pure=False)
     assert client.submit(aligned_and_writable, there, workers=[b], pure=False).result() == (0, True)
 

@@ -113,7 +113,7 @@ class Session:
         check_open(self.client)
 
         async def ask() -> dict[str, Any]:
-            # Not client.scheduler_info: the client refreshes that by itself, with five workers.
+            # Not client.scheduler_info: the client refreshes that by itself, without workers.
             scheduler: Any = self.client.scheduler
             return (await scheduler.identity(n_workers=-1))["workers"]
 
