@@ -74,7 +74,6 @@ def test_rows_that_do_not_end_with_a_line(past):
 def test_what_is_not_one_row_after_the_other_goes_the_ordinary_way(past):
     plus = past(lambda x, y: x + y)
     x, y = torch.randn(300, 300), torch.randn(300, 300)
-    assert torch.equal(plus(x, y.t()), x + y.t())  # blocks are too narrow
     assert torch.equal(plus(x[:, :100], y[:, :100]), x[:, :100] + y[:, :100])
     out = torch.empty(300, 600)[:, ::2]
     assert torch.equal(plus(x, y, out=out), x + y)

@@ -12,8 +12,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from taskgrad.kernels.dtypes import SIZES
 from taskgrad.kernels.streamed import PIECE
-from taskgrad.kernels.turned import STRIP
+from taskgrad.kernels.turned import LINE, ROWS, SIDE
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
@@ -134,7 +135,7 @@ def _rounded_to_bfloat16(builder: ir.IRBuilder, value: Any) -> Any:
 
 def _turner(name: str) -> Any:
     stored = _STORED[name]
-    vector = ir.VectorType(stored, STRIP)
+    vector = ir.VectorType(stored, SIDE)
 
     @intrinsic
     def turn(typing_context: Any, source: Any, stride: Any, target: Any, width: Any) -> Any:
@@ -153,19 +154,17 @@ def _turner(name: str) -> Any:
                 return _pointer(builder, at, zero, vector)
 
             size = int(stored.width if isinstance(stored, ir.IntType) else _WIDTHS[name]) // 8
-            rows = [builder.load(row(source, stride, r), align=size) for r in range(STRIP)]
+            rows = [builder.load(row(source, stride, r), align=size) for r in range(SIDE)]
             for step in (4, 2, 1):
-                for r in (r for r in range(STRIP) if not r & step):
+                for r in (r for r in range(SIDE) if not r & step):
                     a, b = rows[r], rows[r + step]
-                    first = [j if not j & step else STRIP + j - step for j in range(STRIP)]
-                    second = [j + step if not j & step else STRIP + j for j in range(STRIP)]
+                    first = [j if not j & step else SIDE + j - step for j in range(SIDE)]
+                    second = [j + step if not j & step else SIDE + j for j in range(SIDE)]
                     rows[r], rows[r + step] = (
-                        builder.shuffle_vector(
-                            a, b, ir.Constant(ir.VectorType(_I32, STRIP), places)
-                        )
+                        builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, SIDE), places))
                         for places in (first, second)
                     )
-            for r in range(STRIP):
+            for r in range(SIDE):
                 builder.store(rows[r], row(target, width, r), align=size)
             return context.get_dummy_value()
 
@@ -199,17 +198,20 @@ def _asker(to_write: bool) -> Any:
 ahead_read, ahead_write = _asker(to_write=False), _asker(to_write=True)
 
 
-@intrinsic
-def ahead_across(typing_context: Any, address: Any, stride: Any) -> Any:
-    """Ask for a line of each of the columns that are transposed at once; the stride is in bytes."""
+def _asker_for_column(name: str) -> Any:
+    @intrinsic
+    def ahead_column(typing_context: Any, address: Any) -> Any:
+        """Ask for the lines of a tile's column, the first of which has this address."""
 
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        for column in range(STRIP):
-            step = builder.mul(args[1], ir.Constant(_I64, column))
-            _ask_for(builder, builder.add(args[0], step), to_write=False)
-        return context.get_dummy_value()
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            for start in range(0, ROWS * SIZES[name], LINE):
+                at = builder.add(args[0], ir.Constant(_I64, start))
+                _ask_for(builder, at, to_write=False)
+            return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64), generate
+        return types.void(types.int64), generate
+
+    return ahead_column
 
 
 def _streamer(name: str) -> Any:
@@ -250,6 +252,7 @@ def fence(typing_context: Any) -> Any:
 
 
 for _name in _STORED:
+    globals()[f"ahead_column_{_name}"] = _asker_for_column(_name)
     globals()[f"turn_{_name}"] = _turner(_name)
     globals()[f"stream_{_name}"] = _streamer(_name)
     globals()[f"load_{_name}"] = _loader(_name, apart=True)

@@ -81,7 +81,7 @@ def elementwise_source(
         [(k, name) for k, name in outputs if letters[k] == streamed.LETTER],
         scratch_of(letters.replace(streamed.LETTER, "u")),
     )
-    tiles = turned.Tiles(letters, (*stored, *results), count)
+    tiles = turned.Tiles(letters, (*stored, *results), count, streams.beyond)
     sizes = [SIZES[name] for name in (*stored, *results)]
     lines = entry([f"p{k}" for k in range(count + out)])
     lines += streams.start()
@@ -107,7 +107,7 @@ def elementwise_source(
             index = "i" if letters[k] == "u" else f"i * cs{k}"
             element.append(f"m.store_{name}(o{k}, {index}, {value})")
     if past:
-        lines += streams.row(element, past)
+        lines += streams.row(element, past, in_tiles=turned.LETTER in letters)
     else:
         lines += ["            for i in range(n):", *(f"                {x}" for x in element)]
     lines += [*sums.row(), *sums.end(), *streams.end()]

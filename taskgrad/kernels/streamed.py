@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from taskgrad.kernels import summed, turned
 from taskgrad.kernels.dtypes import SIZES
+from taskgrad.kernels.turned import LINE
 
 LETTER = "p"
 PIECE = 64  # elements: of the smallest dtypes, one line
 SCRATCH = PIECE * 8
-_LINE = 64  # bytes
 # A row with fewer elements has too few pieces.
 _SHORTEST = 4 * PIECE
 _UNKNOWN_CACHE = 32 << 20
@@ -46,6 +47,8 @@ def past_caches(
     straight = [(k, SIZES[name]) for k, name in outputs if letters[k] == "u"]
     if not straight or columns < _SHORTEST or touched <= last_cache():
         return letters
+    if turned.LETTER in letters and set(letters) & set(summed.LETTERS):
+        return letters  # a sum takes the tile's columns, and no others
     # Lines of several outputs begin at the same element only if these have one size.
     size = straight[0][1]
     chosen = {k for k, other in straight if other == size}
@@ -79,21 +82,34 @@ class Streams:
         """Before the first block."""
         return [f"    w{k} = scratch + {place}" for k, _, place in self._outputs]
 
-    def row(self, element: Sequence[str], stores: dict[int, str]) -> list[str]:
+    @property
+    def beyond(self) -> int:
+        """Elements that a row in a tile may have beyond the tile's: those of a line, or fewer."""
+        return LINE // SIZES[self._outputs[0][1]] if self._outputs else 0
+
+    def row(self, element: Sequence[str], stores: dict[int, str], in_tiles: bool) -> list[str]:
         """A row of `n` elements, of which number `i` is computed by these lines.
 
-        The values to be stored are `stores`, by operand.
+        The values to be stored are `stores`, by operand. Tiles are so narrow that lines shared by
+        two of them would count, so there a row begins and ends with a line.
         """
         k, name, _ = self._outputs[0]
-        lines = [f"first = min(n, (-o{k} & {_LINE - 1}) // {SIZES[name]})"]
+        lines = [f"lead = (-o{k} & {LINE - 1}) // {SIZES[name]}", "begin, end = 0, n"]
+        if in_tiles:
+            lines += [
+                "if c0 > 0:",
+                "    begin = min(n, lead)",
+                "end = min(n + lead, cols - c0) if cb + 1 < col_blocks else n",
+            ]
+        lines.append("first = min(end, lead)")
         # Memory from elsewhere (torch.frombuffer) may have no element on the beginning of a line.
-        lines.append(f"first = n if o{k} & {SIZES[name] - 1} else first")
+        lines.append(f"first = end if o{k} & {SIZES[name] - 1} else first")
         for other, _, _ in self._outputs[1:]:  # their lines may begin elsewhere
-            lines.append(f"first = n if (o{k} ^ o{other}) & {_LINE - 1} else first")
+            lines.append(f"first = end if (o{k} ^ o{other}) & {LINE - 1} else first")
         lines += [
-            f"rest = n - (n - first) % {PIECE}",
+            f"rest = end - (end - first) % {PIECE}",
             "for edge in range(2):",
-            "    start, stop = (0, first) if edge == 0 else (rest, n)",
+            "    start, stop = (begin, first) if edge == 0 else (rest, end)",
             "    for i in range(start, stop):",
             *(f"        {line}" for line in element),
             *(f"        m.store_{n}(o{j}, i, {stores[j]})" for j, n, _ in self._outputs),

@@ -1,12 +1,16 @@
 """Operands that lie across: their neighbours in memory follow one another along the rows.
 
-Such an operand's letter is ``t``. Its block is a tile, of which eight rows at a time are transposed
-in registers to scratch memory that stays in the first cache, and read from there.
+Such an operand's letter is ``t``. Its block is a tile, of which one strip after the other, as many
+rows as a cache line has elements, is transposed in registers to scratch memory that stays in the
+first cache, and read from there.
 
 A processor foresees neither lines that lie a whole row of memory apart nor what comes after the end
 of a page. So while one tile is computed, the next one's lines are asked for, those of operands and
-results that lie straight as well. Tiles of 64 rows and 128 columns take 0.73 to 0.97 of the time
-that those of 128 and 128 took without it; which is best differs with the shape.
+results that lie straight as well. Evenly over the tile, as a core waits where it asks for more than
+a few dozen at once; but for all of a column together, which memory hands out faster.
+
+Where results go past the caches (`taskgrad.kernels.streamed`), a tile's rows begin and end with the
+result's lines, up to a line later than the tile's columns.
 """
 
 from __future__ import annotations
@@ -16,12 +20,12 @@ from collections.abc import Sequence
 from taskgrad.kernels.dtypes import SIZES
 
 LETTER = "t"
-ROWS, COLUMNS = 64, 128
-STRIP = 8  # rows that are transposed at once, and columns
-# Bytes of a row of scratch memory: rows do not fall on the same cache lines.
-_WIDTH = (COLUMNS + 8) * 8
-SCRATCH = STRIP * _WIDTH  # bytes for one operand
-_LINE = 64  # bytes
+ROWS, COLUMNS = 64, 256
+SIDE = 8  # rows and columns that are transposed at once
+LINE = 64  # bytes
+# Elements of a row of scratch memory: rows do not fall on the same cache lines.
+_WIDTH = COLUMNS + LINE + SIDE
+SCRATCH = LINE * _WIDTH  # bytes for one operand: a strip, whatever an element's size
 
 
 class Tiles:
@@ -35,19 +39,24 @@ class Tiles:
         Their dtypes.
     inputs : int
         How many of them are inputs.
+    beyond : int
+        Columns that a row may go beyond the tile's.
     """
 
-    def __init__(self, letters: str, stored: Sequence[str], inputs: int) -> None:
+    def __init__(self, letters: str, stored: Sequence[str], inputs: int, beyond: int) -> None:
         self._across = [k for k, letter in enumerate(letters) if letter == LETTER]
         self._straight = [k for k, x in enumerate(letters) if x == "u" and self._across]
         self._sizes = [SIZES[name] for name in stored]
-        self._stored, self._inputs = stored, inputs
+        self._strip_rows = LINE // max((self._sizes[k] for k in self._across), default=1)
+        self._stored, self._inputs, self._beyond = stored, inputs, beyond
 
     def block(self) -> list[str]:
         """Before a block's first row: how many bytes away each operand's next tile begins."""
         if not self._across:
             return []
         return [
+            f"        reach = min(n + {self._beyond}, cols - c0)",
+            f"        strips = -(-(r1 - r0) // {self._strip_rows})",
             "        right, down = col_block, 0",
             "        if cb + 1 == col_blocks:",
             "            right, down = -c0, row_block",
@@ -60,21 +69,23 @@ class Tiles:
     def row(self) -> list[str]:
         """Before row `r` of a block is computed, each operand's place `o` known."""
         lines: list[str] = []
+        start = LINE if self._beyond else 0  # else the row would wait for its last line
         for k in self._straight:
             lines += [
-                f"for i in range(0, n * {self._sizes[k]}, {_LINE}):",
+                f"for i in range({start}, n * {self._sizes[k]} + {start}, {LINE}):",
                 f"    m.ahead_{'read' if k < self._inputs else 'write'}(o{k} + next{k} + i)",
             ]
         if self._across:
             lines += [
-                f"if r % {STRIP} == 0:",
-                f"    tall = min({STRIP}, r1 - r0 - r)",
-                f"    wide = n - n % {STRIP} if tall == {STRIP} else 0",
+                f"if r % {self._strip_rows} == 0:",
+                f"    tall, wide = min({self._strip_rows}, r1 - r0 - r), reach - reach % {SIDE}",
+                f"    whole = tall - tall % {SIDE}",
             ]
         for slot, k in enumerate(self._across):
             lines += [f"    {line}" for line in self._strip(slot, k)]
         for slot, k in enumerate(self._across):
-            lines.append(f"o{k} = scratch + {SCRATCH * slot} + r % {STRIP} * {_WIDTH}")
+            row = f"r % {self._strip_rows} * {_WIDTH * self._sizes[k]}"
+            lines.append(f"o{k} = scratch + {SCRATCH * slot} + {row}")
         return [f"            {line}" for line in lines]
 
     def _strip(self, slot: int, k: int) -> list[str]:
@@ -83,17 +94,22 @@ class Tiles:
             f"    o{k} = q{k} + (c * cs{k} + r) * {size}",
             f"    w{k} = scratch + {SCRATCH * slot} + c * {size}",
         ]
-        # The line of the last element: where lines are shared with the tiles above, those have
-        # asked for the first one's.
+        width = _WIDTH * size
+        # Of each 8 columns, each strip asks for its own; and for the lines' last elements, as the
+        # tiles above have asked for a first line that they share.
         return [
-            f"ends_line = (r + {STRIP}) * {size} % {_LINE} == 0",
-            f"for c in range(0, wide, {STRIP}):",
+            f"ahead = next{k} + {LINE - size} - r * {size}",
+            f"for c in range(0, wide, {SIDE}):",
             *column,
-            "    if ends_line:",
-            f"        m.ahead_across(o{k} + next{k} + {(STRIP - 1) * size}, cs{k} * {size})",
-            f"    m.turn_{name}(o{k}, cs{k} * {size}, w{k}, {_WIDTH})",
-            "for c in range(wide, n):",
+            f"    ask = r // {self._strip_rows}",
+            f"    while ask < {SIDE}:",
+            f"        m.ahead_column_{name}(o{k} + ahead + ask * cs{k} * {size})",
+            "        ask += strips",
+            f"    for i in range(0, whole, {SIDE}):",
+            f"        source, target = o{k} + i * {size}, w{k} + i * {width}",
+            f"        m.turn_{name}(source, cs{k} * {size}, target, {width})",
+            "for c in range(0 if whole < tall else wide, reach):",
             *column,
-            "    for i in range(tall):",
-            f"        m.put_{name}(w{k}, i * {_WIDTH // size}, m.load_{name}(o{k}, i))",
+            "    for i in range(whole if c < wide else 0, tall):",
+            f"        m.put_{name}(w{k}, i * {_WIDTH}, m.load_{name}(o{k}, i))",
         ]
