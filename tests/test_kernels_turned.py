@@ -54,8 +54,9 @@ def test_results_that_go_past_the_caches(monkeypatch):
                 assert torch.equal(fn(x, y, out=out), x - y * 2)
                 out.fill_(99)
                 assert held.eq(99).all()  # nothing was written beside it
-    letters = {kernel.along for kernel in fn.explain().kernels}
-    assert letters == {"utp", "usp"}  # 7 rows are too few for tiles
+    made = [plan.layout for plan in fn._operation.launcher.plans.values()]
+    assert {one.letters for one in made} == {"utp", "usp"}  # 7 rows are too few for tiles
+    assert {one.block for one in made if turned.LETTER in one.letters} == {64 * turned.WIDE}
 
 
 def test_results_at_odd_addresses_and_of_another_size(monkeypatch):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from taskgrad.kernels import dtypes, threads
+from taskgrad.kernels import dtypes, streamed, threads, turned
 from taskgrad.kernels.body import Body
 from taskgrad.kernels.calls import kind_of_call
 from taskgrad.kernels.compiled import Kernel, compiled, require_numba
@@ -19,7 +19,6 @@ from taskgrad.kernels.dtypes import Kind
 from taskgrad.kernels.formula import Formula, expanded
 from taskgrad.kernels.layout import Layout, contiguous, layout
 from taskgrad.kernels.source import elementwise_source, scratch_of
-from taskgrad.kernels.streamed import past_caches
 from taskgrad.kernels.sums import sum_over
 
 _PLANS = 4_096
@@ -167,7 +166,9 @@ class Launcher:
         touched = sum(_distinct(t) * t.element_size() for t in tensors) + written
         if not in_place:  # else its lines are in the caches already
             outputs = list(enumerate(stay, start=len(tensors)))
-            letters = past_caches(made.letters, outputs, made.columns, touched)
+            letters = streamed.past_caches(made.letters, outputs, made.columns, touched)
+            if streamed.LETTER in letters and turned.LETTER in letters:
+                made = layout(operands, target, len(results), sums, turned.WIDE)
             made = replace(made, letters=letters)
         body = Body(self._expanded, kinds, dtypes.default_float())
         signature = f"({', '.join(stored)}) -> {', '.join(results)}"

@@ -48,9 +48,8 @@ class Layout:
 
     @property
     def columns(self) -> int:
-        """Elements of a block's row."""
-        cols, block = (self.meta[HEADER.index(name)] for name in ("cols", "col_block"))
-        return min(cols, block)
+        """Elements of a row."""
+        return self.meta[HEADER.index("cols")]
 
 
 def broadcast(shapes: Sequence[Ints]) -> Ints:
@@ -90,6 +89,7 @@ def layout(
     out: tuple[Ints, Ints] | None,
     outputs: int,
     sums: Sequence[Ints | None] = (),
+    tile_columns: int = turned.COLUMNS,
 ) -> Layout:
     """The layout for inputs of these shapes and strides.
 
@@ -102,6 +102,8 @@ def layout(
         How many there are.
     sums : sequence of (shape or None)
         For each output the shape to which it is summed, if it is.
+    tile_columns : int
+        Of a block, where operands lie across.
 
     Raises
     ------
@@ -119,7 +121,7 @@ def layout(
         *(out_strides if own is None else aligned(shape, own, contiguous(own)) for own in sums),
     ]
     sizes, joined = _join([shape[d] for d in order], [[s[d] for d in order] for s in rows])
-    return _blocks(shape, out_strides, sizes, joined, sums)
+    return _blocks(shape, out_strides, sizes, joined, sums, tile_columns)
 
 
 def strides_of_result(operands: Sequence[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
@@ -191,6 +193,7 @@ def _blocks(
     sizes: list[int],
     strides: list[list[int]],
     sums: Sequence[Ints | None],
+    tile_columns: int,
 ) -> Layout:
     inputs = len(strides) - len(sums)
     if not sizes or 0 in sizes:
@@ -206,7 +209,7 @@ def _blocks(
         sizes, strides = [*sizes, 1], [[*s, 0] for s in strides]
     cols, rows, *outer = sizes
     if across:
-        row_block, col_block = turned.ROWS, turned.COLUMNS
+        row_block, col_block = turned.ROWS, tile_columns
     elif any(own is not None for own in sums):
         over_rows = any(
             own is not None and not s[1] for own, s in zip(sums, strides[inputs:], strict=True)

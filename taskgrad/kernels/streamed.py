@@ -39,7 +39,7 @@ def past_caches(
     outputs : sequence of (int, str)
         Which of the letters are outputs, and the dtypes in which they are stored.
     columns : int
-        Elements that a row of a block has.
+        Elements that a row has.
     touched : int
         Bytes that a call reads and writes. If they fit in the last cache, whoever reads the result
         next finds it there.

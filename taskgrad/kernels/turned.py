@@ -20,11 +20,12 @@ from collections.abc import Sequence
 from taskgrad.kernels.dtypes import SIZES
 
 LETTER = "t"
-ROWS, COLUMNS = 64, 256
+ROWS, COLUMNS = 64, 128
+WIDE = 256  # columns, where results go past the caches
 SIDE = 8  # rows and columns that are transposed at once
 LINE = 64  # bytes
 # Elements of a row of scratch memory: rows do not fall on the same cache lines.
-_WIDTH = COLUMNS + LINE + SIDE
+_WIDTH = WIDE + LINE + SIDE
 SCRATCH = LINE * _WIDTH  # bytes for one operand: a strip, whatever an element's size
 
 
