@@ -92,7 +92,7 @@ def test_a_worker_that_joins_later(observer, cluster_of_one):
         assert len(observer.run(_of_worker)) == 2
     assert wait_until(lambda: intervals(observer) == STOCK)
     cluster_of_one.scale(1)
-    assert wait_until(lambda: len(observer.run(_of_worker)) == 1)
+    assert wait_until(lambda: len(observer.nthreads()) == 1)
 
 
 def test_restarted_workers(observer):
