@@ -68,7 +68,7 @@ def fresh() -> Iterator[Callable[..., Client]]:
 def about_workers(client: Client) -> dict[str, dict[str, Any]]:
     """What the scheduler knows of each worker. `Client.scheduler_info` may say that there are none:
     every two seconds the client replaces what that gives by an answer without workers."""
-    return client.sync(client.scheduler.identity)["workers"]
+    return client.sync(client.scheduler.identity, n_workers=-1)["workers"]
 
 
 def total_held(client: Client) -> dict[str, int]:

@@ -70,7 +70,7 @@ class Tiles:
     def row(self) -> list[str]:
         """Before row `r` of a block is computed, each operand's place `o` known."""
         lines: list[str] = []
-        start = LINE if self._beyond else 0  # else the row would wait for its last line
+        start = LINE if self._beyond else 0  # the rows go on into the line after the tile's
         for k in self._straight:
             lines += [
                 f"for i in range({start}, n * {self._sizes[k]} + {start}, {LINE}):",
