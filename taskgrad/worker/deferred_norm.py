@@ -1,78 +1,153 @@
 """Batch norm whose running statistics are those of the whole batch, whatever the microbatches.
 
 As torchgpipe's DeferredBatchNorm (Kim et al., 2020): each microbatch is still normalized by its
-own statistics, but only sums are kept of it; when the step commits, the running statistics move
-once, by mean and variance over all of the batch.
+own statistics, but count, mean and squared deviations are noted of each; when the step commits, the
+running statistics move once from where they were, by mean and variance over all of the batch. These
+are combined as Chan, Golub and LeVeque (1979) do it, in float64: nothing large is subtracted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass(frozen=True)
+class Moments:
+    """By channel, of some inputs of a batch norm: mean, and sum of squared deviations from it."""
+
+    count: int
+    mean: torch.Tensor
+    squares: torch.Tensor
+
+    def __add__(self, other: Moments) -> Moments:
+        count = self.count + other.count
+        apart = other.mean - self.mean
+        mean = self.mean + apart * (other.count / count)
+        squares = self.squares + other.squares + apart.square() * (self.count * other.count / count)
+        return Moments(count, mean, squares)
 
 
 @dataclass
-class Sums:
-    """Of one batch norm's inputs in a step, by channel."""
+class Noted:
+    """Of one batch norm in a step.
 
-    total: torch.Tensor
-    squares: torch.Tensor
-    count: int
+    `before` are its running statistics as the step found them. `calls` has the moments of each of
+    its calls in one forward of the model, by microbatch: in the task that starts with a layer of
+    this index, the call of this number.
+    """
+
+    before: dict[str, torch.Tensor]
+    calls: dict[tuple[int, int], dict[int, Moments]] = field(default_factory=dict)
+
+
+Statistics = dict[_BatchNorm, Noted]
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @contextmanager
-def deferred(modules: Sequence[nn.Module], sums: dict[_BatchNorm, Sums]) -> Iterator[None]:
-    """While these modules run in training mode, add to the sums and leave the statistics alone."""
-    norms = [
-        m
-        for module in modules
-        for m in module.modules()
-        if isinstance(m, _BatchNorm) and m.training and m.track_running_stats
+def deferred(
+    modules: Sequence[nn.Module], found: Statistics, microbatch: int, first: int
+) -> Iterator[None]:
+    """While a microbatch goes through these modules, note the statistics of what is normalized.
+
+    `first` is the first layer of the task that runs them.
+    """
+    norms = [m for module in modules for m in module.modules() if isinstance(m, _BatchNorm)]
+    with ExitStack() as regions:
+        for norm in dict.fromkeys(norms):
+            regions.enter_context(_watched(norm, found, microbatch, first))
+        yield
+
+
+@contextmanager
+def _watched(norm: _BatchNorm, found: Statistics, microbatch: int, first: int) -> Iterator[None]:
+    count = 0
+
+    def note(x: torch.Tensor) -> None:
+        nonlocal count
+        found[norm].calls.setdefault((first, count), {})[microbatch] = _moments(x.detach())
+        count += 1
+
+    modes: list[_Normalized] = []
+
+    def enter(*_: Any) -> None:
+        if norm not in found:
+            buffers = {name: getattr(norm, name) for name in _BUFFERS}
+            found[norm] = Noted({n: b.clone() for n, b in buffers.items() if b is not None})
+        modes.append(_Normalized(norm, note))
+        modes[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        modes.pop().__exit__(None, None, None)
+
+    handles = [
+        norm.register_forward_pre_hook(enter, prepend=True),
+        norm.register_forward_hook(leave, always_call=True),
     ]
-    handles = [m.register_forward_pre_hook(_counter(sums)) for m in norms]
-    for norm in norms:
-        norm.track_running_stats = False
     try:
         yield
     finally:
-        for norm, handle in zip(norms, handles, strict=True):
-            norm.track_running_stats = True
+        for handle in handles:
             handle.remove()
 
 
-def _counter(sums: dict[_BatchNorm, Sums]) -> Any:
-    def count(norm: _BatchNorm, arguments: tuple[torch.Tensor, ...]) -> None:
-        x = arguments[0].detach()
-        others = [d for d in range(x.dim()) if d != 1]
-        total, squares = x.sum(others), x.square().sum(others)
-        known = sums.get(norm)
-        if known is not None:
-            total, squares = known.total + total, known.squares + squares
-        count = (known.count if known else 0) + x.numel() // x.shape[1]
-        sums[norm] = Sums(total, squares, count)
+class _Normalized(TorchFunctionMode):
+    """Notes what a batch norm normalizes, whatever its class makes of its input first."""
 
-    return count
+    def __init__(self, norm: _BatchNorm, note: Callable[[torch.Tensor], None]) -> None:
+        super().__init__()
+        self._norm = norm
+        self._note = note
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is F.batch_norm:
+            names = ("input", "running_mean", "running_var", "weight", "bias", "training")
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            running = given.get("running_mean")
+            if given.get("training") and running is not None and running is self._norm.running_mean:
+                self._note(given["input"])
+        return result
 
 
-def commit(sums: dict[_BatchNorm, Sums]) -> None:
+def _moments(x: torch.Tensor) -> Moments:
+    others = [d for d in range(x.dim()) if d != 1]
+    x = x.double()
+    mean = x.mean(others, keepdim=True)
+    squares = (x - mean).square_().sum(others)
+    return Moments(x.numel() // x.shape[1], mean.flatten(), squares)
+
+
+def commit(found: Statistics) -> None:
     """Move the running statistics by those of the batch, as one forward of all of it would."""
-    for norm, found in sums.items():
-        if norm.running_mean is None or norm.running_var is None:
-            continue
-        mean = found.total / found.count
-        variance = (found.squares / found.count - mean.square()).clamp_(min=0)
-        unbiased = variance * (found.count / max(1, found.count - 1))
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked += 1
-        momentum = norm.momentum
-        if momentum is None:  # a plain average over all batches
-            momentum = 1 / float(norm.num_batches_tracked or 1)
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
-    sums.clear()
+    for norm, noted in found.items():
+        for name, before in noted.before.items() if noted.calls else ():
+            getattr(norm, name).copy_(before)
+        for _, by_microbatch in sorted(noted.calls.items()):
+            _move(norm, reduce(Moments.__add__, (m for _, m in sorted(by_microbatch.items()))))
+    found.clear()
+
+
+def _move(norm: _BatchNorm, moments: Moments) -> None:
+    momentum, batches = norm.momentum, norm.num_batches_tracked
+    if batches is not None:
+        batches += 1
+    if momentum is None:  # a plain average over all batches
+        momentum = 0.0 if batches is None else 1 / float(batches)
+    unbiased = moments.squares / max(1, moments.count - 1)
+    for running, value in ((norm.running_mean, moments.mean), (norm.running_var, unbiased)):
+        if running is not None:
+            running.copy_(running.double().lerp(value, momentum))

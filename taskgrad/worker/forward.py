@@ -97,9 +97,11 @@ class Forward:
             with contextlib.ExitStack() as regions:
                 for kind, dtype in self.autocast:
                     regions.enter_context(torch.autocast(kind, dtype))
-                sums = stage.training.norms if stage and stage.training else None
-                if sums is not None and self.draw is not None:
-                    regions.enter_context(deferred(_modules(stage, self.steps), sums))
+                norms = stage.training.norms if stage and stage.training else None
+                if norms is not None and self.draw is not None:
+                    modules = _modules(stage, self.steps)
+                    microbatch, (first, *_) = self.draw.microbatch, self.steps[0]
+                    regions.enter_context(deferred(modules, norms, microbatch, first))
                 output = self._call(store, stage, fed)
         if self.buffers:
             # By value: batch norm writes its statistics without counting a version.

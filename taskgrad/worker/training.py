@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from taskgrad.errors import TaskgradError
 from taskgrad.graph import pack
 from taskgrad.worker import deferred_norm
-from taskgrad.worker.deferred_norm import Sums
+from taskgrad.worker.deferred_norm import Statistics
 from taskgrad.worker.spilling import SpilledState
 from taskgrad.worker.store import ResidentStage, Store
 
@@ -62,7 +61,7 @@ class Training:
     gradients: dict[str, torch.Tensor | None] = field(default_factory=dict)
     summary: Summary | None = None
     prepared: bool = False  # the summary is of the step under way
-    norms: dict[_BatchNorm, Sums] | None = None  # where batch norm's statistics are deferred
+    norms: Statistics | None = None  # where batch norm's statistics are deferred
     busy: float = 0.0
     began_at: float = 0.0
 
