@@ -138,6 +138,7 @@ class GraphChain(Lazy):
         self._same_as = [first.setdefault(id(m), i) for i, m in enumerate(flat.modules)]
         self._title = type(module).__name__
         self._mode: bool | None = None
+        self._trained_by: Any = None  # a weak reference to the Trainer or Optimizer, if any
         self._stages: dict[str, Stage] = {}
         chain = ChainRef(self._title)
         for address in dict.fromkeys(workers):

@@ -59,13 +59,13 @@ def install(
     for call in installs:
         call.stage.handle = call.result
     if makings:
-        _copy_tied(stages, session)
+        copy_tied(stages, session)
     places = values_of(installs, session)
     return {c.stage.worker: place for c, place in zip(installs, places, strict=True)}
 
 
-def _copy_tied(stages: Sequence[Stage], session: Session) -> None:
-    """Give copies of tied parameters the values that were made where they live."""
+def copy_tied(stages: Sequence[Stage], session: Session) -> None:
+    """Give copies of tied parameters the values that they have where they live."""
     wanted: dict[Stage, set[str]] = {}
     for stage in stages:
         for name, home in stage.homes.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -45,9 +46,20 @@ def example_of(factory: Any) -> tuple[torch.optim.Optimizer, nn.Parameter]:
             f"the optimizer is what makes one from parameters, {example}; this one gave a "
             f"{type(made).__name__}"
         )
-    if isinstance(made, torch.optim.LBFGS):
-        raise TypeError("LBFGS evaluates the model inside its step, which a Trainer cannot")
+    if _needs_closure(made):
+        raise TypeError(
+            f"{type(made).__name__} evaluates the model inside its step (it needs a closure), "
+            "which a model on workers cannot: take an optimizer that needs the gradients alone"
+        )
     return made, parameter
+
+
+def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return True
+    parameters = inspect.signature(type(optimizer).step).parameters.values()
+    plain = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return any(p.default is p.empty for p in plain[1:])
 
 
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}

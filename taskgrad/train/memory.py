@@ -15,13 +15,17 @@ from taskgrad.worker.spilling import CHUNK
 logger = logging.getLogger("taskgrad")
 
 
-def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate: int) -> set[str]:
-    """The workers whose optimizer state has to lie in files; raise if that is not enough.
+InFiles = dict[str, frozenset[str]]
+"""By worker, what lies in files there: the optimizer's "state", the copies that "undo" a step."""
+
+
+def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate: int) -> InFiles:
+    """What has to lie in files, on which workers; raise if that is not enough.
 
     Counted is what each worker's process uses now, whoever's it is, and what training adds: the
     gradients, those of a microbatch until they are added to the others, what accumulating keeps to
-    take a step back, and the optimizer's state and working space. Activations come on top, and
-    depend on the batch: they are not counted.
+    take a step back, the optimizer's state and working space, and copies of state and parameters
+    while it takes a step. Activations come on top, and depend on the batch: they are not counted.
 
     Raises
     ------
@@ -36,8 +40,9 @@ def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate:
     sets_of_gradients = 1 + (microbatches > 1 or accumulate > 1) + (accumulate > 1)
     room = chain._session.memory([stage.worker for stage in chain._stages.values()])
     if not any(room.values()):
-        return set()
-    spilling, problems = set(), []
+        return {}
+    in_files: InFiles = {}
+    problems = []
     held = {row.worker: row for row in chain.memory()}
     for stage in chain._stages.values():
         worker, found = stage.worker, room[stage.worker]
@@ -54,11 +59,23 @@ def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate:
         gradients = sets_of_gradients * sum(trained.values())
         state = int(kept * sum(n for name, n in trained.items() if chain._home(name) is stage))
         work = 2 * largest
-        in_files = used + gradients + work + min(state, int(kept * max(CHUNK, largest)))
-        if used + gradients + state + work <= limit:
+        needed = used + gradients + state + work
+        least = used + gradients + work + min(state, int(kept * max(CHUNK, largest)))
+        copies = state + sum(n for name, n in trained.items() if chain._home(name) is stage)
+        if needed + copies <= limit:
             continue
-        if by_parameter and in_files <= limit:
-            spilling.add(worker)
+        if needed <= limit:
+            in_files[worker] = frozenset({"undo"})
+            logger.warning(
+                "worker %s writes %s to files in every step, what would take it back: it has no "
+                "memory for copies of parameters and optimizer state. More workers, or more "
+                "memory, make steps faster",
+                worker,
+                format_bytes(copies),
+            )
+            continue
+        if by_parameter and least <= limit:
+            in_files[worker] = frozenset({"state", "undo"})
             logger.warning(
                 "worker %s keeps %s of optimizer state in files: it has no memory for them. More "
                 "workers, or more memory, make steps faster",
@@ -66,7 +83,7 @@ def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate:
                 format_bytes(state),
             )
             continue
-        missing = (in_files if by_parameter else used + gradients + state + work) - limit
+        missing = (least if by_parameter else needed) - limit
         problems.append(
             f"worker {worker} may use {format_bytes(limit)} of memory and uses {format_bytes(used)}"
             f" already, {format_bytes(held[worker].parameters)} of that for this chain's "
@@ -80,4 +97,4 @@ def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate:
             + ". Spread the model over more workers, give them more memory, or take an optimizer "
             "that keeps less"
         )
-    return spilling
+    return in_files

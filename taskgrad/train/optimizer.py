@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from taskgrad.chain import GraphChain
-from taskgrad.executors.futures import run
+from taskgrad.errors import TaskgradError, WorkerLostError
+from taskgrad.executors.futures import run, values_of
+from taskgrad.executors.installing import copy_tied
 from taskgrad.graph.nodes import Node, Stage, StageCall, new_key
+from taskgrad.train.factories import example_of
+from taskgrad.train.owner import check_owner, taking_over
 
 
 class Optimizer:
@@ -21,6 +27,16 @@ class Optimizer:
         Makes an optimizer from a list of parameters: ``torch.optim.Adam``, or
         ``functools.partial(torch.optim.SGD, lr=0.1)``. It is called once on each worker, over the
         trainable parameters that live there; its state stays there.
+
+    Raises
+    ------
+    TypeError
+        `chain` is none, or `factory` does not make an optimizer from a list of parameters, or one
+        whose step needs a closure, as that of ``LBFGS`` does.
+    ValueError
+        The chain has no trainable parameters.
+    LayerError
+        The factory raised on a worker; an optimizer that the chain had before is still in use.
 
     Examples
     --------
@@ -36,11 +52,9 @@ class Optimizer:
     """
 
     def __init__(self, chain: GraphChain, factory: Callable[..., torch.optim.Optimizer]) -> None:
-        if not callable(factory):
-            raise TypeError(
-                "factory must make an optimizer from parameters, as "
-                f"functools.partial(torch.optim.SGD, lr=0.1) does; got {type(factory).__name__}"
-            )
+        if not isinstance(chain, GraphChain):
+            raise TypeError(f"an Optimizer updates a GraphChain; got {type(chain).__name__}")
+        example_of(factory)
         self._chain = chain
         by_stage: dict[Stage, list[str]] = {}
         for name, info in chain.named_parameters_info():
@@ -49,44 +63,89 @@ class Optimizer:
         if not by_stage:
             raise ValueError("the chain has no trainable parameters to optimize")
         self._stages = list(by_stage)
-        run(
-            [
-                StageCall(
-                    stage,
-                    "make_optimizer",
-                    {"factory": factory, "names": names},
-                    key=new_key("optimizer", chain._title),
-                )
-                for stage, names in by_stage.items()
-            ],
-            chain._session,
-        )
+        self._number = 0
+        self._unsettled = False  # a step was interrupted, and is yet to be taken back
+        self._lock = threading.RLock()
+        with taking_over(chain, self):
+            makes = [
+                self._on(stage, "make", {"factory": factory, "names": by_stage.get(stage, [])})
+                for stage in chain._stages.values()
+            ]
+            uses = [self._on(stage, "use", {}) for stage in chain._stages.values()]
+            for use in uses:
+                use.awaits = tuple(makes)
+            run(uses, chain._session)
+
+    def _on(self, stage: Stage, action: str, arguments: dict[str, Any]) -> StageCall:
+        word = {"make": "optimizer"}.get(action, action)
+        key = new_key(word, self._chain._title)
+        return StageCall(stage, f"optimizing.{action}", arguments, key=key)
 
     def step(self) -> None:
         """One step on every stage, side by side; returns when all are done.
 
-        Copies of parameters that are tied over two workers get the new values.
+        All stages take it, or none. Copies of parameters that are tied over two workers get the new
+        values.
+
+        Raises
+        ------
+        LayerError
+            The optimizer raised on a worker. Parameters, gradients and the state of the optimizers
+            are as they were before, on all workers.
+        TaskgradError
+            The chain has another `Optimizer`, or a `Trainer`, since.
+        WorkerLostError
+            A worker is gone, and with it its layers.
         """
+        with self._lock:
+            check_owner(self._chain, self)
+            if self._unsettled:
+                self._take_back()
+            self._number += 1
+            self._unsettled = True
+            try:
+                run(self._targets(self._number), self._chain._session)
+            except BaseException as error:
+                try:
+                    self._take_back()
+                except TaskgradError as broken:
+                    if not isinstance(error, WorkerLostError):
+                        error.add_note(f"The step could not be taken back: {broken}")
+                raise
+            self._unsettled = False
+
+    def _targets(self, number: int) -> list[Node]:
         copies: dict[Stage, set[str]] = {}
         for stage in self._chain._stages.values():
             for name, home in stage.homes.items():
                 copies.setdefault(home, set()).add(name)
         updates = {
-            stage: StageCall(
-                stage,
-                "update",
-                {"send": sorted(copies.get(stage, ()))},
-                key=new_key("update", self._chain._title),
+            stage: self._on(
+                stage, "update", {"number": number, "send": sorted(copies.get(stage, ()))}
             )
             for stage in self._stages
         }
-        targets: list[Node] = list(updates.values())
+        targets: list[Node] = []
         for stage in self._chain._stages.values():
             homes = [updates[h] for h in dict.fromkeys(stage.homes.values()) if h in updates]
             if homes:
                 key = new_key("update", f"{self._chain._title} copies")
                 targets.append(StageCall(stage, "set_parameters", {}, key=key, after=homes))
-        run(targets, self._chain._session)
+        for stage in self._stages:
+            settle = self._on(stage, "settle", {"number": number})
+            settle.awaits = tuple(updates.values())
+            targets.append(settle)
+        return targets
+
+    def _take_back(self) -> None:
+        """Undo a step that some stages have not made, or keep one that all have."""
+        session, number = self._chain._session, {"number": self._number}
+        asked = [self._on(stage, "settled", number) for stage in self._stages]
+        run(asked, session)
+        action = "settle" if any(values_of(asked, session)) else "take_back"
+        run([self._on(stage, action, number) for stage in self._stages], session)
+        copy_tied(list(self._chain._stages.values()), session)
+        self._unsettled = False
 
     def zero_grad(self) -> None:
         """Drop the gradients on the workers."""

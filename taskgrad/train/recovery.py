@@ -6,18 +6,18 @@ from typing import Any
 
 from taskgrad.chain import GraphChain
 from taskgrad.executors.futures import cancel, run, submit, values_of
+from taskgrad.executors.installing import copy_tied
 from taskgrad.executors.watching import wait_for
-from taskgrad.graph.nodes import Leaf, Node, StageCall, new_key
-from taskgrad.train.step import Settings, finish
+from taskgrad.graph.nodes import Node, StageCall, new_key
 
 
-def recover(chain: GraphChain, settings: Settings, *, seconds: float | None = None) -> int | None:
-    """Have every stage forget a step under way, or finish one that some have committed.
+def recover(chain: GraphChain, *, seconds: float | None = None) -> int | None:
+    """Have every stage go back to the last step that all of them have taken.
 
     Returns the number of batches taken; with `seconds` None if the stages are busy for longer, and
-    nothing is changed then.
+    nothing is changed then. Of a chain without a trainer there is nothing to take back.
     """
-    asked = _on_all(chain, "progress")
+    asked = _on_all(chain, "progress", {})
     submit(asked, chain._session)
     error = wait_for(asked, chain._session, seconds=seconds)
     if isinstance(error, TimeoutError):
@@ -25,24 +25,17 @@ def recover(chain: GraphChain, settings: Settings, *, seconds: float | None = No
         return None
     if error is not None:
         raise error
-    answers: list[tuple[int, Any]] = values_of(asked, chain._session)
-    done = max(count for count, _ in answers)
-    lagging = min(count for count, _ in answers) < done
-    # Copies of tied parameters get their values last: those of the last step may not have come.
-    copies = done > 0 and any(stage.homes for stage in chain._stages.values())
-    if lagging or copies:
-        summaries = [Leaf(summary, needs_grad=False) for _, summary in answers]
-        update = done % settings.accumulate == 0
-        run(
-            list(finish(chain, done - 1, settings, summaries, update=update).values()),
-            chain._session,
-        )
-    run(_on_all(chain, "roll_back"), chain._session)
+    taken = values_of(asked, chain._session)
+    if None in taken:
+        return 0
+    done: int = min(taken)
+    run(_on_all(chain, "roll_back", {"done": done}), chain._session)
+    copy_tied(list(chain._stages.values()), chain._session)
     return done
 
 
-def _on_all(chain: GraphChain, action: str) -> list[Node]:
+def _on_all(chain: GraphChain, action: str, arguments: dict[str, Any]) -> list[Node]:
     return [
-        StageCall(stage, f"training.{action}", {}, key=new_key(action, chain._title))
+        StageCall(stage, f"training.{action}", arguments, key=new_key(action, chain._title))
         for stage in chain._stages.values()
     ]

@@ -40,18 +40,22 @@ class Settings:
 
 @dataclass
 class Step:
-    """A step that was built: its results, and the last task on each stage."""
+    """A step that was built: its results, and the last task on each stage.
+
+    The next step waits for those; `settles` come when all stages have committed.
+    """
 
     number: int
     report: Node
     last: dict[Stage, Node]
+    settles: list[Node]
     elsewhere: list[Node] = field(default_factory=list)
     """What runs on workers that have no stage: calls behind the batch."""
 
     @property
     def targets(self) -> list[Node]:
         """All that has to run."""
-        return [self.report, *self.last.values()]
+        return [self.report, *self.last.values(), *self.settles]
 
     def let_go(self) -> None:
         """Drop what was only needed to submit it: the graph, and with it the steps before."""
@@ -98,18 +102,22 @@ def build(
         },
         [*losses, *weights, *prepares],
     )
-    return Step(number, report, finish(chain, number, settings, prepares, update=update))
+    last, settles = _finish(chain, number, settings, prepares, update=update)
+    return Step(number, report, last, settles)
 
 
-def finish(
+def _finish(
     chain: GraphChain,
     number: int,
     settings: Settings,
     prepares: Sequence[Node],
     *,
     update: bool,
-) -> dict[Stage, Node]:
-    """Every stage commits, then copies of tied parameters are refreshed; the last task on each."""
+) -> tuple[dict[Stage, Node], list[Node]]:
+    """Every stage commits, then copies of tied parameters are refreshed: the last task on each.
+
+    And what tells each stage that all have committed.
+    """
     copies: dict[Stage, set[str]] = {}
     for stage in chain._stages.values():
         for name, home in stage.homes.items():
@@ -135,7 +143,12 @@ def finish(
             refresh = StageCall(stage, "set_parameters", {}, key=key, after=homes)
             refresh.awaits = (commits[stage],)
             last[stage] = refresh
-    return last
+    settles: list[Node] = []
+    for stage in chain._stages.values():
+        settle = _on(chain, stage, "settle", {"step": number})
+        settle.awaits = tuple(commits.values())
+        settles.append(settle)
+    return last, settles
 
 
 def _on(

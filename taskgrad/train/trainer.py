@@ -31,7 +31,8 @@ from taskgrad.train.factories import (
     precision,
 )
 from taskgrad.train.loss import StepLoss
-from taskgrad.train.memory import check_fits
+from taskgrad.train.memory import InFiles, check_fits
+from taskgrad.train.owner import check_owner, taking_over
 from taskgrad.train.recompute import Checkpoint, recompute_rule
 from taskgrad.train.recovery import recover
 from taskgrad.train.step import Settings, Step, build, maker_of
@@ -156,7 +157,7 @@ class Trainer(Resumable):
         trainable = [n for n, info in chain.named_parameters_info() if info.requires_grad]
         if not trainable:
             raise ValueError("the chain has no trainable parameters: all of them are frozen")
-        spilling = check_fits(chain, optimizer, microbatches, accumulate)
+        in_files = check_fits(chain, optimizer, microbatches, accumulate)
         self.chain = chain
         self.callbacks = tuple(callbacks)
         self.steps = 0
@@ -199,9 +200,10 @@ class Trainer(Resumable):
             last=workers[-1],
             loss_kind=loss_kind,
         )
-        self._start(loss.data, loss.tensors, spilling)
+        with taking_over(chain, self):
+            self._start(loss.data, loss.tensors, in_files)
 
-    def _start(self, data: bytes, tensors: list[torch.Tensor], spilling: set[str]) -> None:
+    def _start(self, data: bytes, tensors: list[torch.Tensor], in_files: InFiles) -> None:
         """Make optimizers and schedulers on the workers, and send the loss to the last stage."""
         chain = self.chain
         calls = []
@@ -213,13 +215,19 @@ class Trainer(Resumable):
                 "names": [n for n in self._settings.order if n in mine],
                 "groups": groups,
                 "done": self.steps,
-                "spill": stage.worker in spilling,
+                "in_files": in_files.get(stage.worker, frozenset()),
             }
             calls.append(self._on(stage, "start", arguments))
         last = chain._stages[self._cutter.last]
         set_loss = self._on(last, "set_loss", {"data": data})
         set_loss.after = (Leaf(tensors, needs_grad=False),)
-        run([*calls, set_loss], chain._session)
+        set_loss.awaits = tuple(calls)
+        uses = []
+        for stage in chain._stages.values():
+            use = StageCall(stage, "optimizing.use", {}, key=new_key("use", chain._title))
+            use.awaits = (set_loss,)
+            uses.append(use)
+        run(uses, chain._session)
 
     def _on(self, stage: Stage, action: str, arguments: dict[str, Any]) -> StageCall:
         key = new_key(action, self.chain._title)
@@ -321,7 +329,7 @@ class Trainer(Resumable):
 
     def _take_back(self, seconds: float | None = None) -> None:
         try:
-            done = recover(self.chain, self._settings, seconds=seconds)
+            done = recover(self.chain, seconds=seconds)
         except TaskgradError as error:
             self._broken = error
             raise
@@ -334,6 +342,7 @@ class Trainer(Resumable):
             raise TaskgradError(
                 f"this trainer lost part of its model: {self._broken}"
             ) from self._broken
+        check_owner(self.chain, self)
         if self._unsettled:
             self._take_back()
 

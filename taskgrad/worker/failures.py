@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from taskgrad.errors import LayerError
@@ -44,6 +46,40 @@ def backward_error(error: Exception, address: str, title: str, draw: Draw | None
         address,
         error,
     )
+
+
+@contextmanager
+def update_errors(address: str, step: int | None, part: str, hint: str = "") -> Iterator[None]:
+    """What a part of an optimizer's step raises, as an error that says where."""
+    try:
+        yield
+    except Exception as error:
+        when = "" if step is None else f" in step {step}"
+        raise LayerError(
+            f"{part} on worker {address} raised {type(error).__name__}{when}: {error}.{hint}\n"
+            "The update is not made on any worker: parameters and optimizers are as they were "
+            f"before it.\nThe traceback there:\n{_own_frames(error)}{type(error).__name__}: "
+            f"{error}",
+            part.removeprefix("the "),
+            address,
+            error,
+        ) from error
+
+
+@contextmanager
+def making_errors(address: str) -> Iterator[None]:
+    """What the making of an optimizer or a scheduler raises, as an error that says where."""
+    try:
+        yield
+    except Exception as error:
+        raise LayerError(
+            f"the optimizer or lr_scheduler could not be made on worker {address}: "
+            f"{type(error).__name__}: {error}\nNothing was changed on any worker.\n"
+            f"The traceback there:\n{_own_frames(error)}{type(error).__name__}: {error}",
+            "optimizer",
+            address,
+            error,
+        ) from error
 
 
 def _when(draw: Draw | None) -> str:

@@ -55,26 +55,70 @@ class SpilledState:
             if not self.holds(value):
                 value = state[key] = self._mapped(value)
             # Written to the file by the system, when it needs the memory.
-            self._maps[value.data_ptr()].madvise(mmap.MADV_DONTNEED)
+            self.leave_memory_of(value)
 
     def leave_memory(self) -> None:
         """Let go of what was read of the files."""
         for memory in self._maps.values():
             memory.madvise(mmap.MADV_DONTNEED)
 
+    def leave_memory_of(self, value: torch.Tensor) -> None:
+        """Let go of what was read of one tensor, if it lies in a file."""
+        if self.holds(value):
+            self._maps[value.data_ptr()].madvise(mmap.MADV_DONTNEED)
+
     def holds(self, value: torch.Tensor) -> bool:
         """Whether this tensor lies in a file."""
         return value.data_ptr() in self._maps
 
+    def forget_all_but(self, state: Mapping[Any, Mapping[str, Any]]) -> None:
+        """Let go of files whose tensors are not in this state."""
+        tensors = [v for of in state.values() for v in of.values() if isinstance(v, torch.Tensor)]
+        kept = {t.data_ptr() for t in tensors}
+        self._maps = {address: m for address, m in self._maps.items() if address in kept}
+
     def _mapped(self, value: torch.Tensor) -> torch.Tensor:
-        with tempfile.TemporaryFile(dir=self._folder) as file:
-            file.truncate(value.nbytes)
-            memory = mmap.mmap(file.fileno(), value.nbytes)
-        flat = torch.frombuffer(memory, dtype=value.dtype)
-        found = flat.as_strided(value.shape, torch.empty_like(value, device="meta").stride())
-        found.copy_(value)
+        found, memory = _in_file(self._folder, value)
         self._maps[found.data_ptr()] = memory
         return found
+
+
+class CopiesInFiles:
+    """Makes copies of tensors that lie in files, one of each tensor at a time.
+
+    `state` is where the tensors are that lie in files themselves.
+    """
+
+    def __init__(self, folder: str, state: SpilledState | None) -> None:
+        self._folder = folder
+        self._state = state
+        self._known: dict[tuple[Any, ...], tuple[torch.Tensor, mmap.mmap]] = {}
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy, which the next one of this tensor overwrites."""
+        tensor = tensor.detach()
+        if tensor.layout is not torch.strided or tensor.nbytes < _LEAST:
+            return tensor.clone()
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if key not in self._known:
+            self._known[key] = _in_file(self._folder, tensor)
+        copy, memory = self._known[key]
+        copy.copy_(tensor)
+        memory.madvise(mmap.MADV_DONTNEED)
+        if self._state is not None:
+            self._state.leave_memory_of(tensor)
+        return copy
+
+
+def _in_file(folder: str, value: torch.Tensor) -> tuple[torch.Tensor, mmap.mmap]:
+    """A copy of a tensor that lies in a file of its own, which has no name."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.truncate(value.nbytes)
+        memory = mmap.mmap(file.fileno(), value.nbytes)
+    flat = torch.frombuffer(memory, dtype=value.dtype)
+    found = flat.as_strided(value.shape, torch.empty_like(value, device="meta").stride())
+    found.copy_(value)
+    return found, memory
 
 
 def in_rows(sizes: Mapping[Key, int], most: int) -> Iterator[list[Key]]:

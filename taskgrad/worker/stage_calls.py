@@ -5,7 +5,7 @@ Every function takes the worker's store, the stage's token, and plain arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -165,24 +165,6 @@ def accumulate(store: Store, token: str, *values: Any, parts: dict[str, list[str
                 for source in sources
             ]
             accumulate_into(stage.parameters[name], found, values)
-
-
-def make_optimizer(
-    store: Store, token: str, *, factory: Callable[..., torch.optim.Optimizer], names: list[str]
-) -> None:
-    """Make the stage's optimizer over these parameters."""
-    stage = store.stage(token)
-    with stage.lock:
-        stage.optimizer = factory([stage.parameters[name] for name in names])
-
-
-def update(store: Store, token: str, *, send: list[str]) -> dict[str, torch.Tensor]:
-    """One optimizer step; gives the new values of those parameters that have copies elsewhere."""
-    stage = store.stage(token)
-    with stage.lock:
-        if stage.optimizer is not None:
-            stage.optimizer.step()
-        return {name: _copy(stage.parameters[name]) for name in send}
 
 
 def give(store: Store, token: str, *, names: list[str]) -> dict[str, torch.Tensor]:

@@ -21,11 +21,22 @@ from taskgrad.graph.pytree import Structure
 from taskgrad.worker.mail import Mail
 
 if TYPE_CHECKING:
+    from taskgrad.worker.optimizing import Update
     from taskgrad.worker.ranks import Member
     from taskgrad.worker.training import Training
 
 # Keys let go of before their task was done; the task then has nothing to leave behind.
 _MAX_REFUSED = 100_000
+
+
+@dataclass
+class Made:
+    """What training needs on a stage, until it is used."""
+
+    optimizer: torch.optim.Optimizer | None
+    training: Training | None = None
+    loss: Any = None
+    compiled: dict[str, Any] | None = None  # options of ``torch.compile`` for the layers
 
 
 @dataclass
@@ -43,6 +54,8 @@ class ResidentStage:
     device: torch.device
     mode: bool | None = None
     optimizer: torch.optim.Optimizer | None = None
+    made: Made | None = None  # what will take their place, once every stage has made its own
+    update: Update | None = None  # the last step of a `taskgrad.Optimizer`
     loss: Any = None  # the loss function, on the stage that gives the model's output
     training: Training | None = None  # what a trainer keeps here
     gradient_bytes: int = 0

@@ -1,8 +1,9 @@
 """A training step where the parameters live: begin, prepare, commit, or roll back.
 
-A step is two-phased, as a database's commit is. Until every stage has said that its gradients are
-complete nothing is changed that cannot be taken back; what `begin` put aside takes it back. Then
-every stage commits: from what all of them said each works out the same clipping and scaling.
+A step is two-phased, as a database's commit is. First every stage says that its gradients are
+complete. Then every stage commits: from what all of them said each works out the same clipping and
+scaling, and updates its parameters. What `begin` and `commit` put aside takes a step back until all
+stages have committed; `settle` drops it then.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from taskgrad.errors import TaskgradError
 from taskgrad.graph import pack
 from taskgrad.worker import deferred_norm
 from taskgrad.worker.deferred_norm import Statistics
-from taskgrad.worker.spilling import SpilledState
-from taskgrad.worker.store import ResidentStage, Store
+from taskgrad.worker.failures import making_errors, update_errors
+from taskgrad.worker.spilling import CopiesInFiles, SpilledState
+from taskgrad.worker.store import Made, ResidentStage, Store
+from taskgrad.worker.undo import Undo, copied, untouched_by
 
 # As torch.amp.GradScaler.
 _FIRST_SCALE, _GROWTH, _BACKOFF, _INTERVAL = 2.0**16, 2.0, 0.5, 2000
@@ -44,21 +47,42 @@ class Scaler:
 
 
 @dataclass
+class Before:
+    """What a stage was before a step: its buffers and gradients, and what its update changed."""
+
+    buffers: list[tuple[torch.Tensor, torch.Tensor]]
+    gradients: dict[str, torch.Tensor | None]
+    update: Undo | None = None
+
+    def restore(self, stage: ResidentStage) -> None:
+        """Put all of it back."""
+        if self.update is not None:
+            self.update.restore()
+        with torch.no_grad():
+            for buffer, before in self.buffers:
+                buffer.copy_(before)
+        for name, gradient in self.gradients.items():
+            stage.parameters[name].grad = gradient
+
+
+@dataclass
 class Training:
     """What a trainer keeps on one stage beside its optimizer.
 
     `names` are the trainable parameters that live here, `done` counts the batches that were taken,
-    `begun` is the number of the one under way.
+    `begun` is the number of the one under way. `before` takes that one back, and `committed` the
+    last one of `done` until all stages have committed it.
     """
 
     names: list[str]
     scheduler: Any = None
     scaler: Scaler | None = None
     spilled: SpilledState | None = None  # where the optimizer's state is, if not in memory
+    copies: Callable[[torch.Tensor], torch.Tensor] = copied  # how what takes a step back is kept
     done: int = 0
     begun: int | None = None
-    buffers: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    gradients: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    before: Before | None = None
+    committed: Before | None = None
     summary: Summary | None = None
     prepared: bool = False  # the summary is of the step under way
     norms: Statistics | None = None  # where batch norm's statistics are deferred
@@ -94,24 +118,25 @@ def start(
     deferred: bool,
     compiled: dict[str, Any] | None,
     done: int,
-    spill: bool,
+    in_files: frozenset[str],
 ) -> None:
     """Make the stage's optimizer and scheduler, over the parameters of these groups.
 
+    They are in use once `optimizing.use` says so.
+
     `deferred` defers batch norm's statistics; with `compiled`, options of ``torch.compile``, each
-    layer is compiled at its first call. With `spill` the
-    optimizer's state lies in files.
+    layer is compiled at its first call. `in_files` has "state" if the optimizer's state lies in
+    files, "undo" if what takes a step back does.
     """
     stage = store.stage(token)
-    with stage.lock:
+    with stage.lock, making_errors(store.address):
         training = Training(names, scaler=Scaler() if scaled else None, done=done)
         training.norms = {} if deferred else None
-        for layer in stage.layers.values():
-            if compiled is not None and isinstance(layer, nn.Module):
-                layer.compile(**compiled)
-        stage.optimizer = None
-        if spill:
+        if "state" in in_files:
             training.spilled = SpilledState(store.folder)
+        if "undo" in in_files:
+            training.copies = CopiesInFiles(store.folder, training.spilled)
+        made = Made(None, training, compiled=compiled)
         if names:
             parameters: list[Any] = [
                 {"params": [stage.parameters[name] for name in members], **options}
@@ -119,18 +144,20 @@ def start(
             ]
             if len(groups) == 1 and not groups[0][1]:
                 [parameters] = [group["params"] for group in parameters]
-            stage.optimizer = optimizer(parameters)
-            training.scheduler = None if scheduler is None else scheduler(stage.optimizer)
-        stage.training = training
+            made.optimizer = optimizer(parameters)
+            training.scheduler = None if scheduler is None else scheduler(made.optimizer)
+        stage.made = made
 
 
 def set_loss(store: Store, token: str, tensors: list[torch.Tensor], *, data: bytes) -> None:
-    """Keep the loss function on the stage that gives the model's output."""
+    """Have the loss function on the stage that gives the model's output, once it is used."""
     stage = store.stage(token)
     with stage.lock:
-        stage.loss = pack.unpack(data, [t.clone() for t in tensors], own=True)
-        if isinstance(stage.loss, nn.Module):
-            stage.loss.to(stage.device)
+        if stage.made is None:
+            raise RuntimeError("the loss comes after the optimizer")
+        stage.made.loss = pack.unpack(data, [t.clone() for t in tensors], own=True)
+        if isinstance(stage.made.loss, nn.Module):
+            stage.made.loss.to(stage.device)
 
 
 def _training(stage: ResidentStage) -> Training:
@@ -152,9 +179,11 @@ def begin(stage: ResidentStage, step: int) -> None:
         training.norms.clear()
     modules = [m for m in stage.layers.values() if isinstance(m, nn.Module)]
     buffers = {id(b): b for m in modules for b in m.buffers()}
-    training.buffers = [(b, b.detach().clone()) for b in buffers.values()]
     grads = {name: stage.parameters[name].grad for name in training.names}
-    training.gradients = {n: None if g is None else g.clone() for n, g in grads.items()}
+    training.before = Before(
+        [(b, b.detach().clone()) for b in buffers.values()],
+        {n: None if g is None else g.clone() for n, g in grads.items()},
+    )
 
 
 def prepare(store: Store, token: str, *, update: bool, norms: bool) -> Summary:
@@ -197,42 +226,67 @@ def commit(
     """Take the optimizer's step; gives the new values of those parameters that have copies.
 
     With clipping, as `torch.nn.utils.clip_grad_norm_` over all parameters of the model in this
-    order. A stage that has committed this step already only gives the values again.
+    order. A stage that has committed this step already only gives the values again. If anything
+    raises the stage is as it was before.
+
+    Raises
+    ------
+    LayerError
+        Clipping, the optimizer or the scheduler raised.
+    TaskgradError
+        The step was taken back in the meantime.
     """
     stage = store.stage(token)
     with stage.lock:
         training = _training(stage)
         if training.done <= step:
+            if training.begun != step or training.before is None:
+                raise TaskgradError(f"step {step} was taken back on worker {store.address}")
+            training.committed = None  # the step before: all stages have it
+            before = training.before
+            finite = all(summary.finite for summary in summaries)
+            total = total_norm(summaries, order) if update and clip_norm is not None else None
             if update:
-                finite = all(summary.finite for summary in summaries)
-                total = total_norm(summaries, order) if clip_norm is not None else None
-                if finite and stage.optimizer is not None:
-                    _clip(stage, training.names, clip_norm, clip_value, total)
-                    if training.spilled is not None:
-                        training.spilled.step(stage.optimizer)
-                    else:
-                        stage.optimizer.step()
-                if training.scaler is not None:
+                before.update = _undo_of(stage, training)
+            try:
+                if update and finite and stage.optimizer is not None:
+                    with update_errors(store.address, step, "clipping"):
+                        _clip(stage, training.names, clip_norm, clip_value, total)
+                    with update_errors(store.address, step, "the optimizer"):
+                        _step(stage.optimizer, training.spilled)
+                if update and training.scaler is not None:
                     training.scaler.update(finite)
+                if training.norms:
+                    deferred_norm.commit(training.norms)
+                if update and training.scheduler is not None:
+                    hint = " It steps with every step of the optimizer, not every epoch."
+                    with update_errors(store.address, step, "the lr_scheduler", hint):
+                        training.scheduler.step()
+            except BaseException:
+                before.restore(stage)
+                before.update = None
+                if training.spilled is not None and stage.optimizer is not None:
+                    training.spilled.forget_all_but(stage.optimizer.state)
+                raise
+            if update:
                 for parameter in stage.parameters.values():
                     parameter.grad = None
-            if training.norms:
-                deferred_norm.commit(training.norms)
             training.done, training.begun = step + 1, None
-            training.buffers, training.gradients = [], {}
-            if update and training.scheduler is not None:
-                _step_scheduler(training.scheduler, step, store.address)
+            training.before, training.committed = None, before
         return {name: stage.parameters[name].detach().to("cpu", copy=True) for name in send}
 
 
-def _step_scheduler(scheduler: Any, step: int, address: str) -> None:
-    try:
-        scheduler.step()
-    except Exception as error:  # on every stage alike, all of which have taken the step
-        raise TaskgradError(
-            f"the lr_scheduler on worker {address} raised {type(error).__name__} after step {step} "
-            f"was taken: {error}. It steps with every step of the optimizer, not every epoch"
-        ) from error
+def _step(optimizer: torch.optim.Optimizer, spilled: SpilledState | None) -> None:
+    if spilled is not None:
+        spilled.step(optimizer)
+    else:
+        optimizer.step()
+
+
+def _undo_of(stage: ResidentStage, training: Training) -> Undo:
+    """What takes back the update of a stage, which is about to be made."""
+    changing = [stage.optimizer, training.scheduler, training.scaler]
+    return Undo(changing, training.copies, untouched_by(stage.optimizer))
 
 
 def total_norm(summaries: Sequence[Summary], order: Sequence[str]) -> torch.Tensor:
@@ -256,27 +310,45 @@ def _clip(
         torch.nn.utils.clip_grad_value_(parameters, value)
 
 
-def progress(store: Store, token: str) -> tuple[int, Summary | None]:
-    """How many batches this stage has taken, and what it last said of its gradients."""
+def progress(store: Store, token: str) -> int | None:
+    """How many batches this stage has taken; None if it has no trainer."""
+    stage = store.stage(token)
+    with stage.lock:
+        return None if stage.training is None else stage.training.done
+
+
+def settle(store: Store, token: str, *, step: int) -> None:
+    """Every stage has committed this step: drop what takes it back."""
     stage = store.stage(token)
     with stage.lock:
         training = _training(stage)
-        return training.done, training.summary
+        if training.done == step + 1:
+            training.committed = None
 
 
-def roll_back(store: Store, token: str) -> None:
-    """Take back what the step under way wrote, if there is one."""
+def roll_back(store: Store, token: str, *, done: int) -> None:
+    """Take back the step under way, if there is one, and the last one if it is not of these.
+
+    Raises
+    ------
+    TaskgradError
+        The step can no longer be taken back.
+    """
     stage = store.stage(token)
-    with stage.lock, torch.no_grad():
+    with stage.lock:
         training = _training(stage)
-        if training.begun is None:
-            return
-        for buffer, before in training.buffers:
-            buffer.copy_(before)
-        for name, gradient in training.gradients.items():
-            stage.parameters[name].grad = gradient
-        training.begun, training.prepared = None, False
-        training.buffers, training.gradients = [], {}
+        if training.begun is not None and training.before is not None:
+            training.before.restore(stage)
+        training.begun, training.before, training.prepared = None, None, False
+        if training.done > done:
+            if training.committed is None or training.done != done + 1:
+                raise TaskgradError(
+                    f"worker {store.address} has taken {training.done} steps, and can go back no "
+                    f"further than that; others have taken {done}"
+                )
+            training.committed.restore(stage)
+            training.done = done
+        training.committed = None
 
 
 def report(

@@ -1,0 +1,43 @@
+"""Which trainer or optimizer the stages of a chain work for: one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from taskgrad.chain import GraphChain
+from taskgrad.errors import TaskgradError
+from taskgrad.train.recovery import recover
+
+
+@contextlib.contextmanager
+def taking_over(chain: GraphChain, owner: Any) -> Iterator[None]:
+    """Make this the one that trains a chain, if what is done meanwhile does not raise.
+
+    What the one before has given to the workers is finished first; what one that is gone has left
+    there half done is taken back.
+    """
+    before = _owner_of(chain)
+    if hasattr(before, "wait"):
+        with contextlib.suppress(TaskgradError):  # of a step: who reads its loss hears of it
+            before.wait()
+    elif before is None and chain._trained_by is not None:
+        recover(chain)
+    yield
+    chain._trained_by = weakref.ref(owner)
+
+
+def _owner_of(chain: GraphChain) -> Any:
+    return None if chain._trained_by is None else chain._trained_by()
+
+
+def check_owner(chain: GraphChain, owner: Any) -> None:
+    """Raise TaskgradError if something else trains the chain now."""
+    if _owner_of(chain) is not owner:
+        raise TaskgradError(
+            f"{chain!r} has another Trainer or Optimizer since this {type(owner).__name__} was "
+            "made, whose optimizers have taken the place of this one's on the workers: use that "
+            "one, or make a new one"
+        )

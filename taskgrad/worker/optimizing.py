@@ -1,0 +1,114 @@
+"""The optimizer of a stage whose steps are asked for one by one, by `taskgrad.Optimizer`.
+
+All stages take a step or none: each keeps what takes it back until all have said that they are
+done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from taskgrad.errors import TaskgradError
+from taskgrad.worker.failures import making_errors, update_errors
+from taskgrad.worker.store import Made, ResidentStage, Store
+from taskgrad.worker.undo import Undo, of_torch, untouched_by
+
+
+@dataclass
+class Update:
+    """The last step that was asked for; `undo` takes it back, until it is settled."""
+
+    number: int
+    undo: Undo | None
+    settled: bool = False
+
+
+def make(
+    store: Store, token: str, *, factory: Callable[..., torch.optim.Optimizer], names: list[str]
+) -> None:
+    """Make the stage's optimizer over these parameters; `use` has it take its place."""
+    stage = store.stage(token)
+    with stage.lock, making_errors(store.address):
+        stage.made = Made(factory([stage.parameters[name] for name in names]) if names else None)
+
+
+def use(store: Store, token: str) -> None:
+    """Use what was made, as every stage has made its own."""
+    stage = store.stage(token)
+    with stage.lock:
+        if stage.made is not None:  # None where Dask runs this again
+            made, stage.made = stage.made, None
+            stage.optimizer, stage.training, stage.loss = made.optimizer, made.training, made.loss
+            stage.update = None
+            for layer in stage.layers.values():
+                if isinstance(layer, nn.Module):
+                    layer._compiled_call_impl = None
+                    if made.compiled is not None:
+                        layer.compile(**made.compiled)
+
+
+def update(store: Store, token: str, *, number: int, send: list[str]) -> dict[str, torch.Tensor]:
+    """One optimizer step; gives the new values of those parameters that have copies elsewhere.
+
+    Where Dask runs this again it only gives the values again.
+
+    Raises
+    ------
+    LayerError
+        The optimizer raised; the stage is as it was before.
+    TaskgradError
+        The step was taken back in the meantime.
+    """
+    stage = store.stage(token)
+    with stage.lock:
+        if stage.update is None or stage.update.number != number:
+            stage.update = None  # the step before: all stages have it
+            _step(store, stage, number)
+        elif stage.update.undo is None and not stage.update.settled:
+            raise TaskgradError(f"this step was taken back on worker {store.address}")
+        return {n: stage.parameters[n].detach().to("cpu", copy=True) for n in send}
+
+
+def _step(store: Store, stage: ResidentStage, number: int) -> None:
+    optimizer = stage.optimizer
+    if optimizer is None:
+        raise TaskgradError(f"the stage on worker {store.address} has no optimizer")
+    undo = Undo(
+        [optimizer],
+        without=untouched_by(optimizer),
+        gradients="which" if of_torch(optimizer) else "values",
+    )
+    try:
+        with update_errors(store.address, None, "the optimizer"):
+            optimizer.step()
+    except BaseException:
+        undo.restore()
+        raise
+    stage.update = Update(number, undo)
+
+
+def settled(store: Store, token: str, *, number: int) -> bool:
+    """Whether this step can no longer be taken back: all stages have made it."""
+    stage = store.stage(token)
+    with stage.lock:
+        return stage.update is not None and stage.update.number == number and stage.update.settled
+
+
+def settle(store: Store, token: str, *, number: int) -> None:
+    """Every stage has made this step: drop what takes it back."""
+    stage = store.stage(token)
+    with stage.lock:
+        stage.update = Update(number, None, settled=True)
+
+
+def take_back(store: Store, token: str, *, number: int) -> None:
+    """Go back to before this step, if it was made here, and refuse to make it from now on."""
+    stage = store.stage(token)
+    with stage.lock:
+        if stage.update is not None and stage.update.number == number and stage.update.undo:
+            stage.update.undo.restore()
+        stage.update = Update(number, None)
