@@ -197,7 +197,7 @@ def test_late_messages_of_an_old_run_are_refused(client):
         )
         for action in (
             OnStage(token=old_token, action="zero_grad", arguments={}),
-            OnStage(token=old_token, action="training.roll_back", arguments={}),
+            OnStage(token=old_token, action="training.roll_back", arguments={"done": 0}),
             backward,
         ):
             try:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from taskgrad.cluster.session import Session
+from taskgrad.errors import CotangentError
 from taskgrad.executors.futures import forget, run_with_buffers, values_of
 from taskgrad.graph.adjoint import Adjoint
 from taskgrad.graph.nodes import Leaf, Node, Stage, StageCall, new_key
@@ -55,6 +56,8 @@ def run_backward(adjoint: Adjoint, session: Session, *, accumulate: bool) -> dic
     try:
         run_with_buffers(targets, session)
         values = values_of(found, session)
+    except CotangentError:
+        raise  # no tape is used
     except BaseException:
         # What is left of these tapes is of no more use.
         forget(pullback.call for pullback in adjoint.pullbacks)

@@ -17,12 +17,13 @@ from distributed import Future
 
 from taskgrad.cluster import inputs, internals
 from taskgrad.cluster.session import Session, check_open
-from taskgrad.errors import TaskgradError
+from taskgrad.errors import CotangentError, TaskgradError
 from taskgrad.executors.lowering import lower, order_inputs, plain_value, resolve
 from taskgrad.executors.watching import failure, gather, wait_for
 from taskgrad.graph.nodes import (
     BufferState,
     Call,
+    CotangentCheck,
     Foreign,
     Leaf,
     Node,
@@ -83,7 +84,8 @@ def assign(nodes: Iterable[Node], session: Session) -> None:
         if node.worker is not None or isinstance(node, Leaf | Foreign):
             continue
         # A backward goes to its tape, whoever made its cotangents.
-        givers = [node.call] if isinstance(node, Pullback) else map(resolve, node.inputs)
+        at_tape = node.call if isinstance(node, Pullback | CotangentCheck) else None
+        givers = map(resolve, node.inputs) if at_tape is None else [at_tape]
         near = next((giver.worker for giver in givers if giver.worker), None)
         if near is None:
             workers = workers or [w.address for w in session.workers()]
@@ -214,11 +216,25 @@ def run(targets: Sequence[Node], session: Session, *, wait: bool = True) -> None
         # Raised here, where no frame holds a future: the traceback would keep it alive.
         if error is not None:
             raise error
+    except CotangentError:
+        _keep_tapes(nodes)
+        raise
     except BaseException:
         forget(nodes)
         forget(n.call for n in nodes if isinstance(n, Pullback))
         forget(t for t in targets if failure(t) is not None)  # submitted before, by persist
         raise
+
+
+def _keep_tapes(nodes: Sequence[Node]) -> None:
+    """After a wrong cotangent: forwards keep their tapes, which no backward has used."""
+    for node in nodes:
+        ran = isinstance(node.result, Future) and node.result.status == "finished"
+        if ran or isinstance(node, Call):
+            continue
+        forget([node])
+        if isinstance(node, Pullback):
+            node.call.spent = False
 
 
 def run_with_buffers(targets: Sequence[Node], session: Session, *, wait: bool = True) -> None:

@@ -18,6 +18,7 @@ from taskgrad.graph.nodes import (
     BufferState,
     Call,
     Cotangent,
+    CotangentCheck,
     Foreign,
     Leaf,
     Node,
@@ -31,7 +32,7 @@ from taskgrad.graph.pytree import map_leaves
 from taskgrad.graph.reads import Bundle, ParameterGrad, Read, StoredGrad
 from taskgrad.graph.slices import Share, Slice
 from taskgrad.worker.actions import Add, OnStage, Pick, ReadAll, ReadBuffers, ReadGradient
-from taskgrad.worker.backward import Backward
+from taskgrad.worker.backward import Backward, CheckCotangent
 from taskgrad.worker.forward import Forward
 from taskgrad.worker.slices import TakeSlice
 
@@ -87,6 +88,11 @@ def _(node: Pullback) -> Backward:
         },
         peers=node.peers,
     )
+
+
+@action_of.register
+def _(node: CotangentCheck) -> CheckCotangent:
+    return CheckCotangent(node.call.key, node.call.title)
 
 
 @action_of.register

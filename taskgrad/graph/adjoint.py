@@ -13,6 +13,7 @@ from taskgrad.errors import TapeError
 from taskgrad.graph.nodes import (
     Call,
     Cotangent,
+    CotangentCheck,
     Leaf,
     Node,
     Primal,
@@ -130,11 +131,34 @@ def adjoint(
         if not pullback.retain:
             call.spent = True
     _introduce(pullbacks)
+    _check_all_first(seeds, pullbacks)
     return Adjoint(
         tuple(pullbacks),
         {leaf: tuple(parts) for leaf, parts in leaves.items()},
         {key: tuple(parts) for key, parts in parameters.items()},
     )
+
+
+def _check_all_first(
+    seeds: Sequence[tuple[Node, Node | None]], pullbacks: Sequence[Pullback]
+) -> None:
+    """Have no pullback use its tape before the cotangents of all outputs are known to fit.
+
+    A pullback checks its own; a driver's, of an output that was collected, was checked there.
+    """
+    if len(seeds) < 2:
+        return
+    checks = tuple(
+        CotangentCheck(output, cotangent)
+        for output, cotangent in seeds
+        if isinstance(output, Call)
+        and cotangent is not None
+        and not (isinstance(cotangent, Leaf) and output.structure is not None)
+    )
+    outputs = {output for output, _ in seeds}
+    for pullback in pullbacks:
+        if pullback.call in outputs:
+            pullback.awaits = checks
 
 
 def _introduce(pullbacks: Iterable[Pullback]) -> None:

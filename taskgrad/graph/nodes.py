@@ -338,6 +338,22 @@ class Cotangent(Node):
         return (self.pullback,)
 
 
+class CotangentCheck(Node):
+    """Whether a cotangent fits a call's output, asked where the call's tape is."""
+
+    __slots__ = ("call", "cotangent")
+
+    def __init__(self, call: Call, cotangent: Node) -> None:
+        super().__init__(new_key("check", call.title), call.worker)
+        self.call = call
+        self.cotangent = cotangent
+        self.awaits = (call,)
+
+    @property
+    def inputs(self) -> Sequence[Node]:
+        return (self.cotangent,)
+
+
 class Sum(Node):
     """Cotangents of one value added up, in order; None counts as zero."""
 

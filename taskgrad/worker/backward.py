@@ -42,8 +42,11 @@ class Backward:
     peers: tuple[str, ...] = ()
 
     def run(self, store: Store, *values: Any) -> Any:
-        """Cotangents of the wanted slots (one, or a tuple); parameters' gradients are stored."""
-        tape = store.tape(self.token, keep=self.retain)
+        """Cotangents of the wanted slots (one, or a tuple); parameters' gradients are stored.
+
+        The tape is used once the cotangents are known to fit.
+        """
+        tape = store.tape(self.token, keep=True)
         if tape.member is None:
             return self._run(store, tape, values)
         with tape.member.talking(self.key, self.peers):
@@ -52,6 +55,8 @@ class Backward:
     def _run(self, store: Store, tape: Tape, values: tuple[Any, ...]) -> Any:
         with turn(tape.stage):
             seeds = self._sum(tape, store.address, values)
+            if not self.retain:
+                store.tape(self.token, keep=False)
             slots = {i: tape.inputs[i] for i in self.wanted}
             try:
                 with tape.lock:
@@ -113,6 +118,20 @@ class Backward:
         return found * stage.training.scale if stage and stage.training else found
 
 
+@dataclass(frozen=True)
+class CheckCotangent:
+    """Whether a cotangent fits the output whose tape is under `token`, before any tape is used."""
+
+    token: str
+    title: str
+
+    def run(self, store: Store, cotangent: Any) -> None:
+        """Raise CotangentError unless it does."""
+        tape = store.tape(self.token, keep=True)
+        where = f"{self.title!r} on {store.address}"
+        match(cotangent, tape.outputs, tape.output_structure, where)
+
+
 def _seed(tape: Tape, address: str, weight: float) -> torch.Tensor:
     (output, *more) = tape.outputs
     if more or not isinstance(output, torch.Tensor) or output.numel() != 1:
@@ -165,6 +184,11 @@ def match(cotangent: Any, outputs: list[Any], structure: Structure, where: str) 
             raise CotangentError(
                 f"the cotangent for {where} is {describe(leaf)}; the output is {describe(output)}. "
                 "Shape and dtype must be the same"
+            )
+        if leaf.layout is not output.layout or leaf.device.type == "meta":
+            raise CotangentError(
+                f"the cotangent for {where} has layout {leaf.layout} and device {leaf.device}; the "
+                f"output has layout {output.layout}. Give a tensor of the same layout, with values"
             )
     return leaves
 
