@@ -2,15 +2,20 @@
 
 Three things can be read: one safetensors file; a folder of them with an index, as Hugging Face's
 libraries write it; and a checkpoint of ours, whose weights are such a folder inside it.
+
+What taskgrad wrote has checksums: of each tensor in its file and in both indexes, and of the
+indexes themselves. Whoever reads a tensor compares them. Files of others have none, and are taken
+as they are.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +31,97 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 _VERSION = 1
+_CONTENTS = "taskgrad"
+"""Where a file of ours, or an index of its folder, says what it holds, among its metadata."""
+_NEEDED = (
+    *("step", "folder", "settings", "stage_of", "tensors", "optimizer", "schedulers", "scaler"),
+    *("extra", "files"),
+)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a safetensors file; it stands there under `key`."""
+    """A tensor in a safetensors file; it stands there under `key`.
+
+    `written` is what `about` said of it when taskgrad wrote it; None if another did.
+    """
 
     file: str
     key: str
     shape: tuple[int, ...]
+    written: dict[str, Any] | None = None
+
+    def read(self, handle: Any) -> torch.Tensor:
+        """Its value from the open file, compared with what was written.
+
+        Raises
+        ------
+        CheckpointError
+            It is damaged.
+        """
+        value: torch.Tensor = handle.get_tensor(self.key)
+        if self.written is not None:
+            compare(value, self.written, self.key, self.file)
+        return value
+
+
+def about(tensor: torch.Tensor) -> dict[str, Any]:
+    """What is noted of a tensor that is written, as JSON: dtype, shape, checksum of its bytes."""
+    return {
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+        "crc32": checksum(tensor),
+    }
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """The CRC-32 of a tensor's bytes, row by row."""
+    flat = tensor.contiguous().reshape(-1)
+    return zlib.crc32(flat.view(torch.uint8).numpy().data)
+
+
+def compare(value: torch.Tensor, written: Mapping[str, Any], name: str, file: str | Path) -> None:
+    """Raise CheckpointError unless a tensor is the one that was written."""
+    found = about(value)
+    for what, word in (("dtype", "dtype"), ("shape", "shape"), ("crc32", "checksum")):
+        if what in written and found[what] != written[what]:
+            detail = "" if what == "crc32" else f": {found[what]} and not {written[what]}"
+            raise CheckpointError(f"{name!r} in {file} is damaged: its {word} differs{detail}")
+
+
+def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same JSON values, and the checksum of them."""
+    return {**values, "checksum": _checksum_of(values)}
+
+
+def _checksum_of(values: Mapping[str, Any]) -> int:
+    rest = {key: value for key, value in values.items() if key != "checksum"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+def contents(written: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of a file that holds these tensors, of each what `about` says."""
+    return {"format": "pt", _CONTENTS: json.dumps(with_checksum({"tensors": written}))}
+
+
+def _read_contents(place: Path, text: Any) -> dict[str, dict[str, Any]]:
+    """Undo `contents`."""
+    try:
+        found = json.loads(text)
+        whole = found["checksum"] == _checksum_of(found)
+        tensors: dict[str, dict[str, Any]] = found["tensors"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{place} is damaged: its metadata cannot be read") from error
+    if not whole:
+        raise CheckpointError(f"{place} is damaged: the checksum of its metadata differs")
+    return tensors
+
+
+def path_of(path: Any) -> Path:
+    """A path as the user gives it; TypeError if it is none."""
+    if not isinstance(path, str | os.PathLike) or path == "":
+        raise TypeError(f"a path is a string or a pathlib.Path; got {path!r}")
+    return Path(os.fsdecode(path)).absolute()
 
 
 @contextmanager
@@ -54,7 +141,9 @@ def opened(file: str | Path) -> Iterator[Any]:
             yield handle
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {file}") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(
             f"{file} cannot be read as safetensors; it is damaged or was cut short: {error}"
         ) from error
@@ -84,6 +173,12 @@ def read_index(path: Path) -> dict[str, Any]:
             f"{file} has format version {index.get('version')!r}, written by taskgrad "
             f"{index.get('taskgrad')}; this taskgrad reads version {_VERSION}"
         )
+    absent = [name for name in _NEEDED if name not in index]
+    if absent or ("checksum" in index and index["checksum"] != _checksum_of(index)):
+        raise CheckpointError(
+            f"{file} is damaged: "
+            + (f"it lacks {', '.join(absent)}" if absent else "its checksum differs")
+        )
     return index
 
 
@@ -100,13 +195,15 @@ def find_weights(path: str | os.PathLike[str]) -> dict[str, Stored]:
     CheckpointError
         There are no weights at `path`, or they cannot be read.
     """
-    place = Path(path).absolute()
+    place = path_of(path)
     if place.is_file():
         return _of_files([place])
     if not place.is_dir():
         raise CheckpointError(f"there are no weights at {place}: no such file or folder")
+    files: dict[str, Any] = {}
     if (place / CHECKPOINT).is_file():
-        place = place / read_index(place)["folder"]
+        index = read_index(place)
+        place, files = place / index["folder"], index["files"]
     if not (place / WEIGHTS_INDEX).is_file():
         if (place / SINGLE).is_file():
             return _of_files([place / SINGLE])
@@ -114,28 +211,69 @@ def find_weights(path: str | os.PathLike[str]) -> dict[str, Stored]:
             f"there are no weights in {place}: it has none of {CHECKPOINT}, {WEIGHTS_INDEX}, "
             f"{SINGLE}"
         )
-    try:
-        index = json.loads((place / WEIGHTS_INDEX).read_text(encoding="utf-8"))
-        weight_map: dict[str, str] = index["weight_map"]
-        tied: dict[str, str] = index.get("metadata", {}).get("tied", {})
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{place / WEIGHTS_INDEX} cannot be read: {error!r}") from error
-    there = _of_files([place / name for name in dict.fromkeys(weight_map.values())])
-    absent = [name for name in weight_map if name not in there]
+    weight_map, tied, known = _read_weights_index(place / WEIGHTS_INDEX)
+    known = known | {n: kept for file in files.values() for n, kept in file["tensors"].items()}
+    by_file = {name: _of_files([place / name]) for name in dict.fromkeys(weight_map.values())}
+    absent = [name for name, file in weight_map.items() if name not in by_file[file]]
+    absent += [name for name in tied.values() if name not in weight_map]
     if absent:
         raise CheckpointError(
             f"{place / WEIGHTS_INDEX} names tensors that its files do not have: {absent[:5]}"
         )
+    there = {name: stored for found in by_file.values() for name, stored in found.items()}
+    there |= {name: by_file[file][name] for name, file in weight_map.items()}
+    there = {n: replace(s, written=known[n]) if n in known else s for n, s in there.items()}
     return there | {other: there[name] for other, name in tied.items()}
+
+
+def new_weights_index(
+    weight_map: Mapping[str, str],
+    tied: Mapping[str, str],
+    written: Mapping[str, Any],
+    total_size: int,
+) -> dict[str, Any]:
+    """The index that Hugging Face's libraries read; what is tied is in it under one name."""
+    ours = with_checksum({"tensors": written, "weight_map": weight_map, "tied": tied})
+    metadata = {"total_size": total_size, "tied": tied, _CONTENTS: ours}
+    return {"metadata": metadata, "weight_map": weight_map}
+
+
+def _read_weights_index(file: Path) -> tuple[dict[str, str], dict[str, str], dict[str, Any]]:
+    """Which file has each tensor, names that are tied to others, what was noted of tensors."""
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        weight_map: dict[str, str] = dict(index["weight_map"])
+        metadata = index.get("metadata") or {}
+        tied: dict[str, str] = dict(metadata.get("tied") or {})
+        ours = metadata.get(_CONTENTS)
+        names = [*weight_map.values(), *tied.values()]
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("a name is no string")
+        whole = ours is None or (
+            ours["checksum"] == _checksum_of(ours)
+            and (ours["weight_map"], ours["tied"]) == (weight_map, tied)
+        )
+        known: dict[str, Any] = {} if ours is None else dict(ours["tensors"])
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error!r}") from error
+    if not whole:
+        raise CheckpointError(f"{file} is damaged: its checksum differs")
+    return weight_map, tied, known
 
 
 def _of_files(files: list[Path]) -> dict[str, Stored]:
     found = {}
     for file in files:
         with opened(file) as handle:
-            for key in handle.keys():  # noqa: SIM118  no dict
+            text = (handle.metadata() or {}).get(_CONTENTS)
+            written = None if text is None else _read_contents(file, text)
+            keys = list(handle.keys())
+            if written is not None and set(keys) != set(written):
+                raise CheckpointError(f"{file} is damaged: its tensors have other names")
+            for key in keys:
                 shape = tuple(handle.get_slice(key).get_shape())
-                found[key] = Stored(str(file), key, shape)
+                noted = None if written is None else written[key]
+                found[key] = Stored(str(file), key, shape, noted)
     return found
 
 
@@ -157,7 +295,8 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises
     ------
     CheckpointError
-        There are no weights, or they cannot be read.
+        There are no weights, they cannot be read, or are damaged: files that taskgrad wrote have
+        checksums.
 
     Examples
     --------
@@ -173,10 +312,10 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
     values: dict[tuple[str, str], torch.Tensor] = {}
     for file in dict.fromkeys(s.file for s in stored.values()):
         with opened(file) as handle:
-            for key in dict.fromkeys(s.key for s in stored.values() if s.file == file):
-                values[file, key] = handle.get_tensor(key)
+            for one in {s.key: s for s in stored.values() if s.file == file}.values():
+                values[file, one.key] = one.read(handle)
     state: dict[str, Any] = {name: values[s.file, s.key] for name, s in stored.items()}
-    place = Path(path).absolute()
+    place = path_of(path)
     if (place / CHECKPOINT).is_file():
         index = read_index(place)
         state |= decode(index["extra"], lambda name: _one(place, index, name))
@@ -186,6 +325,6 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _one(path: Path, index: dict[str, Any], name: str) -> torch.Tensor:
     """One of the tensors of a checkpoint that are no weights."""
     file = next(file for file, known in index["files"].items() if name in known["tensors"])
-    with opened(path / index["folder"] / file) as handle:
-        tensor: torch.Tensor = handle.get_tensor(name)
-    return tensor
+    place = path / index["folder"] / file
+    with opened(place) as handle:
+        return Stored(str(place), name, (), index["files"][file]["tensors"][name]).read(handle)

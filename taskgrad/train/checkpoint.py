@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from taskgrad.chain import GraphChain
-from taskgrad.graph.weights import read_index
+from taskgrad.graph.weights import path_of, read_index
 from taskgrad.train.contents import on_stages
 from taskgrad.train.restoring import check_model, check_optimizer, options_for, parts
 from taskgrad.train.saving import save
@@ -64,8 +63,9 @@ class Resumable:
         >>> client.close()
         """
         trainer: Trainer = self
+        place = path_of(path)
         trainer.wait()
-        save(trainer, Path(path).absolute())
+        save(trainer, place)
 
     @classmethod
     def restore(
@@ -102,7 +102,9 @@ class Resumable:
             There is no checkpoint, it is damaged, or it is of another model or optimizer, or these
             options contradict it. Nothing is changed on the workers.
         """
-        path = Path(path).absolute()
+        path = path_of(path)
+        if not isinstance(chain, GraphChain):
+            raise TypeError(f"a checkpoint goes into a GraphChain; got {type(chain).__name__}")
         index = read_index(path)
         check_model(index, chain, path)
         check_optimizer(index, optimizer)

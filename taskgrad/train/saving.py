@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 from taskgrad.chain import GraphChain
 from taskgrad.errors import CheckpointError
 from taskgrad.graph.encoding import encode
-from taskgrad.graph.weights import CHECKPOINT, WEIGHTS_INDEX, new_index, read_index
+from taskgrad.graph.weights import (
+    CHECKPOINT,
+    WEIGHTS_INDEX,
+    new_index,
+    new_weights_index,
+    read_index,
+    with_checksum,
+)
 from taskgrad.train.contents import NOT_WRITTEN, inventory, living_on, on_stages, stage_of
 
 if TYPE_CHECKING:
@@ -49,7 +56,7 @@ def save(trainer: Trainer, path: Path) -> None:
         _write_json(folder / WEIGHTS_INDEX, _weights_index(trainer.chain, answers))
         _sync(folder)
         _sync(path)
-        _write_json(path / f"{CHECKPOINT}.new", index)
+        _write_json(path / f"{CHECKPOINT}.new", with_checksum(index))
         os.replace(path / f"{CHECKPOINT}.new", path / CHECKPOINT)
         _sync(path)
     except OSError as error:
@@ -112,15 +119,16 @@ def _check_visible(folder: Path, files: Mapping[str, Any]) -> None:
 
 
 def _weights_index(chain: GraphChain, answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """The index that Hugging Face's libraries read; what is tied is in it under one name."""
+    """The index of the folder with the weights."""
     files = [(file, about) for answer in answers for file, about in answer["files"].items()]
     weights = {
         n: file for file, about in files if file.startswith("model-") for n in about["tensors"]
     }
     infos = [info for name, info in chain._tensors.items() if name in weights]
     tied = {other: info.name for info in infos for other in info.names[1:]}
+    written = {n: kept for _, about in files for n, kept in about["tensors"].items()}
     total = sum(info.nbytes for info in infos)
-    return {"metadata": {"total_size": total, "tied": tied}, "weight_map": weights}
+    return new_weights_index(weights, tied, {name: written[name] for name in weights}, total)
 
 
 def _write_json(file: Path, value: Any) -> None:

@@ -25,7 +25,7 @@ def make_values(layer: nn.Module, making: Making, seed: int, address: str) -> No
     LayerError
         A module raised, or left some of its values unset.
     CheckpointError
-        A file cannot be read.
+        A file cannot be read, or is damaged.
     """
     for inner, name in making.resets:
         reset = reset_of(layer.get_submodule(inner))
@@ -54,7 +54,7 @@ def make_values(layer: nn.Module, making: Making, seed: int, address: str) -> No
                 )
             with opened(file) as handle:
                 for name in names:
-                    tensors[name].copy_(handle.get_tensor(making.reads[name].key))
+                    tensors[name].copy_(making.reads[name].read(handle))
     _check_set(tensors, making, address)
 
 

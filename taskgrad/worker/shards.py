@@ -8,7 +8,6 @@ there into the checkpoint's index.
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from torch import nn
 
 from taskgrad.errors import CheckpointError
 from taskgrad.graph.encoding import decode, encode
-from taskgrad.graph.weights import opened
+from taskgrad.graph.weights import about, compare, contents, opened
 from taskgrad.worker.spilling import in_rows
 from taskgrad.worker.store import ResidentStage, Store
 from taskgrad.worker.training import Scaler, Training
@@ -162,16 +161,17 @@ def _write(address: str, file: Path, tensors: Mapping[str, torch.Tensor]) -> dic
     try:
         file.touch()
         mode = file.stat().st_mode
-        save_file(values, file, metadata={"format": "pt"})
+        written = {name: about(value) for name, value in values.items()}
+        save_file(values, file, metadata=contents(written))
         file.chmod(mode)  # safetensors' own is for nobody but the worker's user
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-            size = os.fstat(written.fileno()).st_size
+        with file.open("rb") as done:
+            os.fsync(done.fileno())
+            size = os.fstat(done.fileno()).st_size
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"worker {address} could not write {file}: {type(error).__name__}: {error}"
         ) from error
-    return {"bytes": size, "tensors": {name: _about(value) for name, value in values.items()}}
+    return {"bytes": size, "tensors": written}
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
@@ -179,20 +179,6 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole else tensor.clone()
-
-
-def _about(tensor: torch.Tensor) -> dict[str, Any]:
-    return {
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "shape": list(tensor.shape),
-        "crc32": checksum(tensor),
-    }
-
-
-def checksum(tensor: torch.Tensor) -> int:
-    """The CRC-32 of a tensor's bytes, row by row."""
-    flat = tensor.contiguous().reshape(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy().data)
 
 
 def check(store: Store, token: str, *, folder: str, files: Mapping[str, Any]) -> None:
@@ -203,7 +189,7 @@ def check(store: Store, token: str, *, folder: str, files: Mapping[str, Any]) ->
     CheckpointError
         The worker does not see a file, or one is damaged.
     """
-    for file, about in files.items():
+    for file, written in files.items():
         path = Path(folder) / file
         if not path.is_file():
             raise CheckpointError(
@@ -211,14 +197,13 @@ def check(store: Store, token: str, *, folder: str, files: Mapping[str, Any]) ->
                 "that the driver and all workers share"
             )
         size = path.stat().st_size
-        if size != about["bytes"]:
+        if size != written["bytes"]:
             raise CheckpointError(
-                f"{path} has {size} bytes and had {about['bytes']} when it was written: it was "
+                f"{path} has {size} bytes and had {written['bytes']} when it was written: it was "
                 "cut short or written over"
             )
-        for name, value in _read(path, about["tensors"]):
-            if checksum(value) != about["tensors"][name]["crc32"]:
-                raise CheckpointError(f"{name!r} in {path} is damaged: its checksum differs")
+        for name, value in _read(path, written["tensors"]):
+            compare(value, written["tensors"][name], name, path)
 
 
 def _read(path: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -256,7 +241,7 @@ def load(
     stage = store.stage(token)
     with stage.lock, torch.no_grad(), ExitStack() as stack:
         training = _training_of(stage)
-        homes = {name: file for file, about in files.items() for name in about["tensors"]}
+        homes = {name: file for file, held in files.items() for name in held["tensors"]}
         handles = {file: stack.enter_context(opened(Path(folder) / file)) for file in files}
 
         def read(name: str) -> torch.Tensor:
