@@ -14,6 +14,7 @@ from torch import nn
 from taskgrad.cluster.session import WorkerSpec, session
 from taskgrad.executors.futures import run, values_of
 from taskgrad.executors.installing import install
+from taskgrad.executors.keeping import all_or_nothing
 from taskgrad.executors.placing import check_picklable, place
 from taskgrad.graph import pack
 from taskgrad.graph.hollow import from_factory, makings
@@ -301,6 +302,8 @@ class GraphChain(Lazy):
         ------
         RuntimeError
             A shape differs, or with `strict` a key is missing or unexpected: nothing is loaded.
+        LayerError
+            A module raised, on any worker: nothing is loaded on all of them.
         """
         expected = {n: i for i in self._tensors.values() if i.persistent for n in i.names}
         missing = [n for n in expected if n not in state]
@@ -323,19 +326,18 @@ class GraphChain(Lazy):
             layer = owner_of(name, self._by_name)
             part = split.setdefault(self._stage_of[layer.index], {})
             part.setdefault(layer.index, {})[local_name(name, layer)] = value
-        run(
-            [
-                StageCall(
-                    stage,
-                    "load",
-                    {},
-                    key=new_key("load", self._title),
-                    after=[Leaf(states, needs_grad=False)],
-                )
-                for stage, states in split.items()
-            ],
-            self._session,
-        )
+        loads = [
+            StageCall(
+                stage,
+                "keeping.load",
+                {"names": {i: self._layers[i].name for i in states}},
+                key=new_key("load", self._title),
+                after=[Leaf(states, needs_grad=False)],
+            )
+            for stage, states in split.items()
+        ]
+        with all_or_nothing(split, self._session):
+            run(loads, self._session)
         return IncompatibleKeys(missing, extra)
 
     def to_module(self) -> nn.Module:

@@ -245,7 +245,7 @@ def run_with_buffers(targets: Sequence[Node], session: Session, *, wait: bool = 
             node.returns_buffers = True
             states.append(BufferState(node))
     run([*targets, *states], session, wait=wait or bool(states))
-    written: set[int] = set()
+    written: dict[int, tuple[Leaf, torch.Tensor]] = {}
     for state, values in zip(states, values_of(states, session), strict=True):
         for slot, value in zip(state.call.buffers, values, strict=True):
             leaf = state.call.inputs[slot]
@@ -257,10 +257,11 @@ def run_with_buffers(targets: Sequence[Node], session: Session, *, wait: bool = 
                     "each time: tg.spawn runs each call from the buffers on the driver. Put the "
                     "module in a tg.GraphChain, where its state lives on the worker"
                 )
-            written.add(id(leaf.value))
-            with torch.no_grad():
-                leaf.value.copy_(value)
-            leaf.version = versions(leaf.value)
+            written[id(leaf.value)] = leaf, value
+    for leaf, value in written.values():
+        with torch.no_grad():
+            leaf.value.copy_(value)
+        leaf.version = versions(leaf.value)
 
 
 def drop_tapes(targets: Sequence[Node]) -> None:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from taskgrad.chain import GraphChain
+from taskgrad.executors.keeping import all_or_nothing
 from taskgrad.graph.weights import path_of, read_index
 from taskgrad.train.contents import on_stages
+from taskgrad.train.owner import keeping_owner
 from taskgrad.train.restoring import check_model, check_optimizer, options_for, parts
 from taskgrad.train.saving import save
 
@@ -101,6 +103,9 @@ class Resumable:
         CheckpointError
             There is no checkpoint, it is damaged, or it is of another model or optimizer, or these
             options contradict it. Nothing is changed on the workers.
+        LayerError
+            A module, the optimizer or the scheduler raised when its state was given to it. Nothing
+            is changed on any worker: a trainer that the chain had before can go on.
         """
         path = path_of(path)
         if not isinstance(chain, GraphChain):
@@ -113,9 +118,10 @@ class Resumable:
         needs = parts(index, chain)
         checks = {s: {"folder": folder, "files": need["files"]} for s, need in needs.items()}
         on_stages(chain, "check", checks)
-        trainer: Any = cls(chain, loss_fn, optimizer, **options)  # type: ignore[call-arg]
         loads = {stage: {"folder": folder, **need} for stage, need in needs.items()}
-        on_stages(chain, "load", loads)
+        with keeping_owner(chain), all_or_nothing(needs, chain._session):
+            trainer: Any = cls(chain, loss_fn, optimizer, **options)  # type: ignore[call-arg]
+            on_stages(chain, "load", loads)
         trainer.steps = index["step"]
         return trainer
 

@@ -29,6 +29,17 @@ def taking_over(chain: GraphChain, owner: Any) -> Iterator[None]:
     chain._trained_by = weakref.ref(owner)
 
 
+@contextlib.contextmanager
+def keeping_owner(chain: GraphChain) -> Iterator[None]:
+    """If what is done meanwhile raises, the one that trains the chain is the one from before."""
+    before = chain._trained_by
+    try:
+        yield
+    except BaseException:
+        chain._trained_by = before
+        raise
+
+
 def _owner_of(chain: GraphChain) -> Any:
     return None if chain._trained_by is None else chain._trained_by()
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from taskgrad.graph.pytree import flatten
-from taskgrad.worker import optimizing, shards, stage_calls, training
+from taskgrad.worker import keeping, optimizing, shards, stage_calls, training
 from taskgrad.worker.store import Store, buffers_key
 
 
@@ -83,7 +83,13 @@ class ReadAll:
         return [read.run(store) for read in self.reads]
 
 
-_ROOMS = {"": stage_calls, "optimizing": optimizing, "shards": shards, "training": training}
+_ROOMS = {
+    "": stage_calls,
+    "keeping": keeping,
+    "optimizing": optimizing,
+    "shards": shards,
+    "training": training,
+}
 
 
 @dataclass(frozen=True)

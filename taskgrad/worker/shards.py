@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from taskgrad.errors import CheckpointError
+from taskgrad.errors import CheckpointError, LayerError
 from taskgrad.graph.encoding import decode, encode
 from taskgrad.graph.weights import about, compare, contents, opened
 from taskgrad.worker.spilling import in_rows
@@ -256,7 +256,17 @@ def load(
             _load_scheduler(training.scheduler, decode(scheduler, read))
         training.scaler = None if scaler is None else Scaler(**scaler)
         for name, module in _with_extra_state(stage, layers).items():
-            module.set_extra_state(decode(extra[name], read))
+            try:
+                module.set_extra_state(decode(extra[name], read))
+            except Exception as error:
+                raise LayerError(
+                    f"set_extra_state of {name.removesuffix(EXTRA).rstrip('.')!r} on worker "
+                    f"{store.address} raised {type(error).__name__}: {error}\nNothing was loaded "
+                    "on any worker.",
+                    name,
+                    store.address,
+                    error,
+                ) from error
         training.done = step
 
 

@@ -118,14 +118,6 @@ def state(store: Store, token: str) -> dict[int, dict[str, Any]]:
         }
 
 
-def load(store: Store, token: str, states: dict[int, dict[str, Any]]) -> None:
-    """Load a state_dict into each layer."""
-    stage = store.stage(token)
-    with stage.lock:
-        for i, values in states.items():
-            stage.layers[i].load_state_dict(values, strict=False)
-
-
 def memory(store: Store, token: str) -> dict[str, int]:
     """Bytes that the stage and its tapes hold, by what holds them."""
     stage = store.stage(token)

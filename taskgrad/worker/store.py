@@ -21,6 +21,7 @@ from taskgrad.graph.pytree import Structure
 from taskgrad.worker.mail import Mail
 
 if TYPE_CHECKING:
+    from taskgrad.worker.keeping import Kept
     from taskgrad.worker.optimizing import Update
     from taskgrad.worker.ranks import Member
     from taskgrad.worker.training import Training
@@ -55,6 +56,7 @@ class ResidentStage:
     mode: bool | None = None
     optimizer: torch.optim.Optimizer | None = None
     made: Made | None = None  # what will take their place, once every stage has made its own
+    kept: Kept | None = None  # what it was before what is being loaded
     update: Update | None = None  # the last step of a `taskgrad.Optimizer`
     loss: Any = None  # the loss function, on the stage that gives the model's output
     training: Training | None = None  # what a trainer keeps here
