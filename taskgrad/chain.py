@@ -11,11 +11,12 @@ import torch
 from distributed import Client
 from torch import nn
 
+from taskgrad.arguments import flag, whole
 from taskgrad.cluster.session import WorkerSpec, session
 from taskgrad.executors.futures import run, values_of
 from taskgrad.executors.installing import install
 from taskgrad.executors.keeping import all_or_nothing
-from taskgrad.executors.placing import check_picklable, place
+from taskgrad.executors.placing import check_device, check_picklable, place
 from taskgrad.graph import pack
 from taskgrad.graph.hollow import from_factory, makings
 from taskgrad.graph.layers import (
@@ -31,7 +32,7 @@ from taskgrad.graph.layers import (
 from taskgrad.graph.nodes import Call, ChainRef, Leaf, Node, Stage, StageCall, new_key
 from taskgrad.graph.pytree import Slot
 from taskgrad.graph.reads import StoredGrad
-from taskgrad.graph.weights import find_weights
+from taskgrad.graph.weights import check_state, find_weights
 from taskgrad.plan.drawing import call_graph, html
 from taskgrad.plan.table import MemoryRow, PlacementRow, Table
 from taskgrad.thunk import Inputs, Lazy, Thunk
@@ -123,6 +124,8 @@ class GraphChain(Lazy):
         weights: str | os.PathLike[str] | None = None,
         seed: int = 0,
     ) -> None:
+        seed = whole("seed", seed)
+        device = None if device is None else check_device(device)
         module = from_factory(model)
         flat = flatten_model(module)
         stored = None if weights is None else find_weights(weights)
@@ -150,7 +153,6 @@ class GraphChain(Lazy):
         if device is None:  # a model on a GPU here belongs on the workers' own GPUs
             kinds = {info.device.type for info in self._tensors.values()} - {"cpu", "meta"}
             device = next(iter(kinds), None)
-        device = None if device is None else str(device)
         devices = install(flat, self._stage_of, device, made_there, seed, self._session)
         sizes = self._sizes()
         self.placement = Table(
@@ -250,7 +252,7 @@ class GraphChain(Lazy):
 
     def train(self, mode: bool = True) -> GraphChain:
         """Calls made from now on run in training mode (in evaluation mode with False)."""
-        self._mode = mode
+        self._mode = flag("mode", mode)
         return self
 
     def eval(self) -> GraphChain:
@@ -305,7 +307,9 @@ class GraphChain(Lazy):
         LayerError
             A module raised, on any worker: nothing is loaded on all of them.
         """
+        strict = flag("strict", strict)
         expected = {n: i for i in self._tensors.values() if i.persistent for n in i.names}
+        check_state(state, {name: info.dtype for name, info in expected.items()})
         missing = [n for n in expected if n not in state]
         extra = [n for n in state if n not in expected and not n.endswith("_extra_state")]
         wrong = [

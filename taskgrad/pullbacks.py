@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from taskgrad.arguments import flag, shown
 from taskgrad.errors import CotangentError
 from taskgrad.graph.adjoint import Adjoint, adjoint, calls_behind
 from taskgrad.graph.layers import kind_of
@@ -68,6 +69,10 @@ def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
     tensor(9.)
     >>> client.close()
     """
+    if not callable(f) or isinstance(f, Thunk | type):
+        raise TypeError(
+            f"vjp takes a GraphChain, an nn.Module, or a function that spawns; got {shown(f)}"
+        )
     trees: list[_PrimalTree] = []
     arguments = []
     for primal in primals:
@@ -96,6 +101,7 @@ def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
             )
 
     def back(cotangent: Any, *, retain_graph: bool = False) -> tuple[Any, ...]:
+        retain_graph = flag("retain_graph", retain_graph)
         parts = _split(cotangent, output_structure, len(outputs))
         seeds: list[tuple[Node, Node | None]] = []
         for output, part in zip(outputs, parts, strict=True):

@@ -17,7 +17,14 @@ from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from torch import nn
 
 from taskgrad import bridge
-from taskgrad.cluster.session import Session, WorkerSpec, current_session, session
+from taskgrad.arguments import flag
+from taskgrad.cluster.session import (
+    Session,
+    WorkerSpec,
+    check_open,
+    current_session,
+    session,
+)
 from taskgrad.errors import TaskgradError
 from taskgrad.executors.backward import check_cotangent, remember, run_backward
 from taskgrad.executors.bundles import bundle_reads, carrier_of, value_from
@@ -28,6 +35,7 @@ from taskgrad.graph.adjoint import adjoint
 from taskgrad.graph.layers import kind_of
 from taskgrad.graph.nodes import Call, Foreign, Leaf, Node
 from taskgrad.graph.pytree import Slot, flatten
+from taskgrad.graph.refusals import refuse_hidden, refuse_writing
 from taskgrad.plan.drawing import call_graph, html, nested
 
 
@@ -78,6 +86,8 @@ class Thunk(Delayed):
         return graph_of(self._node, self._session or current_session())
 
     def __dask_graph__(self) -> HighLevelGraph:
+        if self._session is not None:  # else Dask runs it on whichever cluster there is
+            check_open(self._session.client)
         return self.dask
 
     def __dask_postcompute__(self) -> Any:
@@ -112,6 +122,7 @@ class Thunk(Delayed):
         TapeError
             The thunk needs no gradient, was made under ``torch.no_grad()``, or its tapes are used.
         """
+        retain_graph = flag("retain_graph", retain_graph)
         seed = cotangent_node(self._node, cotangent)
         found = adjoint([(self._node, seed)], retain=retain_graph)
         grads = run_backward(found, self._session or session(), accumulate=True)
@@ -159,6 +170,27 @@ class Thunk(Delayed):
     def __len__(self) -> int:
         raise TypeError("a Thunk has no length before it has run; collect it first")
 
+    def _not_yet(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            "a Thunk has no value before it has run: use tg.collect(thunk), or thunk.item() for a "
+            "number"
+        )
+
+    __bool__ = __float__ = __int__ = __complex__ = __index__ = __round__ = _not_yet
+    __trunc__ = __ceil__ = __floor__ = __array__ = _not_yet
+    __array_ufunc__ = None  # array + thunk is a thunk, and not an array of one for each element
+
+    def __format__(self, spec: str) -> str:
+        return self._not_yet() if spec else str(self)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise TypeError("a Thunk is not written to: spawn a function that gives what it should be")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _ATTRIBUTES:
+            raise TypeError(f"a Thunk is not written to: it has no attribute {name!r} of its own")
+        object.__setattr__(self, name, value)
+
     @classmethod
     def _get_binary_operator(cls, op: Callable[..., Any], inv: bool = False) -> Callable[..., Any]:
         if inv:
@@ -171,8 +203,12 @@ class Thunk(Delayed):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        return spawn(func, *args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        refuse_writing(func, args, kwargs)
+        return spawn(func, *args, **kwargs)
 
+
+_ATTRIBUTES = {*Delayed.__slots__, *Thunk.__slots__}
 
 for _op in (
     *(operator.abs, operator.neg, operator.pos, operator.invert, operator.add, operator.sub),
@@ -229,8 +265,10 @@ def spawn(
             raise TypeError("a GraphChain has a placement of its own; worker= is for functions")
         called: Thunk = fn(*args, **kwargs)
         return called
-    if not callable(fn):
+    if not callable(fn) or isinstance(fn, Thunk):
         raise TypeError(f"spawn takes a function or an nn.Module; got {type(fn).__name__}")
+    if isinstance(fn, type) and issubclass(fn, nn.Module):
+        raise TypeError(f"spawn takes a module, and {fn.__name__} is a class: make one of it")
     title = kind_of(fn).strip("<>")
     try:
         packed = pack.pack(fn)
@@ -362,6 +400,7 @@ def collect(tree: Any) -> Any:
     """
     leaves, structure = flatten(tree)
     at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Thunk)]
+    refuse_hidden(tree, leaves, Thunk)
     if not at:
         return tree
     thunks: list[Thunk] = [leaves[i] for i in at]

@@ -2,25 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import inspect
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Iterator
 from typing import Any
 
-from distributed import Client
+from distributed import Client, LocalCluster, Nanny, Worker
+
+from taskgrad.arguments import whole
+from taskgrad.cluster import internals
+from taskgrad.cluster.exits import close_at_exit
+from taskgrad.errors import TaskgradError
+
+_DASHBOARD = 8787
+
+# A worker process that must not go on ends with this status, without a word, if the process that
+# started it is named here: that one says why.
+_UNGUARDED = 86
+_STARTED_BY = "TASKGRAD_STARTED_BY"
+
+_GUARD = (
+    'this script has to begin its work under `if __name__ == "__main__":` (or under '
+    "`if tg.main(__name__):`). Each process that is started imports the script first, and without "
+    "that line it would do the same work again, and start processes of its own"
+)
 
 
-def local_cluster(n_workers: int = 2, threads_per_worker: int = 1, **kwargs: Any) -> Client:
+def local_cluster(
+    n_workers: int | None = 2, threads_per_worker: int | None = 1, **kwargs: Any
+) -> Client:
     """Start worker processes on this machine and connect to them.
+
+    A script calls this, as everything that starts processes, under ``if __name__ == "__main__":``.
 
     Parameters
     ----------
     n_workers, threads_per_worker
-        One thread a worker by default: a stage runs one task at a time.
+        One thread a worker by default: a stage runs one task at a time. With None as many as the
+        cores have room for.
     **kwargs
         Passed on to ``distributed.LocalCluster`` (``dashboard_address``, ``memory_limit``, ...).
+        The dashboard is at port 8787 if that is free.
 
     Returns
     -------
     distributed.Client
-        Closing it closes the cluster. It becomes Dask's default client.
+        Closing it closes the cluster; so does the end of the program. It becomes Dask's default
+        client.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument makes no sense.
+    TaskgradError
+        The worker processes did not start: the script has no ``if __name__ == "__main__":``, a port
+        is in use.
 
     Examples
     --------
@@ -28,9 +69,98 @@ def local_cluster(n_workers: int = 2, threads_per_worker: int = 1, **kwargs: Any
     >>> client = tg.local_cluster(n_workers=2)
     >>> client.close()
     """
-    # With no address, a Client starts a LocalCluster of its own and closes it with itself.
-    return Client(
-        n_workers=n_workers,
-        threads_per_worker=threads_per_worker,
-        **{"processes": True, **kwargs},
-    )
+    if n_workers is not None:
+        n_workers = whole("n_workers", n_workers, least=0)
+    if threads_per_worker is not None:
+        threads_per_worker = whole("threads_per_worker", threads_per_worker, least=1)
+    options = {"processes": True, **kwargs}
+    _check_names(options)
+    refuse_in_starting_process()
+    if "dashboard_address" not in options and not _is_free(_DASHBOARD):
+        options["dashboard_address"] = ":0"
+    ended: list[int] = []
+    if options["processes"] and options.get("worker_class") is None:
+        options["worker_class"] = internals.nanny_that_notes(ended)
+        _hide_missing_script()
+    os.environ[_STARTED_BY] = str(os.getpid())
+    try:
+        # With no address, a Client starts a LocalCluster of its own and closes it with itself.
+        client = Client(n_workers=n_workers, threads_per_worker=threads_per_worker, **options)
+    except Exception as error:
+        why = _why(error, ended)
+        if why is None:
+            raise
+        raise TaskgradError(why) from None  # what is above it is Dask's waiting
+    close_at_exit(client)
+    return client
+
+
+def refuse_in_starting_process() -> None:
+    """Raise if this is a process that has just been started, and is importing the main script."""
+    process = multiprocessing.current_process()
+    if not getattr(process, "_inheriting", False):
+        return
+    if process.name.startswith("Dask Worker process"):
+        # It ends before it is a worker. An exception would be printed by each of them, with its
+        # traceback.
+        known = os.environ.get(_STARTED_BY) == str(os.getppid())
+        sys.exit(_UNGUARDED if known else f"taskgrad: {_GUARD}")
+    raise TaskgradError(_GUARD)
+
+
+def _why(error: BaseException, ended: list[int]) -> str | None:
+    """Why the workers did not start, as far as it is known."""
+    if _UNGUARDED in ended:
+        return _GUARD
+    if ended:
+        how = f"was killed by signal {-ended[0]}" if ended[0] < 0 else f"ended, status {ended[0]}"
+        return (
+            f"a worker process {how}, before it was a worker; what it printed is above. It imports "
+            'the script first, all but what is under `if __name__ == "__main__":`'
+        )
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno in (errno.EADDRINUSE, errno.EACCES):
+            return (
+                f"the scheduler cannot have its port ({cause.strerror}). Give another "
+                "scheduler_port, or 0 for one that is free"
+            )
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _check_names(options: dict[str, Any]) -> None:
+    """Dask's worker processes would fail one by one over a name that nobody knows."""
+    if options.get("worker_class") is not None:
+        return  # it may take others
+    known: set[str] = set()
+    for taker in (Client, LocalCluster, Nanny, Worker):
+        known |= inspect.signature(taker).parameters.keys()
+    known -= {"address", "kwargs", "worker_kwargs"}
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise TypeError(
+            f"local_cluster has no argument {unknown[0]!r}, nor have LocalCluster, Nanny and "
+            "Worker of distributed, to which it passes on those that it does not know"
+        )
+
+
+def _is_free(port: int) -> bool:
+    with contextlib.closing(socket.socket()) as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def _hide_missing_script() -> None:
+    """A program from standard input has a file name, which no process can import it by."""
+    main = sys.modules.get("__main__")
+    if getattr(main, "__file__", None) == "<stdin>":
+        del main.__file__  # type: ignore[union-attr]

@@ -108,6 +108,16 @@ def pickle_with(kind: Any, value: Any) -> tuple[bytes, list[memoryview], int]:
     return file.getvalue(), [b.raw() for b in buffers], pickler.tensors
 
 
+def dumps_whole(value: Any) -> bytes:
+    """A value's pickle with its tensors inside, of whatever dtype.
+
+    Plain pickle cannot read again what it writes of torch's newer ones, uint16 for one.
+    """
+    file = io.BytesIO()
+    TensorCloudPickler(file, protocol=5).dump(value)
+    return file.getvalue()
+
+
 def _module_by_value(value: Any) -> bool:
     """Whether somebody asked cloudpickle to pickle all of this value's module."""
     by_value = cloudpickle.list_registry_pickle_by_value()

@@ -11,9 +11,11 @@ from typing import Any
 import distributed
 from distributed import Client
 
+from taskgrad.arguments import shown, whole
 from taskgrad.cluster import environment, latency, waiting
 from taskgrad.cluster.config import Settings
-from taskgrad.cluster.local import local_cluster
+from taskgrad.cluster.exits import close_at_exit
+from taskgrad.cluster.local import local_cluster, refuse_in_starting_process
 from taskgrad.cluster.plugins import JOIN, SchedulerSide, StorePlugin
 from taskgrad.cluster.tasks import introduce, memory
 from taskgrad.errors import PlacementError, TaskgradError
@@ -39,6 +41,7 @@ class Session:
     """One client, with our plugins on its scheduler and workers."""
 
     def __init__(self, client: Client) -> None:
+        refuse_in_starting_process()
         self.client = client
         self.names: dict[str, Any] = {}
         """The name of every worker seen so far, by its address at the time."""
@@ -53,6 +56,7 @@ class Session:
             await join(client=client.id, settings=settings.message())
 
         waiting.answer(client, load, "to load taskgrad")
+        close_at_exit(client)
         latency.apply_client(client, settings.latency)
 
     def workers(self) -> list[WorkerInfo]:
@@ -130,10 +134,13 @@ class Session:
             No such worker.
         """
         workers = self.workers() if workers is None else workers
-        if isinstance(spec, bool) or not isinstance(spec, int | str):
-            raise PlacementError(
-                f"a worker is an index, a name or an address; got {spec!r} ({type(spec).__name__})"
-            )
+        if not isinstance(spec, str):
+            try:
+                spec = whole("a worker", spec)
+            except TypeError:
+                raise PlacementError(
+                    f"a worker is an index, a name or an address; got {shown(spec)}"
+                ) from None
         if isinstance(spec, int) and 0 <= spec < len(workers):
             return workers[spec].address
         for worker in workers:
@@ -215,6 +222,11 @@ def check_open(client: Any) -> None:
             "taskgrad needs a synchronous client: this one was made with asynchronous=True, or is "
             "used inside its own event loop. Open Client(address) for taskgrad, in a thread if "
             "your program is async"
+        )
+    if client.status == "connecting":
+        raise TaskgradError(
+            "the Dask client has lost the connection to its scheduler, and with it its chains and "
+            "thunks. Look whether the scheduler still runs, open a client and make them again"
         )
     if client.status != "running":
         raise TaskgradError(

@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import singledispatch
 from typing import Any
 
-import cloudpickle
 import torch
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from dask.task_spec import DataNode, Task, TaskRef
 
 from taskgrad.cluster.plugins import ANNOTATION
+from taskgrad.cluster.serialize import dumps_whole
 from taskgrad.cluster.tasks import run_action
 from taskgrad.errors import TaskgradError
 from taskgrad.graph.nodes import (
@@ -224,7 +224,7 @@ def _task(node: Node, ordered: bool) -> Task:
     if isinstance(node, Pullback) and (ordered or not references) and node.call.result is None:
         references.append(TaskRef(node.call.key))
     references += [TaskRef(resolve(before).key) for before in node.awaits]
-    payload = cloudpickle.dumps((action_of(node), len(node.inputs), literals))
+    payload = dumps_whole((action_of(node), len(node.inputs), literals))
     return Task(node.key, run_action, payload, *references)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Literal
 
+import torch
 from torch import nn
 
+from taskgrad.arguments import shown
 from taskgrad.cluster.session import Session, WorkerSpec
 from taskgrad.errors import PlacementError
 from taskgrad.graph import pack
@@ -26,6 +28,30 @@ def check_picklable(flat: Model) -> None:
                 f"cannot be pickled ({type(error).__name__}: {error}). Take what cannot be "
                 "pickled (locks, open files, generators) out of it, or make it in forward()"
             ) from error
+
+
+def check_device(device: str | torch.device) -> str:
+    """A device as workers are told it; whether they have it they know themselves.
+
+    Raises
+    ------
+    TypeError
+        It is neither a string nor a device.
+    ValueError
+        Torch knows no such device, or nothing is computed there.
+    """
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"device is a string or a torch.device; got {shown(device)}")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device is one of torch's, such as 'cuda'; got {shown(device)}") from None
+    if found.type == "meta":
+        raise ValueError(
+            "device is where the layers compute, and on the meta device nothing is computed. For a "
+            "model that is on the meta device leave device= out"
+        )
+    return str(found)
 
 
 def place(
@@ -52,6 +78,12 @@ def place(
                 f'placement is None, "round_robin" or one worker for each layer; got {placement!r}'
             )
         return _together(flat, [workers[i].address for i in round_robin(n, len(workers))])
+    if isinstance(placement, bytes | Mapping | Set) or not isinstance(placement, Iterable):
+        raise PlacementError(
+            'placement is None, "round_robin" or a list with one worker for each layer, in their '
+            f"order; got {shown(placement)}"
+        )
+    placement = list(placement)
     if len(placement) != n:
         raise PlacementError(
             f"the placement names {len(placement)} workers and the model has {n} layers "

@@ -33,6 +33,10 @@ class Parallel(nn.Module):
 
     def __init__(self, connection: Callable[..., Any], *branches: nn.Module) -> None:
         super().__init__()
+        if isinstance(connection, type) and issubclass(connection, nn.Module):
+            raise TypeError(
+                f"Parallel's connection is the class {connection.__name__}: make a module of it"
+            )
         if not callable(connection):
             raise TypeError(
                 f"Parallel's connection must be callable (torch.add, a module); "

@@ -21,7 +21,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
+from taskgrad.arguments import shown
 from taskgrad.errors import CheckpointError
 from taskgrad.graph.encoding import decode
 
@@ -259,6 +261,36 @@ def _read_weights_index(file: Path) -> tuple[dict[str, str], dict[str, str], dic
     if not whole:
         raise CheckpointError(f"{file} is damaged: its checksum differs")
     return weight_map, tied, known
+
+
+def check_state(state: Any, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Raise unless this is a state dict whose values can be loaded; shapes are looked at elsewhere.
+
+    `dtypes` are those of the tensors that the model has, by their names.
+
+    Raises
+    ------
+    TypeError
+        It is none, or one of its values is no tensor, or one without values of its own.
+    """
+    if not isinstance(state, Mapping):
+        known = "; pass its state_dict()" if isinstance(state, nn.Module) else ""
+        raise TypeError(f"a state is a dict of tensors by their names; got {shown(state)}{known}")
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise TypeError(f"a state is a dict of tensors by their names; got the key {name!r}")
+        if name not in dtypes:
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"the state's {name!r} is no tensor; got {shown(value)}. torch.as_tensor makes one "
+                "of an array or a number, tg.collect of a thunk"
+            )
+        if value.is_meta or value.layout is not torch.strided:
+            kind = "on the meta device: it has no values" if value.is_meta else "not dense"
+            raise TypeError(f"the state's {name!r} is {kind}")
+        if value.is_complex() and not dtypes[name].is_complex:
+            raise TypeError(f"the state's {name!r} is complex, and the model's is {dtypes[name]}")
 
 
 def _of_files(files: list[Path]) -> dict[str, Stored]:

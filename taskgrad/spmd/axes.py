@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils import _pytree
 
+from taskgrad.arguments import shown
 from taskgrad.graph.pytree import describe, flatten
 
 Axis = int | None
@@ -24,8 +27,9 @@ def spread(axes: Any, tree: Any, what: str) -> list[Axis]:
     TypeError
         What stands for an axis is neither an int nor None.
     """
-    if axes is None or (isinstance(axes, int) and not isinstance(axes, bool)):
-        return [axes] * len(flatten(tree)[0])
+    if axes is None or is_axis(axes):
+        axis = None if axes is None else operator.index(axes)
+        return [axis] * len(flatten(tree)[0])
     kind, parts = _branches(axes)
     if kind is None:
         raise TypeError(f"{what} holds ints, None and containers of them; got {axes!r}")
@@ -37,6 +41,24 @@ def spread(axes: Any, tree: Any, what: str) -> list[Axis]:
         )
     pairs = zip(parts, subtrees, strict=True)
     return [axis for part, subtree in pairs for axis in spread(part, subtree, what)]
+
+
+def is_axis(given: Any) -> bool:
+    """Whether this is a number of an axis: an int, or one of numpy's."""
+    return isinstance(given, int | np.integer) and not isinstance(given, bool)
+
+
+def check(axes: Any, what: str) -> None:
+    """Raise unless these are axes, wherever they stand in a tree.
+
+    Raises
+    ------
+    TypeError
+        Something is neither an int nor None.
+    """
+    for axis in flatten(axes)[0]:
+        if axis is not None and not is_axis(axis):
+            raise TypeError(f"{what} holds ints, None and containers of them; got {shown(axis)}")
 
 
 def _branches(tree: Any) -> tuple[Any, list[Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from taskgrad.arguments import flag, whole
 from taskgrad.graph.pytree import carries_gradient, flatten, map_leaves
 from taskgrad.worker.collectives import (
     AllToAll,
@@ -127,7 +128,8 @@ def all_gather(
     tensor([[1., 3.],
             [1., 3.]])
     """
-    return _collective(Gather(axis, tiled), x, axis_name, axis_index_groups)
+    gather = Gather(whole("axis", axis), flag("tiled", tiled))
+    return _collective(gather, x, axis_name, axis_index_groups)
 
 
 def psum_scatter(
@@ -156,7 +158,8 @@ def psum_scatter(
     >>> tg.pmap(lambda x: tg.psum_scatter(x, "i"), axis_name="i")(torch.ones(2, 2))
     tensor([2., 2.])
     """
-    return _collective(Scatter(scatter_dimension, tiled), x, axis_name, axis_index_groups)
+    scatter = Scatter(whole("scatter_dimension", scatter_dimension), flag("tiled", tiled))
+    return _collective(scatter, x, axis_name, axis_index_groups)
 
 
 def ppermute(x: Any, axis_name: Hashable, perm: Sequence[tuple[int, int]]) -> Any:
@@ -177,7 +180,10 @@ def ppermute(x: Any, axis_name: Hashable, perm: Sequence[tuple[int, int]]) -> An
     >>> f(torch.tensor([1.0, 3.0]))
     tensor([3., 1.])
     """
-    pairs = tuple((int(of), int(to)) for of, to in perm)
+    try:
+        pairs = tuple((whole("a rank", of), whole("a rank", to)) for of, to in perm)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"perm has pairs (source, destination) of ranks: {error}") from error
     size = axis_size(axis_name)
     for ranks in zip(*pairs, strict=True):
         if len(set(ranks)) < len(ranks) or not all(0 <= r < size for r in ranks):
@@ -219,7 +225,9 @@ def all_to_all(
     tensor([[1., 3.],
             [2., 4.]])
     """
-    return _collective(AllToAll(split_axis, concat_axis, tiled), x, axis_name, axis_index_groups)
+    split, concat = whole("split_axis", split_axis), whole("concat_axis", concat_axis)
+    exchange = AllToAll(split, concat, flag("tiled", tiled))
+    return _collective(exchange, x, axis_name, axis_index_groups)
 
 
 def axis_index(axis_name: Hashable) -> int:

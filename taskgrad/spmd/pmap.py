@@ -11,6 +11,7 @@ import torch
 from distributed import Client, get_worker
 
 from taskgrad import bridge
+from taskgrad.arguments import shown
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.session import Session, session
 from taskgrad.errors import TaskgradError
@@ -20,7 +21,7 @@ from taskgrad.graph.layers import kind_of
 from taskgrad.graph.nodes import Call, Leaf, Node
 from taskgrad.graph.pytree import Slot, Structure, describe, flatten, map_leaves
 from taskgrad.graph.ranks import Gang, Rank
-from taskgrad.spmd.axes import Axis, join, mapped_size, spread
+from taskgrad.spmd.axes import Axis, check, is_axis, join, mapped_size, spread
 from taskgrad.thunk import Lazy, Thunk
 from taskgrad.worker.ranks import running
 
@@ -103,8 +104,12 @@ def pmap(
         raise NotImplementedError(f"pmap maps one axis; got the axis names {axis_name!r}")
     if isinstance(in_axes, list):
         in_axes = tuple(in_axes)
-    if in_axes is not None and not isinstance(in_axes, int | tuple):
+    if in_axes is not None and not isinstance(in_axes, tuple) and not is_axis(in_axes):
         raise TypeError(f"in_axes is an int, None or a tuple of an entry each; got {in_axes!r}")
+    check(in_axes, "in_axes")
+    check(out_axes, "out_axes")
+    if not isinstance(axis_name, Hashable):
+        raise TypeError(f"axis_name can be hashed, as a string can; got {shown(axis_name)}")
     title = kind_of(fn).strip("<>")
 
     def mapped(*args: Any, **kwargs: Any) -> Any:

@@ -17,6 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from taskgrad.arguments import shown, whole
+
 # torch has one default generator a device for all threads of a process.
 _one_at_a_time = threading.RLock()
 
@@ -97,6 +99,11 @@ def random_stream(seed: int, step: int, microbatch: int, layer: str) -> Iterator
     layer
         The layer's name, as in ``chain.placement``.
 
+    Raises
+    ------
+    TypeError
+        A number is not a whole one: 1.0 would be another stream than 1.
+
     Examples
     --------
     >>> import torch, taskgrad as tg
@@ -106,6 +113,10 @@ def random_stream(seed: int, step: int, microbatch: int, layer: str) -> Iterator
     ...     bool((torch.rand(2) == a).all())
     True
     """
+    seed, step = whole("seed", seed), whole("step", step)
+    microbatch = whole("microbatch", microbatch)
+    if not isinstance(layer, str):
+        raise TypeError(f"layer is a layer's name; got {shown(layer)}")
     stream = _Stream(stream_seed(seed, step, microbatch, layer))
     streams = _streams()
     stream.enter()

@@ -81,6 +81,12 @@ def _assigned(device: str) -> torch.device:
     found = torch.device(device)
     if found.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device {device!r} was asked for, and this worker sees no CUDA device")
+    try:
+        torch.empty(0, device=found)
+    except Exception as error:  # each kind of device has its own
+        raise RuntimeError(
+            f"device {device!r} was asked for, and this worker cannot use it: {error}"
+        ) from error
     return found
 
 

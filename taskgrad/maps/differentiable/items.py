@@ -23,6 +23,12 @@ def read_rows(iterables: Sequence[Iterable[Any]]) -> list[Row]:
     """
     if not iterables:
         raise TypeError("a map takes a function and at least one iterable of items")
+    for place, given in enumerate(iterables):
+        if not hasattr(given, "__iter__") and not hasattr(given, "__getitem__"):
+            raise TypeError(
+                f"argument {place + 1} of a map, after the function, is a {type(given).__name__}; "
+                "expected something to iterate over"
+            )
     iterators = [iter(given) for given in iterables]
     rows: list[Row] = []
     while True:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from distributed import Client
 
+from taskgrad.arguments import whole
 from taskgrad.graph.pytree import flatten
 from taskgrad.maps.differentiable.here import map_here
 from taskgrad.maps.differentiable.items import read_rows
@@ -95,7 +96,9 @@ def map(
     -----
     The same idea as ParallelGradient.jl's ``dpmap``, ``dtmap`` and ``dptmap``.
     """
-    _check(fn, over, chunksize, reduce, eager_grad, seed)
+    _check(fn, over, reduce, eager_grad)
+    chunksize = None if chunksize is None else whole("chunksize", chunksize, least=1)
+    seed = None if seed is None else whole("seed", seed, least=0)
     rows = read_rows(iterables)
     if any(isinstance(leaf, Thunk) for leaf in flatten(rows)[0]):
         rows = collect(rows)
@@ -127,7 +130,7 @@ def map(
     return mean(summed, len(rows)) if reduce == "mean" else summed
 
 
-def _check(fn: Any, over: Any, chunksize: Any, reduce: Any, eager_grad: Any, seed: Any) -> None:
+def _check(fn: Any, over: Any, reduce: Any, eager_grad: Any) -> None:
     if isinstance(fn, Lazy):
         raise TypeError(
             "a GraphChain runs on workers of its own: tg.collect([chain(x) for x in xs]) runs it "
@@ -146,10 +149,3 @@ def _check(fn: Any, over: Any, chunksize: Any, reduce: Any, eager_grad: Any, see
             raise ValueError(
                 f"{name} is one of {', '.join([repr(a) for a in allowed])}; got {given!r}"
             )
-    for name, given, least in (("chunksize", chunksize, 1), ("seed", seed, 0)):
-        if given is None:
-            continue
-        if isinstance(given, bool) or not isinstance(given, int):
-            raise TypeError(f"{name} is a whole number; got {type(given).__name__}")
-        if given < least:
-            raise ValueError(f"{name} is at least {least}; got {given}")

@@ -11,7 +11,6 @@ it does besides is the few messages of `taskgrad.maps.mpi.messages`.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import os
 import weakref
 from typing import Any
@@ -21,6 +20,7 @@ from dask.system import CPU_COUNT
 from distributed import Client, Worker
 
 from taskgrad.cluster.config import deadline
+from taskgrad.cluster.exits import at_exit, not_at_exit
 from taskgrad.cluster.local import local_cluster
 from taskgrad.cluster.session import current_session, in_order
 from taskgrad.errors import TaskgradError
@@ -166,7 +166,7 @@ class _Program:
         self._pid = os.getpid()
         # Before anything can fail: the others wait for a word. Python runs this after it has
         # printed the traceback of a program that raised.
-        atexit.register(self.close)
+        at_exit(self.close)
         if ranks > 1:
             self._opened = lead = Lead()
             lead.start(interface)
@@ -179,7 +179,7 @@ class _Program:
         """Close what is open. The second time, and in a forked child, nothing is."""
         opened, self._opened = self._opened, None
         if opened is not None and self._pid == os.getpid():
-            atexit.unregister(self.close)
+            not_at_exit(self.close)
             opened.close()
 
 

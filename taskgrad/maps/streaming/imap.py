@@ -9,11 +9,13 @@ from typing import Any, Literal
 from dask.context import thread_state
 from distributed import Client, secede
 
+from taskgrad.arguments import flag
 from taskgrad.cluster.session import session
 from taskgrad.errors import TravelError
 from taskgrad.graph.layers import kind_of
 from taskgrad.maps.streaming.parcels import pack_function
 from taskgrad.maps.streaming.stream import Stream
+from taskgrad.thunk import Lazy
 
 Chunksize = int | Literal["auto"]
 
@@ -131,12 +133,16 @@ def _map(
     progress: bool,
     client: Client | None,
 ) -> Generator[Any, None, None]:
+    if isinstance(fn, Lazy):
+        raise TypeError(f"{name} maps a function, and this {kind_of(fn)} runs on its own workers")
     if not callable(fn):
         raise TypeError(f"{name} maps a function; got {type(fn).__name__}")
+    unordered, progress = flag("unordered", unordered), flag("progress", progress)
     inputs = [_iterator(name, place, given) for place, given in enumerate(iterables)]
-    size = None if chunksize == "auto" else _count(name, "chunksize", chunksize)
+    auto = isinstance(chunksize, str) and chunksize == "auto"
+    size = None if auto else _count(name, "chunksize", chunksize)
     if buffersize is not None:
-        _count(name, "buffersize", buffersize)
+        buffersize = _count(name, "buffersize", buffersize)
         if size is not None and size > buffersize:
             raise ValueError(
                 f"{name}: a chunk of chunksize={size} items does not fit into "
