@@ -71,7 +71,7 @@ class Cutter:
                     "other workers. Make it while the chain's client is the current one "
                     "(with client.as_current(): ...)"
                 )
-        there = [_on_workers(value) for value in (x, y)]
+        there = [on_workers(value) for value in (x, y)]
         if any(there):
             if not all(there):
                 raise ValueError(
@@ -86,11 +86,7 @@ class Cutter:
             batch_size(x, self.in_dims, "the inputs"),
             batch_size(y, self.target_dims, "the targets"),
         ]
-        size = sizes[0] if sizes[0] is not None else sizes[1]
-        if size is None:
-            raise ValueError("in_dims names no dimension of the inputs to cut a batch along")
-        if size == 0:
-            raise ValueError(f"the batch is empty: {describe(x)}")
+        size = check_size(sizes[0] if sizes[0] is not None else sizes[1], x)
         if sizes[1] not in (None, size):
             raise ValueError(
                 f"the inputs have {size} samples and the targets {sizes[1]}: {describe(x)} and "
@@ -122,7 +118,17 @@ class Cutter:
         return Batch(inputs, targets, weights, None, self.loss_kind)
 
 
-def _on_workers(value: Any) -> bool:
+def check_size(size: int | None, batch: Any) -> int:
+    """The number of samples in a batch; ValueError where there are none, or nothing says it."""
+    if size is None:
+        raise ValueError("in_dims names no dimension of the inputs to cut a batch along")
+    if size == 0:
+        raise ValueError(f"the batch is empty: {describe(batch)}")
+    return size
+
+
+def on_workers(value: Any) -> bool:
+    """Whether any of it is a Dask collection."""
     return any(is_dask_collection(leaf) for leaf in flatten(value)[0])
 
 

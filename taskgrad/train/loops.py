@@ -15,7 +15,7 @@ import torch
 from taskgrad.graph.nodes import Call, ancestors
 from taskgrad.graph.slices import as_tensors, batch_size
 from taskgrad.thunk import Thunk, collect, spawn
-from taskgrad.train.data import pair
+from taskgrad.train.data import check_size, on_workers, pair
 
 if TYPE_CHECKING:
     from taskgrad.train.loss import StepLoss
@@ -49,15 +49,16 @@ def fit(
 
 
 def _epoch(trainer: Trainer, loader: Iterable[Any], title: str, progress: bool) -> dict[str, float]:
-    total, samples = 0.0, 0
+    means: list[tuple[float, int | None]] = []
+    samples = 0
     waiting: deque[StepLoss] = deque()
     start = time.perf_counter()
     with _bar(loader, title) if progress else nullcontext() as bar:
 
         def note(loss: StepLoss) -> None:
-            nonlocal total, samples
-            size = loss.size or 1
-            total, samples = total + loss.item() * size, samples + size
+            nonlocal samples
+            means.append((loss.item(), loss.size))
+            samples += loss.size or 0
             if bar is not None:
                 seconds = time.perf_counter() - start
                 shown = {"loss": f"{loss:.4g}", "bubble": f"{loss.report['bubble']:.0%}"}
@@ -81,12 +82,15 @@ def _epoch(trainer: Trainer, loader: Iterable[Any], title: str, progress: bool) 
         trainer.wait()
         for loss in waiting:
             note(loss)
-    if not samples:
+    if not means:
         raise ValueError(
             "the loader yielded no batches: it is empty, or an iterator that an earlier epoch used "
             "up. Give something that can be iterated over again, such as a DataLoader or a list"
         )
-    return {"loss": total / samples}
+    sizes = [size for _, size in means]
+    known = [size for size in sizes if size is not None]
+    weights = known if len(known) == len(sizes) else [1] * len(sizes)
+    return {"loss": _mean([of for of, _ in means], weights, trainer._cutter.weighted)}
 
 
 def _bar(loader: Iterable[Any], title: str) -> Any:
@@ -98,12 +102,28 @@ def _bar(loader: Iterable[Any], title: str) -> Any:
 
 
 def _measure(
-    functions: Mapping[str, Callable[..., Any]], dims: Any, output: Any, targets: Any
+    functions: Mapping[str, Callable[..., Any]],
+    dims: Any,
+    size: int | None,
+    output: Any,
+    targets: Any,
 ) -> tuple[dict[str, float], int]:
-    """What each function gives for a batch, and how many samples that has."""
+    """What each function gives for a batch, and how many samples that has.
+
+    That is `size` where the targets do not say.
+    """
     targets = as_tensors(targets)
+    own = batch_size(targets, dims, "the targets")
+    size = check_size(size if own is None else own, targets)
     found = {name: float(function(output, targets)) for name, function in functions.items()}
-    return found, batch_size(targets, dims, "the targets") or 1
+    return found, size
+
+
+def _inputs_size(dims: Any, x: Any) -> int | None:
+    try:
+        return batch_size(as_tensors(x), dims, "the inputs")
+    except ValueError:  # the targets may say
+        return None
 
 
 def evaluate(trainer: Trainer, loader: Iterable[Any], metrics: Metrics) -> dict[str, float]:
@@ -111,11 +131,15 @@ def evaluate(trainer: Trainer, loader: Iterable[Any], metrics: Metrics) -> dict[
     if "loss" in metrics:
         raise ValueError('"loss" is the loss itself; give this metric another name')
     functions = {"loss": trainer._loss_fn, **metrics}
-    measure = partial(_measure, functions, trainer._cutter.target_dims)
+    cutter = trainer._cutter
+    measure = partial(_measure, functions, cutter.target_dims)
+    count = partial(_inputs_size, cutter.in_dims)
 
     def start(item: Any) -> Thunk:
         x, y = pair(item, "the loader")
-        return spawn(measure, _forward(trainer, x), y, worker=trainer._cutter.last)
+        there = on_workers(x)
+        size = spawn(count, x, worker=cutter.first) if there else count(x)
+        return spawn(measure, size, _forward(trainer, x), y, worker=cutter.last)
 
     values: dict[str, list[float]] = {name: [] for name in functions}
     sizes: list[int] = []
@@ -125,15 +149,15 @@ def evaluate(trainer: Trainer, loader: Iterable[Any], metrics: Metrics) -> dict[
             values[name].append(value)
     if not sizes:
         raise ValueError("the loader yielded no batches to evaluate on")
-    even = [1] * len(sizes)  # a loss that is a sum has counted its samples
     return {
-        name: _mean(of, even if name == "loss" and not trainer._cutter.weighted else sizes)
-        for name, of in values.items()
+        name: _mean(of, sizes, name != "loss" or cutter.weighted) for name, of in values.items()
     }
 
 
-def _mean(values: list[float], weights: list[int]) -> float:
-    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+def _mean(values: list[float], sizes: list[int], means: bool) -> float:
+    """The mean over samples of what are means over the samples of each batch, or else sums."""
+    total = sum(v * n if means else v for v, n in zip(values, sizes, strict=True))
+    return total / sum(sizes)
 
 
 def predict(trainer: Trainer, loader: Iterable[Any]) -> Iterator[Any]:

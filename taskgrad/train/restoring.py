@@ -120,7 +120,7 @@ def parts(index: Mapping[str, Any], chain: GraphChain) -> dict[Stage, dict[str, 
 def _scheduler(index: Mapping[str, Any], stages: set[int]) -> Any:
     """The scheduler's state for parameters that were on these stages then."""
     states = [index["schedulers"][str(i)] for i in sorted(stages)]
-    plain = [decode(state, lambda name: None) for state in states]
+    plain = [repr(decode(state, lambda name: None)) for state in states]  # where NaN equals NaN
     if any(state != plain[0] for state in plain):
         raise CheckpointError(
             "the learning-rate schedulers of these stages were in different states, which cannot "

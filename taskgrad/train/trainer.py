@@ -372,7 +372,8 @@ class Trainer(Resumable):
         Returns
         -------
         list of dict
-            For each epoch its mean ``loss`` and, with `val_loader`, ``val_loss`` and ``val_`` and
+            For each epoch its mean ``loss`` over samples (of batches that lie on workers each
+            counts the same) and, with `val_loader`, ``val_loss`` and ``val_`` and
             the name of each metric.
 
         Raises
@@ -387,6 +388,9 @@ class Trainer(Resumable):
         self, loader: Iterable[Any], metrics: Mapping[str, Callable[..., Any]] | None = None
     ) -> dict[str, float]:
         """The mean loss over a loader, in evaluation mode, and the mean of each metric.
+
+        A batch counts by its number of samples: that of its targets, or of its inputs where there
+        are none. A loss that is a sum over samples is divided by the number of all of them.
 
         Parameters
         ----------

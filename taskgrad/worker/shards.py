@@ -320,7 +320,9 @@ def _load_optimizer(
 
 
 def _load_scheduler(scheduler: Any, state: dict[str, Any]) -> None:
-    ours, theirs = (len(s.get("base_lrs", ())) for s in (scheduler.state_dict(), state))
+    ours, theirs = (
+        len(s.get("_last_lr", s.get("base_lrs", ()))) for s in (scheduler.state_dict(), state)
+    )
     if ours != theirs:
         raise CheckpointError(
             f"the optimizer has {ours} groups of parameters on this stage, and the scheduler's "

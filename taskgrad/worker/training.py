@@ -26,6 +26,7 @@ from taskgrad.worker.spilling import CopiesInFiles, SpilledState
 from taskgrad.worker.store import Made, ResidentStage, Store
 from taskgrad.worker.undo import Undo, copied, untouched_by
 
+_HALF = (torch.bfloat16, torch.float16)
 # As torch.amp.GradScaler.
 _FIRST_SCALE, _GROWTH, _BACKOFF, _INTERVAL = 2.0**16, 2.0, 0.5, 2000
 
@@ -258,7 +259,7 @@ def commit(
                     training.scaler.update(finite)
                 if training.norms:
                     deferred_norm.commit(training.norms)
-                if update and training.scheduler is not None:
+                if update and finite and training.scheduler is not None:
                     hint = " It steps with every step of the optimizer, not every epoch."
                     with update_errors(store.address, step, "the lr_scheduler", hint):
                         training.scheduler.step()
@@ -364,6 +365,7 @@ def report(
     if weights is None:
         half = len(numbers) // 2
         numbers, weights = numbers[:half], numbers[half:]
+    numbers = [n.float() if n.dtype in _HALF else n for n in numbers]  # to add many of them up
     loss = sum(
         (loss * weight for loss, weight in zip(numbers[1:], weights[1:], strict=True)),
         numbers[0] * weights[0],

@@ -9,6 +9,7 @@ import torch
 
 from taskgrad.graph.pytree import flatten
 from taskgrad.maps.differentiable.pieces import Gradient, Piece, differentiate, total
+from taskgrad.maps.differentiable.reducing import Widened
 from taskgrad.maps.differentiable.work import Work
 from taskgrad.worker.failures import backward_error
 
@@ -86,7 +87,8 @@ def _losses(piece: Piece) -> list[int] | None:
     """The positions among a piece's outputs of its results' losses; None if one has none."""
     positions, flag = [], 0
     for result in piece.results:
-        lead = result[0] if isinstance(result, tuple) and result else result
+        value = result.total if isinstance(result, Widened) else result
+        lead = value[0] if isinstance(value, tuple) and value else value
         if not (isinstance(lead, torch.Tensor) and lead.dim() == 0 and piece.flags[flag]):
             return None
         positions.append(flag)

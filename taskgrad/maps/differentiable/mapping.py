@@ -15,7 +15,7 @@ from taskgrad.arguments import whole
 from taskgrad.graph.pytree import flatten
 from taskgrad.maps.differentiable.here import map_here
 from taskgrad.maps.differentiable.items import read_rows
-from taskgrad.maps.differentiable.reducing import fold, mean
+from taskgrad.maps.differentiable.reducing import fold, mean, rounded
 from taskgrad.maps.differentiable.there import map_there
 from taskgrad.maps.differentiable.threads import threads_here, worker_here
 from taskgrad.thunk import Lazy, Thunk, collect
@@ -54,7 +54,9 @@ def map(
         How many items make one task, or one piece of work of a thread. By default each worker or
         thread has one chunk, all of the same size; over both by the workers' threads.
     reduce
-        "sum" or "mean" of the results, which are added up first where they are made.
+        "sum" or "mean" of the results, which are added up first where they are made. As for
+        ``torch.sum``, bools and integers are added up as int64, half precision in float32, rounded
+        once. The mean of bools and integers is a float.
     eager_grad
         Over processes: whether gradients are made together with the results, in one round trip,
         which takes results that are 0-d or tuples led by a 0-d loss. By default where that pays.
@@ -127,7 +129,7 @@ def map(
     if reduce is None:
         return results
     summed = fold(results)
-    return mean(summed, len(rows)) if reduce == "mean" else summed
+    return mean(summed, len(rows)) if reduce == "mean" else rounded(summed)
 
 
 def _check(fn: Any, over: Any, reduce: Any, eager_grad: Any) -> None:
