@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -18,8 +19,9 @@ from taskgrad.errors import TapeError
 from taskgrad.executors.backward import accumulations, run_backward
 from taskgrad.executors.futures import run
 from taskgrad.graph.adjoint import Adjoint, adjoint, calls_behind
-from taskgrad.graph.nodes import Call, Leaf, Node
+from taskgrad.graph.nodes import Call, Leaf, Node, Stage
 from taskgrad.graph.pytree import carries_gradient, flatten
+from taskgrad.graph.reads import ParameterGrad
 
 
 class _Claim:
@@ -96,8 +98,39 @@ class _Group:
         """Autograd's accumulation has reached us: so do the workers' parameters'."""
         anchor.grad = None
         waiting, self.waiting = self.waiting, []
-        for found in waiting:
-            run(accumulations(found), self.session)
+        _at_the_end_of_this_backward(waiting, self.session)
+
+
+class _Ending:
+    """What one backward on the driver gave to parameters on workers; there as long as it runs."""
+
+    def __init__(self) -> None:
+        self._found: dict[Session, list[Adjoint]] = {}
+
+    def add(self, found: Sequence[Adjoint], session: Session) -> None:
+        self._found.setdefault(session, []).extend(found)
+
+    def accumulate(self) -> None:
+        """Add it to their gradients. A parameter of several groups gets one sum, as in torch."""
+        for session, found in self._found.items():
+            parameters: dict[tuple[Stage, str], tuple[ParameterGrad, ...]] = {}
+            for one in found:
+                for key, parts in one.parameters.items():
+                    parameters[key] = (*parameters.get(key, ()), *parts)
+            run(accumulations(Adjoint((), {}, parameters)), session)
+
+
+_endings: WeakValueDictionary[int, _Ending] = WeakValueDictionary()
+
+
+def _at_the_end_of_this_backward(found: Sequence[Adjoint], session: Session) -> None:
+    # The engine drops its callbacks with the backward, also if that fails, and so the ending.
+    task = torch._C._current_graph_task_id()
+    ending = _endings.get(task)
+    if ending is None:
+        ending = _endings[task] = _Ending()
+        torch.autograd.Variable._execution_engine.queue_callback(ending.accumulate)
+    ending.add(found, session)
 
 
 _TENSOR = object()  # stands for a tensor that was handed to autograd

@@ -16,7 +16,7 @@ from taskgrad.cluster.session import WorkerSpec, session
 from taskgrad.executors.futures import run, values_of
 from taskgrad.executors.installing import install
 from taskgrad.executors.keeping import all_or_nothing
-from taskgrad.executors.placing import check_device, check_picklable, place
+from taskgrad.executors.placing import check_device, place
 from taskgrad.graph import pack
 from taskgrad.graph.hollow import from_factory, makings
 from taskgrad.graph.layers import (
@@ -32,6 +32,7 @@ from taskgrad.graph.layers import (
 from taskgrad.graph.nodes import Call, ChainRef, Leaf, Node, Stage, StageCall, new_key
 from taskgrad.graph.pytree import Slot
 from taskgrad.graph.reads import StoredGrad
+from taskgrad.graph.sending import check_process, is_parametrized, reached
 from taskgrad.graph.weights import check_state, find_weights
 from taskgrad.plan.drawing import call_graph, html
 from taskgrad.plan.table import MemoryRow, PlacementRow, Table
@@ -130,9 +131,12 @@ class GraphChain(Lazy):
         flat = flatten_model(module)
         stored = None if weights is None else find_weights(weights)
         made_there = makings(flat, stored)
-        check_picklable(flat)
+        self._title = type(module).__name__
+        self._parametrized = is_parametrized(flat.modules)
+        check_process(self._title, parametrized=False)
+        taken = reached(flat)
         self._session = session(client)
-        workers = place(flat, placement, self._session)
+        workers = place(flat, taken, placement, self._session)
         self._path: Path = flat.path
         self._layers: list[Layer] = flat.layers
         self._tensors: dict[str, ParameterInfo] = flat.tensors
@@ -140,7 +144,6 @@ class GraphChain(Lazy):
         # A layer that stands twice in the model, by the first place where it stands.
         first: dict[int, int] = {}
         self._same_as = [first.setdefault(id(m), i) for i, m in enumerate(flat.modules)]
-        self._title = type(module).__name__
         self._mode: bool | None = None
         self._trained_by: Any = None  # a weak reference to the Trainer or Optimizer, if any
         self._stages: dict[str, Stage] = {}
@@ -182,6 +185,7 @@ class GraphChain(Lazy):
         The arguments are those of the first layer: pytrees of tensors, thunks, Dask collections and
         plain values.
         """
+        check_process(self._title, parametrized=self._parametrized)
         inputs = Inputs()
         template = inputs.template((args, kwargs), self._title)
         alone = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor | Thunk | Node)

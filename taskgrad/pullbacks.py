@@ -11,7 +11,7 @@ from taskgrad.arguments import flag, shown
 from taskgrad.errors import CotangentError
 from taskgrad.graph.adjoint import Adjoint, adjoint, calls_behind
 from taskgrad.graph.layers import kind_of
-from taskgrad.graph.nodes import Call, Leaf, Node, Primal, Stage, Sum
+from taskgrad.graph.nodes import Call, Leaf, Node, Primal, Stage, StageCall, Sum, new_key
 from taskgrad.graph.pytree import Structure, carries_gradient, flatten
 from taskgrad.thunk import Thunk, cotangent_node, spawn
 
@@ -89,6 +89,7 @@ def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
         )
     with torch.enable_grad():
         if isinstance(f, torch.nn.Module):
+            _refuse_hooks(f)
             y = spawn(f, *arguments)
         else:
             y = f(*arguments)
@@ -127,6 +128,16 @@ def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
         return grads, *inputs
 
     return y, back
+
+
+def _refuse_hooks(module: torch.nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter._backward_hooks:
+            raise TypeError(
+                f"vjp of {kind_of(module)!r}: its parameter {name!r} has hooks on its gradient, "
+                "which run in a backward on the driver. Use thunk.backward(), or put the module in "
+                "a GraphChain, where they run on its worker"
+            )
 
 
 def _primal(leaf: Any) -> Leaf | Primal | None:
@@ -182,7 +193,8 @@ def _parameter_grads(found: Adjoint, reachable: list[Call]) -> dict[str, Node | 
             for name in call.parameters:
                 home: Stage = call.stage.homes.get(name, call.stage)
                 if name not in grads:
-                    grads[name] = _sum(found.parameters.get((home, name), ()), name, home.worker)
+                    parts = found.parameters.get((home, name), ())
+                    grads[name] = _parameter_grad(parts, name, home)
         for given in call.inputs:
             if isinstance(given, Leaf) and given.owner is not None and given.needs_grad:
                 _, grads = owners.setdefault(id(given.owner), (kind_of(given.owner), {}))
@@ -198,6 +210,13 @@ def _parameter_grads(found: Adjoint, reachable: list[Call]) -> dict[str, Node | 
         prefix = f"{title}_{count}" if count else title
         named |= {f"{prefix}.{name}": node for name, node in grads.items()}
     return named
+
+
+def _parameter_grad(parts: Sequence[Node], name: str, home: Stage) -> Node | None:
+    """One node for a parameter's gradient, after its hooks, where it lives."""
+    if parts and name in home.hooked:
+        return StageCall(home, "hooked", {"name": name}, key=new_key("grad", name), after=parts)
+    return _sum(parts, name, home.worker)
 
 
 def _sum(parts: Sequence[Node], name: str, worker: str | None) -> Node | None:

@@ -36,6 +36,7 @@ from taskgrad.graph.layers import kind_of
 from taskgrad.graph.nodes import Call, Foreign, Leaf, Node
 from taskgrad.graph.pytree import Slot, flatten
 from taskgrad.graph.refusals import refuse_hidden, refuse_writing
+from taskgrad.graph.sending import check_process, is_parametrized, unpicklable_beside
 from taskgrad.plan.drawing import call_graph, html, nested
 
 
@@ -273,11 +274,19 @@ def spawn(
     try:
         packed = pack.pack(fn)
     except Exception as error:
+        culprit = unpicklable_beside([("", fn)], hooks=False)
+        if culprit is not None:
+            raise TypeError(
+                f"{title!r} cannot be sent to a worker, because the {culprit} cannot be pickled "
+                f"({type(error).__name__}: {error}). Delete it, or give it another form"
+            ) from error
         raise TypeError(
             f"{title!r} cannot be sent to a worker, because it cannot be pickled "
             f"({type(error).__name__}: {error}). Define it without what it holds on to "
             "(locks, open files, generators)"
         ) from error
+    if packed.modules:
+        check_process(title, parametrized=is_parametrized(packed.modules))
     names = {id(p): (n, m) for m in packed.modules for n, p in m.named_parameters()}
     own_buffers = {id(b) for m in packed.modules for b in m.buffers()}
     inputs = Inputs()

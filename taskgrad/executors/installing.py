@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from taskgrad.cluster.session import Session
 from taskgrad.executors.futures import run, values_of
 from taskgrad.graph import pack
@@ -32,6 +34,8 @@ def install(
         for stage in holders[1:]:
             if stage is not holders[0]:
                 stage.homes[info.name] = holders[0]
+        if info.hooked:
+            holders[0].hooked.add(info.name)
     store_ids = session.store_ids([stage.worker for stage in stages])
     hollow = hollow_tensors(flat, makings)
     installs = []
@@ -43,7 +47,7 @@ def install(
                 layer = owner_of(name, by_name)
                 if not info.is_buffer and stage_of[layer.index] is stage:
                     names.setdefault(info.name, (layer.index, local_name(name, layer)))
-        packed = pack.pack({i: flat.modules[i] for i in here})
+        packed = pack.pack({i: flat.modules[i] for i in here}, hooks=True)
         arguments = {
             "data": packed.data,
             "names": names,
@@ -51,8 +55,12 @@ def install(
             "store_id": store_ids[stage.worker],
             "makings": {i: makings[i] for i in here if i in makings},
             "seed": seed,
+            "copied": [n for s in stages for n, home in s.homes.items() if home is stage],
         }
-        sent = [Hollow.of(t) if id(t) in hollow else t for t in packed.tensors]
+        sent = [
+            Hollow.of(t) if isinstance(t, torch.Tensor) and id(t) in hollow else t
+            for t in packed.laid_out()
+        ]
         values = Leaf(sent, needs_grad=False)
         installs.append(StageCall(stage, "install", arguments, key=stage.token, after=[values]))
     run(installs, session)

@@ -1,9 +1,10 @@
-"""Which worker of this cluster each layer of this model goes to, and whether it can go."""
+"""Which worker of this cluster each layer of this model goes to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -11,23 +12,11 @@ from torch import nn
 from taskgrad.arguments import shown
 from taskgrad.cluster.session import Session, WorkerSpec
 from taskgrad.errors import PlacementError
-from taskgrad.graph import pack
+from taskgrad.graph.hollow import named_tensors
 from taskgrad.graph.layers import Model
+from taskgrad.graph.layout import overlapping
 from taskgrad.plan.costs import layer_costs
 from taskgrad.plan.placement import contiguous, round_robin
-
-
-def check_picklable(flat: Model) -> None:
-    """Raise TypeError naming the layer that cannot be sent to a worker, if there is one."""
-    for layer, module in zip(flat.layers, flat.modules, strict=True):
-        try:
-            pack.pack(module)
-        except Exception as error:
-            raise TypeError(
-                f"layer {layer.name!r} ({layer.kind}) cannot be sent to a worker, because it "
-                f"cannot be pickled ({type(error).__name__}: {error}). Take what cannot be "
-                "pickled (locks, open files, generators) out of it, or make it in forward()"
-            ) from error
 
 
 def check_device(device: str | torch.device) -> str:
@@ -56,28 +45,32 @@ def check_device(device: str | torch.device) -> str:
 
 def place(
     flat: Model,
+    reached: Sequence[Sequence[torch.Tensor]],
     placement: Literal["round_robin"] | Sequence[WorkerSpec] | None,
     owner: Session,
 ) -> list[str]:
-    """The address of each layer's worker; the arguments are those of `GraphChain`.
+    """The address of each layer's worker; `placement` is that of `GraphChain`.
+
+    `reached` are the tensors that each layer takes along to its worker.
 
     Raises
     ------
     PlacementError
         The placement has the wrong length, names a worker that is not there, or parts layers that
-        share buffers.
+        share what cannot have a copy.
     """
     workers = owner.workers()
     n = len(flat.layers)
+    bonds = list(_bonds(flat, reached))
     if placement is None:
         indices = contiguous(layer_costs(flat.path, flat.modules), len(workers))
-        return _together(flat, [workers[i].address for i in indices])
+        return _together(bonds, [workers[i].address for i in indices])
     if isinstance(placement, str):
         if placement != "round_robin":
             raise PlacementError(
                 f'placement is None, "round_robin" or one worker for each layer; got {placement!r}'
             )
-        return _together(flat, [workers[i].address for i in round_robin(n, len(workers))])
+        return _together(bonds, [workers[i].address for i in round_robin(n, len(workers))])
     if isinstance(placement, bytes | Mapping | Set) or not isinstance(placement, Iterable):
         raise PlacementError(
             'placement is None, "round_robin" or a list with one worker for each layer, in their '
@@ -90,25 +83,61 @@ def place(
             f"({', '.join(layer.name or layer.kind for layer in flat.layers)}): give one for each"
         )
     asked = [owner.resolve(spec, workers) for spec in placement]
-    for layer, here, needed in zip(flat.layers, asked, _together(flat, asked), strict=True):
-        if here != needed:
+    for bond in bonds:
+        if asked[bond.first] != asked[bond.second]:
             raise PlacementError(
-                f"layer {layer.name!r} shares buffers with a layer on worker {needed}, and both "
-                "write them: give the two one worker"
+                f"layer {flat.layers[bond.second].name!r} {bond.why} layer "
+                f"{flat.layers[bond.first].name!r} on worker {asked[bond.first]}: give the two one "
+                "worker"
             )
     return asked
 
 
-def _together(flat: Model, addresses: list[str]) -> list[str]:
-    """The same placement, but layers that share buffers are where the first of them is.
+class _Bond(NamedTuple):
+    """Two layers that belong on one worker; `why` goes between the second and the first."""
 
-    A parameter can have a copy, whose gradients are summed; a buffer is written as calls run.
+    first: int
+    second: int
+    why: str
+
+
+def _bonds(flat: Model, reached: Sequence[Sequence[torch.Tensor]]) -> Iterator[_Bond]:
+    """Parameters have copies, whose gradients are summed. All else that two layers share has not.
+
+    A buffer is written as calls run. A tensor that a hook or an attribute refers to would stay as
+    it is now, and so would one of two that are different views of the same memory.
     """
-    first: dict[int, str] = {}
-    found = []
-    for module, address in zip(flat.modules, addresses, strict=True):
-        buffers = list(module.buffers()) if isinstance(module, nn.Module) else []
-        address = next((first[id(b)] for b in buffers if id(b) in first), address)
-        first |= {id(b): address for b in buffers}
-        found.append(address)
-    return found
+    homes: dict[int, tuple[int, str]] = {}
+    buffers: dict[int, int] = {}
+    own: list[set[int]] = []
+    tensors: dict[int, torch.Tensor] = {}
+    for index, (layer, module) in enumerate(zip(flat.layers, flat.modules, strict=True)):
+        named = named_tensors(module) if isinstance(module, nn.Module) else {}
+        own.append({id(t) for t in named.values()})
+        for name, tensor in named.items():
+            tensors.setdefault(id(tensor), tensor)
+            homes.setdefault(id(tensor), (index, ".".join(filter(None, (layer.name, name)))))
+        for buffer in module.buffers() if isinstance(module, nn.Module) else ():
+            first = buffers.setdefault(id(buffer), index)
+            if first != index:
+                yield _Bond(first, index, "shares buffers, which both write, with")
+    for index, found in enumerate(reached):
+        for tensor in found:
+            home, name = homes.get(id(tensor), (index, ""))
+            if home != index and id(tensor) not in own[index]:
+                yield _Bond(home, index, f"uses {name!r} in a hook or an attribute, a tensor of")
+    every = list(tensors.values())
+    for members in overlapping(every):
+        places = [homes[id(every[i])] for i in members]
+        for (home, name), (index, other) in pairwise(places):
+            if home != index:
+                yield _Bond(home, index, f"has {other!r}, which shares memory with {name!r} of")
+
+
+def _together(bonds: Sequence[_Bond], addresses: list[str]) -> list[str]:
+    """The same placement, but layers that belong together are where the first of them is."""
+    group = list(range(len(addresses)))
+    for bond in bonds:
+        ours, theirs = sorted((group[bond.first], group[bond.second]))
+        group = [ours if g == theirs else g for g in group]
+    return [addresses[g] for g in group]

@@ -51,6 +51,8 @@ class ParameterInfo:
     requires_grad: bool
     is_buffer: bool
     persistent: bool
+    attributes: Mapping[str, Any]  # that were set on it, by which optimizers may group
+    hooked: bool  # whether there are hooks on its gradient
     # All of its names, the first one included; more than one where it is tied.
     names: tuple[str, ...]
 
@@ -188,6 +190,8 @@ def _inventory(model: nn.Module, layers: list[Layer]) -> dict[str, ParameterInfo
             requires_grad=tensor.requires_grad,
             is_buffer=is_buffer,
             persistent=persistent,
+            attributes=dict(vars(tensor)),
+            hooked=bool(tensor._backward_hooks),
             names=tuple(names[id(tensor)]),
         )
     return tensors

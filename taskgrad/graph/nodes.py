@@ -143,7 +143,8 @@ class Stage:
 
     `token` is the key of the task that put them there; `handle` is its future, which keeps them
     alive there. Every call of the stage holds the stage. `homes` names the stages where parameters
-    live of which this one has a copy, because they are tied over two workers.
+    live of which this one has a copy, because they are tied over two workers; `hooked` are the
+    parameters that live here with hooks on their gradients.
     """
 
     def __init__(self, chain: ChainRef, token: str, worker: str) -> None:
@@ -152,6 +153,7 @@ class Stage:
         self.worker = worker
         self.handle: Any = None
         self.homes: dict[str, Stage] = {}
+        self.hooked: set[str] = set()
 
 
 class Call(Node):

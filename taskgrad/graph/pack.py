@@ -18,6 +18,9 @@ import torch
 from torch import nn
 
 from taskgrad.errors import TaskgradError
+from taskgrad.graph.beside import Beside, beside, put_beside
+from taskgrad.graph.layout import View, with_bases, without_bases
+from taskgrad.graph.parametrized import reduce_module
 
 Persist = Callable[[Any], Any]
 
@@ -29,6 +32,11 @@ class _Pickler(cloudpickle.Pickler):
 
     def persistent_id(self, obj: Any) -> Any:
         return self._persist(obj)
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Called for all but numbers, strings and built-in containers."""
+        reduced = reduce_module(obj) if isinstance(obj, nn.Module) else NotImplemented
+        return super().reducer_override(obj) if reduced is NotImplemented else reduced
 
 
 class _Unpickler(pickle.Unpickler):
@@ -78,11 +86,17 @@ class Packed:
     tensors: list[torch.Tensor]
     modules: list[nn.Module]
 
+    def laid_out(self) -> list[torch.Tensor | View]:
+        """The tensors as they are sent to somebody who will own them."""
+        return with_bases(self.tensors)
 
-def pack(obj: Any) -> Packed:
+
+def pack(obj: Any, *, hooks: bool = False) -> Packed:
     """Pickle without tensors.
 
-    A tensor met twice is stored once, so that tied parameters stay tied.
+    A tensor met twice is stored once, so that tied parameters stay tied. Attributes of tensors are
+    in the pickle. With `hooks` the hooks on their gradients are too; where the gradients come back
+    to the tensors of here, the hooks run here.
     """
     tensors: list[torch.Tensor] = []
     index: dict[int, int] = {}
@@ -95,34 +109,38 @@ def pack(obj: Any) -> Packed:
             inside.update(id(m) for m in part.modules())
         if not is_plain(part):
             return None
+        carried = None
         if id(part) not in index:
             index[id(part)] = len(tensors)
             tensors.append(part)
+            carried = beside(part, hooks=hooks)
         kind = "parameter" if isinstance(part, nn.Parameter) else "tensor"
-        return kind, index[id(part)], part.requires_grad
+        return kind, index[id(part)], part.requires_grad, carried
 
     return Packed(dumps(obj, persist), tensors, modules)
 
 
-def unpack(data: bytes, values: Sequence[torch.Tensor], *, own: bool) -> Any:
+def unpack(data: bytes, values: Sequence[Any], *, own: bool) -> Any:
     """Undo `pack`, with these tensors' values.
 
     With `own`, every tensor becomes a fresh leaf (a Parameter where it was one), for an object that
     will own them; else the values themselves are put in, autograd history included.
     """
+    values = without_bases(values)
     made: dict[int, torch.Tensor] = {}
 
-    def load(pid: tuple[str, int, bool]) -> torch.Tensor:
-        kind, i, requires_grad = pid
-        if not own:
-            return values[i]
+    def load(pid: tuple[str, int, bool, Beside | None]) -> torch.Tensor:
+        kind, i, requires_grad, carried = pid
         if i not in made:
-            value = values[i].detach()
-            made[i] = (
-                nn.Parameter(value, requires_grad)
-                if kind == "parameter"
-                else value.requires_grad_(requires_grad)
-            )
+            made[i] = values[i] if not own else _leaf(kind, values[i].detach(), requires_grad)
+        if carried is not None:
+            put_beside(made[i], carried)
         return made[i]
 
     return loads(data, load)
+
+
+def _leaf(kind: str, value: torch.Tensor, requires_grad: bool) -> torch.Tensor:
+    if kind == "parameter":
+        return nn.Parameter(value, requires_grad)
+    return value.requires_grad_(requires_grad)

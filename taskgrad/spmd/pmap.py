@@ -21,6 +21,7 @@ from taskgrad.graph.layers import kind_of
 from taskgrad.graph.nodes import Call, Leaf, Node
 from taskgrad.graph.pytree import Slot, Structure, describe, flatten, map_leaves
 from taskgrad.graph.ranks import Gang, Rank
+from taskgrad.graph.sending import check_process, is_parametrized
 from taskgrad.spmd.axes import Axis, check, is_axis, join, mapped_size, spread
 from taskgrad.thunk import Lazy, Thunk
 from taskgrad.worker.ranks import running
@@ -219,6 +220,8 @@ def _calls(
 ) -> list[Call]:
     """One call a rank, each pinned to its worker."""
     packed = _pack(_Program(fn, split.template), title)
+    if packed.modules:
+        check_process(title, parametrized=is_parametrized(packed.modules))
     names = {id(p): (n, m) for m in packed.modules for n, p in m.named_parameters()}
     buffers = {id(b) for m in packed.modules for b in m.buffers()}
     shared: list[Node] = [

@@ -112,7 +112,7 @@ class Resumable:
             raise TypeError(f"a checkpoint goes into a GraphChain; got {type(chain).__name__}")
         index = read_index(path)
         check_model(index, chain, path)
-        check_optimizer(index, optimizer)
+        check_optimizer(index, optimizer, chain)
         options = options_for(index, options)
         folder = str(path / index["folder"])
         needs = parts(index, chain)

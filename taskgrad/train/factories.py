@@ -5,21 +5,32 @@ from __future__ import annotations
 import fnmatch
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from taskgrad.graph import pack
-from taskgrad.graph.layers import kind_of
+from taskgrad.graph.layers import ParameterInfo, kind_of
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 Groups = list[tuple[list[str], dict[str, Any]]]
 
 
-def example_of(factory: Any) -> tuple[torch.optim.Optimizer, nn.Parameter]:
-    """An optimizer of this kind over one small parameter, which has a gradient.
+def attributes_of(parameters: Iterable[ParameterInfo]) -> dict[str, Any]:
+    """An example of each attribute that trainable parameters have."""
+    found: dict[str, Any] = {}
+    for info in parameters:
+        if info.requires_grad and not info.is_buffer:
+            found = {**info.attributes, **found}
+    return found
+
+
+def example_of(
+    factory: Any, attributes: Mapping[str, Any]
+) -> tuple[torch.optim.Optimizer, nn.Parameter]:
+    """An optimizer of this kind over one small parameter with a gradient and these attributes.
 
     Raises
     ------
@@ -35,6 +46,7 @@ def example_of(factory: Any) -> tuple[torch.optim.Optimizer, nn.Parameter]:
     with torch.enable_grad():
         parameter = nn.Parameter(torch.zeros(8, 8))
     parameter.grad = torch.zeros(8, 8)
+    vars(parameter).update(attributes)
     try:
         made = factory([parameter])
     except TypeError as error:
@@ -95,12 +107,12 @@ def precision(amp: str | None) -> torch.dtype | None:
     return None if amp is None else _PRECISIONS[amp]
 
 
-def state_per_parameter(factory: Any) -> float | None:
+def state_per_parameter(factory: Any, attributes: Mapping[str, Any]) -> float | None:
     """How many numbers an optimizer keeps for each number of a parameter, found by trying it.
 
     None if a small parameter is no example for it. Raises what `example_of` does.
     """
-    made, parameter = example_of(factory)
+    made, parameter = example_of(factory, attributes)
     try:
         made.step()
     except Exception:  # it wants other parameters than this one

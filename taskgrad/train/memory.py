@@ -9,7 +9,7 @@ from dask.utils import format_bytes
 
 from taskgrad.chain import GraphChain
 from taskgrad.errors import MemoryLimitError
-from taskgrad.train.factories import example_of, state_per_parameter
+from taskgrad.train.factories import attributes_of, example_of, state_per_parameter
 from taskgrad.worker.spilling import CHUNK
 
 logger = logging.getLogger("taskgrad")
@@ -34,9 +34,10 @@ def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate:
     MemoryLimitError
         Says for each worker that is too small what it needs and how much is missing.
     """
-    kept = state_per_parameter(optimizer) or 0
+    attributes = attributes_of(chain._tensors.values())
+    kept = state_per_parameter(optimizer, attributes) or 0
     # One parameter after the other: torch's own optimizers do that, others may look at all.
-    by_parameter = type(example_of(optimizer)[0]).__module__.startswith("torch.optim")
+    by_parameter = type(example_of(optimizer, attributes)[0]).__module__.startswith("torch.optim")
     sets_of_gradients = 1 + (microbatches > 1 or accumulate > 1) + (accumulate > 1)
     room = chain._session.memory([stage.worker for stage in chain._stages.values()])
     if not any(room.values()):

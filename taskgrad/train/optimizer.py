@@ -13,7 +13,7 @@ from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.executors.futures import run, values_of
 from taskgrad.executors.installing import copy_tied
 from taskgrad.graph.nodes import Node, Stage, StageCall, new_key
-from taskgrad.train.factories import example_of
+from taskgrad.train.factories import attributes_of, example_of
 from taskgrad.train.owner import check_owner, taking_over
 
 
@@ -54,7 +54,7 @@ class Optimizer:
     def __init__(self, chain: GraphChain, factory: Callable[..., torch.optim.Optimizer]) -> None:
         if not isinstance(chain, GraphChain):
             raise TypeError(f"an Optimizer updates a GraphChain; got {type(chain).__name__}")
-        example_of(factory)
+        example_of(factory, attributes_of(chain._tensors.values()))
         self._chain = chain
         by_stage: dict[Stage, list[str]] = {}
         for name, info in chain.named_parameters_info():

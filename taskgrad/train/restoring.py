@@ -14,7 +14,7 @@ from taskgrad.graph.encoding import decode, tensors_in
 from taskgrad.graph.layers import owner_of
 from taskgrad.graph.nodes import Stage
 from taskgrad.train.contents import NOT_WRITTEN, inventory, living_on, stage_of
-from taskgrad.train.factories import example_of
+from taskgrad.train.factories import attributes_of, example_of
 
 
 def check_model(index: Mapping[str, Any], chain: GraphChain, path: Path) -> None:
@@ -43,9 +43,10 @@ def check_model(index: Mapping[str, Any], chain: GraphChain, path: Path) -> None
         )
 
 
-def check_optimizer(index: Mapping[str, Any], optimizer: Any) -> None:
+def check_optimizer(index: Mapping[str, Any], optimizer: Any, chain: GraphChain) -> None:
     """Raise CheckpointError unless the state is of this kind of optimizer."""
-    saved, given = index["optimizer"]["class"], type(example_of(optimizer)[0]).__qualname__
+    made, _ = example_of(optimizer, attributes_of(chain._tensors.values()))
+    saved, given = index["optimizer"]["class"], type(made).__qualname__
     if given != saved:
         raise CheckpointError(f"the checkpoint has the state of {saved}, and {given} was given")
 

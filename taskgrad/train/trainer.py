@@ -22,6 +22,7 @@ from taskgrad.train.data import Cutter
 from taskgrad.train.factories import (
     OptimizerFactory,
     adds_up,
+    attributes_of,
     check_counts,
     check_limits,
     check_scheduler,
@@ -152,7 +153,7 @@ class Trainer(Resumable):
         check_limits(clip_norm=clip_norm, clip_value=clip_value)
         check_scheduler(lr_scheduler)
         dtype = precision(amp)
-        example_of(optimizer)
+        example_of(optimizer, attributes_of(chain._tensors.values()))
         loss, loss_kind = packed_loss(loss_fn)
         trainable = [n for n, info in chain.named_parameters_info() if info.requires_grad]
         if not trainable:

@@ -13,6 +13,7 @@ from taskgrad.graph.nodes import Draw
 from taskgrad.graph.pytree import Structure, carries_gradient, describe, flatten
 from taskgrad.worker.failures import backward_error
 from taskgrad.worker.gradients import Gradient, accumulate_into, own
+from taskgrad.worker.hooks import hooks_off
 from taskgrad.worker.ranks import Member
 from taskgrad.worker.store import ResidentStage, Store, Tape
 from taskgrad.worker.turn import turn
@@ -59,7 +60,7 @@ class Backward:
                 store.tape(self.token, keep=False)
             slots = {i: tape.inputs[i] for i in self.wanted}
             try:
-                with tape.lock:
+                with tape.lock, hooks_off(tape.parameters.values()):
                     found, parameters = _differentiate(tape, seeds, slots, self.retain)
             except LayerError:
                 raise
@@ -94,7 +95,7 @@ class Backward:
                 else store.gradients(source).get(name)
                 for source in sources
             ]
-            accumulate_into(stage.parameters[name], parts, values)
+            accumulate_into(stage, name, parts, values, address=store.address, draw=self.draw)
 
     def _sum(self, tape: Tape, address: str, values: tuple[Any, ...]) -> list[Gradient]:
         """The cotangents of the output's leaves, those that meet summed in the order given."""

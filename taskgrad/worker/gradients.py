@@ -8,6 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from taskgrad.graph.beside import has_hooks
+from taskgrad.graph.layout import is_dense
+from taskgrad.graph.nodes import Draw
+from taskgrad.worker.hooks import accumulate_hooked
+from taskgrad.worker.store import ResidentStage
+
 Gradient = torch.Tensor | None
 
 
@@ -34,12 +40,9 @@ def own(grads: dict[str, Gradient], shared: Iterable[Any]) -> dict[str, Gradient
     return found
 
 
-def accumulate_into(
-    parameter: nn.Parameter, parts: Sequence[Gradient], borrowed: Iterable[Any]
-) -> None:
-    """Add the sum of these parts, in order, to a parameter's gradient.
+def summed(parameter: nn.Parameter, parts: Sequence[Gradient], borrowed: Iterable[Any]) -> Gradient:
+    """The sum of these parts of a parameter's gradient, in order, in memory of its own.
 
-    They are summed before they are added, as autograd does for a parameter that is used twice.
     `borrowed` are values that are not ours to keep: Dask's memory.
     """
     total: Gradient = None
@@ -47,12 +50,49 @@ def accumulate_into(
         if part is not None:
             part = part.to(parameter.device)
             total = part if total is None else total + part
+    if total is not None and any(total is value for value in borrowed):
+        return total.clone()
+    return total
+
+
+def accumulate_into(
+    stage: ResidentStage,
+    name: str,
+    parts: Sequence[Gradient],
+    borrowed: Iterable[Any],
+    *,
+    address: str,
+    draw: Draw | None = None,
+) -> None:
+    """Add the sum of these parts, in order, to a parameter's gradient.
+
+    They are summed before they are added, as autograd does for a parameter that is used twice.
+    `borrowed` are values that are not ours to keep: Dask's memory. Hooks that draw random numbers
+    do so from `draw`'s stream of the parameter's name.
+    """
+    parameter = stage.parameters[name]
+    total = summed(parameter, parts, borrowed)
     if total is None:
+        return
+    if has_hooks(parameter):
+        fixed = stage.why_fixed(name)
+        accumulate_hooked(
+            parameter, total.clone(), name=name, address=address, draw=draw, fixed=fixed
+        )
         return
     grad = parameter.grad
     if grad is None:
-        parameter.grad = total.clone() if any(total is value for value in borrowed) else total
+        parameter.grad = _laid_out_as(parameter, total)
     elif grad.layout is total.layout is torch.strided:
         grad.add_(total)
     else:
         parameter.grad = grad + total
+
+
+def _laid_out_as(parameter: nn.Parameter, grad: torch.Tensor) -> torch.Tensor:
+    """A gradient in the order in memory that autograd gives it; norms are summed in that order."""
+    if grad.layout is not torch.strided or parameter.layout is not torch.strided:
+        return grad
+    if grad.stride() == parameter.stride() or not is_dense(parameter):
+        return grad
+    return torch.empty_like(parameter, dtype=grad.dtype).copy_(grad)

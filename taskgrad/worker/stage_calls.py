@@ -15,7 +15,9 @@ from torch import nn
 from taskgrad.errors import WorkerLostError
 from taskgrad.graph import pack
 from taskgrad.graph.hollow import Hollow, Making
-from taskgrad.worker.gradients import accumulate_into
+from taskgrad.graph.layout import View
+from taskgrad.worker.gradients import accumulate_into, summed
+from taskgrad.worker.hooks import hooked_gradient
 from taskgrad.worker.making import make_values
 from taskgrad.worker.sizes import store_bytes
 from taskgrad.worker.store import ResidentStage, Store
@@ -24,7 +26,7 @@ from taskgrad.worker.store import ResidentStage, Store
 def install(
     store: Store,
     token: str,
-    tensors: list[torch.Tensor | Hollow],
+    tensors: list[torch.Tensor | Hollow | View],
     *,
     data: bytes,
     names: dict[str, tuple[int, str]],
@@ -32,11 +34,13 @@ def install(
     store_id: str,
     makings: dict[int, Making],
     seed: int,
+    copied: list[str],
 ) -> str:
     """Unpack layers and keep them as a stage, if it is not there; gives the device they are on.
 
     `names` maps the chain's name of each parameter to (layer index, name in the layer); `makings`
-    say how the layers of an index come by values that were not sent.
+    say how the layers of an index come by values that were not sent; `copied` are the parameters of
+    which other stages have copies.
 
     Raises
     ------
@@ -55,7 +59,7 @@ def install(
     if known is not None:  # trained meanwhile
         return str(known.device)
     there = torch.device("cpu") if device is None else _assigned(device)
-    values = [t.empty(there) if isinstance(t, Hollow) else t.clone() for t in tensors]
+    values = [_value(t, there) for t in tensors]
     layers: dict[int, Any] = pack.unpack(data, values, own=True)
     for index in reversed(makings):  # the first of those that share a parameter has the last word
         make_values(layers[index], makings[index], seed, store.address)
@@ -65,8 +69,14 @@ def install(
         for module in modules:
             module.to(place)
     parameters = {name: _parameter(layers[i], local) for name, (i, local) in names.items()}
-    store.put(token, ResidentStage(layers, parameters, place))
+    store.put(token, ResidentStage(layers, parameters, place, frozenset(copied)))
     return str(place)
+
+
+def _value(sent: torch.Tensor | Hollow | View, device: torch.device) -> Any:
+    if isinstance(sent, Hollow):
+        return sent.empty(device)
+    return sent if isinstance(sent, View) else sent.clone()
 
 
 def _device_of(modules: Sequence[nn.Module]) -> torch.device:
@@ -95,15 +105,17 @@ def _parameter(layer: Any, name: str) -> nn.Parameter:
     return found
 
 
-def fetch(store: Store, token: str, *, mode: bool | None) -> tuple[bytes, list[torch.Tensor]]:
+def fetch(
+    store: Store, token: str, *, mode: bool | None
+) -> tuple[bytes, list[torch.Tensor | View]]:
     """The stage's layers, packed, their tensors as copies on the host."""
     stage = store.stage(token)
     with stage.lock:
         for layer in stage.layers.values():
             if isinstance(layer, nn.Module) and mode is not None:
                 layer.train(mode)
-        packed = pack.pack(stage.layers)
-        return packed.data, [_copy(t) for t in packed.tensors]
+        packed = pack.pack(stage.layers, hooks=True)
+        return packed.data, [t if isinstance(t, View) else _copy(t) for t in packed.laid_out()]
 
 
 def _copy(t: torch.Tensor) -> torch.Tensor:
@@ -162,7 +174,21 @@ def accumulate(store: Store, token: str, *values: Any, parts: dict[str, list[str
                 store.gradients(source).get(name) if isinstance(source, str) else values[source]
                 for source in sources
             ]
-            accumulate_into(stage.parameters[name], found, values)
+            accumulate_into(stage, name, found, values, address=store.address)
+
+
+def hooked(store: Store, token: str, *parts: torch.Tensor | None, name: str) -> Any:
+    """The sum of a parameter's gradients after the hooks on it, on the host; None if it has none.
+
+    Nothing is accumulated: what ``torch.autograd.grad`` gives.
+    """
+    stage = store.stage(token)
+    with stage.lock:
+        parameter = stage.parameters[name]
+        total = summed(parameter, parts, parts)
+        if total is None:
+            return None
+        return hooked_gradient(parameter, total, name=name, address=store.address).cpu()
 
 
 def give(store: Store, token: str, *, names: list[str]) -> dict[str, torch.Tensor]:

@@ -48,11 +48,13 @@ class ResidentStage:
     names for them, `parameters` the trainable and frozen parameters by the chain's first name for
     each. `lock` is held while any of it runs, so that a worker of several threads does not tear it.
     `gradient_bytes` is what was last counted; `uncounted` asks whoever holds the lock to do it.
+    `copied` are the parameters of which other stages have copies.
     """
 
     layers: dict[int, Any]
     parameters: dict[str, nn.Parameter]
     device: torch.device
+    copied: frozenset[str] = frozenset()
     mode: bool | None = None
     optimizer: torch.optim.Optimizer | None = None
     made: Made | None = None  # what will take their place, once every stage has made its own
@@ -63,6 +65,20 @@ class ResidentStage:
     gradient_bytes: int = 0
     uncounted: bool = False
     lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def why_fixed(self, name: str) -> str | None:
+        """Why a hook may not change this parameter now, if so."""
+        if self.training is not None and self.training.begun is not None:
+            return (
+                "which a Trainer changes at the end of a step, once all gradients are there: "
+                "leave it to the optimizer"
+            )
+        if name in self.copied:
+            return (
+                "and layers on other workers have copies of it, which would stay as they are: "
+                "give the layers that share it one worker"
+            )
+        return None
 
 
 LOSS = -1

@@ -1,0 +1,113 @@
+"""Whether the layers of a model can be sent to workers: found before anything is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as process
+from torch.nn.utils import parametrize
+
+from taskgrad.errors import TaskgradError
+from taskgrad.graph import pack
+from taskgrad.graph.beside import has_hooks, parts_beside
+from taskgrad.graph.layers import Model
+from taskgrad.graph.parametrized import parametrized_names
+
+
+def reached(flat: Model) -> list[list[torch.Tensor]]:
+    """The tensors that each layer takes along: its own, and what it refers to besides.
+
+    Raises
+    ------
+    TypeError
+        A layer cannot be sent; the message names it and, where that is one of its tensors, what the
+        tensor carries that cannot.
+    """
+    found = []
+    for layer, module in zip(flat.layers, flat.modules, strict=True):
+        where = f"layer {layer.name!r} ({layer.kind})"
+        if isinstance(module, nn.Module):
+            _check_parts(module, where, layer.name)
+        try:
+            found.append(pack.pack(module, hooks=True).tensors)
+        except Exception as error:
+            culprit = unpicklable_beside([(layer.name, module)], hooks=True)
+            if culprit is not None:
+                raise TypeError(
+                    f"{where} cannot be sent to a worker, because the {culprit} cannot be pickled "
+                    f"({type(error).__name__}: {error}). Take it off before the chain is made, or "
+                    "write it without what it holds on to (locks, open files, generators)"
+                ) from error
+            raise TypeError(
+                f"{where} cannot be sent to a worker, because it "
+                f"cannot be pickled ({type(error).__name__}: {error}). Take what cannot be "
+                "pickled (locks, open files, generators) out of it, or make it in forward()"
+            ) from error
+    return found
+
+
+def _check_parts(module: nn.Module, where: str, prefix: str) -> None:
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        raise TypeError(
+            f"{where} cannot be sent to a worker, because it is or holds a torch.jit.ScriptModule, "
+            "which cannot be pickled: give the module that it was made from"
+        )
+    for name, tensor in _named(prefix, module):
+        if has_hooks(tensor) and not pack.is_plain(tensor):
+            raise TypeError(
+                f"{where} cannot be sent to a worker with the hooks on its parameter {name!r}: "
+                f"hooks travel with dense parameters, and this is a {type(tensor).__name__} of "
+                f"layout {tensor.layout}. Take the hooks off before the chain is made"
+            )
+
+
+def unpicklable_beside(named: Iterable[tuple[str, Any]], *, hooks: bool) -> str | None:
+    """What cannot be pickled of all that the tensors of modules carry beside their values, if so.
+
+    The modules come with their names in the model.
+    """
+    for prefix, module in named:
+        for name, tensor in _named(prefix, module):
+            for what, part in parts_beside(tensor, hooks=hooks):
+                try:
+                    pack.pack(part)
+                except Exception:
+                    return f"{what} of {name!r}"
+    return None
+
+
+def _named(prefix: str, module: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(module, nn.Module):
+        yield from module.named_parameters(prefix)
+        yield from module.named_buffers(prefix)
+
+
+def check_process(title: str, *, parametrized: bool) -> None:
+    """Refuse to run modules on workers that this process has told to behave otherwise.
+
+    Raises
+    ------
+    TaskgradError
+        There are hooks on all modules of the process; or something `parametrized` is called in
+        ``parametrize.cached()``.
+    """
+    if process._has_any_global_hook():
+        raise TaskgradError(
+            f"this process has hooks on all modules (torch.nn.modules.module."
+            f"register_module_forward_hook and its like), and {title!r} runs in others, which do "
+            "not have them. Remove them, or register hooks on the modules themselves"
+        )
+    if parametrized and parametrize._cache_enabled:
+        raise TaskgradError(
+            f"{title!r} has parametrizations, and parametrize.cached() holds for this process and "
+            "not for the workers, where they run. Use it in the forward of a module"
+        )
+
+
+def is_parametrized(modules: Iterable[Any]) -> bool:
+    """Whether any of these modules, or a part of one, has parametrizations."""
+    parts = (p for m in modules if isinstance(m, nn.Module) for p in m.modules())
+    return any(parametrized_names(part) for part in parts)

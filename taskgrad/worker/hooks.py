@@ -1,0 +1,104 @@
+"""Hooks on the gradients of parameters, run when plain torch runs them: once a backward.
+
+A parameter that several calls use gets its gradient in parts. Hooks see their sum, where the
+parameter lives: not the parts, and not on the workers of its copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+from taskgrad.errors import LayerError
+from taskgrad.graph.nodes import Draw
+from taskgrad.worker.randomness import random_stream
+
+
+@contextmanager
+def hooks_off(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Differentiate by these parameters without a word to their hooks."""
+    held = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+    try:
+        for hooks, _ in held:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, before in held:
+            # Those that were added meanwhile come after those that were there.
+            added = dict(hooks)
+            hooks.clear()
+            hooks.update({**before, **added})
+
+
+def accumulate_hooked(
+    parameter: nn.Parameter,
+    total: torch.Tensor,
+    *,
+    name: str,
+    address: str,
+    draw: Draw | None,
+    fixed: str | None,
+) -> None:
+    """Add a gradient, which nobody else holds, as autograd does: hooks, sum, hooks after it.
+
+    `fixed` says why the parameter may not be changed now, if so.
+
+    Raises
+    ------
+    LayerError
+        A hook raised, or changed the parameter where it may not.
+    """
+    before = None
+    if fixed is not None and parameter._post_accumulate_grad_hooks:
+        before = parameter.detach().clone()
+    with _said(name, address), _stream(draw, name):
+        torch.autograd.backward(parameter, total)
+    if before is not None and not _same(parameter, before):
+        with torch.no_grad():
+            parameter.copy_(before)
+        raise LayerError(
+            f"a hook of parameter {name!r} on worker {address} changed the parameter, {fixed}",
+            name,
+            address,
+            None,
+        )
+
+
+def hooked_gradient(
+    parameter: nn.Parameter, total: torch.Tensor, *, name: str, address: str
+) -> torch.Tensor:
+    """A gradient after its hooks; nothing is accumulated.
+
+    Raises
+    ------
+    LayerError
+        A hook raised.
+    """
+    with _said(name, address):
+        [found] = torch.autograd.grad(parameter, parameter, total)
+    return found
+
+
+@contextmanager
+def _said(name: str, address: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise LayerError(
+            f"a hook of parameter {name!r} on worker {address} raised {type(error).__name__}: "
+            f"{error}",
+            name,
+            address,
+            error,
+        ) from error
+
+
+def _stream(draw: Draw | None, name: str) -> AbstractContextManager[None]:
+    return nullcontext() if draw is None else random_stream(*draw, name)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool(((a == b) | ((a != a) & (b != b))).all())
