@@ -69,7 +69,8 @@ class GraphChain(Lazy):
     model : nn.Module or callable
         An ``nn.Sequential`` (nested ones are flattened, names kept) with `Parallel` layers wherever
         a value branches; any other module is one layer. It is copied: the chain does not change it
-        and keeps nothing of it on the driver but names and shapes. Or a function that makes it,
+        and keeps nothing of it on the driver but names and shapes; attributes of its parameters and
+        hooks on their gradients go with them. Or a function that makes it,
         which is called under ``torch.device("meta")``: what is on the meta device gets its values
         on its worker, from ``weights`` or from the ``reset_parameters`` of each module.
     client : distributed.Client, optional

@@ -270,7 +270,7 @@ def drop_tapes(targets: Sequence[Node]) -> None:
     used = {n.call for n in nodes if isinstance(n, Pullback)}
     for node in nodes:
         if isinstance(node, Call) and node not in used:
-            node.taped = False
+            node.taped = node.grad_mode = False
 
 
 def values_of(targets: Sequence[Node], session: Session) -> list[Any]:

@@ -56,6 +56,7 @@ def _(node: Call) -> Forward:
         mode=node.mode,
         autocast=node.autocast,
         taped=node.taped,
+        grad_mode=node.grad_mode,
         needs_grad=tuple(i.needs_grad for i in node.inputs),
         buffers=node.buffers if node.returns_buffers else (),
         draw=node.draw,

@@ -68,21 +68,32 @@ class Model:
     tensors: dict[str, ParameterInfo] = field(default_factory=dict)
 
 
-def _hooked(module: nn.Module) -> bool:
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_STATE_HOOKS = (
+    *("_state_dict_hooks", "_state_dict_pre_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+# What a container does not do once its parts stand in its place.
+_METHODS = (
+    *("forward", "__call__", "train", "state_dict", "load_state_dict", "_save_to_state_dict"),
+    *("_load_from_state_dict", "get_extra_state", "set_extra_state"),
+)
+
+
+def _hooked(module: nn.Module, names: Iterable[str] = _CALL_HOOKS) -> bool:
     return any(getattr(module, name, None) for name in names)
 
 
 def _opens(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a container can be replaced by its parts: its own forward, and nobody listening."""
+    """Whether a container can be replaced by its parts: it does nothing of its own, nor hooks."""
     own_tensors = any(True for _ in module.parameters(recurse=False)) or any(
         True for _ in module.buffers(recurse=False)
     )
     return (
         isinstance(module, kind)
-        and type(module).forward is kind.forward
-        and "forward" not in module.__dict__
-        and not _hooked(module)
+        and all(getattr(type(module), name) is getattr(kind, name) for name in _METHODS)
+        and not any(name in vars(module) for name in _METHODS)
+        and not _hooked(module, (*_CALL_HOOKS, *_STATE_HOOKS))
         and not own_tensors
     )
 
@@ -100,8 +111,8 @@ def kind_of(fn: Any) -> str:
 def flatten_model(model: nn.Module) -> Model:
     """List the layers of a model in the order in which it runs them.
 
-    Nested ``nn.Sequential`` and `Parallel` containers are opened unless they carry hooks or a
-    forward of their own; every other module is one layer. Names are the model's own.
+    Nested ``nn.Sequential`` and `Parallel` containers are opened unless they carry hooks or methods
+    of their own for forward, mode or state; every other module is one layer. Names are the model's.
 
     Raises
     ------

@@ -192,6 +192,7 @@ class Call(Node):
         "draw",
         "extras",
         "function",
+        "grad_mode",
         "kind",
         "mode",
         "parameters",
@@ -240,7 +241,8 @@ class Call(Node):
         self.autocast = autocast_now()
         self._inputs = tuple(inputs)
         self._needs_grad = bool(parameters) or any(i.needs_grad for i in inputs)
-        self.taped = torch.is_grad_enabled() and self._needs_grad
+        self.grad_mode = torch.is_grad_enabled()
+        self.taped = self.grad_mode and self._needs_grad
         self.spent = False
         self.returns_buffers = False  # whether a BufferState of it is run with it
         self.pending = 0  # autograd functions on the driver that have yet to use the tape

@@ -35,8 +35,22 @@ class _Pickler(cloudpickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         """Called for all but numbers, strings and built-in containers."""
-        reduced = reduce_module(obj) if isinstance(obj, nn.Module) else NotImplemented
+        reduced: Any = NotImplemented
+        if isinstance(obj, nn.Module):
+            reduced = reduce_module(obj)
+        elif isinstance(obj, torch.Tensor) and obj.is_leaf and obj.requires_grad:
+            reduced = _again_a_leaf, obj.__reduce_ex__(pickle.DEFAULT_PROTOCOL)[:2]
         return super().reducer_override(obj) if reduced is NotImplemented else reduced
+
+
+def _again_a_leaf(build: Callable[..., torch.Tensor], arguments: tuple[Any, ...]) -> torch.Tensor:
+    """What torch makes of a pickled tensor; a subclass is then no leaf, though it was one."""
+    found = build(*arguments)
+    if found.is_leaf:
+        return found
+    made = found.detach().requires_grad_()
+    vars(made).update(vars(found))
+    return made
 
 
 class _Unpickler(pickle.Unpickler):

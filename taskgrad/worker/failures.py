@@ -40,7 +40,7 @@ def backward_error(error: Exception, address: str, title: str, draw: Draw | None
     """Autograd raised in the backward of some layers."""
     return LayerError(
         f"the backward of {title!r} on worker {address} raised {type(error).__name__}{_when(draw)}"
-        f": {error}\nA function of the layer's own, or a tensor that it wrote in place?\n"
+        f": {error}\n{_advice(error)}\n"
         f"The traceback there:\n{_own_frames(error)}{type(error).__name__}: {error}",
         title,
         address,
@@ -80,6 +80,15 @@ def making_errors(address: str) -> Iterator[None]:
             address,
             error,
         ) from error
+
+
+def _advice(error: Exception) -> str:
+    if "use_reentrant=True" in str(error):
+        return (
+            "The layer uses torch.utils.checkpoint with use_reentrant=True, which works in one "
+            "process only: use use_reentrant=False, or the checkpoint= of a Trainer."
+        )
+    return "A function of the layer's own, or a tensor that it wrote in place?"
 
 
 def _when(draw: Draw | None) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from taskgrad.errors import LayerError
 from taskgrad.graph import pack
 from taskgrad.graph.nodes import Draw
 from taskgrad.graph.pytree import Slot, Structure, carries_gradient, describe, flatten, map_leaves
@@ -44,6 +45,7 @@ class Forward:
     mode: bool | None
     autocast: tuple[tuple[str, torch.dtype], ...]
     taped: bool
+    grad_mode: bool
     needs_grad: tuple[bool, ...]
     buffers: tuple[int, ...] = ()
     draw: Draw | None = None
@@ -84,7 +86,7 @@ class Forward:
         takes: list[list[torch.Tensor | None]] = []
         structures: list[Structure] = []
         fed: list[Any] = []
-        grad_mode = self.rank.gang.grad_mode if self.rank is not None else self.taped
+        grad_mode = self.rank.gang.grad_mode if self.rank is not None else self.grad_mode
         with torch.set_grad_enabled(grad_mode):
             for value, wanted in zip(values, self.needs_grad, strict=True):
                 leaves, structure = flatten(value)
@@ -112,13 +114,15 @@ class Forward:
             store.put(buffers_key(self.token), changed)
         leaves, structure = flatten(output)
         if self.taped:
+            parameters = _trainable(stage, self.steps)
+            _refuse_unknown(parameters, stage, store.address)
             tape = Tape(
                 self.title,
                 takes,
                 structures,
                 leaves,
                 structure,
-                _trainable(stage, self.steps),
+                parameters,
                 stage,
                 member,
                 recomputes=bool(self.recompute),
@@ -265,6 +269,21 @@ def _trainable(
         return {}
     used = {id(p) for module in _modules(stage, steps) for p in module.parameters()}
     return {n: p for n, p in stage.parameters.items() if id(p) in used and p.requires_grad}
+
+
+def _refuse_unknown(
+    parameters: dict[str, nn.Parameter], stage: ResidentStage | None, address: str
+) -> None:
+    """Nobody takes the gradients of parameters that were frozen when the chain was made."""
+    late = [name for name in parameters if stage is not None and name not in stage.trainable]
+    if late:
+        raise LayerError(
+            f"parameter {late[0]!r} on worker {address} was frozen when the chain was made and "
+            "requires grad now: a layer set that in its forward. Set it before the chain is made",
+            late[0],
+            address,
+            None,
+        )
 
 
 def _set_mode(stage: ResidentStage, mode: bool | None) -> None:

@@ -69,7 +69,8 @@ def install(
         for module in modules:
             module.to(place)
     parameters = {name: _parameter(layers[i], local) for name, (i, local) in names.items()}
-    store.put(token, ResidentStage(layers, parameters, place, frozenset(copied)))
+    trainable = frozenset(name for name, p in parameters.items() if p.requires_grad)
+    store.put(token, ResidentStage(layers, parameters, place, frozenset(copied), trainable))
     return str(place)
 
 

@@ -48,13 +48,15 @@ class ResidentStage:
     names for them, `parameters` the trainable and frozen parameters by the chain's first name for
     each. `lock` is held while any of it runs, so that a worker of several threads does not tear it.
     `gradient_bytes` is what was last counted; `uncounted` asks whoever holds the lock to do it.
-    `copied` are the parameters of which other stages have copies.
+    `copied` are the parameters of which other stages have copies, `trainable` those that the chain
+    knows as such.
     """
 
     layers: dict[int, Any]
     parameters: dict[str, nn.Parameter]
     device: torch.device
     copied: frozenset[str] = frozenset()
+    trainable: frozenset[str] = frozenset()
     mode: bool | None = None
     optimizer: torch.optim.Optimizer | None = None
     made: Made | None = None  # what will take their place, once every stage has made its own
