@@ -169,3 +169,22 @@ def test_what_a_closed_client_leaves_says_so(client):
         with pytest.raises(tg.TaskgradError, match="the Dask client is closed: .*Open a client"):
             use()
     assert repr(y).startswith("Thunk")
+
+
+def test_code_that_workers_do_not_have_is_named_with_what_to_do(client, tmp_path, monkeypatch):
+    code = "class Net:\n    pass\n\ndef double(x):\n    return 2 * x"
+    (tmp_path / "only_here.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    import only_here
+
+    for use in (
+        lambda: tg.spawn(only_here.double, torch.ones(2)),
+        lambda: tg.spawn(type, only_here.Net()),
+        lambda: tg.GraphChain(nn.Sequential(nn.Identity()), client=client)([only_here.Net()]),
+    ):
+        with pytest.raises(tg.TaskgradError, match=r"only_here.*client.upload_file"):
+            tg.collect(use())
+    with pytest.raises(tg.TaskgradError, match=r"only_here.*client.upload_file"):
+        tg.map(only_here.double, [1], client=client)
+    with pytest.raises(tg.TaskgradError, match=r"only_here.*client.upload_file"):
+        tg.map(type, [only_here.Net()], client=client)

@@ -80,11 +80,23 @@ def loads(data: bytes, load: Callable[[Any], Any]) -> Any:
     try:
         return _Unpickler(io.BytesIO(data), load).load()
     except (ImportError, AttributeError) as error:
-        raise TaskgradError(
-            f"code that a layer or function needs is not on this worker ({error}). Install its "
-            "package there, send the file with client.upload_file(path), or define it in the "
-            "script or notebook itself, which travels along"
-        ) from error
+        raise _missing(error) from error
+
+
+def loads_arguments(data: bytes) -> Any:
+    """Undo plain pickling of arguments; raises as `loads` does."""
+    try:
+        return pickle.loads(data)
+    except (ImportError, AttributeError) as error:
+        raise _missing(error) from error
+
+
+def _missing(error: Exception) -> TaskgradError:
+    return TaskgradError(
+        f"code that a layer or function needs is not on this worker ({error}). Install its "
+        "package there, send the file with client.upload_file(path), or define it in the "
+        "script or notebook itself, which travels along"
+    )
 
 
 def is_plain(obj: Any) -> bool:

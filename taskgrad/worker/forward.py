@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import pickle
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,7 +193,9 @@ class Forward:
 
 def _fill(template: bytes, fed: list[Any]) -> Any:
     """A template with the inputs in their slots."""
-    return map_leaves(lambda x: fed[x.index] if isinstance(x, Slot) else x, pickle.loads(template))
+    return map_leaves(
+        lambda x: fed[x.index] if isinstance(x, Slot) else x, pack.loads_arguments(template)
+    )
 
 
 def _check_loss(value: Any, finite: bool) -> None:

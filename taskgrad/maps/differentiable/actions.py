@@ -8,7 +8,6 @@ the chunks share.
 from __future__ import annotations
 
 import contextlib
-import pickle
 import threading
 import time
 import uuid
@@ -117,7 +116,7 @@ class RunChunk:
     def _parts(self, items: list[Any], threads: int) -> list[Rows]:
         """The rows for each thread."""
         data, *tensors = items
-        rows = pickle.loads(data)
+        rows = pack.loads_arguments(data)
         parts = []
         for r in share(len(rows), [1] * min(threads, len(rows))):
             leaves, structure = flatten(rows[r.start : r.stop])
