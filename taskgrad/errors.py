@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from typing import Any
 
 
@@ -67,9 +66,4 @@ class LayerError(TaskgradError, RuntimeError):
         self.__cause__ = cause
 
     def __reduce__(self) -> tuple[Any, ...]:
-        cause: BaseException | None = self.__cause__
-        try:
-            pickle.loads(pickle.dumps(cause))
-        except Exception:
-            cause = None  # the message already holds its text and traceback
-        return type(self), (str(self), self.layer, self.worker, cause)
+        return type(self), (str(self), self.layer, self.worker, self.__cause__)

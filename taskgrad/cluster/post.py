@@ -20,13 +20,12 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any
 
-import cloudpickle
 import distributed
 from distributed import Worker
 from distributed.protocol.serialize import to_serialize
 
+from taskgrad import remote_errors
 from taskgrad.cluster.config import deadline
-from taskgrad.errors import TaskgradError
 from taskgrad.worker.mail import End, Mail, Message
 
 logger = logging.getLogger("taskgrad")
@@ -65,7 +64,7 @@ class Post:
 
     def tell(self, worker: str, key: str, error: BaseException) -> Future[None]:
         """Have a task fail with this error; see `Carrier`."""
-        return self._start(self._ask(worker, _FAIL, key=key, error=_dumps(error)))
+        return self._start(self._ask(worker, _FAIL, key=key, error=remote_errors.dumps(error)))
 
     def attend(self, worker: str, key: str) -> Future[End | None]:
         """How a task ended; see `Carrier`."""
@@ -89,7 +88,7 @@ class Post:
             raise OSError(f"{worker} does not answer: {error}") from error
         if answer is None:
             return None
-        return End(answer["count"], answer["error"] and cloudpickle.loads(answer["error"]))
+        return End(answer["count"], answer["error"] and remote_errors.loads(answer["error"]))
 
     def _take(self, key: str, head: tuple[Any, ...], parcel: Any) -> dict[str, Any] | None:
         self._clean()
@@ -97,7 +96,7 @@ class Post:
         return _end(self._mail.deliver(key, message))
 
     def _take_error(self, key: str, error: bytes) -> None:
-        self._mail.fail(key, cloudpickle.loads(error))
+        self._mail.fail(key, remote_errors.loads(error))
 
     async def _tell_end(self, key: str) -> dict[str, Any] | None:
         until = time.monotonic() + _ATTENTION
@@ -116,13 +115,4 @@ class Post:
 def _end(end: End | None) -> dict[str, Any] | None:
     if end is None:
         return None
-    return {"count": end.count, "error": end.error and _dumps(end.error)}
-
-
-def _dumps(error: BaseException) -> bytes:
-    try:
-        data: bytes = cloudpickle.dumps(error)
-        cloudpickle.loads(data)
-    except Exception:
-        data = cloudpickle.dumps(TaskgradError(f"{type(error).__name__}: {error}"))
-    return data
+    return {"count": end.count, "error": end.error and remote_errors.dumps(end.error)}

@@ -33,6 +33,8 @@ from distributed.protocol.serialize import (
 
 from taskgrad.cluster import loans
 from taskgrad.cluster.tensors import reduce_tensor
+from taskgrad.errors import TravelError
+from taskgrad.remote_errors import text_of
 
 # These hold no tensor; Dask's own function pickles them as fast as can be.
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
@@ -134,7 +136,17 @@ def _not_by_class(value: Any) -> NoReturn:
     raise NotImplementedError(type(value).__name__)
 
 
-register_serialization_family("pickle", dumps, pickle_loads)
+def loads(header: dict[str, Any], frames: list[Any]) -> Any:
+    """The value. Dask unpickles in its event loops, which a SystemExit would end."""
+    try:
+        return pickle_loads(header, frames)
+    except Exception:
+        raise
+    except BaseException as error:
+        raise TravelError(f"a value raised when it was unpickled: {text_of(error)}") from error
+
+
+register_serialization_family("pickle", dumps, loads)
 dask_serialize.register(torch.Tensor, _not_by_class)
 dask_serialize.register(torch.nn.Parameter, _not_by_class)
 dask_serialize.register(torch.nn.Module, _not_by_class)

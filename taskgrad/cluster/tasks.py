@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from distributed import get_worker
@@ -11,7 +12,12 @@ from distributed import get_worker
 from taskgrad.cluster import allocator, internals
 from taskgrad.cluster.plugins import store_of
 from taskgrad.cluster.travel import refuse_untravelable
+from taskgrad.remote_errors import RemoteError
+from taskgrad.worker.actions import OnStage
+from taskgrad.worker.failures import exit_error
 from taskgrad.worker.store import Store
+
+T = TypeVar("T")
 
 # Where Dask's nanny restarts a worker, by default.
 _TERMINATE = 0.95
@@ -21,6 +27,21 @@ def _store() -> Store:
     return store_of(get_worker())
 
 
+def contained(what: str, run: Callable[..., T], *args: Any) -> T:
+    """``run(*args)`` in a task; whatever it raises becomes an error of this task.
+
+    Dask ends the worker for SystemExit and KeyboardInterrupt, and sends many other exceptions as a
+    bare Exception. Messages say that `what` raised.
+    """
+    try:
+        return run(*args)
+    except Exception as error:
+        failed = RemoteError(error)
+    except BaseException as error:
+        failed = RemoteError(exit_error(error, get_worker().address, what))
+    raise failed  # here it has no context, whose frames would keep tensors alive
+
+
 def run_action(payload: bytes, *values: Any) -> Any:
     """Run an action on this worker's store.
 
@@ -28,13 +49,24 @@ def run_action(payload: bytes, *values: Any) -> Any:
     the values are the others, then whatever the task had to wait for. It is pickled before Dask
     pickles the graph, so that the scheduler passes it on unopened.
     """
-    action, total, literals = pickle.loads(payload)
+    action, total, literals = contained("the unpickling of a call", pickle.loads, payload)
     given = iter(values)
-    result = action.run(
-        _store(), *[literals[i] if i in literals else next(given) for i in range(total)]
-    )
+    inputs = [literals[i] if i in literals else next(given) for i in range(total)]
+    return contained(_title(action), _run, action, inputs)
+
+
+def _run(action: Any, inputs: list[Any]) -> Any:
+    result = action.run(_store(), *inputs)
     refuse_untravelable(result)
     return result
+
+
+def _title(action: Any) -> str:
+    """What an action runs, for messages."""
+    if isinstance(action, OnStage):
+        return f"{action.action!r} of {action.token.partition('-')[0]!r}"
+    called = getattr(action, "work", action)
+    return repr(getattr(called, "title", type(action).__name__))
 
 
 def introduce(dask_worker: Any = None) -> tuple[str, int]:

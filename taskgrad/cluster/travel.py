@@ -8,6 +8,7 @@ known by their types; anything else is pickled once into the void, tensors left 
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -19,6 +20,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from taskgrad.cluster.serialize import TensorCloudPickler, TensorPickler
 from taskgrad.errors import TravelError
+from taskgrad.remote_errors import text_of
 
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 _DEVICES = frozenset({"cpu", "cuda", "meta", "mps", "xpu"})
@@ -43,6 +45,7 @@ def refuse_untravelable(value: Any) -> None:
         return
     trouble = _trouble(value)
     if trouble is None:
+        _refuse_unreadable(value)
         return
     place, part, why = _culprit(value, trouble)
     where = f"its part {place}, " if place else ""
@@ -51,6 +54,26 @@ def refuse_untravelable(value: Any) -> None:
         f"a {type(part).__module__}.{type(part).__qualname__}: {why}. "
         "Return tensors, numbers or other values that can be pickled"
     )
+
+
+def _refuse_unreadable(value: Any) -> None:
+    """Raise if a value can be pickled, and not unpickled: its receiver would wait for ever."""
+    for kind in (_Checker, _CloudChecker):
+        file, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
+        pickler = kind(file, protocol=5, buffer_callback=buffers.append)
+        try:
+            pickler.dump(value)
+        except Exception:
+            continue
+        try:
+            _Unchecker(io.BytesIO(file.getvalue()), pickler.kept, buffers).load()
+        except BaseException as error:
+            raise TravelError(
+                f"this result can be pickled, and raises when it is unpickled "
+                f"({text_of(error)}): a {type(value).__module__}.{type(value).__qualname__}. Look "
+                "at its __setstate__ and __reduce__"
+            ) from error
+        return
 
 
 def _plainly_travels(value: Any) -> bool:
@@ -81,7 +104,11 @@ def tensor_trouble(t: torch.Tensor) -> str | None:
 
 
 class _Checked:
-    """Stands in for a tensor: what is looked for is everything else."""
+    """Pickles tensors by their numbers: what is looked for is everything else."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kept: list[torch.Tensor] = []
 
     def reducer_override(self, obj: Any) -> Any:
         if not isinstance(obj, torch.Tensor):
@@ -90,7 +117,9 @@ class _Checked:
         if why is not None:
             raise pickle.PicklingError(why)
         if type(obj) is torch.Tensor or type(obj) is torch.nn.Parameter:
-            return int, (), obj.__dict__ or None, None, None, _ignore_state
+            self.kept.append(obj)
+            number = len(self.kept) - 1
+            return _kept, (number,), obj.__dict__ or None, None, None, _ignore_state
         return super().reducer_override(obj)  # type: ignore[misc]
 
 
@@ -103,7 +132,24 @@ class _CloudChecker(_Checked, TensorCloudPickler):
 
 
 def _ignore_state(obj: Any, state: Any) -> None:
-    """Never called: what a checker writes is not read."""
+    """The tensor has its attributes."""
+
+
+def _kept(number: int) -> torch.Tensor:
+    raise NotImplementedError  # `_Unchecker` has another in its place
+
+
+class _Unchecker(pickle.Unpickler):
+    """Unpickles what a checker wrote, with the very tensors."""
+
+    def __init__(self, file: Any, kept: list[torch.Tensor], buffers: Any) -> None:
+        super().__init__(file, buffers=buffers)
+        self._kept = kept
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == __name__ and name == _kept.__name__:
+            return self._kept.__getitem__
+        return super().find_class(module, name)
 
 
 class _DaskChecker(_Checker):

@@ -2,29 +2,25 @@
 
 Both maps raise what the user's function raised, with its own type, so that ``except ValueError``
 works as round a loop. What a loop would show of itself, the item and the place, is in a note
-(``error.__notes__``, shown under the traceback).
+(``error.__notes__``, shown under the traceback). What is no Exception, such as SystemExit, is not
+raised but is the cause of a LayerError: an item shall not end the driver without a word.
 """
 
 from __future__ import annotations
 
-import traceback
+import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import cloudpickle
-
-from taskgrad.errors import TravelError
+from taskgrad.errors import LayerError, TravelError
 from taskgrad.graph.layers import kind_of
-
-E = TypeVar("E", bound=BaseException)
-
-_LONGEST_TRACEBACK = 4000
+from taskgrad.remote_errors import is_portable, message_of, text_of
 
 
-def note_item(
+def item_error(
     error: BaseException, index: int, fn: Callable[..., Any], worker: str, frames: str = ""
-) -> None:
-    """Say in an exception which item of which function raised it, and on which worker.
+) -> Exception:
+    """What a map raises when an item has raised.
 
     To be called on the driver: there are exceptions that lose their notes when they are pickled.
 
@@ -41,27 +37,40 @@ def note_item(
     frames
         What `own_frames` gave there.
     """
-    error.add_note(f"This is item {index} of the map of {kind_of(fn)!r}, on worker {worker}.")
+    what = f"item {index} of the map of {kind_of(fn)!r}"
+    if not isinstance(error, Exception):
+        return LayerError(
+            f"{what}, on worker {worker}, raised {type(error).__name__}: {message_of(error)}\nIt "
+            "does not end the worker, nor the driver: it is an error of this call."
+            + (f" Its traceback there:\n{frames}" if frames else ""),
+            what,
+            worker,
+            error,
+        )
+    error.add_note(f"This is {what}, on worker {worker}.")
     if frames:
         error.add_note(f"Its traceback there:\n{frames}")
+    return error
 
 
-def own_frames(error: BaseException, ours: int = 1) -> str:
-    """The frames of an exception's traceback as text, without this many of ours at its start."""
-    frames = traceback.extract_tb(error.__traceback__)[ours:]
-    return "".join(traceback.format_list(frames))[-_LONGEST_TRACEBACK:].rstrip()
-
-
-def portable(error: E) -> E | TravelError:
-    """The exception, if it can be pickled and made again; else a TravelError with its text."""
-    try:
-        again = cloudpickle.loads(cloudpickle.dumps(error))
-        if type(again).__qualname__ == type(error).__qualname__:
-            return error
-        why = f"it is pickled as a {type(again).__name__}"
-    except Exception as trouble:
-        why = f"{type(trouble).__name__}: {trouble}"
-    text = "".join(traceback.format_exception_only(error)).rstrip()
-    return TravelError(
-        f"an item raised an exception that cannot be sent to the driver ({why}). It was:\n{text}"
+def is_ctrl_c(error: BaseException) -> bool:
+    """Whether this is the user's own Ctrl-C, which reaches the main thread: no item's error."""
+    return (
+        isinstance(error, KeyboardInterrupt)
+        and threading.current_thread() is threading.main_thread()
     )
+
+
+def portable(error: BaseException) -> BaseException:
+    """The exception, if it can be pickled and made again; else a TravelError with its text.
+
+    What can be kept of the exception is the cause of that.
+    """
+    if is_portable(error):
+        return error
+    refused = TravelError(
+        "an item raised an exception that cannot be sent to the driver as it is (it is large, or "
+        f"cannot be pickled and made again). It was:\n{text_of(error)}"
+    )
+    refused.__cause__ = error
+    return refused

@@ -14,6 +14,7 @@ from taskgrad.graph.pytree import Structure, carries_gradient, describe, flatten
 from taskgrad.worker.failures import backward_error
 from taskgrad.worker.gradients import Gradient, accumulate_into, own
 from taskgrad.worker.hooks import hooks_off
+from taskgrad.worker.mail import GangFailed
 from taskgrad.worker.ranks import Member
 from taskgrad.worker.store import ResidentStage, Store, Tape
 from taskgrad.worker.turn import turn
@@ -62,9 +63,9 @@ class Backward:
             try:
                 with tape.lock, hooks_off(tape.parameters.values()):
                     found, parameters = _differentiate(tape, seeds, slots, self.retain)
-            except LayerError:
+            except (LayerError, GangFailed):
                 raise
-            except Exception as error:
+            except BaseException as error:
                 raise backward_error(error, store.address, self.title, self.draw) from error
             if tape.stage is not None:
                 self._accumulate(store, tape.stage, parameters, values)

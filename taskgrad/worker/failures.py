@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,13 +9,11 @@ from typing import Any
 from taskgrad.errors import LayerError
 from taskgrad.graph.nodes import Draw
 from taskgrad.graph.pytree import describe
-
-# Dask cuts long messages in its own way.
-_LONGEST_TRACEBACK = 4000
+from taskgrad.remote_errors import message_of, own_frames, shorten
 
 
 def forward_error(
-    error: Exception,
+    error: BaseException,
     address: str,
     name: str,
     kind: str,
@@ -27,21 +24,20 @@ def forward_error(
     args, kwargs = given
     shown = ", ".join([*map(describe, args), *(f"{k}={describe(v)}" for k, v in kwargs.items())])
     return LayerError(
-        f"layer {name!r} ({kind}) on worker {address} raised {type(error).__name__}{_when(draw)}: "
-        f"{error}\nIt was given {shown}. Check the layer before it, or the input.\n"
-        f"The layer's own traceback:\n{_own_frames(error)}{type(error).__name__}: {error}",
+        f"layer {shorten(name)!r} ({kind}) on worker {address} raised {_kind(error)}{_when(draw)}: "
+        f"{message_of(error)}\nIt was given {shorten(shown)}. Check the layer before it, or the "
+        f"input.\nThe layer's own traceback:\n{_ending(error)}",
         name,
         address,
         error,
     )
 
 
-def backward_error(error: Exception, address: str, title: str, draw: Draw | None) -> LayerError:
+def backward_error(error: BaseException, address: str, title: str, draw: Draw | None) -> LayerError:
     """Autograd raised in the backward of some layers."""
     return LayerError(
-        f"the backward of {title!r} on worker {address} raised {type(error).__name__}{_when(draw)}"
-        f": {error}\n{_advice(error)}\n"
-        f"The traceback there:\n{_own_frames(error)}{type(error).__name__}: {error}",
+        f"the backward of {shorten(title)!r} on worker {address} raised {_kind(error)}{_when(draw)}"
+        f": {message_of(error)}\n{_advice(error)}\nThe traceback there:\n{_ending(error)}",
         title,
         address,
         error,
@@ -53,13 +49,12 @@ def update_errors(address: str, step: int | None, part: str, hint: str = "") -> 
     """What a part of an optimizer's step raises, as an error that says where."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
         when = "" if step is None else f" in step {step}"
         raise LayerError(
-            f"{part} on worker {address} raised {type(error).__name__}{when}: {error}.{hint}\n"
+            f"{part} on worker {address} raised {_kind(error)}{when}: {message_of(error)}.{hint}\n"
             "The update is not made on any worker: parameters and optimizers are as they were "
-            f"before it.\nThe traceback there:\n{_own_frames(error)}{type(error).__name__}: "
-            f"{error}",
+            f"before it.\nThe traceback there:\n{_ending(error)}",
             part.removeprefix("the "),
             address,
             error,
@@ -71,19 +66,19 @@ def making_errors(address: str) -> Iterator[None]:
     """What the making of an optimizer or a scheduler raises, as an error that says where."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
         raise LayerError(
             f"the optimizer or lr_scheduler could not be made on worker {address}: "
-            f"{type(error).__name__}: {error}\nNothing was changed on any worker.\n"
-            f"The traceback there:\n{_own_frames(error)}{type(error).__name__}: {error}",
+            f"{_kind(error)}: {message_of(error)}\nNothing was changed on any worker.\n"
+            f"The traceback there:\n{_ending(error)}",
             "optimizer",
             address,
             error,
         ) from error
 
 
-def _advice(error: Exception) -> str:
-    if "use_reentrant=True" in str(error):
+def _advice(error: BaseException) -> str:
+    if "use_reentrant=True" in message_of(error):
         return (
             "The layer uses torch.utils.checkpoint with use_reentrant=True, which works in one "
             "process only: use use_reentrant=False, or the checkpoint= of a Trainer."
@@ -91,11 +86,26 @@ def _advice(error: Exception) -> str:
     return "A function of the layer's own, or a tensor that it wrote in place?"
 
 
+def exit_error(error: BaseException, address: str, what: str) -> LayerError:
+    """The user's code has raised something that is no Exception, such as SystemExit."""
+    return LayerError(
+        f"{shorten(what)} on worker {address} raised {_kind(error)}: {message_of(error)}\nIt does "
+        "not end the worker, nor the driver: it is an error of this call. The traceback there:\n"
+        f"{_ending(error)}",
+        what,
+        address,
+        error,
+    )
+
+
+def _kind(error: BaseException) -> str:
+    return type(error).__name__
+
+
 def _when(draw: Draw | None) -> str:
     return "" if draw is None else f" in microbatch {draw.microbatch} of step {draw.step}"
 
 
-def _own_frames(error: Exception) -> str:
-    """The frames below ours: the layer's own."""
-    frames = traceback.extract_tb(error.__traceback__)[1:]
-    return "".join(traceback.format_list(frames))[-_LONGEST_TRACEBACK:]
+def _ending(error: BaseException) -> str:
+    """The end of a traceback: the frames below ours, and the error."""
+    return f"{own_frames(error)}\n{_kind(error)}: {message_of(error)}"

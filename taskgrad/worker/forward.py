@@ -19,6 +19,7 @@ from taskgrad.graph.ranks import Rank
 from taskgrad.worker import training
 from taskgrad.worker.deferred_norm import deferred
 from taskgrad.worker.failures import forward_error
+from taskgrad.worker.mail import GangFailed
 from taskgrad.worker.randomness import may_draw, random_stream
 from taskgrad.worker.ranks import Member
 from taskgrad.worker.recompute import recomputed
@@ -172,7 +173,9 @@ class Forward:
                     value = fn(*args, **kwargs)
                 if index == LOSS:
                     _check_loss(value, self.check_finite)
-            except Exception as error:
+            except GangFailed:
+                raise
+            except BaseException as error:
                 given = (args, kwargs)
                 raise forward_error(error, store.address, name, kind, given, self.draw) from error
             args, kwargs = (value,), {}

@@ -11,6 +11,7 @@ from torch import nn
 from taskgrad.errors import CheckpointError, LayerError
 from taskgrad.graph.hollow import Making, named_tensors, reset_of
 from taskgrad.graph.weights import opened
+from taskgrad.remote_errors import message_of
 from taskgrad.worker.randomness import random_stream
 
 # Where a trainer's streams have the numbers of step and microbatch.
@@ -33,10 +34,10 @@ def make_values(layer: nn.Module, making: Making, seed: int, address: str) -> No
         try:
             with random_stream(seed, _MAKING, _MAKING, name):
                 reset()
-        except Exception as error:
+        except BaseException as error:
             raise LayerError(
                 f"reset_parameters() of {name!r} on worker {address} raised "
-                f"{type(error).__name__}: {error}",
+                f"{type(error).__name__}: {message_of(error)}",
                 name,
                 address,
                 error,

@@ -243,7 +243,7 @@ class GoBack:
                 stack.enter_context(tape.lock)
             try:
                 shared, taken = differentiate(pieces, seeds, threads, retain=self.retain)
-            except Exception as error:
+            except BaseException as error:
                 raise backward_error(error, store.address, self.title, None) from error
         by_piece = iter(taken)
         items = {

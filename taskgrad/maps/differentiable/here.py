@@ -23,7 +23,8 @@ from taskgrad.maps.differentiable.pieces import (
     total,
 )
 from taskgrad.maps.differentiable.threads import worker_here
-from taskgrad.maps.failures import note_item
+from taskgrad.maps.failures import is_ctrl_c, item_error
+from taskgrad.worker.failures import backward_error
 
 
 def map_here(
@@ -53,9 +54,12 @@ def map_here(
         if not any(flag for piece in pieces for flag in piece.flags):
             return results
         return _attach(fn, pieces, parts, results, originals, threads)
+    raise item_error(error, index, fn, _where())
+
+
+def _where() -> str:
     worker = worker_here()
-    note_item(error, index, fn, worker.address if worker else "none: a thread of this process")
-    raise error
+    return worker.address if worker else "none: a thread of this process"
 
 
 def _attach(
@@ -141,9 +145,7 @@ class _Recorded(Recording):
     def backward(self, cotangents: Sequence[Gradient], retain: bool) -> list[Gradient]:
         """Every piece's in a thread."""
         self.claim(cotangents, retain)
-        shared, taken = differentiate(
-            self.pieces, self._by_piece(cotangents), self.threads, retain=retain or self.lasts
-        )
+        shared, taken = self._differentiate(self._by_piece(cotangents), retain=retain or self.lasts)
         return [*total(shared), *(grad for grads in taken for grad in grads)]
 
     def differentiable(
@@ -154,7 +156,7 @@ class _Recorded(Recording):
         self.lasts = True
         given = self._by_piece(cotangents)
         seeds = [[None if c is None else c.detach().requires_grad_() for c in cs] for cs in given]
-        found = differentiate(self.pieces, seeds, self.threads, retain=True, create=True)
+        found = self._differentiate(seeds, retain=True, create=True)
         pieces, flags, joined = [], [], list(inputs[: len(self.pieces[0].shared)])
         rest = iter(inputs[len(joined) :])
         for piece, cs, ss, shared, taken in zip(self.pieces, given, seeds, *found, strict=True):
@@ -179,6 +181,16 @@ class _Recorded(Recording):
             *total([grads[:count] for grads in results]),
             *(grad for grads in results for grad in grads[count:]),
         ]
+
+    def _differentiate(self, seeds: Sequence[Sequence[Gradient]], **kwargs: bool) -> Any:
+        try:
+            return differentiate(self.pieces, seeds, self.threads, **kwargs)
+        except Exception:
+            raise
+        except BaseException as error:
+            if is_ctrl_c(error):
+                raise
+            raise backward_error(error, _where(), self.title, None) from error
 
     def _by_piece(self, cotangents: Sequence[Gradient]) -> list[list[Gradient]]:
         rest = iter(cotangents)

@@ -80,6 +80,8 @@ def map(
         `fn` cannot be called, cannot be sent to workers, or closes over what can only be used here.
     Exception
         What the first item that failed raised, as it is; a note says which item and where.
+    LayerError
+        It raised what is no Exception, such as SystemExit: that is the cause.
     TapeError
         In a backward: a second one through the same result without ``retain_graph=True``.
     WorkerLostError

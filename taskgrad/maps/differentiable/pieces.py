@@ -17,7 +17,8 @@ from taskgrad.graph.pytree import carries_gradient, flatten
 from taskgrad.maps.differentiable.items import Row
 from taskgrad.maps.differentiable.reducing import fold
 from taskgrad.maps.differentiable.threads import Halt, run_all
-from taskgrad.maps.failures import own_frames
+from taskgrad.maps.failures import is_ctrl_c
+from taskgrad.remote_errors import own_frames
 from taskgrad.worker.randomness import random_stream
 
 Gradient = torch.Tensor | None
@@ -26,7 +27,7 @@ Gradient = torch.Tensor | None
 class ItemError(Exception):
     """An item raised: its place in the input, what it raised, and the frames below ours."""
 
-    def __init__(self, index: int, error: Exception, frames: str) -> None:
+    def __init__(self, index: int, error: BaseException, frames: str) -> None:
         super().__init__(index, error, frames)
         self.index = index
         self.error = error
@@ -156,7 +157,9 @@ def _run_piece(task: Task, rows: Rows, goes_on: Callable[[], bool]) -> Piece:
             try:
                 with _stream(task.seed, index):
                     results.append(task.fn(*row))
-            except Exception as error:
+            except BaseException as error:
+                if is_ctrl_c(error):
+                    raise
                 raise ItemError(index, error, own_frames(error)) from error
         if task.reduce and results:
             results = [fold(results)]

@@ -24,7 +24,7 @@ from taskgrad.maps.differentiable.items import Row, cut, share
 from taskgrad.maps.differentiable.joining import Recording, join
 from taskgrad.maps.differentiable.pieces import Gradient, ItemError, total
 from taskgrad.maps.differentiable.work import Reply, Work
-from taskgrad.maps.failures import note_item
+from taskgrad.maps.failures import item_error
 
 
 def map_there(
@@ -188,8 +188,7 @@ def _run(
     forget(nodes)
     if isinstance(error, ItemError):
         where = next(c.worker for c in chunks if c.start <= error.index < c.stop)
-        note_item(error.error, error.index, fn, str(where), error.frames)
-        raise error.error
+        raise item_error(error.error, error.index, fn, str(where), error.frames)
     raise error
 
 

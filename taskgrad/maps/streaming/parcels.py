@@ -29,6 +29,8 @@ from taskgrad.cluster import cross_memory
 from taskgrad.cluster.loans import Lent, Seal
 from taskgrad.cluster.serialize import TensorCloudPickler, TensorPickler
 from taskgrad.errors import TravelError
+from taskgrad.maps.failures import is_ctrl_c
+from taskgrad.remote_errors import text_of
 
 _LARGE = 64 << 10
 """Bytes from which on a buffer is a part of its own."""
@@ -200,10 +202,12 @@ def _rows(run: Rows, view: memoryview) -> Iterator[Any]:
 def _loads(pickled: memoryview, buffers: list[Any]) -> Any:
     try:
         return pickle.loads(pickled, buffers=buffers)
-    except Exception as error:
+    except BaseException as error:
+        if is_ctrl_c(error):
+            raise
         raise TravelError(
-            f"what arrived cannot be unpickled here ({type(error).__name__}: {error}). Are the "
-            "modules that it needs installed on both sides?"
+            f"what arrived cannot be unpickled here ({text_of(error)}). Are the modules that it "
+            "needs installed on both sides?"
         ) from error
 
 

@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 from distributed import Worker, get_worker
 from distributed.protocol.serialize import to_serialize
 
+from taskgrad import remote_errors
 from taskgrad.cluster import letters
+from taskgrad.cluster.tasks import contained
 from taskgrad.errors import TaskgradError, TravelError
-from taskgrad.maps.failures import own_frames, portable
+from taskgrad.maps.failures import portable
 from taskgrad.maps.streaming.parcels import Lease, Packer, Parcel
+from taskgrad.remote_errors import own_frames, text_of
 
 _INLINE = 256 << 10
 """Bytes of results up to which they go with the letter, through the scheduler."""
@@ -38,6 +41,13 @@ class Failure(NamedTuple):
     frames: str = ""
     of_item: bool = True
     """Not so if the function itself could not be loaded."""
+
+    def __reduce__(self) -> Any:
+        return _failure, (remote_errors.dumps(self.error), self.frames, self.of_item)
+
+
+def _failure(error: bytes, frames: str, of_item: bool) -> Failure:
+    return Failure(remote_errors.loads(error), frames, of_item)
 
 
 class Kept:
@@ -64,7 +74,10 @@ def run_chunk(chunk: Chunk, items: Parcel) -> Any:
     They go with a letter, if they are small or the driver shall read them here; what the task
     itself returns is for the other cases.
     """
-    worker = get_worker()
+    return contained("a chunk of items", _run_chunk, get_worker(), chunk, items)
+
+
+def _run_chunk(worker: Worker, chunk: Chunk, items: Parcel) -> Any:
     try:
         fn = letters.take(worker, chunk.token, _load)
     except Exception as error:
@@ -117,6 +130,8 @@ def _run(
             add(result)
         except Exception as error:
             return packer, Failure(_unsendable(result, error))
+        except BaseException as error:
+            return packer, Failure(portable(error), own_frames(error))
     return packer, None
 
 
@@ -132,10 +147,10 @@ def _unsendable(result: Any, error: Exception) -> TravelError:
 def _load(parcel: Parcel) -> Any:
     try:
         [fn] = parcel
-    except Exception as error:
+    except BaseException as error:
         raise TaskgradError(
-            f"the mapped function arrived and cannot be unpickled there ({type(error).__name__}: "
-            f"{error}). Are the modules that it needs installed on the workers? "
+            f"the mapped function arrived and cannot be unpickled there ({text_of(error)}). Are "
+            "the modules that it needs installed on the workers? "
             'client.upload_file("module.py") sends one'
         ) from error
     return fn

@@ -26,7 +26,7 @@ from taskgrad.cluster.config import deadline
 from taskgrad.cluster.session import Session
 from taskgrad.errors import TaskgradError, TravelError, WorkerLostError
 from taskgrad.graph.layers import kind_of
-from taskgrad.maps.failures import note_item
+from taskgrad.maps.failures import item_error
 from taskgrad.maps.streaming import sizing
 from taskgrad.maps.streaming.parcels import Packer, Parcel
 from taskgrad.maps.streaming.sending import NOTHING, Sender, Sent
@@ -138,7 +138,7 @@ class Stream:
             failure = Failure(error)
         if failure is not None:
             if failure.of_item:
-                note_item(failure.error, index, self._fn, sent.worker, failure.frames)
+                raise item_error(failure.error, index, self._fn, sent.worker, failure.frames)
             raise failure.error
 
     def _fetched(self, sent: Sent) -> Parcel | None:
