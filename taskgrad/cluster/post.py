@@ -13,19 +13,18 @@ the connection breaks.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any
 
-import distributed
 from distributed import Worker
 from distributed.protocol.serialize import to_serialize
 
 from taskgrad import remote_errors
 from taskgrad.cluster.config import deadline
+from taskgrad.cluster.nested import give_thread_back
 from taskgrad.worker.mail import End, Mail, Message
 
 logger = logging.getLogger("taskgrad")
@@ -72,8 +71,7 @@ class Post:
 
     def give_thread_back(self) -> None:
         """Let the worker run another task in place of the one in this thread."""
-        with contextlib.suppress(KeyError):  # the task was let go of in the meantime
-            distributed.secede()
+        give_thread_back()
 
     def _start(self, sending: Coroutine[Any, Any, Any]) -> Future[Any]:
         loop: Any = self._worker.loop

@@ -16,6 +16,7 @@ from dask.highlevelgraph import HighLevelGraph
 from distributed import Future
 
 from taskgrad.cluster import inputs, internals
+from taskgrad.cluster.nested import refuse_deadlock
 from taskgrad.cluster.session import Session, check_open
 from taskgrad.errors import CotangentError, TaskgradError
 from taskgrad.executors.lowering import lower, order_inputs, plain_value, resolve
@@ -208,6 +209,8 @@ def run(targets: Sequence[Node], session: Session, *, wait: bool = True) -> None
     WorkerLostError
         A worker went away with what was needed.
     """
+    if wait:
+        refuse_deadlock()
     nodes = submit(targets, session)
     if not wait:
         return

@@ -15,7 +15,7 @@ from typing import Any
 
 from distributed import Future, KilledWorker
 
-from taskgrad.cluster import waiting
+from taskgrad.cluster import nested, waiting
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.session import Session, check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
@@ -37,9 +37,17 @@ def wait_for(
 ) -> BaseException | None:
     """Wait until all have run, or one cannot; returns the error, or None.
 
-    `behind` are nodes that the targets need and of which nobody holds the futures: their workers
-    are watched too. With `seconds`, a TimeoutError after so long.
+    A task that waits gives its worker's thread back. `behind` are nodes that the targets need and
+    of which nobody holds the futures: their workers are watched too. With `seconds`, a TimeoutError
+    after so long.
     """
+    with nested.waiting():
+        return _wait(targets, session, behind, seconds)
+
+
+def _wait(
+    targets: Sequence[Node], session: Session, behind: Sequence[Node], seconds: float | None
+) -> BaseException | None:
     end = math.inf if seconds is None else time.monotonic() + seconds
     futures = [n.result for n in targets if isinstance(n.result, Future)]
     settled = waiting.all_of(session.client, futures)

@@ -10,6 +10,7 @@ import torch
 from taskgrad.graph.pytree import flatten
 from taskgrad.worker import keeping, optimizing, shards, stage_calls, training
 from taskgrad.worker.store import Store, buffers_key
+from taskgrad.worker.turn import at_stage
 
 
 @dataclass(frozen=True)
@@ -104,4 +105,5 @@ class OnStage:
         """What the function gives."""
         room, _, name = self.action.rpartition(".")
         function = getattr(_ROOMS[room], name)
-        return function(store, self.token, *values, **self.arguments)
+        with at_stage():
+            return function(store, self.token, *values, **self.arguments)

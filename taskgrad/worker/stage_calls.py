@@ -20,7 +20,7 @@ from taskgrad.worker.gradients import accumulate_into, summed
 from taskgrad.worker.hooks import hooked_gradient
 from taskgrad.worker.making import make_values
 from taskgrad.worker.sizes import store_bytes
-from taskgrad.worker.store import ResidentStage, Store
+from taskgrad.worker.store import ResidentStage, StageLock, Store
 
 
 def install(
@@ -70,7 +70,11 @@ def install(
             module.to(place)
     parameters = {name: _parameter(layers[i], local) for name, (i, local) in names.items()}
     trainable = frozenset(name for name, p in parameters.items() if p.requires_grad)
-    store.put(token, ResidentStage(layers, parameters, place, frozenset(copied), trainable))
+    lock = StageLock(store.give_thread_back)
+    store.put(
+        token,
+        ResidentStage(layers, parameters, place, frozenset(copied), trainable, lock=lock),
+    )
     return str(place)
 
 

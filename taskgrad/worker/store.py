@@ -28,6 +28,40 @@ if TYPE_CHECKING:
 
 # Keys let go of before their task was done; the task then has nothing to leave behind.
 _MAX_REFUSED = 100_000
+# Seconds for which a task that waits for a stage keeps its thread.
+_PATIENCE = 1.0
+
+
+class StageLock:
+    """A lock that its thread may take again. Who waits long for it gives its own thread back.
+
+    The layer that has the lock may wait for tasks that are to run in that thread.
+    """
+
+    def __init__(self, give_thread_back: Callable[[], None] = lambda: None) -> None:
+        self._lock = threading.RLock()
+        self._give_thread_back = give_thread_back
+
+    def acquire(self, blocking: bool = True) -> bool:
+        """Take the lock; without `blocking` only if it is free. Returns whether it is taken."""
+        if self._lock.acquire(blocking=False):
+            return True
+        if not blocking:
+            return False
+        if not self._lock.acquire(timeout=_PATIENCE):
+            self._give_thread_back()
+            self._lock.acquire()
+        return True
+
+    def release(self) -> None:
+        """Let the next one have it."""
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
 
 @dataclass
@@ -66,7 +100,7 @@ class ResidentStage:
     training: Training | None = None  # what a trainer keeps here
     gradient_bytes: int = 0
     uncounted: bool = False
-    lock: threading.RLock = field(default_factory=threading.RLock)
+    lock: StageLock = field(default_factory=StageLock)
 
     def why_fixed(self, name: str) -> str | None:
         """Why a hook may not change this parameter now, if so."""
@@ -124,6 +158,11 @@ class Store:
         self._entries: dict[str, Any] = {}
         self._refused: OrderedDict[str, None] = OrderedDict()
         self._lock = threading.Lock()
+
+    def give_thread_back(self) -> None:
+        """Let the worker run another task in place of the one in this thread."""
+        if self.mail.carrier is not None:
+            self.mail.carrier.give_thread_back()
 
     def put(self, key: str, entry: Any) -> None:
         """Keep an entry, unless its key was let go of in the meantime."""

@@ -5,9 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from taskgrad.worker.sizes import gradient_bytes
 from taskgrad.worker.store import ResidentStage
+
+_at_stage: ContextVar[bool] = ContextVar("taskgrad_at_stage", default=False)
+
+
+@contextmanager
+def at_stage() -> Iterator[None]:
+    """While this thread has a stage, or may wait for one."""
+    token = _at_stage.set(True)
+    try:
+        yield
+    finally:
+        _at_stage.reset(token)
+
+
+def is_at_stage() -> bool:
+    """Whether this is inside of `at_stage`."""
+    return _at_stage.get()
 
 
 @contextmanager
@@ -20,7 +38,7 @@ def turn(stage: ResidentStage | None) -> Iterator[None]:
     if stage is None:
         yield
         return
-    with stage.lock:
+    with at_stage(), stage.lock:
         start = time.perf_counter()
         try:
             yield

@@ -6,10 +6,10 @@ import operator
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Literal
 
-from dask.context import thread_state
-from distributed import Client, secede
+from distributed import Client
 
 from taskgrad.arguments import flag
+from taskgrad.cluster.nested import give_thread_back, refuse_deadlock
 from taskgrad.cluster.session import session
 from taskgrad.errors import TravelError
 from taskgrad.graph.layers import kind_of
@@ -161,7 +161,8 @@ def _map(
     owner = session(client)
 
     def stream() -> Iterator[Any]:
-        _leave_slot()
+        refuse_deadlock()
+        give_thread_back()  # in a task: others run on it, as this one is going to wait for them
         threads = sum(worker.threads for worker in owner.known())
         return Stream(
             owner,
@@ -229,9 +230,3 @@ def _bar(name: str) -> Any:
             f"{name} with progress=True needs tqdm: pip install tqdm, or taskgrad[progress]"
         ) from error
     return tqdm
-
-
-def _leave_slot() -> None:
-    """In a Dask task: let others run on its thread, as it is going to wait for them."""
-    if getattr(thread_state, "key", None) is not None:
-        secede()

@@ -1,0 +1,71 @@
+"""Tasks that wait for tasks.
+
+A task that waits keeps the thread of its worker, and what it waits for may be meant to run in that
+very thread. So it gives the thread back: Dask then starts another task in its place. That is not
+enough for a layer, which also keeps its stage from all others until it returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import distributed
+from dask.context import thread_state
+
+from taskgrad.errors import TaskgradError
+from taskgrad.worker.randomness import paused
+from taskgrad.worker.turn import is_at_stage
+
+
+def refuse_deadlock() -> None:
+    """Raise where waiting for tasks might never end; to be called before they are submitted.
+
+    Raises
+    ------
+    TaskgradError
+        This is a layer, loss or optimizer, or a thread of a map that runs in a task.
+    """
+    if is_at_stage():
+        raise TaskgradError(
+            "a layer, a loss or an optimizer waits for tasks here (tg.collect, backward, a chain "
+            "or trainer that is made or run): its stage is held until it returns, so this might "
+            "wait for ever. Call the function itself, or tg.map, which runs it where the layer is; "
+            "or collect before, and give the value to the chain as an argument"
+        )
+    if not _in_task_thread() and _in_task():
+        raise TaskgradError(
+            "a thread of a map in a task waits for tasks here (tg.collect, say): the task cannot "
+            "give its own thread back meanwhile, so this might wait for ever. Map over processes, "
+            "or call the function itself"
+        )
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """While a task waits for others, its thread and its random stream are theirs to use."""
+    if not _in_task_thread():
+        yield
+        return
+    give_thread_back()
+    with paused():
+        yield
+
+
+def give_thread_back() -> None:
+    """Let the worker run another task in place of the one in this thread, if there is one."""
+    if _in_task_thread():
+        with contextlib.suppress(KeyError):  # it was given back before, or the task was let go of
+            distributed.secede()
+
+
+def _in_task_thread() -> bool:
+    return getattr(thread_state, "key", None) is not None
+
+
+def _in_task() -> bool:
+    try:
+        distributed.get_worker()
+    except ValueError:
+        return False
+    return True
