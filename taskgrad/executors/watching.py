@@ -48,6 +48,10 @@ def wait_for(
 def _wait(
     targets: Sequence[Node], session: Session, behind: Sequence[Node], seconds: float | None
 ) -> BaseException | None:
+    try:
+        check_open(session.client)
+    except TaskgradError as closed:
+        return closed
     end = math.inf if seconds is None else time.monotonic() + seconds
     futures = [n.result for n in targets if isinstance(n.result, Future)]
     settled = waiting.all_of(session.client, futures)
@@ -74,6 +78,7 @@ def gather(nodes: Sequence[Node], session: Session) -> list[Any]:
     """
     if not nodes:
         return []
+    check_open(session.client)
     workers = [n.worker or "" for n in nodes]
     coming = waiting.values(session.client, [n.result for n in nodes], workers)
     watch = _Watch(nodes, session)

@@ -32,6 +32,12 @@ def batch_size(value: Any, dims: Dims, what: str) -> int | None:
     leaves, _ = flatten(value)
     for leaf, dim in zip(leaves, _dims_of(value, dims, what), strict=True):
         if isinstance(leaf, torch.Tensor) and dim is not None:
+            if leaf.layout is not torch.strided or leaf.is_meta:
+                kind = "on the meta device" if leaf.is_meta else str(leaf.layout)
+                raise ValueError(
+                    f"{what} has a tensor that cannot be cut into microbatches: it is {kind}, "
+                    f"{describe(leaf)}. Give dense tensors with values"
+                )
             if not -leaf.dim() <= dim < leaf.dim():
                 raise ValueError(
                     f"{what} has no batch dimension {dim}: one of its tensors is {describe(leaf)}"

@@ -66,8 +66,9 @@ class Resumable:
         """
         trainer: Trainer = self
         place = path_of(path)
-        trainer.wait()
-        save(trainer, place)
+        with trainer._turn():
+            trainer.wait()
+            save(trainer, place)
 
     @classmethod
     def restore(

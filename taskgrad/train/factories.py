@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from taskgrad.arguments import shown
 from taskgrad.graph import pack
 from taskgrad.graph.layers import ParameterInfo, kind_of
 
@@ -81,14 +82,7 @@ def check_counts(**counts: Any) -> None:
     """Raise ValueError unless these are whole numbers from 1 on."""
     for name, number in counts.items():
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name} is a whole number from 1 on; got {number!r}")
-
-
-def check_limits(**limits: float | None) -> None:
-    """Raise ValueError unless these are positive numbers or None."""
-    for name, limit in limits.items():
-        if limit is not None and not limit > 0:
-            raise ValueError(f"{name} is a positive number, or None; got {limit!r}")
+            raise ValueError(f"{name} is a whole number from 1 on; got {shown(number)}")
 
 
 def check_scheduler(lr_scheduler: Any) -> None:
@@ -102,8 +96,8 @@ def check_scheduler(lr_scheduler: Any) -> None:
 
 def precision(amp: str | None) -> torch.dtype | None:
     """The dtype of ``torch.autocast``; ValueError if there is none of that name."""
-    if amp is not None and amp not in _PRECISIONS:
-        raise ValueError(f'amp is None, "bf16" or "fp16"; got {amp!r}')
+    if amp is not None and not (isinstance(amp, str) and amp in _PRECISIONS):
+        raise ValueError(f'amp is None, "bf16" or "fp16"; got {shown(amp)}')
     return None if amp is None else _PRECISIONS[amp]
 
 
@@ -158,6 +152,10 @@ def packed_loss(loss: Any) -> tuple[pack.Packed, str]:
     TypeError
         It is not callable, cannot be pickled, or has parameters to train.
     """
+    if isinstance(loss, type):
+        raise TypeError(
+            f"the loss is a class, {loss.__name__}: give an instance of it, {loss.__name__}()"
+        )
     if not callable(loss):
         raise TypeError(
             "the loss is a function of (output, targets) such as torch.nn.functional.cross_entropy;"

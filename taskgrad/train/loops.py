@@ -128,8 +128,6 @@ def _inputs_size(dims: Any, x: Any) -> int | None:
 
 def evaluate(trainer: Trainer, loader: Iterable[Any], metrics: Metrics) -> dict[str, float]:
     """Mean loss and metrics over a loader; see `Trainer.evaluate`."""
-    if "loss" in metrics:
-        raise ValueError('"loss" is the loss itself; give this metric another name')
     functions = {"loss": trainer._loss_fn, **metrics}
     cutter = trainer._cutter
     measure = partial(_measure, functions, cutter.target_dims)
@@ -188,7 +186,10 @@ def _stream(
         # Not around the yield: the caller is in its own grad mode there.
         with torch.no_grad():
             for item in itertools.islice(items, _ON_THE_WAY - len(running)):
-                running.append(start(item).persist())
+                with trainer._turn():
+                    trainer.wait()  # for steps that were taken meanwhile
+                    running.append(start(item).persist())
+                    trainer._reading.add(running[-1]._node)
             if not running:
                 return
             value = collect(running[0])

@@ -44,9 +44,8 @@ class StepLoss:
         optimizer took no step.
         """
         if self._report is None:
-            if self._error is not None:
-                raise self._error
-            self._trainer._finish(self)
+            self.raise_error()
+            self._trainer._read(self)
         assert self._report is not None
         return self._report
 
@@ -57,6 +56,11 @@ class StepLoss:
     def fail(self, error: BaseException) -> None:
         """The step will not be done."""
         self._error = error
+
+    def raise_error(self) -> None:
+        """Raise why the step will not be done, if that is known."""
+        if self._error is not None:
+            raise self._error
 
     def __float__(self) -> float:
         return self.item()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from taskgrad.chain import GraphChain
+from taskgrad.cluster.session import check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.executors.futures import run, values_of
 from taskgrad.executors.installing import copy_tied
@@ -54,6 +55,7 @@ class Optimizer:
     def __init__(self, chain: GraphChain, factory: Callable[..., torch.optim.Optimizer]) -> None:
         if not isinstance(chain, GraphChain):
             raise TypeError(f"an Optimizer updates a GraphChain; got {type(chain).__name__}")
+        check_open(chain._session.client)
         example_of(factory, attributes_of(chain._tensors.values()))
         self._chain = chain
         by_stage: dict[Stage, list[str]] = {}

@@ -20,12 +20,12 @@ def recompute_rule(checkpoint: Checkpoint) -> Recompute:
     ValueError
         `checkpoint` is none of what it may be.
     """
-    if callable(checkpoint):
+    if callable(checkpoint) and not isinstance(checkpoint, type):
         chosen = checkpoint
         return lambda call, m, count: tuple(
             (i, i + 1) for i, (_, name, _) in enumerate(call.steps) if chosen(name)
         )
-    if checkpoint not in ("never", "always", "except_last"):
+    if not isinstance(checkpoint, str) or checkpoint not in ("never", "always", "except_last"):
         raise ValueError(
             'checkpoint is "never", "always", "except_last" or a function of a layer\'s name; got '
             f"{checkpoint!r}"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from taskgrad.arguments import shown
 from taskgrad.chain import GraphChain
 from taskgrad.graph.adjoint import adjoint
 from taskgrad.graph.nodes import Call, Draw, Node, Pullback, Stage, StageCall, ancestors, new_key
@@ -234,16 +235,34 @@ def maker_of(
     ------
     ValueError
         There is no schedule of this name.
+    TypeError
+        It is neither a name nor a function. What is made raises TypeError if a function gives no
+        schedule, ValueError if it gives a wrong one.
     """
     if isinstance(schedule, str):
         if schedule not in NAMES:
             raise ValueError(f"there is no schedule {schedule!r}; there are {', '.join(NAMES)}")
         return partial(named_schedule, schedule)
+    if not callable(schedule) or isinstance(schedule, type):
+        raise TypeError(
+            f"schedule is {' or '.join(map(repr, NAMES))}, or a function of a Pipeline and the "
+            f"number of microbatches; got {shown(schedule)}"
+        )
     known: dict[tuple[Pipeline, int], Schedule] = {}
 
     def checked(pipeline: Pipeline, microbatches: int) -> Schedule:
         if (pipeline, microbatches) not in known:
             found = schedule(pipeline, microbatches)
+            if not isinstance(found, Schedule):
+                raise TypeError(
+                    "schedule, a function of a Pipeline and the number of microbatches, makes a "
+                    f"taskgrad.plan.schedule.Schedule; it gave {shown(found)}"
+                )
+            if (found.pipeline, found.microbatches) != (pipeline, microbatches):
+                raise ValueError(
+                    f"the schedule is of {found.microbatches} microbatches on {found.pipeline}, "
+                    f"and not of {microbatches} on {pipeline}, which it was to be made for"
+                )
             check(found)
             known[pipeline, microbatches] = found
         return known[pipeline, microbatches]

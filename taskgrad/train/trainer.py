@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
+from taskgrad.arguments import flag, whole
 from taskgrad.chain import GraphChain
+from taskgrad.cluster.session import check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.executors.futures import cancel, forget, launch, run, values_of
 from taskgrad.executors.watching import wait_for
-from taskgrad.graph.nodes import Leaf, Stage, StageCall, new_key
+from taskgrad.graph.nodes import Leaf, Node, Stage, StageCall, new_key
 from taskgrad.graph.slices import Dims
 from taskgrad.plan.schedule import Schedule
 from taskgrad.train import loops
 from taskgrad.train.callbacks import Callback
+from taskgrad.train.checking import (
+    check_callbacks,
+    check_chooser,
+    check_compile,
+    check_dims,
+    check_limits,
+    check_loader,
+    check_metrics,
+    check_param_groups,
+)
 from taskgrad.train.checkpoint import Resumable, options_of
 from taskgrad.train.data import Cutter
 from taskgrad.train.factories import (
@@ -24,7 +38,6 @@ from taskgrad.train.factories import (
     adds_up,
     attributes_of,
     check_counts,
-    check_limits,
     check_scheduler,
     example_of,
     packed_loss,
@@ -37,6 +50,7 @@ from taskgrad.train.owner import check_owner, taking_over
 from taskgrad.train.recompute import Checkpoint, recompute_rule
 from taskgrad.train.recovery import recover
 from taskgrad.train.step import Settings, Step, build, maker_of
+from taskgrad.train.turns import Turns
 
 # A step is submitted while the one before still runs: its inputs are there when that is done.
 _AHEAD = 2
@@ -53,7 +67,7 @@ class Trainer(Resumable):
     Each batch is cut into microbatches, which pass the stages in the order of a schedule. The loss
     is computed where the model's output is, the optimizer of each stage runs where its parameters
     are, and a step is one graph of tasks, submitted at once. With a fixed placement and number of
-    microbatches a step gives plain torch's bits.
+    microbatches a step gives plain torch's bits. Calls from several threads take turns.
 
     Parameters
     ----------
@@ -149,9 +163,20 @@ class Trainer(Resumable):
         arguments = dict(locals())
         if not isinstance(chain, GraphChain):
             raise TypeError(f"a Trainer trains a GraphChain; got {type(chain).__name__}")
+        check_open(chain._session.client)
         check_counts(microbatches=microbatches, accumulate=accumulate)
         check_limits(clip_norm=clip_norm, clip_value=clip_value)
         check_scheduler(lr_scheduler)
+        check_callbacks(callbacks)
+        check_param_groups(param_groups)
+        check_dims(in_dims=in_dims, target_dims=target_dims)
+        check_compile(compile)
+        flag("deferred_batch_norm", deferred_batch_norm)
+        flag("check_finite", check_finite)
+        seed = whole("seed", seed)
+        arguments["seed"] = seed
+        make_schedule, recompute = maker_of(schedule), recompute_rule(checkpoint)
+        check_chooser(checkpoint, chain.placement.column("layer"))
         dtype = precision(amp)
         example_of(optimizer, attributes_of(chain._tensors.values()))
         loss, loss_kind = packed_loss(loss_fn)
@@ -175,17 +200,19 @@ class Trainer(Resumable):
         self._groups = parameter_groups(trainable, param_groups or {})
         kinds = {row.device.partition(":")[0] for row in chain.placement}
         self._settings = Settings(
-            schedule=maker_of(schedule),
+            schedule=make_schedule,
             seed=seed,
             accumulate=accumulate,
             clip_norm=clip_norm,
             clip_value=clip_value,
             autocast=tuple((kind, dtype) for kind in sorted(kinds)) if dtype else (),
-            recompute=recompute_rule(checkpoint),
+            recompute=recompute,
             check_finite=check_finite,
             order=trainable,
         )
+        self._turns = Turns(self._tell)
         self._running: deque[StepLoss] = deque()
+        self._reading: WeakSet[Node] = WeakSet()  # batches that are evaluated or predicted
         self._last: Step | None = None  # the next step waits for it on the workers
         self._chained = 0
         self._unsettled = False  # a step was interrupted, and is yet to be taken back
@@ -258,25 +285,27 @@ class Trainer(Resumable):
         WorkerLostError
             A worker is gone, and with it its layers.
         """
-        self._check_usable()
-        batch = self._cutter.cut(x, y)
-        while len(self._running) >= _AHEAD:
-            self._finish(self._running[0])
-        if self._chained == _CHAINED:
-            self.wait()
-        made = build(self.chain, batch, self.steps, self._settings, self._last)
-        loss = StepLoss(self, made, batch.size)
-        self._running.append(loss)
-        try:
-            launch(made.targets, self.chain._session)
-        except BaseException as error:
-            self._give_up(error)
-            raise
-        made.let_go()
-        self._last = made
-        self._chained += 1
-        self.steps += 1
-        return loss
+        with self._turn():
+            self._check_usable()
+            batch = self._cutter.cut(x, y)
+            while len(self._running) >= _AHEAD:
+                self._finish(self._running[0])
+            if self._chained == _CHAINED:
+                self.wait()
+            self._let_reads_end()
+            made = build(self.chain, batch, self.steps, self._settings, self._last)
+            loss = StepLoss(self, made, batch.size)
+            self._running.append(loss)
+            try:
+                launch(made.targets, self.chain._session)
+            except BaseException as error:
+                self._give_up(error)
+                raise
+            made.let_go()
+            self._last = made
+            self._chained += 1
+            self.steps += 1
+            return loss
 
     def wait(self) -> None:
         """Return when every step so far is done.
@@ -286,16 +315,31 @@ class Trainer(Resumable):
         LayerError, WorkerLostError
             As `step`.
         """
-        self._check_usable()
-        while self._running:
-            self._finish(self._running[0])
-        if self._last is not None:
-            forget(self._last.targets)
-            self._last, self._chained = None, 0
+        with self._turn():
+            self._check_usable()
+            while self._running:
+                self._finish(self._running[0])
+            if self._last is not None:
+                forget(self._last.targets)
+                self._last, self._chained = None, 0
+
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
+        """Let one thread at a time do this."""
+        return self._turns.take()
+
+    def _tell(self, loss: StepLoss) -> None:
+        for callback in self.callbacks:
+            callback.on_step(self, loss)
+
+    def _read(self, loss: StepLoss) -> None:
+        """Wait for a step whose loss somebody reads."""
+        with self._turn():
+            self._finish(loss)
 
     def _finish(self, loss: StepLoss) -> None:
-        """Wait for the steps up to this one, and call back."""
+        """Wait for the steps up to this one."""
         while not loss.done:
+            loss.raise_error()  # another thread may have found it
             first = self._running[0]
             try:
                 made = first.made
@@ -310,11 +354,21 @@ class Trainer(Resumable):
             first.settle(report)
             if first.made is not self._last:
                 forget(first.made.targets)
-            for callback in self.callbacks:
-                callback.on_step(self, first)
+            self._turns.later(first)
+
+    def _let_reads_end(self) -> None:
+        """Have batches that are evaluated or predicted pass the model before it changes."""
+        reading = [node for node in self._reading if node.result is not None]
+        if reading:
+            wait_for(reading, self.chain._session)  # who takes the values hears of errors
+        self._reading.clear()
 
     def _give_up(self, error: BaseException) -> None:
         """Cancel all steps that run, and go back to before the first of them."""
+        with self._turn():
+            self._cancel_all(error)
+
+    def _cancel_all(self, error: BaseException) -> None:
         for loss in self._running:
             cancel(loss.made.targets, self.chain._session)
             loss.fail(error)
@@ -343,6 +397,7 @@ class Trainer(Resumable):
             raise TaskgradError(
                 f"this trainer lost part of its model: {self._broken}"
             ) from self._broken
+        check_open(self.chain._session.client)
         check_owner(self.chain, self)
         if self._unsettled:
             self._take_back()
@@ -379,11 +434,18 @@ class Trainer(Resumable):
 
         Raises
         ------
+        TypeError
+            An argument is of another kind; nothing is trained then.
         ValueError
-            The loader is empty in the first epoch or a later one, or yields something else than
-            pairs.
+            `epochs` is negative; or the loader is empty in the first epoch or a later one, or
+            yields something else than pairs.
         """
-        return loops.fit(self, loader, epochs, val_loader, metrics or {}, progress)
+        check_loader("loader", loader)
+        if val_loader is not None:
+            check_loader("val_loader", val_loader)
+        whole("epochs", epochs, least=0)
+        flag("progress", progress)
+        return loops.fit(self, loader, epochs, val_loader, check_metrics(metrics), progress)
 
     def evaluate(
         self, loader: Iterable[Any], metrics: Mapping[str, Callable[..., Any]] | None = None
@@ -401,11 +463,13 @@ class Trainer(Resumable):
             Functions of (output, targets) that give one number, a mean over samples. They run where
             the output is.
         """
-        return loops.evaluate(self, loader, metrics or {})
+        check_loader("loader", loader)
+        return loops.evaluate(self, loader, check_metrics(metrics))
 
     def predict(self, loader: Iterable[Any]) -> Iterator[Any]:
         """The model's outputs in evaluation mode, one for each batch of inputs, in order.
 
         A generator: a few batches are on their way at a time, however many there are.
         """
+        check_loader("loader", loader)
         return loops.predict(self, loader)
