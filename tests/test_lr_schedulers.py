@@ -1,4 +1,4 @@
-"""The learning rate moves with the optimizer, on all stages alike."""
+"""The learning rate moves with the optimizer, or with the validation loss, on all stages alike."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim import lr_scheduler as torchs
-from torch.optim.lr_scheduler import LambdaLR, StepLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
 import taskgrad as tg
 from taskgrad.cluster.plugins import store_of
@@ -178,3 +178,118 @@ def test_schedulers_are_plain_torchs_also_from_a_checkpoint(client, tmp_path, ki
     state = trainer.chain.state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(state[name], value), name
+
+
+# -- with the validation loss ----------------------------------------------------------------------
+
+PLATEAU = partial(ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.2)
+
+
+class Warmer(ReduceLROnPlateau):
+    """Also a plateau if its metric may be left out."""
+
+    def step(self, metrics=None):
+        super().step(metrics)
+
+
+class Mine:
+    """A scheduler of the user's own that takes a metric."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.last_epoch = 0
+
+    def step(self, loss):
+        self.last_epoch += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = loss / 10
+
+    def state_dict(self):
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+
+@pytest.mark.parametrize("factory", [PLATEAU, partial(Warmer, patience=0), Mine])
+def test_a_scheduler_that_needs_a_metric_gets_the_validation_loss(client, tmp_path, factory):
+    train, val = [batch(0), batch(1)], [batch(2, 5), batch(3, 2)]
+    model = make()
+    optimizer = SGD(model.parameters(), lr=0.5)
+    scheduler = factory(optimizer)
+    sgd = partial(SGD, lr=0.5)
+    trainer = two_stages(optimizer=sgd, lr_scheduler=factory)
+    seen = []
+    for epoch in range(6):
+        for x, t in train:
+            F.mse_loss(model(x), t).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            parts = [(F.mse_loss(model(x), t).item(), len(x)) for x, t in val]
+        loss = sum(of * n for of, n in parts) / 7
+        scheduler.step(loss)
+        if epoch == 3:
+            trainer.save(tmp_path)
+            chain = tg.GraphChain(make(), placement=[1, 0])
+            trainer = tg.Trainer.restore(tmp_path, chain, F.mse_loss, sgd, lr_scheduler=factory)
+        [found] = trainer.fit(train, 1, val, progress=False)
+        assert found["val_loss"] == loss
+        assert rates(trainer) == ([g["lr"] for g in optimizer.param_groups], scheduler.last_epoch)
+        seen.append(optimizer.param_groups[0]["lr"])
+    assert len(set(seen)) > 1
+
+
+def test_without_a_metric_it_is_refused_before_anything_changes(client):
+    trainer = two_stages(lr_scheduler=PLATEAU)
+    before = trainer.chain.state_dict()
+    with pytest.raises(ValueError, match=r"ReduceLROnPlateau.*needs a val_loader"):
+        trainer.fit([batch()], progress=False)
+    with pytest.raises(tg.TaskgradError, match=r"ReduceLROnPlateau.*step\(\) has none to give"):
+        trainer.step(*batch())
+    assert trainer.steps == 0
+    after = trainer.chain.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    trainer.fit([batch()], 1, [batch()], progress=False)
+    assert trainer.steps == 1
+
+
+class RaisesOnOne(Mine):
+    """On the stage of the last layer, whose weight has one row, after it has changed the rate."""
+
+    def step(self, loss):
+        super().step(loss)
+        if self.last_epoch == 2 and self.optimizer.param_groups[0]["params"][0].shape[0] == 1:
+            raise ArithmeticError("no more")
+
+
+def test_a_scheduler_that_raises_on_one_stage_moves_on_none(client):
+    trainer = two_stages(lr_scheduler=RaisesOnOne)
+    trainer.fit([batch()], 1, [batch()], progress=False)
+    before = rates(trainer)
+    with pytest.raises(tg.LayerError, match="lr_scheduler on .* ArithmeticError.*no more"):
+        trainer.fit([batch()], 1, [batch()], progress=False)
+    assert rates(trainer) == before
+    assert trainer.steps == 2
+
+
+class Around:
+    """Hands nothing on to the scheduler in it."""
+
+    def __init__(self, optimizer):
+        self.inner = PLATEAU(optimizer)
+
+    def step(self):
+        self.inner.step()
+
+
+def test_a_plateau_in_a_chain_is_refused(client):
+    def both(optimizer):
+        return torchs.ChainedScheduler([DECAY(optimizer), PLATEAU(optimizer)])
+
+    with pytest.raises(tg.LayerError, match="does not support `ReduceLROnPlateau`"):
+        two_stages(lr_scheduler=both)
+    with pytest.raises(tg.LayerError, match="gave a Around with a ReduceLROnPlateau in it"):
+        two_stages(lr_scheduler=Around)
+    with pytest.raises(tg.LayerError, match='mode="max"; it is given the validation loss'):
+        two_stages(lr_scheduler=partial(ReduceLROnPlateau, mode="max"))

@@ -64,6 +64,12 @@ def example_of(
             f"{type(made).__name__} evaluates the model inside its step (it needs a closure), "
             "which a model on workers cannot: take an optimizer that needs the gradients alone"
         )
+    if not any(p is parameter for group in made.param_groups for p in group["params"]):
+        raise TypeError(
+            "the optimizer is made of other parameters than it is given: of copies, or of what the "
+            "function closes over, which are not those on the workers. Make it of the parameters "
+            "that the function is given: lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+        )
     return made, parameter
 
 
@@ -123,8 +129,14 @@ def parameter_groups(
     Raises
     ------
     ValueError
-        A pattern matches no parameter.
+        A pattern matches no parameter, or has options that are the trainer's own.
     """
+    for pattern, options in patterns.items():
+        if "params" in options:
+            raise ValueError(
+                f"param_groups[{pattern!r}] has an option 'params': the pattern says which "
+                "parameters are in the group"
+            )
     groups: Groups = [([], {}), *(([], dict(options)) for options in patterns.values())]
     for name in names:
         matching = (i for i, p in enumerate(patterns, 1) if fnmatch.fnmatchcase(name, p))

@@ -36,12 +36,23 @@ def fit(
     progress: bool,
 ) -> list[dict[str, float]]:
     """Train for some epochs; see `Trainer.fit`."""
+    if trainer._metric_for is not None and val_loader is None:
+        raise ValueError(
+            f"the lr_scheduler is a {trainer._metric_for}, which needs a metric: it is given the "
+            "validation loss after each epoch, so fit needs a val_loader"
+        )
     history = []
     for epoch in range(epochs):
-        results = _epoch(trainer, loader, f"epoch {epoch + 1}/{epochs}", progress)
+        trainer._in_fit = True
+        try:
+            results = _epoch(trainer, loader, f"epoch {epoch + 1}/{epochs}", progress)
+        finally:
+            trainer._in_fit = False
         if val_loader is not None:
             found = evaluate(trainer, val_loader, metrics)
             results |= {f"val_{name}": value for name, value in found.items()}
+            if trainer._metric_for is not None:
+                trainer._advance(results["val_loss"])
         history.append(results)
         for callback in trainer.callbacks:
             callback.on_epoch(trainer, epoch, results)

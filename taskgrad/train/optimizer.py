@@ -27,7 +27,7 @@ class Optimizer:
     factory : callable
         Makes an optimizer from a list of parameters: ``torch.optim.Adam``, or
         ``functools.partial(torch.optim.SGD, lr=0.1)``. It is called once on each worker, over the
-        trainable parameters that live there; its state stays there.
+        trainable parameters that live there, all of which it has to be over; its state stays there.
 
     Raises
     ------
@@ -37,7 +37,8 @@ class Optimizer:
     ValueError
         The chain has no trainable parameters.
     LayerError
-        The factory raised on a worker; an optimizer that the chain had before is still in use.
+        The factory raised on a worker, or made an optimizer over other parameters than it was
+        given, or over fewer; an optimizer that the chain had before is still in use.
 
     Examples
     --------

@@ -77,7 +77,8 @@ class Trainer(Resumable):
         ``reduction="sum"``.
     optimizer : callable
         A class of ``torch.optim``, a ``functools.partial`` of one, or a function of a list of
-        parameters (or of groups). It is called on each worker with the parameters there.
+        parameters (or of groups). It is called on each worker with the parameters there, all of
+        which it has to be over.
     microbatches : int
         How many slices a batch is cut into, as ``torch.tensor_split`` does; fewer if it has fewer
         samples. A microbatch counts by its share of the samples.
@@ -86,7 +87,8 @@ class Trainer(Resumable):
         a ``Pipeline`` and the number of microbatches.
     lr_scheduler : callable, optional
         Makes a scheduler from an optimizer, as ``functools.partial(StepLR, step_size=1)``. It takes
-        a step after each step of the optimizer.
+        a step after each step of the optimizer, so none where fp16 skipped that. One that needs a
+        metric (``ReduceLROnPlateau``) takes a step after each epoch of `fit`, with ``val_loss``.
     clip_norm, clip_value : float, optional
         As ``torch.nn.utils.clip_grad_norm_`` over all parameters of the model, and
         ``clip_grad_value_``; in this order.
@@ -120,6 +122,9 @@ class Trainer(Resumable):
     ------
     TypeError, ValueError
         An argument makes no sense; the message says which.
+    LayerError
+        Optimizer or scheduler cannot be made on a worker, or are over other parameters than they
+        were given, or over fewer. A trainer that was made before for this chain can go on.
     MemoryLimitError
         Parameters, gradients and optimizer state do not fit the memory of a worker.
 
@@ -217,6 +222,8 @@ class Trainer(Resumable):
         self._chained = 0
         self._unsettled = False  # a step was interrupted, and is yet to be taken back
         self._broken: BaseException | None = None
+        self._metric_for: str | None = None  # the scheduler's class, if it needs a metric
+        self._in_fit = False  # and will get one
         workers = [row.worker for row in chain.placement]
         self._cutter = Cutter(
             chain._session.client,
@@ -256,6 +263,8 @@ class Trainer(Resumable):
             use.awaits = (set_loss,)
             uses.append(use)
         run(uses, chain._session)
+        answers = values_of(calls, chain._session)
+        self._metric_for = next((name for name in answers if name is not None), None)
 
     def _on(self, stage: Stage, action: str, arguments: dict[str, Any]) -> StageCall:
         key = new_key(action, self.chain._title)
@@ -278,13 +287,20 @@ class Trainer(Resumable):
         ValueError
             The batch is empty, or inputs and targets do not fit together; nothing is submitted.
         TaskgradError
-            The batch has thunks of another client.
+            The batch has thunks of another client; or another trainer was made over the chain, or
+            the scheduler needs a metric.
         LayerError
             A layer or the loss raised, in this step or one before that was not read: the message
             names layer, microbatch and worker. The trainer is as it was before that step.
         WorkerLostError
             A worker is gone, and with it its layers.
         """
+        if self._metric_for is not None and not self._in_fit:
+            raise TaskgradError(
+                f"the lr_scheduler is a {self._metric_for}, which needs a metric, and step() has "
+                "none to give: fit(loader, epochs, val_loader) gives it the validation loss after "
+                "each epoch"
+            )
         with self._turn():
             self._check_usable()
             batch = self._cutter.cut(x, y)
@@ -402,6 +418,17 @@ class Trainer(Resumable):
         if self._unsettled:
             self._take_back()
 
+    def _advance(self, metric: float) -> None:
+        """Step schedulers that need a metric, on all stages or on none."""
+        stages = self.chain._stages.values()
+        done = {"done": self.steps}
+        try:
+            steps = [self._on(s, "advance", {**done, "metric": metric}) for s in stages]
+            run(steps, self.chain._session)
+        except BaseException:
+            run([self._on(s, "retreat", done) for s in stages], self.chain._session)
+            raise
+
     # -- loops -------------------------------------------------------------------------------------
 
     def fit(
@@ -438,7 +465,8 @@ class Trainer(Resumable):
             An argument is of another kind; nothing is trained then.
         ValueError
             `epochs` is negative; or the loader is empty in the first epoch or a later one, or
-            yields something else than pairs.
+            yields something else than pairs. Or the scheduler needs a metric, and there is no
+            `val_loader`.
         """
         check_loader("loader", loader)
         if val_loader is not None:

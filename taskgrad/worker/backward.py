@@ -63,6 +63,8 @@ class Backward:
             try:
                 with tape.lock, hooks_off(tape.parameters.values()):
                     found, parameters = _differentiate(tape, seeds, slots, self.retain)
+                if self.draw is not None and None in self.sources:
+                    self._check_reached(store.address, found, parameters)
             except (LayerError, GangFailed):
                 raise
             except BaseException as error:
@@ -78,6 +80,22 @@ class Backward:
             for i in self.wanted
         )
         return given[0] if len(given) == 1 else given
+
+    def _check_reached(
+        self, address: str, found: dict[int, list[Gradient]], parameters: dict[str, Gradient]
+    ) -> None:
+        """The backward of a step's loss comes to the model's output, or to a parameter."""
+        grads = [*parameters.values(), *(g for leaves in found.values() for g in leaves)]
+        if self.draw is not None and all(g is None for g in grads):
+            error = TypeError(
+                "the loss does not depend on what is trained, so that nothing would be: it was "
+                "made anew of a number (.item()), or of something else than the model's output"
+            )
+            message = (
+                f"layer 'loss' on worker {address}, in microbatch {self.draw.microbatch} of step "
+                f"{self.draw.step}: {error}"
+            )
+            raise LayerError(message, "loss", address, error)
 
     def _accumulate(
         self,

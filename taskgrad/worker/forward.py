@@ -202,9 +202,15 @@ def _fill(template: bytes, fed: list[Any]) -> Any:
 
 
 def _check_loss(value: Any, finite: bool) -> None:
-    if not isinstance(value, torch.Tensor) or value.numel() != 1 or not carries_gradient(value):
+    if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.is_floating_point():
         raise TypeError(
             f"a loss is one floating-point number, a tensor; this one gave {describe(value)}"
+        )
+    if not value.requires_grad or value.grad_fn is None:
+        raise TypeError(
+            "the loss does not depend on what is trained, so that nothing would be: it is a "
+            "constant, or was detached (.detach(), .item(), torch.no_grad()). A microbatch that "
+            "has nothing to learn from gives (output * 0).sum()"
         )
     if finite and not math.isfinite(value.item()):
         raise FloatingPointError(f"the loss is {value.item()}")

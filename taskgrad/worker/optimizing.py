@@ -14,6 +14,7 @@ from torch import nn
 
 from taskgrad.errors import TaskgradError
 from taskgrad.worker.failures import making_errors, update_errors
+from taskgrad.worker.optimizers import Groups, make_optimizer
 from taskgrad.worker.store import Made, ResidentStage, Store
 from taskgrad.worker.undo import Undo, of_torch, untouched_by
 
@@ -33,7 +34,10 @@ def make(
     """Make the stage's optimizer over these parameters; `use` has it take its place."""
     stage = store.stage(token)
     with stage.lock, making_errors(store.address):
-        stage.made = Made(factory([stage.parameters[name] for name in names]) if names else None)
+        groups: Groups = [(names, {})]
+        stage.made = Made(
+            make_optimizer(factory, stage.parameters, groups, store.address) if names else None
+        )
 
 
 def use(store: Store, token: str) -> None:

@@ -22,6 +22,7 @@ from taskgrad.graph import pack
 from taskgrad.worker import deferred_norm
 from taskgrad.worker.deferred_norm import Statistics
 from taskgrad.worker.failures import making_errors, update_errors
+from taskgrad.worker.optimizers import make_optimizer, make_scheduler, needs_metric
 from taskgrad.worker.spilling import CopiesInFiles, SpilledState
 from taskgrad.worker.store import Made, ResidentStage, Store
 from taskgrad.worker.undo import Undo, copied, untouched_by
@@ -77,6 +78,7 @@ class Training:
 
     names: list[str]
     scheduler: Any = None
+    takes_metric: bool = False  # the scheduler does, at the end of an epoch
     scaler: Scaler | None = None
     spilled: SpilledState | None = None  # where the optimizer's state is, if not in memory
     copies: Callable[[torch.Tensor], torch.Tensor] = copied  # how what takes a step back is kept
@@ -87,6 +89,7 @@ class Training:
     summary: Summary | None = None
     prepared: bool = False  # the summary is of the step under way
     norms: Statistics | None = None  # where batch norm's statistics are deferred
+    advanced: tuple[int, Undo] | None = None  # the scheduler's last step with a metric: when
     busy: float = 0.0
     began_at: float = 0.0
 
@@ -120,34 +123,38 @@ def start(
     compiled: dict[str, Any] | None,
     done: int,
     in_files: frozenset[str],
-) -> None:
+) -> str | None:
     """Make the stage's optimizer and scheduler, over the parameters of these groups.
 
     They are in use once `optimizing.use` says so.
 
     `deferred` defers batch norm's statistics; with `compiled`, options of ``torch.compile``, each
     layer is compiled at its first call. `in_files` has "state" if the optimizer's state lies in
-    files, "undo" if what takes a step back does.
+    files, "undo" if what takes a step back does. Gives the scheduler's class if it needs a metric.
+
+    Raises
+    ------
+    LayerError
+        What `make_optimizer` or `make_scheduler` raised.
     """
     stage = store.stage(token)
     with stage.lock, making_errors(store.address):
         training = Training(names, scaler=Scaler() if scaled else None, done=done)
         training.norms = {} if deferred else None
+        if compiled is not None:
+            torch.compile(nn.Identity(), **compiled)  # raises what is wrong with the options
         if "state" in in_files:
             training.spilled = SpilledState(store.folder)
         if "undo" in in_files:
             training.copies = CopiesInFiles(store.folder, training.spilled)
         made = Made(None, training, compiled=compiled)
         if names:
-            parameters: list[Any] = [
-                {"params": [stage.parameters[name] for name in members], **options}
-                for members, options in groups
-            ]
-            if len(groups) == 1 and not groups[0][1]:
-                [parameters] = [group["params"] for group in parameters]
-            made.optimizer = optimizer(parameters)
-            training.scheduler = None if scheduler is None else scheduler(made.optimizer)
+            made.optimizer = make_optimizer(optimizer, stage.parameters, groups, store.address)
+            if scheduler is not None:
+                training.scheduler = make_scheduler(scheduler, made.optimizer, store.address)
+                training.takes_metric = needs_metric(training.scheduler)
         stage.made = made
+        return type(training.scheduler).__name__ if training.takes_metric else None
 
 
 def set_loss(store: Store, token: str, tensors: list[torch.Tensor], *, data: bytes) -> None:
@@ -259,7 +266,12 @@ def commit(
                     training.scaler.update(finite)
                 if training.norms:
                     deferred_norm.commit(training.norms)
-                if update and finite and training.scheduler is not None:
+                if (
+                    update
+                    and finite
+                    and training.scheduler is not None
+                    and not training.takes_metric
+                ):
                     hint = " It steps with every step of the optimizer, not every epoch."
                     with update_errors(store.address, step, "the lr_scheduler", hint):
                         training.scheduler.step()
@@ -288,6 +300,48 @@ def _undo_of(stage: ResidentStage, training: Training) -> Undo:
     """What takes back the update of a stage, which is about to be made."""
     changing = [stage.optimizer, training.scheduler, training.scaler]
     return Undo(changing, training.copies, untouched_by(stage.optimizer))
+
+
+def advance(store: Store, token: str, *, metric: float, done: int) -> None:
+    """Step the scheduler with a metric; after so many batches, and once only.
+
+    Raises
+    ------
+    LayerError
+        The scheduler raised; it is as before then, and so are the learning rates.
+    """
+    stage = store.stage(token)
+    with stage.lock:
+        training = _training(stage)
+        if training.scheduler is None or stage.optimizer is None:
+            return
+        if training.advanced is not None and training.advanced[0] == done:
+            return
+        optimizer = stage.optimizer
+        untouched = [p for group in optimizer.param_groups for p in group["params"]]
+        untouched += [v for kept in optimizer.state.values() for v in _tensors(kept)]
+        undo = Undo([training.scheduler, optimizer], without=untouched)
+        try:
+            with update_errors(store.address, done - 1, "the lr_scheduler"):
+                training.scheduler.step(metric)
+        except BaseException:
+            undo.restore()
+            raise
+        training.advanced = done, undo
+
+
+def _tensors(state: dict[str, Any]) -> list[torch.Tensor]:
+    return [value for value in state.values() if isinstance(value, torch.Tensor)]
+
+
+def retreat(store: Store, token: str, *, done: int) -> None:
+    """Another stage's scheduler raised: take this one's step with a metric back."""
+    stage = store.stage(token)
+    with stage.lock:
+        training = _training(stage)
+        if training.advanced is not None and training.advanced[0] == done:
+            training.advanced[1].restore()
+            training.advanced = None
 
 
 def total_norm(summaries: Sequence[Summary], order: Sequence[str]) -> torch.Tensor:
