@@ -6,8 +6,19 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from taskgrad.kernels.dtypes import Kind, promote
-from taskgrad.kernels.formula import ARITHMETIC, BINARY, BITWISE, COMPARISONS, UNARY, Formula, Step
+from taskgrad.kernels.calls import argument_dtype
+from taskgrad.kernels.dtypes import SIZES, Kind, promote
+from taskgrad.kernels.formula import (
+    ARITHMETIC,
+    BINARY,
+    BITWISE,
+    COMPARISONS,
+    EXTREMES,
+    ROUNDING,
+    UNARY,
+    Formula,
+    Step,
+)
 
 # Those that Numba would call once an element, and that scalar_math has in a form without calls.
 VECTORISED = {
@@ -15,9 +26,9 @@ VECTORISED = {
       for kind in ("float32", "float64")),
     "erf_float32",
 }  # fmt: skip
-_ROUNDING = ("floor", "ceil", "trunc", "rint")
 _NUMPY = ("cbrt", "exp2")
 _LONGEST_POWER = 16
+_DIVISIONS = ("floordiv", "mod", "fmod")
 
 
 class Body:
@@ -50,6 +61,47 @@ class Body:
             for i, step in steps
             if step.op not in ("arg", "const")
         ]
+
+    def zero_division(self) -> tuple[list[str], str]:
+        """Lines, and what is true after them where an integer is divided by 0; empty if nowhere.
+
+        Only divisions count that the result depends on, through the branches that are taken.
+        """
+        steps = self._formula.steps
+        risky: set[int] = set()
+        above: set[int] = set()
+        for i, step in enumerate(steps):
+            if self._divides_integers(i, step):
+                risky.add(i)
+            if i in risky or above.intersection(step.operands):
+                above.add(i)
+        lines: list[str] = []
+        found: list[str] = []
+        live = dict.fromkeys(self._formula.outputs, "True")
+        for i in sorted(above, reverse=True):
+            where = live.get(i)
+            if where is None:
+                continue
+            if where != "True":
+                lines.append(f"w{i} = {where}")
+                where = f"w{i}"
+            step = steps[i]
+            conditions = [where] * len(step.operands)
+            if i in risky:
+                found.append(_both(where, f"({self._as(step.operands[1], 'int64')} == 0)"))
+            if step.op == "select":
+                condition = self._as(step.operands[0], "bool")
+                conditions[1:] = _both(where, condition), _both(where, f"(not {condition})")
+            for place, condition in zip(step.operands, conditions, strict=True):
+                known = live.get(place)
+                live[place] = condition if known is None else _either(known, condition)
+        return lines, " | ".join(found)
+
+    def _divides_integers(self, i: int, step: Step) -> bool:
+        if step.op not in _DIVISIONS or self._kinds[i].is_float:
+            return False
+        divisor = self._formula.steps[step.operands[1]]
+        return divisor.op != "const" or divisor.value == 0
 
     def result(self, k: int, dtype: str) -> str:
         """Output k, as the dtype in which it is stored."""
@@ -97,17 +149,21 @@ class Body:
         function, which = step.value
         if function not in self.calls:
             self.calls.append(function)
-        arguments = ", ".join(self._as(j, self._kinds[j].computed) for j in step.operands)
+        arguments = ", ".join(self._as(j, argument_dtype(self._kinds[j])) for j in step.operands)
         part = "" if which is None else f"[{which}]"
         return f"call{self.calls.index(function)}({arguments}){part}"
 
     def _power(self, step: Step, own: str, x: str, y: str) -> str:
         exponent = self._formula.steps[step.operands[1]]
-        n = exponent.value if exponent.op == "const" else None
-        if n is None or n != int(n) or not 1 <= n <= _LONGEST_POWER:
-            return f"{own}({x} ** {y})"
+        n = exponent.value if exponent.op == "const" else math.nan
+        if n in (0.5, -0.5):
+            root = f"{own}(math.sqrt({x}))"
+            return root if n > 0 else f"{own}({own}(1) / {root})"
+        if not 1 <= abs(n) <= _LONGEST_POWER or n != int(n):
+            return f"{own}({x} ** {y})" if "float" in own else f"{own}(ar.pow_int({x}, {y}))"
         # By squaring: x**5 is x (x x)(x x), with no call.
-        return f"{own}({_product(x, int(n), own)})"
+        power = _product(x, int(abs(n)), own)
+        return f"{own}({power})" if n > 0 else f"{own}({own}(1) / {power})"
 
 
 def _product(x: str, n: int, own: str) -> str:
@@ -120,8 +176,22 @@ def _product(x: str, n: int, own: str) -> str:
 
 def _operation(op: str, own: str, operands: list[str]) -> str:
     x, y = operands[0], operands[-1]
+    if op in _DIVISIONS and "float" not in own:
+        return f"{own}(ar.{op}_int({x}, {y}))"
+    if op == "fmod":
+        return f"m.fmod({x}, {y})"
+    if op in ("floordiv", "mod"):
+        return f"ar.{op}_{own}({x}, {y})"
+    if op in ("add", "mul") and own == "bool":
+        return f"({x} {'|' if op == 'add' else '&'} {y})"
     if op in ARITHMETIC:
         return f"{own}({x} {ARITHMETIC[op]} {y})"
+    if op in EXTREMES:
+        return f"ar.{op}({x}, {y})"
+    if op in ("lshift", "rshift"):
+        bits = 8 * SIZES[own]
+        # Shifted to the right by one less, a negative number is -1 already.
+        return f"{own}(ar.{op}({x}, {y}, {bits - (op == 'rshift' and own != 'uint8')}))"
     if op == "truediv":
         return f"{own}({x} / {y})"
     if op in BITWISE:
@@ -136,8 +206,8 @@ def _operation(op: str, own: str, operands: list[str]) -> str:
         return f"({own}(1) if {x} > {own}(0) else ({own}(-1) if {x} < {own}(0) else {own}(0)))"
     if op in ("float", "int"):
         return x
-    if op in _ROUNDING:
-        return f"m.{op}({x})"
+    if op in ROUNDING:
+        return f"m.{op}({x})" if "float" in own else x
     if f"{op}_{own}" in VECTORISED:
         return f"s.{op}_{own}({x})"
     if op in UNARY or op in BINARY:
@@ -150,7 +220,19 @@ def cast(name: str, held: str, wanted: str) -> str:
     """A value of one computed dtype as another."""
     if held == wanted:
         return name
-    return f"({name} != 0)" if wanted == "bool" else f"{wanted}({name})"
+    if wanted == "bool":
+        return f"({name} != 0)"
+    if "float" in held and "float" not in wanted:
+        return f"{wanted}(ar.to_int64({name}))"
+    return f"{wanted}({name})"
+
+
+def _both(a: str, b: str) -> str:
+    return b if a == "True" else f"({a} & {b})"
+
+
+def _either(a: str, b: str) -> str:
+    return "True" if "True" in (a, b) else f"({a} | {b})"
 
 
 def _literal(value: float, dtype: str) -> str:

@@ -2,40 +2,67 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from taskgrad.kernels import dtypes
 from taskgrad.kernels.compiled import require_numba
 from taskgrad.kernels.dtypes import Kind
-from taskgrad.kernels.formula import Step
+from taskgrad.kernels.formula import Function, Step
 
 
 def kind_of_call(step: Step, operands: list[Kind]) -> Kind:
-    """What Numba finds a function without a formula to give."""
+    """What Numba finds a function without a formula to give.
+
+    Raises
+    ------
+    TypeError
+        It cannot be compiled, or gives something that is not always a number; the message says
+        what stands in the way.
+    """
     numba = require_numba()
     function, which = step.value
-    signature = tuple(getattr(numba.types, _numba_name(kind)) for kind in operands)
-    dispatcher = numba.njit(error_model="numpy")(function.plain)
+    if function.plain is None:
+        raise TypeError(f"{function.name} cannot be compiled: {function.obstacle}")
+    from taskgrad.kernels.plain import dispatcher
+
+    types = {"bool": numba.types.boolean}
+    signature = tuple(
+        types.get(kind.dtype) or getattr(numba.types, argument_dtype(kind)) for kind in operands
+    )
+    compiler = dispatcher(function.plain)
     try:
-        dispatcher.compile(signature)
+        compiler.compile(signature)
     except numba.core.errors.NumbaError as error:
         raise TypeError(
             f"{function.name} can be neither read as a formula ({function.obstacle}) "
             f"nor compiled by Numba: {error}"
         ) from error
-    found = dispatcher.overloads[signature].signature.return_type
+    found = compiler.overloads[signature].signature.return_type
     if which is not None:
-        found = found[which]
-    name = str(getattr(found, "literal_type", found))
-    floats = [k for k in operands if k.is_float]
+        parts = found if isinstance(found, numba.types.BaseTuple) else ()
+        if which >= len(parts):
+            raise TypeError(f"{function.name} must give a tuple of numbers; it gives {found}")
+        found = parts[which]
+    return _kind_of(function, getattr(found, "literal_type", found), operands)
+
+
+def argument_dtype(kind: Kind) -> str:
+    """As what such a function gets an argument: every integer as Python's, of 64 bits."""
+    return kind.computed if kind.is_float or kind.dtype == "bool" else "int64"
+
+
+def _kind_of(function: Function, found: Any, operands: list[Kind]) -> Kind:
+    name = str(found)
     if name == "bool":
         return Kind("bool")
-    if not name.startswith("float"):
-        return Kind(name if name in dtypes.SIZES else "int64")
+    if name in dtypes.SIZES and "float" not in name:
+        return Kind(name)
+    if name not in ("float32", "float64"):
+        what = "may give None" if name.startswith(("Optional", "none")) else f"gives {name}"
+        raise TypeError(f"{function.name} {what}, where a number is wanted ({function.obstacle})")
     # Numba computes with Python's floats in float64; as in torch, they do not widen a float32.
+    floats = [k for k in operands if k.is_float]
     joined = floats[0] if floats else Kind(dtypes.default_float())
     for kind in floats[1:]:
         joined = dtypes.promote(joined, kind, dtypes.default_float())
     return joined
-
-
-def _numba_name(kind: Kind) -> str:
-    return "boolean" if kind.dtype == "bool" else kind.computed

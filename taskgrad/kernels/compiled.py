@@ -41,8 +41,9 @@ class Kernel:
         while it runs.
     address : int
         Of the machine code, a C function of that address.
-    fail : callable
-        Runs the same call with Python's own errors, where a function without a formula raised one.
+    fail : callable or None
+        Runs the same call with Python's own errors, where there are functions without a formula.
+    name : str
     path : Path
         Of the source.
     compiled_here : bool
@@ -55,7 +56,8 @@ class Kernel:
 
     run: Callable[[int], None]
     address: int
-    fail: Callable[[int], None]
+    fail: Callable[[int], None] | None
+    name: str
     path: Path
     compiled_here: bool
     vector_bits: int
@@ -75,6 +77,7 @@ def guarded(call):
         m.store_int64(call, {FAILED}, 1)
 """
 
+_PARTS = ("machine.py", "turned.py", "scalar_math.py", "arithmetic.py", "plain.py")
 _kernels: dict[Path, Kernel] = {}
 _lock = threading.RLock()
 
@@ -99,14 +102,16 @@ def require_numba() -> ModuleType:
     return found
 
 
-def compiled(source: str, name: str, calls: Sequence[Function] = ()) -> Kernel:
+def compiled(source: str, name: str, calls: Sequence[Function] = (), way: str = "") -> Kernel:
     """The kernel of a source that defines ``kernel``.
 
     Parameters
     ----------
     source : str
     name : str
-        For the name of its file.
+        Of the function.
+    way : str
+        What the kernel does with it, for the name of its file.
     calls : sequence of Function
         Those without a formula, which the source calls as ``call0``, ``call1``, ...
     """
@@ -115,19 +120,21 @@ def compiled(source: str, name: str, calls: Sequence[Function] = ()) -> Kernel:
         source += _GUARD
     content = "\n".join([source, _foundations(), *(fingerprint(c.plain) for c in calls)])
     digest = hashlib.sha256(content.encode()).hexdigest()[:24]
-    path = cache_folder() / f"{re.sub(r'[^a-zA-Z0-9]+', '_', name)[:40]}_{digest}.py"
+    path = cache_folder() / f"{re.sub(r'[^a-zA-Z0-9]+', '_', name + way)[:40]}_{digest}.py"
     with _lock:
         if path not in _kernels:
             with _locked(path.with_suffix(".lock")):
-                _kernels[path] = _compile(numba, path, source, calls)
+                _kernels[path] = _compile(numba, path, name, source, calls)
         return _kernels[path]
 
 
-def _compile(numba: ModuleType, path: Path, source: str, calls: Sequence[Function]) -> Kernel:
+def _compile(
+    numba: ModuleType, path: Path, name: str, source: str, calls: Sequence[Function]
+) -> Kernel:
     _write(path, source)
     module = _load(path)
     for k, function in enumerate(calls):
-        setattr(module, f"call{k}", numba.njit(error_model="numpy")(function.plain))
+        setattr(module, f"call{k}", _dispatcher(function))
     signature = numba.void(numba.int64)
     start = time.perf_counter()
     code = numba.cfunc(signature, cache=True, error_model="numpy")(
@@ -144,12 +151,20 @@ def _compile(numba: ModuleType, path: Path, source: str, calls: Sequence[Functio
     return Kernel(
         code.ctypes,
         code.address,
-        module.kernel,
+        module.kernel if calls else None,
+        name,
         path,
         fresh,
         notes["vector_bits"],
         notes["seconds"],
     )
+
+
+def _dispatcher(function: Function) -> Any:
+    from taskgrad.kernels.plain import dispatcher  # needs Numba
+
+    assert function.plain is not None
+    return dispatcher(function.plain)
 
 
 def _vector_bits(code: Any) -> int:
@@ -209,7 +224,7 @@ def cache_folder() -> Path:
 def _foundations() -> str:
     """What a kernel's machine code depends on beside its source."""
     here = Path(__file__).parent
-    ours = [(here / name).read_text() for name in ("machine.py", "turned.py", "scalar_math.py")]
+    ours = [(here / name).read_text() for name in _PARTS]
     return "\n".join([*ours, sys.version, version("numba"), version("llvmlite"), version("numpy")])
 
 

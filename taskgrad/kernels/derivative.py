@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from taskgrad.errors import DerivativeError
-from taskgrad.kernels.formula import BITWISE, COMPARISONS, Formula, Step, Writer
+from taskgrad.kernels.formula import BITWISE, COMPARISONS, EXTREMES, Formula, Step, Writer
 
 # Where the result is flat, or not a number of the argument's kind.
 _FLAT = {*COMPARISONS, *BITWISE, "isnan", "isinf", "isfinite", "invert", "int", "zero"}
@@ -88,6 +88,8 @@ def _tangents(
             tangents.append(seeds.get(step.value))
         elif step.op in _FLAT or all(tangents[i] is None for i in step.operands):
             tangents.append(None)
+        elif step.op in EXTREMES:
+            tangents.append(_extreme(writer, step, places, tangents))
         elif step.op == "select":
             condition = places[step.operands[0]]
             a, b = (tangents[i] for i in step.operands[1:])
@@ -101,6 +103,23 @@ def _tangents(
                     total = _add(writer, total, _mul(writer, tangents[i], slope))
             tangents.append(total)
     return tangents
+
+
+def _extreme(
+    writer: Writer, step: Step, places: list[int], tangents: list[int | None]
+) -> int | None:
+    """That of the operand taken; half of each where they are equal, both where one is NaN."""
+    loses = "lt" if step.op == "maximum" else "gt"
+    x, y = (places[i] for i in step.operands)
+    total: int | None = None
+    for k, (own, other) in enumerate(((x, y), (y, x))):
+        tangent = tangents[step.operands[k]]
+        if tangent is not None:
+            half = writer.add("mul", tangent, writer.const(0.5))
+            share = writer.add("select", writer.add("eq", x, y), half, tangent)
+            lost = writer.add(loses, own, other)
+            total = _add(writer, total, writer.add("select", lost, writer.const(0.0), share))
+    return total
 
 
 def _slope(writer: Writer, step: Step, operands: list[int], place: int, k: int) -> int | None:
@@ -226,7 +245,7 @@ def _power_slope(writer: Writer, operands: list[int], place: int) -> int | None:
     x, y = operands
     exponent = writer.steps[y]
     if exponent.op != "const":
-        return _rule("y * f.pow(x, y - 1)")(writer, operands, place)
+        return _rule("f.select(f.eq(y, 0), 0.0, y * f.pow(x, y - 1))")(writer, operands, place)
     n = exponent.value
     if n == 0:
         return writer.const(0.0)
@@ -247,7 +266,7 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         "neg": ("-1",),
         "float": ("1",),
         "abs": ("f.sign(x)",),
-        "copysign": ("f.copysign(1.0 + 0 * x, x) * f.copysign(1.0 + 0 * y, y)", "0"),
+        "copysign": ("f.select(f.eq(x, 0.0), 0.0, z / x)", "0"),
         "exp": ("z",),
         "exp2": (f"z * {math.log(2)!r}",),
         "expm1": ("f.exp(x)",),
@@ -271,10 +290,14 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         "atanh": ("1 / (1 - x * x)",),
         "erf": (f"{2 / math.sqrt(math.pi)!r} * f.exp(-(x * x))",),
         "erfc": (f"{-2 / math.sqrt(math.pi)!r} * f.exp(-(x * x))",),
-        "atan2": ("y / (x * x + y * y)", "-x / (x * x + y * y)"),
+        "atan2": tuple(
+            f"f.select(f.eq(x * x + y * y, 0), 0.0, {part} / (x * x + y * y))"
+            for part in ("y", "-x")
+        ),
         "hypot": ("x / z", "y / z"),
         "fmod": ("1", "-f.trunc(x / y)"),
     }.items()
 }
 # At a base of 0 the logarithm is infinite and the power's own zero wins, as in torch.
-_RULES["pow"] = (_power_slope, _rule("f.select(f.eq(x, 0), 0.0 * z, z * f.log(x))"))
+_BY_EXPONENT = "f.select(f.eq(x, 0), f.select(f.ge(y, 0), 0.0, z * f.log(x)), z * f.log(x))"
+_RULES["pow"] = (_power_slope, _rule(_BY_EXPONENT))

@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from taskgrad.kernels.formula import COMPARISONS, Formula, Step
+from taskgrad.kernels.formula import COMPARISONS, EXTREMES, ROUNDING, Formula, Step
 
 SIZES = {
     **dict.fromkeys(("bool", "uint8", "int8"), 1),
@@ -22,8 +22,11 @@ SIZES = {
 }
 HALVES = ("float16", "bfloat16")
 _TRUTHS = {*COMPARISONS, "isnan", "isinf", "isfinite"}
-_SAME = {"neg", "abs", "sign", "add", "sub", "mul", "floordiv", "mod", "pow"}
+_SAME = {"neg", "abs", "sign", "add", "sub", "mul", "floordiv", "mod", "fmod", "pow"}
+_SAME |= {*EXTREMES, *ROUNDING}
 _WHOLE = {"and", "or", "xor", "invert", "lshift", "rshift"}
+# What torch does with two bools: of "+" and "*" one comes, too, and the rest is refused.
+_OF_BOOLS = {"add", "mul", "and", "or", "xor", "invert", "sign", *EXTREMES}
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def name_of(dtype: torch.dtype) -> str:
     """
     name = str(dtype).partition(".")[2]
     if name not in SIZES:
-        raise TypeError(f"kernels take bool, integers and floats up to 64 bits; got torch.{name}")
+        raise TypeError(f"kernels take tensors of {', '.join(SIZES)}; got torch.{name}")
     return name
 
 
@@ -104,8 +107,25 @@ def kinds_of(
     kinds: list[Kind] = []
     for step in formula.steps:
         operands = [kinds[i] for i in step.operands]
-        kinds.append(_kind(step, operands, inputs, default, kind_of_call))
+        kind = _kind(step, operands, inputs, default, kind_of_call)
+        if not kind.is_float:
+            _check_numbers(step, kind, [formula.steps[i] for i in step.operands])
+        kinds.append(kind)
     return kinds
+
+
+def _check_numbers(step: Step, kind: Kind, operands: list[Step]) -> None:
+    """Refuse, as torch does, a number with which an operation has no integer result."""
+    if step.op == "pow" and operands[1].op == "const" and operands[1].value < 0:
+        raise TypeError(
+            f"{kind.dtype} to the power of {operands[1].value} is no integer, as in torch: "
+            "use float(...) of the base"
+        )
+    if step.op in ("select", *EXTREMES) and kind.dtype != "bool":
+        info = torch.iinfo(torch_dtype(kind.dtype))
+        for operand in operands:
+            if operand.op == "const" and not info.min <= operand.value <= info.max:
+                raise TypeError(f"{operand.value} does not fit into {kind.dtype}")
 
 
 def _kind(
@@ -126,18 +146,20 @@ def _kind(
     if step.op in _TRUTHS:
         return Kind("bool")
     if step.op == "int":
-        return operands[0] if not operands[0].is_float else Kind("int64")
+        return Kind("int64") if operands[0].is_float or operands[0].dtype == "bool" else operands[0]
     if step.op == "select":
         return promote(operands[1], operands[2], default)
     joined = operands[0]
     for other in operands[1:]:
         joined = promote(joined, other, default)
-    if step.op in _WHOLE:
-        if joined.is_float:
-            raise TypeError(f"{step.op} takes whole numbers, not {joined.dtype}")
+    if step.op in _WHOLE and joined.is_float:
+        raise TypeError(f"{step.op} takes whole numbers, not {joined.dtype}")
+    if step.op in _WHOLE or step.op in _SAME:
+        if joined.dtype == "bool" and step.op not in _OF_BOOLS:
+            raise TypeError(
+                f"{step.op} does not take bool, as in torch: use int(...) of it, or &, | and ^"
+            )
         return joined
-    if step.op in _SAME:
-        return Kind("int64", joined.weak) if joined.dtype == "bool" else joined
     return joined if joined.is_float else Kind(default, joined.weak)
 
 

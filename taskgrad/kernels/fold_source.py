@@ -17,7 +17,7 @@ from textwrap import indent
 
 from taskgrad.kernels.body import Body
 from taskgrad.kernels.dtypes import SIZES, Kind
-from taskgrad.kernels.sharing import DONE, ITEMS, entry
+from taskgrad.kernels.sharing import DONE, FAILED, ITEMS, ZERO_DIVISION, entry
 from taskgrad.kernels.source import HEAD
 
 HEADER = ("depth", "length", "stride", "segment", "segments", "cols", "col_stride", "col_blocks")
@@ -54,7 +54,7 @@ def fold_source(body: Body, dtype: str, columns: bool, title: str) -> str:
     names |= {"half": BLOCK * 8, "block": BLOCK, "columns": COLUMNS, "base": _BASE}
     names |= {"row": COLUMNS * 8, "stack": SCRATCH - _LEVELS * 8}
     template = _SEGMENTS + (_COLUMNS if columns else _ROWS)
-    return HEAD.format(title=title) + _combine(body, held) + _filled(template, ("x", "out"), names)
+    return HEAD.format(title=title) + _made(template, ("x", "out"), names, body)
 
 
 def lanes_source(body: Body, dtype: str, title: str) -> str:
@@ -73,7 +73,7 @@ def lanes_source(body: Body, dtype: str, title: str) -> str:
     names |= {"done": DONE}
     template = _SEGMENTS + _ROWS_AS_TABLE
     addresses = ("x", "out", "between")
-    return HEAD.format(title=title) + _combine(body, held) + _filled(template, addresses, names)
+    return HEAD.format(title=title) + _made(template, addresses, names, body)
 
 
 def _rows(element: str) -> list[str]:
@@ -98,17 +98,31 @@ def scan_source(body: Body, dtype: str, title: str) -> str:
     """A module whose ``kernel`` writes the running results of each segment of a dense row."""
     held = Kind(dtype).computed
     names = {"T": held, "X": dtype, "size": SIZES[dtype], "held": SIZES[held]}
-    return (
-        HEAD.format(title=title)
-        + _combine(body, held)
-        + _filled(_SCAN, ("x", "before", "out"), names)
-    )
+    return HEAD.format(title=title) + _made(_SCAN, ("x", "before", "out"), names, body)
 
 
 def recurrence_source(dtype: str, title: str) -> str:
     """A module whose ``kernel`` computes h[i] = g[i] + a[i] h[i - 1] along each dense row."""
     names = {"T": dtype, "size": SIZES[dtype]}
     return HEAD.format(title=title) + _filled(_RECURRENCE, ("a", "g", "out"), names)
+
+
+def _made(template: str, addresses: Sequence[str], names: Mapping[str, object], body: Body) -> str:
+    """A template with the function that it combines two values with."""
+    held = str(names["T"])
+    before, divides = body.zero_division()
+    lines = body.lines()
+    if divides:
+        lines += [*before, f"if {divides}:"]
+        lines += [f"    m.store_int64(call, {FAILED}, {ZERO_DIVISION})"]
+    combine = (
+        "@njit(forceinline=True, error_model='numpy')\n"
+        "def combine(a0, a1):\n"
+        + "".join(f"    {line}\n" for line in lines)
+        + f"    return {body.result(0, held)}\n\n\n"
+    )
+    source = combine + _filled(template, addresses, names)
+    return source.replace("combine(", "combine(call, ") if divides else source
 
 
 def _filled(template: str, addresses: Sequence[str], names: Mapping[str, object]) -> str:
@@ -120,14 +134,6 @@ def _filled(template: str, addresses: Sequence[str], names: Mapping[str, object]
     for name, value in names.items():
         template = template.replace(f"<{name}>", str(value))
     return template
-
-
-def _combine(body: Body, held: str) -> str:
-    lines = "".join(f"    {line}\n" for line in body.lines())
-    return (
-        "@njit(forceinline=True, error_model='numpy')\n"
-        f"def combine(a0, a1):\n{lines}    return {body.result(0, held)}\n\n\n"
-    )
 
 
 _SEGMENTS = """\

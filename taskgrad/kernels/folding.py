@@ -15,6 +15,7 @@ from taskgrad.kernels.body import Body
 from taskgrad.kernels.calls import kind_of_call
 from taskgrad.kernels.compiled import Kernel, compiled
 from taskgrad.kernels.formula import Formula, expanded
+from taskgrad.kernels.inputs import unreadable
 from taskgrad.kernels.repeated import Repeated, done_from_end, from_end
 from taskgrad.kernels.streamed import last_cache
 
@@ -38,10 +39,16 @@ class _Pass:
     def run(self, *tensors: torch.Tensor, nbytes: int | None = None) -> threads.LastCall:
         """What it did, with tensors of so many bytes together."""
         start = time.perf_counter()
+        try:
+            addresses = [t.data_ptr() for t in tensors]
+        except RuntimeError as error:
+            raise unreadable(self.kernel.name, tensors) from error
+        if 0 in addresses:
+            raise unreadable(self.kernel.name, tensors)
         count = threads.run(
             self.kernel,
             self.items,
-            [t.data_ptr() for t in tensors],
+            addresses,
             meta=self.meta_address,
             scratch=fold_source.SCRATCH,
             shared=self.shared,
@@ -258,6 +265,7 @@ class Folder:
             default = dtypes.default_float()
             held = dtypes.Kind(dtype).computed
             kinds = dtypes.kinds_of(self._formula, [held, held], default, kind_of_call)
+            self._check_result(kinds, dtype)
             body = Body(self._formula, kinds, default)
             title = f"{self._name}, {way} of {dtype}"
             if way == "scan":
@@ -266,8 +274,19 @@ class Folder:
                 source = fold_source.lanes_source(body, dtype, title)
             else:
                 source = fold_source.fold_source(body, dtype, way == "columns", title)
-            self.kernels[key] = compiled(source, f"{self._name}_{way}", body.calls)
+            self.kernels[key] = compiled(source, self._name, body.calls, f"_{way}")
         return self.kernels[key]
+
+    def _check_result(self, kinds: Sequence[dtypes.Kind], dtype: str) -> None:
+        """Refuse a function whose result the tensor's dtype would cut off."""
+        (place,) = self._formula.outputs
+        default = dtypes.default_float()
+        result = dtypes.settled(kinds[place], [dtypes.Kind(dtype)], default)
+        if not torch.can_cast(dtypes.torch_dtype(result), dtypes.torch_dtype(dtype)):
+            raise TypeError(
+                f"{self._name} of two {dtype} is {result}, and a reduction or scan has the dtype "
+                f"of its tensor: convert that to {result} first"
+            )
 
 
 def _commutes(formula: Formula) -> bool:

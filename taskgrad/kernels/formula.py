@@ -17,6 +17,9 @@ UNARY = {
     "rint",
 }
 BINARY = {"atan2", "hypot", "copysign", "fmod"}
+# Not a number where one of two is not, as torch has it.
+EXTREMES = {"maximum": ">=", "minimum": "<="}
+ROUNDING = {"floor", "ceil", "trunc", "rint"}
 
 
 @dataclass(frozen=True)

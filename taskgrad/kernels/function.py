@@ -35,7 +35,8 @@ def vectorize(
     Raises
     ------
     TypeError
-        The number of arguments is not fixed.
+        The number of arguments is not fixed. At the first call: compiled, the function would not
+        mean what it means in Python (random numbers, a counter, `try`); the message says where.
     ModuleNotFoundError
         At the first call: Numba is not installed.
     DerivativeError
@@ -89,6 +90,8 @@ def fuse(fn: Callable[..., Any]) -> Vectorized:
     >>> both(torch.tensor([1.0, 2.0]), torch.tensor([3.0, -4.0]))
     tensor([4., 8.])
     """
+    if not callable(fn):
+        raise TypeError(f"fuse takes a function; got {type(fn).__name__}")
     fused = Vectorized(fn)
     obstacle = fused.obstacle
     if obstacle:

@@ -17,6 +17,7 @@ from taskgrad.kernels.calls import kind_of_call
 from taskgrad.kernels.compiled import Kernel, compiled, require_numba
 from taskgrad.kernels.dtypes import Kind
 from taskgrad.kernels.formula import Formula, expanded
+from taskgrad.kernels.inputs import unreadable
 from taskgrad.kernels.layout import Layout, contiguous, layout
 from taskgrad.kernels.source import elementwise_source, scratch_of
 from taskgrad.kernels.sums import sum_over
@@ -83,7 +84,10 @@ class Launcher:
             floats. Empty: none is.
         """
         # torch's default dtype is what whole numbers become where a float comes out.
-        key: Any = tuple([(t.dtype, t.shape, t.stride()) for t in tensors])
+        try:
+            key: Any = tuple([(t.dtype, t.shape, t.stride()) for t in tensors])
+        except RuntimeError as error:  # no strides
+            raise unreadable(self.name, tensors) from error
         key = torch.get_default_dtype(), key
         in_place = False
         if weak is not None or out is not None or sums:
@@ -100,11 +104,10 @@ class Launcher:
         results = _empty(plan) if out is None else [out]
         try:
             addresses = [t.data_ptr() for t in (*tensors, *results)]
-        except RuntimeError as error:  # a tensor that only stands for others
-            raise RuntimeError(
-                f"{self.name} got a tensor without memory of its own, as is_grads_batched=True "
-                "makes them: use torch.func.vmap, jacrev or jacfwd"
-            ) from error
+        except RuntimeError as error:
+            raise unreadable(self.name, tensors) from error
+        if 0 in addresses and made.items:
+            raise unreadable(self.name, (*tensors, *results))
         start = time.perf_counter()
         count = threads.run(
             plan.kernel,

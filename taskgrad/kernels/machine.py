@@ -302,6 +302,31 @@ def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
     return a(a, a, a), generate
 
 
+def _divider(remains: bool) -> Any:
+    @intrinsic
+    def divide(typing_context: Any, x: Any, y: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            return builder.srem(*args) if remains else builder.sdiv(*args)
+
+        return types.int64(types.int64, types.int64), generate
+
+    return divide
+
+
+# Rounded towards 0. Division by 0, and of the smallest integer by -1, stops the process.
+quotient, rest = _divider(remains=False), _divider(remains=True)
+
+
+@intrinsic
+def fmod(typing_context: Any, x: Any, y: Any) -> Any:
+    """What is left of x, with its sign, after y was taken from it as often as it goes."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.frem(*args)
+
+    return x(x, x), generate
+
+
 def _bits(source: Any, target: Any, stored: ir.Type) -> Any:
     @intrinsic
     def bits(typing_context: Any, value: Any) -> Any:

@@ -33,6 +33,8 @@ class Elementwise(nn.Module):
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         super().__init__()
+        if not callable(fn):
+            raise TypeError(f"Elementwise takes a function; got {type(fn).__name__}")
         self.fn: Vectorized = fn if isinstance(fn, Vectorized) else vectorize(fn)
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:

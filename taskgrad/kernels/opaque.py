@@ -41,7 +41,7 @@ def _backward(ctx: Any, cotangents: Sequence[torch.Tensor]) -> Any:
     wanted = [k for k, t in enumerate(tensors) if t.requires_grad or t.is_floating_point()]
     key = f"{ctx.key}.pullback({','.join(map(str, wanted))})"
     weak = [False] * len(cotangents) + list(ctx.weak)
-    results = elementwise(key, [*cotangents, *tensors], weak)
+    results = elementwise(key, [*[c.resolve_neg() for c in cotangents], *tensors], weak)
     found = {k: r.sum_to_size(tensors[k].shape) for k, r in zip(wanted, results, strict=True)}
     return None, [found.get(k) for k in range(len(tensors))], None
 

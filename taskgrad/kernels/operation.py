@@ -140,6 +140,7 @@ class Apply(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
         tensors = ctx.saved_tensors
+        cotangents = tuple([c.resolve_neg() if c.is_neg() else c for c in cotangents])
         wanted = tuple(k for k, needed in enumerate(ctx.needs_input_grad[2:]) if needed)
         results = ctx.operation.cotangents(wanted, cotangents, tensors, ctx.weak)
         found = dict(zip(wanted, results, strict=True))
@@ -151,7 +152,7 @@ class Apply(torch.autograd.Function):
         moving = tuple(k for k, t in enumerate(tangents) if t is not None)
         known = None if ctx.weak is None else (*[False] * len(moving), *ctx.weak)
         operation = ctx.operation.pushforward(moving)
-        return operation([*[t for t in tangents if t is not None], *tensors], known)
+        return operation([*[t.resolve_neg() for t in tangents if t is not None], *tensors], known)
 
     @staticmethod
     def vmap(

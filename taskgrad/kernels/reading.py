@@ -15,8 +15,11 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from taskgrad.kernels.formula import Formula, Function, Writer, pruned
-from taskgrad.kernels.symbols import ObstacleError, Symbol, apply, knows
+import torch
+
+from taskgrad.kernels.formula import Formula, Function, Writer, pruned, text_of
+from taskgrad.kernels.meaning import frozen, objection
+from taskgrad.kernels.symbols import ObstacleError, RefusedError, Symbol, apply, knows
 
 # More ways than this, or more decisions on one of them, and the function is not read.
 _WAYS = 512
@@ -27,24 +30,44 @@ _HERE = __name__.rpartition(".")[0]
 
 def read(fn: Callable[..., Any], arity: int, name: str) -> Function:
     """A function with its formula, or with the obstacle that stood in the way of one."""
+    return Function(name, *_formula_of(fn, arity, None))
+
+
+def _formula_of(
+    fn: Callable[..., Any], arity: int, outputs: int | None
+) -> tuple[Formula | None, Callable[..., Any] | None, str]:
+    """The formula; without one the function for Numba, if it may have it, and the obstacle."""
+    refused = objection(fn)
+    if refused:
+        return None, None, refused
     try:
-        return Function(name, _explore(fn, arity, outputs=None))
+        formula, again = (_explore(fn, arity, outputs) for _ in range(2))
+    except _CountError:
+        raise
+    except RefusedError as error:
+        return None, None, _describe(error)
     except Exception as error:  # whatever a user's function raises on symbols
-        return Function(name, None, fn, _describe(error))
+        return None, fn, _describe(error)
+    if text_of(formula) != text_of(again):
+        changing = (
+            "it gave two formulas when it was read twice: it depends on something that changes"
+        )
+        return None, None, changing
+    return formula, None, ""
 
 
 def read_derivative(fn: Callable[..., Any], arity: int, name: str) -> Formula:
     """A derivative that was given: a formula with an output for each argument."""
-    try:
-        return _explore(fn, arity, outputs=arity)
-    except _CountError:
-        raise
-    except Exception as error:  # as above
-        plain = Function(name, None, fn, _describe(error))
-        steps = Writer(arity)
-        which = [None] if arity == 1 else list(range(arity))
-        places = [steps.add("call", *range(arity), value=(plain, k)) for k in which]
-        return Formula(arity, tuple(steps.steps), tuple(places))
+    formula, plain, obstacle = _formula_of(fn, arity, arity)
+    if formula is not None:
+        return formula
+    if plain is None:
+        raise TypeError(f"{name} cannot be compiled: {obstacle}")
+    function = Function(name, None, plain, obstacle)
+    steps = Writer(arity)
+    which = [None] if arity == 1 else list(range(arity))
+    places = [steps.add("call", *range(arity), value=(function, k)) for k in which]
+    return Formula(arity, tuple(steps.steps), tuple(places))
 
 
 class _CountError(ValueError):
@@ -80,6 +103,7 @@ def _explore(fn: Callable[..., Any], arity: int, outputs: int | None) -> Formula
         way = _Way(prescribed)
         arguments = [Symbol(writer, i, way.decide) for i in range(arity)]
         result = shadow(*arguments)
+        shadows.check()
         made = tuple(way.made.values())
         ends[made] = (list(way.made), _places(result, arguments, outputs))
         waiting += [(*made[:i], False) for i in range(len(prescribed), len(made))]
@@ -123,6 +147,12 @@ class _Shadows:
 
     def __init__(self) -> None:
         self._made: dict[int, Any] = {}
+        self._tensors: list[torch.Tensor] = []
+
+    def check(self) -> None:
+        """Refuse a function that changes a tensor outside; it was given a copy."""
+        if any(copy._version for copy in self._tensors):
+            raise RefusedError("it changes a tensor outside, once and not for each element")
 
     def of(self, value: Any) -> Any:
         """What stands for a value that a function refers to: mostly the value itself."""
@@ -135,6 +165,10 @@ class _Shadows:
         compiled = getattr(value, "py_func", None)  # of a function that Numba's own decorator made
         if isinstance(compiled, types.FunctionType):
             value = compiled
+        value = frozen(value)
+        if type(value) in (torch.Tensor, torch.nn.Parameter):
+            value = value.detach().clone()
+            self._tensors.append(value)
         if isinstance(value, types.FunctionType) and not (value.__module__ or "").startswith(
             ("torch", "numpy")
         ):
@@ -193,24 +227,47 @@ def _int(value: Any = 0, *base: Any) -> Any:
 
 def _isinstance(value: Any, kinds: Any) -> bool:
     if isinstance(value, Symbol):
-        raise ObstacleError("isinstance: what kind of number this is, is known later")
+        raise RefusedError("isinstance: what kind of number this is, is known later")
     return isinstance(value, kinds)
 
 
-def _extreme(original: Any, op: str) -> Any:
-    """`min` or `max`: of symbols it selects, which needs no second way through the function."""
+def _type(value: Any, *others: Any) -> Any:
+    if isinstance(value, Symbol):
+        raise RefusedError("type: what kind of number this is, is known later")
+    return type(value, *others)
+
+
+def _extreme(original: Any, op: str, closer: str) -> Any:
+    """`min` or `max`: of symbols a step, which needs no second way through the function.
+
+    As `torch.maximum`, it is not a number where one of them is not.
+    """
 
     def call(*values: Any, **options: Any) -> Any:
-        if options or len(values) < 2 or not any(isinstance(v, Symbol) for v in values):
-            return original(*values, **options)
+        if len(values) == 1 and not options:
+            values = tuple(values[0])
+        if options or not any(isinstance(v, Symbol) for v in values):
+            return original(*values, **options) if len(values) > 1 else original(values, **options)
         best = values[0]
         for value in values[1:]:
-            symbol = best if isinstance(best, Symbol) else value
-            if isinstance(symbol, Symbol):
-                best = symbol.step("select", symbol.step(op, value, best), value, best)
-            else:
-                best = original(best, value)
+            best = of_two(best, value)
         return best
+
+    def of_two(best: Any, value: Any) -> Any:
+        if isinstance(best, Symbol) and isinstance(value, Symbol):
+            return best.step(op, best, value)
+        if isinstance(best, Symbol):
+            if value != value:
+                return best.step("select", True, value, best)
+            return best.step("select", best.step(closer, value, best), value, best)
+        if isinstance(value, Symbol):
+            if best != best:
+                return value.step("select", True, best, value)
+            taken = value.step(
+                "or", value.step(closer, value, best), value.step("ne", value, value)
+            )
+            return value.step("select", taken, value, best)
+        return original(best, value)
 
     return call
 
@@ -219,8 +276,9 @@ _BUILTINS: dict[Any, Any] = {
     float: _float,
     int: _int,
     isinstance: _isinstance,
-    min: _extreme(min, "lt"),
-    max: _extreme(max, "gt"),
+    type: _type,
+    min: _extreme(min, "minimum", "lt"),
+    max: _extreme(max, "maximum", "gt"),
 }
 _BY_NAME = {builtin.__name__: shadow for builtin, shadow in _BUILTINS.items()}
 

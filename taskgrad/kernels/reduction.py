@@ -46,13 +46,13 @@ class Reduction:
         """The reduction over these dimensions, without them."""
         if differentiates((x,)):
             return Fold.apply(self, dims, x)
-        return self.folder.fold(x, dims)
+        return self.folder.fold(x.resolve_neg(), dims)
 
     def scan(self, x: torch.Tensor) -> torch.Tensor:
         """The running results along the last dimension."""
         if differentiates((x,)):
             return Scan.apply(self, x)
-        return self.folder.scan(x.contiguous())
+        return self.folder.scan(x.resolve_neg().contiguous())
 
     def slopes(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """f1 and f2 at (y[i-1], x[i]), for all i but the first."""
@@ -170,7 +170,8 @@ def _recur(a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
 def _recurrence(a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     # Half precision is computed in float32 here as everywhere.
     wide = torch.float32 if g.dtype in (torch.float16, torch.bfloat16) else g.dtype
-    return recurrence(a.to(wide).contiguous(), g.to(wide).contiguous()).to(g.dtype)
+    wide_a, wide_g = (t.to(wide).resolve_neg().contiguous() for t in (a, g))
+    return recurrence(wide_a, wide_g).to(g.dtype)
 
 
 class Recurrence(torch.autograd.Function):

@@ -20,6 +20,7 @@ from torch import get_num_threads
 
 from taskgrad.kernels import threads
 from taskgrad.kernels.compiled import Kernel
+from taskgrad.kernels.inputs import unreadable
 from taskgrad.kernels.sharing import CALL, FROM_END, begin_again, row_of
 from taskgrad.kernels.threads import LastCall
 
@@ -106,6 +107,9 @@ class Repeated:
         """The result; what was done is under `part` of `last` then."""
         global _ended, _until
         start = perf_counter()
+        place = x.data_ptr()
+        if not place:
+            raise unreadable(self._kernel.name, [x])
         count = 1 if self._alone else get_num_threads()
         try:
             call = self._calls[count].pop()
@@ -116,7 +120,6 @@ class Repeated:
         except IndexError:
             out, *self._results = [torch.empty((), dtype=self._dtype) for _ in range(_RESULTS)]
         numbers, make, done, _ = call
-        place = x.data_ptr()
         is_from_end = place != _ended or start > _until  # as in `from_end`, without its call
         _ended = place if is_from_end else 0
         begin_again(numbers)

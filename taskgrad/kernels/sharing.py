@@ -21,6 +21,8 @@ _WHERE = {name: i for i, name in enumerate(CALL)}
 _READ = [name for name in CALL if name not in ("ticket", "failed", "done")]
 TICKET, THREADS, RANGES = (_WHERE[name] for name in ("ticket", "threads", "ranges"))
 FROM_END, FAILED, DONE = (_WHERE[name] for name in ("from_end", "failed", "done"))
+# What is under FAILED where no function raised: an integer was divided by 0.
+ZERO_DIVISION = 2
 _PIECES = 32  # of a range
 
 

@@ -23,7 +23,7 @@ from taskgrad.kernels import streamed, summed, turned
 from taskgrad.kernels.body import Body, cast
 from taskgrad.kernels.dtypes import SIZES, Kind
 from taskgrad.kernels.formula import Formula
-from taskgrad.kernels.sharing import ITEMS, entry
+from taskgrad.kernels.sharing import FAILED, ITEMS, ZERO_DIVISION, entry
 
 # The numbers that a layout passes to a kernel, in this order, before sizes and strides.
 HEADER = ("depth", "rows", "cols", "row_block", "col_block", "row_blocks", "col_blocks")
@@ -41,6 +41,7 @@ import numpy as np
 from numba import njit
 from numpy import float32, float64, inf, int8, int16, int32, int64, nan, uint8
 
+from taskgrad.kernels import arithmetic as ar
 from taskgrad.kernels import machine as m
 from taskgrad.kernels import scalar_math as s
 
@@ -84,7 +85,7 @@ def elementwise_source(
     tiles = turned.Tiles(letters, (*stored, *results), count, streams.beyond)
     sizes = [SIZES[name] for name in (*stored, *results)]
     lines = entry([f"p{k}" for k in range(count + out)])
-    lines += streams.start()
+    lines += ["    zero = False", *streams.start()]
     lines += _block(letters, sizes)
     lines += tiles.block()
     lines += sums.start()
@@ -96,6 +97,9 @@ def elementwise_source(
     once = [text for text, letter in zip(arguments, letters, strict=False) if letter == "z"]
     lines += [f"            {text}" for text in once]
     element = [text for text in arguments if text not in once] + body.lines()
+    before, divides = body.zero_division()
+    if divides:
+        element += [*before, f"zero = zero | {divides}"]
     past = {}
     for k, name in outputs:
         value = body.result(k - count, name)
@@ -111,6 +115,8 @@ def elementwise_source(
     else:
         lines += ["            for i in range(n):", *(f"                {x}" for x in element)]
     lines += [*sums.row(), *sums.end(), *streams.end()]
+    if divides:
+        lines += ["    if zero:", f"        m.store_int64(call, {FAILED}, {ZERO_DIVISION})"]
     return HEAD.format(title=title) + "\n".join(lines) + "\n"
 
 

@@ -7,11 +7,23 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from taskgrad.kernels.formula import ARITHMETIC, BINARY, BITWISE, COMPARISONS, UNARY, Writer
+from taskgrad.kernels.formula import (
+    ARITHMETIC,
+    BINARY,
+    BITWISE,
+    COMPARISONS,
+    EXTREMES,
+    UNARY,
+    Writer,
+)
 
 
 class ObstacleError(Exception):
     """Something that cannot be written down as a step."""
+
+
+class RefusedError(ObstacleError):
+    """Something that Numba would not do as Python does, either."""
 
 
 class Symbol:
@@ -42,18 +54,17 @@ class Symbol:
         """The place of a symbol or of a number."""
         if isinstance(value, Symbol):
             return value.place
-        if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
-            value = value.item()
+        value = _number(value)
         if not isinstance(value, bool | int | float):
             raise ObstacleError(f"a {type(value).__name__} is not a number")
+        if not (isinstance(value, float) or -(2**63) <= value < 2**63):
+            raise RefusedError(f"{value} does not fit into 64 bits: write it as a float")
         return self.writer.const(value)
 
     def __bool__(self) -> bool:
         return self.decide(self.place)
 
     def __pow__(self, other: Any, modulus: None = None) -> Symbol:
-        if isinstance(other, int) and other < 0:  # a float, also of a whole number
-            return 1 / self**-other
         return self.step("pow", self, other)
 
     def __rpow__(self, other: Any) -> Symbol:
@@ -99,6 +110,14 @@ class Symbol:
 
     __int__ = __index__ = __complex__ = __float__
 
+    def __str__(self) -> str:
+        raise ObstacleError("a number is written as text that is known only when the loop runs")
+
+    __repr__ = __str__
+
+    def __format__(self, how: str) -> str:
+        return str(self)
+
     def __iter__(self) -> Any:
         raise ObstacleError("an argument is a number, and a number has no parts")
 
@@ -130,6 +149,11 @@ for _op in COMPARISONS:
     setattr(Symbol, f"__{_op}__", _operator(_op, swapped=False))
 
 
+def _number(value: Any) -> Any:
+    """What a tensor or an array without dimensions holds; everything else as it is."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+
+
 def _symbol_in(values: Any) -> Symbol:
     return next(v for v in values if isinstance(v, Symbol))
 
@@ -144,25 +168,19 @@ def _log(x: Any, base: Any = None) -> Any:
     return apply("log", (x,)) / apply("log", (base,))
 
 
-def _maximum(a: Any, b: Any) -> Any:
-    return _where(_symbol_in((a, b)).step("or", a >= b, a != a), a, b)
-
-
-def _minimum(a: Any, b: Any) -> Any:
-    return _where(_symbol_in((a, b)).step("or", a <= b, a != a), a, b)
+def _sigmoid(x: Any) -> Any:
+    x = x.step("float", x)
+    grown = apply("exp", (x,))  # infinite where the other one is taken
+    return _where(x >= 0, 1 / (1 + apply("exp", (-x,))), grown / (1 + grown))
 
 
 # What is not one step, by its names in math, numpy and torch.
 _COMPOSED: dict[str, Callable[..., Any]] = {
     "log": _log,
     "where": _where,
-    "maximum": _maximum,
-    "minimum": _minimum,
-    "sigmoid": lambda x: _where(
-        x >= 0, 1 / (1 + apply("exp", (-x,))), 1 - 1 / (1 + apply("exp", (x,)))
-    ),
-    "relu": lambda x: _where(x <= 0, 0 * x, x),
-    "square": lambda x: x * x,
+    "sigmoid": _sigmoid,
+    "relu": lambda x: _where(x <= 0, 0, x),
+    "square": lambda x: x**2,
     "reciprocal": lambda x: 1 / x,
     "rsqrt": lambda x: 1 / apply("sqrt", (x,)),
     "fabs": abs,
@@ -207,11 +225,12 @@ def apply(name: str, arguments: tuple[Any, ...], package: str = "math") -> Any:
         It is not an elementwise function that is known here.
     """
     op = _ALIASES.get(name, name)
-    count = 1 if op in UNARY else 2 if op in BINARY else 0
+    count = 1 if op in UNARY else 2 if op in BINARY or op in EXTREMES else 0
     if op == "log" and len(arguments) == 2:
         count = 0
     if not any(isinstance(a, Symbol) for a in arguments):
         return getattr(math, name)(*arguments)
+    arguments = tuple(a if isinstance(a, Symbol) else _number(a) for a in arguments)
     if count and len(arguments) == count:
         return _symbol_in(arguments).step(op, *arguments)
     if not count and op in _COMPOSED:

@@ -13,6 +13,7 @@ import functools
 import os
 import sys
 import threading
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from taskgrad.kernels.compiled import Kernel
-from taskgrad.kernels.sharing import FAILED, FROM_END, begin_again, row_of
+from taskgrad.kernels.sharing import FAILED, FROM_END, ZERO_DIVISION, begin_again, row_of
 
 # Elements below which waking a thread costs more than it saves.
 ALONE = 65_536
@@ -91,9 +92,19 @@ def run(
     address = call.buffer_info()[0]
     start_of(kernel, address, threads)()
     if call[FAILED]:
-        begin_again(call)
-        kernel.fail(address)
+        _fail(kernel, call)
     return threads
+
+
+def _fail(kernel: Kernel, call: array[int]) -> None:
+    """Raise what a call could not."""
+    if call[FAILED] == ZERO_DIVISION:
+        # torch's own error and type; the name, since its stack ends here.
+        raise RuntimeError(f"ZeroDivisionError: an integer is divided by 0 in {kernel.name}")
+    begin_again(call)
+    if kernel.fail is not None:
+        kernel.fail(call.buffer_info()[0])
+    raise RuntimeError(f"{kernel.name} failed, and did not when it was called again")
 
 
 def start_of(kernel: Kernel, address: int, threads: int) -> Callable[[], None]:

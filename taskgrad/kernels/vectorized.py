@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,8 +10,19 @@ from uuid import uuid4
 import torch
 
 from taskgrad.kernels import opaque, reading
+from taskgrad.kernels.arguments import (
+    check_derivative,
+    check_start,
+    copied,
+    dimensions,
+    is_integer,
+    signature_of,
+    without,
+)
+from taskgrad.kernels.dtypes import name_of
 from taskgrad.kernels.explain import Explanation, explain
 from taskgrad.kernels.formula import Function, called
+from taskgrad.kernels.inputs import unreadable
 from taskgrad.kernels.into import Into
 from taskgrad.kernels.operation import Operation, differentiates
 from taskgrad.kernels.reduction import Reduction
@@ -26,8 +36,9 @@ class Vectorized:
     """What `vectorize` makes: call it with tensors and numbers that broadcast together.
 
     Dtypes are promoted as torch does; half precision is computed in float32 and rounded once.
-    Arithmetic is IEEE's: 1 / 0.0 is infinite, and nothing raises. With `out=`, of the result's
-    shape, the result is written there; that has no gradients.
+    Arithmetic is torch's: 1 / 0.0 is infinite, integers wrap round, and an integer that is divided
+    by 0 with // or % is a RuntimeError. With `out=`, of the result's shape, the result is written
+    there; that has no gradients.
 
     Examples
     --------
@@ -52,7 +63,12 @@ class Vectorized:
         self._fn, self._derivative = fn, derivative
         self._function, self._arity, self._defaults = function, arity, defaults
         if fn is not None:
-            self._arity, self._defaults = _signature(fn)
+            if isinstance(fn, Vectorized):
+                self._arity, self._defaults = fn._arity, fn._defaults
+            else:
+                self._arity, self._defaults = signature_of(fn)
+            if derivative is not None:
+                check_derivative(derivative, self._arity)
             self.__doc__ = fn.__doc__
             self.__module__ = fn.__module__
             self.__wrapped__ = fn  # for inspect: its signature is the function's
@@ -67,7 +83,7 @@ class Vectorized:
         if len(args) != self._arity:
             args = self._complete(args)
         if torch.compiler.is_compiling():
-            return self._compiling(args)
+            return self._compiling(args, out)
         operation = self._operation or self._read()
         # One plain loop over the arguments: what a small call takes is mostly this.
         for x in args:
@@ -118,16 +134,23 @@ class Vectorized:
         >>> add.reduce(torch.tensor([[2.0, 3.0], [4.0, 6.0], [5.0, 7.0]]), dim=0)
         tensor([11., 16.])
         """
+        if not isinstance(keepdim, bool):
+            raise TypeError(f"keepdim must be True or False; got {keepdim!r}")
         if start is None and not keepdim:
             known = self._reduced_again(x, dim)
             if known is not None:
                 return known
         x = self._of_two(x)
-        dims = _dimensions(dim, x.dim())
+        dims = dimensions(dim, x.dim())
+        if start is not None:
+            check_start(start, x.dtype)
+        if x.is_meta:
+            return without(x, dims, keepdim)
         if any(x.shape[d] == 0 for d in dims):
             if start is None:
                 raise ValueError(f"{self.__name__}.reduce of no elements needs start=")
             shape = [size for d, size in enumerate(x.shape) if d not in dims]
+            name_of(x.dtype)
             result = torch.full(shape, start, dtype=x.dtype)
         else:
             result = _outside_of_graphs(self._reduction, "fold", x, dims)
@@ -158,10 +181,14 @@ class Vectorized:
         tensor([3, 3, 4, 4, 5])
         """
         x = self._of_two(x)
+        if not is_integer(dim):
+            raise TypeError(f"scan goes along one dimension: dim must be an integer; got {dim!r}")
+        (place,) = dimensions(dim, x.dim()) or (0,)
+        if x.is_meta:
+            return torch.empty_like(x)
         if x.dim() == 0:
-            _dimensions(dim, 0)
+            name_of(x.dtype)
             return x.clone()
-        (place,) = _dimensions(dim, x.dim())
         moved = x.movedim(place, -1)
         return _outside_of_graphs(self._reduction, "scan", moved).movedim(-1, place)
 
@@ -183,6 +210,11 @@ class Vectorized:
                 [0, 2]])
         """
         self._needs_two("outer")
+        for operand in (x, y):
+            if not isinstance(operand, torch.Tensor):
+                raise TypeError(
+                    f"{self.__name__}.outer takes two tensors; got {type(operand).__name__}"
+                )
         result: torch.Tensor = self(x.reshape(*x.shape, *[1] * y.dim()), y)
         return result
 
@@ -247,6 +279,8 @@ class Vectorized:
             return None
         if not (dim is None or type(dim) is int) or not x.is_cpu or x.is_neg():
             return None
+        if x.layout is not torch.strided or x.is_nested:
+            return None
         return None if differentiates((x,)) else self._folds.folder.again(x, dim)
 
     def _reduction(self) -> Reduction:
@@ -266,15 +300,31 @@ class Vectorized:
         """Numbers, symbols of a function being read, tensors that are not plain ones of the CPU."""
         operation = self._read()
         if any(isinstance(x, Symbol) for x in args):
+            if out is not None:
+                raise TypeError(
+                    f"{self.__name__}: out= has no place in a function that is compiled"
+                )
             return _inlined(operation, args)
         weak = tuple(not isinstance(x, torch.Tensor) for x in args)
         tensors = [self._tensor(x) for x in args]
         if any(type(x) not in _PLAIN or x.is_meta for x in tensors):
             # A tensor subclass, or no values at all: torch's own dispatch knows what to do.
-            return opaque.elementwise(self._key, tensors, weak)[0]
+            tensors = self._on_one_device(tensors)
+            result = opaque.elementwise(self._key, tensors, weak)[0]
+            return result if out is None else copied(self.__name__, result, out)
         if out is not None:
             return self._into(out, tensors, weak)
         return operation(tensors, weak)[0]
+
+    def _on_one_device(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """As torch: beside tensors on meta only those without dimensions may be elsewhere."""
+        if not any(x.is_meta for x in tensors):
+            return tensors
+        if any(not x.is_meta and x.dim() for x in tensors):
+            raise ValueError(
+                f"{self.__name__} got tensors on meta and on the CPU: they must be on one device"
+            )
+        return [x.to("meta") for x in tensors]
 
     def _tensor(self, value: Any) -> torch.Tensor:
         if isinstance(value, torch.Tensor):
@@ -283,12 +333,18 @@ class Vectorized:
                     f"{self.__name__} runs on the CPU; got a tensor on {value.device}: "
                     "use x.cpu(), or torch's own operations there"
                 )
+            if value.layout is not torch.strided or value.is_nested:
+                raise unreadable(self.__name__, [value])
             return value.resolve_neg()
         if isinstance(value, bool | int | float):
+            if not (isinstance(value, float) or -(2**63) <= value < 2**63):
+                raise ValueError(
+                    f"{self.__name__} got {value}, which does not fit into 64 bits: pass a float"
+                )
             return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
         raise TypeError(f"{self.__name__} takes tensors and numbers; got {type(value).__name__}")
 
-    def _compiling(self, args: tuple[Any, ...]) -> Any:
+    def _compiling(self, args: tuple[Any, ...], out: torch.Tensor | None) -> Any:
         # torch.compile reads this: plain code only.
         if self._operation is None:
             _read_outside(self)
@@ -301,7 +357,8 @@ class Vectorized:
             else torch.tensor(x)
             for x in args
         ]
-        return opaque.elementwise(self._key, tensors, weak)[0]
+        result = opaque.elementwise(self._key, tensors, weak)[0]
+        return result if out is None else copied(self.__name__, result, out)
 
 
 @torch.compiler.disable
@@ -332,32 +389,6 @@ def _inlined(operation: Operation, args: tuple[Any, ...]) -> Symbol:
     places = [symbol.place_of(x) for x in args]
     (place,) = symbol.writer.insert(operation.formula, places)
     return Symbol(symbol.writer, place, symbol.decide)
-
-
-def _dimensions(dim: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
-    """Sorted, none negative, none twice."""
-    given = range(rank) if dim is None else [dim] if isinstance(dim, int) else list(dim)
-    found = []
-    for d in given:
-        if not -max(rank, 1) <= d < max(rank, 1):
-            raise IndexError(f"dim={d} is out of range for a tensor of {rank} dimensions")
-        found.append(d % max(rank, 1))
-    if len(set(found)) < len(found):
-        raise ValueError(f"dim={dim} names a dimension twice")
-    return tuple(sorted(found)) if rank else ()
-
-
-def _signature(fn: Callable[..., Any]) -> tuple[int, tuple[Any, ...]]:
-    """How many arguments a function takes, and the defaults of the last of them."""
-    name = getattr(fn, "__name__", repr(fn))
-    parameters = inspect.signature(fn).parameters.values()
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    for p in parameters:
-        if p.kind not in positional:
-            raise TypeError(f"{name}: the arguments must have a fixed number; {p} has not")
-    if not parameters:
-        raise TypeError(f"{name} takes no arguments, so there is nothing to go over")
-    return len(parameters), tuple(p.default for p in parameters if p.default is not p.empty)
 
 
 def _read(

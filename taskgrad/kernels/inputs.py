@@ -1,0 +1,37 @@
+"""Tensors that have no memory that a kernel could read, by what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+
+def unreadable(name: str, tensors: Iterable[torch.Tensor]) -> RuntimeError:
+    """The error for a call with these tensors, one of which has no memory of its own."""
+    what = next(filter(None, map(_kind_of, tensors)), "a tensor without memory of its own")
+    return RuntimeError(f"{name} got {what}")
+
+
+def _kind_of(x: torch.Tensor) -> str:
+    if x.is_nested:
+        return "a nested tensor: use its parts (x.unbind()) or x.to_padded_tensor(0.0)"
+    if x.layout is not torch.strided:
+        return f"a tensor of layout {x.layout}: use x.to_dense()"
+    if x.is_meta:
+        return "a tensor on meta, which has no values"
+    if torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x):
+        return (
+            "a tensor without memory of its own, as is_grads_batched=True makes them: "
+            "use torch.func.vmap, jacrev or jacfwd"
+        )
+    try:
+        if x.data_ptr() or not x.numel():
+            return ""
+    except RuntimeError:
+        return f"a {type(x).__name__} without memory of its own"
+    if type(x) not in (torch.Tensor, torch.nn.Parameter):
+        return f"a {type(x).__name__} without memory of its own"
+    if x._is_zerotensor():
+        return "a tensor of zeros that has no memory: use x.clone()"
+    return "a tensor whose memory was freed (its storage was resized)"
