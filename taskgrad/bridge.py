@@ -148,7 +148,12 @@ class _Bridge(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         group: _Group = ctx.group
         group.waiting.clear()
-        return None, torch.zeros(0), *group.backward(grads, keeps_graph())
+        return None, _anchor(), *group.backward(grads, keeps_graph())
+
+
+def _anchor() -> torch.Tensor:
+    """Whatever the default dtype and device are: those of the backward may be others."""
+    return torch.zeros(0, dtype=torch.float32, device="cpu")
 
 
 def keeps_graph() -> bool:
@@ -167,7 +172,7 @@ def attach(nodes: Sequence[Node], values: Sequence[Any], session: Session) -> li
         group = _Group([nodes[i] for i in members], [values[i] for i in members], session)
         if not any(carries_gradient(leaf) for leaves, _ in group.flat for leaf in leaves):
             continue
-        anchor = torch.zeros(0, requires_grad=True)
+        anchor = _anchor().requires_grad_()
         anchor.register_post_accumulate_grad_hook(group.accumulate)
         structures = list(group.flat)
         outputs = iter(_Bridge.apply(group, anchor, *group.inputs))

@@ -14,7 +14,7 @@ import distributed
 from dask.context import thread_state
 
 from taskgrad.errors import TaskgradError
-from taskgrad.worker.randomness import paused
+from taskgrad.worker.settings import outside
 from taskgrad.worker.turn import is_at_stage
 
 
@@ -43,12 +43,12 @@ def refuse_deadlock() -> None:
 
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
-    """While a task waits for others, its thread and its random stream are theirs to use."""
+    """While a task waits for others, its thread, random stream and settings give way to theirs."""
     if not _in_task_thread():
         yield
         return
     give_thread_back()
-    with paused():
+    with outside():
         yield
 
 

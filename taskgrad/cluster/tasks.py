@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 from distributed import get_worker
 
 from taskgrad.cluster import allocator, internals
+from taskgrad.cluster.nested import give_thread_back
 from taskgrad.cluster.plugins import store_of
 from taskgrad.cluster.travel import refuse_untravelable
+from taskgrad.graph.settings import TorchSettings
 from taskgrad.remote_errors import RemoteError
 from taskgrad.worker.actions import OnStage
 from taskgrad.worker.failures import exit_error
+from taskgrad.worker.settings import applied
 from taskgrad.worker.store import Store
 
 T = TypeVar("T")
@@ -45,18 +49,21 @@ def contained(what: str, run: Callable[..., T], *args: Any) -> T:
 def run_action(payload: bytes, *values: Any) -> Any:
     """Run an action on this worker's store.
 
-    The payload is the action, how many inputs it takes and, by position, those that came with it;
-    the values are the others, then whatever the task had to wait for. It is pickled before Dask
-    pickles the graph, so that the scheduler passes it on unopened.
+    The payload is the action, the settings of torch to run it with, how many inputs it takes and,
+    by position, those that came with it; the values are the others, then whatever the task had to
+    wait for. It is pickled before Dask pickles the graph, so that the scheduler passes it on
+    unopened.
     """
-    action, total, literals = contained("the unpickling of a call", pickle.loads, payload)
+    action, settings, total, literals = contained("the unpickling of a call", pickle.loads, payload)
     given = iter(values)
     inputs = [literals[i] if i in literals else next(given) for i in range(total)]
-    return contained(_title(action), _run, action, inputs)
+    return contained(_title(action), _run, action, settings, inputs)
 
 
-def _run(action: Any, inputs: list[Any]) -> Any:
-    result = action.run(_store(), *inputs)
+def _run(action: Any, settings: TorchSettings | None, inputs: list[Any]) -> Any:
+    store = _store()
+    with nullcontext() if settings is None else applied(settings, store.address, give_thread_back):
+        result = action.run(store, *inputs)
     refuse_untravelable(result)
     return result
 

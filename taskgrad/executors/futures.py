@@ -273,7 +273,7 @@ def drop_tapes(targets: Sequence[Node]) -> None:
     used = {n.call for n in nodes if isinstance(n, Pullback)}
     for node in nodes:
         if isinstance(node, Call) and node not in used:
-            node.taped = node.grad_mode = False
+            node.drop_tape()
 
 
 def values_of(targets: Sequence[Node], session: Session) -> list[Any]:

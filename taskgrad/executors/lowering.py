@@ -54,9 +54,7 @@ def _(node: Call) -> Forward:
         tensor_slots=node.tensor_slots,
         template=node.template,
         mode=node.mode,
-        autocast=node.autocast,
         taped=node.taped,
-        grad_mode=node.grad_mode,
         needs_grad=tuple(i.needs_grad for i in node.inputs),
         buffers=node.buffers if node.returns_buffers else (),
         draw=node.draw,
@@ -225,7 +223,7 @@ def _task(node: Node, ordered: bool) -> Task:
     if isinstance(node, Pullback) and (ordered or not references) and node.call.result is None:
         references.append(TaskRef(node.call.key))
     references += [TaskRef(resolve(before).key) for before in node.awaits]
-    payload = dumps_whole((action_of(node), len(node.inputs), literals))
+    payload = dumps_whole((action_of(node), node.settings, len(node.inputs), literals))
     return Task(node.key, run_action, payload, *references)
 
 

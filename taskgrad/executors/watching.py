@@ -21,6 +21,7 @@ from taskgrad.cluster.session import Session, check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.executors.lowering import order_inputs
 from taskgrad.graph.nodes import Call, Node
+from taskgrad.worker.settings import outside
 
 # How often a wait looks, in seconds.
 _LOOK = 1.0
@@ -83,10 +84,11 @@ def gather(nodes: Sequence[Node], session: Session) -> list[Any]:
     coming = waiting.values(session.client, [n.result for n in nodes], workers)
     watch = _Watch(nodes, session)
     try:
-        while not coming.done(_LOOK):
-            error = watch.look()
-            if error is not None:
-                raise error
+        with outside():
+            while not coming.done(_LOOK):
+                error = watch.look()
+                if error is not None:
+                    raise error
         found: list[Any] = coming.result()
         return found
     finally:

@@ -3,7 +3,8 @@
 A `Node` is one call that has not run, or its result. It knows the nodes whose values it takes and
 the worker it belongs to; an executor turns nodes into tasks and puts what came of them into
 `result`. Nodes never change otherwise, but for two marks that the executor and the adjoint set on a
-`Call`: `taped` (it leaves a tape) and `spent` (that tape is used).
+`Call`: `taped` (it leaves a tape) and `spent` (that tape is used). Those that compute hold the
+`settings` of torch with which they are to run.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 from taskgrad.graph.pytree import carries_gradient, tensors
 from taskgrad.graph.ranks import Rank
+from taskgrad.graph.settings import TorchSettings, refuse_modes, settings_now
 
 _order = itertools.count(1)
 
@@ -25,15 +25,6 @@ def new_key(action: str, name: str = "") -> str:
     """A task key whose prefix, as the dashboard cuts it, is the action and the layer's name."""
     label = f"{action}:{name}" if name else action
     return f"{label.replace('-', '_').replace(' ', '_')}-{uuid.uuid4().hex}"
-
-
-def autocast_now() -> tuple[tuple[str, torch.dtype], ...]:
-    """The (device type, dtype) of each ``torch.autocast`` region that is open here."""
-    return tuple(
-        (device, torch.get_autocast_dtype(device))
-        for device in ("cpu", "cuda")
-        if torch.is_autocast_enabled(device)
-    )
 
 
 def versions(value: Any) -> list[int | None]:
@@ -55,7 +46,16 @@ class Node:
     `awaits` are nodes that must have run before, though it takes no value of theirs.
     """
 
-    __slots__ = ("__weakref__", "awaits", "key", "order", "result", "structure", "worker")
+    __slots__ = (
+        "__weakref__",
+        "awaits",
+        "key",
+        "order",
+        "result",
+        "settings",
+        "structure",
+        "worker",
+    )
 
     def __init__(self, key: str, worker: str | None) -> None:
         self.key = key
@@ -64,6 +64,7 @@ class Node:
         self.awaits: tuple[Node, ...] = ()
         self.result: Any = None  # what the executor holds of it once it is submitted
         self.structure: Any = None  # (Structure, leaf descriptions), once its value was seen
+        self.settings: TorchSettings | None = None  # those under which it runs; None: whichever
 
     @property
     def inputs(self) -> Sequence[Node]:
@@ -185,14 +186,12 @@ class Call(Node):
     __slots__ = (
         "_inputs",
         "_needs_grad",
-        "autocast",
         "begins",
         "buffers",
         "check_finite",
         "draw",
         "extras",
         "function",
-        "grad_mode",
         "kind",
         "mode",
         "parameters",
@@ -227,7 +226,9 @@ class Call(Node):
         kind: str = "forward",
         rank: Rank | None = None,
     ) -> None:
+        refuse_modes(title)
         super().__init__(new_key(kind, title), worker)
+        self.settings = settings_now()
         self.title = title
         self.kind = kind
         self.steps = steps
@@ -238,11 +239,9 @@ class Call(Node):
         self.parameters = parameters
         self.buffers = buffers
         self.mode = mode  # True: train, False: eval, None: as the layers are
-        self.autocast = autocast_now()
         self._inputs = tuple(inputs)
         self._needs_grad = bool(parameters) or any(i.needs_grad for i in inputs)
-        self.grad_mode = torch.is_grad_enabled()
-        self.taped = self.grad_mode and self._needs_grad
+        self.taped = self.settings.grad and self._needs_grad
         self.spent = False
         self.returns_buffers = False  # whether a BufferState of it is run with it
         self.pending = 0  # autograd functions on the driver that have yet to use the tape
@@ -259,6 +258,12 @@ class Call(Node):
         self.steps = (*self.steps, step)
         self._inputs = (*self._inputs, *inputs)
         self.extras = extras
+
+    def drop_tape(self) -> None:
+        """Have it leave no tape, and record nothing for one."""
+        if self.taped:
+            assert self.settings is not None
+            self.taped, self.settings = False, self.settings.without_grad()
 
     @property
     def inputs(self) -> Sequence[Node]:
@@ -308,7 +313,9 @@ class Pullback(Node):
         wanted: tuple[int, ...],
         retain: bool,
     ) -> None:
+        refuse_modes(f"the backward of {call.title}")
         super().__init__(new_key("backward", call.title), call.worker)
+        self.settings = settings_now()
         self.call = call
         self.cotangents = tuple(cotangents)
         self.wanted = wanted
@@ -365,6 +372,7 @@ class Sum(Node):
 
     def __init__(self, parts: Sequence[Node], name: str, worker: str | None) -> None:
         super().__init__(new_key("sum", name), worker)
+        self.settings = settings_now()
         self.parts = tuple(parts)
 
     @property
@@ -405,6 +413,8 @@ class StageCall(Node):
         after: Sequence[Node] = (),
     ) -> None:
         super().__init__(key, stage.worker)
+        # It is the stage that says on which device things are made.
+        self.settings = settings_now().without_device()
         self.stage = stage
         self.action = action
         self.arguments = arguments

@@ -26,9 +26,6 @@ class Gang:
         What the ranks' random streams start from.
     deadline
         Seconds for which a rank waits for another one.
-    grad_mode
-        Whether autograd is on in the function, as it was where the call was made. So the function
-        can take gradients of its own, also where nobody outside takes any.
     """
 
     title: str
@@ -36,7 +33,6 @@ class Gang:
     workers: tuple[str, ...]
     seed: int
     deadline: float
-    grad_mode: bool
 
 
 @dataclass(frozen=True)

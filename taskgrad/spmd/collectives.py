@@ -295,7 +295,7 @@ def _exchange(member: Member, operation: Operation, xs: list[torch.Tensor]) -> l
     if any(is_functorch_wrapped_tensor(x) for x in xs):
         if len(at) < len(xs):
             raise TypeError("inside torch.func, a collective takes floating-point tensors only")
-        return list(_Recorded.apply(member, operation, None, torch.zeros(0), *xs))[1:]
+        return list(_Recorded.apply(member, operation, None, member.start.detach(), *xs))[1:]
     wants = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
     with torch.no_grad():
         results, wanted = operation.run(member, xs, wants)

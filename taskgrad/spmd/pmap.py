@@ -228,8 +228,8 @@ def _calls(
         Leaf(t, name=n, owner=m)
         for t, (n, m) in ((t, names.get(id(t), ("", None))) for t in packed.tensors)
     ]
-    seed = int(torch.randint(2**62, ()))
-    gang = Gang(title, axis_name, workers, seed, deadline("collective"), torch.is_grad_enabled())
+    seed = int(torch.randint(2**62, (), device="cpu"))
+    gang = Gang(title, axis_name, workers, seed, deadline("collective"))
     calls = []
     for index, (worker, parts) in enumerate(zip(workers, split.parts, strict=True)):
         rank = Rank(gang, index)

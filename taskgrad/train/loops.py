@@ -182,7 +182,8 @@ def _forward(trainer: Trainer, x: Any) -> Thunk:
     for node in ancestors([output._node]):
         if isinstance(node, Call) and node.stage is not None:
             node.mode = False
-            node.autocast = trainer._settings.autocast
+            if trainer._settings.autocast and node.settings is not None:
+                node.settings = node.settings.under_autocast(trainer._settings.autocast)
     return output
 
 

@@ -177,7 +177,8 @@ def _microbatch(
     for call in calls:
         call.mode = True
         call.draw = Draw(settings.seed, number, index)
-        call.autocast = settings.autocast
+        if settings.autocast and call.settings is not None:
+            call.settings = call.settings.under_autocast(settings.autocast)
         call.recompute = settings.recompute(call, index, batch.count)
     loss = calls[-1]
     target = pickle.dumps((Slot(len(loss.inputs)),))

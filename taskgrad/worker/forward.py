@@ -43,9 +43,7 @@ class Forward:
     tensor_slots: tuple[int, ...]
     template: bytes
     mode: bool | None
-    autocast: tuple[tuple[str, torch.dtype], ...]
     taped: bool
-    grad_mode: bool
     needs_grad: tuple[bool, ...]
     buffers: tuple[int, ...] = ()
     draw: Draw | None = None
@@ -86,25 +84,21 @@ class Forward:
         takes: list[list[torch.Tensor | None]] = []
         structures: list[Structure] = []
         fed: list[Any] = []
-        grad_mode = self.rank.gang.grad_mode if self.rank is not None else self.grad_mode
-        with torch.set_grad_enabled(grad_mode):
-            for value, wanted in zip(values, self.needs_grad, strict=True):
-                leaves, structure = flatten(value)
-                taken, given = _feed(leaves, self.taped and wanted, device)
-                takes.append(taken)
-                structures.append(structure)
-                fed.append(structure.build(given))
-            if stage is not None:
-                _set_mode(stage, self.mode)
-            with contextlib.ExitStack() as regions:
-                for kind, dtype in self.autocast:
-                    regions.enter_context(torch.autocast(kind, dtype))
-                norms = stage.training.norms if stage and stage.training else None
-                if norms is not None and self.draw is not None:
-                    modules = _modules(stage, self.steps)
-                    microbatch, (first, *_) = self.draw.microbatch, self.steps[0]
-                    regions.enter_context(deferred(modules, norms, microbatch, first))
-                output = self._call(store, stage, fed)
+        for value, wanted in zip(values, self.needs_grad, strict=True):
+            leaves, structure = flatten(value)
+            taken, given = _feed(leaves, self.taped and wanted, device)
+            takes.append(taken)
+            structures.append(structure)
+            fed.append(structure.build(given))
+        if stage is not None:
+            _set_mode(stage, self.mode)
+        with contextlib.ExitStack() as regions:
+            norms = stage.training.norms if stage and stage.training else None
+            if norms is not None and self.draw is not None:
+                modules = _modules(stage, self.steps)
+                microbatch, (first, *_) = self.draw.microbatch, self.steps[0]
+                regions.enter_context(deferred(modules, norms, microbatch, first))
+            output = self._call(store, stage, fed)
         if self.buffers:
             # By value: batch norm writes its statistics without counting a version.
             changed = [

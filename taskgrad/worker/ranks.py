@@ -26,7 +26,7 @@ import torch
 from taskgrad.errors import CollectiveError, TaskgradError, WorkerLostError
 from taskgrad.graph.ranks import Rank
 from taskgrad.worker.mail import Carrier, End, GangFailed, Message
-from taskgrad.worker.randomness import paused
+from taskgrad.worker.settings import outside
 from taskgrad.worker.store import Store
 
 # Seconds a rank keeps its thread and its random stream while it waits, and after which it asks
@@ -46,7 +46,7 @@ class Member:
         self.rank = rank
         self.index = rank.index
         self.size = len(rank.gang.workers)
-        self.start = torch.zeros(0, requires_grad=True)
+        self.start = torch.zeros(0, dtype=torch.float32, device="cpu", requires_grad=True)
         self.token = self.start
         self._store = store
         self._talk: _Talk | None = None
@@ -209,7 +209,7 @@ class _Talk:
         if self._come(number, sources, large, _PATIENCE):
             return
         self.give_thread_back()
-        with paused():
+        with outside():
             if self._come(number, sources, large, _CURIOSITY):
                 return
             missing = self._mail.wait(self._key, number, sources, 0)

@@ -19,6 +19,7 @@ from torch import nn
 from taskgrad.errors import TapeError, WorkerLostError
 from taskgrad.graph.pytree import Structure
 from taskgrad.worker.mail import Mail
+from taskgrad.worker.settings import PatientLock
 
 if TYPE_CHECKING:
     from taskgrad.worker.keeping import Kept
@@ -137,7 +138,7 @@ class Tape:
     nbytes: int | None = None  # once somebody has counted them
     # Held by a backward, and by who looks at what autograd saved: autograd frees it as it goes,
     # without Python's own lock, and whoever reads it meanwhile takes the process down.
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: PatientLock = field(default_factory=lambda: PatientLock(threading.Lock()))
 
 
 def buffers_key(token: str) -> str:

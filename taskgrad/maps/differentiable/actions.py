@@ -8,10 +8,9 @@ the chunks share.
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.graph import pack
 from taskgrad.graph.pytree import Slot, flatten
+from taskgrad.graph.settings import thread_settings
 from taskgrad.maps.differentiable.cotangents import decode
 from taskgrad.maps.differentiable.eager import differentiate_at_once
 from taskgrad.maps.differentiable.items import share
@@ -37,6 +37,7 @@ from taskgrad.maps.differentiable.threads import threads_here
 from taskgrad.maps.differentiable.work import Reply, Work
 from taskgrad.maps.failures import portable
 from taskgrad.worker.failures import backward_error
+from taskgrad.worker.settings import in_thread
 from taskgrad.worker.store import Store, Tape
 
 
@@ -92,8 +93,7 @@ class RunChunk:
         parts = self._parts(items, threads)
         start = time.perf_counter()
         try:
-            with _surroundings(work):
-                pieces = run_pieces(task, parts, threads, lambda: not store.is_let_go(self.key))
+            pieces = run_pieces(task, parts, threads, lambda: not store.is_let_go(self.key))
         except ItemError as failed:
             raise ItemError(failed.index, portable(failed.error), failed.frames) from None
         seconds = time.perf_counter() - start
@@ -105,7 +105,9 @@ class RunChunk:
         for piece in pieces:
             piece.shared = takers
         tape = _tape(work.title, pieces, reply)
-        eager = differentiate_at_once(work, pieces, seconds, threads, store.address)
+        # A backward comes after the region of autocast that the map may be in.
+        with in_thread(thread_settings().outside_autocast(), store.address):
+            eager = differentiate_at_once(work, pieces, seconds, threads, store.address)
         if eager is not None:
             reply.leads, reply.eager_items = eager.leads, [_home(g) for g in eager.items]
             tape.eager_shared = [_home(g) for g in eager.shared]
@@ -169,23 +171,6 @@ def _tape(title: str, pieces: list[Piece], reply: Reply) -> ChunkTape:
     return ChunkTape(
         title, inputs, [], outputs, flatten(outputs)[1], {}, None, pieces=pieces, reply=reply
     )
-
-
-_dtype_lock = threading.Lock()
-
-
-@contextlib.contextmanager
-def _surroundings(work: Work) -> Iterator[None]:
-    """What holds on the driver: grad mode, autocast, default dtype."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.set_grad_enabled(work.grad))
-        for device, dtype in work.autocast:
-            stack.enter_context(torch.autocast(device, dtype))
-        if work.dtype is not torch.get_default_dtype():
-            stack.enter_context(_dtype_lock)  # it is the process's
-            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-            torch.set_default_dtype(work.dtype)
-        yield
 
 
 @dataclass(frozen=True)

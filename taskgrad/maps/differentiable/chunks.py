@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from taskgrad.executors.lowering import action_of
 from taskgrad.graph.nodes import Leaf, Node, new_key
+from taskgrad.graph.settings import refuse_modes, settings_now
 from taskgrad.maps.differentiable.actions import (
     GiveShared,
     GiveSharedGradient,
@@ -48,7 +49,9 @@ class Chunk(Node):
         worker: str,
         alone: bool,
     ) -> None:
+        refuse_modes(work.title)
         super().__init__(new_key("map", work.title), worker)
+        self.settings = settings_now()
         self.work = work
         self.start, self.stop = rows.start, rows.stop
         self.shared = shared
@@ -68,6 +71,7 @@ class SharedGradient(Node):
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         super().__init__(new_key("grad", chunks[0].work.title), chunks[0].worker)
+        self.settings = chunks[0].settings
         self.chunks = tuple(chunks)
         self.awaits = self.chunks
 
@@ -92,7 +96,9 @@ class ChunksBackward(Node):
         cotangents: Leaf,
         retain: bool,
     ) -> None:
+        refuse_modes(f"the backward of {chunks[0].work.title}")
         super().__init__(new_key("backward", chunks[0].work.title), chunks[0].worker)
+        self.settings = settings_now()
         self.chunks = tuple(chunks)
         self.attempts = tuple(attempts)
         self.outputs = tuple(outputs)

@@ -14,8 +14,9 @@ from taskgrad.cluster.session import Session, WorkerInfo, session
 from taskgrad.errors import TaskgradError
 from taskgrad.executors.futures import forget, submit, values_of
 from taskgrad.executors.watching import failure, wait_for
-from taskgrad.graph.nodes import Leaf, Node, autocast_now
+from taskgrad.graph.nodes import Leaf, Node
 from taskgrad.graph.pytree import Slot, carries_gradient, flatten
+from taskgrad.graph.settings import settings_now
 from taskgrad.maps.differentiable.chunks import Chunk, ChunksBackward, Shared, SharedGradient
 from taskgrad.maps.differentiable.closed_over import Packed, pack_function, title_of
 from taskgrad.maps.differentiable.cotangents import encode
@@ -59,8 +60,6 @@ def map_there(
         eager=eager,
         eager_seed=eager_seed if expected is None else expected,
         expected=expected is not None,
-        autocast=autocast_now(),
-        dtype=torch.get_default_dtype(),
     )
     owner = session(client)
     chunks = _chunks(work, packed, items, owner.workers(), chunksize)
@@ -313,6 +312,8 @@ class _Part:
     ) -> None:
         self.work = work
         self.chunks = list(chunks)
+        assert chunks[0].settings is not None
+        self._settings = chunks[0].settings.outside_autocast().without_grad()
         self.attempts = [reply.attempt for reply, _ in replies]
         self.outputs = [len(reply.entries) for reply, _ in replies]
         self.taken = [count for _, count in replies]
@@ -329,9 +330,10 @@ class _Part:
     def from_eager(self, cotangents: Sequence[Gradient]) -> _Gradients | None:
         """The gradients that there are, scaled, if these cotangents are one factor of theirs.
 
-        Where nobody asked for it, only if that gives the bits that a backward would.
+        Only under the settings of torch that they were made with; and where nobody asked for them,
+        if that gives the bits that a backward would.
         """
-        if self._eager is None:
+        if self._eager is None or settings_now().without_grad() != self._settings:
             return None
         leads = set(self._leads)
         values = [c for i, c in enumerate(cotangents) if i in leads and c is not None]

@@ -1,7 +1,7 @@
 """Jobs in threads of this process, under what holds in the caller's thread.
 
-torch's grad mode, autocast and the context variables belong to a thread; a function that is mapped
-over threads is to see those of the caller.
+torch's grad mode, autocast, default device and the context variables belong to a thread; a function
+that is mapped over threads is to see those of the caller.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import TypeVar
 import distributed
 import torch
 
-from taskgrad.graph.nodes import autocast_now
+from taskgrad.graph.settings import refuse_modes, thread_settings
+from taskgrad.worker.settings import in_thread
 
 T = TypeVar("T")
 
@@ -72,6 +73,7 @@ def run_all(jobs: Sequence[Callable[[Halt], T]], threads: int) -> list[T]:
     threads = min(threads, len(jobs))
     if threads < 2:
         return [job(halt) for job, halt in zip(jobs, halts, strict=True)]
+    refuse_modes("tg.map over threads", process=False)
     carry = _carrier(max(1, threads_here() // threads))
 
     def work(position: int) -> T:
@@ -96,15 +98,10 @@ def _carrier(allowance: int) -> Callable[[Callable[[], T]], T]:
     """A function that calls another one, in any thread, as if in this one."""
     context = contextvars.copy_context()
     context.run(_allowance.set, allowance)
-    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    regions, cached = autocast_now(), torch.is_autocast_cache_enabled()
+    settings, inference = thread_settings(), torch.is_inference_mode_enabled()
 
     def carry(call: Callable[[], T]) -> T:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(inference))
-            stack.enter_context(torch.set_grad_enabled(grad))
-            for device, dtype in regions:
-                stack.enter_context(torch.autocast(device, dtype, cache_enabled=cached))
+        with torch.inference_mode(inference), in_thread(settings, "none: a thread of this process"):
             return context.copy().run(call)
 
     return carry

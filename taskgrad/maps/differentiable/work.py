@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from taskgrad.maps.differentiable.pieces import Gradient
 
 
@@ -30,8 +28,6 @@ class Work:
         The cotangent that it is run with.
     expected
         Whether one with that cotangent is likely to come, so that it pays whatever its size.
-    autocast, dtype
-        Torch's autocast regions and default dtype on the driver.
     """
 
     title: str
@@ -45,8 +41,6 @@ class Work:
     eager: bool | None
     eager_seed: float
     expected: bool
-    autocast: tuple[tuple[str, torch.dtype], ...]
-    dtype: torch.dtype
 
 
 @dataclass

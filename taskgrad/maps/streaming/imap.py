@@ -13,6 +13,7 @@ from taskgrad.cluster.nested import give_thread_back, refuse_deadlock
 from taskgrad.cluster.session import session
 from taskgrad.errors import TravelError
 from taskgrad.graph.layers import kind_of
+from taskgrad.graph.settings import refuse_modes, settings_now
 from taskgrad.maps.streaming.parcels import pack_function
 from taskgrad.maps.streaming.stream import Stream
 from taskgrad.thunk import Lazy
@@ -158,6 +159,8 @@ def _map(
             "files, generators) out of it, or make it inside"
         ) from error
     length = _length(iterables)
+    refuse_modes(kind_of(fn))
+    settings = settings_now()
     owner = session(client)
 
     def stream() -> Iterator[Any]:
@@ -175,6 +178,7 @@ def _map(
             unordered=unordered,
             chunksize=size,
             buffersize=buffersize,
+            settings=settings,
         ).results()
 
     return _results(stream, show, length, kind_of(fn))

@@ -128,7 +128,7 @@ class Parcel:
         for part in self.parts:
             if isinstance(part, Lent):
                 # From torch, whose memory is aligned, and warm if the process keeps what it frees.
-                view = torch.empty(part.nbytes, dtype=torch.uint8).numpy().data
+                view = torch.empty(part.nbytes, dtype=torch.uint8, device="cpu").numpy().data
                 wanted.append((part.address, view))
                 part = view
             parts.append(part)
@@ -332,7 +332,7 @@ def _tensor_as_row(item: torch.Tensor) -> Any:
 
 
 def _copy(raw: memoryview) -> memoryview:
-    copied = torch.empty(raw.nbytes, dtype=torch.uint8).numpy().data
+    copied = torch.empty(raw.nbytes, dtype=torch.uint8, device="cpu").numpy().data
     copied[:] = raw
     return copied
 

@@ -9,6 +9,7 @@ from distributed import Client, Future
 
 from taskgrad.cluster import cross_memory
 from taskgrad.cluster.config import deadline
+from taskgrad.graph.settings import TorchSettings
 from taskgrad.maps.streaming.parcels import Lease, Packer, Parcel
 from taskgrad.maps.streaming.serving import Chunk, Failure, run_chunk
 
@@ -57,12 +58,15 @@ class Sent:
 class Sender:
     """Submits the chunks of one map; `lend` says whether workers may read large items here."""
 
-    def __init__(self, client: Client, name: str, token: str, star: bool) -> None:
+    def __init__(
+        self, client: Client, name: str, token: str, star: bool, settings: TorchSettings
+    ) -> None:
         self.lend = cross_memory.available()
         self._client = client
         self._name = name
         self._token = token
         self._star = star
+        self._settings = settings
 
     def submit(self, sent: Sent) -> Future:
         """Send a chunk, for the first time or again; its task's future is the caller's to hold."""
@@ -77,7 +81,7 @@ class Sender:
                 items = sent.scattered = client.scatter(
                     sent.items, hash=False, timeout=deadline("answer"), asynchronous=False
                 )
-        chunk = Chunk(self._token, client.id, sent.number, self._star, self.lend)
+        chunk = Chunk(self._token, client.id, sent.number, self._star, self.lend, self._settings)
         key = (self._name, sent.number, sent.attempts)
         sent.attempts += 1
         [future] = client.map(

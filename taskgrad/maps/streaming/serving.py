@@ -12,11 +12,14 @@ from distributed.protocol.serialize import to_serialize
 
 from taskgrad import remote_errors
 from taskgrad.cluster import letters
+from taskgrad.cluster.nested import give_thread_back
 from taskgrad.cluster.tasks import contained
 from taskgrad.errors import TaskgradError, TravelError
+from taskgrad.graph.settings import TorchSettings
 from taskgrad.maps.failures import portable
 from taskgrad.maps.streaming.parcels import Lease, Packer, Parcel
 from taskgrad.remote_errors import own_frames, text_of
+from taskgrad.worker.settings import applied
 
 _INLINE = 256 << 10
 """Bytes of results up to which they go with the letter, through the scheduler."""
@@ -32,6 +35,8 @@ class Chunk:
     star: bool
     lend: bool
     """Whether results may be left in memory for the driver to read."""
+    settings: TorchSettings
+    """Those of torch under which the function runs."""
 
 
 class Failure(NamedTuple):
@@ -91,9 +96,14 @@ def _run_chunk(worker: Worker, chunk: Chunk, items: Parcel) -> Any:
     except OSError:
         _tell(worker, chunk, unreadable=True)
         return None
-    started = time.perf_counter()
-    packer, failure = _run(fn, items, chunk.star, letters.taken(worker), chunk.token)
-    seconds = time.perf_counter() - started
+    try:
+        with applied(chunk.settings, worker.address, give_thread_back):
+            started = time.perf_counter()
+            packer, failure = _run(fn, items, chunk.star, letters.taken(worker), chunk.token)
+            seconds = time.perf_counter() - started
+    except TaskgradError as error:
+        _tell(worker, chunk, failure=Failure(error, of_item=False), whole=True)
+        return None
     results = packer.parcel()
     whole = results.nbytes <= _INLINE
     about = {"seconds": seconds, "failure": failure, "nbytes": results.nbytes, "whole": whole}

@@ -26,6 +26,7 @@ from taskgrad.cluster.config import deadline
 from taskgrad.cluster.session import Session
 from taskgrad.errors import TaskgradError, TravelError, WorkerLostError
 from taskgrad.graph.layers import kind_of
+from taskgrad.graph.settings import TorchSettings
 from taskgrad.maps.failures import item_error
 from taskgrad.maps.streaming import sizing
 from taskgrad.maps.streaming.parcels import Packer, Parcel
@@ -65,6 +66,7 @@ class Stream:
         unordered: bool,
         chunksize: int | None,
         buffersize: int | None,
+        settings: TorchSettings,
     ) -> None:
         self._client = session.client
         self._session = session
@@ -99,7 +101,7 @@ class Stream:
         self._stopped = False
         self._error: BaseException | None = None
         self._broken: BaseException | None = None
-        self._sender = Sender(self._client, self._name, self._token, star)
+        self._sender = Sender(self._client, self._name, self._token, star, settings)
         self._unread = 0
         self._news = self._counted = time.monotonic()
         self._looked = 0.0

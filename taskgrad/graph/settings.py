@@ -1,0 +1,234 @@
+"""What of torch's state holds where a call is made, and so has to hold where it runs.
+
+`settings_now` reads what changes numbers or errors: settings of the process and of the thread. Of
+the process's it notes those that are not as torch starts with. `refuse_modes` refuses what would
+have to hold there too, and cannot be sent.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.nn.modules import module as modules
+from torch.optim import optimizer as optimizers
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from taskgrad.errors import TaskgradError
+from taskgrad.graph.process_settings import SETTINGS, process_values
+
+_C: Any = torch._C
+
+_NORMAL = sys.float_info.min  # half of it is denormal
+
+_KINDS = tuple(getattr(_C, "_autocast_supported_devices", lambda: ("cpu", "cuda"))())
+_KNOWN = {"cpu": torch.bfloat16, "cuda": torch.float16}
+_START = {kind: torch.get_autocast_dtype(kind) for kind in _KINDS} | _KNOWN
+
+Values = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class TorchSettings:
+    """What holds for one call; plain data.
+
+    Attributes
+    ----------
+    process
+        (name, value) of those settings of the process that are not as torch starts with.
+    grad
+        Torch's grad mode.
+    autocast
+        (device type, whether it is on, dtype) of ``torch.autocast``, but for what torch starts
+        with; `autocast_cache` is whether it keeps the weights that it has cast.
+    device
+        The default device; None for the CPU.
+    flush_denormal
+        Whether denormal numbers are taken for zero.
+    """
+
+    process: Values = ()
+    grad: bool = True
+    autocast: tuple[tuple[str, bool, torch.dtype], ...] = ()
+    autocast_cache: bool = True
+    device: str | None = None
+    flush_denormal: bool = False
+
+    def under_autocast(self, regions: tuple[tuple[str, torch.dtype], ...]) -> TorchSettings:
+        """The same with these regions of autocast, (device type, dtype), in place of others."""
+        return replace(self, autocast=tuple((kind, True, dtype) for kind, dtype in regions))
+
+    def outside_autocast(self) -> TorchSettings:
+        """The same as it is after the outermost region."""
+        return replace(self, autocast=(), autocast_cache=True)
+
+    def without_device(self) -> TorchSettings:
+        """The same with the default device that torch starts with."""
+        return self if self.device is None else replace(self, device=None)
+
+    def without_grad(self) -> TorchSettings:
+        """The same with autograd off."""
+        return replace(self, grad=False)
+
+    def __reduce__(self) -> Any:
+        if self is STARTING:
+            return "STARTING"
+        given = (self.process, self.grad, self.autocast, self.autocast_cache)
+        return TorchSettings, (*given, self.device, self.flush_denormal)
+
+
+STARTING = TorchSettings()
+"""As torch starts with."""
+
+inside: ContextVar[bool] = ContextVar("taskgrad_settings", default=False)
+"""Whether this is part of a call that runs with settings of its own."""
+
+replaced: dict[str, tuple[Any, Any]] = {}
+"""By name (before, now) what running calls have changed in this process; a new one each time."""
+
+_last: tuple[tuple[Any, ...], TorchSettings] = ((), STARTING)
+
+
+def settings_now() -> TorchSettings:
+    """What holds here and now. Mostly that is what it was the last time, and the same object."""
+    global _last
+    found = (*_own_values(), *_thread_values())
+    values, settings = _last
+    if found != values:
+        settings = TorchSettings(differing(found[: len(SETTINGS)]), *found[len(SETTINGS) :])
+        if settings == STARTING:
+            settings = STARTING
+        _last = found, settings
+    return settings
+
+
+def differing(values: tuple[Any, ...]) -> Values:
+    """(name, value) of those of the process's settings that are not as torch starts with."""
+    return tuple(
+        (setting.name, value)
+        for setting, value in zip(SETTINGS, values, strict=True)
+        if value != setting.start
+    )
+
+
+def _own_values() -> tuple[Any, ...]:
+    """The process's settings, without what a call in another thread has changed for itself."""
+    while True:
+        changed = replaced
+        values = process_values()
+        if changed is replaced:
+            break
+    if not changed or inside.get():
+        return values
+    own = []
+    for setting, value in zip(SETTINGS, values, strict=True):
+        before, now = changed.get(setting.name, (value, value))
+        own.append(before if value == now else value)
+    return tuple(own)
+
+
+def _thread_values() -> tuple[Any, ...]:
+    """As the fields of `TorchSettings` that belong to a thread."""
+    return (
+        torch.is_grad_enabled(),
+        _autocast(),
+        torch.is_autocast_cache_enabled(),
+        default_device(),
+        _NORMAL * 0.5 == 0.0,
+    )
+
+
+def thread_settings() -> TorchSettings:
+    """What holds for this thread, without the process."""
+    return TorchSettings((), *_thread_values())
+
+
+def autocast_start(kind: str) -> torch.dtype:
+    """The dtype of autocast that torch starts with on devices of this type."""
+    return _START[kind]
+
+
+def _autocast() -> tuple[tuple[str, bool, torch.dtype], ...]:
+    if (
+        not _C._is_any_autocast_enabled()
+        and torch.get_autocast_dtype("cpu") is torch.bfloat16
+        and torch.get_autocast_dtype("cuda") is torch.float16
+    ):
+        return ()
+    found = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in _KINDS]
+    return tuple((k, on, dtype) for k, on, dtype in found if on or dtype != _START[k])
+
+
+def default_device() -> str | None:
+    """The device of ``torch.set_default_device`` or ``with torch.device(...)``; None for a CPU."""
+    if not _C._len_torch_function_stack():
+        return None
+    modes = _get_current_function_mode_stack()
+    device = next((m.device for m in reversed(modes) if isinstance(m, DeviceContext)), None)
+    return None if device is None or device.type == "cpu" else str(device)
+
+
+def refuse_modes(title: str, *, process: bool = True) -> None:
+    """Raise TaskgradError where what is open around a call would have to be open around its run.
+
+    Modes, transforms and global hooks are objects of one thread or process. Without them a call
+    would give other numbers, or none to whoever listens. With `process` False it runs in another
+    thread of this process.
+    """
+    found = None
+    if (
+        _C._len_torch_function_stack()
+        or _C._len_torch_dispatch_stack()
+        or _C._functorch.peek_interpreter_stack() is not None
+    ):
+        found = _open_in_thread()
+    if process and found is None:
+        found = _open_in_process()
+    if found is not None:
+        what, instead = found
+        raise TaskgradError(
+            f"{title!r} is called inside {what}, which does not reach where it runs. {instead}"
+        )
+
+
+def _open_in_thread() -> tuple[str, str] | None:
+    """What is open in this thread that cannot be sent, and what to do instead."""
+    modes: list[Any] = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+    mode = next((m for m in modes if not isinstance(m, DeviceContext)), None)
+    if mode is not None:
+        return (
+            f"the mode {type(mode).__module__}.{type(mode).__qualname__}",
+            "Open it inside the function or the layer, or leave it for this call",
+        )
+    if _C._functorch.peek_interpreter_stack() is not None:
+        return (
+            "a transform of torch.func (vmap, grad, jvp, ...)",
+            "Use the transform inside the function that is sent, or tg.vjp",
+        )
+    return None
+
+
+def _open_in_process() -> tuple[str, str] | None:
+    """What is open in this process that cannot be sent, and what to do instead."""
+    if forward_ad._current_level >= 0:
+        return (
+            "torch.autograd.forward_ad.dual_level()",
+            "Tangents stay on the driver: open it inside the function that is sent",
+        )
+    if modules._has_any_global_hook():
+        return (
+            "the reach of a hook for all modules (torch.nn.modules.module.register_module_...)",
+            "Register it on the modules themselves, or remove it for this call",
+        )
+    if optimizers._global_optimizer_pre_hooks or optimizers._global_optimizer_post_hooks:
+        return (
+            "the reach of a hook for all optimizers (register_optimizer_step_...)",
+            "Register it on the optimizer where that is made, or remove it for this call",
+        )
+    return None

@@ -1,0 +1,272 @@
+"""Run a call with the settings of torch that it was made with, and put them back.
+
+Some belong to the thread that runs it. Others belong to the process, in which several threads run
+calls: those that need the same settings run together; one that needs others waits until they are
+done, and later ones wait behind it. Who waits for somebody else, in a collective or for a stage, is
+`outside` meanwhile. So whoever holds the settings of the process runs, and comes to an end.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from taskgrad.errors import ClusterMismatchError, TaskgradError
+from taskgrad.graph import settings as known
+from taskgrad.graph.process_settings import SETTINGS, Setting, process_values
+from taskgrad.graph.settings import TorchSettings, Values, differing, inside, thread_settings
+from taskgrad.worker.randomness import paused
+
+# Seconds a call keeps its thread while it waits...
+_PATIENCE = 0.005
+# ... and waits behind one that needs other settings: a call that runs may wait for it, in a way of
+# its own.
+_COURTESY = 1.0
+
+_BY_NAME = {setting.name: setting for setting in SETTINGS}
+_here = threading.local()  # the visit of the call that its thread runs
+
+
+class _Process:
+    """Who runs with which settings of this process. Safe from several threads."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running = 0
+        self._held: Values = ()
+        self._waiting: deque[object] = deque()
+
+    def enter(self, wanted: Values, where: str, give_thread_back: Callable[[], None]) -> None:
+        """Return when these settings hold; they do until `leave` is called."""
+        turn = object()
+        with self._changed:
+            self._waiting.append(turn)
+        try:
+            if not self._take(wanted, where, turn, _PATIENCE):
+                give_thread_back()
+                if not self._take(wanted, where, turn, _COURTESY):
+                    self._take(wanted, where, None, None)
+        finally:
+            with self._changed:
+                self._waiting.remove(turn)
+                self._changed.notify_all()
+
+    def leave(self) -> None:
+        """One call is done; the last one puts back what was changed."""
+        with self._changed:
+            self._running -= 1
+            if not self._running:
+                _put_back()
+            self._changed.notify_all()
+
+    def _take(self, wanted: Values, where: str, turn: object | None, seconds: float | None) -> bool:
+        """Have the settings hold, if they can within this time: in turn, if one is given."""
+
+        def is_open() -> bool:
+            fits = not self._running or self._held == wanted
+            return fits and (turn is None or self._waiting[0] is turn)
+
+        with self._changed:
+            if not self._changed.wait_for(is_open, seconds):
+                return False
+            if not self._running:
+                _put(wanted, where)
+                self._held = wanted
+            self._running += 1
+            return True
+
+
+_process = _Process()
+
+
+def _put(wanted: Values, where: str) -> None:
+    """Set what is not as it is wanted."""
+    values = dict(wanted)
+    missing = next((name for name in values if name not in _BY_NAME), None)
+    if missing is not None:
+        raise ClusterMismatchError(
+            f"this call was made with {missing} = {values[missing]!r}, which torch "
+            f"{torch.__version__} of worker {where} does not have. Use the same torch everywhere, "
+            "or leave it as it was"
+        )
+    for setting, now in zip(SETTINGS, process_values(), strict=True):
+        value = values.get(setting.name, setting.start)
+        if value != now:
+            try:
+                _change(setting, now, value)
+            except Exception as error:
+                _put_back()
+                raise TaskgradError(
+                    f"this call was made with {setting.name} = {value!r}, which worker {where} "
+                    f"refuses ({type(error).__name__}: {error})"
+                ) from error
+
+
+def _change(setting: Setting, now: Any, value: Any) -> None:
+    # Noted first: whoever reads it meanwhile in another thread finds the one or the other.
+    known.replaced = {**known.replaced, setting.name: (now, value)}
+    setting.set(value)
+    known.replaced = {**known.replaced, setting.name: (now, setting.get())}
+
+
+def _put_back() -> None:
+    """Undo all changes, but for what somebody else has changed since."""
+    for name, (before, value) in known.replaced.items():
+        setting = _BY_NAME[name]
+        if setting.get() == value:
+            setting.set(before)
+    known.replaced = {}
+
+
+class _Visit:
+    """One call's time with the settings of the process."""
+
+    def __init__(self, where: str, give_thread_back: Callable[[], None]) -> None:
+        self._where = where
+        self._give_thread_back = give_thread_back
+        self._entered = False
+
+    def enter(self, wanted: Values) -> None:
+        _process.enter(wanted, self._where, self._give_thread_back)
+        self._entered = True
+
+    def leave(self) -> None:
+        if self._entered:
+            self._entered = False
+            _process.leave()
+
+
+@contextmanager
+def applied(
+    settings: TorchSettings, where: str, give_thread_back: Callable[[], None]
+) -> Iterator[None]:
+    """Run a call with its settings. One that has to wait for others gives its thread back first.
+
+    Raises
+    ------
+    ClusterMismatchError
+        The torch here lacks one of the settings.
+    TaskgradError
+        One cannot be set: there is no such device, say.
+    """
+    visit = _Visit(where, give_thread_back)
+    visit.enter(settings.process)
+    token = inside.set(True)
+    _here.visit = visit
+    try:
+        with in_thread(settings, where):
+            yield
+    finally:
+        _here.visit = None
+        inside.reset(token)
+        visit.leave()
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    """While this thread waits: leave the settings of the process, and random streams, to others."""
+    visit: _Visit | None = getattr(_here, "visit", None)
+    with paused():
+        if visit is None:
+            yield
+            return
+        own = differing(process_values())
+        _here.visit = None
+        visit.leave()
+        try:
+            yield
+        finally:
+            visit.enter(own)
+            _here.visit = visit
+
+
+class PatientLock:
+    """A lock; who has to wait for it is `outside` meanwhile."""
+
+    def __init__(self, lock: Any) -> None:
+        self._lock = lock
+
+    def acquire(self, blocking: bool = True) -> bool:
+        """Take the lock; False if another thread has it and this one is not to wait."""
+        if not self._lock.acquire(blocking=False):
+            if not blocking:
+                return False
+            with outside():
+                self._lock.acquire()
+        return True
+
+    def release(self) -> None:
+        """Give it back."""
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+@contextmanager
+def in_thread(settings: TorchSettings, where: str) -> Iterator[None]:
+    """Have those settings that belong to a thread hold in this one."""
+    now = thread_settings()
+    with ExitStack() as stack:
+        if settings.grad != now.grad:
+            stack.enter_context(torch.set_grad_enabled(settings.grad))
+        if settings.device != now.device:
+            stack.enter_context(_default_device(settings.device or "cpu", where))
+        if (settings.autocast, settings.autocast_cache) != (now.autocast, now.autocast_cache):
+            stack.enter_context(_autocast(settings, now))
+        if settings.flush_denormal != now.flush_denormal:
+            _flush_denormal(settings.flush_denormal, where)
+            stack.callback(torch.set_flush_denormal, now.flush_denormal)
+        yield
+
+
+def _default_device(name: str, where: str) -> torch.device:
+    device = torch.device(name)
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:
+        raise TaskgradError(
+            f"the default device where this call was made is {name}, and worker {where} has none "
+            f"({type(error).__name__}: {error}). Make the call in "
+            'torch.device("cpu"), or run it on workers that have one'
+        ) from error
+    return device
+
+
+@contextmanager
+def _autocast(settings: TorchSettings, now: TorchSettings) -> Iterator[None]:
+    wanted = {kind: (on, dtype) for kind, on, dtype in settings.autocast}
+    kinds = {*wanted, *(kind for kind, _, _ in now.autocast)}
+    before = {k: (torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds}
+    torch.autocast_increment_nesting()
+    torch.set_autocast_cache_enabled(settings.autocast_cache)
+    _set_autocast({k: wanted.get(k, (False, known.autocast_start(k))) for k in kinds})
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(now.autocast_cache)
+        _set_autocast(before)
+
+
+def _set_autocast(regions: dict[str, tuple[bool, torch.dtype]]) -> None:
+    for kind, (on, dtype) in regions.items():
+        torch.set_autocast_enabled(kind, on)
+        torch.set_autocast_dtype(kind, dtype)
+
+
+def _flush_denormal(flush: bool, where: str) -> None:
+    if not torch.set_flush_denormal(flush):
+        raise TaskgradError(
+            "this call was made with torch.set_flush_denormal(True), which the processor of "
+            f"worker {where} cannot do"
+        )
