@@ -170,7 +170,7 @@ class TestRefusedBeforeAnythingIsSubmitted:
     @pytest.mark.parametrize("items", [3, None, 1.5])
     def test_what_is_no_iterable(self, client, items):
         for use in (tg.map, tg.imap, tg.starmap):
-            with pytest.raises(TypeError, match="expected something to iterate over"):
+            with pytest.raises(TypeError, match="which is not iterable"):
                 use(abs, items, client=client)
 
     def test_a_thunk_or_chain_is_no_function(self, client, chain):

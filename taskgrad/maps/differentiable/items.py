@@ -26,8 +26,8 @@ def read_rows(iterables: Sequence[Iterable[Any]]) -> list[Row]:
     for place, given in enumerate(iterables):
         if not hasattr(given, "__iter__") and not hasattr(given, "__getitem__"):
             raise TypeError(
-                f"argument {place + 1} of a map, after the function, is a {type(given).__name__}; "
-                "expected something to iterate over"
+                f"argument {place + 1} of a map, after the function, is a {type(given).__name__}, "
+                "which is not iterable"
             )
     iterators = [iter(given) for given in iterables]
     rows: list[Row] = []

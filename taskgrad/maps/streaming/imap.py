@@ -205,8 +205,8 @@ def _iterator(name: str, place: int, given: Any) -> Iterator[Any]:
         return iter(given)
     except TypeError:
         raise TypeError(
-            f"{name}: argument {place + 1} after the function is a {type(given).__name__}; "
-            "expected something to iterate over"
+            f"{name}: argument {place + 1} after the function is a {type(given).__name__}, "
+            "which is not iterable"
         ) from None
 
 
