@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from torch import nn
 
 from taskgrad.cluster.session import Session
 from taskgrad.errors import TapeError
@@ -20,7 +21,7 @@ from taskgrad.executors.backward import accumulations, run_backward
 from taskgrad.executors.futures import run
 from taskgrad.graph.adjoint import Adjoint, adjoint, calls_behind
 from taskgrad.graph.nodes import Call, Leaf, Node, Stage
-from taskgrad.graph.pytree import carries_gradient, flatten
+from taskgrad.graph.pytree import carries_gradient, cotangents, flatten
 from taskgrad.graph.reads import ParameterGrad
 
 
@@ -61,7 +62,7 @@ class _Group:
         taken = []
         for leaves, _ in self.flat:
             for i, leaf in enumerate(leaves):
-                if carries_gradient(leaf):
+                if _is_attached(leaf):
                     taken.append(leaf)
                     leaves[i] = _TENSOR
         return taken
@@ -80,7 +81,7 @@ class _Group:
             # All ranks of a gang go back together, though one of them has no part in it.
             ranks = isinstance(node, Call) and node.rank is not None
             if node.needs_grad and (ranks or any(g is not None for g in given)):
-                seeds.append((node, Leaf(structure.build(given), needs_grad=False)))
+                seeds.append((node, Leaf(cotangents(given, structure), needs_grad=False)))
         keep = frozenset(c for c in calls_behind(self.nodes) if c.pending > 1)
         found = adjoint(seeds, retain=retain, keep=keep)
         by_tensor: dict[int, Any] = {}
@@ -133,6 +134,11 @@ def _at_the_end_of_this_backward(found: Sequence[Adjoint], session: Session) -> 
     ending.add(found, session)
 
 
+def _is_attached(leaf: Any) -> bool:
+    """Whether a leaf becomes part of the graph: not a Parameter that the call made or trained."""
+    return carries_gradient(leaf) and not (isinstance(leaf, nn.Parameter) and leaf.requires_grad)
+
+
 _TENSOR = object()  # stands for a tensor that was handed to autograd
 
 
@@ -170,7 +176,7 @@ def attach(nodes: Sequence[Node], values: Sequence[Any], session: Session) -> li
     attached = list(values)
     for members in _connected(nodes):
         group = _Group([nodes[i] for i in members], [values[i] for i in members], session)
-        if not any(carries_gradient(leaf) for leaves, _ in group.flat for leaf in leaves):
+        if not any(_is_attached(leaf) for leaves, _ in group.flat for leaf in leaves):
             continue
         anchor = _anchor().requires_grad_()
         anchor.register_post_accumulate_grad_hook(group.accumulate)

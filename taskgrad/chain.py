@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +32,7 @@ from taskgrad.graph.nodes import Call, ChainRef, Leaf, Node, Stage, StageCall, n
 from taskgrad.graph.pytree import Slot
 from taskgrad.graph.reads import StoredGrad
 from taskgrad.graph.sending import check_process, is_parametrized, reached
+from taskgrad.graph.templates import template
 from taskgrad.graph.weights import check_state, find_weights
 from taskgrad.plan.drawing import call_graph, html
 from taskgrad.plan.table import MemoryRow, PlacementRow, Table
@@ -47,7 +47,7 @@ class IncompatibleKeys(NamedTuple):
 
 
 # The arguments of a call whose one argument is what the call before it gave.
-_ONE_INPUT = pickle.dumps(((Slot(0),), {}))
+_ONE_INPUT = template(((Slot(0),), {}))
 
 
 class _Entry(NamedTuple):
@@ -188,10 +188,10 @@ class GraphChain(Lazy):
         """
         check_process(self._title, parametrized=self._parametrized)
         inputs = Inputs()
-        template = inputs.template((args, kwargs), self._title)
+        given = inputs.template((args, kwargs), self._title)
         alone = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor | Thunk | Node)
         value = inputs.nodes[0] if alone else None
-        entry = self._walk(self._path, _Entry(tuple(inputs.nodes), template, value))
+        entry = self._walk(self._path, _Entry(tuple(inputs.nodes), given, value))
         return Thunk(entry.inputs[0], self._session)
 
     def _walk(self, path: Path, entry: _Entry) -> _Entry:
@@ -210,8 +210,8 @@ class GraphChain(Lazy):
                 entry = flush(entry)
                 ends = [self._branch(branch, entry) for branch in part.paths]
                 joined = Inputs()
-                template = joined.template((tuple(ends), {}), self._title)
-                entry = _Entry(tuple(joined.nodes), template, None)
+                given = joined.template((tuple(ends), {}), self._title)
+                entry = _Entry(tuple(joined.nodes), given, None)
                 part = part.connection
             elif row and self._stage_of[row[-1].index] is not self._stage_of[part.index]:
                 entry = flush(entry)

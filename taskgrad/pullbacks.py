@@ -13,7 +13,7 @@ from taskgrad.graph.adjoint import Adjoint, adjoint, calls_behind
 from taskgrad.graph.layers import kind_of
 from taskgrad.graph.nodes import Call, Leaf, Node, Primal, Stage, StageCall, Sum, new_key
 from taskgrad.graph.pytree import Structure, carries_gradient, flatten
-from taskgrad.thunk import Thunk, cotangent_node, spawn
+from taskgrad.thunk import Thunk, cotangent_node, fixed, spawn
 
 
 class _PrimalTree(NamedTuple):
@@ -144,7 +144,7 @@ def _primal(leaf: Any) -> Leaf | Primal | None:
     if isinstance(leaf, Thunk):
         return Primal(leaf._node)
     if carries_gradient(leaf):
-        return Leaf(leaf, needs_grad=True)
+        return fixed(Leaf(leaf, needs_grad=True))
     return None
 
 
@@ -153,26 +153,11 @@ def _split(cotangent: Any, structure: Structure, n: int) -> list[Any]:
     if cotangent is None:
         return [None] * n
     try:
-        return _prefix(cotangent, structure, n)
-    except (ValueError, TypeError) as error:
+        return structure.flatten_up_to(cotangent)
+    except ValueError as error:
         raise CotangentError(
             f"the cotangent has another structure than f's output, a pytree of {n} thunks: {error}"
         ) from error
-
-
-def _prefix(cotangent: Any, structure: Structure, n: int) -> list[Any]:
-    parts: list[Any] = []
-    for inner, part in zip(structure.nested, structure.spec.flatten_up_to(cotangent), strict=True):
-        if inner is None:
-            parts.append(part)
-        else:
-            kind, names, structures = inner
-            if part is not None and not isinstance(part, kind):
-                raise TypeError(f"expected a {kind.__name__}, got {type(part).__name__}")
-            for name, within in zip(names, structures, strict=True):
-                m = within.spec.num_leaves
-                parts += _prefix(getattr(part, name, None), within, m)
-    return parts
 
 
 def _parameter_grads(found: Adjoint, reachable: list[Call]) -> dict[str, Node | None]:

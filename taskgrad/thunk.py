@@ -9,7 +9,6 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import cloudpickle
 import torch
 from dask.base import is_dask_collection
 from dask.delayed import Delayed, delayed, single_key
@@ -32,11 +31,13 @@ from taskgrad.executors.futures import drop_tapes, graph_of, run_with_buffers, v
 from taskgrad.executors.lowering import resolve
 from taskgrad.graph import pack
 from taskgrad.graph.adjoint import adjoint
+from taskgrad.graph.copies import has_unwatched, unwatched_copy
 from taskgrad.graph.layers import kind_of
 from taskgrad.graph.nodes import Call, Foreign, Leaf, Node
-from taskgrad.graph.pytree import Slot, flatten
+from taskgrad.graph.pytree import Slot, flatten, plain
 from taskgrad.graph.refusals import refuse_hidden, refuse_writing
 from taskgrad.graph.sending import check_process, is_parametrized, unpicklable_beside
+from taskgrad.graph.templates import template_of
 from taskgrad.plan.drawing import call_graph, html, nested
 
 
@@ -45,6 +46,10 @@ class Lazy:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Thunk:
         raise NotImplementedError
+
+
+def _single_value(results: Any) -> Any:
+    return plain(single_key(results))
 
 
 def _get(*args: Any, **kwargs: Any) -> Any:
@@ -92,7 +97,7 @@ class Thunk(Delayed):
         return self.dask
 
     def __dask_postcompute__(self) -> Any:
-        return single_key, ()
+        return _single_value, ()
 
     def __dask_postpersist__(self) -> Any:
         return _persisted, (self.key, self._session)
@@ -345,7 +350,8 @@ class Inputs:
         if isinstance(value, Node):
             return value
         if isinstance(value, torch.Tensor):
-            return Leaf(value, name=name, owner=owner)
+            leaf = Leaf(value, name=name, owner=owner)
+            return leaf if owner is not None else fixed(leaf)
         return Foreign(value if isinstance(value, Delayed) else delayed(value))
 
     def template(self, arguments: Any, title: str) -> bytes:
@@ -358,13 +364,19 @@ class Inputs:
             for x in leaves
         ]
         try:
-            data: bytes = cloudpickle.dumps(structure.build(given))
+            return template_of(given, structure)
         except Exception as error:
             raise TypeError(
                 f"an argument of {title!r} cannot be sent to a worker, because it cannot be "
                 f"pickled ({type(error).__name__}: {error})"
             ) from error
-        return data
+
+
+def fixed(leaf: Leaf) -> Leaf:
+    """A leaf of a call that runs later: what it has now, whoever writes in that memory."""
+    if has_unwatched(leaf.value):
+        leaf.taken = unwatched_copy(leaf.value)
+    return leaf
 
 
 def cotangent_node(node: Node, cotangent: Any) -> Node | None:
@@ -373,14 +385,18 @@ def cotangent_node(node: Node, cotangent: Any) -> Node | None:
         return None
     if isinstance(cotangent, Thunk):
         return cotangent._node
-    if any(isinstance(leaf, Thunk) for leaf in flatten(cotangent)[0]):
+    if any(map(_is_thunk, flatten(cotangent, _is_thunk)[0])):
         return spawn(_same, cotangent, worker=node.worker)._node
     check_cotangent(node, cotangent)
-    return Leaf(cotangent, needs_grad=False)
+    return fixed(Leaf(cotangent, needs_grad=False))
 
 
 def _same(value: Any) -> Any:
     return value
+
+
+def _is_thunk(leaf: Any) -> bool:
+    return isinstance(leaf, Thunk)
 
 
 def collect(tree: Any) -> Any:
@@ -407,7 +423,7 @@ def collect(tree: Any) -> Any:
     >>> tg.collect({"y": y, "n": 3})
     {'y': tensor([2., 2.]), 'n': 3}
     """
-    leaves, structure = flatten(tree)
+    leaves, structure = flatten(tree, lambda leaf: False)  # objects stay themselves
     at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Thunk)]
     refuse_hidden(tree, leaves, Thunk)
     if not at:

@@ -19,6 +19,7 @@ from distributed.protocol.serialize import to_serialize
 
 from taskgrad.cluster import waiting
 from taskgrad.cluster.loans import OFFERS, READS, Lender, Loan, lend
+from taskgrad.graph.copies import own_copy
 
 logger = logging.getLogger("taskgrad")
 
@@ -111,7 +112,9 @@ async def _give(
 
 
 async def _send(client: Client, values: dict[str, Any], workers: list[str]) -> dict[str, Future]:
-    if all(not worker.startswith("inproc:") for worker in workers):  # there, nothing is pickled
+    if any(worker.startswith("inproc:") for worker in workers):  # there, nothing is pickled
+        values = {key: own_copy(value) for key, value in values.items()}
+    else:
         values = {key: _Whole(value) for key, value in values.items()}
     for direct in (True, False):  # where the client cannot reach them, by way of the scheduler
         try:

@@ -21,6 +21,7 @@ from taskgrad.cluster.session import Session, check_open
 from taskgrad.errors import CotangentError, TaskgradError
 from taskgrad.executors.lowering import lower, order_inputs, plain_value, resolve
 from taskgrad.executors.watching import failure, gather, wait_for
+from taskgrad.graph.copies import own_copy
 from taskgrad.graph.nodes import (
     BufferState,
     Call,
@@ -33,7 +34,7 @@ from taskgrad.graph.nodes import (
     new_key,
     versions,
 )
-from taskgrad.graph.pytree import tensors
+from taskgrad.graph.pytree import plain, tensors
 
 # Inputs from this size on go straight to their worker; smaller ones travel inside the graph.
 _SCATTER_BYTES = 1 << 20
@@ -287,4 +288,10 @@ def values_of(targets: Sequence[Node], session: Session) -> list[Any]:
     nodes = [resolve(t) for t in targets]
     there = [n for n in nodes if isinstance(n.result, Future) and not isinstance(n, Leaf)]
     gathered = iter(gather(there, session))
-    return [n.value if isinstance(n, Leaf) else next(gathered) for n in nodes]
+    return [n.value if isinstance(n, Leaf) else _home(n, next(gathered)) for n in nodes]
+
+
+def _home(node: Node, value: Any) -> Any:
+    """A result as the driver's own, which may be written; in one process, nothing is pickled."""
+    in_process = (node.worker or "").startswith("inproc:")
+    return plain(own_copy(value) if in_process else value)

@@ -158,7 +158,8 @@ def plain_value(leaf: Leaf) -> Any:
             "an input was modified in place after the call that it was given to was made, and "
             "before that ran: calls are lazy. Collect first, or give the call a .clone()"
         )
-    return map_leaves(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, leaf.value)
+    value = leaf.value if leaf.taken is None else leaf.taken
+    return map_leaves(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, value)
 
 
 def _compact(leaf: Any) -> Any:

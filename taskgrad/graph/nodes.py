@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from taskgrad.graph.objects import Opaque
 from taskgrad.graph.pytree import carries_gradient, tensors
 from taskgrad.graph.ranks import Rank
 from taskgrad.graph.settings import TorchSettings, refuse_modes, settings_now
@@ -40,7 +41,7 @@ class Draw(NamedTuple):
     microbatch: int
 
 
-class Node:
+class Node(Opaque):
     """One value of the graph. `order` rises with creation, so inputs come before users.
 
     `awaits` are nodes that must have run before, though it takes no value of theirs.
@@ -81,10 +82,10 @@ class Leaf(Node):
     """A value of the driver's: a pytree, which gradients reach if `needs_grad`.
 
     A parameter of a module that was given to `spawn` has that module as its `owner`, and its `name`
-    there.
+    there. `taken` is what is sent in its place, where it might be written without torch's noticing.
     """
 
-    __slots__ = ("_needs_grad", "name", "owner", "value", "version")
+    __slots__ = ("_needs_grad", "name", "owner", "taken", "value", "version")
 
     def __init__(
         self, value: Any, *, needs_grad: bool | None = None, name: str = "", owner: Any = None
@@ -93,6 +94,7 @@ class Leaf(Node):
         self.value = value
         self.name = name
         self.owner = owner
+        self.taken: Any = None
         found = tensors(value)
         if needs_grad is None:
             needs_grad = any(t.requires_grad for t in found)

@@ -1,88 +1,346 @@
-"""Nested values at the boundaries: tuples, lists, dicts, named tuples, dataclasses, anything.
+"""Nested values at the boundaries: containers, and any object that holds tensors.
 
-Containers are those of ``torch.utils._pytree`` plus dataclasses. None, numbers and strings are
-leaves like any other; only tensors carry gradients.
+Containers are tuples, lists, dicts, named tuples, dataclasses and what is registered with
+``torch.utils._pytree``; their elements are leaves, None, numbers and strings too. Any other object
+is one leaf, unless it holds tensors: then those are the leaves, and the rest of it is part of the
+structure (`taskgrad.graph.objects`). Only tensors carry gradients.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import nn
 from torch.utils import _pytree
 
+from taskgrad.errors import CotangentError
+from taskgrad.graph import objects
+from taskgrad.graph.objects import Opaque
+
 Leaves = list[Any]
+Holds = Callable[[Any], bool]
+"""Whether a leaf is a reason to look into the object that holds it."""
 
 
 @dataclass(frozen=True)
-class Slot:
+class Slot(Opaque):
     """Stands in a template for the value of one input, by position."""
 
     index: int
 
 
 @dataclass(frozen=True)
-class Structure:
-    """How to build a pytree from its leaves. Plain data, compared with ``==``."""
+class Structure(Opaque):
+    """How to build a value from its leaves. Plain data, compared with ``==``.
 
-    spec: Any
-    # Where a leaf of `spec` is a dataclass: its type, its field names, and their structures.
-    nested: tuple[tuple[type, tuple[str, ...], tuple[Structure, ...]] | None, ...]
+    `kind` says which sort of container it is, `context` what that one has beside its children.
+    """
 
-    def build(self, leaves: Leaves) -> Any:
-        """The pytree with these leaves in the order that `flatten` gave them."""
+    kind: str
+    context: Any = None
+    children: tuple[Structure, ...] = ()
+
+    def __reduce__(self) -> Any:
+        if self.kind == "registered" and not self.takes_anything:
+            node = _registered(self.context[0])
+            return _arrived, (self.context, self.children, node.flatten_fn, node.unflatten_fn)
+        if self.kind == "leaf":
+            return "_LEAF"
+        return Structure, (self.kind, self.context, self.children)
+
+    def build(self, leaves: Sequence[Any]) -> Any:
+        """The value with these leaves in the order that `flatten` gave them."""
         return self._build(iter(leaves))
 
     def _build(self, leaves: Iterator[Any]) -> Any:
-        parts = []
-        for inner in self.nested:
-            if inner is None:
-                parts.append(next(leaves))
-            else:
-                kind, names, structures = inner
-                values = [s._build(leaves) for s in structures]
-                parts.append(_rebuild_dataclass(kind, dict(zip(names, values, strict=True))))
-        return _pytree.tree_unflatten(parts, self.spec)
+        if self.kind == "leaf":
+            return next(leaves)
+        return _put_together(self.kind, self.context, [c._build(leaves) for c in self.children])
+
+    def flatten_up_to(self, tree: Any) -> Leaves:
+        """What stands in another value of this structure where this one has its leaves.
+
+        None in the place of a part stands for None at all leaves of that part.
+
+        Raises
+        ------
+        ValueError
+            The other value has another structure.
+        """
+        if self.kind == "leaf":
+            return [tree]
+        if tree is None:
+            return [None] * self.count
+        parts = zip(self.children, self.parts_of(tree), strict=True)
+        return [leaf for child, part in parts for leaf in child.flatten_up_to(part)]
+
+    def parts_of(self, tree: Any) -> list[Any]:
+        """The children of another value whose outermost container is this one's.
+
+        Raises
+        ------
+        ValueError
+            It is another container.
+        """
+        if self.kind == "object":
+            return objects.at_places(tree, self.context)
+        kind, context, parts = _take_apart(tree) or ("leaf", None, ())
+        same = (kind, context) == (self.kind, self.context)
+        if not same or len(parts) != len(self.children):
+            raise ValueError(f"expected a {self.name}, got {describe(tree)}")
+        return list(parts)
+
+    @cached_property
+    def count(self) -> int:
+        """How many leaves there are."""
+        return 1 if self.kind == "leaf" else sum(child.count for child in self.children)
+
+    @cached_property
+    def parameters(self) -> frozenset[int]:
+        """The leaves, by position, that are Parameters of an object, as a module is."""
+        if self.kind == "object":
+            return frozenset(self.context.parameters)
+        found: set[int] = set()
+        before = 0
+        for child in self.children:
+            found.update(before + i for i in child.parameters)
+            before += child.count
+        return frozenset(found)
+
+    @cached_property
+    def skeletons(self) -> list[bytes]:
+        """What the objects hold beside their leaves."""
+        own = [self.context.data] if self.kind == "object" else []
+        return own + [data for child in self.children for data in child.skeletons]
+
+    @cached_property
+    def has_objects(self) -> bool:
+        """Whether it has objects that are no containers."""
+        return self.kind == "object" or any(child.has_objects for child in self.children)
+
+    @cached_property
+    def takes_anything(self) -> bool:
+        """Whether any leaves can be put in, and the value then be pickled and unpickled."""
+        return _takes_anything(self.kind, self.context) and all(
+            child.takes_anything for child in self.children
+        )
+
+    @property
+    def name(self) -> str:
+        """Of the outermost container's type."""
+        if self.kind == "object":
+            return str(self.context.kind)
+        known = self.context[0] if isinstance(self.context, tuple) and self.context else None
+        return known.__name__ if isinstance(known, type) else self.kind
 
 
-def _is_open_dataclass(value: Any) -> bool:
-    """Dataclass instances are containers, unless torch already knows their type."""
-    return (
-        dataclasses.is_dataclass(value)
-        and not isinstance(value, type)
-        and type(value) is not Slot
-        and type(value) not in _pytree.SUPPORTED_NODES
-    )
+_LEAF = Structure("leaf")
 
 
-def _rebuild_dataclass(kind: type, values: dict[str, Any]) -> Any:
-    made: Any = object.__new__(kind)
-    for name, value in values.items():  # past __init__ and frozen: fields only
+class _Registration(NamedTuple):
+    flatten_fn: Callable[[Any], tuple[Iterable[Any], Any]]
+    unflatten_fn: Callable[[Iterable[Any], Any], Any]
+
+
+# Of types that were registered where a structure came from, and not here.
+_elsewhere: dict[type, _Registration] = {}
+
+
+def _registered(kind: type) -> Any:
+    return _pytree.SUPPORTED_NODES.get(kind) or _elsewhere.get(kind)
+
+
+def _arrived(context: Any, children: tuple[Structure, ...], *registered: Any) -> Structure:
+    _elsewhere.setdefault(context[0], _Registration(*registered))
+    return Structure("registered", context, children)
+
+
+def _takes_anything(kind: str, context: Any) -> bool:
+    if kind in ("leaf", "tuple", "list", "dict"):
+        return True
+    if kind == "namedtuple":
+        made_by = next(c for c in context[0].__mro__ if "__new__" in vars(c))
+        return made_by.__bases__ == (tuple,)  # by collections.namedtuple, and not by its author
+    if kind == "dataclass":
+        return not (objects.pickles_its_own_way(context[0]) or hasattr(context[0], "__setstate__"))
+    return kind == "registered" and context[0].__module__ in ("collections", "torch.return_types")
+
+
+class Cotangents(Opaque):
+    """Cotangents of a value beside its structure, where such a value may refuse to hold them."""
+
+    def __init__(self, leaves: Sequence[Any], structure: Structure) -> None:
+        self.leaves = list(leaves)
+        self.structure = structure
+
+
+def cotangents(leaves: Sequence[Any], structure: Structure) -> Any:
+    """Cotangents of a value of this structure, as they are sent to who uses them."""
+    if not structure.takes_anything:
+        return Cotangents(leaves, structure)
+    return structure.build(leaves)
+
+
+def plain(value: Any) -> Any:
+    """A value as the user gets it: cotangents in a value of their structure.
+
+    Raises
+    ------
+    CotangentError
+        It cannot be built with these.
+    """
+    if not isinstance(value, Cotangents):
+        return value
+    try:
+        return value.structure.build(value.leaves)
+    except Exception as error:
+        raise CotangentError(
+            f"these gradients cannot be shown as a {value.structure.name}, which does not take "
+            f"them in the place of its tensors ({type(error).__name__}: {error}). Ask for those of "
+            "the tensors that you make it of"
+        ) from error
+
+
+def holds_inputs(leaf: Any) -> bool:
+    """Whether a leaf can be an input of a call: a tensor, or a value that is not here yet."""
+    return isinstance(leaf, torch.Tensor) or objects.is_lazy(leaf)
+
+
+_ATOMS = frozenset(
+    {
+        *(type(None), bool, int, float, complex, str, bytes, slice, range, type(Ellipsis)),
+        *(torch.Tensor, nn.Parameter, torch.dtype, torch.device, torch.layout),
+        *(
+            torch.memory_format,
+            torch.Generator,
+            Slot,
+            type,
+            types.ModuleType,
+            types.BuiltinFunctionType,
+        ),
+    }
+)
+
+
+def flatten(tree: Any, holds: Holds = holds_inputs) -> tuple[Leaves, Structure]:
+    """Leaves in a fixed order (None counts as one), and the structure that rebuilds them.
+
+    An object that is no container is looked into if one of its leaves is what `holds` asks for.
+
+    Raises
+    ------
+    TravelError
+        Such an object keeps a tensor that requires grad out of its pickle.
+    """
+    if type(tree) is Cotangents:
+        return list(tree.leaves), tree.structure
+    leaves: Leaves = []
+    return leaves, _flatten(tree, leaves, holds)
+
+
+def _flatten(value: Any, leaves: Leaves, holds: Holds) -> Structure:
+    kind = type(value)
+    if kind in _ATOMS:
+        leaves.append(value)
+        return _LEAF
+    if kind is tuple or kind is list:
+        return Structure(
+            kind.__name__, None, tuple([_flatten(part, leaves, holds) for part in value])
+        )
+    if kind is dict:
+        parts = tuple([_flatten(part, leaves, holds) for part in value.values()])
+        return Structure("dict", tuple(value), parts)
+    apart = _take_apart(value)
+    if apart is not None:
+        name, context, children = apart
+        return Structure(name, context, tuple([_flatten(c, leaves, holds) for c in children]))
+    opened = None if _is_leaf(value) else objects.open_object(value, holds)
+    if opened is None:
+        leaves.append(value)
+        return _LEAF
+    found, skeleton = opened
+    leaves.extend(found)
+    return Structure("object", skeleton, (_LEAF,) * len(found))
+
+
+def _is_leaf(value: Any) -> bool:
+    """Whether types alone say that a value which is no container is a leaf."""
+    if isinstance(value, np.ndarray):
+        return not value.dtype.hasobject
+    return isinstance(value, torch.Tensor | Opaque | np.generic | type) or objects.is_lazy(value)
+
+
+def _take_apart(value: Any) -> tuple[str, Any, Sequence[Any]] | None:
+    """A container's kind, context and children; None for what is none."""
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind.__name__, None, value
+    if kind is dict:
+        return "dict", tuple(value), list(value.values())
+    if issubclass(kind, tuple) and _pytree.is_namedtuple_class(kind):
+        beside = vars(value) if hasattr(value, "__dict__") else {}
+        return "namedtuple", (kind, len(value), tuple(beside)), [*value, *beside.values()]
+    node = _registered(kind)
+    if node is not None:
+        children, context = node.flatten_fn(value)
+        return "registered", (kind, context), list(children)
+    if dataclasses.is_dataclass(kind) and kind.__new__ is object.__new__ and kind is not Slot:
+        if issubclass(kind, nn.Module | Opaque):
+            return None
+        attributes = _attributes(value)
+        return "dataclass", (kind, tuple(attributes)), list(attributes.values())
+    return None
+
+
+def _put_together(kind: str, context: Any, parts: list[Any]) -> Any:
+    if kind == "tuple":
+        return tuple(parts)
+    if kind == "list":
+        return parts
+    if kind == "dict":
+        return dict(zip(context, parts, strict=True))
+    if kind == "object":
+        return objects.close_object(context, parts)
+    if kind == "registered":
+        return _registered(context[0]).unflatten_fn(parts, context[1])
+    if kind == "namedtuple":  # past its own __new__, which may want other things than leaves
+        made: Any = tuple.__new__(context[0], parts[: context[1]])
+        names, values = context[2], parts[context[1] :]
+    else:
+        made = object.__new__(context[0])  # past __init__ and frozen
+        names, values = context[1], parts
+    for name, value in zip(names, values, strict=True):
         object.__setattr__(made, name, value)
     return made
 
 
-def flatten(tree: Any) -> tuple[Leaves, Structure]:
-    """Leaves in a fixed order (None counts as one), and the structure that rebuilds them."""
-    parts, spec = _pytree.tree_flatten(tree)
-    leaves: Leaves = []
-    nested: list[tuple[type, tuple[str, ...], tuple[Structure, ...]] | None] = []
-    for part in parts:
-        if not _is_open_dataclass(part):
-            leaves.append(part)
-            nested.append(None)
-            continue
-        names = tuple(f.name for f in dataclasses.fields(part))
-        structures = []
-        for name in names:
-            inner, structure = flatten(getattr(part, name))
-            leaves.extend(inner)
-            structures.append(structure)
-        nested.append((type(part), names, tuple(structures)))
-    return leaves, Structure(spec, tuple(nested))
+def _attributes(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are set, in their order, and what it has beside them."""
+    present = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if _has(value, f)}
+    beside = objects.attributes_of(value)
+    return present | {name: beside[name] for name in sorted(beside.keys() - present.keys())}
+
+
+def _has(value: Any, field: Any) -> bool:
+    return hasattr(value, field.name)
+
+
+def sequence(structures: Sequence[Structure]) -> Structure:
+    """The structure of a list of values of these structures."""
+    return Structure("list", None, tuple(structures))
+
+
+def builds(leaves: Sequence[Any], structures: Sequence[Structure]) -> list[Any]:
+    """Values of these structures, in order, from the leaves of all."""
+    rest = iter(leaves)
+    return [structure._build(rest) for structure in structures]
 
 
 def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
@@ -105,10 +363,12 @@ def describe(tree: Any) -> str:
     """Shapes and dtypes of a value, for messages: ``(float32[4, 2], int64[4])``."""
     if isinstance(tree, torch.Tensor):
         return f"{str(tree.dtype).removeprefix('torch.')}{list(tree.shape)}"
-    if isinstance(tree, tuple):
+    if type(tree) is tuple:
         return "(" + ", ".join(map(describe, tree)) + ("," if len(tree) == 1 else "") + ")"
-    if isinstance(tree, list):
+    if type(tree) is list:
         return "[" + ", ".join(map(describe, tree)) + "]"
-    if isinstance(tree, dict):
+    if type(tree) is dict:
         return "{" + ", ".join(f"{k!r}: {describe(v)}" for k, v in tree.items()) + "}"
+    if isinstance(tree, Cotangents):
+        return f"cotangents of a {tree.structure.name}"
     return type(tree).__name__

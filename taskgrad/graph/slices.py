@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,9 @@ def _dims_of(value: Any, dims: Dims, what: str) -> list[int | None]:
     if isinstance(dims, int | None) and not isinstance(dims, bool):
         return [dims] * len(leaves)
     found, given = flatten(dims)
+    if structure.has_objects and given != structure:
+        with contextlib.suppress(ValueError):
+            found, given = structure.flatten_up_to(dims), structure
     if given != structure or not all(isinstance(d, int | None) for d in found):
         raise ValueError(
             f"the batch dimensions of {what} are one number, or a pytree of its structure with a "

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils import _pytree
 
 from taskgrad.arguments import shown
-from taskgrad.graph.pytree import describe, flatten
+from taskgrad.graph.pytree import Structure, describe, flatten
 
 Axis = int | None
 
@@ -27,20 +25,24 @@ def spread(axes: Any, tree: Any, what: str) -> list[Axis]:
     TypeError
         What stands for an axis is neither an int nor None.
     """
+    return _spread(axes, flatten(tree)[1], what, tree)
+
+
+def _spread(axes: Any, structure: Structure, what: str, tree: Any) -> list[Axis]:
     if axes is None or is_axis(axes):
         axis = None if axes is None else operator.index(axes)
-        return [axis] * len(flatten(tree)[0])
-    kind, parts = _branches(axes)
-    if kind is None:
+        return [axis] * structure.count
+    if not flatten(axes)[1].children and not structure.has_objects:
         raise TypeError(f"{what} holds ints, None and containers of them; got {axes!r}")
-    there, subtrees = _branches(tree)
-    if kind != there:
+    try:
+        parts = structure.parts_of(axes)
+    except ValueError:
         raise ValueError(
             f"{what} is not a prefix of the value that it is for: it has {axes!r} where the value "
             f"has {describe(tree)}"
-        )
-    pairs = zip(parts, subtrees, strict=True)
-    return [axis for part, subtree in pairs for axis in spread(part, subtree, what)]
+        ) from None
+    pairs = zip(parts, structure.children, strict=True)
+    return [axis for part, child in pairs for axis in _spread(part, child, what, tree)]
 
 
 def is_axis(given: Any) -> bool:
@@ -59,15 +61,6 @@ def check(axes: Any, what: str) -> None:
     for axis in flatten(axes)[0]:
         if axis is not None and not is_axis(axis):
             raise TypeError(f"{what} holds ints, None and containers of them; got {shown(axis)}")
-
-
-def _branches(tree: Any) -> tuple[Any, list[Any]]:
-    """A container's kind (its type and names) and its children; no kind for a leaf."""
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        names = tuple(f.name for f in dataclasses.fields(tree))
-        return (type(tree), names), [getattr(tree, name) for name in names]
-    children, spec = _pytree.tree_flatten(tree, is_leaf=lambda part: part is not tree)
-    return (None if spec.is_leaf() else spec), children
 
 
 def mapped_size(leaves: Sequence[Any], axes: Sequence[Axis], what: str) -> int:

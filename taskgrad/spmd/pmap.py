@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import cloudpickle
 import torch
 from distributed import Client, get_worker
 
@@ -19,9 +18,10 @@ from taskgrad.executors.futures import run_with_buffers, values_of
 from taskgrad.graph import pack
 from taskgrad.graph.layers import kind_of
 from taskgrad.graph.nodes import Call, Leaf, Node
-from taskgrad.graph.pytree import Slot, Structure, describe, flatten, map_leaves
+from taskgrad.graph.pytree import Slot, Structure, describe, flatten
 from taskgrad.graph.ranks import Gang, Rank
 from taskgrad.graph.sending import check_process, is_parametrized
+from taskgrad.graph.templates import template
 from taskgrad.spmd.axes import Axis, check, is_axis, join, mapped_size, spread
 from taskgrad.thunk import Lazy, Thunk
 from taskgrad.worker.ranks import running
@@ -121,22 +121,23 @@ def pmap(
         run_with_buffers(calls, owner)
         values = values_of(calls, owner)
         # Attached to what takes no gradient a result would keep the tapes for nothing.
-        if torch.is_grad_enabled() and any(any(flags) for _, flags in values):
+        if torch.is_grad_enabled() and any(any(flags) for _, _, flags in values):
             values = bridge.attach(calls, values, owner)
-        outputs = [_as_there(value, flags) for value, flags in values]
+        outputs = [(_as_there(leaves, flags), structure) for leaves, structure, flags in values]
         return _together(f"pmap of {title!r}", outputs, out_axes)
 
     return functools.wraps(fn)(mapped) if hasattr(fn, "__name__") else mapped
 
 
 class _Split:
-    """Arguments: what each rank gets as `parts`; what all get is in the `template`."""
+    """Arguments: what each rank gets as `parts`; what all get is among the `leaves`."""
 
     def __init__(self, leaves: list[Any], structure: Structure, axes: list[Axis], what: str):
         self.size = mapped_size(leaves, axes, what)
         mapped = {i: axis for i, axis in enumerate(axes) if axis is not None}
         slots = {i: Slot(position) for position, i in enumerate(mapped)}
-        self.template = structure.build([slots.get(i, leaf) for i, leaf in enumerate(leaves)])
+        self.leaves = [slots.get(i, leaf) for i, leaf in enumerate(leaves)]
+        self.structure = structure
         # Parted on the driver, by torch: gradients find their way back by themselves.
         parted = [leaves[i].unbind(axis) for i, axis in mapped.items()]
         self.parts = list(zip(*parted, strict=True))
@@ -145,31 +146,29 @@ class _Split:
 class _Program:
     """The function, with what is the same on all ranks put in: what is sent to them.
 
-    It gives what the function gives, and for each leaf of that whether a gradient can flow into it.
+    It gives the leaves and the structure of what the function gives, and for each leaf whether a
+    gradient can flow into it.
     """
 
-    def __init__(self, fn: Callable[..., Any], template: Any) -> None:
+    def __init__(self, fn: Callable[..., Any], leaves: list[Any], structure: Structure) -> None:
         self._fn = fn
-        self._template = template
+        self._leaves = leaves
+        self._structure = structure
 
     def __call__(self, *parts: Any) -> Any:
-        args, kwargs = map_leaves(
-            lambda leaf: parts[leaf.index] if isinstance(leaf, Slot) else leaf, self._template
+        args, kwargs = self._structure.build(
+            [parts[leaf.index] if type(leaf) is Slot else leaf for leaf in self._leaves]
         )
-        value = self._fn(*args, **kwargs)
-        flags = [isinstance(x, torch.Tensor) and x.requires_grad for x in flatten(value)[0]]
-        return value, flags
+        leaves, structure = flatten(self._fn(*args, **kwargs))
+        return leaves, structure, [isinstance(x, torch.Tensor) and x.requires_grad for x in leaves]
 
 
-def _as_there(value: Any, flags: Sequence[bool]) -> Any:
-    """A rank's output, of which those leaves take a gradient that did on its worker."""
-    leaves, structure = flatten(value)
-    return structure.build(
-        [
-            leaf if flag or not isinstance(leaf, torch.Tensor) else leaf.detach()
-            for leaf, flag in zip(leaves, flags, strict=True)
-        ]
-    )
+def _as_there(leaves: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
+    """The leaves of a rank's output, of which those take a gradient that did on its worker."""
+    return [
+        leaf if flag or not isinstance(leaf, torch.Tensor) else leaf.detach()
+        for leaf, flag in zip(leaves, flags, strict=True)
+    ]
 
 
 def _refuse_inside(title: str) -> None:
@@ -219,7 +218,7 @@ def _calls(
     workers: tuple[str, ...],
 ) -> list[Call]:
     """One call a rank, each pinned to its worker."""
-    packed = _pack(_Program(fn, split.template), title)
+    packed = _pack(_Program(fn, split.leaves, split.structure), title)
     if packed.modules:
         check_process(title, parametrized=is_parametrized(packed.modules))
     names = {id(p): (n, m) for m in packed.modules for n, p in m.named_parameters()}
@@ -238,7 +237,7 @@ def _calls(
             title=str(rank),
             steps=((0, str(rank), kind_of(fn)),),
             inputs=[*shared, *map(Leaf, parts)],
-            template=cloudpickle.dumps((slots, {})),
+            template=template((slots, {})),
             function=packed.data,
             tensor_slots=tuple(range(len(shared))),
             # What a module writes into its buffers comes home from rank 0, as with torch's DDP.
@@ -264,16 +263,21 @@ def _pack(program: _Program, title: str) -> pack.Packed:
         ) from error
 
 
-def _together(what: str, values: Sequence[Any], out_axes: Any) -> Any:
+def _together(what: str, trees: Sequence[tuple[list[Any], Structure]], out_axes: Any) -> Any:
     """The ranks' outputs as one."""
-    trees = [flatten(value) for value in values]
     structure = trees[0][1]
-    for rank, (_, other) in enumerate(trees):
+    first = structure.build(trees[0][0])
+    for rank, (leaves, other) in enumerate(trees):
         if other != structure:
             raise ValueError(
                 f"{what}: the ranks' outputs differ in structure: rank 0 gave "
-                f"{describe(values[0])}, rank {rank} gave {describe(values[rank])}"
+                f"{describe(first)}, rank {rank} gave {describe(other.build(leaves))}"
             )
-    axes = spread(out_axes, values[0], "out_axes")
+        if other.skeletons != structure.skeletons:
+            raise ValueError(
+                f"{what}: the ranks' outputs hold objects ({describe(first)}) that differ between "
+                f"rank 0 and rank {rank} in more than their tensors. Return the tensors themselves"
+            )
+    axes = spread(out_axes, first, "out_axes")
     columns = zip(*(leaves for leaves, _ in trees), strict=True)
     return structure.build([join(c, a, what) for c, a in zip(columns, axes, strict=True)])

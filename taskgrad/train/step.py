@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +14,7 @@ from taskgrad.chain import GraphChain
 from taskgrad.graph.adjoint import adjoint
 from taskgrad.graph.nodes import Call, Draw, Node, Pullback, Stage, StageCall, ancestors, new_key
 from taskgrad.graph.pytree import Slot
+from taskgrad.graph.templates import template
 from taskgrad.plan.schedule import NAMES, Pipeline, Schedule, check
 from taskgrad.plan.schedule import schedule as named_schedule
 from taskgrad.train.data import Batch
@@ -181,7 +181,7 @@ def _microbatch(
             call.settings = call.settings.under_autocast(settings.autocast)
         call.recompute = settings.recompute(call, index, batch.count)
     loss = calls[-1]
-    target = pickle.dumps((Slot(len(loss.inputs)),))
+    target = template((Slot(len(loss.inputs)),))
     loss.append((LOSS, "loss", batch.loss_kind), [batch.targets[index]], target)
     loss.check_finite = settings.check_finite
     found = adjoint([(loss, None)])

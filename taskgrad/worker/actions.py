@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from taskgrad.graph.pytree import flatten
+from taskgrad.graph.pytree import cotangents, flatten
 from taskgrad.worker import keeping, optimizing, shards, stage_calls, training
 from taskgrad.worker.store import Store, buffers_key
 from taskgrad.worker.turn import at_stage
@@ -39,11 +39,12 @@ class Add:
                 continue
             ours, structure = flatten(total)
             theirs, _ = flatten(part)
-            total = structure.build(
+            total = cotangents(
                 [
                     b if a is None else a if b is None else a + b
                     for a, b in zip(ours, theirs, strict=True)
-                ]
+                ],
+                structure,
             )
         return total
 

@@ -10,7 +10,14 @@ import torch
 
 from taskgrad.errors import CotangentError, LayerError
 from taskgrad.graph.nodes import Draw
-from taskgrad.graph.pytree import Structure, carries_gradient, describe, flatten
+from taskgrad.graph.pytree import (
+    Structure,
+    carries_gradient,
+    cotangents,
+    describe,
+    flatten,
+    plain,
+)
 from taskgrad.worker.failures import backward_error
 from taskgrad.worker.gradients import Gradient, accumulate_into, own
 from taskgrad.worker.hooks import hooks_off
@@ -74,7 +81,7 @@ class Backward:
         if parameters:
             store.put(self.key, parameters)
         given = tuple(
-            tape.input_structures[i].build(found[i])
+            cotangents(found[i], tape.input_structures[i])
             if any(g is not None for g in found[i])
             else None
             for i in self.wanted
@@ -184,10 +191,17 @@ def match(cotangent: Any, outputs: list[Any], structure: Structure, where: str) 
         return [None] * len(outputs)
     leaves, given = flatten(cotangent)
     if given != structure:
-        raise CotangentError(
-            f"the cotangent for {where} has another structure than the output: expected "
-            f"{describe(structure.build(outputs))}, got {describe(cotangent)}"
-        )
+        try:
+            if structure.takes_anything and given.takes_anything:
+                raise ValueError
+            leaves = structure.flatten_up_to(plain(cotangent))
+        except ValueError as error:
+            objects = structure.has_objects
+            expected = structure.name if objects else describe(structure.build(outputs))
+            raise CotangentError(
+                f"the cotangent for {where} has another structure than the output: expected "
+                f"{expected}, got {describe(cotangent)}{f' ({error})' if objects else ''}"
+            ) from None
     for leaf, output in zip(leaves, outputs, strict=True):
         if leaf is None:
             continue

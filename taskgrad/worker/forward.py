@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from taskgrad.errors import LayerError
+from taskgrad.errors import LayerError, TravelError
 from taskgrad.graph import pack
 from taskgrad.graph.nodes import Draw
-from taskgrad.graph.pytree import Slot, Structure, carries_gradient, describe, flatten, map_leaves
+from taskgrad.graph.pytree import Structure, carries_gradient, describe, flatten
 from taskgrad.graph.ranks import Rank
+from taskgrad.graph.templates import Template
 from taskgrad.worker import training
 from taskgrad.worker.deferred_norm import deferred
 from taskgrad.worker.failures import forward_error
@@ -84,9 +87,11 @@ class Forward:
         takes: list[list[torch.Tensor | None]] = []
         structures: list[Structure] = []
         fed: list[Any] = []
-        for value, wanted in zip(values, self.needs_grad, strict=True):
+        arguments = Template(self.template)
+        for slot, (value, wanted) in enumerate(zip(values, self.needs_grad, strict=True)):
             leaves, structure = flatten(value)
-            taken, given = _feed(leaves, self.taped and wanted, device)
+            own = {0} if slot in arguments.parameters else structure.parameters
+            taken, given = _feed(leaves, self.taped and wanted, device, own)
             takes.append(taken)
             structures.append(structure)
             fed.append(structure.build(given))
@@ -98,7 +103,7 @@ class Forward:
                 modules = _modules(stage, self.steps)
                 microbatch, (first, *_) = self.draw.microbatch, self.steps[0]
                 regions.enter_context(deferred(modules, norms, microbatch, first))
-            output = self._call(store, stage, fed)
+            output = self._call(store, stage, arguments, fed)
         if self.buffers:
             # By value: batch norm writes its statistics without counting a version.
             changed = [
@@ -106,7 +111,11 @@ class Forward:
                 for i in self.buffers
             ]
             store.put(buffers_key(self.token), changed)
-        leaves, structure = flatten(output)
+        try:
+            leaves, structure = flatten(output)
+        except TravelError as error:
+            _, name, kind = self.steps[-1]
+            raise forward_error(error, store.address, name, kind, (fed, {}), self.draw) from error
         if self.taped:
             parameters = _trainable(stage, self.steps)
             _refuse_unknown(parameters, stage, store.address)
@@ -128,10 +137,17 @@ class Forward:
         self, stage: ResidentStage | None, leaves: list[Any], structure: Structure
     ) -> Any:
         owned = _storages(stage, self.steps) if stage else set()
-        return structure.build([_give(leaf, owned) for leaf in leaves])
+        given = [_give(leaf, owned) for leaf in leaves]
+        ours = _trainable(stage, self.steps).values() if structure.parameters else ()
+        for i in structure.parameters:
+            if self.taped and not _is_new(leaves[i], ours):
+                given[i] = nn.Parameter(given[i], requires_grad=False)
+        return structure.build(given)
 
-    def _call(self, store: Store, stage: ResidentStage | None, fed: list[Any]) -> Any:
-        args, kwargs = _fill(self.template, fed)
+    def _call(
+        self, store: Store, stage: ResidentStage | None, arguments: Template, fed: list[Any]
+    ) -> Any:
+        args, kwargs = arguments.fill(fed)
         last = len(self.steps)
         segments = dict(self.recompute) if self.taped else {}
         at = 0
@@ -161,7 +177,7 @@ class Forward:
         for index, name, kind in self.steps[start:stop]:
             fn = self._function(stage, index, fed)
             if index == LOSS:
-                args = (*args, *_fill(self.extras, fed))
+                args = (*args, *Template(self.extras).fill(fed))
             try:
                 with self._stream(fn, name):
                     value = fn(*args, **kwargs)
@@ -188,13 +204,6 @@ class Forward:
         return random_stream(*self.draw, name)
 
 
-def _fill(template: bytes, fed: list[Any]) -> Any:
-    """A template with the inputs in their slots."""
-    return map_leaves(
-        lambda x: fed[x.index] if isinstance(x, Slot) else x, pack.loads_arguments(template)
-    )
-
-
 def _check_loss(value: Any, finite: bool) -> None:
     if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.is_floating_point():
         raise TypeError(
@@ -211,21 +220,27 @@ def _check_loss(value: Any, finite: bool) -> None:
 
 
 def _feed(
-    leaves: list[Any], wanted: bool, device: torch.device | None
+    leaves: list[Any], wanted: bool, device: torch.device | None, parameters: Collection[int]
 ) -> tuple[list[torch.Tensor | None], list[Any]]:
     """For each leaf: the autograd leaf that will take its gradient, and what the layer gets.
 
     The layer gets a copy. A received tensor is Dask's memory, which other tasks read and the
-    network may still be sending: an in-place layer must not write there.
+    network may still be sending: an in-place layer must not write there. The Parameters of an
+    object are leaves themselves: it may train them.
     """
     taken: list[torch.Tensor | None] = []
     given: list[Any] = []
-    for leaf in leaves:
+    for i, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor):
             taken.append(None)
-            given.append(leaf)
+            given.append(leaf.copy() if type(leaf) is np.ndarray else leaf)
             continue
         start = leaf.detach()
+        if i in parameters and wanted and carries_gradient(leaf):
+            start = nn.Parameter(start.to(device, copy=True))
+            taken.append(start)
+            given.append(start)
+            continue
         if wanted and carries_gradient(leaf):
             start = start.requires_grad_()
             taken.append(start)
@@ -234,6 +249,13 @@ def _feed(
         moved = start.to(device) if device is not None else start
         given.append(moved.clone() if moved is start else moved)
     return taken, given
+
+
+def _is_new(leaf: torch.Tensor, ours: Collection[nn.Parameter]) -> bool:
+    """Whether a Parameter, none of the stage's, was made or trained by who gave it."""
+    if not leaf.is_leaf or any(leaf is parameter for parameter in ours):
+        return False
+    return leaf._version > 0 or not leaf.requires_grad
 
 
 def _give(leaf: Any, owned: set[int]) -> Any:

@@ -18,7 +18,7 @@ import torch
 
 from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.graph import pack
-from taskgrad.graph.pytree import Slot, flatten
+from taskgrad.graph.pytree import Slot, Structure, flatten, sequence
 from taskgrad.graph.settings import thread_settings
 from taskgrad.maps.differentiable.cotangents import decode
 from taskgrad.maps.differentiable.eager import differentiate_at_once
@@ -87,7 +87,9 @@ class RunChunk:
             for t, wanted, buffer in zip(tensors, work.wanted, work.is_buffer, strict=True)
         ]
         task = Task(
-            pack.unpack(data, leaves, own=False), work.grad, work.taped, work.seed, work.reduce
+            pack.unpack(data, leaves, own=False),
+            *(work.grad, work.taped, work.seed, work.reduce),
+            shared=leaves,
         )
         threads = threads_here() if work.threads else 1
         parts = self._parts(items, threads)
@@ -100,7 +102,8 @@ class RunChunk:
         self._check_buffers(tensors, leaves)
         reply = _reply(pieces)
         if not work.taped:
-            return Reply(reply.attempt, reply.results, [False] * len(reply.flags), [])
+            reply.flags, reply.entries = [False] * len(reply.flags), []
+            return reply
         takers = [t for t, wanted in zip(leaves, work.wanted, strict=True) if wanted]
         for piece in pieces:
             piece.shared = takers
@@ -121,7 +124,9 @@ class RunChunk:
         rows = pack.loads_arguments(data)
         parts = []
         for r in share(len(rows), [1] * min(threads, len(rows))):
-            leaves, structure = flatten(rows[r.start : r.stop])
+            mine = rows[r.start : r.stop]
+            leaves = [leaf for leaves, _ in mine for leaf in leaves]
+            structure = sequence([structure for _, structure in mine])
             slots = [leaf.index if isinstance(leaf, Slot) else None for leaf in leaves]
             parts.append(
                 Rows(
@@ -145,16 +150,16 @@ class RunChunk:
 
 
 def _reply(pieces: Sequence[Piece]) -> Reply:
-    results: list[Any] = []
+    leaves: list[Any] = []
+    structures: list[Structure] = []
     flags: list[bool] = []
     entries: list[int] = []
     for piece in pieces:
-        entries += [len(results) + e for e in piece.entries]
-        results += piece.results
+        entries += [len(structures) + e for e in piece.entries]
+        leaves += map(_home, piece.leaves)
+        structures += piece.structures
         flags += piece.flags
-    leaves, structure = flatten(results)
-    found = structure.build([_home(leaf) for leaf in leaves])
-    return Reply(uuid.uuid4().hex, found, flags, entries)
+    return Reply(uuid.uuid4().hex, leaves, structures, flags, entries)
 
 
 def _home(leaf: Any) -> Any:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from taskgrad.graph.pytree import flatten
 from taskgrad.maps.differentiable.pieces import Gradient, Piece, differentiate, total
 from taskgrad.maps.differentiable.reducing import Widened
 from taskgrad.maps.differentiable.work import Work
@@ -17,6 +16,7 @@ from taskgrad.worker.failures import backward_error
 _SECONDS = 0.02
 # ... and where the gradients are small beside one.
 _BYTES = 1 << 20
+_TUPLES = ("tuple", "namedtuple")
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,14 @@ def _size(pieces: Sequence[Piece]) -> int:
 def _losses(piece: Piece) -> list[int] | None:
     """The positions among a piece's outputs of its results' losses; None if one has none."""
     positions, flag = [], 0
-    for result in piece.results:
-        value = result.total if isinstance(result, Widened) else result
-        lead = value[0] if isinstance(value, tuple) and value else value
+    for structure in piece.structures:
+        widened = structure.kind == "namedtuple" and structure.context[0] is Widened
+        value = structure.children[0] if widened else structure
+        first = value.children[0] if value.kind in _TUPLES and value.count else value
+        lead = piece.leaves[flag] if first.kind == "leaf" else None
         if not (isinstance(lead, torch.Tensor) and lead.dim() == 0 and piece.flags[flag]):
             return None
         positions.append(flag)
-        flag += len(flatten(result)[0])
+        flag += structure.count
     outputs = [i for i, flagged in enumerate(piece.flags) if flagged]
     return [outputs.index(position) for position in positions]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from taskgrad.graph import pack
+from taskgrad.graph.pytree import builds, flatten
 from taskgrad.maps.differentiable.closed_over import closed_over_tensors, title_of
 from taskgrad.maps.differentiable.items import Row, cut, share
 from taskgrad.maps.differentiable.joining import Recording, join
@@ -50,10 +51,9 @@ def map_here(
     except ItemError as failed:
         error, index = failed.error, failed.index
     else:
-        results = [result for piece in pieces for result in piece.results]
         if not any(flag for piece in pieces for flag in piece.flags):
-            return results
-        return _attach(fn, pieces, parts, results, originals, threads)
+            return [r for piece in pieces for r in builds(piece.leaves, piece.structures)]
+        return _attach(fn, pieces, parts, originals, threads)
     raise item_error(error, index, fn, _where())
 
 
@@ -66,7 +66,6 @@ def _attach(
     fn: Callable[..., Any],
     pieces: list[Piece],
     parts: Sequence[Rows],
-    results: list[Any],
     originals: dict[int, torch.Tensor],
     threads: int,
 ) -> list[Any]:
@@ -83,7 +82,9 @@ def _attach(
     ]
     inputs = [*(originals.get(id(t), t) for t in shared), *items]
     flags = [flag for piece in pieces for flag in piece.flags]
-    return join(recording, results, flags, inputs)
+    leaves = [leaf for piece in pieces for leaf in piece.leaves]
+    structures = [structure for piece in pieces for structure in piece.structures]
+    return join(recording, leaves, structures, flags, inputs)
 
 
 def _cut_off(fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[int, torch.Tensor]]:
@@ -135,7 +136,7 @@ class _Recorded(Recording):
         entries, before = [], 0
         for piece in pieces:
             entries += [before + e for e in piece.entries]
-            before += len(piece.results)
+            before += len(piece.structures)
         super().__init__(title, entries)
         self.pieces = pieces
         self.threads = threads
@@ -166,16 +167,23 @@ class _Recorded(Recording):
                 g for g, flag in zip(gradients, flagged, strict=True) if flag and g is not None
             ]
             leaves = [*piece.taken, *(s for s in ss if s is not None)]
+            shape = flatten(gradients)[1]
             detached = [None if g is None else g.detach() for g in gradients]
             pieces.append(
-                Piece([detached], flagged, leaves, outputs, [0] * len(outputs), piece.shared)
+                Piece(detached, [shape], flagged, leaves, outputs, [0] * len(outputs), piece.shared)
             )
             flags += flagged
             joined += [next(rest) for _ in piece.taken]
             joined += [c for c in cs if c is not None]
         recording = _Recorded(f"the backward of {self.title}", pieces, self.threads)
         recording.lasts = True
-        results = join(recording, [p.results[0] for p in pieces], flags, joined)
+        results = join(
+            recording,
+            [leaf for piece in pieces for leaf in piece.leaves],
+            [structure for piece in pieces for structure in piece.structures],
+            flags,
+            joined,
+        )
         count = len(self.pieces[0].shared)
         return [
             *total([grads[:count] for grads in results]),

@@ -6,13 +6,22 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+
+from taskgrad.graph.copies import Pulled
+
 _END = object()
+# Nobody's code runs while one iterates over these.
+_HELD = (list, tuple, range, dict, str, np.ndarray, torch.Tensor, torch.nn.Parameter)
 
 Row = tuple[Any, ...]
 
 
 def read_rows(iterables: Sequence[Iterable[Any]]) -> list[Row]:
     """The n-th items of all iterables, as row n: each is the arguments of one call.
+
+    They are what they were when they were pulled.
 
     Raises
     ------
@@ -30,20 +39,32 @@ def read_rows(iterables: Sequence[Iterable[Any]]) -> list[Row]:
                 "which is not iterable"
             )
     iterators = [iter(given) for given in iterables]
-    rows: list[Row] = []
+    columns = [_Kept() if type(given) in _HELD else Pulled() for given in iterables]
+    count = 0
     while True:
-        row = tuple(next(iterator, _END) for iterator in iterators)
+        row = []
+        for iterator, column in zip(iterators, columns, strict=True):
+            row.append(next(iterator, _END))
+            if row[-1] is not _END:
+                column.add(row[-1])  # before the next one is pulled, which may refill it
         ended = [k for k, item in enumerate(row) if item is _END]
         if not ended:
-            rows.append(row)
+            count += 1
         elif len(ended) == len(row):
-            return rows
+            return list(zip(*(column.values() for column in columns), strict=True))
         else:
             longer = next(k for k, item in enumerate(row) if item is not _END)
             raise ValueError(
                 f"the iterables of a map have unequal lengths: the one at position {ended[0]} "
-                f"ended after {len(rows)} items, and the one at position {longer} has more"
+                f"ended after {count} items, and the one at position {longer} has more"
             )
+
+
+class _Kept(Pulled):
+    """Items of something that holds all of them at once."""
+
+    def add(self, value: Any) -> None:
+        self._values.append(value)
 
 
 def cut(count: int, size: int) -> list[range]:

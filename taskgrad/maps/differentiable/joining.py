@@ -13,7 +13,7 @@ import torch
 
 from taskgrad.bridge import keeps_graph
 from taskgrad.errors import TapeError
-from taskgrad.graph.pytree import flatten
+from taskgrad.graph.pytree import Structure, builds
 
 Gradient = torch.Tensor | None
 
@@ -92,15 +92,15 @@ class _Join(torch.autograd.Function):
 
 def join(
     recording: Recording,
-    results: Sequence[Any],
+    leaves: Sequence[Any],
+    structures: Sequence[Structure],
     flags: Sequence[bool],
     inputs: Sequence[torch.Tensor],
 ) -> list[Any]:
-    """The same results, those leaves of them that are flagged as outputs of the recording."""
-    leaves, structure = flatten(list(results))
+    """The results, those leaves of them that are flagged as outputs of the recording."""
     outputs = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
     if not outputs or not inputs:
-        return list(results)
+        return builds(leaves, structures)
     joined = iter(_Join.apply(recording, outputs, *inputs))
     found = [next(joined) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)]
-    return list(structure.build(found))
+    return builds(found, structures)

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
-from taskgrad.graph.pytree import carries_gradient, flatten
+from taskgrad.graph.pytree import Structure, carries_gradient, flatten
 from taskgrad.maps.differentiable.items import Row
 from taskgrad.maps.differentiable.reducing import fold
 from taskgrad.maps.differentiable.threads import Halt, run_all
@@ -50,6 +51,8 @@ class Task:
         Of the items' random streams; None: they draw from what there is.
     reduce
         Whether the results of a piece are added up to one.
+    shared
+        What `fn` closes over and takes a gradient, where that is a copy made for this task.
     """
 
     fn: Callable[..., Any]
@@ -57,6 +60,7 @@ class Task:
     taped: bool
     seed: int | None
     reduce: bool
+    shared: Sequence[torch.Tensor] = ()
 
 
 @dataclass
@@ -65,21 +69,23 @@ class Piece:
 
     Attributes
     ----------
-    results
-        One for each item, or one of all; detached from the graph.
+    leaves, structures
+        Of the results, one for each item, or one of all: the leaves of all of them, detached from
+        the graph, and the structure of each.
     flags
-        For every leaf of `results`, whether a gradient can flow into it.
+        For every leaf, whether a gradient can flow into it.
     taken
         The items' tensors that take a gradient, in order.
     outputs
         The tensors of the results that give one, in order, with their graph.
     entries
-        For each of `outputs` the position among `results` of the one that it belongs to.
+        For each of `outputs` the position among the results of the one that it belongs to.
     shared
         What the function closes over that takes a gradient, the same for every piece of a map.
     """
 
-    results: list[Any]
+    leaves: list[Any]
+    structures: list[Structure]
     flags: list[bool]
     taken: list[torch.Tensor]
     outputs: list[torch.Tensor]
@@ -102,8 +108,11 @@ class Rows:
         """The rows as the function gets them, and the leaves of autograd that were put in."""
         taken: list[torch.Tensor] = []
         given: list[Any] = []
-        for leaf, wanted in zip(self.leaves, self.wanted, strict=True):
-            if taped and wanted:
+        for at, (leaf, wanted) in enumerate(zip(self.leaves, self.wanted, strict=True)):
+            if taped and wanted and at in self.structure.parameters:
+                leaf = nn.Parameter(leaf.detach().clone())  # the function may train it
+                taken.append(leaf)
+            elif taped and wanted:
                 start = leaf.detach().requires_grad_()
                 taken.append(start)
                 # Only what is no leaf of autograd can be written in place by the function.
@@ -114,9 +123,14 @@ class Rows:
         return self.structure.build(given), taken
 
 
+def _has_history(leaf: Any) -> bool:
+    """Whether threads need a leaf of their own in its place; other objects are given themselves."""
+    return isinstance(leaf, torch.Tensor) and leaf.requires_grad and not leaf.is_leaf
+
+
 def rows_of(start: int, rows: Sequence[Row]) -> Rows:
     """These rows, the first of which is item `start`."""
-    leaves, structure = flatten(list(rows))
+    leaves, structure = flatten(list(rows), _has_history)
     wanted = [carries_gradient(leaf) and leaf.requires_grad for leaf in leaves]
     return Rows(start, leaves, structure, wanted)
 
@@ -164,20 +178,33 @@ def _run_piece(task: Task, rows: Rows, goes_on: Callable[[], bool]) -> Piece:
         if task.reduce and results:
             results = [fold(results)]
     found: list[Any] = []
+    structures: list[Structure] = []
     flags: list[bool] = []
     outputs: list[torch.Tensor] = []
     entries: list[int] = []
+    inside = {id(t) for t in (*taken, *task.shared)}
+
+    def flows(leaf: Any) -> bool:
+        if not (task.taped and carries_gradient(leaf) and leaf.requires_grad):
+            return False
+        return not leaf.is_leaf or (id(leaf) in inside and not _is_trained(leaf))
+
     for entry, result in enumerate(results):
-        leaves, structure = flatten(result)
+        leaves, structure = flatten(result, flows)
         for at, leaf in enumerate(leaves):
-            flags.append(task.taped and carries_gradient(leaf) and leaf.requires_grad)
+            own = at in structure.parameters and not flows(leaf)
+            flags.append(not own and task.taped and carries_gradient(leaf) and leaf.requires_grad)
             if flags[-1]:
                 outputs.append(leaf)
                 entries.append(entry)
-            if isinstance(leaf, torch.Tensor):
-                leaves[at] = leaf.detach()
-        found.append(structure.build(leaves))
-    return Piece(found, flags, taken, outputs, entries)
+            keeps = own or not isinstance(leaf, torch.Tensor)
+            found.append(leaf if keeps else leaf.detach())
+        structures.append(structure)
+    return Piece(found, structures, flags, taken, outputs, entries)
+
+
+def _is_trained(leaf: torch.Tensor) -> bool:
+    return isinstance(leaf, nn.Parameter) and leaf._version > 0
 
 
 @contextlib.contextmanager

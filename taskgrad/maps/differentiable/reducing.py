@@ -36,6 +36,12 @@ def fold(results: Sequence[Any]) -> Any:
         They hold something that is neither a tensor nor a number, or differ in structure.
     """
     total, dtypes, structure = _leaves(results[0])
+    if structure.has_objects:
+        raise TypeError(
+            f"reduce= adds up tensors and numbers; a result of this map is or has a "
+            f"{structure.name}, and what else than its tensors is to be added nobody can tell. "
+            "Return a tuple, a dict or a dataclass of what is to be added"
+        )
     for result in results[1:]:
         leaves, others, other = _leaves(result)
         if other != structure:

@@ -15,7 +15,7 @@ from taskgrad.errors import TaskgradError
 from taskgrad.executors.futures import forget, submit, values_of
 from taskgrad.executors.watching import failure, wait_for
 from taskgrad.graph.nodes import Leaf, Node
-from taskgrad.graph.pytree import Slot, carries_gradient, flatten
+from taskgrad.graph.pytree import Slot, Structure, builds, carries_gradient, flatten
 from taskgrad.graph.settings import settings_now
 from taskgrad.maps.differentiable.chunks import Chunk, ChunksBackward, Shared, SharedGradient
 from taskgrad.maps.differentiable.closed_over import Packed, pack_function, title_of
@@ -67,11 +67,12 @@ def map_there(
     sums = [SharedGradient(group) for group in groups if len(group) > 1 and eager is not False]
     sums = sums if taped else []
     replies, eager_shared = _run(fn, chunks, sums, owner)
-    results = [result for reply in replies for result in reply.results]
+    leaves = [leaf for reply in replies for leaf in reply.leaves]
+    structures = [structure for reply in replies for structure in reply.structures]
     flags = [flag for reply in replies for flag in reply.flags]
     if not any(flags):
         forget([*chunks, *sums])
-        return results
+        return builds(leaves, structures)
     by_worker = dict(zip((s.worker for s in sums), eager_shared, strict=True))
     recording = _Recorded(
         work, groups, replies, by_worker, [sum(c.wanted) for c in chunks], sum(wanted), owner
@@ -80,7 +81,7 @@ def map_there(
     forget(sums)
     inputs = [t for t, w in zip(packed.tensors, wanted, strict=True) if w]
     inputs += [t for item in items for t, w in zip(item.tensors, item.wanted, strict=True) if w]
-    return join(recording, results, flags, inputs)
+    return join(recording, leaves, structures, flags, inputs)
 
 
 class _Items:
@@ -94,12 +95,11 @@ class _Items:
         self.wanted = [carries_gradient(t) and t.requires_grad for t in self.tensors]
         self._title = title
 
-    def template(self, first: int) -> Any:
-        """The row with slots for its tensors, counted from `first`."""
+    def template(self, first: int) -> tuple[list[Any], Structure]:
+        """The row's leaves, with slots for its tensors, counted from `first`; its structure."""
         count = iter(range(first, first + len(self.tensors)))
-        return self._structure.build(
-            [Slot(next(count)) if isinstance(x, torch.Tensor) else x for x in self._leaves]
-        )
+        leaves = [Slot(next(count)) if isinstance(x, torch.Tensor) else x for x in self._leaves]
+        return leaves, self._structure
 
 
 def _template(items: Sequence[_Items], title: str) -> bytes:
@@ -229,7 +229,7 @@ class _Recorded(Recording):
         entries, before = [], 0
         for reply in replies:
             entries += [before + e for e in reply.entries]
-            before += len(reply.results)
+            before += len(reply.structures)
         super().__init__(work.title, entries)
         self.owner = owner
         self.expectation: Expectation | None = None

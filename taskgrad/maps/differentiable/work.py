@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from taskgrad.graph.pytree import Structure
 from taskgrad.maps.differentiable.pieces import Gradient
 
 
@@ -51,8 +52,9 @@ class Reply:
     ----------
     attempt
         Which one at it: Dask runs a chunk again whose worker was lost.
-    results, flags
-        Its results, and which of their leaves give a gradient.
+    leaves, structures, flags
+        Of its results: the leaves of all, the structure of each, and which of the leaves give a
+        gradient.
     entries
         For each of those leaves the position of its result.
     leads
@@ -62,7 +64,8 @@ class Reply:
     """
 
     attempt: str
-    results: list[Any]
+    leaves: list[Any]
+    structures: list[Structure]
     flags: list[bool]
     entries: list[int]
     leads: list[int] | None = None

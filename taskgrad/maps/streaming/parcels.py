@@ -301,7 +301,7 @@ class Packer:
         raw = buffer.raw()
         if raw.nbytes < _LARGE:
             return True
-        if not raw.readonly:
+        if not _is_constant(raw):
             raw = _copy(raw)
         self._buffers.append(raw)
         return False
@@ -331,6 +331,14 @@ def _tensor_as_row(item: torch.Tensor) -> Any:
     return _as_row(item.numpy(), True) if plain else None
 
 
+def _is_constant(raw: memoryview) -> bool:
+    """Whether nobody can write in this memory; a read-only view is no proof."""
+    holder: Any = raw.obj
+    while isinstance(holder, np.ndarray | memoryview):
+        holder = holder.base if isinstance(holder, np.ndarray) else holder.obj
+    return isinstance(holder, bytes)
+
+
 def _copy(raw: memoryview) -> memoryview:
     copied = torch.empty(raw.nbytes, dtype=torch.uint8, device="cpu").numpy().data
     copied[:] = raw
@@ -342,7 +350,8 @@ def pack_function(fn: Any) -> Parcel:
     buffers: list[Any] = []
 
     def aside(buffer: pickle.PickleBuffer) -> bool:
-        buffers.append(buffer.raw())
+        raw = buffer.raw()
+        buffers.append(raw if _is_constant(raw) else _copy(raw))  # workers ask for it later
         return False
 
     file = io.BytesIO()
