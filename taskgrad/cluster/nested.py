@@ -14,7 +14,7 @@ import distributed
 from dask.context import thread_state
 
 from taskgrad.errors import TaskgradError
-from taskgrad.worker.settings import outside
+from taskgrad.worker.settings import settings_released
 from taskgrad.worker.turn import is_at_stage
 
 
@@ -48,7 +48,7 @@ def waiting() -> Iterator[None]:
         yield
         return
     give_thread_back()
-    with outside():
+    with settings_released():
         yield
 
 

@@ -21,7 +21,7 @@ from taskgrad.cluster.session import Session, check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.executors.lowering import order_inputs
 from taskgrad.graph.nodes import Call, Node
-from taskgrad.worker.settings import outside
+from taskgrad.worker.settings import settings_released
 
 # How often a wait looks, in seconds.
 _LOOK = 1.0
@@ -84,7 +84,7 @@ def gather(nodes: Sequence[Node], session: Session) -> list[Any]:
     coming = waiting.values(session.client, [n.result for n in nodes], workers)
     watch = _Watch(nodes, session)
     try:
-        with outside():
+        with settings_released():
             while not coming.done(_LOOK):
                 error = watch.look()
                 if error is not None:

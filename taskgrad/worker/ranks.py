@@ -26,7 +26,7 @@ import torch
 from taskgrad.errors import CollectiveError, TaskgradError, WorkerLostError
 from taskgrad.graph.ranks import Rank
 from taskgrad.worker.mail import Carrier, End, GangFailed, Message
-from taskgrad.worker.settings import outside
+from taskgrad.worker.settings import settings_released
 from taskgrad.worker.store import Store
 
 # Seconds a rank keeps its thread and its random stream while it waits, and after which it asks
@@ -209,7 +209,7 @@ class _Talk:
         if self._come(number, sources, large, _PATIENCE):
             return
         self.give_thread_back()
-        with outside():
+        with settings_released():
             if self._come(number, sources, large, _CURIOSITY):
                 return
             missing = self._mail.wait(self._key, number, sources, 0)

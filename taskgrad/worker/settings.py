@@ -2,8 +2,8 @@
 
 Some belong to the thread that runs it. Others belong to the process, in which several threads run
 calls: those that need the same settings run together; one that needs others waits until they are
-done, and later ones wait behind it. Who waits for somebody else, in a collective or for a stage, is
-`outside` meanwhile. So whoever holds the settings of the process runs, and comes to an end.
+done, and later ones queue behind it. A call that waits for another one, in a collective or for a
+stage, releases the settings of the process meanwhile. So every call that holds them makes progress.
 """
 
 from __future__ import annotations
@@ -22,54 +22,59 @@ from taskgrad.graph.process_settings import SETTINGS, Setting, process_values
 from taskgrad.graph.settings import TorchSettings, Values, differing, inside, thread_settings
 from taskgrad.worker.randomness import paused
 
-# Seconds a call keeps its thread while it waits...
-_PATIENCE = 0.005
-# ... and waits behind one that needs other settings: a call that runs may wait for it, in a way of
-# its own.
-_COURTESY = 1.0
+# How long a call that waits for the settings keeps its thread.
+_KEEP_THREAD_S = 0.005
+# How long it then keeps its place in the queue. After that it may go first: a running call may be
+# waiting for it by means that release no settings.
+_KEEP_PLACE_S = 1.0
 
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
-_here = threading.local()  # the visit of the call that its thread runs
+_thread = threading.local()  # `hold` is that of the call that the thread runs
 
 
-class _Process:
-    """Who runs with which settings of this process. Safe from several threads."""
+class _Gate:
+    """Lets calls run together if they need the same settings of the process. Thread-safe.
+
+    Others wait in a queue, first in, first out.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._running = 0
         self._held: Values = ()
-        self._waiting: deque[object] = deque()
+        self._queue: deque[object] = deque()
 
     def enter(self, wanted: Values, where: str, give_thread_back: Callable[[], None]) -> None:
         """Return when these settings hold; they do until `leave` is called."""
-        turn = object()
+        ticket = object()
         with self._changed:
-            self._waiting.append(turn)
+            self._queue.append(ticket)
         try:
-            if not self._take(wanted, where, turn, _PATIENCE):
+            if not self._take(wanted, where, ticket, _KEEP_THREAD_S):
                 give_thread_back()
-                if not self._take(wanted, where, turn, _COURTESY):
+                if not self._take(wanted, where, ticket, _KEEP_PLACE_S):
                     self._take(wanted, where, None, None)
         finally:
             with self._changed:
-                self._waiting.remove(turn)
+                self._queue.remove(ticket)
                 self._changed.notify_all()
 
     def leave(self) -> None:
-        """One call is done; the last one puts back what was changed."""
+        """One call is done; the last of them restores the settings."""
         with self._changed:
             self._running -= 1
             if not self._running:
                 _put_back()
             self._changed.notify_all()
 
-    def _take(self, wanted: Values, where: str, turn: object | None, seconds: float | None) -> bool:
-        """Have the settings hold, if they can within this time: in turn, if one is given."""
+    def _take(
+        self, wanted: Values, where: str, ticket: object | None, seconds: float | None
+    ) -> bool:
+        """Apply the settings, if possible within this time: in queue order if given a ticket."""
 
         def is_open() -> bool:
             fits = not self._running or self._held == wanted
-            return fits and (turn is None or self._waiting[0] is turn)
+            return fits and (ticket is None or self._queue[0] is ticket)
 
         with self._changed:
             if not self._changed.wait_for(is_open, seconds):
@@ -81,11 +86,11 @@ class _Process:
             return True
 
 
-_process = _Process()
+_gate = _Gate()
 
 
 def _put(wanted: Values, where: str) -> None:
-    """Set what is not as it is wanted."""
+    """Change the settings that differ from these values; raise if one cannot be set."""
     values = dict(wanted)
     missing = next((name for name in values if name not in _BY_NAME), None)
     if missing is not None:
@@ -103,19 +108,20 @@ def _put(wanted: Values, where: str) -> None:
                 _put_back()
                 raise TaskgradError(
                     f"this call was made with {setting.name} = {value!r}, which worker {where} "
-                    f"refuses ({type(error).__name__}: {error})"
+                    f"refuses ({type(error).__name__}: {error}). Leave it as it was, or run the "
+                    "call where it can be set"
                 ) from error
 
 
 def _change(setting: Setting, now: Any, value: Any) -> None:
-    # Noted first: whoever reads it meanwhile in another thread finds the one or the other.
+    # Recorded first: another thread that reads it meanwhile finds the old value or the new one.
     known.replaced = {**known.replaced, setting.name: (now, value)}
     setting.set(value)
     known.replaced = {**known.replaced, setting.name: (now, setting.get())}
 
 
 def _put_back() -> None:
-    """Undo all changes, but for what somebody else has changed since."""
+    """Undo all changes, but for settings that other code has changed since."""
     for name, (before, value) in known.replaced.items():
         setting = _BY_NAME[name]
         if setting.get() == value:
@@ -123,8 +129,8 @@ def _put_back() -> None:
     known.replaced = {}
 
 
-class _Visit:
-    """One call's time with the settings of the process."""
+class _Hold:
+    """One call's hold on the settings of the process."""
 
     def __init__(self, where: str, give_thread_back: Callable[[], None]) -> None:
         self._where = where
@@ -132,76 +138,76 @@ class _Visit:
         self._entered = False
 
     def enter(self, wanted: Values) -> None:
-        _process.enter(wanted, self._where, self._give_thread_back)
+        _gate.enter(wanted, self._where, self._give_thread_back)
         self._entered = True
 
     def leave(self) -> None:
         if self._entered:
             self._entered = False
-            _process.leave()
+            _gate.leave()
 
 
 @contextmanager
 def applied(
     settings: TorchSettings, where: str, give_thread_back: Callable[[], None]
 ) -> Iterator[None]:
-    """Run a call with its settings. One that has to wait for others gives its thread back first.
+    """Run a call with its settings; a call that has to wait for them gives its thread back first.
 
     Raises
     ------
     ClusterMismatchError
-        The torch here lacks one of the settings.
+        This worker's torch lacks one of the settings.
     TaskgradError
-        One cannot be set: there is no such device, say.
+        A setting cannot be applied here: there is no such device, for example.
     """
-    visit = _Visit(where, give_thread_back)
-    visit.enter(settings.process)
+    hold = _Hold(where, give_thread_back)
+    hold.enter(settings.process)
     token = inside.set(True)
-    _here.visit = visit
+    _thread.hold = hold
     try:
         with in_thread(settings, where):
             yield
     finally:
-        _here.visit = None
+        _thread.hold = None
         inside.reset(token)
-        visit.leave()
+        hold.leave()
 
 
 @contextmanager
-def outside() -> Iterator[None]:
-    """While this thread waits: leave the settings of the process, and random streams, to others."""
-    visit: _Visit | None = getattr(_here, "visit", None)
+def settings_released() -> Iterator[None]:
+    """Release the settings of the process, and the random stream, while this thread waits."""
+    hold: _Hold | None = getattr(_thread, "hold", None)
     with paused():
-        if visit is None:
+        if hold is None:
             yield
             return
         own = differing(process_values())
-        _here.visit = None
-        visit.leave()
+        _thread.hold = None
+        hold.leave()
         try:
             yield
         finally:
-            visit.enter(own)
-            _here.visit = visit
+            hold.enter(own)
+            _thread.hold = hold
 
 
-class PatientLock:
-    """A lock; who has to wait for it is `outside` meanwhile."""
+class ReleasingLock:
+    """A lock; a thread that has to wait for it releases the settings of the process meanwhile."""
 
     def __init__(self, lock: Any) -> None:
         self._lock = lock
 
     def acquire(self, blocking: bool = True) -> bool:
-        """Take the lock; False if another thread has it and this one is not to wait."""
+        """Take the lock; False if another thread has it and `blocking` is False."""
         if not self._lock.acquire(blocking=False):
             if not blocking:
                 return False
-            with outside():
+            with settings_released():
                 self._lock.acquire()
         return True
 
     def release(self) -> None:
-        """Give it back."""
+        """Release the lock."""
         self._lock.release()
 
     def __enter__(self) -> None:
@@ -213,7 +219,7 @@ class PatientLock:
 
 @contextmanager
 def in_thread(settings: TorchSettings, where: str) -> Iterator[None]:
-    """Have those settings that belong to a thread hold in this one."""
+    """Apply those settings that belong to a thread in this one."""
     now = thread_settings()
     with ExitStack() as stack:
         if settings.grad != now.grad:
@@ -268,5 +274,5 @@ def _flush_denormal(flush: bool, where: str) -> None:
     if not torch.set_flush_denormal(flush):
         raise TaskgradError(
             "this call was made with torch.set_flush_denormal(True), which the processor of "
-            f"worker {where} cannot do"
+            f"worker {where} cannot do. Leave it False"
         )

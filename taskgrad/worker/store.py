@@ -19,7 +19,7 @@ from torch import nn
 from taskgrad.errors import TapeError, WorkerLostError
 from taskgrad.graph.pytree import Structure
 from taskgrad.worker.mail import Mail
-from taskgrad.worker.settings import PatientLock
+from taskgrad.worker.settings import ReleasingLock
 
 if TYPE_CHECKING:
     from taskgrad.worker.keeping import Kept
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 # Keys let go of before their task was done; the task then has nothing to leave behind.
 _MAX_REFUSED = 100_000
-# Seconds for which a task that waits for a stage keeps its thread.
-_PATIENCE = 1.0
+# How long a task that waits for a stage keeps its thread.
+_KEEP_THREAD_S = 1.0
 
 
 class StageLock:
-    """A lock that its thread may take again. Who waits long for it gives its own thread back.
+    """A reentrant lock; a task that waits long for it gives its thread back to the worker.
 
     The layer that has the lock may wait for tasks that are to run in that thread.
     """
@@ -49,13 +49,13 @@ class StageLock:
             return True
         if not blocking:
             return False
-        if not self._lock.acquire(timeout=_PATIENCE):
+        if not self._lock.acquire(timeout=_KEEP_THREAD_S):
             self._give_thread_back()
             self._lock.acquire()
         return True
 
     def release(self) -> None:
-        """Let the next one have it."""
+        """Release the lock."""
         self._lock.release()
 
     def __enter__(self) -> None:
@@ -94,8 +94,8 @@ class ResidentStage:
     trainable: frozenset[str] = frozenset()
     mode: bool | None = None
     optimizer: torch.optim.Optimizer | None = None
-    made: Made | None = None  # what will take their place, once every stage has made its own
-    kept: Kept | None = None  # what it was before what is being loaded
+    made: Made | None = None  # what `use` puts in their place, once every stage has made its own
+    kept: Kept | None = None  # its contents from before a load that is under way
     update: Update | None = None  # the last step of a `taskgrad.Optimizer`
     loss: Any = None  # the loss function, on the stage that gives the model's output
     training: Training | None = None  # what a trainer keeps here
@@ -136,9 +136,9 @@ class Tape:
     member: Member | None = None  # the rank of a gang whose forward it was
     recomputes: bool = False  # looking at what autograd saved would run layers again
     nbytes: int | None = None  # once somebody has counted them
-    # Held by a backward, and by who looks at what autograd saved: autograd frees it as it goes,
-    # without Python's own lock, and whoever reads it meanwhile takes the process down.
-    lock: PatientLock = field(default_factory=lambda: PatientLock(threading.Lock()))
+    # Held by a backward, and by code that reads what autograd saved: autograd frees it as it goes,
+    # without the GIL, and reading it meanwhile would crash the process.
+    lock: ReleasingLock = field(default_factory=lambda: ReleasingLock(threading.Lock()))
 
 
 def buffers_key(token: str) -> str:
