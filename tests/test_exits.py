@@ -102,12 +102,20 @@ def _but_rank_0(raises):
 @pytest.mark.parametrize("error", [StopIteration(1), StopAsyncIteration(1)])
 def test_the_end_of_an_iterator_in_a_layer(survives, error):
     def raises(x):
-        raise error
+        if x:
+            raise error
 
     caught(lambda: tg.collect(tg.spawn(raises, 1)), "raised Stop", cause=type(error))
-    for over in ("processes", "threads"):
-        with pytest.raises(type(error)):
-            tg.map(raises, range(2), over=over)
+    match = f"item 1 of the map of 'raises', .* raised {type(error).__name__}: 1"
+    for maps in (
+        functools.partial(tg.map, over="processes"),
+        functools.partial(tg.map, over="threads"),
+        tg.imap,
+        functools.partial(tg.imap, unordered=True, chunksize=1),
+    ):
+        # A consumer that is an iterator: what it calls must not raise StopIteration.
+        consumer = map(lambda _, maps=maps: list(maps(raises, range(2))), range(1))
+        caught(lambda consumer=consumer: list(consumer), match, cause=type(error))
 
 
 class Back(torch.autograd.Function):

@@ -2,8 +2,9 @@
 
 Both maps raise what the user's function raised, with its own type, so that ``except ValueError``
 works as round a loop. What a loop would show of itself, the item and the place, is in a note
-(``error.__notes__``, shown under the traceback). What is no Exception, such as SystemExit, is not
-raised but is the cause of a LayerError: an item shall not end the driver without a word.
+(``error.__notes__``, shown under the traceback). What is no Exception, such as SystemExit, and
+StopIteration are not raised but are the cause of a LayerError: an item shall end neither the driver
+nor an iteration over results without a word.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ def item_error(
         What `own_frames` gave there.
     """
     what = f"item {index} of the map of {kind_of(fn)!r}"
-    if not isinstance(error, Exception):
+    ends_iteration = isinstance(error, StopIteration | StopAsyncIteration)
+    if ends_iteration or not isinstance(error, Exception):
+        ended = "an iteration over the results" if ends_iteration else "the worker, nor the driver"
         return LayerError(
             f"{what}, on worker {worker}, raised {type(error).__name__}: {message_of(error)}\nIt "
-            "does not end the worker, nor the driver: it is an error of this call."
+            f"does not end {ended}: it is an error of this call."
             + (f" Its traceback there:\n{frames}" if frames else ""),
             what,
             worker,

@@ -81,7 +81,7 @@ def map(
     Exception
         What the first item that failed raised, as it is; a note says which item and where.
     LayerError
-        It raised what is no Exception, such as SystemExit: that is the cause.
+        It raised StopIteration, or what is no Exception, such as SystemExit: that is the cause.
     TapeError
         In a backward: a second one through the same result without ``retain_graph=True``.
     WorkerLostError
