@@ -200,7 +200,12 @@ def _name(value: Any) -> str:
 
 def attributes_of(value: Any) -> dict[str, Any]:
     """What an object has in its ``__dict__`` and its slots."""
-    found = dict(getattr(value, "__dict__", {}))
+    return {**slots_of(value), **getattr(value, "__dict__", {})}
+
+
+def slots_of(value: Any) -> dict[str, Any]:
+    """What an object has in its slots, by attribute name."""
+    found: dict[str, Any] = {}
     for kind in type(value).__mro__:
         slots = vars(kind).get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:

@@ -85,7 +85,7 @@ class ReadAll:
         return [read.run(store) for read in self.reads]
 
 
-_ROOMS = {
+_MODULES = {
     "": stage_calls,
     "keeping": keeping,
     "optimizing": optimizing,
@@ -105,6 +105,6 @@ class OnStage:
     def run(self, store: Store, *values: Any) -> Any:
         """What the function gives."""
         room, _, name = self.action.rpartition(".")
-        function = getattr(_ROOMS[room], name)
+        function = getattr(_MODULES[room], name)
         with at_stage():
             return function(store, self.token, *values, **self.arguments)

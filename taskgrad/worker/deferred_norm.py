@@ -1,7 +1,7 @@
 """Batch norm whose running statistics are those of the whole batch, whatever the microbatches.
 
 As torchgpipe's DeferredBatchNorm (Kim et al., 2020): each microbatch is still normalized by its
-own statistics, but count, mean and squared deviations are noted of each; when the step commits, the
+own statistics, and its count, mean and squared deviations are recorded; when the step commits, the
 running statistics move once from where they were, by mean and variance over all of the batch. These
 are combined as Chan, Golub and LeVeque (1979) do it, in float64: nothing large is subtracted.
 """
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass(frozen=True)
 class Moments:
-    """By channel, of some inputs of a batch norm: mean, and sum of squared deviations from it."""
+    """Mean of a batch norm's inputs by channel, and sum of squared deviations from it."""
 
     count: int
     mean: torch.Tensor
@@ -38,8 +38,8 @@ class Moments:
 
 
 @dataclass
-class Noted:
-    """Of one batch norm in a step.
+class Recorded:
+    """The statistics of one batch norm in a step.
 
     `before` are its running statistics as the step found them. `calls` has the moments of each of
     its calls in one forward of the model, by microbatch: in the task that starts with a layer of
@@ -50,7 +50,7 @@ class Noted:
     calls: dict[tuple[int, int], dict[int, Moments]] = field(default_factory=dict)
 
 
-Statistics = dict[_BatchNorm, Noted]
+Statistics = dict[_BatchNorm, Recorded]
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -58,7 +58,7 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 def deferred(
     modules: Sequence[nn.Module], found: Statistics, microbatch: int, first: int
 ) -> Iterator[None]:
-    """While a microbatch goes through these modules, note the statistics of what is normalized.
+    """Record the statistics of what is normalized while a microbatch passes these modules.
 
     `first` is the first layer of the task that runs them.
     """
@@ -73,7 +73,7 @@ def deferred(
 def _watched(norm: _BatchNorm, found: Statistics, microbatch: int, first: int) -> Iterator[None]:
     count = 0
 
-    def note(x: torch.Tensor) -> None:
+    def record(x: torch.Tensor) -> None:
         nonlocal count
         found[norm].calls.setdefault((first, count), {})[microbatch] = _moments(x.detach())
         count += 1
@@ -83,8 +83,8 @@ def _watched(norm: _BatchNorm, found: Statistics, microbatch: int, first: int) -
     def enter(*_: Any) -> None:
         if norm not in found:
             buffers = {name: getattr(norm, name) for name in _BUFFERS}
-            found[norm] = Noted({n: b.clone() for n, b in buffers.items() if b is not None})
-        modes.append(_Normalized(norm, note))
+            found[norm] = Recorded({n: b.clone() for n, b in buffers.items() if b is not None})
+        modes.append(_Normalized(norm, record))
         modes[-1].__enter__()
 
     def leave(*_: Any) -> None:
@@ -102,12 +102,12 @@ def _watched(norm: _BatchNorm, found: Statistics, microbatch: int, first: int) -
 
 
 class _Normalized(TorchFunctionMode):
-    """Notes what a batch norm normalizes, whatever its class makes of its input first."""
+    """Records what a batch norm normalizes, after its class has prepared the input."""
 
-    def __init__(self, norm: _BatchNorm, note: Callable[[torch.Tensor], None]) -> None:
+    def __init__(self, norm: _BatchNorm, record: Callable[[torch.Tensor], None]) -> None:
         super().__init__()
         self._norm = norm
-        self._note = note
+        self._record = record
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -119,7 +119,7 @@ class _Normalized(TorchFunctionMode):
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             running = given.get("running_mean")
             if given.get("training") and running is not None and running is self._norm.running_mean:
-                self._note(given["input"])
+                self._record(given["input"])
         return result
 
 
@@ -133,10 +133,10 @@ def _moments(x: torch.Tensor) -> Moments:
 
 def commit(found: Statistics) -> None:
     """Move the running statistics by those of the batch, as one forward of all of it would."""
-    for norm, noted in found.items():
-        for name, before in noted.before.items() if noted.calls else ():
+    for norm, recorded in found.items():
+        for name, before in recorded.before.items() if recorded.calls else ():
             getattr(norm, name).copy_(before)
-        for _, by_microbatch in sorted(noted.calls.items()):
+        for _, by_microbatch in sorted(recorded.calls.items()):
             _move(norm, reduce(Moments.__add__, (m for _, m in sorted(by_microbatch.items()))))
     found.clear()
 

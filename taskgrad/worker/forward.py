@@ -252,7 +252,7 @@ def _feed(
 
 
 def _is_new(leaf: torch.Tensor, ours: Collection[nn.Parameter]) -> bool:
-    """Whether a Parameter, none of the stage's, was made or trained by who gave it."""
+    """Whether a layer made or trained this Parameter, which is not one of the stage's."""
     if not leaf.is_leaf or any(leaf is parameter for parameter in ours):
         return False
     return leaf._version > 0 or not leaf.requires_grad
@@ -300,7 +300,7 @@ def _trainable(
 def _refuse_unknown(
     parameters: dict[str, nn.Parameter], stage: ResidentStage | None, address: str
 ) -> None:
-    """Nobody takes the gradients of parameters that were frozen when the chain was made."""
+    """Raise for parameters that were frozen when the chain was made: their gradients are lost."""
     late = [name for name in parameters if stage is not None and name not in stage.trainable]
     if late:
         raise LayerError(

@@ -67,8 +67,8 @@ def accumulate_into(
     """Add the sum of these parts, in order, to a parameter's gradient.
 
     They are summed before they are added, as autograd does for a parameter that is used twice.
-    `borrowed` are values that are not ours to keep: Dask's memory. Hooks that draw random numbers
-    do so from `draw`'s stream of the parameter's name.
+    `borrowed` are values whose memory belongs to Dask, and which must not be kept. Hooks draw
+    random numbers from `draw`'s stream for the parameter's name.
     """
     parameter = stage.parameters[name]
     total = summed(parameter, parts, borrowed)

@@ -19,7 +19,7 @@ from taskgrad.worker.randomness import random_stream
 
 @contextmanager
 def hooks_off(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Differentiate by these parameters without a word to their hooks."""
+    """Disable the hooks of these parameters."""
     held = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
     try:
         for hooks, _ in held:
@@ -27,7 +27,7 @@ def hooks_off(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         yield
     finally:
         for hooks, before in held:
-            # Those that were added meanwhile come after those that were there.
+            # Hooks that were added meanwhile come after the ones from before.
             added = dict(hooks)
             hooks.clear()
             hooks.update({**before, **added})
@@ -42,19 +42,20 @@ def accumulate_hooked(
     draw: Draw | None,
     fixed: str | None,
 ) -> None:
-    """Add a gradient, which nobody else holds, as autograd does: hooks, sum, hooks after it.
+    """Add to a parameter's gradient as autograd does: hooks, sum, post-accumulate hooks.
 
-    `fixed` says why the parameter may not be changed now, if so.
+    `total` may be written: it shares its memory with no other tensor. `fixed` is the reason why
+    hooks may not change the parameter now, None if they may.
 
     Raises
     ------
     LayerError
-        A hook raised, or changed the parameter where it may not.
+        A hook raised, or changed the parameter though `fixed` forbids it.
     """
     before = None
     if fixed is not None and parameter._post_accumulate_grad_hooks:
         before = parameter.detach().clone()
-    with _said(name, address), _stream(draw, name):
+    with _hook_errors(name, address), _stream(draw, name):
         torch.autograd.backward(parameter, total)
     if before is not None and not _same(parameter, before):
         with torch.no_grad():
@@ -77,13 +78,13 @@ def hooked_gradient(
     LayerError
         A hook raised.
     """
-    with _said(name, address):
+    with _hook_errors(name, address):
         [found] = torch.autograd.grad(parameter, parameter, total)
     return found
 
 
 @contextmanager
-def _said(name: str, address: str) -> Iterator[None]:
+def _hook_errors(name: str, address: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:

@@ -1,7 +1,7 @@
-"""What a stage was before something is loaded into it, kept until that has come to its end on all.
+"""A copy of a stage from before a load, kept until all stages have loaded their part.
 
 For loads of a state and of a checkpoint: hooks of modules, ``set_extra_state`` or an optimizer may
-raise on one worker when others have loaded their part.
+raise on one worker when others have loaded their part already.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from taskgrad.worker.undo import Undo, copied
 
 @dataclass
 class Kept:
-    """A stage's layers, and what trains them."""
+    """The contents of a stage's layers, and what trains them."""
 
     layers: Undo
     optimizer: torch.optim.Optimizer | None
@@ -33,7 +33,7 @@ class Kept:
 
 
 def keep(store: Store, token: str) -> None:
-    """Keep what the stage is now."""
+    """Copy the stage as it is now."""
     stage = store.stage(token)
     with stage.lock:
         copy = copied if stage.training is None else stage.training.copies
@@ -42,7 +42,7 @@ def keep(store: Store, token: str) -> None:
 
 
 def take_back(store: Store, token: str) -> None:
-    """Make the stage what it was."""
+    """Undo the load on this stage."""
     stage = store.stage(token)
     with stage.lock:
         if stage.kept is not None:
@@ -51,7 +51,7 @@ def take_back(store: Store, token: str) -> None:
 
 
 def settle(store: Store, token: str) -> None:
-    """Drop what takes it back."""
+    """All stages have loaded their part: drop the copy."""
     stage = store.stage(token)
     with stage.lock:
         stage.kept = None

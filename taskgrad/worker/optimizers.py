@@ -1,4 +1,4 @@
-"""A stage's optimizer and learning-rate scheduler: made, and checked for what they train."""
+"""Make a stage's optimizer and learning-rate scheduler, and check what they train."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def make_optimizer(
     Raises
     ------
     TypeError
-        The factory gives something else than an optimizer.
+        The factory does not return an optimizer.
     ValueError
-        It is over other tensors than these, or leaves some of these out.
+        The optimizer is over other tensors than these parameters, or leaves some of them out.
     """
     given: list[Any] = [
         {"params": [parameters[name] for name in names], **options} for names, options in groups
@@ -40,8 +40,8 @@ def make_optimizer(
     made = factory(given)
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(
-            f"the optimizer is what makes one from parameters; on worker {address} it gave "
-            f"{_kind(made)}"
+            f"optimizer is a function that makes one from parameters; on worker {address} it "
+            f"gave {_kind(made)}"
         )
     names = {id(parameters[name]): name for members, _ in groups for name in members}
     found = [p for group in made.param_groups for p in group["params"]]
@@ -72,14 +72,14 @@ def make_scheduler(
     Raises
     ------
     TypeError
-        The factory gives something else, or a scheduler that nobody can step.
+        The factory does not return a scheduler, or one whose ``step`` cannot be called.
     ValueError
         The scheduler is of another optimizer.
     """
     made = factory(optimizer)
     if isinstance(made, type) or not callable(getattr(made, "step", None)):
         raise TypeError(
-            "lr_scheduler is what makes a scheduler from an optimizer; on worker "
+            "lr_scheduler is a function that makes a scheduler from an optimizer; on worker "
             f"{address} it gave {_kind(made)}"
         )
     for part in _parts(made):
@@ -94,7 +94,8 @@ def make_scheduler(
         if part is not made and needs_metric(part) and not needs_metric(made):
             raise TypeError(
                 f"lr_scheduler gave a {type(made).__name__} with a {type(part).__name__} in it, "
-                "whose step() needs a metric that the other does not hand on"
+                "whose step() needs a metric that the outer one does not pass on: return a "
+                f"{type(part).__name__} alone"
             )
     return made
 
@@ -105,7 +106,7 @@ def needs_metric(scheduler: Any) -> bool:
     Raises
     ------
     TypeError
-        It needs more than that, or a metric that is the better the larger it is.
+        It needs more arguments, or a metric of which larger values are better.
     """
     kinds = inspect.Parameter
     needed = [
@@ -117,14 +118,14 @@ def needs_metric(scheduler: Any) -> bool:
     if len(needed) > 1 or any(p.kind is kinds.KEYWORD_ONLY for p in needed):
         raise TypeError(
             f"lr_scheduler gave a {name} whose step() needs {', '.join(p.name for p in needed)}; "
-            "it is called with nothing, or with one metric"
+            "it is called without arguments, or with one metric"
         )
     if not needed and not isinstance(scheduler, ReduceLROnPlateau):
         return False
     if getattr(scheduler, "mode", None) == "max":
         raise TypeError(
-            f'lr_scheduler gave a {name} with mode="max"; it is given the validation loss, which '
-            'is the better the smaller it is: mode="min"'
+            f'lr_scheduler gave a {name} with mode="max"; it is given the validation loss, '
+            'of which smaller values are better: use mode="min"'
         )
     return True
 

@@ -1,7 +1,6 @@
-"""The optimizer of a stage whose steps are asked for one by one, by `taskgrad.Optimizer`.
+"""The optimizer of a stage, as `taskgrad.Optimizer` makes and steps it.
 
-All stages take a step or none: each keeps what takes it back until all have said that they are
-done.
+All stages make a step or none: each can take it back until all of them have made it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from taskgrad.worker.undo import Undo, of_torch, untouched_by
 
 @dataclass
 class Update:
-    """The last step that was asked for; `undo` takes it back, until it is settled."""
+    """The last step; `undo` takes it back. Once it is `settled`, all stages have made it."""
 
     number: int
     undo: Undo | None
@@ -31,7 +30,7 @@ class Update:
 def make(
     store: Store, token: str, *, factory: Callable[..., torch.optim.Optimizer], names: list[str]
 ) -> None:
-    """Make the stage's optimizer over these parameters; `use` has it take its place."""
+    """Make the stage's optimizer over these parameters; `use` puts it in place."""
     stage = store.stage(token)
     with stage.lock, making_errors(store.address):
         groups: Groups = [(names, {})]
@@ -41,7 +40,7 @@ def make(
 
 
 def use(store: Store, token: str) -> None:
-    """Use what was made, as every stage has made its own."""
+    """Put in place what was made, once every stage has made its own."""
     stage = store.stage(token)
     with stage.lock:
         if stage.made is not None:  # None where Dask runs this again
@@ -58,7 +57,7 @@ def use(store: Store, token: str) -> None:
 def update(store: Store, token: str, *, number: int, send: list[str]) -> dict[str, torch.Tensor]:
     """One optimizer step; gives the new values of those parameters that have copies elsewhere.
 
-    Where Dask runs this again it only gives the values again.
+    If Dask runs the task again, it returns the values without another step.
 
     Raises
     ------
@@ -73,14 +72,19 @@ def update(store: Store, token: str, *, number: int, send: list[str]) -> dict[st
             stage.update = None  # the step before: all stages have it
             _step(store, stage, number)
         elif stage.update.undo is None and not stage.update.settled:
-            raise TaskgradError(f"this step was taken back on worker {store.address}")
+            raise TaskgradError(
+                f"optimizer step {number} was taken back on worker {store.address}, because it "
+                "failed on another one: call step() again"
+            )
         return {n: stage.parameters[n].detach().to("cpu", copy=True) for n in send}
 
 
 def _step(store: Store, stage: ResidentStage, number: int) -> None:
     optimizer = stage.optimizer
     if optimizer is None:
-        raise TaskgradError(f"the stage on worker {store.address} has no optimizer")
+        raise TaskgradError(
+            f"the stage on worker {store.address} has no optimizer: make the Optimizer again"
+        )
     undo = Undo(
         [optimizer],
         without=untouched_by(optimizer),
@@ -103,14 +107,14 @@ def settled(store: Store, token: str, *, number: int) -> bool:
 
 
 def settle(store: Store, token: str, *, number: int) -> None:
-    """Every stage has made this step: drop what takes it back."""
+    """Every stage has made this step: drop the copies that could undo it."""
     stage = store.stage(token)
     with stage.lock:
         stage.update = Update(number, None, settled=True)
 
 
 def take_back(store: Store, token: str, *, number: int) -> None:
-    """Go back to before this step, if it was made here, and refuse to make it from now on."""
+    """Undo this step, if it was made here, and refuse to make it from now on."""
     stage = store.stage(token)
     with stage.lock:
         if stage.update is not None and stage.update.number == number and stage.update.undo:

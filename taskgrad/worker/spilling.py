@@ -55,15 +55,15 @@ class SpilledState:
             if not self.holds(value):
                 value = state[key] = self._mapped(value)
             # Written to the file by the system, when it needs the memory.
-            self.leave_memory_of(value)
+            self.free_pages_of(value)
 
     def leave_memory(self) -> None:
         """Let go of what was read of the files."""
         for memory in self._maps.values():
             memory.madvise(mmap.MADV_DONTNEED)
 
-    def leave_memory_of(self, value: torch.Tensor) -> None:
-        """Let go of what was read of one tensor, if it lies in a file."""
+    def free_pages_of(self, value: torch.Tensor) -> None:
+        """Free the memory pages of one tensor, if it lies in a file."""
         if self.holds(value):
             self._maps[value.data_ptr()].madvise(mmap.MADV_DONTNEED)
 
@@ -72,7 +72,7 @@ class SpilledState:
         return value.data_ptr() in self._maps
 
     def forget_all_but(self, state: Mapping[Any, Mapping[str, Any]]) -> None:
-        """Let go of files whose tensors are not in this state."""
+        """Close the files whose tensors are not in this state."""
         tensors = [v for of in state.values() for v in of.values() if isinstance(v, torch.Tensor)]
         kept = {t.data_ptr() for t in tensors}
         self._maps = {address: m for address, m in self._maps.items() if address in kept}
@@ -84,9 +84,9 @@ class SpilledState:
 
 
 class CopiesInFiles:
-    """Makes copies of tensors that lie in files, one of each tensor at a time.
+    """Makes copies of tensors in files, one of each tensor at a time.
 
-    `state` is where the tensors are that lie in files themselves.
+    `state` holds those tensors that lie in files themselves, if any do.
     """
 
     def __init__(self, folder: str, state: SpilledState | None) -> None:
@@ -106,7 +106,7 @@ class CopiesInFiles:
         copy.copy_(tensor)
         memory.madvise(mmap.MADV_DONTNEED)
         if self._state is not None:
-            self._state.leave_memory_of(tensor)
+            self._state.free_pages_of(tensor)
         return copy
 
 

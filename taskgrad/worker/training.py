@@ -1,9 +1,9 @@
 """A training step where the parameters live: begin, prepare, commit, or roll back.
 
 A step is two-phased, as a database's commit is. First every stage says that its gradients are
-complete. Then every stage commits: from what all of them said each works out the same clipping and
-scaling, and updates its parameters. What `begin` and `commit` put aside takes a step back until all
-stages have committed; `settle` drops it then.
+complete. Then every stage commits: from the summaries of all of them each computes the same
+clipping and scaling, and updates its parameters. Until all stages have committed, a step can be
+taken back, from copies that `begin` and `commit` make; `settle` drops them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Scaler:
 
 @dataclass
 class Before:
-    """What a stage was before a step: its buffers and gradients, and what its update changed."""
+    """A stage before a step: its buffers and gradients, and what its update will change."""
 
     buffers: list[tuple[torch.Tensor, torch.Tensor]]
     gradients: dict[str, torch.Tensor | None]
@@ -71,17 +71,19 @@ class Before:
 class Training:
     """What a trainer keeps on one stage beside its optimizer.
 
-    `names` are the trainable parameters that live here, `done` counts the batches that were taken,
-    `begun` is the number of the one under way. `before` takes that one back, and `committed` the
-    last one of `done` until all stages have committed it.
+    `names` are the trainable parameters that live here. `done` is the number of steps that were
+    taken, `begun` the index of the one under way. `before` takes that one back; `committed` takes
+    the last one of `done` back until all stages have committed it.
     """
 
     names: list[str]
     scheduler: Any = None
-    takes_metric: bool = False  # the scheduler does, at the end of an epoch
+    takes_metric: bool = False  # whether the scheduler's step does, at the end of an epoch
     scaler: Scaler | None = None
     spilled: SpilledState | None = None  # where the optimizer's state is, if not in memory
-    copies: Callable[[torch.Tensor], torch.Tensor] = copied  # how what takes a step back is kept
+    copies: Callable[[torch.Tensor], torch.Tensor] = (
+        copied  # copies a tensor, so that a step can be taken back
+    )
     done: int = 0
     begun: int | None = None
     before: Before | None = None
@@ -89,7 +91,7 @@ class Training:
     summary: Summary | None = None
     prepared: bool = False  # the summary is of the step under way
     norms: Statistics | None = None  # where batch norm's statistics are deferred
-    advanced: tuple[int, Undo] | None = None  # the scheduler's last step with a metric: when
+    advanced: tuple[int, Undo] | None = None  # `done` at the scheduler's last step with a metric
     busy: float = 0.0
     began_at: float = 0.0
 
@@ -101,7 +103,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a stage says of its gradients once they are complete; `norms` by parameter."""
+    """A stage's gradients in numbers, once they are complete; `norms` by parameter."""
 
     norms: dict[str, torch.Tensor]
     finite: bool
@@ -126,11 +128,12 @@ def start(
 ) -> str | None:
     """Make the stage's optimizer and scheduler, over the parameters of these groups.
 
-    They are in use once `optimizing.use` says so.
+    `optimizing.use` puts them in place.
 
     `deferred` defers batch norm's statistics; with `compiled`, options of ``torch.compile``, each
     layer is compiled at its first call. `in_files` has "state" if the optimizer's state lies in
-    files, "undo" if what takes a step back does. Gives the scheduler's class if it needs a metric.
+    files, "undo" if copies for taking a step back do. Returns the name of the scheduler's class if
+    it needs a metric.
 
     Raises
     ------
@@ -175,9 +178,9 @@ def _training(stage: ResidentStage) -> Training:
 
 
 def begin(stage: ResidentStage, step: int) -> None:
-    """Put aside what the step will write before it commits: buffers, and gradients so far."""
+    """Copy what the step will write before it commits: buffers, and gradients so far."""
     training = _training(stage)
-    if training.begun == step:  # Dask runs this again; what was put aside is from before the step
+    if training.begun == step:  # Dask runs this again; the copies are from before the step
         return
     training.begun = step
     training.prepared = False
@@ -195,9 +198,9 @@ def begin(stage: ResidentStage, step: int) -> None:
 
 
 def prepare(store: Store, token: str, *, update: bool, norms: bool) -> Summary:
-    """The gradients of a step are complete here: what the other stages need to know of them.
+    """Summarize the gradients of a step, which are complete here, for the other stages.
 
-    Where Dask runs this again, it must not take the scale out of the gradients twice.
+    If Dask runs the task again, it must not divide the gradients by the scale twice.
     """
     stage = store.stage(token)
     with stage.lock:
@@ -231,11 +234,11 @@ def commit(
     order: list[str],
     send: list[str],
 ) -> dict[str, torch.Tensor]:
-    """Take the optimizer's step; gives the new values of those parameters that have copies.
+    """Take the optimizer's step; returns the new values of those parameters that have copies.
 
     With clipping, as `torch.nn.utils.clip_grad_norm_` over all parameters of the model in this
-    order. A stage that has committed this step already only gives the values again. If anything
-    raises the stage is as it was before.
+    order. A stage that has committed this step already only returns the values again. If anything
+    raises, the stage is as it was before.
 
     Raises
     ------
@@ -249,7 +252,10 @@ def commit(
         training = _training(stage)
         if training.done <= step:
             if training.begun != step or training.before is None:
-                raise TaskgradError(f"step {step} was taken back on worker {store.address}")
+                raise TaskgradError(
+                    f"step {step} was taken back on worker {store.address}, because it failed or "
+                    "was interrupted: take it again"
+                )
             training.committed = None  # the step before: all stages have it
             before = training.before
             finite = all(summary.finite for summary in summaries)
@@ -297,18 +303,18 @@ def _step(optimizer: torch.optim.Optimizer, spilled: SpilledState | None) -> Non
 
 
 def _undo_of(stage: ResidentStage, training: Training) -> Undo:
-    """What takes back the update of a stage, which is about to be made."""
+    """Copies of what the update of a stage will change."""
     changing = [stage.optimizer, training.scheduler, training.scaler]
     return Undo(changing, training.copies, untouched_by(stage.optimizer))
 
 
 def advance(store: Store, token: str, *, metric: float, done: int) -> None:
-    """Step the scheduler with a metric; after so many batches, and once only.
+    """Step the scheduler with a metric, once after this number of steps (`done`).
 
     Raises
     ------
     LayerError
-        The scheduler raised; it is as before then, and so are the learning rates.
+        The scheduler raised; it is as it was before, and so are the learning rates.
     """
     stage = store.stage(token)
     with stage.lock:
@@ -335,7 +341,7 @@ def _tensors(state: dict[str, Any]) -> list[torch.Tensor]:
 
 
 def retreat(store: Store, token: str, *, done: int) -> None:
-    """Another stage's scheduler raised: take this one's step with a metric back."""
+    """Undo this stage's scheduler step with a metric: another stage's scheduler raised."""
     stage = store.stage(token)
     with stage.lock:
         training = _training(stage)
@@ -366,14 +372,14 @@ def _clip(
 
 
 def progress(store: Store, token: str) -> int | None:
-    """How many batches this stage has taken; None if it has no trainer."""
+    """The number of steps that this stage has taken; None if it has no trainer."""
     stage = store.stage(token)
     with stage.lock:
         return None if stage.training is None else stage.training.done
 
 
 def settle(store: Store, token: str, *, step: int) -> None:
-    """Every stage has committed this step: drop what takes it back."""
+    """Every stage has committed this step: drop the copies that could undo it."""
     stage = store.stage(token)
     with stage.lock:
         training = _training(stage)
@@ -382,7 +388,7 @@ def settle(store: Store, token: str, *, step: int) -> None:
 
 
 def roll_back(store: Store, token: str, *, done: int) -> None:
-    """Take back the step under way, if there is one, and the last one if it is not of these.
+    """Take back the step under way, and the last one if more than `done` steps were taken.
 
     Raises
     ------
@@ -398,8 +404,8 @@ def roll_back(store: Store, token: str, *, done: int) -> None:
         if training.done > done:
             if training.committed is None or training.done != done + 1:
                 raise TaskgradError(
-                    f"worker {store.address} has taken {training.done} steps, and can go back no "
-                    f"further than that; others have taken {done}"
+                    f"worker {store.address} has taken {training.done} steps and cannot undo the "
+                    f"last ones; other workers have taken {done}. Restore a checkpoint"
                 )
             training.committed.restore(stage)
             training.done = done

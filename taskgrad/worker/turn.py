@@ -1,4 +1,4 @@
-"""A task's turn at a stage."""
+"""A task's exclusive use of a stage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _at_stage: ContextVar[bool] = ContextVar("taskgrad_at_stage", default=False)
 
 @contextmanager
 def at_stage() -> Iterator[None]:
-    """While this thread has a stage, or may wait for one."""
+    """Mark this thread as one that holds a stage, or may wait for one."""
     token = _at_stage.set(True)
     try:
         yield
@@ -24,16 +24,16 @@ def at_stage() -> Iterator[None]:
 
 
 def is_at_stage() -> bool:
-    """Whether this is inside of `at_stage`."""
+    """Whether this thread holds a stage, or may wait for one."""
     return _at_stage.get()
 
 
 @contextmanager
 def turn(stage: ResidentStage | None) -> Iterator[None]:
-    """Have the stage for oneself, and count this time as work for a trainer, if there is one.
+    """Hold the stage's lock, and add the time to its trainer's busy time, if there is one.
 
-    At the end its gradients are counted, if somebody wanted to and found the stage taken. No stage:
-    the task runs a function, and waits for nobody.
+    At the end the bytes of its gradients are counted, if that was asked for while the lock was
+    held. Without a stage the task runs a function, and there is nothing to wait for.
     """
     if stage is None:
         yield
