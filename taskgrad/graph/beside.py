@@ -42,7 +42,7 @@ def put_beside(tensor: torch.Tensor, carried: Beside) -> None:
 
 
 def has_hooks(tensor: torch.Tensor) -> bool:
-    """Whether somebody is told of this tensor's gradient, or changes it."""
+    """Whether hooks are registered on this tensor's gradient."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 

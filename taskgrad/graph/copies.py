@@ -1,7 +1,7 @@
-"""Copies of inputs, where somebody may write in them before they are used.
+"""Copies of inputs that may be written to before they are used.
 
-What is sent or pickled before a call returns needs none. Torch counts the writes to its own memory,
-but not those to memory that it shares with NumPy or others.
+Inputs that are sent or pickled before a call returns need no copy. Torch counts the writes to its
+own memory, but not those to memory that it shares with NumPy or others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _copied(leaf: Any) -> Any:
 
 
 def unwatched_copy(value: Any) -> Any:
-    """The same value, tensors copied of which torch would not notice that they are written."""
+    """The same value, with copies of those tensors whose writes torch does not count."""
     return map_leaves(lambda leaf: leaf.detach().clone() if _is_unwatched(leaf) else leaf, value)
 
 
@@ -44,19 +44,20 @@ def _is_unwatched(leaf: Any) -> bool:
 
 
 class Pulled:
-    """Values as they were when each was pulled from an iterator that may use its memory again.
+    """Values as they were when each was pulled from an iterator that may reuse its memory.
 
-    An object that never comes back is the caller's own, as in a loop; what is written in it shows.
+    Objects are copied only if the iterator yields the same memory again; other objects belong to
+    the caller, and later writes to them show.
     """
 
     def __init__(self) -> None:
         self._values: list[Any] = []
         self._copies: list[Any] = []
         self._memory: set[int] = set()
-        self._again = False
+        self._reuses = False
 
     def add(self, value: Any) -> None:
-        """Take one more."""
+        """Add the value that was just pulled."""
         leaves, structure = flatten(value, _has_memory)
         copied = structure.build([_pulled(leaf) for leaf in leaves])
         if not structure.has_objects:
@@ -64,14 +65,14 @@ class Pulled:
             self._copies.append(copied)
             return
         found = {_address(leaf) for leaf in leaves if _has_memory(leaf)}
-        self._again |= not found.isdisjoint(self._memory)
+        self._reuses |= not found.isdisjoint(self._memory)
         self._memory |= found
         self._values.append(value)
         self._copies.append(copied)
 
     def values(self) -> list[Any]:
         """All of them, in order."""
-        return self._copies if self._again else self._values
+        return self._copies if self._reuses else self._values
 
 
 def _pulled(leaf: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Uses of lazy values that would do nothing, or something else: they are refused."""
+"""Refuse uses of lazy values that would have no effect, or another one than in torch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from taskgrad.graph.objects import attributes_of
+
 _PLAIN = (torch.Tensor, nn.Module, FunctionType, ModuleType, type, str, bytes, int, float, complex)
 
 _DEPTH = 4
-"""How far into a value of unknown type is looked."""
+"""How many levels of a value of unknown type are searched."""
 
-# These write to arguments of theirs without a name that says so: at these names, and positions
-# among the arguments, and only if the last one is true.
+# Functions that write to some of their arguments although their names do not end in "_". For each:
+# the names and positions of those arguments, and of the one that has to be true for it.
 _WRITING = {
     "batch_norm": ({"running_mean": 1, "running_var": 2}, ("training", 5)),
     "instance_norm": ({"running_mean": 1, "running_var": 2}, ("use_input_stats", 5)),
@@ -28,14 +30,14 @@ _WRITING = {
 def refuse_writing(
     func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> None:
-    """Raise if a torch function of thunks is to write to what it is given.
+    """Raise if a torch function of thunks would write to one of its arguments.
 
-    It would run on a worker, some time, on a copy of that.
+    It would run on a worker, later, and write to a copy.
 
     Raises
     ------
     TypeError
-        It is an operation in place, has an ``out=``, or keeps running statistics.
+        It is an in-place operation, has an ``out=``, or updates running statistics.
     """
     name = getattr(func, "__name__", "")
     setter = name in ("__set__", "__setitem__", "__delitem__")
@@ -54,7 +56,10 @@ def refuse_writing(
             "tg.collect(thunk)"
         )
     if kwargs.get("inplace") is True and args and isinstance(args[0], torch.Tensor):
-        raise TypeError(f"{name} of a thunk runs on a worker, and cannot write to its argument")
+        raise TypeError(
+            f"{name} of a thunk runs on a worker, and cannot write to its argument. Leave out "
+            "inplace=True, or take tg.collect(thunk)"
+        )
     if name == "grad" or name == "backward":
         raise TypeError(
             f"{name} of torch.autograd takes no thunks: thunk.backward(), tg.vjp and tg.collect "
@@ -75,7 +80,7 @@ def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], name: str, positio
 
 
 def refuse_hidden(tree: Any, leaves: Sequence[Any], kind: type) -> None:
-    """Raise if there are lazy values of this kind where nobody finds them: beside these leaves.
+    """Raise if a tree has lazy values of this kind that are not among its leaves.
 
     Raises
     ------
@@ -111,9 +116,7 @@ def _inside(value: Any, depth: int) -> Iterator[Any]:
     elif isinstance(value, partial):
         parts = [value.func, *value.args, *value.keywords.values()]
     else:
-        slots = getattr(type(value), "__slots__", ())
-        parts = [getattr(value, s, None) for s in ([slots] if isinstance(slots, str) else slots)]
-        parts += getattr(value, "__dict__", {}).values()
+        parts = list(attributes_of(value).values())
     for part in parts:
         yield from _inside(part, depth - 1)
 

@@ -1,4 +1,4 @@
-"""Whether the layers of a model can be sent to workers: found before anything is."""
+"""Check that the layers of a model can be sent to workers, before anything is sent."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from taskgrad.graph.parametrized import parametrized_names
 
 
 def reached(flat: Model) -> list[list[torch.Tensor]]:
-    """The tensors that each layer takes along: its own, and what it refers to besides.
+    """The tensors that are sent with each layer: its own, and others that it refers to.
 
     Raises
     ------
     TypeError
-        A layer cannot be sent; the message names it and, where that is one of its tensors, what the
-        tensor carries that cannot.
+        A layer cannot be pickled. The message names it and, if the cause is an attribute or a hook
+        of one of its tensors, that too.
     """
     found = []
     for layer, module in zip(flat.layers, flat.modules, strict=True):
@@ -65,7 +65,7 @@ def _check_parts(module: nn.Module, where: str, prefix: str) -> None:
 
 
 def unpicklable_beside(named: Iterable[tuple[str, Any]], *, hooks: bool) -> str | None:
-    """What cannot be pickled of all that the tensors of modules carry beside their values, if so.
+    """Which attribute or hook of the tensors of modules cannot be pickled; None if all can.
 
     The modules come with their names in the model.
     """
@@ -86,12 +86,12 @@ def _named(prefix: str, module: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def check_process(title: str, *, parametrized: bool) -> None:
-    """Refuse to run modules on workers that this process has told to behave otherwise.
+    """Refuse to run modules on workers whose behaviour a switch of this process changes.
 
     Raises
     ------
     TaskgradError
-        There are hooks on all modules of the process; or something `parametrized` is called in
+        The process has hooks on all modules; or a `parametrized` module is called within
         ``parametrize.cached()``.
     """
     if process._has_any_global_hook():

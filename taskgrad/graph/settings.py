@@ -1,8 +1,8 @@
-"""What of torch's state holds where a call is made, and so has to hold where it runs.
+"""Torch's settings where a call is made, which have to hold where it runs.
 
-`settings_now` reads what changes numbers or errors: settings of the process and of the thread. Of
-the process's it notes those that are not as torch starts with. `refuse_modes` refuses what would
-have to hold there too, and cannot be sent.
+`settings_now` reads those that change numbers or errors, of the process and of the thread. Settings
+of the process that have torch's default are left out. `refuse_modes` refuses modes and hooks that
+would have to be active there too, and cannot be sent.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ Values = tuple[tuple[str, Any], ...]
 
 @dataclass(frozen=True)
 class TorchSettings:
-    """What holds for one call; plain data.
+    """The settings of one call; plain data.
 
     Attributes
     ----------
     process
-        (name, value) of those settings of the process that are not as torch starts with.
+        (name, value) of those settings of the process that differ from torch's defaults.
     grad
         Torch's grad mode.
     autocast
-        (device type, whether it is on, dtype) of ``torch.autocast``, but for what torch starts
-        with; `autocast_cache` is whether it keeps the weights that it has cast.
+        (device type, whether it is on, dtype) of ``torch.autocast``, without torch's defaults;
+        `autocast_cache` is whether it keeps the weights that it has cast.
     device
         The default device; None for the CPU.
     flush_denormal
-        Whether denormal numbers are taken for zero.
+        Whether denormal numbers are flushed to zero.
     """
 
     process: Values = ()
@@ -61,19 +61,19 @@ class TorchSettings:
     flush_denormal: bool = False
 
     def under_autocast(self, regions: tuple[tuple[str, torch.dtype], ...]) -> TorchSettings:
-        """The same with these regions of autocast, (device type, dtype), in place of others."""
+        """The same settings within these regions of autocast, each (device type, dtype)."""
         return replace(self, autocast=tuple((kind, True, dtype) for kind, dtype in regions))
 
     def outside_autocast(self) -> TorchSettings:
-        """The same as it is after the outermost region."""
+        """The same settings outside of all regions of autocast."""
         return replace(self, autocast=(), autocast_cache=True)
 
     def without_device(self) -> TorchSettings:
-        """The same with the default device that torch starts with."""
+        """The same settings with torch's own default device, the CPU."""
         return self if self.device is None else replace(self, device=None)
 
     def without_grad(self) -> TorchSettings:
-        """The same with autograd off."""
+        """The same settings with autograd off."""
         return replace(self, grad=False)
 
     def __reduce__(self) -> Any:
@@ -84,19 +84,22 @@ class TorchSettings:
 
 
 STARTING = TorchSettings()
-"""As torch starts with."""
+"""Torch's defaults."""
 
 inside: ContextVar[bool] = ContextVar("taskgrad_settings", default=False)
-"""Whether this is part of a call that runs with settings of its own."""
+"""Whether this thread runs a call for which settings were applied."""
 
 replaced: dict[str, tuple[Any, Any]] = {}
-"""By name (before, now) what running calls have changed in this process; a new one each time."""
+"""The settings that running calls have changed in this process: (before, now) by name.
+
+Never changed in place, but replaced, so that other threads may read it.
+"""
 
 _last: tuple[tuple[Any, ...], TorchSettings] = ((), STARTING)
 
 
 def settings_now() -> TorchSettings:
-    """What holds here and now. Mostly that is what it was the last time, and the same object."""
+    """The settings of this thread now; the same object as last time if nothing changed."""
     global _last
     found = (*_own_values(), *_thread_values())
     values, settings = _last
@@ -109,7 +112,7 @@ def settings_now() -> TorchSettings:
 
 
 def differing(values: tuple[Any, ...]) -> Values:
-    """(name, value) of those of the process's settings that are not as torch starts with."""
+    """(name, value) of those settings of the process that differ from torch's defaults."""
     return tuple(
         (setting.name, value)
         for setting, value in zip(SETTINGS, values, strict=True)
@@ -118,7 +121,7 @@ def differing(values: tuple[Any, ...]) -> Values:
 
 
 def _own_values() -> tuple[Any, ...]:
-    """The process's settings, without what a call in another thread has changed for itself."""
+    """The process's settings, without the changes that calls in other threads have applied."""
     while True:
         changed = replaced
         values = process_values()
@@ -134,7 +137,7 @@ def _own_values() -> tuple[Any, ...]:
 
 
 def _thread_values() -> tuple[Any, ...]:
-    """As the fields of `TorchSettings` that belong to a thread."""
+    """The values of those fields of `TorchSettings` that belong to a thread."""
     return (
         torch.is_grad_enabled(),
         _autocast(),
@@ -145,12 +148,12 @@ def _thread_values() -> tuple[Any, ...]:
 
 
 def thread_settings() -> TorchSettings:
-    """What holds for this thread, without the process."""
+    """The settings of this thread, without those of the process."""
     return TorchSettings((), *_thread_values())
 
 
 def autocast_start(kind: str) -> torch.dtype:
-    """The dtype of autocast that torch starts with on devices of this type."""
+    """Autocast's default dtype on devices of this type."""
     return _START[kind]
 
 
@@ -175,11 +178,10 @@ def default_device() -> str | None:
 
 
 def refuse_modes(title: str, *, process: bool = True) -> None:
-    """Raise TaskgradError where what is open around a call would have to be open around its run.
+    """Raise TaskgradError if a mode, transform or global hook is active that cannot be sent.
 
-    Modes, transforms and global hooks are objects of one thread or process. Without them a call
-    would give other numbers, or none to whoever listens. With `process` False it runs in another
-    thread of this process.
+    These are objects of one thread or process. Without them a call would give other numbers, or a
+    hook would not be called. With `process` False the call runs in another thread of this process.
     """
     found = None
     if (
@@ -187,9 +189,9 @@ def refuse_modes(title: str, *, process: bool = True) -> None:
         or _C._len_torch_dispatch_stack()
         or _C._functorch.peek_interpreter_stack() is not None
     ):
-        found = _open_in_thread()
+        found = _active_in_thread()
     if process and found is None:
-        found = _open_in_process()
+        found = _active_in_process()
     if found is not None:
         what, instead = found
         raise TaskgradError(
@@ -197,8 +199,8 @@ def refuse_modes(title: str, *, process: bool = True) -> None:
         )
 
 
-def _open_in_thread() -> tuple[str, str] | None:
-    """What is open in this thread that cannot be sent, and what to do instead."""
+def _active_in_thread() -> tuple[str, str] | None:
+    """What is active in this thread that cannot be sent, and what to do instead."""
     modes: list[Any] = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
     mode = next((m for m in modes if not isinstance(m, DeviceContext)), None)
     if mode is not None:
@@ -214,8 +216,8 @@ def _open_in_thread() -> tuple[str, str] | None:
     return None
 
 
-def _open_in_process() -> tuple[str, str] | None:
-    """What is open in this process that cannot be sent, and what to do instead."""
+def _active_in_process() -> tuple[str, str] | None:
+    """What is active in this process that cannot be sent, and what to do instead."""
     if forward_ad._current_level >= 0:
         return (
             "torch.autograd.forward_ad.dual_level()",
@@ -223,12 +225,12 @@ def _open_in_process() -> tuple[str, str] | None:
         )
     if modules._has_any_global_hook():
         return (
-            "the reach of a hook for all modules (torch.nn.modules.module.register_module_...)",
+            "the scope of a hook for all modules (torch.nn.modules.module.register_module_...)",
             "Register it on the modules themselves, or remove it for this call",
         )
     if optimizers._global_optimizer_pre_hooks or optimizers._global_optimizer_post_hooks:
         return (
-            "the reach of a hook for all optimizers (register_optimizer_step_...)",
+            "the scope of a hook for all optimizers (register_optimizer_step_...)",
             "Register it on the optimizer where that is made, or remove it for this call",
         )
     return None
