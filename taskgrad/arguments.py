@@ -1,4 +1,4 @@
-"""What arguments have in common: whole numbers, and yes or no."""
+"""Checks of arguments that many functions have: whole numbers and booleans."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 
 
 def whole(name: str, given: Any, least: int | None = None) -> int:
-    """A whole number of any type: an int, one of numpy's, a tensor of one.
+    """A whole number as an int: an int, a NumPy integer, or an integer tensor of one element.
 
     Raises
     ------
     TypeError
-        It is none; neither are booleans, nor 1.0.
+        It is not a whole number; booleans and floats such as 1.0 are not.
     ValueError
         It is less than `least`.
     """
@@ -30,12 +30,12 @@ def whole(name: str, given: Any, least: int | None = None) -> int:
 
 
 def flag(name: str, given: Any) -> bool:
-    """True or False, of Python or numpy.
+    """A boolean of Python or NumPy as a bool.
 
     Raises
     ------
     TypeError
-        It is something else, though it may count as one of them.
+        It is not a boolean; 0 and 1 are not.
     """
     if not isinstance(given, bool | np.bool_):
         raise TypeError(f"{name} is True or False; got {shown(given)}")
@@ -43,7 +43,7 @@ def flag(name: str, given: Any) -> bool:
 
 
 def shown(given: Any) -> str:
-    """A value as messages show it: short, with its type."""
+    """A value in short, with its type, for messages."""
     text = repr(given)
     kind = type(given).__name__
     return f"{text} ({kind})" if len(text) <= 60 and "\n" not in text else f"a {kind}"

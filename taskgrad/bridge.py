@@ -99,11 +99,14 @@ class _Group:
         """Autograd's accumulation has reached us: so do the workers' parameters'."""
         anchor.grad = None
         waiting, self.waiting = self.waiting, []
-        _at_the_end_of_this_backward(waiting, self.session)
+        _accumulate_after_backward(waiting, self.session)
 
 
-class _Ending:
-    """What one backward on the driver gave to parameters on workers; there as long as it runs."""
+class _Accumulation:
+    """The gradients that one backward on the driver gives to parameters on workers.
+
+    It exists as long as that backward runs.
+    """
 
     def __init__(self) -> None:
         self._found: dict[Session, list[Adjoint]] = {}
@@ -112,7 +115,7 @@ class _Ending:
         self._found.setdefault(session, []).extend(found)
 
     def accumulate(self) -> None:
-        """Add it to their gradients. A parameter of several groups gets one sum, as in torch."""
+        """Add them to the parameters' `.grad`. A parameter of several groups gets one sum."""
         for session, found in self._found.items():
             parameters: dict[tuple[Stage, str], tuple[ParameterGrad, ...]] = {}
             for one in found:
@@ -121,21 +124,21 @@ class _Ending:
             run(accumulations(Adjoint((), {}, parameters)), session)
 
 
-_endings: WeakValueDictionary[int, _Ending] = WeakValueDictionary()
+_accumulations: WeakValueDictionary[int, _Accumulation] = WeakValueDictionary()
 
 
-def _at_the_end_of_this_backward(found: Sequence[Adjoint], session: Session) -> None:
-    # The engine drops its callbacks with the backward, also if that fails, and so the ending.
+def _accumulate_after_backward(found: Sequence[Adjoint], session: Session) -> None:
+    # The engine drops its callbacks, which hold the accumulation, when the backward ends or fails.
     task = torch._C._current_graph_task_id()
-    ending = _endings.get(task)
-    if ending is None:
-        ending = _endings[task] = _Ending()
-        torch.autograd.Variable._execution_engine.queue_callback(ending.accumulate)
-    ending.add(found, session)
+    accumulation = _accumulations.get(task)
+    if accumulation is None:
+        accumulation = _accumulations[task] = _Accumulation()
+        torch.autograd.Variable._execution_engine.queue_callback(accumulation.accumulate)
+    accumulation.add(found, session)
 
 
 def _is_attached(leaf: Any) -> bool:
-    """Whether a leaf becomes part of the graph: not a Parameter that the call made or trained."""
+    """Whether a leaf becomes part of the graph: a Parameter that the call made does not."""
     return carries_gradient(leaf) and not (isinstance(leaf, nn.Parameter) and leaf.requires_grad)
 
 
@@ -158,7 +161,7 @@ class _Bridge(torch.autograd.Function):
 
 
 def _anchor() -> torch.Tensor:
-    """Whatever the default dtype and device are: those of the backward may be others."""
+    """Independent of the default dtype and device, which may be others in the backward."""
     return torch.zeros(0, dtype=torch.float32, device="cpu")
 
 

@@ -1,11 +1,10 @@
-"""Exceptions on their way from one process to another.
+"""Send exceptions from one process to another.
 
-Pickle drops an exception's cause, context and traceback, and cannot make again those whose
-``__init__`` takes something else than their ``args``. Dask replaces these, and those with a long
-text, by a bare ``Exception``. Here every exception of a chain is pickled by itself, and joined to
-the others where it arrives: of its own type, with its attributes, notes, cause and context, and
-with the first and last frames of its traceback. What of it cannot be pickled, or is large, is
-replaced by its text.
+Pickle drops an exception's cause, context and traceback, and cannot rebuild exceptions whose
+``__init__`` takes other arguments than their ``args``. Dask replaces these, and those with a long
+text, by a bare ``Exception``. Here every exception of a chain is pickled separately and joined to
+the others on arrival. It keeps its type, attributes, notes, cause and context, and the first and
+last frames of its traceback. Parts that are large or cannot be pickled are replaced by their text.
 """
 
 from __future__ import annotations
@@ -23,23 +22,23 @@ from tblib import Traceback
 
 from taskgrad.errors import TaskgradError, TravelError
 
-# Characters of a text that is part of a message, of a traceback's text, and of any other text that
-# has to be cut. Dask cuts messages of more than 10,000 in its own way.
+# Limits in characters: of a text within a message, of a traceback's text, of any other text. Dask
+# itself cuts messages of more than 10,000 characters.
 _SHORT_TEXT = 1500
 _LONGEST_TRACEBACK = 4000
 _LONGEST_TEXT = 8000
-# Bytes of one exception with all its attributes. Errors go through the scheduler.
+# Limit in bytes of one exception with all its attributes: errors pass through the scheduler.
 _MOST_BYTES = 1 << 20
-# Exceptions of one chain, notes of an exception, and frames of a traceback at its start and end.
+# Limits of exceptions in a chain, of notes, and of frames at the start and end of a traceback.
 _MOST_ERRORS = 50
 _MOST_NOTES = 50
 _FIRST_FRAMES, _LAST_FRAMES = 10, 40
-# Where an exception that was made keeps the others until it is joined to them.
+# The attribute in which an unpickled exception keeps the others until it is joined to them.
 _UNPACKING = "_taskgrad_unpacking"
 
 
 class RemoteError(Exception):
-    """What a task raises in the place of any exception: it is unpickled as that exception."""
+    """A task raises this instead of its own exception; it is unpickled as that exception."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(text_of(error))
@@ -54,19 +53,19 @@ class RemoteError(Exception):
 
 
 def dumps(error: BaseException) -> bytes:
-    """An exception and all that it is chained to, as bytes. There is none that this refuses."""
+    """An exception and all that it is chained to, as bytes. This never raises."""
     return pickle.dumps(_Packing(error).records)
 
 
 def loads(data: bytes) -> BaseException:
-    """Undo `dumps`. An exception whose class is not known here is a TravelError with its text."""
+    """Undo `dumps`. An exception whose class cannot be imported is a TravelError with its text."""
     error = _first_of(data)
     _join(error)
     return error
 
 
 def is_portable(error: BaseException) -> bool:
-    """Whether an exception, as it is, can be pickled and made again in its own way."""
+    """Whether an exception can be pickled and unpickled whole, by its own ``__reduce__``."""
     return _Packing(error).records[0].is_whole
 
 
@@ -79,7 +78,7 @@ def shorten(text: str, most: int = _SHORT_TEXT) -> str:
 
 
 def message_of(error: BaseException) -> str:
-    """What an exception says, for a message of ours."""
+    """The text of an exception, shortened, for use in another message."""
     try:
         return shorten(str(error))
     except BaseException as trouble:
@@ -87,7 +86,7 @@ def message_of(error: BaseException) -> str:
 
 
 def text_of(error: BaseException) -> str:
-    """An exception's type and what it says, as the last line of a traceback has it."""
+    """An exception's type and text, as in the last line of a traceback."""
     kind = type(error)
     module = "" if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}."
     message = message_of(error)
@@ -95,7 +94,7 @@ def text_of(error: BaseException) -> str:
 
 
 def own_frames(error: BaseException, ours: int = 1) -> str:
-    """The frames of an exception's traceback as text, without this many of ours at its start."""
+    """The frames of a traceback as text, without the first ones, which are taskgrad's (`ours`)."""
     frames = [(file, line, name, None) for file, line, name in list(_frames(error))[ours:]]
     return "".join(traceback.format_list(frames))[-_LONGEST_TRACEBACK:].rstrip()
 
@@ -150,7 +149,7 @@ class _Packing:
         )
 
     def _pickled(self, error: BaseException) -> tuple[bytes | None, bool]:
-        """How to make it again, and whether its own way would do, were it not too large."""
+        """Its pickle, and whether its own ``__reduce__`` keeps all of it, apart from its size."""
         is_large = isinstance(error, TaskgradError) and len(str(error)) > _LONGEST_TEXT
         ways: list[Callable[[BaseException], Any]] = [_own_reduction, self._plain_reduction]
         forgets = type(error).__reduce__ is BaseException.__reduce__ and any(_slots(error))
@@ -178,7 +177,7 @@ class _Packing:
         return file.getvalue()
 
     def _plain_reduction(self, error: BaseException) -> Any:
-        """From its arguments and attributes, past `__init__` and the class's own `__reduce__`."""
+        """A reduction to arguments and attributes, without `__init__` and its own `__reduce__`."""
         state = {name: self._plain(value) for name, value in _attributes(error)}
         return _rebuild, (type(error), tuple(map(self._plain, error.args)), state)
 

@@ -190,11 +190,13 @@ class Thunk(Delayed):
         return self._not_yet() if spec else str(self)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        raise TypeError("a Thunk is not written to: spawn a function that gives what it should be")
+        raise TypeError("a Thunk cannot be written to: spawn a function that returns the new value")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _ATTRIBUTES:
-            raise TypeError(f"a Thunk is not written to: it has no attribute {name!r} of its own")
+            raise TypeError(
+                f"a Thunk cannot be written to: it has no attribute {name!r} of its own"
+            )
         object.__setattr__(self, name, value)
 
     @classmethod
@@ -274,7 +276,9 @@ def spawn(
     if not callable(fn) or isinstance(fn, Thunk):
         raise TypeError(f"spawn takes a function or an nn.Module; got {type(fn).__name__}")
     if isinstance(fn, type) and issubclass(fn, nn.Module):
-        raise TypeError(f"spawn takes a module, and {fn.__name__} is a class: make one of it")
+        raise TypeError(
+            f"spawn takes a module, and {fn.__name__} is a class: give an instance of it"
+        )
     title = kind_of(fn).strip("<>")
     try:
         packed = pack.pack(fn)
@@ -373,7 +377,7 @@ class Inputs:
 
 
 def fixed(leaf: Leaf) -> Leaf:
-    """A leaf of a call that runs later: what it has now, whoever writes in that memory."""
+    """The leaf of a call that runs later; with a copy if torch would not count writes to it."""
     if has_unwatched(leaf.value):
         leaf.taken = unwatched_copy(leaf.value)
     return leaf

@@ -24,7 +24,7 @@ from taskgrad.graph.encoding import decode, encode
 from taskgrad.graph.weights import about, compare, contents, opened
 from taskgrad.worker.spilling import in_rows
 from taskgrad.worker.store import ResidentStage, Store
-from taskgrad.worker.training import Scaler, Training
+from taskgrad.worker.training_state import Scaler, Training
 
 EXTRA = "_extra_state"  # as torch names it in a state_dict
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from taskgrad.worker.keeping import Kept
     from taskgrad.worker.optimizing import Update
     from taskgrad.worker.ranks import Member
-    from taskgrad.worker.training import Training
+    from taskgrad.worker.training_state import Training
 
 # Keys let go of before their task was done; the task then has nothing to leave behind.
 _MAX_REFUSED = 100_000

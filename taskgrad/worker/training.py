@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,96 +19,14 @@ from torch import nn
 from taskgrad.errors import TaskgradError
 from taskgrad.graph import pack
 from taskgrad.worker import deferred_norm
-from taskgrad.worker.deferred_norm import Statistics
 from taskgrad.worker.failures import making_errors, update_errors
 from taskgrad.worker.optimizers import make_optimizer, make_scheduler, needs_metric
 from taskgrad.worker.spilling import CopiesInFiles, SpilledState
 from taskgrad.worker.store import Made, ResidentStage, Store
-from taskgrad.worker.undo import Undo, copied, untouched_by
+from taskgrad.worker.training_state import Before, Scaler, Summary, Training
+from taskgrad.worker.undo import Undo, untouched_by
 
 _HALF = (torch.bfloat16, torch.float16)
-# As torch.amp.GradScaler.
-_FIRST_SCALE, _GROWTH, _BACKOFF, _INTERVAL = 2.0**16, 2.0, 0.5, 2000
-
-
-@dataclass
-class Scaler:
-    """The factor that keeps small gradients from being zero in float16, on all stages the same."""
-
-    scale: float = _FIRST_SCALE
-    good_steps: int = 0
-
-    def update(self, finite: bool) -> None:
-        """After a step: less if a gradient was not finite, more after many that were."""
-        self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite:
-            self.scale *= _BACKOFF
-        elif self.good_steps == _INTERVAL:
-            self.scale, self.good_steps = self.scale * _GROWTH, 0
-
-
-@dataclass
-class Before:
-    """A stage before a step: its buffers and gradients, and what its update will change."""
-
-    buffers: list[tuple[torch.Tensor, torch.Tensor]]
-    gradients: dict[str, torch.Tensor | None]
-    update: Undo | None = None
-
-    def restore(self, stage: ResidentStage) -> None:
-        """Put all of it back."""
-        if self.update is not None:
-            self.update.restore()
-        with torch.no_grad():
-            for buffer, before in self.buffers:
-                buffer.copy_(before)
-        for name, gradient in self.gradients.items():
-            stage.parameters[name].grad = gradient
-
-
-@dataclass
-class Training:
-    """What a trainer keeps on one stage beside its optimizer.
-
-    `names` are the trainable parameters that live here. `done` is the number of steps that were
-    taken, `begun` the index of the one under way. `before` takes that one back; `committed` takes
-    the last one of `done` back until all stages have committed it.
-    """
-
-    names: list[str]
-    scheduler: Any = None
-    takes_metric: bool = False  # whether the scheduler's step does, at the end of an epoch
-    scaler: Scaler | None = None
-    spilled: SpilledState | None = None  # where the optimizer's state is, if not in memory
-    copies: Callable[[torch.Tensor], torch.Tensor] = (
-        copied  # copies a tensor, so that a step can be taken back
-    )
-    done: int = 0
-    begun: int | None = None
-    before: Before | None = None
-    committed: Before | None = None
-    summary: Summary | None = None
-    prepared: bool = False  # the summary is of the step under way
-    norms: Statistics | None = None  # where batch norm's statistics are deferred
-    advanced: tuple[int, Undo] | None = None  # `done` at the scheduler's last step with a metric
-    busy: float = 0.0
-    began_at: float = 0.0
-
-    @property
-    def scale(self) -> float:
-        """What the loss is multiplied by."""
-        return 1.0 if self.scaler is None else self.scaler.scale
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A stage's gradients in numbers, once they are complete; `norms` by parameter."""
-
-    norms: dict[str, torch.Tensor]
-    finite: bool
-    busy: float
-    began_at: float
-    ended_at: float
 
 
 def start(
