@@ -1,8 +1,7 @@
-"""Clients are closed when Python ends, while everything still works that closing takes.
+"""Close clients when Python exits, while threads and connections can still be started.
 
-Dask's own handlers run later: when no thread and no connection can be started any more, and with
-the clusters before their clients, as if all workers had been lost. Then each program that does not
-close its client ends with errors in its log.
+Dask's own exit handlers run later than that, and close clusters before their clients, as if all
+workers had been lost. A program that does not close its client would end with errors in its log.
 """
 
 from __future__ import annotations
@@ -18,33 +17,33 @@ from typing import Any
 
 from distributed import Client
 
-# Threads that are there because of Dask's event loop, and wait.
-_OF_THE_LOOP = ("asyncio_", "Dask-Offload")
+# Prefixes of the names of idle threads that belong to Dask's event loop.
+_LOOP_THREADS = ("asyncio_", "Dask-Offload")
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
-_first: dict[Callable[[], Any], int] = {}
-"""What is to be called before clients are closed, and by which process."""
+_before_clients: dict[Callable[[], Any], int] = {}
+"""Functions to call before clients are closed, each with the id of the process that added it."""
 
 
 def close_at_exit(client: Client) -> None:
     """Close a client when the program ends, if it is open then."""
-    _listen()
+    _register()
     _clients.add(client)
 
 
 def at_exit(close: Callable[[], Any]) -> None:
-    """Have this called when the program ends, before clients are closed; not in a forked child."""
-    _listen()
-    _first[close] = os.getpid()
+    """Call this when the program ends, before clients are closed; not in a forked child."""
+    _register()
+    _before_clients[close] = os.getpid()
 
 
 def not_at_exit(close: Callable[[], Any]) -> None:
-    """Do not call this: it was called already."""
-    _first.pop(close, None)
+    """Undo `at_exit`."""
+    _before_clients.pop(close, None)
 
 
 @functools.cache
-def _listen() -> None:
+def _register() -> None:
     early = getattr(threading, "_register_atexit", None)
     if early is not None:
         with contextlib.suppress(RuntimeError):  # the program is ending already
@@ -53,16 +52,16 @@ def _listen() -> None:
 
 
 def _early(process: int) -> None:
-    """The main thread has ended. Other threads of the program may still use what is closed."""
+    """Close all when the main thread has ended, unless other threads may still use the clients."""
     here = (threading.main_thread(), threading.current_thread())
     others = [t for t in threading.enumerate() if not t.daemon and t not in here]
-    if all(t.name.startswith(_OF_THE_LOOP) for t in others):
+    if all(t.name.startswith(_LOOP_THREADS) for t in others):
         _close_all(process)
 
 
 def _close_all(process: int) -> None:
-    """Close what this process has opened, and not the one that it was forked from."""
-    for close, its in list(_first.items()):
+    """Close what this process has opened, but not what the one it was forked from has opened."""
+    for close, its in list(_before_clients.items()):
         not_at_exit(close)
         if its == os.getpid():
             close()

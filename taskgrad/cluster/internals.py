@@ -161,16 +161,16 @@ def nannies_beside(scheduler: Scheduler) -> list[Server]:
     return [n for n in here if getattr(n, "scheduler_addr", None) == scheduler.address]
 
 
-def nanny_that_notes(ended: list[int]) -> type[Nanny]:
+def nanny_that_records(ended: list[int]) -> type[Nanny]:
     """A nanny that adds to `ended` the exit status of each of its worker processes."""
 
-    class Noting(Nanny):
+    class Recording(Nanny):
         def _on_worker_exit_sync(self, exitcode: int) -> None:
             ended.append(exitcode)
             super()._on_worker_exit_sync(exitcode)
 
-    Noting.__name__ = Noting.__qualname__ = Nanny.__name__  # as logs and messages show it
-    return Noting
+    Recording.__name__ = Recording.__qualname__ = Nanny.__name__  # for logs and messages
+    return Recording
 
 
 def threads(worker: Worker) -> int:

@@ -21,12 +21,12 @@ from taskgrad.errors import TaskgradError
 
 _DASHBOARD = 8787
 
-# A worker process that must not go on ends with this status, without a word, if the process that
-# started it is named here: that one says why.
-_UNGUARDED = 86
+# The exit status of a worker process whose script has no guard. It prints nothing if the process
+# that started it, whose id is in the environment variable, will raise the error.
+_UNGUARDED_STATUS = 86
 _STARTED_BY = "TASKGRAD_STARTED_BY"
 
-_GUARD = (
+_GUARD_NEEDED = (
     'this script has to begin its work under `if __name__ == "__main__":` (or under '
     "`if tg.main(__name__):`). Each process that is started imports the script first, and without "
     "that line it would do the same work again, and start processes of its own"
@@ -38,7 +38,7 @@ def local_cluster(
 ) -> Client:
     """Start worker processes on this machine and connect to them.
 
-    A script calls this, as everything that starts processes, under ``if __name__ == "__main__":``.
+    A script has to call this under ``if __name__ == "__main__":``, because it starts processes.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def local_cluster(
         options["dashboard_address"] = ":0"
     ended: list[int] = []
     if options["processes"] and options.get("worker_class") is None:
-        options["worker_class"] = internals.nanny_that_notes(ended)
+        options["worker_class"] = internals.nanny_that_records(ended)
         _hide_missing_script()
     os.environ[_STARTED_BY] = str(os.getpid())
     try:
@@ -90,7 +90,7 @@ def local_cluster(
         why = _why(error, ended)
         if why is None:
             raise
-        raise TaskgradError(why) from None  # what is above it is Dask's waiting
+        raise TaskgradError(why) from None  # Dask's own error is only a timeout
     close_at_exit(client)
     return client
 
@@ -101,22 +101,21 @@ def refuse_in_starting_process() -> None:
     if not getattr(process, "_inheriting", False):
         return
     if process.name.startswith("Dask Worker process"):
-        # It ends before it is a worker. An exception would be printed by each of them, with its
-        # traceback.
+        # Exit before it becomes a worker. Every process would print an exception and its traceback.
         known = os.environ.get(_STARTED_BY) == str(os.getppid())
-        sys.exit(_UNGUARDED if known else f"taskgrad: {_GUARD}")
-    raise TaskgradError(_GUARD)
+        sys.exit(_UNGUARDED_STATUS if known else f"taskgrad: {_GUARD_NEEDED}")
+    raise TaskgradError(_GUARD_NEEDED)
 
 
 def _why(error: BaseException, ended: list[int]) -> str | None:
-    """Why the workers did not start, as far as it is known."""
-    if _UNGUARDED in ended:
-        return _GUARD
+    """Why the workers did not start; None if that is not known."""
+    if _UNGUARDED_STATUS in ended:
+        return _GUARD_NEEDED
     if ended:
         how = f"was killed by signal {-ended[0]}" if ended[0] < 0 else f"ended, status {ended[0]}"
         return (
-            f"a worker process {how}, before it was a worker; what it printed is above. It imports "
-            'the script first, all but what is under `if __name__ == "__main__":`'
+            f"a worker process {how} before it became a worker; what it printed is above. It first "
+            'imports the script, except for the code under `if __name__ == "__main__":`'
         )
     for cause in _causes(error):
         if isinstance(cause, OSError) and cause.errno in (errno.EADDRINUSE, errno.EACCES):
@@ -134,9 +133,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _check_names(options: dict[str, Any]) -> None:
-    """Dask's worker processes would fail one by one over a name that nobody knows."""
+    """Raise TypeError for an unknown argument: Dask's worker processes would fail one by one."""
     if options.get("worker_class") is not None:
-        return  # it may take others
+        return  # it may have other arguments
     known: set[str] = set()
     for taker in (Client, LocalCluster, Nanny, Worker):
         known |= inspect.signature(taker).parameters.keys()
@@ -160,7 +159,7 @@ def _is_free(port: int) -> bool:
 
 
 def _hide_missing_script() -> None:
-    """A program from standard input has a file name, which no process can import it by."""
+    """Remove the file name of a program from standard input, which cannot be imported by it."""
     main = sys.modules.get("__main__")
     if getattr(main, "__file__", None) == "<stdin>":
         del main.__file__  # type: ignore[union-attr]

@@ -1,8 +1,8 @@
-"""Tasks that wait for tasks.
+"""Tasks that wait for other tasks.
 
-A task that waits keeps the thread of its worker, and what it waits for may be meant to run in that
-very thread. So it gives the thread back: Dask then starts another task in its place. That is not
-enough for a layer, which also keeps its stage from all others until it returns.
+A task that waits occupies a thread of its worker, and the task that it waits for may have to run in
+that thread. So it gives the thread back, and Dask starts another task in its place. That is not
+enough for a layer, which also holds its stage until it returns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from taskgrad.worker.turn import is_at_stage
 
 
 def refuse_deadlock() -> None:
-    """Raise where waiting for tasks might never end; to be called before they are submitted.
+    """Raise if waiting for tasks might never end; to be called before they are submitted.
 
     Raises
     ------
@@ -30,20 +30,20 @@ def refuse_deadlock() -> None:
         raise TaskgradError(
             "a layer, a loss or an optimizer waits for tasks here (tg.collect, backward, a chain "
             "or trainer that is made or run): its stage is held until it returns, so this might "
-            "wait for ever. Call the function itself, or tg.map, which runs it where the layer is; "
+            "wait forever. Call the function itself, or tg.map, which runs it where the layer is; "
             "or collect before, and give the value to the chain as an argument"
         )
     if not _in_task_thread() and _in_task():
         raise TaskgradError(
             "a thread of a map in a task waits for tasks here (tg.collect, say): the task cannot "
-            "give its own thread back meanwhile, so this might wait for ever. Map over processes, "
+            "give its own thread back meanwhile, so this might wait forever. Map over processes, "
             "or call the function itself"
         )
 
 
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
-    """While a task waits for others, its thread, random stream and settings give way to theirs."""
+    """Give up a task's thread, random stream and settings while it waits for other tasks."""
     if not _in_task_thread():
         yield
         return

@@ -113,7 +113,7 @@ def pickle_with(kind: Any, value: Any) -> tuple[bytes, list[memoryview], int]:
 def dumps_whole(value: Any) -> bytes:
     """A value's pickle with its tensors inside, of whatever dtype.
 
-    Plain pickle cannot read again what it writes of torch's newer ones, uint16 for one.
+    Plain pickle cannot read what it writes for some of torch's newer dtypes, such as uint16.
     """
     file = io.BytesIO()
     TensorCloudPickler(file, protocol=5).dump(value)
@@ -137,13 +137,16 @@ def _not_by_class(value: Any) -> NoReturn:
 
 
 def loads(header: dict[str, Any], frames: list[Any]) -> Any:
-    """The value. Dask unpickles in its event loops, which a SystemExit would end."""
+    """Unpickle a value. Dask does that in its event loops, which a SystemExit would end."""
     try:
         return pickle_loads(header, frames)
     except Exception:
         raise
     except BaseException as error:
-        raise TravelError(f"a value raised when it was unpickled: {text_of(error)}") from error
+        raise TravelError(
+            f"a value raised when it was unpickled: {text_of(error)}. Check its __setstate__ and "
+            "__reduce__"
+        ) from error
 
 
 register_serialization_family("pickle", dumps, loads)

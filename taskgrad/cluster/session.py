@@ -226,7 +226,7 @@ def check_open(client: Any) -> None:
     if client.status == "connecting":
         raise TaskgradError(
             "the Dask client has lost the connection to its scheduler, and with it its chains and "
-            "thunks. Look whether the scheduler still runs, open a client and make them again"
+            "thunks. Check that the scheduler still runs, open a client and make them again"
         )
     if client.status != "running":
         raise TaskgradError(

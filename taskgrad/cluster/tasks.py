@@ -32,10 +32,10 @@ def _store() -> Store:
 
 
 def contained(what: str, run: Callable[..., T], *args: Any) -> T:
-    """``run(*args)`` in a task; whatever it raises becomes an error of this task.
+    """``run(*args)`` in a task; any exception becomes an error of this task.
 
-    Dask ends the worker for SystemExit and KeyboardInterrupt, and sends many other exceptions as a
-    bare Exception. Messages say that `what` raised.
+    Dask would end the worker on SystemExit and KeyboardInterrupt, and send many other exceptions as
+    a bare Exception. Messages say that `what` raised.
     """
     try:
         return run(*args)

@@ -57,7 +57,7 @@ def refuse_untravelable(value: Any) -> None:
 
 
 def _refuse_unreadable(value: Any) -> None:
-    """Raise if a value can be pickled, and not unpickled: its receiver would wait for ever."""
+    """Raise if a value can be pickled but not unpickled: its receiver would wait forever."""
     for kind in (_Checker, _CloudChecker):
         file, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
         pickler = kind(file, protocol=5, buffer_callback=buffers.append)
@@ -69,9 +69,9 @@ def _refuse_unreadable(value: Any) -> None:
             _Unchecker(io.BytesIO(file.getvalue()), pickler.kept, buffers).load()
         except BaseException as error:
             raise TravelError(
-                f"this result can be pickled, and raises when it is unpickled "
-                f"({text_of(error)}): a {type(value).__module__}.{type(value).__qualname__}. Look "
-                "at its __setstate__ and __reduce__"
+                f"this result can be pickled, but raises when it is unpickled "
+                f"({text_of(error)}): a {type(value).__module__}.{type(value).__qualname__}. Check "
+                "its __setstate__ and __reduce__"
             ) from error
         return
 
@@ -104,7 +104,7 @@ def tensor_trouble(t: torch.Tensor) -> str | None:
 
 
 class _Checked:
-    """Pickles tensors by their numbers: what is looked for is everything else."""
+    """Pickles tensors as numbers: only everything else is checked."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -132,7 +132,7 @@ class _CloudChecker(_Checked, TensorCloudPickler):
 
 
 def _ignore_state(obj: Any, state: Any) -> None:
-    """The tensor has its attributes."""
+    """Set no attributes: the tensor has them already."""
 
 
 def _kept(number: int) -> torch.Tensor:
@@ -140,7 +140,7 @@ def _kept(number: int) -> torch.Tensor:
 
 
 class _Unchecker(pickle.Unpickler):
-    """Unpickles what a checker wrote, with the very tensors."""
+    """Unpickles what a checker wrote, with the same tensors."""
 
     def __init__(self, file: Any, kept: list[torch.Tensor], buffers: Any) -> None:
         super().__init__(file, buffers=buffers)

@@ -1,4 +1,4 @@
-"""Change stages on several workers as a whole or not at all."""
+"""Change stages on several workers: all of them or none."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from taskgrad.graph.nodes import Node, Stage, StageCall, new_key
 
 @contextlib.contextmanager
 def all_or_nothing(stages: Iterable[Stage], session: Session) -> Iterator[None]:
-    """If what is done meanwhile raises, the layers of all stages are what they were before.
+    """Restore the layers of all stages, and their optimizers, if the block raises.
 
-    So are the optimizers that train them. Each worker keeps copies of parameters and buffers.
+    Each worker keeps copies of parameters and buffers until the block ends.
     """
     stages = list(stages)
     run(_on(stages, "keep"), session)

@@ -1,4 +1,4 @@
-"""Which worker of this cluster each layer of this model goes to."""
+"""Assign the layers of a model to the workers of a cluster."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from taskgrad.plan.placement import contiguous, round_robin
 
 
 def check_device(device: str | torch.device) -> str:
-    """A device as workers are told it; whether they have it they know themselves.
+    """The name of a device, as it is sent to workers; they check that they have it.
 
     Raises
     ------
     TypeError
         It is neither a string nor a device.
     ValueError
-        Torch knows no such device, or nothing is computed there.
+        Torch knows no such device, or it is the meta device.
     """
     if not isinstance(device, str | torch.device):
         raise TypeError(f"device is a string or a torch.device; got {shown(device)}")
@@ -51,7 +51,7 @@ def place(
 ) -> list[str]:
     """The address of each layer's worker; `placement` is that of `GraphChain`.
 
-    `reached` are the tensors that each layer takes along to its worker.
+    `reached` are the tensors that are sent with each layer.
 
     Raises
     ------
@@ -94,7 +94,7 @@ def place(
 
 
 class _Bond(NamedTuple):
-    """Two layers that belong on one worker; `why` goes between the second and the first."""
+    """Two layers that have to be on one worker: the second one `why` the first, in a message."""
 
     first: int
     second: int
@@ -102,10 +102,11 @@ class _Bond(NamedTuple):
 
 
 def _bonds(flat: Model, reached: Sequence[Sequence[torch.Tensor]]) -> Iterator[_Bond]:
-    """Parameters have copies, whose gradients are summed. All else that two layers share has not.
+    """The pairs of layers that share something which cannot have copies on two workers.
 
-    A buffer is written as calls run. A tensor that a hook or an attribute refers to would stay as
-    it is now, and so would one of two that are different views of the same memory.
+    Parameters can have copies, whose gradients are summed. Buffers cannot, as calls write to them.
+    Nor can a tensor that a hook or an attribute refers to, or that shows the same memory as another
+    one: a copy would not change with it.
     """
     homes: dict[int, tuple[int, str]] = {}
     buffers: dict[int, int] = {}
@@ -135,7 +136,7 @@ def _bonds(flat: Model, reached: Sequence[Sequence[torch.Tensor]]) -> Iterator[_
 
 
 def _together(bonds: Sequence[_Bond], addresses: list[str]) -> list[str]:
-    """The same placement, but layers that belong together are where the first of them is."""
+    """The same placement, with bonded layers moved to the worker of the first of them."""
     group = list(range(len(addresses)))
     for bond in bonds:
         ours, theirs = sorted((group[bond.first], group[bond.second]))

@@ -39,8 +39,8 @@ def wait_for(
     """Wait until all have run, or one cannot; returns the error, or None.
 
     A task that waits gives its worker's thread back. `behind` are nodes that the targets need and
-    of which nobody holds the futures: their workers are watched too. With `seconds`, a TimeoutError
-    after so long.
+    whose futures are not held: their workers are watched too. With `seconds`, a TimeoutError after
+    that time.
     """
     with nested.waiting():
         return _wait(targets, session, behind, seconds)
