@@ -142,9 +142,9 @@ def adjoint(
 def _check_all_first(
     seeds: Sequence[tuple[Node, Node | None]], pullbacks: Sequence[Pullback]
 ) -> None:
-    """Have no pullback use its tape before the cotangents of all outputs are known to fit.
+    """Make pullbacks wait, before they use a tape, until the cotangents of all outputs are checked.
 
-    A pullback checks its own; a driver's, of an output that was collected, was checked there.
+    A pullback checks its own. A cotangent of a collected output was checked on the driver.
     """
     if len(seeds) < 2:
         return

@@ -51,7 +51,7 @@ class ParameterInfo:
     requires_grad: bool
     is_buffer: bool
     persistent: bool
-    attributes: Mapping[str, Any]  # that were set on it, by which optimizers may group
+    attributes: Mapping[str, Any]  # set by the user; optimizers may group parameters by them
     hooked: bool  # whether there are hooks on its gradient
     # All of its names, the first one included; more than one where it is tied.
     names: tuple[str, ...]
@@ -73,7 +73,7 @@ _STATE_HOOKS = (
     *("_state_dict_hooks", "_state_dict_pre_hooks"),
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
-# What a container does not do once its parts stand in its place.
+# A container that overrides one of these cannot be replaced by its parts.
 _METHODS = (
     *("forward", "__call__", "train", "state_dict", "load_state_dict", "_save_to_state_dict"),
     *("_load_from_state_dict", "get_extra_state", "set_extra_state"),

@@ -1,7 +1,7 @@
-"""How tensors lie in memory, where a copy would lie otherwise.
+"""Keep the memory layout of tensors that are sent, if copies would have another one.
 
-A copy of a tensor is dense and has memory of its own. Tensors that are not so (they show parts of
-one another, or repeat or skip elements) are sent as views of what they have in common.
+A copy of a tensor is dense and has memory of its own. Tensors that share memory, or repeat or skip
+elements, are sent as views of a common base.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class View:
-    """Stands for a tensor that is a view of another one, the one at position `base`."""
+    """Stands for a tensor that is a view of the one at position `base`."""
 
     base: int
     shape: tuple[int, ...]
@@ -24,11 +24,11 @@ class View:
 
 
 Span = tuple[int, int]
-"""The first element of a storage that a tensor shows, and the one after the last."""
+"""The first element of a storage that a tensor covers, and the one after the last."""
 
 
 def with_bases(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | View]:
-    """The tensors, with a `View` for each that a copy would not be like, and then their bases."""
+    """The tensors, with a `View` in place of each that needs one, and then their bases."""
     found: list[torch.Tensor | View] = list(tensors)
     for members in overlapping(tensors):
         if len(members) == 1 and is_dense(tensors[members[0]]):
@@ -44,7 +44,7 @@ def with_bases(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | View]:
 
 
 def without_bases(values: Sequence[Any]) -> list[Any]:
-    """Undo `with_bases`, of values that are copies."""
+    """Undo `with_bases`, after the tensors were copied."""
     return [
         values[v.base].as_strided(v.shape, v.stride, v.offset) if isinstance(v, View) else v
         for v in values
@@ -52,7 +52,7 @@ def without_bases(values: Sequence[Any]) -> list[Any]:
 
 
 def overlapping(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Positions of the tensors that have memory here, those together that lie over one another."""
+    """Positions of the tensors that have memory here, in groups of those that overlap."""
     by_storage: dict[Any, list[int]] = {}
     for i, t in enumerate(tensors):
         if t.layout is torch.strided and t.device.type != "meta" and t.numel():
@@ -71,7 +71,7 @@ def overlapping(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor fills its span, each element once, in whatever order of its dimensions."""
+    """Whether a tensor covers each element of its span once, in any order of its dimensions."""
     if tensor.is_contiguous():
         return True
     expected = 1

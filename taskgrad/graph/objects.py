@@ -1,8 +1,8 @@
-"""Objects that are no containers: taken apart into the tensors that they hold and the rest.
+"""Split objects that are not containers into the tensors that they hold and the rest.
 
-What an object holds is what its pickle holds. The rest is kept as that pickle, with holes in the
-places of tensors, arrays and lazy values, so that whatever is put there is put together as
-unpickling would: two references to one tensor stay that, and so do cycles.
+An object holds what its pickle holds. The rest is kept as that pickle, with persistent ids in place
+of tensors, arrays and lazy values. Unpickling it with other values in these places rebuilds the
+object; several references to one tensor, and cycles, are preserved.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _REGISTER = (
 
 
 class Opaque:
-    """Base of what is a leaf whatever it holds."""
+    """Base of classes whose instances are always leaves."""
 
     __slots__ = ()
 
 
 def is_lazy(value: Any) -> bool:
-    """Whether this is a Dask collection or a node of the graph: a value that is not here yet."""
+    """Whether this is a value that is not computed yet: a Dask collection or a graph node."""
     return isinstance(value, Opaque) or hasattr(type(value), "__dask_graph__")
 
 
@@ -49,7 +49,7 @@ class Skeleton:
     Attributes
     ----------
     kind
-        The name of its type; not all types can be sent.
+        The name of its type, as not all types can be sent.
     data
         Its pickle.
     types
@@ -77,13 +77,13 @@ class Skeleton:
 
 
 def open_object(value: Any, holds: Callable[[Any], bool]) -> tuple[list[Any], Skeleton] | None:
-    """An object's leaves and the rest of it; None if it has no leaf that `holds` asks for.
+    """An object's leaves and the rest of it; None if `holds` is true of none of its leaves.
 
     Raises
     ------
     TravelError
-        It has a tensor that requires grad which its pickle leaves out, or whose place in it is in a
-        set with others, where it has no order; or it has such a tensor and cannot be pickled.
+        It has a tensor that requires grad and cannot be pickled, or its pickle leaves the tensor
+        out; or it has several of them in a set, which has no order.
     """
     leaves: list[Any] = []
     index: dict[int, int] = {}
@@ -160,7 +160,7 @@ def close_object(skeleton: Skeleton, leaves: Sequence[Any]) -> Any:
 
 
 def at_places(value: Any, skeleton: Skeleton) -> list[Any]:
-    """What another object has in the places where this one has its leaves.
+    """The values that another object has in the places of this one's leaves.
 
     Raises
     ------
@@ -185,7 +185,7 @@ def _is_leaf(part: Any) -> bool:
 
 
 def pickles_its_own_way(kind: type) -> bool:
-    """Whether a class says itself what is pickled of it, which need not be all."""
+    """Whether a class defines how it is pickled, and so may leave parts out."""
     if kind.__module__.partition(".")[0] in sys.stdlib_module_names - {"__main__"}:
         return False
     return any(
@@ -218,7 +218,7 @@ def slots_of(value: Any) -> dict[str, Any]:
 
 _IN_A_SET = "{?"
 _SIMPLE = (type(None), bool, int, float, complex, str, bytes)
-# What is behind these is no part of a value.
+# Objects that are not searched: what they refer to is not part of a value.
 _ENDS = (
     *(type, types.ModuleType, types.CodeType, types.FrameType, types.BuiltinFunctionType),
     *(Opaque, logging.Logger),
@@ -230,7 +230,7 @@ def _tensors_in(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _walk(root: Any) -> Iterator[tuple[str, Any]]:
-    """All that an object holds and its place in it; what it holds twice only once."""
+    """All that an object holds, each once, with its place in the object."""
     seen: dict[int, Any] = {}
     stack: list[tuple[str, Any]] = [("", root)]
     while stack:
@@ -240,7 +240,7 @@ def _walk(root: Any) -> Iterator[tuple[str, Any]]:
         elif isinstance(part, _ENDS) or id(part) in seen:
             continue
         else:
-            seen[id(part)] = part  # held, so that no other object gets its identity
+            seen[id(part)] = part  # a reference, so that its id is not reused
             yield place, part
             if not isinstance(part, torch.Tensor):
                 stack.extend(reversed([(place + at, inner) for at, inner in _parts(part)]))

@@ -44,7 +44,7 @@ class _Pickler(cloudpickle.Pickler):
 
 
 def _again_a_leaf(build: Callable[..., torch.Tensor], arguments: tuple[Any, ...]) -> torch.Tensor:
-    """What torch makes of a pickled tensor; a subclass is then no leaf, though it was one."""
+    """Unpickle a tensor that was a leaf: torch does not make a leaf of a subclass's instance."""
     found = build(*arguments)
     if found.is_leaf:
         return found
@@ -95,7 +95,7 @@ def _missing(error: Exception) -> TaskgradError:
     return TaskgradError(
         f"code that a layer or function needs is not on this worker ({error}). Install its "
         "package there, send the file with client.upload_file(path), or define it in the "
-        "script or notebook itself, which travels along"
+        "script or notebook itself, whose functions and classes are sent along"
     )
 
 
@@ -113,7 +113,7 @@ class Packed:
     modules: list[nn.Module]
 
     def laid_out(self) -> list[torch.Tensor | View]:
-        """The tensors as they are sent to somebody who will own them."""
+        """The tensors in the form in which they are sent to a process that will own them."""
         return with_bases(self.tensors)
 
 
@@ -121,8 +121,8 @@ def pack(obj: Any, *, hooks: bool = False) -> Packed:
     """Pickle without tensors.
 
     A tensor met twice is stored once, so that tied parameters stay tied. Attributes of tensors are
-    in the pickle. With `hooks` the hooks on their gradients are too; where the gradients come back
-    to the tensors of here, the hooks run here.
+    in the pickle. With `hooks` the hooks on their gradients are too. Without, hooks run on the
+    tensors of this process, when these get their gradients.
     """
     tensors: list[torch.Tensor] = []
     index: dict[int, int] = {}

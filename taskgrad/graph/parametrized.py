@@ -1,8 +1,8 @@
-"""Modules with parametrizations as something that pickle can take apart.
+"""Pickle modules with parametrizations.
 
-``torch.nn.utils.parametrize`` gives such a module a class of its own, made on the spot, that
-refuses to be pickled. All that this class adds are properties, which torch makes again from the
-names of the parametrized tensors; the tensors behind them are parameters and buffers as any others.
+``torch.nn.utils.parametrize`` gives each of these modules a new class, which refuses to be pickled.
+The class only adds properties, which can be made again from the names of the parametrized tensors.
+The tensors behind the properties are ordinary parameters and buffers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 def parametrized_names(module: nn.Module) -> list[str]:
     """The tensors of a module itself, not of its parts, that have parametrizations."""
-    # Not by `parametrize.is_parametrized`: a compiled module shows another one's attributes.
+    # `parametrize.is_parametrized` is also true of a compiled wrapper of such a module.
     refuses = vars(type(module)).get("__getstate__")
     if getattr(refuses, "__module__", None) != parametrize.__name__:
         return []

@@ -15,7 +15,7 @@ _C: Any = torch._C
 
 
 class Setting(NamedTuple):
-    """One setting: what users call it, what torch starts with, how to get and set it."""
+    """One setting: its name for users, torch's default, its getter and setter."""
 
     name: str
     start: Any
@@ -76,7 +76,7 @@ def _get_deterministic() -> tuple[bool, bool]:
 
 
 def _set_deterministic(value: tuple[bool, bool]) -> None:
-    # As torch.use_deterministic_algorithms, which takes a second to load Inductor.
+    # Like torch.use_deterministic_algorithms, but without loading Inductor, which takes a second.
     inductor = sys.modules.get("torch._inductor.config")
     if inductor is not None:
         inductor.deterministic = value[0]  # type: ignore[attr-defined]
@@ -91,7 +91,7 @@ def _set_anomaly(value: tuple[bool, bool]) -> None:
     torch.set_anomaly_enabled(*value)
 
 
-# Those which others follow as long as they are "none" come first.
+# Settings from which others inherit while these are "none" come first.
 _PARENTS = (("generic", "all"), ("cuda", "all"), ("mkldnn", "all"))
 _PRECISIONS = (
     *_PARENTS,
@@ -256,7 +256,7 @@ _FOUND = (
 )
 
 SETTINGS = tuple(setting for setting in _FOUND if setting is not None)
-"""All that this torch has."""
+"""All settings that this version of torch has."""
 
 _GETTERS = tuple(setting.get for setting in SETTINGS)
 

@@ -26,7 +26,7 @@ from taskgrad.graph.objects import Opaque
 
 Leaves = list[Any]
 Holds = Callable[[Any], bool]
-"""Whether a leaf is a reason to look into the object that holds it."""
+"""Whether an object that holds such a leaf is split into its leaves and the rest."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Slot(Opaque):
 class Structure(Opaque):
     """How to build a value from its leaves. Plain data, compared with ``==``.
 
-    `kind` says which sort of container it is, `context` what that one has beside its children.
+    `kind` is the sort of container, `context` what it has besides its children.
     """
 
     kind: str
@@ -65,9 +65,9 @@ class Structure(Opaque):
         return _put_together(self.kind, self.context, [c._build(leaves) for c in self.children])
 
     def flatten_up_to(self, tree: Any) -> Leaves:
-        """What stands in another value of this structure where this one has its leaves.
+        """The parts of another value of this structure, one for each leaf of this one.
 
-        None in the place of a part stands for None at all leaves of that part.
+        None in place of a part stands for None at all leaves of that part.
 
         Raises
         ------
@@ -116,25 +116,25 @@ class Structure(Opaque):
 
     @cached_property
     def skeletons(self) -> list[bytes]:
-        """What the objects hold beside their leaves."""
+        """The pickles of its objects, without their leaves."""
         own = [self.context.data] if self.kind == "object" else []
         return own + [data for child in self.children for data in child.skeletons]
 
     @cached_property
     def has_objects(self) -> bool:
-        """Whether it has objects that are no containers."""
+        """Whether it has objects that are not containers."""
         return self.kind == "object" or any(child.has_objects for child in self.children)
 
     @cached_property
     def takes_anything(self) -> bool:
-        """Whether any leaves can be put in, and the value then be pickled and unpickled."""
+        """Whether the value can be built with any leaves, and then pickled and unpickled."""
         return _takes_anything(self.kind, self.context) and all(
             child.takes_anything for child in self.children
         )
 
     @property
     def name(self) -> str:
-        """Of the outermost container's type."""
+        """The name of the outermost container's type."""
         if self.kind == "object":
             return str(self.context.kind)
         known = self.context[0] if isinstance(self.context, tuple) and self.context else None
@@ -149,7 +149,7 @@ class _Registration(NamedTuple):
     unflatten_fn: Callable[[Iterable[Any], Any], Any]
 
 
-# Of types that were registered where a structure came from, and not here.
+# Types that were registered in the process that a structure came from, but not in this one.
 _elsewhere: dict[type, _Registration] = {}
 
 
@@ -174,7 +174,7 @@ def _takes_anything(kind: str, context: Any) -> bool:
 
 
 class Cotangents(Opaque):
-    """Cotangents of a value beside its structure, where such a value may refuse to hold them."""
+    """Cotangents of a value whose type may not accept them in place of its tensors."""
 
     def __init__(self, leaves: Sequence[Any], structure: Structure) -> None:
         self.leaves = list(leaves)
@@ -182,14 +182,14 @@ class Cotangents(Opaque):
 
 
 def cotangents(leaves: Sequence[Any], structure: Structure) -> Any:
-    """Cotangents of a value of this structure, as they are sent to who uses them."""
+    """Cotangents of a value of this structure, in the form in which they are sent."""
     if not structure.takes_anything:
         return Cotangents(leaves, structure)
     return structure.build(leaves)
 
 
 def plain(value: Any) -> Any:
-    """A value as the user gets it: cotangents in a value of their structure.
+    """A value as the user gets it, with `Cotangents` as a value of their structure.
 
     Raises
     ------
@@ -209,7 +209,7 @@ def plain(value: Any) -> Any:
 
 
 def holds_inputs(leaf: Any) -> bool:
-    """Whether a leaf can be an input of a call: a tensor, or a value that is not here yet."""
+    """Whether a leaf can be an input of a call: a tensor, or a lazy value."""
     return isinstance(leaf, torch.Tensor) or objects.is_lazy(leaf)
 
 
@@ -232,7 +232,7 @@ _ATOMS = frozenset(
 def flatten(tree: Any, holds: Holds = holds_inputs) -> tuple[Leaves, Structure]:
     """Leaves in a fixed order (None counts as one), and the structure that rebuilds them.
 
-    An object that is no container is looked into if one of its leaves is what `holds` asks for.
+    An object that is not a container is split if `holds` is true of one of its leaves.
 
     Raises
     ------
@@ -271,14 +271,14 @@ def _flatten(value: Any, leaves: Leaves, holds: Holds) -> Structure:
 
 
 def _is_leaf(value: Any) -> bool:
-    """Whether types alone say that a value which is no container is a leaf."""
+    """Whether a value that is not a container is a leaf by its type."""
     if isinstance(value, np.ndarray):
         return not value.dtype.hasobject
     return isinstance(value, torch.Tensor | Opaque | np.generic | type) or objects.is_lazy(value)
 
 
 def _take_apart(value: Any) -> tuple[str, Any, Sequence[Any]] | None:
-    """A container's kind, context and children; None for what is none."""
+    """A container's kind, context and children; None if it is not a container."""
     kind = type(value)
     if kind is tuple or kind is list:
         return kind.__name__, None, value
@@ -310,11 +310,11 @@ def _put_together(kind: str, context: Any, parts: list[Any]) -> Any:
         return objects.close_object(context, parts)
     if kind == "registered":
         return _registered(context[0]).unflatten_fn(parts, context[1])
-    if kind == "namedtuple":  # past its own __new__, which may want other things than leaves
+    if kind == "namedtuple":  # without its own __new__, which may not accept the leaves
         made: Any = tuple.__new__(context[0], parts[: context[1]])
         names, values = context[2], parts[context[1] :]
     else:
-        made = object.__new__(context[0])  # past __init__ and frozen
+        made = object.__new__(context[0])  # without __init__, and also if it is frozen
         names, values = context[1], parts
     for name, value in zip(names, values, strict=True):
         object.__setattr__(made, name, value)
@@ -322,7 +322,7 @@ def _put_together(kind: str, context: Any, parts: list[Any]) -> Any:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass that are set, in their order, and what it has beside them."""
+    """The fields of a dataclass that are set, in their order, and its other attributes."""
     present = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if _has(value, f)}
     beside = objects.attributes_of(value)
     return present | {name: beside[name] for name in sorted(beside.keys() - present.keys())}

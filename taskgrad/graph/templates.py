@@ -12,25 +12,25 @@ from taskgrad.graph.pytree import Slot, Structure, flatten
 
 
 def template_of(leaves: Sequence[Any], structure: Structure) -> bytes:
-    """Arguments of this structure; those leaves that are a `Slot` stand for an input."""
+    """Pickle arguments of this structure; leaves that are a `Slot` stand for inputs."""
     data: bytes = cloudpickle.dumps((list(leaves), structure))
     return data
 
 
 def template(arguments: Any) -> bytes:
-    """The same for arguments with slots in them."""
+    """Pickle arguments that have slots for their inputs."""
     return template_of(*flatten(arguments))
 
 
 class Template:
-    """What was pickled, again."""
+    """Unpickled arguments with slots."""
 
     def __init__(self, data: bytes) -> None:
         self._leaves, self._structure = pack.loads_arguments(data)
 
     @property
     def parameters(self) -> set[int]:
-        """The inputs that are a Parameter of an object among the arguments."""
+        """The positions of inputs that are Parameters of objects among the arguments."""
         leaves = [self._leaves[i] for i in self._structure.parameters]
         return {leaf.index for leaf in leaves if type(leaf) is Slot}
 

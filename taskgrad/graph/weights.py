@@ -3,9 +3,9 @@
 Three things can be read: one safetensors file; a folder of them with an index, as Hugging Face's
 libraries write it; and a checkpoint of ours, whose weights are such a folder inside it.
 
-What taskgrad wrote has checksums: of each tensor in its file and in both indexes, and of the
-indexes themselves. Whoever reads a tensor compares them. Files of others have none, and are taken
-as they are.
+Files that taskgrad wrote have checksums: of each tensor, in its file and in both indexes, and of
+the indexes themselves. They are compared whenever a tensor is read. Files of other programs have
+none.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SINGLE = "model.safetensors"
 
 _VERSION = 1
 _CONTENTS = "taskgrad"
-"""Where a file of ours, or an index of its folder, says what it holds, among its metadata."""
+"""The key in a file's metadata, and in that of the folder's index, for what taskgrad wrote."""
 _NEEDED = (
     *("step", "folder", "settings", "stage_of", "tensors", "optimizer", "schedulers", "scaler"),
     *("extra", "files"),
@@ -43,9 +43,9 @@ _NEEDED = (
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a safetensors file; it stands there under `key`.
+    """A tensor in a safetensors file, where its name is `key`.
 
-    `written` is what `about` said of it when taskgrad wrote it; None if another did.
+    `written` is what `about` returned when taskgrad wrote it; None if another program did.
     """
 
     file: str
@@ -68,7 +68,7 @@ class Stored:
 
 
 def about(tensor: torch.Tensor) -> dict[str, Any]:
-    """What is noted of a tensor that is written, as JSON: dtype, shape, checksum of its bytes."""
+    """A tensor's dtype, shape and checksum, as JSON."""
     return {
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "shape": list(tensor.shape),
@@ -92,7 +92,7 @@ def compare(value: torch.Tensor, written: Mapping[str, Any], name: str, file: st
 
 
 def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same JSON values, and the checksum of them."""
+    """The same JSON values with their checksum."""
     return {**values, "checksum": _checksum_of(values)}
 
 
@@ -102,7 +102,7 @@ def _checksum_of(values: Mapping[str, Any]) -> int:
 
 
 def contents(written: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata of a file that holds these tensors, of each what `about` says."""
+    """The metadata of a file with these tensors, each described by `about`."""
     return {"format": "pt", _CONTENTS: json.dumps(with_checksum({"tensors": written}))}
 
 
@@ -120,7 +120,7 @@ def _read_contents(place: Path, text: Any) -> dict[str, dict[str, Any]]:
 
 
 def path_of(path: Any) -> Path:
-    """A path as the user gives it; TypeError if it is none."""
+    """The user's path as an absolute one; TypeError if it is not a path."""
     if not isinstance(path, str | os.PathLike) or path == "":
         raise TypeError(f"a path is a string or a pathlib.Path; got {path!r}")
     return Path(os.fsdecode(path)).absolute()
@@ -234,14 +234,14 @@ def new_weights_index(
     written: Mapping[str, Any],
     total_size: int,
 ) -> dict[str, Any]:
-    """The index that Hugging Face's libraries read; what is tied is in it under one name."""
+    """The index that Hugging Face's libraries read; tied parameters are in it under one name."""
     ours = with_checksum({"tensors": written, "weight_map": weight_map, "tied": tied})
     metadata = {"total_size": total_size, "tied": tied, _CONTENTS: ours}
     return {"metadata": metadata, "weight_map": weight_map}
 
 
 def _read_weights_index(file: Path) -> tuple[dict[str, str], dict[str, str], dict[str, Any]]:
-    """Which file has each tensor, names that are tied to others, what was noted of tensors."""
+    """The file of each tensor, names tied to others, and what `about` returned for tensors."""
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
         weight_map: dict[str, str] = dict(index["weight_map"])
@@ -264,14 +264,14 @@ def _read_weights_index(file: Path) -> tuple[dict[str, str], dict[str, str], dic
 
 
 def check_state(state: Any, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Raise unless this is a state dict whose values can be loaded; shapes are looked at elsewhere.
+    """Raise unless this is a state dict whose values can be loaded; shapes are checked elsewhere.
 
     `dtypes` are those of the tensors that the model has, by their names.
 
     Raises
     ------
     TypeError
-        It is none, or one of its values is no tensor, or one without values of its own.
+        It is not a mapping of tensors by name, or a tensor has no values or another kind of dtype.
     """
     if not isinstance(state, Mapping):
         known = "; pass its state_dict()" if isinstance(state, nn.Module) else ""
@@ -288,9 +288,12 @@ def check_state(state: Any, dtypes: Mapping[str, torch.dtype]) -> None:
             )
         if value.is_meta or value.layout is not torch.strided:
             kind = "on the meta device: it has no values" if value.is_meta else "not dense"
-            raise TypeError(f"the state's {name!r} is {kind}")
+            raise TypeError(f"the state's {name!r} is {kind}. Give a dense tensor with values")
         if value.is_complex() and not dtypes[name].is_complex:
-            raise TypeError(f"the state's {name!r} is complex, and the model's is {dtypes[name]}")
+            raise TypeError(
+                f"the state's {name!r} is complex, and the model's is {dtypes[name]}. Give its "
+                "real part, if that is what is meant"
+            )
 
 
 def _of_files(files: list[Path]) -> dict[str, Stored]:

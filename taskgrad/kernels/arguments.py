@@ -1,4 +1,4 @@
-"""What the arguments of a vectorized function must be, and those of its reductions."""
+"""Checks of the arguments of vectorized functions and of their reductions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def copied(name: str, result: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """`out=` where torch's own dispatch made the result."""
+    """Copy a result of torch's own dispatch into ``out=``."""
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"{name}: out= must be a tensor; got {type(out).__name__}")
     if torch.is_grad_enabled() and (result.requires_grad or out.requires_grad):
@@ -27,18 +27,18 @@ def copied(name: str, result: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 
 def without(x: torch.Tensor, dims: tuple[int, ...], keepdim: bool) -> torch.Tensor:
-    """A reduction of a tensor that has a shape and no values."""
+    """An empty result for a reduction of a tensor without values, as on the meta device."""
     sizes = [1 if d in dims else size for d, size in enumerate(x.shape) if keepdim or d not in dims]
     return x.new_empty(sizes)
 
 
 def is_integer(value: Any) -> bool:
-    """Whether it counts as a dimension's number."""
+    """Whether this can be the number of a dimension."""
     return not isinstance(value, bool) and hasattr(type(value), "__index__")
 
 
 def dimensions(dim: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
-    """Sorted, none negative, none twice."""
+    """The dimensions as sorted non-negative numbers; raises if one is given twice."""
     if dim is None:
         return tuple(range(rank))
     given: Any = [dim] if is_integer(dim) else dim
@@ -87,7 +87,7 @@ def check_derivative(derivative: Any, arity: int) -> None:
 
 
 def check_start(start: Any, dtype: torch.dtype) -> None:
-    """Refuse a start that a result of this dtype does not hold."""
+    """Raise TypeError if a result of this dtype cannot hold the start value."""
     if not isinstance(start, bool | int | float):
         raise TypeError(f"start must be a number; got {type(start).__name__}")
     if not torch.can_cast(torch.tensor(start).dtype, dtype):

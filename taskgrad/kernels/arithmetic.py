@@ -1,7 +1,7 @@
 """torch's arithmetic where Numba's is another: integers, floor division, shifts, powers.
 
-Nothing here traps, whatever the operands: what the branch not taken of a conditional computes must
-do no harm. That an integer was divided by 0 is noticed by the loop itself (`body.Body.divides`).
+Nothing here traps, whatever the operands, as both branches of a conditional are computed. Integer
+division by 0 is detected by the loop itself (`body.Body.zero_division`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BELOW, _BEYOND, _ZERO = np.float32(-(2.0**63)), np.float32(2.0**63), np.float32
 
 @_inline
 def divisor(y: Any) -> Any:
-    """What can be divided by: 1 in the place of 0, and of -1, whose quotient is the negative."""
+    """A divisor that does not trap: 1 in place of 0 and -1."""
     return y if (y != 0) & (y != -1) else 1
 
 
@@ -61,13 +61,13 @@ def lshift(x: Any, y: Any, bits: Any) -> Any:
 
 @_inline
 def rshift(x: Any, y: Any, last: Any) -> Any:
-    """As by `last`, which leaves the sign alone, where the distance is negative or larger."""
+    """A negative or larger distance counts as `last`, which leaves only the sign."""
     return int64(x) >> (int64(y) if (y >= 0) & (y < last) else int64(last))
 
 
 @_inline
 def pow_int(x: Any, y: Any) -> Any:
-    """Wraps round; of a negative exponent the fraction is cut off."""
+    """Integer power, which wraps around; a fraction, from a negative exponent, is truncated."""
     base, n = int64(x), int64(y)
     if n < 0:
         odd = -1 if n & 1 else 1
@@ -89,13 +89,13 @@ def to_int64(x: Any) -> Any:
 
 @_inline
 def maximum(x: Any, y: Any) -> Any:
-    """Not a number where one of them is not."""
+    """NaN if one of them is."""
     return x if (x >= y) | (x != x) else y
 
 
 @_inline
 def minimum(x: Any, y: Any) -> Any:
-    """Not a number where one of them is not."""
+    """NaN if one of them is."""
     return x if (x <= y) | (x != x) else y
 
 

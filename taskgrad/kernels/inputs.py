@@ -1,4 +1,4 @@
-"""Tensors that have no memory that a kernel could read, by what they are."""
+"""Errors for tensors whose memory a kernel cannot read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def unreadable(name: str, tensors: Iterable[torch.Tensor]) -> RuntimeError:
-    """The error for a call with these tensors, one of which has no memory of its own."""
+    """The error for a call with these tensors, one of which has no readable memory."""
     what = next(filter(None, map(_kind_of, tensors)), "a tensor without memory of its own")
     return RuntimeError(f"{name} got {what}")
 

@@ -313,13 +313,13 @@ def _divider(remains: bool) -> Any:
     return divide
 
 
-# Rounded towards 0. Division by 0, and of the smallest integer by -1, stops the process.
+# Rounded towards 0. Division by 0, and of the smallest integer by -1, ends the process.
 quotient, rest = _divider(remains=False), _divider(remains=True)
 
 
 @intrinsic
 def fmod(typing_context: Any, x: Any, y: Any) -> Any:
-    """What is left of x, with its sign, after y was taken from it as often as it goes."""
+    """The remainder of ``x / y`` rounded towards 0; it has the sign of x."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         return builder.frem(*args)

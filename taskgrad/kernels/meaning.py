@@ -1,9 +1,9 @@
-"""What a scalar function must not contain, since compiled it would not mean what Python means.
+"""Find code that a scalar function must not contain, as its compiled form would do something else.
 
-A kernel computes an element from other elements and constants. What reads or changes anything else
-(a clock, random numbers, a counter, a list outside) would be done once, when the function is read,
-instead of once for each element; what handles errors waits for some that torch's arithmetic does
-not raise. Both are found in the bytecode, before the function is called.
+A kernel computes an element from other elements and constants. Code that reads or changes anything
+else (a clock, random numbers, a counter, a list outside) would run once, when the function is
+compiled, instead of once for each element. Error handlers would never run, as torch's arithmetic
+does not raise. Both are found in the bytecode, before the function is called.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BUILTINS = {
     *("int", "isinstance", "iter", "len", "list", "map", "max", "min", "next", "pow", "range"),
     *("reversed", "round", "set", "slice", "sorted", "sum", "tuple", "type", "zip", "complex"),
 }
-# Modules of Python's own library in which nothing changes.
+# Modules of the standard library without state.
 _MODULES = {
     *("math", "cmath", "operator", "functools", "itertools", "numbers", "collections", "types"),
     *("typing", "enum", "dataclasses", "builtins", "_operator", "_functools", "fractions"),
@@ -103,13 +103,13 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _about(name: str, value: Any) -> Iterator[str]:
-    """What is wrong with something from outside."""
+    """Why a value from outside the function cannot be used."""
     if isinstance(value, types.ModuleType):
         first = value.__name__.partition(".")[0]
         if first in sys.stdlib_module_names and first not in _MODULES:
             yield f"it uses the module {value.__name__}, which is no part of arithmetic"
     elif hasattr(value, "__next__") and not isinstance(value, type):
-        yield f"it uses {name}, a {type(value).__name__}, which every use moves on"
+        yield f"it uses {name}, a {type(value).__name__}, which every use advances"
     else:
         owner = getattr(value, "__self__", None)
         if owner is not None and not isinstance(owner, types.ModuleType | type):
@@ -140,8 +140,8 @@ def _in_code(
             first <= line <= last for first, last in raised if first and last
         ):
             yield f"line {line}: it writes a number as text"
-        for said in _in_step(step, before, outside, names, values):
-            yield f"line {line}: {said}"
+        for reason in _in_step(step, before, outside, names, values):
+            yield f"line {line}: {reason}"
         if step.opname not in ("PUSH_NULL", "COPY", "SWAP", "CACHE"):
             before = step
 

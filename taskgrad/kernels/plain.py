@@ -1,8 +1,8 @@
-"""How Numba compiles a function that has no formula: to what Python means, with torch's arithmetic.
+"""Compile functions that have no formula, with Python's meaning and torch's arithmetic.
 
-Numba's integer division stops the process where the quotient overflows, its `max` loses what is not
-a number, it takes a variable without a value for 0, and reads past the end of an array. So Numba's
-representation of the function is changed before types are inferred, and variables are looked at.
+Numba's integer division ends the process if the quotient overflows; its `max` drops NaN; it uses 0
+for a variable without a value, and reads past the end of an array. So its representation of the
+function is changed before types are inferred, and variables are checked.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _ZERO_DIVISION = "ZeroDivisionError: an integer is divided by 0"
 
 
 def dispatcher(fn: Callable[..., Any]) -> Any:
-    """What compiles this function."""
-    if fn not in _dispatchers:  # one for each, so that Numba knows a recursion
+    """The Numba dispatcher of this function."""
+    if fn not in _dispatchers:  # one per function, so that Numba recognizes recursion
         make = numba.njit(error_model="numpy", boundscheck=True, pipeline_class=_Pipeline)
         _dispatchers[fn] = make(_here(fn))
     return _dispatchers[fn]

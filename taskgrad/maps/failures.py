@@ -1,10 +1,10 @@
-"""An item's own exception: sent home as it is, and told which item it was and where.
+"""Exceptions that items of a map raise, with a note of the item and its worker.
 
 Both maps raise what the user's function raised, with its own type, so that ``except ValueError``
-works as round a loop. What a loop would show of itself, the item and the place, is in a note
-(``error.__notes__``, shown under the traceback). What is no Exception, such as SystemExit, and
+works as around a loop. The item and its worker are in a note (``error.__notes__``, shown under the
+traceback). What is no Exception, such as SystemExit, and
 StopIteration are not raised but are the cause of a LayerError: an item shall end neither the driver
-nor an iteration over results without a word.
+nor an iteration over results.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def item_error(
     fn
         The function that was mapped.
     worker
-        The address of the worker that ran it, or another word for the place.
+        The address of the worker that ran it, or another name for where it ran.
     frames
         What `own_frames` gave there.
     """
@@ -57,7 +57,7 @@ def item_error(
 
 
 def is_ctrl_c(error: BaseException) -> bool:
-    """Whether this is the user's own Ctrl-C, which reaches the main thread: no item's error."""
+    """Whether this is the user's own Ctrl-C, which is raised in the main thread, not an item's."""
     return (
         isinstance(error, KeyboardInterrupt)
         and threading.current_thread() is threading.main_thread()
@@ -67,7 +67,7 @@ def is_ctrl_c(error: BaseException) -> bool:
 def portable(error: BaseException) -> BaseException:
     """The exception, if it can be pickled and made again; else a TravelError with its text.
 
-    What can be kept of the exception is the cause of that.
+    Its cause is what can be kept of the exception.
     """
     if is_portable(error):
         return error

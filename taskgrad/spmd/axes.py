@@ -46,12 +46,12 @@ def _spread(axes: Any, structure: Structure, what: str, tree: Any) -> list[Axis]
 
 
 def is_axis(given: Any) -> bool:
-    """Whether this is a number of an axis: an int, or one of numpy's."""
+    """Whether this is the number of an axis: an int or a NumPy integer."""
     return isinstance(given, int | np.integer) and not isinstance(given, bool)
 
 
 def check(axes: Any, what: str) -> None:
-    """Raise unless these are axes, wherever they stand in a tree.
+    """Raise unless these are axes, or a tree of them.
 
     Raises
     ------

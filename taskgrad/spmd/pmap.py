@@ -164,7 +164,7 @@ class _Program:
 
 
 def _as_there(leaves: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
-    """The leaves of a rank's output, of which those take a gradient that did on its worker."""
+    """The leaves of a rank's output; those without a gradient on its worker are detached."""
     return [
         leaf if flag or not isinstance(leaf, torch.Tensor) else leaf.detach()
         for leaf, flag in zip(leaves, flags, strict=True)

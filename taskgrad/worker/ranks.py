@@ -29,10 +29,10 @@ from taskgrad.worker.mail import Carrier, End, GangFailed, Message
 from taskgrad.worker.settings import settings_released
 from taskgrad.worker.store import Store
 
-# Seconds a rank keeps its thread and its random stream while it waits, and after which it asks
-# after the ones it waits for.
-_PATIENCE = 0.005
-_CURIOSITY = 0.25
+# How long a rank that waits keeps its thread and its random stream.
+_KEEP_THREAD_S = 0.005
+# How often it then asks whether the ranks that it waits for still run.
+_POLL_S = 0.25
 # Messages up to so many bytes are copied, so that nobody has to wait until they have arrived.
 _SMALL = 1 << 16
 
@@ -206,11 +206,11 @@ class _Talk:
     def _wait(self, number: int, what: str, large: list[Future[Any]]) -> None:
         sources = list(self._others)
         start = time.monotonic()
-        if self._come(number, sources, large, _PATIENCE):
+        if self._come(number, sources, large, _KEEP_THREAD_S):
             return
         self.give_thread_back()
         with settings_released():
-            if self._come(number, sources, large, _CURIOSITY):
+            if self._come(number, sources, large, _POLL_S):
                 return
             missing = self._mail.wait(self._key, number, sources, 0)
             asked = [self._attend(i, what, number) for i in missing]

@@ -12,7 +12,7 @@ import torch
 from taskgrad.graph.copies import Pulled
 
 _END = object()
-# Nobody's code runs while one iterates over these.
+# Iterating over these runs no code that could change an item.
 _HELD = (list, tuple, range, dict, str, np.ndarray, torch.Tensor, torch.nn.Parameter)
 
 Row = tuple[Any, ...]
@@ -21,7 +21,7 @@ Row = tuple[Any, ...]
 def read_rows(iterables: Sequence[Iterable[Any]]) -> list[Row]:
     """The n-th items of all iterables, as row n: each is the arguments of one call.
 
-    They are what they were when they were pulled.
+    Items keep the values that they had when they were pulled.
 
     Raises
     ------
@@ -61,7 +61,7 @@ def read_rows(iterables: Sequence[Iterable[Any]]) -> list[Row]:
 
 
 class _Kept(Pulled):
-    """Items of something that holds all of them at once."""
+    """Items of a container that holds all of them, which need no copies."""
 
     def add(self, value: Any) -> None:
         self._values.append(value)

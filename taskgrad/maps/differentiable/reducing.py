@@ -10,7 +10,7 @@ import torch
 
 from taskgrad.graph.pytree import describe, flatten
 
-# What is too narrow to be added up in, and what it is added up in.
+# Dtypes that are too narrow for sums, and the wider ones in which they are summed.
 _WIDER = {
     torch.bfloat16: torch.float32,
     torch.float16: torch.float32,
@@ -19,7 +19,7 @@ _WIDER = {
 
 
 class Widened(NamedTuple):
-    """A sum that is yet to be rounded to narrower dtypes: those of its leaves, None for others."""
+    """A sum in wider dtypes, and those to which its leaves are rounded at the end, or None."""
 
     total: Any
     dtypes: tuple[torch.dtype | None, ...]
@@ -28,7 +28,7 @@ class Widened(NamedTuple):
 def fold(results: Sequence[Any]) -> Any:
     """The sum of results of one structure, or of such sums, from the first to the last.
 
-    As ``torch.sum`` has it, bools and integers are added up as int64, half precision in float32.
+    As by ``torch.sum``, bools and integers are added up as int64, half precision in float32.
 
     Raises
     ------
@@ -39,8 +39,8 @@ def fold(results: Sequence[Any]) -> Any:
     if structure.has_objects:
         raise TypeError(
             f"reduce= adds up tensors and numbers; a result of this map is or has a "
-            f"{structure.name}, and what else than its tensors is to be added nobody can tell. "
-            "Return a tuple, a dict or a dataclass of what is to be added"
+            f"{structure.name}, and it is not known how to add the rest of that. Return a tuple, a "
+            "dict or a dataclass of what is to be added"
         )
     for result in results[1:]:
         leaves, others, other = _leaves(result)
@@ -56,7 +56,7 @@ def fold(results: Sequence[Any]) -> Any:
 
 
 def rounded(total: Any) -> Any:
-    """A sum as the caller gets it."""
+    """A sum in the dtypes of the results."""
     if not isinstance(total, Widened):
         return total
     leaves, structure = flatten(total.total)
@@ -65,7 +65,7 @@ def rounded(total: Any) -> Any:
 
 
 def mean(total: Any, count: int) -> Any:
-    """A sum of so many, divided and then rounded."""
+    """The mean: a sum divided by the count, then rounded."""
     value, dtypes = total if isinstance(total, Widened) else (total, ())
     leaves, structure = flatten(value)
     divided = structure.build([leaf / count for leaf in leaves])
@@ -98,7 +98,7 @@ def _wide(leaf: Any) -> Any:
 
 
 def _promoted(a: torch.dtype | None, b: torch.dtype | None) -> torch.dtype | None:
-    """What the sum of two leaves is rounded to, if it is to anything."""
+    """The dtype to which the sum of two leaves is rounded; None if it is not."""
     if a is None or b is None or a == b:
         return a if a == b else None
     found = torch.promote_types(a, b)

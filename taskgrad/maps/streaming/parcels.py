@@ -332,7 +332,7 @@ def _tensor_as_row(item: torch.Tensor) -> Any:
 
 
 def _is_constant(raw: memoryview) -> bool:
-    """Whether nobody can write in this memory; a read-only view is no proof."""
+    """Whether this memory cannot change; a read-only view alone does not prove that."""
     holder: Any = raw.obj
     while isinstance(holder, np.ndarray | memoryview):
         holder = holder.base if isinstance(holder, np.ndarray) else holder.obj
