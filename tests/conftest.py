@@ -13,9 +13,14 @@ import pytest
 import torch
 from distributed import Client
 from distributed.diagnostics.plugin import SchedulerPlugin
+from hypothesis import HealthCheck, settings
 
 import taskgrad as tg
 from taskgrad.cluster.tasks import held
+
+# A slow machine is no reason to fail.
+settings.register_profile("taskgrad", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("taskgrad")
 
 os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a worker that crashes says where
 torch.set_num_threads(1)  # as the workers: the same operations give the same bits

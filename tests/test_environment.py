@@ -3,15 +3,60 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import sysconfig
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import taskgrad as tg
+from conftest import about_workers
+
+
+def environment_without(folder, packages):
+    """A folder that has all that is installed here, except these packages."""
+    folder.mkdir()
+    installed = Path(sysconfig.get_path("purelib"))
+    sources = [e for e in installed.iterdir() if e.suffix != ".pth"]
+    for entry in [*sources, Path(tg.__file__).parent]:
+        if not entry.name.startswith(packages) and not (folder / entry.name).exists():
+            (folder / entry.name).symlink_to(entry)
+    return str(folder)
+
+
+@pytest.mark.parametrize("packages", [("torch",), ("torch", "taskgrad", "numpy")])
+def test_a_worker_without_a_package_is_named_at_once(fresh, tmp_path, packages):
+    client = fresh(n_workers=1)
+    python = os.path.realpath(sys.executable)  # outside of a virtual environment
+    command = ["-m", "distributed.cli.dask_worker", client.scheduler.address, "--no-nanny"]
+    worker = subprocess.Popen(
+        [python, *command, "--name", "bare", "--local-directory", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": environment_without(tmp_path / "packages", packages)},
+    )
+    try:
+        client.wait_for_workers(2, timeout=60)
+        [address] = [a for a, w in about_workers(client).items() if w["name"] == "bare"]
+        for use in (
+            lambda: tg.collect(tg.spawn(torch.ones, 2)),
+            lambda: tg.map(abs, [1, 2]),
+            lambda: list(tg.imap(abs, [1, 2])),
+            lambda: tg.pmap(abs)(torch.ones(2)),
+            lambda: tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client),
+        ):
+            with pytest.raises(tg.ClusterMismatchError, match="Install the same") as failed:
+                use()
+            for package in set(packages) - {"numpy"}:  # it comes with torch
+                found = rf"{package}: client .*, worker {address} has none"
+                assert re.search(found, str(failed.value))
+            assert f"taskgrad cannot be imported by worker {address}" in str(failed.value)
+    finally:
+        worker.kill()
+        worker.wait(30)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -169,6 +171,48 @@ def test_what_a_closed_client_leaves_says_so(client):
         with pytest.raises(tg.TaskgradError, match="the Dask client is closed: .*Open a client"):
             use()
     assert repr(y).startswith("Thunk")
+
+
+def test_a_forked_child_that_uses_its_parents_client_is_told(client):
+    chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client)
+    y = chain(torch.ones(1, 2))
+    uses = (
+        lambda: tg.collect(y),
+        lambda: tg.collect(tg.spawn(torch.ones, 2)),
+        lambda: tg.map(abs, [1]),
+        lambda: list(tg.imap(abs, [1])),
+        lambda: tg.pmap(abs)(torch.ones(1)),
+        lambda: tg.GraphChain(nn.Linear(2, 2)),
+        chain.to_module,
+    )
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe()
+
+    def child():
+        for use in uses:
+            try:
+                there.send(repr(use()))
+            except Exception as error:
+                there.send(f"{type(error).__name__}: {error}")
+
+    process = fork.Process(target=child)
+    process.start()
+    try:
+        for _ in uses:
+            assert here.poll(60)
+            assert here.recv().startswith("TaskgradError: this process was forked from one with")
+    finally:
+        process.kill()
+        process.join(30)
+    assert tg.collect(y).shape == (1, 2)
+
+
+def test_calls_inside_a_running_event_loop_give_their_values(client):
+    async def main():
+        return tg.collect(tg.spawn(torch.neg, torch.ones(2))), tg.map(abs, [-1, 2])
+
+    value, mapped = asyncio.run(main())
+    assert (value.tolist(), list(mapped)) == ([-1.0, -1.0], [1, 2])
 
 
 def test_code_that_workers_do_not_have_is_named_with_what_to_do(client, tmp_path, monkeypatch):

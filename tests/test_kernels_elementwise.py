@@ -158,7 +158,7 @@ def tensors(draw, rank_of=shapes):
     return found
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(tensors())
 def test_any_strides(pair):
     x, y = pair

@@ -40,7 +40,7 @@ def tensors(draw):
     return x, tuple(dims)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tensors())
 def test_any_strides_and_dimensions(case):
     x, dims = case

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import resource
 
 import dask
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 import taskgrad as tg
 from conftest import wait_until
 from helpers import assert_same
-from taskgrad.worker.spilling import SpilledState
+from taskgrad.worker.spilling import CopiesInFiles, SpilledState
 
 ADAMW = functools.partial(torch.optim.AdamW, lr=1e-3)
 LAYERS, WIDTH = 40, 2048  # 16 MiB of parameters each: 640 MiB
@@ -124,6 +125,21 @@ def test_state_in_files_gives_the_same_bits(tmp_path, factory):
             if isinstance(value, torch.Tensor):
                 assert_same(optimizer.state[p][key], value, key)
     assert not list(tmp_path.iterdir())  # the files have no names: they go with the process
+
+
+def test_a_folder_without_room_for_optimizer_state_is_named(tmp_path):
+    parameter = nn.Parameter(torch.ones(1024, 1024))
+    parameter.grad = torch.ones_like(parameter)
+    spilled = SpilledState(str(tmp_path))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(tg.TaskgradError, match=rf"4194304 bytes .*{tmp_path}: .*Make room"):
+            spilled.step(torch.optim.Adam([parameter]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with pytest.raises(tg.TaskgradError, match="No such file or directory.*--local-directory"):
+        CopiesInFiles(str(tmp_path / "gone"), None)(parameter)
 
 
 def of_the_worker(dask_worker):

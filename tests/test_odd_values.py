@@ -163,7 +163,6 @@ def test_odd_values_end_in_a_value_or_a_sentence(client, name):
         max_examples=8,
         derandomize=True,
         database=None,
-        deadline=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )

@@ -161,7 +161,7 @@ def make(dtype: torch.dtype, shape: list[int], layout: str) -> torch.Tensor:
     return t
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(
     dtype=st.sampled_from(DTYPES),
     shape=st.lists(st.integers(0, 4), max_size=4),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from distributed import Client
 
-from taskgrad.cluster import waiting
+from taskgrad.cluster import tasks, waiting
 from taskgrad.errors import ClusterMismatchError
 
 logger = logging.getLogger("taskgrad")
@@ -32,20 +32,42 @@ def check(client: Client) -> dict[str, int]:
     Raises
     ------
     ClusterMismatchError
-        Versions differ; the message lists who has what.
+        Versions differ, or taskgrad cannot be imported somewhere; the message lists who has what.
     """
 
-    async def questions() -> tuple[Any, dict[str, int]]:
-        versions: Any = client.get_versions(packages=["taskgrad", "torch"])
-        # A worker without torch has no answer to this; the versions show it.
-        return await asyncio.gather(versions, client.run(torch.get_num_threads, on_error="ignore"))
+    async def scheduler() -> Any:
+        try:
+            return await client.run_on_scheduler(tasks.torch_threads)
+        except OSError:
+            raise
+        except Exception as error:
+            return error
 
-    versions, threads = waiting.answer(client, questions, "which versions they run")
-    _compare(versions)
+    async def questions() -> tuple[Any, Any, dict[str, Any]]:
+        versions: Any = client.get_versions(packages=["taskgrad", "torch"])
+        workers = client.run(tasks.torch_threads, on_error="return")
+        return await asyncio.gather(versions, scheduler(), workers)
+
+    versions, on_scheduler, threads = waiting.answer(client, questions, "which versions they run")
+    answers = {"scheduler": on_scheduler, **{f"worker {a}": v for a, v in threads.items()}}
+    problems = _different_versions(versions) + _not_importable(answers)
+    if problems:
+        raise ClusterMismatchError(
+            "client, scheduler and workers must run the same versions; they differ in:\n"
+            + "\n".join(problems)
+            + "\nInstall the same packages everywhere (the same image, or the same environment) "
+            "and restart what differs"
+        )
     return threads
 
 
-def _compare(versions: Any) -> None:
+def _not_importable(answers: Mapping[str, Any]) -> list[str]:
+    """Where taskgrad, or what it needs, is not installed or broken."""
+    failed = {place: a for place, a in answers.items() if isinstance(a, BaseException)}
+    return [f"  taskgrad cannot be imported by {place}: {e}" for place, e in failed.items()]
+
+
+def _different_versions(versions: Any) -> list[str]:
     here = {**versions["client"]["packages"], "taskgrad": version("taskgrad")}
     places = {"scheduler": versions["scheduler"]}
     places |= {f"worker {address}": v for address, v in versions["workers"].items()}
@@ -56,13 +78,7 @@ def _compare(versions: Any) -> None:
             theirs = _comparable(package, found["packages"].get(package))
             if theirs != ours:
                 problems.append(f"  {package}: client {ours}, {place} {theirs or 'has none'}")
-    if problems:
-        raise ClusterMismatchError(
-            "client, scheduler and workers must run the same versions; they differ in:\n"
-            + "\n".join(problems)
-            + "\nInstall the same packages everywhere (the same image, or the same environment) "
-            "and restart what differs"
-        )
+    return problems
 
 
 def _comparable(package: str, version: str | None) -> str | None:

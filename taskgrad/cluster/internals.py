@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
@@ -354,3 +355,10 @@ async def settle(futures: Sequence[Future]) -> None:
         return
     while any(future.status == "pending" for future in futures):
         await asyncio.sleep(0.01)
+
+
+def loop_runs(client: Client) -> bool:
+    """Whether the thread of a client's event loop is in this process; a fork leaves it behind."""
+    loop: Any = client.loop
+    thread = getattr(loop.asyncio_loop, "_thread_id", None)
+    return any(thread == known.ident for known in threading.enumerate())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import distributed
 from distributed import Client
 
 from taskgrad.arguments import shown, whole
-from taskgrad.cluster import environment, latency, waiting
+from taskgrad.cluster import environment, internals, latency, waiting
 from taskgrad.cluster.config import Settings
 from taskgrad.cluster.exits import close_at_exit
 from taskgrad.cluster.local import local_cluster, refuse_in_starting_process
@@ -23,6 +24,9 @@ from taskgrad.errors import PlacementError, TaskgradError
 logger = logging.getLogger("taskgrad")
 
 WorkerSpec = int | str
+
+# Workers that close, or could not load taskgrad when they joined: they answer nothing.
+_ENDING = ("closing", "closed", "failed")
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class Session:
         return _workers_in(self._info())
 
     def _info(self) -> dict[str, Any]:
-        """What the scheduler knows of each worker, by address."""
+        """What the scheduler knows of each worker that runs or will, by address."""
         check_open(self.client)
 
         async def ask() -> dict[str, Any]:
@@ -123,7 +127,7 @@ class Session:
 
         info = waiting.answer(self.client, ask, "which workers there are")
         self.names |= {address: w.get("name", address) for address, w in info.items()}
-        return info
+        return {address: w for address, w in info.items() if w["status"] not in _ENDING}
 
     def resolve(self, spec: WorkerSpec, workers: Sequence[WorkerInfo] | None = None) -> str:
         """The address of a worker given by index, name or address.
@@ -169,6 +173,16 @@ def _worker_order(worker: WorkerInfo) -> tuple[bool, int, str]:
 # Open clients only. Holding them also keeps alive a cluster that nobody but us has a handle on.
 _sessions: dict[Client, Session] = {}
 _lock = threading.RLock()
+_forked = False
+
+
+def _after_fork() -> None:
+    global _lock, _forked
+    _lock = threading.RLock()  # a thread that is not here may have held it
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def session(client: Client | None = None) -> Session:
@@ -222,6 +236,12 @@ def check_open(client: Any) -> None:
             "taskgrad needs a synchronous client: this one was made with asynchronous=True, or is "
             "used inside its own event loop. Open Client(address) for taskgrad, in a thread if "
             "your program is async"
+        )
+    if _forked and not internals.loop_runs(client):
+        raise TaskgradError(
+            "this process was forked from one with a Dask client, which does not work here: none "
+            'of its threads came along. Start processes with the method "spawn", or open a client '
+            "in this process, Client(address), and give it to taskgrad (client=)"
         )
     if client.status == "connecting":
         raise TaskgradError(

@@ -81,6 +81,11 @@ def introduce(dask_worker: Any = None) -> tuple[str, int]:
     return store_of(dask_worker).id, torch.get_num_threads()
 
 
+def torch_threads() -> int:
+    """How many threads torch uses in this process: a question that needs taskgrad and torch."""
+    return torch.get_num_threads()
+
+
 def memory(dask_worker: Any = None) -> tuple[int, int] | None:
     """Bytes that a worker's process uses, and may use: for ``client.run``.
 

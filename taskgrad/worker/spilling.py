@@ -9,11 +9,14 @@ bits are the same.
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
+
+from taskgrad.errors import TaskgradError
 
 Key = TypeVar("Key")
 
@@ -112,9 +115,19 @@ class CopiesInFiles:
 
 def _in_file(folder: str, value: torch.Tensor) -> tuple[torch.Tensor, mmap.mmap]:
     """A copy of a tensor that lies in a file of its own, which has no name."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.truncate(value.nbytes)
-        memory = mmap.mmap(file.fileno(), value.nbytes)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.truncate(value.nbytes)
+            if hasattr(os, "posix_fallocate"):
+                # Takes the room now: a write into a mapped file on a full disk kills the process.
+                os.posix_fallocate(file.fileno(), 0, value.nbytes)
+            memory = mmap.mmap(file.fileno(), value.nbytes)
+    except OSError as error:
+        raise TaskgradError(
+            f"the optimizer's state or its undo needs {value.nbytes} bytes of room for a file in "
+            f"{folder}: {error.strerror}. Make room there, or start the worker with another "
+            "--local-directory"
+        ) from error
     flat = torch.frombuffer(memory, dtype=value.dtype)
     found = flat.as_strided(value.shape, torch.empty_like(value, device="meta").stride())
     found.copy_(value)
