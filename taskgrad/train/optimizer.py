@@ -15,7 +15,7 @@ from taskgrad.executors.futures import run, values_of
 from taskgrad.executors.installing import copy_tied
 from taskgrad.graph.nodes import Node, Stage, StageCall, new_key
 from taskgrad.train.factories import attributes_of, example_of
-from taskgrad.train.owner import check_owner, taking_over
+from taskgrad.train.owner import acquire_ownership, check_owner
 
 
 class Optimizer:
@@ -69,7 +69,7 @@ class Optimizer:
         self._number = 0
         self._unsettled = False  # a step was interrupted, and is yet to be taken back
         self._lock = threading.RLock()
-        with taking_over(chain, self):
+        with acquire_ownership(chain, self):
             makes = [
                 self._on(stage, "make", {"factory": factory, "names": by_stage.get(stage, [])})
                 for stage in chain._stages.values()

@@ -1,4 +1,4 @@
-"""Which trainer or optimizer the stages of a chain work for: one at a time."""
+"""The owner of a chain: the one trainer or optimizer that its stages have."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from taskgrad.train.recovery import recover
 
 
 @contextlib.contextmanager
-def taking_over(chain: GraphChain, owner: Any) -> Iterator[None]:
-    """Make this the one that trains a chain, if what is done meanwhile does not raise.
+def acquire_ownership(chain: GraphChain, owner: Any) -> Iterator[None]:
+    """Make `owner` the owner of a chain, unless the block raises.
 
-    What the one before has given to the workers is finished first; what one that is gone has left
-    there half done is taken back.
+    The steps of the owner before are finished first. If that one no longer exists, a step that it
+    left unfinished is taken back.
     """
     before = _owner_of(chain)
     if hasattr(before, "wait"):
-        with contextlib.suppress(TaskgradError):  # of a step: who reads its loss hears of it
+        with contextlib.suppress(TaskgradError):  # a failed step's: raised when its loss is read
             before.wait()
     elif before is None and chain._trained_by is not None:
         recover(chain)

@@ -20,6 +20,7 @@ from taskgrad.graph.nodes import Leaf, Node, Stage, StageCall, new_key
 from taskgrad.graph.slices import Dims
 from taskgrad.plan.schedule import Schedule
 from taskgrad.train import loops
+from taskgrad.train.call_lock import CallLock
 from taskgrad.train.callbacks import Callback
 from taskgrad.train.checking import (
     check_callbacks,
@@ -46,11 +47,10 @@ from taskgrad.train.factories import (
 )
 from taskgrad.train.loss import StepLoss
 from taskgrad.train.memory import InFiles, check_fits
-from taskgrad.train.owner import check_owner, taking_over
+from taskgrad.train.owner import acquire_ownership, check_owner
 from taskgrad.train.recompute import Checkpoint, recompute_rule
 from taskgrad.train.recovery import recover
 from taskgrad.train.step import Settings, Step, build, maker_of
-from taskgrad.train.turns import Turns
 
 # A step is submitted while the one before still runs: its inputs are there when that is done.
 _AHEAD = 2
@@ -67,7 +67,7 @@ class Trainer(Resumable):
     Each batch is cut into microbatches, which pass the stages in the order of a schedule. The loss
     is computed where the model's output is, the optimizer of each stage runs where its parameters
     are, and a step is one graph of tasks, submitted at once. With a fixed placement and number of
-    microbatches a step gives plain torch's bits. Calls from several threads take turns.
+    microbatches a step gives plain torch's bits. Several threads may call it.
 
     Parameters
     ----------
@@ -215,7 +215,7 @@ class Trainer(Resumable):
             check_finite=check_finite,
             order=trainable,
         )
-        self._turns = Turns(self._tell)
+        self._call_lock = CallLock(self._notify)
         self._running: deque[StepLoss] = deque()
         self._reading: WeakSet[Node] = WeakSet()  # batches that are evaluated or predicted
         self._last: Step | None = None  # the next step waits for it on the workers
@@ -235,7 +235,7 @@ class Trainer(Resumable):
             last=workers[-1],
             loss_kind=loss_kind,
         )
-        with taking_over(chain, self):
+        with acquire_ownership(chain, self):
             self._start(loss.data, loss.tensors, in_files)
 
     def _start(self, data: bytes, tensors: list[torch.Tensor], in_files: InFiles) -> None:
@@ -341,9 +341,9 @@ class Trainer(Resumable):
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
         """Let one thread at a time do this."""
-        return self._turns.take()
+        return self._call_lock.held()
 
-    def _tell(self, loss: StepLoss) -> None:
+    def _notify(self, loss: StepLoss) -> None:
         for callback in self.callbacks:
             callback.on_step(self, loss)
 
@@ -370,7 +370,7 @@ class Trainer(Resumable):
             first.settle(report)
             if first.made is not self._last:
                 forget(first.made.targets)
-            self._turns.later(first)
+            self._call_lock.notify_later(first)
 
     def _let_reads_end(self) -> None:
         """Have batches that are evaluated or predicted pass the model before it changes."""
