@@ -145,6 +145,29 @@ def test_a_taken_scheduler_port_is_told_in_a_sentence():
             tg.local_cluster(n_workers=0, scheduler_port=port, dashboard_address=":0")
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("memory_limit", "1MB"),
+        ("memory_limit", -1),
+        ("memory_limit", "lots"),
+        ("scheduler_port", 70000),
+        ("scheduler_port", -1),
+    ],
+)
+def test_a_value_that_no_cluster_can_start_with_is_refused(option, value):
+    with pytest.raises(ValueError, match=r"memory_limit is|'lots'|scheduler_port"):
+        tg.local_cluster(n_workers=1, dashboard_address=":0", **{option: value})
+
+
+@pytest.mark.parametrize(
+    "where", [{"host": "203.0.113.7"}, {"host": "no.such.invalid"}, {"dashboard_address": "no.x"}]
+)
+def test_a_host_that_is_not_this_machine_is_told_in_a_sentence(where):
+    with pytest.raises(tg.TaskgradError, match="not an address of this machine"):
+        tg.local_cluster(n_workers=0, **{"dashboard_address": ":0", **where})
+
+
 def test_what_a_closed_client_leaves_says_so(client):
     own = Client(client.scheduler.address, set_as_default=False)
     chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=own)

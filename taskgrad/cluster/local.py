@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from dask.utils import parse_bytes
 from distributed import Client, LocalCluster, Nanny, Worker
 
 from taskgrad.arguments import whole
@@ -20,6 +21,8 @@ from taskgrad.cluster.exits import close_at_exit
 from taskgrad.errors import TaskgradError
 
 _DASHBOARD = 8787
+_LAST_PORT = 65535
+_LEAST_MEMORY = 128 << 20
 
 # The exit status of a worker process whose script has no guard. It prints nothing if the process
 # that started it, whose id is in the environment variable, will raise the error.
@@ -75,6 +78,7 @@ def local_cluster(
         threads_per_worker = whole("threads_per_worker", threads_per_worker, least=1)
     options = {"processes": True, **kwargs}
     _check_names(options)
+    _check_values(options)
     refuse_in_starting_process()
     if "dashboard_address" not in options and not _is_free(_DASHBOARD):
         options["dashboard_address"] = ":0"
@@ -123,6 +127,13 @@ def _why(error: BaseException, ended: list[int]) -> str | None:
                 f"the scheduler cannot have its port ({cause.strerror}). Give another "
                 "scheduler_port, or 0 for one that is free"
             )
+        if isinstance(cause, socket.gaierror) or (
+            isinstance(cause, OSError) and cause.errno == errno.EADDRNOTAVAIL
+        ):
+            return (
+                "the scheduler cannot listen where it was told to: its host or dashboard_address "
+                f"is not an address of this machine ({cause.strerror})"
+            )
     return None
 
 
@@ -145,6 +156,24 @@ def _check_names(options: dict[str, Any]) -> None:
         raise TypeError(
             f"local_cluster has no argument {unknown[0]!r}, nor have LocalCluster, Nanny and "
             "Worker of distributed, to which it passes on those that it does not know"
+        )
+
+
+def _check_values(options: dict[str, Any]) -> None:
+    """With these, worker processes would be started and killed again, without end."""
+    port = options.get("scheduler_port")
+    if isinstance(port, int) and not 0 <= port <= _LAST_PORT:
+        raise ValueError(f"scheduler_port is a number from 0 to {_LAST_PORT}; got {port}")
+    limit = options.get("memory_limit")
+    if isinstance(limit, str) and limit != "auto":
+        limit = parse_bytes(limit)
+    if not isinstance(limit, int) or limit == 0:  # without one, or a fraction of the machine's
+        return
+    if options["processes"] and limit < _LEAST_MEMORY:
+        raise ValueError(
+            f"memory_limit is {options['memory_limit']!r} for each worker, which needs more than "
+            f"{_LEAST_MEMORY >> 20} MiB for torch alone: it would be killed before it did anything"
+            ". Give more, or None for no limit"
         )
 
 
