@@ -98,19 +98,41 @@ class Session:
         return waiting.answer(self.client, ask, "how much memory they use")
 
     def out_of_order(self, addresses: set[str]) -> dict[str, str]:
-        """Which of these workers run nothing that is pinned to them, and why: "gone" or "paused".
+        """Which of these workers run nothing that is pinned to them, and why.
 
-        Gone are those that are there no more, nor came back under their names. Paused ones start no
+        "gone" are those that are there no more, nor came back under their names; "restarted" those
+        that did, and have lost what they kept. "paused" ones start no
         tasks; they count only while none of these workers runs anything, as they may have nothing
         to do yet.
         """
         info = self._info()
         names = {self.names[a] for a in info}
-        gone = {a for a in addresses - info.keys() if self.names.get(a, a) not in names}
+        absent = {
+            a: "restarted" if self.names.get(a, a) in names else "gone"
+            for a in addresses - info.keys()
+        }
         here = {a: info[a] for a in addresses & info.keys()}
         busy = any(w["metrics"].get("task_counts", {}).get("executing") for w in here.values())
         paused = {a for a, w in here.items() if w["status"] == "paused" and not busy}
-        return dict.fromkeys(gone, "gone") | dict.fromkeys(paused, "paused")
+        return absent | dict.fromkeys(paused, "paused")
+
+    def unfinished(self, address: str) -> set[str]:
+        """Keys of the tasks that a worker had been given, and not finished, when it was lost."""
+
+        async def ask() -> Any:
+            scheduler: Any = self.client.scheduler
+            return await scheduler.events(topic=address)
+
+        found: set[str] = set()
+        for _, event in waiting.answer(self.client, ask, "what a lost worker had to do"):
+            if isinstance(event, dict) and event.get("action") == "remove-worker":
+                found.update(map(str, event.get("processing-tasks", ())))
+        return found
+
+    def describe(self, address: str) -> str:
+        """A worker, for a message: its name and address."""
+        name = self.names.get(address, address)
+        return f"worker {name} at {address}" if name != address else f"worker {name}"
 
     def known(self) -> list[WorkerInfo]:
         """All workers there are now, in no order; perhaps none."""

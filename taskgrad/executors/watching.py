@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from distributed import Future, KilledWorker
@@ -19,8 +19,9 @@ from taskgrad.cluster import nested, waiting
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.session import Session, check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
+from taskgrad.executors.lost import needs_layers, worker_lost, workers_killed
 from taskgrad.executors.lowering import order_inputs
-from taskgrad.graph.nodes import Call, Node
+from taskgrad.graph.nodes import Call, Node, label_of
 from taskgrad.worker.settings import settings_released
 
 # How often a wait looks, in seconds.
@@ -34,29 +35,28 @@ def wait_for(
     session: Session,
     *,
     behind: Sequence[Node] = (),
+    labels: Mapping[str, str] | None = None,
     seconds: float | None = None,
 ) -> BaseException | None:
     """Wait until all have run, or one cannot; returns the error, or None.
 
     A task that waits gives its worker's thread back. `behind` are nodes that the targets need and
-    whose futures are not held: their workers are watched too. With `seconds`, a TimeoutError after
-    that time.
+    whose futures are not held: their workers are watched too. `labels` name, by their keys, tasks
+    whose nodes are not held either. With `seconds`, a TimeoutError after that time.
     """
     with nested.waiting():
-        return _wait(targets, session, behind, seconds)
+        return _wait(_Watch(targets, session, behind, labels), seconds)
 
 
-def _wait(
-    targets: Sequence[Node], session: Session, behind: Sequence[Node], seconds: float | None
-) -> BaseException | None:
+def _wait(watch: _Watch, seconds: float | None) -> BaseException | None:
+    client = watch.session.client
     try:
-        check_open(session.client)
+        check_open(client)
     except TaskgradError as closed:
         return closed
     end = math.inf if seconds is None else time.monotonic() + seconds
-    futures = [n.result for n in targets if isinstance(n.result, Future)]
-    settled = waiting.all_of(session.client, futures)
-    watch = _Watch(targets, session, behind)
+    futures = [n.result for n in watch.targets if isinstance(n.result, Future)]
+    settled = waiting.all_of(client, futures)
     try:
         while not settled.done(min(_LOOK, max(0.0, end - time.monotonic()))):
             error = watch.look()
@@ -66,7 +66,7 @@ def _wait(
                 return TimeoutError(f"not done within {seconds:g} s")
     finally:
         settled.cancel()
-    return next(filter(None, map(failure, targets)), None)
+    return watch.failed()
 
 
 def gather(nodes: Sequence[Node], session: Session) -> list[Any]:
@@ -103,14 +103,12 @@ def failure(node: Node) -> BaseException | None:
     if future.status == "error":
         error: BaseException = future.exception(timeout=_ANSWER)
         if isinstance(error, KilledWorker):
-            return WorkerLostError(
-                f"{error}. The worker died while it ran this task; look at its log (memory?), "
-                "then make the chain again"
-            )
+            key = str(error.task)
+            return workers_killed(error, node.label if key == node.key else label_of(key))
         return error
     if future.status in ("cancelled", "lost"):
         return WorkerLostError(
-            f"{_name(node)} was cancelled: a value that it needs was lost with its worker, or the "
+            f"{node.label} was cancelled: a value that it needs was lost with its worker, or the "
             "scheduler was restarted. Make the chain and the call again"
         )
     return None
@@ -120,26 +118,64 @@ class _Watch:
     """One wait's looks at what it waits for, and since when a worker is out of order."""
 
     def __init__(
-        self, targets: Sequence[Node], session: Session, behind: Sequence[Node] = ()
+        self,
+        targets: Sequence[Node],
+        session: Session,
+        behind: Sequence[Node] = (),
+        labels: Mapping[str, str] | None = None,
     ) -> None:
-        self._targets = targets
+        self.targets = targets
+        self.session = session
         self._behind = behind
-        self._session = session
+        self._labels = labels or {}
         self._since: dict[str, float] = {}
 
     def look(self) -> BaseException | None:
         """Why these will not all come, as an error to raise; None as far as is known."""
         try:
-            check_open(self._session.client)
+            check_open(self.session.client)
         except TaskgradError as error:
             return error
-        failed = next(filter(None, map(failure, self._targets)), None)
-        return failed or self._worker_out_of_order()
+        return self.failed() or self._worker_out_of_order()
+
+    def failed(self) -> BaseException | None:
+        """Why one of the targets has failed; None if none has."""
+        error = next(filter(None, map(failure, self.targets)), None)
+        if type(error) is WorkerLostError:
+            return self._lost_with_worker(self._all()) or error
+        return error
+
+    def _all(self) -> list[Node]:
+        """What is waited for, and all behind it that is known."""
+        found: dict[Node, None] = {}
+        stack = [*self.targets, *self._behind]
+        while stack:
+            node = stack.pop()
+            if node not in found:
+                found[node] = None
+                stack.extend(order_inputs(node))
+        return list(found)
+
+    def _lost_with_worker(self, nodes: Iterable[Node]) -> WorkerLostError | None:
+        """The error, if one of these can only run in a process that is gone.
+
+        What needs no layers, such as a chunk of a map, runs again if the worker was restarted.
+        """
+        pins = {n.worker: n for n in nodes if n.worker is not None and not _is_stateless(n)}
+        staged = {n.worker for n in nodes if n.worker is not None and needs_layers(n)}
+        trouble = self.session.out_of_order(set(pins))
+        gone = {a for a, why in trouble.items() if why == "gone"}
+        gone |= {a for a, why in trouble.items() if why == "restarted" and a in staged}
+        return worker_lost(self.session, min(gone), self._all(), self._labels) if gone else None
 
     def _worker_out_of_order(self) -> WorkerLostError | None:
-        unfinished = sorted({*_unfinished(self._targets), *self._behind}, key=lambda n: n.order)
+        unfinished = sorted({*_unfinished(self.targets), *self._behind}, key=lambda n: n.order)
+        lost = self._lost_with_worker(unfinished)
+        if lost is not None:
+            return lost
         pins = {n.worker for n in unfinished if n.worker is not None}
-        trouble = self._session.out_of_order(pins)
+        trouble = self.session.out_of_order(pins)
+        trouble = {address: why for address, why in trouble.items() if why != "restarted"}
         now = time.monotonic()
         self._since = {address: self._since.get(address, now) for address in trouble}
         seconds = deadline("worker")
@@ -147,23 +183,18 @@ class _Watch:
             if node.worker is None or node.worker not in trouble:
                 continue
             gone = trouble[node.worker] == "gone"
-            stateless = isinstance(node, Call) and node.stage is None
-            if gone and not stateless:
-                return WorkerLostError(
-                    f"{self._describe(node.worker)} is gone, and {_name(node)} can only run there: "
-                    "its layers or tapes are lost. Make the chain again on the workers there are"
-                )
             if now - self._since[node.worker] >= seconds:
                 return WorkerLostError(
-                    f"{self._describe(node.worker)} has been {trouble[node.worker]} for "
-                    f"{seconds:g} s, and {_name(node)} is pinned to it. "
+                    f"{self.session.describe(node.worker)} has been {trouble[node.worker]} for "
+                    f"{seconds:g} s, and {node.label} is pinned to it. "
                     + (_START_ONE if gone else _GIVE_MEMORY)
                 )
         return None
 
-    def _describe(self, address: str) -> str:
-        name = self._session.names.get(address, address)
-        return f"worker {name} at {address}" if name != address else f"worker {name}"
+
+def _is_stateless(node: Node) -> bool:
+    """Whether another process can run it, too: it needs no layers and no tapes."""
+    return isinstance(node, Call) and node.stage is None
 
 
 _START_ONE = (
@@ -174,10 +205,6 @@ _GIVE_MEMORY = (
     "Dask pauses a worker whose memory is nearly full: give the workers more memory, spread the "
     "model over more of them, or take smaller batches"
 )
-
-
-def _name(node: Node) -> str:
-    return repr(node.key.partition("-")[0])
 
 
 def _unfinished(targets: Sequence[Node]) -> set[Node]:

@@ -28,6 +28,11 @@ def new_key(action: str, name: str = "") -> str:
     return f"{label.replace('-', '_').replace(' ', '_')}-{uuid.uuid4().hex}"
 
 
+def label_of(key: str) -> str:
+    """A task, for a message: the prefix of its key."""
+    return repr(key.partition("-")[0])
+
+
 def versions(value: Any) -> list[int | None]:
     """How often each tensor was written in place; inference tensors do not count it."""
     return [None if t.is_inference() else t._version for t in tensors(value)]
@@ -39,6 +44,9 @@ class Draw(NamedTuple):
     seed: int
     step: int
     microbatch: int
+
+    def __str__(self) -> str:
+        return f"microbatch {self.microbatch} of step {self.step}"
 
 
 class Node(Opaque):
@@ -71,6 +79,11 @@ class Node(Opaque):
     def inputs(self) -> Sequence[Node]:
         """The nodes whose values this one takes, in order."""
         return ()
+
+    @property
+    def label(self) -> str:
+        """The task, for a message."""
+        return label_of(self.key)
 
     @property
     def needs_grad(self) -> bool:
@@ -255,6 +268,12 @@ class Call(Node):
         self.rank = rank
         self.peers: tuple[str, ...] = ()
 
+    @property
+    def label(self) -> str:
+        if self.rank is not None:
+            return str(self.rank)
+        return label_of(self.key) + ("" if self.draw is None else f" in {self.draw}")
+
     def append(self, step: tuple[int, str, str], inputs: Sequence[Node], extras: bytes) -> None:
         """One more step, which takes these inputs beside the output so far."""
         self.steps = (*self.steps, step)
@@ -326,6 +345,11 @@ class Pullback(Node):
         self.weight: Node | None = None
         self.accumulate: dict[str, tuple[Node, ...]] = {}
         self.peers: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        draw = self.call.draw
+        return label_of(self.key) + ("" if draw is None else f" in {draw}")
 
     @property
     def inputs(self) -> Sequence[Node]:
@@ -421,6 +445,11 @@ class StageCall(Node):
         self.action = action
         self.arguments = arguments
         self.after = tuple(after)
+
+    @property
+    def label(self) -> str:
+        step = self.arguments.get("step")
+        return label_of(self.key) + ("" if step is None else f" of step {step}")
 
     @property
     def inputs(self) -> Sequence[Node]:

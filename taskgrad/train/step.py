@@ -52,6 +52,8 @@ class Step:
     settles: list[Node]
     elsewhere: list[Node] = field(default_factory=list)
     """What runs on workers that have no stage: calls behind the batch."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """What to call the tasks in messages, by their keys."""
 
     @property
     def targets(self) -> list[Node]:
@@ -63,6 +65,8 @@ class Step:
         stages = {stage.worker for stage in self.last}
         for node in ancestors(self.targets):
             node.awaits = ()
+            if isinstance(node, Call | StageCall):
+                self.labels[node.key] = node.label
             if node.worker is not None and node.worker not in stages:
                 self.elsewhere.append(node)
         for node in self.targets:
@@ -104,7 +108,8 @@ def build(
         [*losses, *weights, *prepares],
     )
     last, settles = _finish(chain, number, settings, prepares, update=update)
-    return Step(number, report, last, settles)
+    labels = {p.key: p.label for part in parts for p in part.pullbacks.values()}
+    return Step(number, report, last, settles, labels=labels)
 
 
 def _finish(

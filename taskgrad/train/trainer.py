@@ -359,7 +359,12 @@ class Trainer(Resumable):
             first = self._running[0]
             try:
                 made = first.made
-                error = wait_for(made.targets, self.chain._session, behind=made.elsewhere)
+                error = wait_for(
+                    made.targets,
+                    self.chain._session,
+                    behind=made.elsewhere,
+                    labels=made.labels,
+                )
                 if error is not None:
                     raise error
                 [report] = values_of([made.report], self.chain._session)

@@ -103,7 +103,7 @@ def _kind(error: BaseException) -> str:
 
 
 def _when(draw: Draw | None) -> str:
-    return "" if draw is None else f" in microbatch {draw.microbatch} of step {draw.step}"
+    return "" if draw is None else f" in {draw}"
 
 
 def _ending(error: BaseException) -> str:

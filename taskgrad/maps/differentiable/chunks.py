@@ -60,6 +60,10 @@ class Chunk(Node):
         self.alone = alone
 
     @property
+    def label(self) -> str:
+        return f"items {self.start} to {self.stop - 1} of the map of {self.work.title!r}"
+
+    @property
     def inputs(self) -> Sequence[Node]:
         return (self.shared, self.items)
 

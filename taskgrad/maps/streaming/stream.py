@@ -243,8 +243,9 @@ class Stream:
                 raise WorkerLostError(
                     f"{items} were on {error.allowed_failures + 1} workers one after the other, "
                     f"and each died; the last was {error.last_worker.address}. Look at the "
-                    "workers' logs: an item may need too much memory, or end the process. (Dask's "
-                    "setting distributed.scheduler.allowed-failures)"
+                    "workers' logs: an item may need too much memory, or end the process "
+                    "(os._exit, os.abort). Dask's setting "
+                    "distributed.scheduler.allowed-failures says how many it may take"
                 ) from error
             raise TaskgradError(f"{items} could not be run: {error}") from error
         if sent.attempts < _ATTEMPTS and sent.scattered:
