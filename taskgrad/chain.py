@@ -12,6 +12,7 @@ from torch import nn
 
 from taskgrad.arguments import flag, whole
 from taskgrad.cluster.session import WorkerSpec, session
+from taskgrad.executors.between_steps import between_steps
 from taskgrad.executors.futures import run, values_of
 from taskgrad.executors.installing import install
 from taskgrad.executors.keeping import all_or_nothing
@@ -146,11 +147,10 @@ class GraphChain(Lazy):
         first: dict[int, int] = {}
         self._same_as = [first.setdefault(id(m), i) for i, m in enumerate(flat.modules)]
         self._mode: bool | None = None
-        self._trained_by: Any = None  # a weak reference to the Trainer or Optimizer, if any
         self._stages: dict[str, Stage] = {}
-        chain = ChainRef(self._title)
+        self._ref = ChainRef(self._title)
         for address in dict.fromkeys(workers):
-            self._stages[address] = Stage(chain, new_key("stage", self._title), address)
+            self._stages[address] = Stage(self._ref, new_key("stage", self._title), address)
         self._stage_of = [self._stages[address] for address in workers]
         self._by_name = {layer.name: layer for layer in reversed(self._layers)}
         self._trainable = self._trainable_by_layer()
@@ -265,8 +265,9 @@ class GraphChain(Lazy):
         return self.train(False)
 
     def zero_grad(self) -> None:
-        """Drop the gradients on the workers."""
-        self._on_stages("zero_grad")
+        """Drop the gradients on the workers; those of a trainer's steps when these are done."""
+        with between_steps((), [self._ref]):
+            self._on_stages("zero_grad")
 
     def grads(self) -> dict[str, Thunk]:
         """The accumulated gradient of each trainable parameter: thunks of tensors, or of None."""
@@ -293,8 +294,17 @@ class GraphChain(Lazy):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Parameters and persistent buffers by the model's own names, as copies on the driver."""
-        states = self._on_stages("state")
+        """Parameters and persistent buffers by the model's own names, as copies on the driver.
+
+        Waits for the steps of a trainer that are on their way.
+
+        Raises
+        ------
+        LayerError, WorkerLostError
+            Such a step failed, or a worker is gone.
+        """
+        with between_steps((), [self._ref]):
+            states = self._on_stages("state")
         by_index = {i: state for part in states for i, state in part.items()}
         return {
             f"{layer.name}.{key}" if layer.name else key: value
@@ -304,6 +314,8 @@ class GraphChain(Lazy):
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
         """Load parameters and buffers by the model's own names into the workers.
+
+        Waits for the steps of a trainer that are on their way.
 
         Raises
         ------
@@ -345,14 +357,16 @@ class GraphChain(Lazy):
             )
             for stage, states in split.items()
         ]
-        with all_or_nothing(split, self._session):
+        with between_steps((), [self._ref]), all_or_nothing(split, self._session):
             run(loads, self._session)
         return IncompatibleKeys(missing, extra)
 
     def to_module(self) -> nn.Module:
         """The user's own module again, with the weights, buffers and mode of now."""
         modules: dict[int, Any] = {}
-        for data, tensors in self._on_stages("fetch", mode=self._mode):
+        with between_steps((), [self._ref]):
+            fetched = self._on_stages("fetch", mode=self._mode)
+        for data, tensors in fetched:
             modules |= pack.unpack(data, tensors, own=True)
         layers = [modules[i] for i in self._same_as]
         model = rebuild_model(self._skeleton, layers, self._tensors.values())

@@ -190,3 +190,12 @@ def test_unbound_axis_names(four):
         with pytest.raises(tg.LayerError, match="unbound axis name: 'i'") as caught:
             tg.pmap(lambda x: tg.psum(x, "i"), axis_name=name, client=four)(torch.ones(2))
         assert isinstance(caught.value.__cause__, NameError)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_mean_of_short_floats_is_torchs(client, dtype):
+    """Their sum overflows; torch.mean adds up in float32."""
+    x = torch.tensor([[60000.0, 1.1], [50000.0, 2.3]], dtype=dtype)
+    mean = tg.pmap(lambda row: tg.pmean(row, "i"), axis_name="i")(x)
+    assert torch.equal(mean, x.mean(0).expand(2, 2))
+    assert mean.dtype == dtype

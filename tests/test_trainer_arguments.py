@@ -62,6 +62,8 @@ BAD = [
     *(("checkpoint", v, ValueError) for v in ("sometimes", None, True, ["always"], nn.ReLU)),
     *(("checkpoint", v, TypeError) for v in (lambda name: "yes", lambda name: None)),
     *(("param_groups", v, TypeError) for v in ([{"lr": 1}], "*.bias", {"*": 0.1}, {3: {}})),
+    ("param_groups", {"*.bias": {"weight_decy": 0.1}}, ValueError),
+    ("param_groups", {"*.bias": {"lr": 0.1}, "*": {"betas": (0.9, 0.99)}}, ValueError),
     *(("lr_scheduler", v, TypeError) for v in (3, "StepLR", StepLR(SGD(net().parameters()), 1))),
     *(("loss_fn", v, TypeError) for v in (nn.CrossEntropyLoss, None, "mse", torch.Tensor)),
     *(("optimizer", v, TypeError) for v in (None, "SGD", SGD(net().parameters()), nn.Linear)),
@@ -174,6 +176,9 @@ OK = [(X, Y)]
         ({"epochs": True}, TypeError, "epochs is a whole number"),
         ({"epochs": "3"}, TypeError, "epochs is a whole number"),
         ({"epochs": None}, TypeError, "epochs is a whole number"),
+        ({"epochs": 2, "val_loader": iter([(X, Y)])}, ValueError, "an earlier epoch used up"),
+        ({"val_loader": []}, ValueError, "val_loader is empty"),
+        ({"val_loader": [X]}, ValueError, "val_loader yields pairs"),
         ({"progress": "no"}, TypeError, "progress is True or False"),
         ({"metrics": [F.l1_loss]}, TypeError, "metrics has functions by name"),
         ({"metrics": F.l1_loss}, TypeError, "metrics has functions by name"),
@@ -250,3 +255,44 @@ def test_a_closed_client(fresh, tmp_path):
         with pytest.raises(tg.TaskgradError, match="client is closed|lost part of its model"):
             call()
     assert losses[0].item() > 0
+
+
+ITERATORS = [iter, zip, enumerate, lambda xs: (x for x in xs), lambda xs: map(tuple, xs)]
+
+
+@pytest.mark.parametrize("made", [*ITERATORS, lambda xs: iter(torch.utils.data.DataLoader(xs))])
+def test_an_iterator_gives_batches_for_one_epoch(client, chain, made):
+    trainer = tg.Trainer(chain, MSE, SGD)
+    with pytest.raises(ValueError, match="an iterator that an earlier epoch used up"):
+        trainer.fit(made(OK), 2, progress=False)
+    assert trainer.steps == 0
+
+
+class Again:
+    """An iterator that begins anew, as loaders of others do."""
+
+    def __iter__(self):
+        self.left = 2
+        return self
+
+    def __next__(self):
+        if not self.left:
+            raise StopIteration
+        self.left -= 1
+        return X, Y
+
+
+def test_an_iterator_that_begins_anew_gives_batches_for_every_epoch(client, chain):
+    trainer = tg.Trainer(chain, MSE, SGD)
+    assert len(trainer.fit(Again(), 2, progress=False)) == 2
+    assert trainer.steps == 4
+
+
+class Scaled(torch.optim.SGD):
+    """Reads an option of groups that it has no default for."""
+
+
+def test_an_optimizer_of_ones_own_may_read_other_options(client, chain):
+    tg.Trainer(chain, MSE, partial(Scaled, lr=0.1), param_groups={"*.bias": {"lr_scale": 0.5}})
+    with pytest.raises(ValueError, match="did you mean 'momentum'"):
+        tg.Trainer(chain, MSE, partial(Scaled, lr=0.1), param_groups={"*": {"momentun": 0.5}})

@@ -279,6 +279,7 @@ def test_an_iterator_is_used_up_after_one_epoch(client):
     trainer = tg.Trainer(chain, F.cross_entropy, ADAMW)
     with pytest.raises(ValueError, match="an iterator that an earlier epoch used up"):
         trainer.fit(iter(ok), epochs=2, progress=False)
+    assert trainer.steps == 0
 
 
 class Slow(nn.Module):

@@ -169,6 +169,7 @@ SCHEDULERS = {
     "none": (lambda optimizer: None, tg.LayerError, "it gave a NoneType"),
     "a class": (lambda optimizer: StepLR, tg.LayerError, "it gave the class StepLR"),
     "without its arguments": (StepLR, tg.LayerError, "step_size"),
+    "the optimizer itself": (lambda optimizer: optimizer, tg.LayerError, "it gave a SGD"),
     "no scheduler": (lambda optimizer: optimizer.param_groups, tg.LayerError, "it gave a list"),
     "of another": (other_optimizers, tg.LayerError, "is of another optimizer"),
     "of another, inside": (Holds, tg.LayerError, "is of another optimizer"),

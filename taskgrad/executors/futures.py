@@ -19,6 +19,7 @@ from taskgrad.cluster import inputs, internals
 from taskgrad.cluster.nested import refuse_deadlock
 from taskgrad.cluster.session import Session, check_open
 from taskgrad.errors import CotangentError, TaskgradError
+from taskgrad.executors.between_steps import between_steps
 from taskgrad.executors.lowering import lower, order_inputs, plain_value, resolve
 from taskgrad.executors.watching import failure, gather, wait_for
 from taskgrad.graph.copies import own_copy
@@ -100,6 +101,8 @@ def graph_of(node: Node, session: Session | None) -> HighLevelGraph:
     nodes = missing([node])
     if session is not None:
         assign(nodes, session)
+    with between_steps(nodes):
+        pass  # Dask submits them when it likes
     done: dict[Any, Any] = {n.key: n.result for n in _used(nodes) if n.result is not None}
     target = resolve(node)
     if target.result is not None:
@@ -126,9 +129,10 @@ def submit(targets: Sequence[Node], session: Session) -> list[Node]:
         return []
     assign(nodes, session)
     try:
-        _scatter(nodes, session, _SCATTER_BYTES)
-        work = [n for n in nodes if not isinstance(n, Leaf | Primal)]
-        _persist(work, work, session, ordered=False)
+        with between_steps(nodes):
+            _scatter(nodes, session, _SCATTER_BYTES)
+            work = [n for n in nodes if not isinstance(n, Leaf | Primal)]
+            _persist(work, work, session, ordered=False)
     except BaseException:
         forget(nodes)
         raise

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from taskgrad.graph.objects import Opaque
@@ -148,10 +148,18 @@ class Primal(Node):
 
 
 class ChainRef:
-    """What tells the stages of one chain from those of another: its title, and identity."""
+    """What tells the stages of one chain from those of another: its title, and identity.
+
+    `trained_by` gives the Trainer or Optimizer that works with them, None if there is none now.
+    """
 
     def __init__(self, title: str) -> None:
         self.title = title
+        self.trained_by: Callable[[], Any] = _nothing
+
+
+def _nothing() -> None:
+    """No trainer was ever made."""
 
 
 class Stage:

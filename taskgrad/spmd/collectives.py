@@ -71,8 +71,25 @@ def pmean(x: Any, axis_name: Hashable, *, axis_index_groups: Groups = None) -> A
     tensor([2., 2.])
     """
     size = axis_size(axis_name)
-    total = _reduce(Sum(), x, axis_name, axis_index_groups, title="pmean")
-    return map_leaves(lambda leaf: leaf if leaf is None else leaf / size, total)
+    # As torch.mean: a sum of 16-bit numbers may be larger than any of them can be.
+    dtypes = iter([getattr(leaf, "dtype", None) for leaf in flatten(x)[0]])
+    wide = map_leaves(lambda leaf: leaf.float() if _is_short(leaf) else leaf, x)
+    total = _reduce(Sum(), wide, axis_name, axis_index_groups, title="pmean")
+
+    def mean(leaf: Any) -> Any:
+        dtype = next(dtypes)
+        if leaf is None:
+            return None
+        return (leaf / size).to(dtype) if dtype in _SHORT else leaf / size
+
+    return map_leaves(mean, total)
+
+
+_SHORT = (torch.float16, torch.bfloat16)
+
+
+def _is_short(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.dtype in _SHORT
 
 
 def pmax(x: Any, axis_name: Hashable, *, axis_index_groups: Groups = None) -> Any:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from taskgrad.arguments import shown
 from taskgrad.graph.pytree import flatten
+from taskgrad.train.data import pair
 
 
 def check_dims(**dims: Any) -> None:
@@ -102,6 +106,31 @@ def check_loader(name: str, loader: Any) -> None:
             f"{name} is something to iterate over, such as a DataLoader or a list of pairs "
             f"(inputs, targets); got {shown(loader)}"
         )
+
+
+def check_epochs(epochs: int, **loaders: Any) -> None:
+    """Raise ValueError if a loader that gives its batches once is to give them in every epoch."""
+    for name, loader in loaders.items():
+        if epochs > 1 and _gives_once(loader):
+            raise ValueError(
+                f"{name} is a {type(loader).__name__}, in epoch 2 an iterator that an earlier "
+                "epoch used up. Give something that can be iterated over again, such as a "
+                "DataLoader or a list; or fit for one epoch"
+            )
+        if epochs and name == "val_loader" and isinstance(loader, Sequence):
+            if not len(loader):
+                raise ValueError("val_loader is empty: there is nothing to evaluate on")
+            for item in loader if isinstance(loader, list | tuple) else ():
+                pair(item, "val_loader")
+
+
+def _gives_once(loader: Any) -> bool:
+    """Whether this is an iterator that cannot begin anew, as one of a user's class may."""
+    if not isinstance(loader, Iterator):
+        return False
+    begin = type(loader).__iter__
+    own = inspect.isfunction(begin) and begin is not Iterator.__iter__
+    return not own or isinstance(loader, _BaseDataLoaderIter)
 
 
 def _iterable(value: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from taskgrad.chain import GraphChain
+from taskgrad.executors.between_steps import between_steps
 from taskgrad.executors.keeping import all_or_nothing
 from taskgrad.graph.weights import path_of, read_index
 from taskgrad.train.contents import on_stages
@@ -120,7 +121,11 @@ class Resumable:
         checks = {s: {"folder": folder, "files": need["files"]} for s, need in needs.items()}
         on_stages(chain, "check", checks)
         loads = {stage: {"folder": folder, **need} for stage, need in needs.items()}
-        with keeping_owner(chain), all_or_nothing(needs, chain._session):
+        with (
+            between_steps((), [chain._ref]),
+            keeping_owner(chain),
+            all_or_nothing(needs, chain._session),
+        ):
             trainer: Any = cls(chain, loss_fn, optimizer, **options)  # type: ignore[call-arg]
             on_stages(chain, "load", loads)
         trainer.steps = index["step"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import functools
 import inspect
@@ -71,6 +72,32 @@ def example_of(
             "that the function is given: lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
         )
     return made, parameter
+
+
+# Options that torch's schedulers and checkpoints put into groups.
+_BESIDE = frozenset({"initial_lr", "max_lr", "min_lr", "swa_lr", "name"})
+
+
+def check_group_options(
+    patterns: Mapping[str, Mapping[str, Any]], example: torch.optim.Optimizer
+) -> None:
+    """Raise ValueError for an option that this kind of optimizer does not read.
+
+    An optimizer that is not torch's own may read options that it has no default for; there only
+    what looks like a mistyped option is refused.
+    """
+    known = example.defaults.keys() | example.param_groups[0].keys()
+    own = type(example).__module__.startswith("torch.")
+    for pattern, options in patterns.items():
+        for option in options.keys() - known - _BESIDE:
+            close = difflib.get_close_matches(str(option), known, n=1, cutoff=0.8)
+            if own or close:
+                meant = f" (did you mean {close[0]!r}?)" if close else ""
+                raise ValueError(
+                    f"param_groups[{pattern!r}] has an option {option!r}, which "
+                    f"{type(example).__name__} does not read{meant}; it has "
+                    f"{', '.join(sorted(known - {'params'}))}"
+                )
 
 
 def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:

@@ -23,25 +23,25 @@ def acquire_ownership(chain: GraphChain, owner: Any) -> Iterator[None]:
     if hasattr(before, "wait"):
         with contextlib.suppress(TaskgradError):  # a failed step's: raised when its loss is read
             before.wait()
-    elif before is None and chain._trained_by is not None:
+    elif before is None and isinstance(chain._ref.trained_by, weakref.ref):
         recover(chain)
     yield
-    chain._trained_by = weakref.ref(owner)
+    chain._ref.trained_by = weakref.ref(owner)
 
 
 @contextlib.contextmanager
 def keeping_owner(chain: GraphChain) -> Iterator[None]:
     """If what is done meanwhile raises, the one that trains the chain is the one from before."""
-    before = chain._trained_by
+    before = chain._ref.trained_by
     try:
         yield
     except BaseException:
-        chain._trained_by = before
+        chain._ref.trained_by = before
         raise
 
 
 def _owner_of(chain: GraphChain) -> Any:
-    return None if chain._trained_by is None else chain._trained_by()
+    return chain._ref.trained_by()
 
 
 def check_owner(chain: GraphChain, owner: Any) -> None:

@@ -27,6 +27,7 @@ from taskgrad.train.checking import (
     check_chooser,
     check_compile,
     check_dims,
+    check_epochs,
     check_limits,
     check_loader,
     check_metrics,
@@ -39,6 +40,7 @@ from taskgrad.train.factories import (
     adds_up,
     attributes_of,
     check_counts,
+    check_group_options,
     check_scheduler,
     example_of,
     packed_loss,
@@ -183,7 +185,8 @@ class Trainer(Resumable):
         make_schedule, recompute = maker_of(schedule), recompute_rule(checkpoint)
         check_chooser(checkpoint, chain.placement.column("layer"))
         dtype = precision(amp)
-        example_of(optimizer, attributes_of(chain._tensors.values()))
+        example, _ = example_of(optimizer, attributes_of(chain._tensors.values()))
+        check_group_options(param_groups or {}, example)
         loss, loss_kind = packed_loss(loss_fn)
         trainable = [n for n, info in chain.named_parameters_info() if info.requires_grad]
         if not trainable:
@@ -217,7 +220,7 @@ class Trainer(Resumable):
         )
         self._call_lock = CallLock(self._notify)
         self._running: deque[StepLoss] = deque()
-        self._reading: WeakSet[Node] = WeakSet()  # batches that are evaluated or predicted
+        self._reading: WeakSet[Node] = WeakSet()  # what uses the model, not in a step
         self._last: Step | None = None  # the next step waits for it on the workers
         self._chained = 0
         self._unsettled = False  # a step was interrupted, and is yet to be taken back
@@ -315,6 +318,13 @@ class Trainer(Resumable):
             try:
                 launch(made.targets, self.chain._session)
             except BaseException as error:
+                if isinstance(error, Exception) and not isinstance(error, TaskgradError | OSError):
+                    self._running.pop()  # it was not submitted; the steps before it go on
+                    error.add_note(
+                        f"The batch of step {self.steps} cannot be sent to the workers; nothing "
+                        "of this step was submitted, and steps before it are not affected."
+                    )
+                    raise
                 self._give_up(error)
                 raise
             made.let_go()
@@ -338,6 +348,18 @@ class Trainer(Resumable):
             if self._last is not None:
                 forget(self._last.targets)
                 self._last, self._chained = None, 0
+
+    @contextlib.contextmanager
+    def _between_steps(self, users: Iterable[Node]) -> Iterator[None]:
+        """Let these nodes, which use the chain's layers, run after this step and before the next.
+
+        They are submitted in this.
+        """
+        with self._turn():
+            if self._broken is None and (self._running or self._unsettled):
+                self.wait()
+            yield
+            self._reading.update(users)
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
         """Let one thread at a time do this."""
@@ -378,7 +400,7 @@ class Trainer(Resumable):
             self._call_lock.notify_later(first)
 
     def _let_reads_end(self) -> None:
-        """Have batches that are evaluated or predicted pass the model before it changes."""
+        """Have what uses the model, as an evaluation does, pass it before it changes."""
         reading = [node for node in self._reading if node.result is not None]
         if reading:
             wait_for(reading, self.chain._session)  # who takes the values hears of errors
@@ -470,13 +492,15 @@ class Trainer(Resumable):
             An argument is of another kind; nothing is trained then.
         ValueError
             `epochs` is negative; or the loader is empty in the first epoch or a later one, or
-            yields something else than pairs. Or the scheduler needs a metric, and there is no
-            `val_loader`.
+            yields something else than pairs; or one of the loaders is an iterator, which gives its
+            batches once, and there are more epochs. Or the scheduler needs a metric, and there is
+            no `val_loader`.
         """
         check_loader("loader", loader)
         if val_loader is not None:
             check_loader("val_loader", val_loader)
-        whole("epochs", epochs, least=0)
+        epochs = whole("epochs", epochs, least=0)
+        check_epochs(epochs, loader=loader, val_loader=val_loader)
         flag("progress", progress)
         return loops.fit(self, loader, epochs, val_loader, check_metrics(metrics), progress)
 

@@ -77,7 +77,8 @@ def make_scheduler(
         The scheduler is of another optimizer.
     """
     made = factory(optimizer)
-    if isinstance(made, type) or not callable(getattr(made, "step", None)):
+    steps = not isinstance(made, type | torch.optim.Optimizer)
+    if not steps or not callable(getattr(made, "step", None)):
         raise TypeError(
             "lr_scheduler is a function that makes a scheduler from an optimizer; on worker "
             f"{address} it gave {_kind(made)}"

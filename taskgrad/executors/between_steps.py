@@ -1,0 +1,42 @@
+"""What uses a chain's layers from outside its training runs between two steps, not within one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from taskgrad.graph.nodes import Call, ChainRef, Node, Pullback, Stage
+from taskgrad.graph.reads import Bundle, StoredGrad
+
+
+@contextmanager
+def between_steps(nodes: Sequence[Node], chains: Iterable[ChainRef] = ()) -> Iterator[None]:
+    """While nodes are submitted that use the layers of these chains, or of their own.
+
+    Steps of a trainer that are on their way end first, and later ones wait for these nodes: else a
+    value would be of one step on one worker, and of another step on another.
+
+    Raises
+    ------
+    LayerError, WorkerLostError
+        Such a step failed.
+    """
+    used: dict[ChainRef, list[Node]] = {chain: [] for chain in chains}
+    for node in nodes:
+        for stage in _stages_of(node):
+            used.setdefault(stage.chain, []).append(node)
+    with ExitStack() as entered:
+        for chain, users in used.items():
+            trainer: Any = chain.trained_by()
+            if hasattr(trainer, "_between_steps"):
+                entered.enter_context(trainer._between_steps(users))
+        yield
+
+
+def _stages_of(node: Node) -> Iterator[Stage]:
+    """The stages whose layers or gradients a node uses."""
+    for part in node.reads if isinstance(node, Bundle) else (node,):
+        call = part.call if isinstance(part, Pullback) else part
+        if isinstance(call, Call | StoredGrad) and call.stage is not None:
+            yield call.stage
