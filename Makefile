@@ -27,8 +27,8 @@ train: setup ## train the example network: make train ARGS='--help'
 train-gpt: setup ## train the example GPT, and let it write: make train-gpt ARGS='--steps 2000'
 	$(BIN)/python examples/train_gpt.py $(ARGS)
 
-test: setup ## run the tests: make test ARGS='-k vjp'
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## run the tests, two files at a time: make test ARGS='-k vjp'
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup ## check style, types and which module imports which
 	$(BIN)/ruff check .
