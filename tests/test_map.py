@@ -896,7 +896,7 @@ def test_bad_arguments(client, over):
         run(abs, 3)
     with pytest.raises(ValueError, match="chunksize is at least 1; got 0"):
         run(abs, [1], chunksize=0)
-    with pytest.raises(TypeError, match="chunksize is a whole number; got float"):
+    with pytest.raises(TypeError, match="chunksize is a whole number; got 1.5"):
         run(abs, [1], chunksize=1.5)
     with pytest.raises(TypeError, match="seed is a whole number; got str"):
         run(abs, [1], seed="a")

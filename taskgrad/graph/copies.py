@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from taskgrad.graph.pytree import flatten, map_leaves
 
@@ -39,6 +40,8 @@ def has_unwatched(value: Any) -> bool:
 
 def _is_unwatched(leaf: Any) -> bool:
     if type(leaf) is not torch.Tensor or leaf.layout is not torch.strided:
+        return False
+    if is_functorch_wrapped_tensor(leaf):  # has no storage; whoever makes the call refuses it
         return False
     return leaf.device.type == "cpu" and not leaf.untyped_storage().resizable()
 
