@@ -898,7 +898,7 @@ def test_bad_arguments(client, over):
         run(abs, [1], chunksize=0)
     with pytest.raises(TypeError, match="chunksize is a whole number; got 1.5"):
         run(abs, [1], chunksize=1.5)
-    with pytest.raises(TypeError, match="seed is a whole number; got str"):
+    with pytest.raises(TypeError, match="seed is a whole number; got 'a'"):
         run(abs, [1], seed="a")
     with pytest.raises(ValueError, match="reduce is one of 'sum', 'mean'|reduce is one of None"):
         run(abs, [1], reduce="max")
