@@ -83,7 +83,8 @@ class Trainer(Resumable):
         which it has to be over.
     microbatches : int
         How many slices a batch is cut into, as ``torch.tensor_split`` does; fewer if it has fewer
-        samples. A microbatch counts by its share of the samples.
+        samples. A microbatch counts by its share of the samples: a loss whose mean is over
+        something else (``ignore_index``, class weights) is then not that of the whole batch.
     schedule : {"1f1b", "gpipe"} or callable
         The order of forwards and backwards; or what makes a `taskgrad.plan.schedule.Schedule` from
         a ``Pipeline`` and the number of microbatches.
