@@ -81,7 +81,7 @@ def test_a_worker_process_that_dies_at_once_is_told_with_its_status(tmp_path):
     )
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) < 20
-    assert "TaskgradError: a worker process ended, status 7, before" in done.stderr
+    assert "TaskgradError: a worker process ended with status 7 before" in done.stderr
 
 
 def test_a_script_from_standard_input_works(tmp_path):

@@ -276,7 +276,7 @@ def test_a_cancelled_chunk_stops_between_its_items(client: Client, tmp_path: Any
     def mark(i: int) -> int:
         if i >= 50:
             (tmp_path / str(i)).touch()
-            time.sleep(0.02)
+            time.sleep(0.1)
         return i
 
     results = tg.imap(mark, range(5000), chunksize=50, client=client)

@@ -67,6 +67,10 @@ def test_a_value_is_read_from_the_drivers_memory_and_is_the_workers_own(ours):
     assert borrowed(client, b) == before[1]
 
 
+def _held_keys(client):
+    return {key for held in client.has_what().values() for key in held}
+
+
 @needs_others
 def test_what_several_workers_take_each_of_them_reads_itself(ours):
     client, workers = ours
@@ -83,8 +87,9 @@ def test_what_several_workers_take_each_of_them_reads_itself(ours):
     assert torch.equal(there[keys[0]].result(), shared)
     doubled = client.submit(lambda x, y: (x + y)[-1], *there.values(), workers=workers[:1])
     assert doubled.result() == COUNT
+    keys.append(doubled.key)
     del there, doubled
-    assert wait_until(lambda: not any(client.has_what().values()))
+    assert wait_until(lambda: not set(keys).intersection(_held_keys(client)))
 
 
 @needs_others

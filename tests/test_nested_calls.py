@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import time
 
 import dask
@@ -107,6 +108,8 @@ def test_a_chain_and_a_trainer_in_a_call(client):
     for grad, losses in tg.collect([tg.spawn(trains, worker=w) for w in (0, 1, 0)]):
         assert torch.equal(grad, expected[0])
         assert losses == expected[1]
+    client.run(gc.collect)
+    assert wait_until(lambda: not any(total_held(client).values()))
 
 
 def test_collect_in_plain_dask_tasks(client):

@@ -116,7 +116,8 @@ def _why(error: BaseException, ended: list[int]) -> str | None:
     if _UNGUARDED_STATUS in ended:
         return _GUARD_NEEDED
     if ended:
-        how = f"was killed by signal {-ended[0]}" if ended[0] < 0 else f"ended, status {ended[0]}"
+        status = ended[0]
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         return (
             f"a worker process {how} before it became a worker; what it printed is above. It first "
             'imports the script, except for the code under `if __name__ == "__main__":`'

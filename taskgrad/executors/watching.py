@@ -18,7 +18,7 @@ from distributed import Future, KilledWorker
 from taskgrad.cluster import nested, waiting
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.session import Session, check_open
-from taskgrad.errors import TaskgradError, WorkerLostError
+from taskgrad.errors import TapeError, TaskgradError, WorkerLostError
 from taskgrad.executors.lost import needs_layers, worker_lost, workers_killed
 from taskgrad.executors.lowering import order_inputs
 from taskgrad.graph.nodes import Call, Node, label_of
@@ -141,7 +141,8 @@ class _Watch:
     def failed(self) -> BaseException | None:
         """Why one of the targets has failed; None if none has."""
         error = next(filter(None, map(failure, self.targets)), None)
-        if type(error) is WorkerLostError:
+        # A backward that Dask runs again, as its result was lost, finds no tape.
+        if isinstance(error, WorkerLostError | TapeError):
             return self._lost_with_worker(self._all()) or error
         return error
 
