@@ -344,6 +344,26 @@ def test_what_would_lose_gradients_is_refused_by_name(client, x, kind):
         assert words in str(refused.value)
 
 
+def test_a_value_that_is_nested_too_deeply_is_refused(client, x):
+    def nested(value, depth):
+        for _ in range(depth):
+            value = [value]
+        return value
+
+    def innermost(value):
+        while isinstance(value, list):
+            [value] = value
+        return value
+
+    assert_same(tg.collect(tg.spawn(innermost, nested(x, 200))), x)
+    assert_same(innermost(tg.collect(tg.spawn(nested, x, 200))), x)
+    for call in (tg.spawn, lambda fn, value: tg.map(fn, [value])):
+        with pytest.raises(tg.TravelError, match="is nested too deeply"):
+            call(innermost, nested(x, 5000))
+    with pytest.raises(tg.TaskgradError, match="is nested too deeply"):
+        tg.collect(tg.spawn(nested, x, 5000))
+
+
 def test_what_holds_no_gradient_passes_as_it_is(client, x):
     """Hidden tensors too, where none is to take a gradient."""
     hidden = tg.collect(tg.spawn(Hides, x, x))

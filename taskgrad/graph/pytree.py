@@ -9,6 +9,7 @@ structure (`taskgrad.graph.objects`). Only tensors carry gradients.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from taskgrad.errors import CotangentError
+from taskgrad.errors import CotangentError, TravelError
 from taskgrad.graph import objects
 from taskgrad.graph.objects import Opaque
 
@@ -237,12 +238,19 @@ def flatten(tree: Any, holds: Holds = holds_inputs) -> tuple[Leaves, Structure]:
     Raises
     ------
     TravelError
-        Such an object keeps a tensor that requires grad out of its pickle.
+        Such an object keeps a tensor that requires grad out of its pickle. Or the value is nested
+        too deeply.
     """
     if type(tree) is Cotangents:
         return list(tree.leaves), tree.structure
     leaves: Leaves = []
-    return leaves, _flatten(tree, leaves, holds)
+    try:
+        return leaves, _flatten(tree, leaves, holds)
+    except RecursionError as error:
+        raise TravelError(
+            f"a value in a {type(tree).__name__} is nested too deeply to be sent: Python's "
+            f"recursion limit is {sys.getrecursionlimit()}. Give what it holds as a flat list"
+        ) from error
 
 
 def _flatten(value: Any, leaves: Leaves, holds: Holds) -> Structure:
