@@ -115,6 +115,15 @@ def test_hooks_on_all_modules_of_the_process_are_refused(client, x):
     tg.collect(chain(x))
 
 
+def test_an_attribute_computed_from_parameters_is_refused(client):
+    layer = nn.Linear(2, 2)
+    layer.doubled = layer.weight * 2
+    with pytest.raises(TypeError, match="attribute 'doubled' of a Linear was computed"):
+        tg.GraphChain(nn.Sequential(layer))
+    layer.doubled = layer.doubled.detach()
+    assert tg.GraphChain(nn.Sequential(layer)).to_module()[0].doubled.grad_fn is None
+
+
 def test_lazy_modules_are_refused_until_they_have_run(client, x):
     model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
     with pytest.raises(ValueError, match="'0.weight' is uninitialized.*run the model once"):

@@ -62,6 +62,16 @@ def _check_parts(module: nn.Module, where: str, prefix: str) -> None:
                 f"hooks travel with dense parameters, and this is a {type(tensor).__name__} of "
                 f"layout {tensor.layout}. Take the hooks off before the chain is made"
             )
+    for part in module.modules():
+        if part._forward_pre_hooks:  # as of weight norm, which computes such attributes anew
+            continue
+        for name, value in vars(part).items():
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                raise TypeError(
+                    f"{where} cannot be sent to a worker, because the attribute {name!r} of a "
+                    f"{type(part).__name__} was computed from other tensors: on the worker no "
+                    "gradient would reach those. Compute it in forward(), or detach() it"
+                )
 
 
 def unpicklable_beside(named: Iterable[tuple[str, Any]], *, hooks: bool) -> str | None:
