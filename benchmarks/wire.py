@@ -79,7 +79,7 @@ def home(client: Client, workers: list[str], count: int, ours: bool) -> float:
 
 
 def _registered() -> bool:
-    return "taskgrad.cluster.serialize" in sys.modules
+    return "taskgrad.cluster.wire.serialize" in sys.modules
 
 
 def _wait(client: Client, future: Any) -> None:

@@ -12,13 +12,16 @@ from torch import nn
 
 from taskgrad.arguments import flag, whole
 from taskgrad.cluster.session import WorkerSpec, session
+from taskgrad.display.graph import call_graph, html
+from taskgrad.display.table import MemoryRow, PlacementRow, Table
 from taskgrad.executors.between_steps import between_steps
+from taskgrad.executors.deploy import install
 from taskgrad.executors.futures import run, values_of
-from taskgrad.executors.installing import install
 from taskgrad.executors.keeping import all_or_nothing
 from taskgrad.executors.placing import check_device, place
+from taskgrad.formats.weights import check_state, find_weights
 from taskgrad.graph import pack
-from taskgrad.graph.hollow import from_factory, makings
+from taskgrad.graph.deferred_init import from_factory, makings
 from taskgrad.graph.layers import (
     Branches,
     Layer,
@@ -34,9 +37,6 @@ from taskgrad.graph.pytree import Slot
 from taskgrad.graph.reads import StoredGrad
 from taskgrad.graph.sending import check_process, is_parametrized, reached
 from taskgrad.graph.templates import template
-from taskgrad.graph.weights import check_state, find_weights
-from taskgrad.plan.drawing import call_graph, html
-from taskgrad.plan.table import MemoryRow, PlacementRow, Table
 from taskgrad.thunk import Inputs, Lazy, Thunk
 
 

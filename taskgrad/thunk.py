@@ -15,7 +15,7 @@ from dask.delayed import Delayed, delayed, single_key
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from torch import nn
 
-from taskgrad import bridge
+from taskgrad import autograd
 from taskgrad.arguments import flag
 from taskgrad.cluster.session import (
     Session,
@@ -24,9 +24,10 @@ from taskgrad.cluster.session import (
     current_session,
     session,
 )
+from taskgrad.display.graph import call_graph, html, nested
 from taskgrad.errors import TaskgradError
 from taskgrad.executors.backward import check_cotangent, remember, run_backward
-from taskgrad.executors.bundles import bundle_reads, carrier_of, value_from
+from taskgrad.executors.batched_reads import bundle_reads, carrier_of, value_from
 from taskgrad.executors.futures import drop_tapes, graph_of, run_with_buffers, values_of
 from taskgrad.executors.lowering import resolve
 from taskgrad.graph import pack
@@ -38,7 +39,6 @@ from taskgrad.graph.pytree import Slot, flatten, plain
 from taskgrad.graph.refusals import refuse_hidden, refuse_writing
 from taskgrad.graph.sending import check_process, is_parametrized, unpicklable_beside
 from taskgrad.graph.templates import template_of
-from taskgrad.plan.drawing import call_graph, html, nested
 
 
 class Lazy:
@@ -442,7 +442,7 @@ def collect(tree: Any) -> Any:
     for node, value in zip(nodes, values, strict=True):
         remember(node, value)
     if torch.is_grad_enabled():
-        values = bridge.attach(nodes, values, owner)
+        values = autograd.attach(nodes, values, owner)
     for i, value in zip(at, values, strict=True):
         leaves[i] = value
     return structure.build(leaves)

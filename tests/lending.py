@@ -13,37 +13,39 @@ import torch
 from distributed import Client
 
 from conftest import wait_until
-from taskgrad.cluster import cross_memory, loans
 from taskgrad.cluster.session import session
+from taskgrad.cluster.wire import leases, process_memory
 
 HERE, THERE = "tcp://127.0.0.1:1", "tcp://127.0.0.1:2"
 
 
 @contextmanager
-def lending(known: bool = True) -> Iterator[loans.Loan]:
+def lending(known: bool = True) -> Iterator[leases.Loan]:
     """A loan for the messages of this block; whether the receiver has shown that it can read."""
-    lender = loans.Lender(HERE)
+    lender = leases.Lender(HERE)
     if known:
         lender.readers.add(THERE)
     loan = lender.loan(THERE)
     assert loan is not None
-    loans._current.set(loan)
+    leases._current.set(loan)
     try:
         yield loan
     finally:
-        loans._current.set(None)
+        leases._current.set(None)
         loan.end(answered=True)
 
 
 def _can_read_others() -> bool:
     """Whether processes here can read each other: a child its parent no easier than a sibling."""
     with lending() as loan:
-        script = f"from taskgrad.cluster.loans import Seal; assert Seal{tuple(loan.seal)}.intact()"
+        script = (
+            f"from taskgrad.cluster.wire.leases import Seal; assert Seal{tuple(loan.seal)}.intact()"
+        )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     return done.returncode == 0
 
 
-needs_call = pytest.mark.skipif(not cross_memory.available(), reason="no process_vm_readv")
+needs_call = pytest.mark.skipif(not process_memory.available(), reason="no process_vm_readv")
 needs_others = pytest.mark.skipif(not _can_read_others(), reason="no reading of other processes")
 
 COUNT = 8_000_000  # floats: 32 MB
@@ -63,12 +65,12 @@ def equal(t: torch.Tensor, seed: int, maker: Any = make) -> bool:
 
 def borrowed(client: Client) -> dict[str, int]:
     """Bytes that each worker has read from another's memory."""
-    return client.run(loans.bytes_borrowed)
+    return client.run(leases.bytes_borrowed)
 
 
 def readers(client: Client, lender: str) -> list[str]:
     def look(dask_worker):
-        return sorted(loans._lenders[dask_worker].readers)
+        return sorted(leases._lenders[dask_worker].readers)
 
     return client.run(look, workers=[lender])[lender]
 

@@ -18,9 +18,10 @@ from torch import nn
 
 import taskgrad as tg
 from conftest import wait_until
-from taskgrad.cluster import allocator, internals
+from taskgrad.cluster import internals
+from taskgrad.cluster.tuning import malloc
 
-needs_glibc = pytest.mark.skipif(allocator._glibc() is None, reason="the C library is not glibc")
+needs_glibc = pytest.mark.skipif(malloc._glibc() is None, reason="the C library is not glibc")
 MIB = 2**20
 
 
@@ -100,13 +101,13 @@ def test_switched_off(observer):
 def test_kept_memory_goes_back_when_the_worker_is_short_of_it(observer):
     def short(dask_worker):
         before = internals.memory_used(dask_worker)
-        assert not allocator.relieve(dask_worker)
-        limit = allocator._RELIEF
-        allocator._RELIEF = 0
+        assert not malloc.relieve(dask_worker)
+        limit = malloc._RELIEF
+        malloc._RELIEF = 0
         try:
-            assert allocator.relieve(dask_worker)
+            assert malloc.relieve(dask_worker)
         finally:
-            allocator._RELIEF = limit
+            malloc._RELIEF = limit
         return before - internals.memory_used(dask_worker)
 
     with Client(observer.scheduler.address) as client:
@@ -127,28 +128,28 @@ class Other:
 def test_the_last_worker_of_a_process_restores(observer):
     def steps(dask_worker):
         other = Other()
-        assert allocator.apply(dask_worker)
-        assert allocator.apply(dask_worker)
-        assert allocator.apply(other)
-        found = [len(allocator._wanted_by)]
+        assert malloc.apply(dask_worker)
+        assert malloc.apply(dask_worker)
+        assert malloc.apply(other)
+        found = [len(malloc._wanted_by)]
         for worker in (other, other, dask_worker, dask_worker):
-            allocator.restore(worker)
-            found.append(len(allocator._wanted_by))
+            malloc.restore(worker)
+            found.append(len(malloc._wanted_by))
         return found, [k for k in dask_worker.periodic_callbacks if "taskgrad" in k]
 
     assert list(observer.run(steps).values()) == [([2, 1, 1, 0, 0], [])]
 
 
 def test_elsewhere_than_on_glibc_nothing_happens_and_is_said_once(monkeypatch, caplog):
-    monkeypatch.setattr(allocator, "_glibc", lambda: None)
-    allocator._say_that_nothing_happens.cache_clear()
+    monkeypatch.setattr(malloc, "_glibc", lambda: None)
+    malloc._say_that_nothing_happens.cache_clear()
     worker = SimpleNamespace(periodic_callbacks={})
     with caplog.at_level(logging.WARNING, logger="taskgrad"):
-        assert not allocator.apply(worker)
-        assert not allocator.apply(worker)
+        assert not malloc.apply(worker)
+        assert not malloc.apply(worker)
     assert len(caplog.records) == 1
     assert "not glibc" in caplog.text
-    assert not allocator.relieve(worker)
+    assert not malloc.relieve(worker)
     assert worker.periodic_callbacks == {}
 
 
@@ -170,7 +171,7 @@ TRIM, PAD, MMAP = -1, -2, -3
     ],
 )
 def test_what_is_restored_is_what_the_process_started_with(environment, expected):
-    assert allocator.values_before(environment) == expected
+    assert malloc.values_before(environment) == expected
 
 
 def test_threads_that_fit_and_threads_that_do_not(observer):
@@ -178,7 +179,7 @@ def test_threads_that_fit_and_threads_that_do_not(observer):
         before = torch.get_num_threads()
         torch.set_num_threads(n)
         try:
-            return allocator.check_threads(dask_worker)
+            return malloc.check_threads(dask_worker)
         finally:
             torch.set_num_threads(before)
 

@@ -18,8 +18,8 @@ from distributed.protocol import serialize_bytes, to_serialize
 from distributed.protocol.core import dumps, loads
 
 from lending import HERE, THERE, lending, needs_call, needs_others
-from taskgrad.cluster import cross_memory, loans
 from taskgrad.cluster import serialize as _family  # noqa: F401  registers it
+from taskgrad.cluster.wire import leases, process_memory
 
 MIB = 2**20
 COUNT = 8_000_000  # floats: 32 MB
@@ -32,24 +32,24 @@ COUNT = 8_000_000  # floats: 32 MB
 @pytest.mark.parametrize("sizes", [[5], [3, 9], [2 * MIB], [3 * MIB + 1, 7, 40 * MIB + 3]])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_every_byte_is_read(monkeypatch, sizes, threads):
-    monkeypatch.setattr(cross_memory, "_THREADS", threads)
+    monkeypatch.setattr(process_memory, "_THREADS", threads)
     sources = [np.random.randint(0, 256, n, np.uint8) for n in sizes]
     views = [memoryview(bytearray(n)) for n in sizes]
-    there = [cross_memory.address_of(s.data) for s in sources]
-    cross_memory.read(os.getpid(), list(zip(there, views, strict=True)))
+    there = [process_memory.address_of(s.data) for s in sources]
+    process_memory.read(os.getpid(), list(zip(there, views, strict=True)))
     for source, view in zip(sources, views, strict=True):
         assert bytes(view) == source.tobytes()
 
 
 @pytest.mark.parametrize("size", [1, 63, 4 * MIB, 5 * MIB + 3])
 def test_room_is_aligned_and_in_huge_pages_where_that_pays(size):
-    rooms = [cross_memory.room(size) for _ in range(3)]
+    rooms = [process_memory.room(size) for _ in range(3)]
     for room in rooms:
         assert room.nbytes == size
         assert not room.readonly
-        assert cross_memory.address_of(room) % 64 == 0
+        assert process_memory.address_of(room) % 64 == 0
         if size >= 4 * MIB and Path("/sys/kernel/mm/transparent_hugepage").exists():
-            assert "hg" in flags_at(cross_memory.address_of(room) + size // 2)
+            assert "hg" in flags_at(process_memory.address_of(room) + size // 2)
 
 
 def flags_at(address: int) -> list[str]:
@@ -70,8 +70,8 @@ def flags_at(address: int) -> list[str]:
 def test_more_pieces_than_one_call_takes():
     source = np.random.randint(0, 256, 3000, np.uint8)
     views = [memoryview(bytearray(1)) for _ in source]
-    first = cross_memory.address_of(source.data)
-    cross_memory.read(os.getpid(), [(first + i, view) for i, view in enumerate(views)])
+    first = process_memory.address_of(source.data)
+    process_memory.read(os.getpid(), [(first + i, view) for i, view in enumerate(views)])
     assert b"".join(views) == source.tobytes()
 
 
@@ -79,7 +79,7 @@ def test_more_pieces_than_one_call_takes():
 @pytest.mark.parametrize("stop", [1, 10, MIB - 1])
 def test_a_read_that_stops_early_goes_on(monkeypatch, stop):
     """As the kernel may: it says how many bytes it did."""
-    call = cross_memory._call
+    call = process_memory._call
 
     def short(library):
         def some(pid, here, count, there, _, flags):
@@ -90,9 +90,9 @@ def test_a_read_that_stops_early_goes_on(monkeypatch, stop):
 
     source = np.random.randint(0, 256, 2000, np.uint8)
     views = [memoryview(bytearray(n)) for n in (13, 1987)]
-    first = cross_memory.address_of(source.data)
-    monkeypatch.setattr(cross_memory, "_call", short)
-    cross_memory.read(os.getpid(), [(first, views[0]), (first + 13, views[1])])
+    first = process_memory.address_of(source.data)
+    monkeypatch.setattr(process_memory, "_call", short)
+    process_memory.read(os.getpid(), [(first, views[0]), (first + 13, views[1])])
     assert b"".join(views) == source.tobytes()
 
 
@@ -100,17 +100,17 @@ def test_a_read_that_stops_early_goes_on(monkeypatch, stop):
 @pytest.mark.parametrize("size", [16, 8 * MIB])
 def test_memory_that_is_not_there_is_an_os_error(size):
     with pytest.raises(OSError, match="cannot read the memory"):
-        cross_memory.read(os.getpid(), [(4096, memoryview(bytearray(size)))])
+        process_memory.read(os.getpid(), [(4096, memoryview(bytearray(size)))])
     with pytest.raises(OSError, match="cannot read the memory"):
-        cross_memory.read(2**22 + 1, [(4096, memoryview(bytearray(size)))])
+        process_memory.read(2**22 + 1, [(4096, memoryview(bytearray(size)))])
 
 
 def test_where_the_system_has_no_such_call(monkeypatch):
-    monkeypatch.setattr(cross_memory, "_call", lambda library: None)
-    assert not cross_memory.available()
+    monkeypatch.setattr(process_memory, "_call", lambda library: None)
+    assert not process_memory.available()
     with pytest.raises(OSError, match="not implemented"):
-        cross_memory.read(os.getpid(), [(4096, memoryview(bytearray(1)))])
-    assert not loans.apply(Nobody())
+        process_memory.read(os.getpid(), [(4096, memoryview(bytearray(1)))])
+    assert not leases.apply(Nobody())
 
 
 class Nobody:
@@ -135,7 +135,7 @@ def nbytes(frames: list[Any]) -> int:
 @needs_call
 def test_lent_buffers_are_not_in_the_message():
     value = {"a": torch.randn(COUNT), "b": [torch.randn(300, 700).T, torch.ones(3)], "n": 1}
-    before = loans.bytes_borrowed()
+    before = leases.bytes_borrowed()
     with lending():
         frames = written(value)
         back = loads(frames)["data"]
@@ -144,7 +144,7 @@ def test_lent_buffers_are_not_in_the_message():
     assert torch.equal(back["b"][0], value["b"][0])
     assert back["b"][0].stride() == value["b"][0].stride()
     assert torch.equal(back["b"][1], value["b"][1])
-    assert loans.bytes_borrowed() - before == 4 * (COUNT + 300 * 700)
+    assert leases.bytes_borrowed() - before == 4 * (COUNT + 300 * 700)
     back["a"].add_(1)
 
 
@@ -186,7 +186,7 @@ def test_a_loan_that_has_ended_is_refused(answered):
 
 @needs_call
 def test_a_loan_that_ends_while_it_is_read_is_refused(monkeypatch):
-    read = cross_memory.read
+    read = process_memory.read
 
     def and_end(pid, pieces):
         read(pid, pieces)
@@ -194,14 +194,14 @@ def test_a_loan_that_ends_while_it_is_read_is_refused(monkeypatch):
 
     with lending() as loan:
         frames = written(torch.randn(MIB))
-        monkeypatch.setattr(cross_memory, "read", and_end)
+        monkeypatch.setattr(process_memory, "read", and_end)
         with pytest.raises(OSError, match="ended"):
             loads(frames)
 
 
 @needs_call
 def test_small_buffers_and_those_beyond_the_limit_are_sent(monkeypatch):
-    monkeypatch.setattr(loans, "MOST", 6 * MIB)
+    monkeypatch.setattr(leases, "MOST", 6 * MIB)
     value = [torch.randn(n) for n in (MIB, MIB // 2 + 1, MIB // 2, 100)]  # 4, 2 and a bit, 2 MiB
     with lending():
         frames = written((1, value))
@@ -228,19 +228,19 @@ def test_an_offer_goes_with_a_message_that_is_whole():
 
 
 def test_who_is_not_on_this_host_gets_no_loan():
-    lender = loans.Lender("tls://10.0.0.1:1234")
+    lender = leases.Lender("tls://10.0.0.1:1234")
     assert lender.loan(None) is None
     assert lender.loan("tls://10.0.0.2:1234") is None
     assert lender.loan("tls://10.0.0.1:99") is not None
 
 
 def test_offers_are_few_until_a_loan_comes_to_something():
-    lender = loans.Lender(HERE)
+    lender = leases.Lender(HERE)
 
     def lend(answered):
         lender.readers.add(THERE)
         loan = lender.loan(THERE)
-        loan.pack(b"", [memoryview(bytearray(loans.LEAST))])
+        loan.pack(b"", [memoryview(bytearray(leases.LEAST))])
         loan.end(answered=answered)
         return THERE in lender.readers
 
@@ -259,7 +259,7 @@ def test_a_process_that_has_not_imported_it_reads_what_was_lent(tmp_path):
         from distributed.protocol.core import loads
         t = loads(pickle.load(open({str(tmp_path / "message")!r}, "rb")))["data"][1]
         assert torch.equal(t, torch.arange({MIB}, dtype=torch.int32))
-        assert "taskgrad.cluster.serialize" not in sys.modules
+        assert "taskgrad.cluster.wire.serialize" not in sys.modules
         """
     with lending():
         frames = written((1, t))

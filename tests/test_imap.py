@@ -18,7 +18,7 @@ import torch
 from distributed import Client, get_worker
 
 import taskgrad as tg
-from taskgrad.cluster import letters
+from taskgrad.cluster.messages import task_messages
 from tests.conftest import wait_until
 
 
@@ -36,7 +36,7 @@ def nothing_left(client: Client) -> bool:
         not client.run_on_scheduler(_tasks)
         and not client.run_on_scheduler(_left)
         and not any(client.run(_taken).values())
-        and not letters._boxes
+        and not task_messages._boxes
     )
 
 
@@ -50,7 +50,7 @@ def _left(dask_scheduler: Any) -> int:
 
 
 def _taken(dask_worker: Any) -> list[str]:
-    return list(letters.taken(dask_worker))
+    return list(task_messages.taken(dask_worker))
 
 
 # What deepdish documents.
@@ -369,7 +369,7 @@ def test_an_item_is_what_it_was_when_it_was_pulled(client: Client, size: int) ->
 
 def test_large_items_where_memory_cannot_be_read(client: Client, monkeypatch: Any) -> None:
     """As from workers on other hosts: they go straight to a worker, and come from it."""
-    monkeypatch.setattr("taskgrad.cluster.cross_memory.available", lambda: False)
+    monkeypatch.setattr("taskgrad.cluster.wire.process_memory.available", lambda: False)
     items = [np.full(300_000, i) for i in range(12)]
     for i, y in enumerate(tg.imap(double, items, client=client)):
         assert (y == 2 * i).all()
@@ -378,7 +378,7 @@ def test_large_items_where_memory_cannot_be_read(client: Client, monkeypatch: An
 
 def test_large_items_when_reading_fails_midway(client: Client, monkeypatch: Any) -> None:
     """The driver's memory is not what a worker finds under that address: another host."""
-    monkeypatch.setattr("taskgrad.maps.streaming.parcels.os.getpid", lambda: os.getppid())
+    monkeypatch.setattr("taskgrad.streaming.batch_codec.os.getpid", lambda: os.getppid())
     items = [np.full(300_000, i) for i in range(12)]
     for i, y in enumerate(tg.imap(double, items, client=client)):
         assert (y == 2 * i).all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskgrad.maps.streaming.sizing import LEAST_SECONDS, MOST_SECONDS, NBYTES, SECONDS, Sizing
+from taskgrad.streaming.chunk_size import LEAST_SECONDS, MOST_SECONDS, NBYTES, SECONDS, Sizing
 
 
 @given(

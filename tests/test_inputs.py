@@ -11,8 +11,8 @@ from distributed import Client, LocalCluster
 import taskgrad as tg
 from conftest import wait_until
 from lending import needs_others, without_handler
-from taskgrad.cluster import cross_memory, inputs, loans
 from taskgrad.cluster.session import session
+from taskgrad.cluster.wire import leases, process_memory, scatter
 
 COUNT = 500_000  # floats: 2 MB
 
@@ -20,23 +20,23 @@ COUNT = 500_000  # floats: 2 MB
 @pytest.fixture
 def ours(client) -> tuple[Client, list[str]]:
     """A client whose workers have not been asked yet, and they."""
-    inputs._lenders.pop(client, None)
+    scatter._lenders.pop(client, None)
     return client, [worker.address for worker in session(client).workers()]
 
 
 def send(client: Client, worker: str, value):
     """The value as it is on the worker."""
     key = f"input-{uuid.uuid4().hex}"
-    return inputs.send(client, [({key: value}, [worker])])[key]
+    return scatter.send(client, [({key: value}, [worker])])[key]
 
 
 def borrowed(client: Client, worker: str) -> int:
-    return client.run(loans.bytes_borrowed, workers=[worker])[worker]
+    return client.run(leases.bytes_borrowed, workers=[worker])[worker]
 
 
 def refuse_reads() -> None:
     """Have all reads of this process fail that are for more than a seal."""
-    stock = cross_memory.read
+    stock = process_memory.read
 
     def read(pid, pieces):
         if sum(view.nbytes for _, view in pieces) > 16:
@@ -44,11 +44,11 @@ def refuse_reads() -> None:
         stock(pid, pieces)
 
     read.stock = stock
-    cross_memory.read = read
+    process_memory.read = read
 
 
 def allow_reads() -> None:
-    cross_memory.read = cross_memory.read.stock
+    process_memory.read = process_memory.read.stock
 
 
 @needs_others
@@ -77,7 +77,7 @@ def test_what_several_workers_take_each_of_them_reads_itself(ours):
     before = [borrowed(client, w) for w in workers]
     shared, own = torch.arange(COUNT), torch.ones(COUNT)
     keys = [f"input-{uuid.uuid4().hex}" for _ in range(2)]
-    there = inputs.send(client, [({keys[0]: shared}, workers), ({keys[1]: own}, workers[:1])])
+    there = scatter.send(client, [({keys[0]: shared}, workers), ({keys[1]: own}, workers[:1])])
     assert [borrowed(client, w) - b for w, b in zip(workers, before, strict=True)] == [
         COUNT * (8 + 4),
         COUNT * 8,
@@ -99,7 +99,7 @@ def test_where_one_of_several_cannot_read_it_they_pass_it_on(ours):
     key = f"input-{uuid.uuid4().hex}"
     client.run(refuse_reads, workers=workers[1:])
     try:
-        there = inputs.send(client, [({key: torch.arange(COUNT)}, workers)])
+        there = scatter.send(client, [({key: torch.arange(COUNT)}, workers)])
     finally:
         client.run(allow_reads, workers=workers[1:])
     assert sorted(client.who_has([there[key]])[key]) == sorted(workers)
@@ -124,16 +124,16 @@ def test_a_worker_is_asked_once_whether_it_can(ours, can):
 
     def count(dask_worker) -> None:
         dask_worker.asked = 0
-        dask_worker.stock = dask_worker.handlers[loans.READS]
+        dask_worker.stock = dask_worker.handlers[leases.READS]
 
         def reads(seal):
             dask_worker.asked += 1
             return can and dask_worker.stock(seal)
 
-        dask_worker.handlers[loans.READS] = reads
+        dask_worker.handlers[leases.READS] = reads
 
     def restore(dask_worker) -> int:
-        dask_worker.handlers[loans.READS] = dask_worker.stock
+        dask_worker.handlers[leases.READS] = dask_worker.stock
         return dask_worker.asked
 
     client.run(count, workers=[a])
@@ -150,10 +150,10 @@ def test_a_read_that_fails_is_a_transfer_by_the_wire(ours):
     before = borrowed(client, a)
     client.run(refuse_reads, workers=[a])
     try:
-        for i in range(loans.OFFERS + 2):
+        for i in range(leases.OFFERS + 2):
             there = send(client, a, torch.full((COUNT,), float(i)))
             assert there.result()[0] == i
-        assert inputs._lenders[client].readers == set()  # it was asked again, but not for ever
+        assert scatter._lenders[client].readers == set()  # it was asked again, but not for ever
     finally:
         client.run(allow_reads, workers=[a])
     assert borrowed(client, a) == before
@@ -162,7 +162,7 @@ def test_a_read_that_fails_is_a_transfer_by_the_wire(ours):
 def test_a_worker_that_does_not_borrow_gets_it_by_the_wire(ours):
     client, (a, _) = ours
     before = borrowed(client, a)
-    with without_handler(client, a, loans.READS):
+    with without_handler(client, a, leases.READS):
         there = send(client, a, [torch.ones(COUNT)])
         assert torch.equal(there.result()[0], torch.ones(COUNT))
     assert borrowed(client, a) == before

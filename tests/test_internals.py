@@ -13,7 +13,7 @@ from distributed import Client, LocalCluster
 from distributed.batched import BatchedSend
 
 from conftest import about_workers, wait_until
-from taskgrad.cluster import internals, waiting
+from taskgrad.cluster import client_calls, internals
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ def test_settling(cluster, monkeypatch, moved):
     if moved:
         monkeypatch.delattr(distributed.client, "_wait")
     futures = [cluster.submit(time.sleep, 0.2, pure=False), cluster.submit(int, "x", pure=False)]
-    pending = waiting.all_of(cluster, futures)
+    pending = client_calls.all_of(cluster, futures)
     assert not pending.done(0.01)
     assert pending.done(30)
     assert [f.status for f in futures] == ["finished", "error"]

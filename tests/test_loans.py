@@ -31,7 +31,7 @@ from lending import (
     readers,
     use,
 )
-from taskgrad.cluster import cross_memory, loans, shelf
+from taskgrad.cluster.wire import leases, process_memory, result_table
 
 
 def same(t: torch.Tensor) -> torch.Tensor:
@@ -40,14 +40,14 @@ def same(t: torch.Tensor) -> torch.Tensor:
 
 def forget(dask_worker: Worker) -> None:
     """What this worker knows of others, and what a test did to it."""
-    loans._lenders[dask_worker].readers.clear()
-    loans._lenders[dask_worker].offers.clear()
+    leases._lenders[dask_worker].readers.clear()
+    leases._lenders[dask_worker].offers.clear()
     refuse(2**40)
 
 
 def refuse(limit: int) -> None:
     """Have all reads of this process fail that are for more bytes."""
-    stock = getattr(cross_memory.read, "stock", cross_memory.read)
+    stock = getattr(process_memory.read, "stock", process_memory.read)
 
     def read(pid, pieces):
         if sum(view.nbytes for _, view in pieces) > limit:
@@ -55,7 +55,7 @@ def refuse(limit: int) -> None:
         stock(pid, pieces)
 
     read.stock = stock
-    cross_memory.read = read
+    process_memory.read = read
 
 
 @pytest.fixture(scope="module")
@@ -193,9 +193,9 @@ def lends(client: Client) -> set[bool]:
     def look(dask_worker):
         handler = dask_worker.handlers["get_data"]
         known = "taskgrad_reader" in dask_worker.handlers
-        assert known == (handler != dask_worker.get_data) == (dask_worker in loans._lenders)
+        assert known == (handler != dask_worker.get_data) == (dask_worker in leases._lenders)
         looks = hasattr(distributed.worker.get_data_from_worker, "taskgrad")
-        assert known == looks == (dask_worker in shelf._shelves)
+        assert known == looks == (dask_worker in result_table._shelves)
         return known
 
     return set(client.run(look).values())
@@ -212,7 +212,7 @@ def put_another_over_it(dask_worker: Worker) -> None:
 
 def another_stayed(dask_worker: Worker) -> bool:
     stays = dask_worker.handlers["get_data"] is dask_worker.theirs
-    return stays and dask_worker not in loans._lenders
+    return stays and dask_worker not in leases._lenders
 
 
 def borrowed_in_three(client: Client) -> int:

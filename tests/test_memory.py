@@ -19,9 +19,9 @@ from conftest import about_workers, wait_until
 from helpers import assert_same
 from taskgrad.graph.pytree import flatten
 from taskgrad.worker.backward import Backward
-from taskgrad.worker.sizes import total_bytes
+from taskgrad.worker.memory import total_bytes
+from taskgrad.worker.shard_lock import turn
 from taskgrad.worker.store import ResidentStage, Store, Tape
-from taskgrad.worker.turn import turn
 
 
 def test_memory_of_a_chain(client):

@@ -16,7 +16,7 @@ from torch import nn
 import taskgrad as tg
 from conftest import wait_until
 from helpers import assert_same
-from taskgrad.worker.spilling import CopiesInFiles, SpilledState
+from taskgrad.worker.offload import CopiesInFiles, SpilledState
 
 ADAMW = functools.partial(torch.optim.AdamW, lr=1e-3)
 LAYERS, WIDTH = 40, 2048  # 16 MiB of parameters each: 640 MiB

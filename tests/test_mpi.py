@@ -17,7 +17,7 @@ from distributed import Worker
 
 import taskgrad as tg
 from mpi_jobs import job, run
-from taskgrad.maps.mpi.follow import _no_failed_heartbeats
+from taskgrad.launch.worker_rank import _no_failed_heartbeats
 
 HEAD = """\
 import json, os, sys, time
@@ -191,7 +191,7 @@ def test_no_process_survives_a_kill(script, who, how, options):
 
 def test_rank_0_ends_when_its_launcher_is_gone(script):
     text = """
-    from taskgrad.maps.mpi.lead import _end_with
+    from taskgrad.launch.coordinator import _end_with
     if os.fork():
         print("ready", flush=True)
         time.sleep(100)

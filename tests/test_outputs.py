@@ -10,8 +10,9 @@ from distributed import Client, LocalCluster
 
 import taskgrad as tg
 from lending import needs_others, without_handler
-from taskgrad.cluster import cross_memory, internals, loans, outputs, waiting
+from taskgrad.cluster import client_calls, internals
 from taskgrad.cluster.session import session
+from taskgrad.cluster.wire import gather, leases, process_memory
 
 COUNT = 500_000  # floats: 2 MB
 
@@ -19,7 +20,7 @@ COUNT = 500_000  # floats: 2 MB
 @pytest.fixture
 def ours(client) -> tuple[Client, list[str]]:
     """A client that has not asked its workers yet, and they."""
-    outputs._lenders.pop(client, None)
+    gather._lenders.pop(client, None)
     return client, [worker.address for worker in session(client).workers()]
 
 
@@ -31,7 +32,7 @@ def make(client: Client, worker: str, fn: Any = torch.arange, *args: Any) -> Any
 
 
 def fetch(client: Client, futures: list[Any], workers: list[str]) -> list[Any]:
-    pending = waiting.values(client, futures, workers)
+    pending = client_calls.values(client, futures, workers)
     assert pending.done(30)
     return pending.result()
 
@@ -40,9 +41,9 @@ def fetch(client: Client, futures: list[Any], workers: list[str]) -> list[Any]:
 def test_results_are_read_from_the_workers_memory(ours):
     client, workers = ours
     futures = [make(client, w, torch.full, (COUNT,), float(i)) for i, w in enumerate(workers)]
-    before = loans.bytes_borrowed()
+    before = leases.bytes_borrowed()
     found = fetch(client, futures, workers)
-    assert loans.bytes_borrowed() - before == 2 * COUNT * 4
+    assert leases.bytes_borrowed() - before == 2 * COUNT * 4
     del futures  # what the workers do with their memory from now on
     refill = [make(client, w, torch.full, (COUNT,), -1.0) for w in workers]
     assert [t.unique().tolist() for t in found] == [[0], [1]]
@@ -53,13 +54,13 @@ def test_results_are_read_from_the_workers_memory(ours):
 def test_a_driver_asks_each_worker_once_whether_it_lends(ours, monkeypatch):
     client, workers = ours
     asked = []
-    stock = outputs._lends
+    stock = gather._lends
 
     async def lends(client, worker):
         asked.append(worker)
         return await stock(client, worker)
 
-    monkeypatch.setattr(outputs, "_lends", lends)
+    monkeypatch.setattr(gather, "_lends", lends)
     for _ in range(2):
         fetch(client, [make(client, w) for w in workers], workers)
     assert sorted(asked) == sorted(workers)
@@ -69,17 +70,17 @@ def test_a_driver_asks_each_worker_once_whether_it_lends(ours, monkeypatch):
 def test_what_cannot_be_read_comes_by_the_wire(ours, monkeypatch):
     client, (a, _) = ours
     assert torch.equal(fetch(client, [make(client, a)], [a])[0], torch.arange(COUNT))
-    stock, before = cross_memory.read, loans.bytes_borrowed()
+    stock, before = process_memory.read, leases.bytes_borrowed()
 
     def read(pid, pieces):
         if sum(view.nbytes for _, view in pieces) > 16:
             raise PermissionError("not today")
         stock(pid, pieces)
 
-    monkeypatch.setattr(cross_memory, "read", read)
-    for _ in range(loans.OFFERS + 1):
+    monkeypatch.setattr(process_memory, "read", read)
+    for _ in range(leases.OFFERS + 1):
         assert torch.equal(fetch(client, [make(client, a)], [a])[0], torch.arange(COUNT))
-    assert loans.bytes_borrowed() == before
+    assert leases.bytes_borrowed() == before
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def asked(monkeypatch) -> list[Any]:
 
 def test_a_worker_that_does_not_lend_is_not_asked_for_results(ours, asked):
     client, (a, _) = ours
-    with without_handler(client, a, loans.LENDS):
+    with without_handler(client, a, leases.LENDS):
         assert torch.equal(fetch(client, [make(client, a)], [a])[0], torch.arange(COUNT))
     assert not asked
 
@@ -129,7 +130,7 @@ def test_what_is_not_where_it_ran_is_found(ours):
 def test_what_a_worker_raised_is_raised(ours):
     client, (a, b) = ours
     futures = [make(client, a), make(client, b, int, "x")]
-    pending = waiting.values(client, futures, [a, b])
+    pending = client_calls.values(client, futures, [a, b])
     assert pending.done(30)
     with pytest.raises(ValueError, match="invalid literal"):
         pending.result()
@@ -140,12 +141,12 @@ def test_what_is_collected_comes_so(ours):
     client, _ = ours
     net = torch.nn.Sequential(torch.nn.Linear(8, COUNT // 8, bias=False))
     chain = tg.GraphChain(net, placement=[0], client=client)
-    x, before = torch.randn(8, 8), loans.bytes_borrowed()
+    x, before = torch.randn(8, 8), leases.bytes_borrowed()
     assert torch.equal(tg.collect(chain(x)), net(x))
-    between = loans.bytes_borrowed()
+    between = leases.bytes_borrowed()
     assert between - before == COUNT * 4
     assert torch.equal(chain.to_module()[0].weight, net[0].weight)
-    assert loans.bytes_borrowed() - between == COUNT * 4
+    assert leases.bytes_borrowed() - between == COUNT * 4
 
 
 @needs_others
@@ -160,7 +161,7 @@ def test_a_worker_that_has_gone_is_not_tried_for_long():
         there = make(client, b)
         nanny = next(n for n in cluster.workers.values() if n.worker_address == a)
         client.sync(nanny.close)
-        pending = waiting.values(client, [there], [a])
+        pending = client_calls.values(client, [there], [a])
         assert pending.done(20)
         assert torch.equal(pending.result()[0], torch.arange(COUNT))
 

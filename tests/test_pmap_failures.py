@@ -15,7 +15,7 @@ from distributed import Client
 import taskgrad as tg
 from conftest import total_held, wait_until
 from taskgrad.cluster.tasks import mail
-from taskgrad.worker.mail import End, GangFailed, Mail, Message
+from taskgrad.worker.mailbox import End, GangFailed, Mail, Message
 
 X = torch.randn(4, 3)
 

@@ -21,7 +21,7 @@ import taskgrad as tg
 from helpers import reference
 from taskgrad.errors import ClusterMismatchError
 from taskgrad.graph.process_settings import SETTINGS, process_values
-from taskgrad.graph.settings import STARTING, TorchSettings, settings_now
+from taskgrad.graph.torch_settings import STARTING, TorchSettings, settings_now
 from taskgrad.worker.settings import applied
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)

@@ -12,7 +12,7 @@ from torch import nn
 import taskgrad as tg
 from conftest import about_workers, total_held, wait_until
 from helpers import assert_same, assert_vjp_equals_torch, reference
-from taskgrad.cluster.retiring import TOPIC
+from taskgrad.cluster.retirement import TOPIC
 
 
 def model():

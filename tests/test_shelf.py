@@ -26,8 +26,8 @@ from lending import (
     readers,
     use,
 )
-from taskgrad.cluster import cross_memory, loans, shelf
-from taskgrad.cluster.shelf import Shelf, take
+from taskgrad.cluster.wire import leases, process_memory, result_table
+from taskgrad.cluster.wire.result_table import Shelf, take
 
 COUNT = 200_000  # floats: 0.8 MB
 
@@ -69,7 +69,7 @@ def pair() -> Iterator[tuple[Client, list[str]]]:
 
 def shown(client: Client, worker: str) -> list[Any]:
     def look(dask_worker: Worker) -> list[Any]:
-        return list(shelf._shelves[dask_worker]._items)
+        return list(result_table._shelves[dask_worker]._items)
 
     found: list[Any] = client.run(look, workers=[worker])[worker]
     return found
@@ -212,7 +212,7 @@ def test_a_key_that_is_made_again_has_its_new_value(filled):
 @needs_call
 def test_the_oldest_makes_room(filled):
     found, on_it = filled
-    more = {i: make(i, COUNT // 2) for i in range(shelf.SLOTS - 1)}
+    more = {i: make(i, COUNT // 2) for i in range(result_table.SLOTS - 1)}
     for key, value in more.items():
         found.show(key, value)
     assert list(take(found.place, ["x", "y", *more])) == ["y", *more]
@@ -250,7 +250,7 @@ def test_what_is_not_shown(value):
 def test_what_dies_while_it_is_read_is_not_taken(filled, monkeypatch, reads):
     """The table, an item, its seal, its tensor, the seal again: after any of these."""
     found, on_it = filled
-    stock, count = cross_memory.read, 0
+    stock, count = process_memory.read, 0
 
     def read(pid, pieces):
         nonlocal count
@@ -259,7 +259,7 @@ def test_what_dies_while_it_is_read_is_not_taken(filled, monkeypatch, reads):
         if count == reads:
             del on_it["x"]
 
-    monkeypatch.setattr(cross_memory, "read", read)
+    monkeypatch.setattr(process_memory, "read", read)
     assert take(found.place, ["x"]) == {}
     assert "x" not in on_it
 
@@ -267,14 +267,14 @@ def test_what_dies_while_it_is_read_is_not_taken(filled, monkeypatch, reads):
 @needs_call
 def test_records_that_are_half_written_lead_to_nothing(filled):
     found, _ = filled
-    size = shelf._RECORD.size
+    size = result_table._RECORD.size
     slots = [found._items[key].slot * size for key in ("x", "y")]
-    (x, y) = (list(shelf._RECORD.unpack_from(found._table, at)) for at in slots)
-    shelf._RECORD.pack_into(found._table, slots[0], *x[:2], *y[2:])
+    (x, y) = (list(result_table._RECORD.unpack_from(found._table, at)) for at in slots)
+    result_table._RECORD.pack_into(found._table, slots[0], *x[:2], *y[2:])
     assert list(take(found.place, ["x", "y"])) == ["y"]
-    shelf._RECORD.pack_into(found._table, slots[0], x[0], bytes(16), *x[2:])
+    result_table._RECORD.pack_into(found._table, slots[0], x[0], bytes(16), *x[2:])
     assert list(take(found.place, ["x", "y"])) == ["y"]
-    shelf._RECORD.pack_into(found._table, slots[0], *x[:2], 8, 100)  # no memory at all
+    result_table._RECORD.pack_into(found._table, slots[0], *x[:2], 8, 100)  # no memory at all
     assert list(take(found.place, ["x", "y"])) == ["y"]
 
 
@@ -283,12 +283,12 @@ def test_a_shelf_that_is_gone_is_forgotten(filled):
     found, _ = filled
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait(30)
-    lender = loans.Lender("tcp://127.0.0.1:3")
+    lender = leases.Lender("tcp://127.0.0.1:3")
     lender.shelves[THERE] = found.place._replace(pid=ended.pid)
-    assert shelf.look(lender, THERE, ["x"]) == {}
+    assert result_table.look(lender, THERE, ["x"]) == {}
     assert lender.shelves == {}
     lender.shelves[THERE] = tuple(found.place)
-    assert list(shelf.look(lender, THERE, ["x"])) == ["x"]
+    assert list(result_table.look(lender, THERE, ["x"])) == ["x"]
 
 
 def test_a_worker_that_is_too_busy_for_the_rest_is_asked_for_all_of_it_again(monkeypatch):
@@ -299,8 +299,8 @@ def test_a_worker_that_is_too_busy_for_the_rest_is_asked_for_all_of_it_again(mon
         asked_for.append(keys)
         return {"status": "busy"}
 
-    monkeypatch.setattr(shelf.loans, "lender_at", lambda address: address)
-    monkeypatch.setattr(shelf, "look", lambda lender, worker, keys: {"x": 1})
-    gather = shelf._gather(busy)
+    monkeypatch.setattr(result_table.leases, "lender_at", lambda address: address)
+    monkeypatch.setattr(result_table, "look", lambda lender, worker, keys: {"x": 1})
+    gather = result_table._gather(busy)
     answer = asyncio.run(gather(None, ["x", "y"], "there", who="here"))
     assert (answer, asked_for) == ({"status": "busy"}, [["y"]])

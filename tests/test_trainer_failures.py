@@ -373,15 +373,15 @@ def test_a_step_that_only_some_stages_committed_is_taken_back_by_them(client):
 
 def no_refresh(dask_worker) -> None:
     """The next time that copies of tied parameters get their new values here, they do not."""
-    from taskgrad.worker import stage_calls
+    from taskgrad.worker import shard_ops
 
-    original = stage_calls.set_parameters
+    original = shard_ops.set_parameters
 
     def broken(*args, **kwargs):
-        stage_calls.set_parameters = original
+        shard_ops.set_parameters = original
         raise ArithmeticError("no refresh")
 
-    stage_calls.set_parameters = broken
+    shard_ops.set_parameters = broken
 
 
 def test_copies_of_tied_parameters_are_refreshed_after_all(client):

@@ -402,7 +402,7 @@ def test_a_trainer_that_is_let_go_in_the_middle_of_a_step_leaves_nothing(client)
 
 @pytest.mark.parametrize("spilled", [False, True])
 def test_what_takes_a_step_back_can_lie_in_files(tmp_path, spilled):
-    from taskgrad.worker.spilling import CopiesInFiles, SpilledState
+    from taskgrad.worker.offload import CopiesInFiles, SpilledState
     from taskgrad.worker.undo import Undo
 
     torch.manual_seed(0)

@@ -35,9 +35,9 @@ from torch import nn
 
 import taskgrad as tg
 from lending import lending, needs_call
-from taskgrad.cluster import cross_memory, loans
 from taskgrad.cluster import serialize as _family  # noqa: F401  registers it
-from taskgrad.cluster.travel import refuse_untravelable
+from taskgrad.cluster.wire import leases, process_memory
+from taskgrad.cluster.wire.picklable import refuse_untravelable
 
 DTYPES = sorted(
     {
@@ -103,12 +103,12 @@ def through(value: Any) -> Any:
 @contextmanager
 def everything_lent() -> Iterator[None]:
     """In this block messages leave every buffer where it is, and the reader takes it from there."""
-    before, (loans.LEAST, loans.PIECE) = (loans.LEAST, loans.PIECE), (1, 1)
+    before, (leases.LEAST, leases.PIECE) = (leases.LEAST, leases.PIECE), (1, 1)
     try:
         with lending():
             yield
     finally:
-        loans.LEAST, loans.PIECE = before
+        leases.LEAST, leases.PIECE = before
 
 
 @pytest.fixture(params=["wire", pytest.param("lent", marks=needs_call)])
@@ -168,7 +168,7 @@ def make(dtype: torch.dtype, shape: list[int], layout: str) -> torch.Tensor:
     layout=st.sampled_from(LAYOUTS),
     container=st.sampled_from(CONTAINERS),
     leaf=st.sampled_from(["tensor", "requires_grad", "parameter"]),
-    lent=st.booleans() if cross_memory.available() else st.just(False),
+    lent=st.booleans() if process_memory.available() else st.just(False),
 )
 def test_any_tensor_anywhere_arrives_bit_for_bit(dtype, shape, layout, container, leaf, lent):
     t = make(dtype, shape, layout)
@@ -177,10 +177,10 @@ def test_any_tensor_anywhere_arrives_bit_for_bit(dtype, shape, layout, container
         t = t.detach().requires_grad_()
     elif leaf == "parameter":
         t = nn.Parameter(t.detach(), requires_grad=differentiable)
-    before = loans.bytes_borrowed()
+    before = leases.bytes_borrowed()
     with everything_lent() if lent else nullcontext():
         back = unwrap(container, through(wrap(container, t)))
-    assert (loans.bytes_borrowed() > before) == (lent and t.numel() > 0)
+    assert (leases.bytes_borrowed() > before) == (lent and t.numel() > 0)
     assert_arrived(back, t)
     if layout in ("plain", "reversed", "channels_last", "expanded"):
         assert back.stride() == t.stride()
@@ -377,7 +377,7 @@ def test_a_process_without_our_family_reads_what_it_wrote(tmp_path):
         from distributed.protocol import deserialize_bytes
         t = deserialize_bytes(open({str(file)!r}, "rb").read())["a"][1]
         assert torch.equal(t, torch.arange(50_000, dtype=torch.int32).bfloat16())
-        assert "taskgrad.cluster.serialize" not in sys.modules
+        assert "taskgrad.cluster.wire.serialize" not in sys.modules
         """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(body)], capture_output=True, text=True, check=False

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from distributed import Client
 
-from taskgrad.cluster import tasks, waiting
+from taskgrad.cluster import client_calls, tasks
 from taskgrad.errors import ClusterMismatchError
 
 logger = logging.getLogger("taskgrad")
@@ -48,7 +48,9 @@ def check(client: Client) -> dict[str, int]:
         workers = client.run(tasks.torch_threads, on_error="return")
         return await asyncio.gather(versions, scheduler(), workers)
 
-    versions, on_scheduler, threads = waiting.answer(client, questions, "which versions they run")
+    versions, on_scheduler, threads = client_calls.answer(
+        client, questions, "which versions they run"
+    )
     answers = {"scheduler": on_scheduler, **{f"worker {a}": v for a, v in threads.items()}}
     problems = _different_versions(versions) + _not_importable(answers)
     if problems:

@@ -15,7 +15,7 @@ from dask.context import thread_state
 
 from taskgrad.errors import TaskgradError
 from taskgrad.worker.settings import settings_released
-from taskgrad.worker.turn import is_at_stage
+from taskgrad.worker.shard_lock import is_at_stage
 
 
 def refuse_deadlock() -> None:

@@ -18,12 +18,14 @@ from distributed import Scheduler, Worker
 from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
 from distributed.scheduler import TaskState, WorkerState
 
-from taskgrad.cluster import allocator, internals, latency, loans, minimums, shelf
+from taskgrad.cluster import internals
 from taskgrad.cluster import serialize as _serialize  # noqa: F401  registers the tensor family
 from taskgrad.cluster.config import Settings, Users
-from taskgrad.cluster.post import Post
-from taskgrad.cluster.retiring import Holders, Reporter
-from taskgrad.worker.sizes import Held, total_bytes
+from taskgrad.cluster.messages.rank_comms import Post
+from taskgrad.cluster.retirement import Holders, Reporter
+from taskgrad.cluster.tuning import intervals, malloc, server_settings
+from taskgrad.cluster.wire import leases, result_table
+from taskgrad.worker.memory import Held, total_bytes
 from taskgrad.worker.store import Store
 
 NAME = "taskgrad"
@@ -66,7 +68,7 @@ class _Counts:
 
 def _borrowed(worker: Worker) -> int:
     """Another: bytes that the worker's process has read from the memory of others."""
-    return loans.bytes_borrowed()
+    return leases.bytes_borrowed()
 
 
 class StorePlugin(WorkerPlugin):
@@ -78,14 +80,14 @@ class StorePlugin(WorkerPlugin):
     def setup(self, worker: Worker) -> None:
         """Called once on each worker, those that join later too."""
         store = store_of(worker)
-        self._shelf: shelf.Shelf | None = None
+        self._shelf: result_table.Shelf | None = None
 
         def release(keys: list[str]) -> None:
             store.release(keys)
 
         def change(**settings: Any) -> None:
             _change(worker, Settings(**settings))
-            self._shelf = shelf.shelf_of(worker)
+            self._shelf = result_table.shelf_of(worker)
 
         def gone(address: str) -> None:
             store.mail.gone(address)
@@ -95,7 +97,7 @@ class StorePlugin(WorkerPlugin):
         worker.stream_handlers[_SETTINGS] = change
         self._reporter = Reporter(worker, store)
         self._post = Post(worker, store.mail)
-        allocator.check_threads(worker)
+        malloc.check_threads(worker)
         counts = _Counts(store)
         for name in _METRICS:  # columns of the dashboard's table of workers
             worker.metrics[f"{NAME}_{name}"] = functools.partial(counts.read, name)
@@ -125,26 +127,26 @@ def _ignore(**message: Any) -> None:
 
 
 def _change(worker: Worker, settings: Settings) -> None:
-    latency.apply_worker(worker, settings.latency)
+    intervals.apply_worker(worker, settings.latency)
     if settings.allocator:
-        allocator.apply(worker)
+        malloc.apply(worker)
     else:
-        allocator.restore(worker)
+        malloc.restore(worker)
     if settings.cross_memory:
-        loans.apply(worker)
-        shelf.apply(worker)
+        leases.apply(worker)
+        result_table.apply(worker)
     else:
-        shelf.restore(worker)
-        loans.restore(worker)
-    minimums.PAUSE.hold(worker, settings.pause)
-    minimums.PROFILE.hold(worker, settings.profile)
-    minimums.TICK.hold(worker, settings.tick)
+        result_table.restore(worker)
+        leases.restore(worker)
+    server_settings.PAUSE.hold(worker, settings.pause)
+    server_settings.PROFILE.hold(worker, settings.profile)
+    server_settings.TICK.hold(worker, settings.tick)
 
 
 class SchedulerSide(SchedulerPlugin):
     """Tells workers which of their keys are forgotten and which settings hold; keeps pins true.
 
-    It also keeps workers that hold something from being retired: see `taskgrad.cluster.retiring`.
+    It also keeps workers that hold something from being retired: see `taskgrad.cluster.retirement`.
 
     Dask pins a task to an address. A worker that was restarted has another one under its old name;
     a task that is pinned to the old address would wait for ever.
@@ -168,9 +170,9 @@ class SchedulerSide(SchedulerPlugin):
     def _change(self, workers: Iterable[str] = ()) -> None:
         """Have the settings of now hold on the scheduler, and on these workers."""
         settings = self._users.settings
-        latency.apply_scheduler(self._scheduler, settings.latency)
+        intervals.apply_scheduler(self._scheduler, settings.latency)
         for server in (self._scheduler, *internals.nannies_beside(self._scheduler)):
-            minimums.TICK.hold(server, settings.tick)
+            server_settings.TICK.hold(server, settings.tick)
         for address in workers:
             self._scheduler.worker_send(address, {"op": _SETTINGS, **settings.message()})
 

@@ -13,12 +13,13 @@ import distributed
 from distributed import Client
 
 from taskgrad.arguments import shown, whole
-from taskgrad.cluster import environment, internals, latency, waiting
+from taskgrad.cluster import client_calls, environment, internals
 from taskgrad.cluster.config import Settings
 from taskgrad.cluster.exits import close_at_exit
 from taskgrad.cluster.local import local_cluster, refuse_in_starting_process
 from taskgrad.cluster.plugins import JOIN, SchedulerSide, StorePlugin
 from taskgrad.cluster.tasks import introduce, memory
+from taskgrad.cluster.tuning import intervals
 from taskgrad.errors import PlacementError, TaskgradError
 
 logger = logging.getLogger("taskgrad")
@@ -59,9 +60,9 @@ class Session:
             join = getattr(client.scheduler, JOIN)
             await join(client=client.id, settings=settings.message())
 
-        waiting.answer(client, load, "to load taskgrad")
+        client_calls.answer(client, load, "to load taskgrad")
         close_at_exit(client)
-        latency.apply_client(client, settings.latency)
+        intervals.apply_client(client, settings.latency)
 
     def workers(self) -> list[WorkerInfo]:
         """All workers there are now, by name where names are numbers, else by address.
@@ -85,7 +86,7 @@ class Session:
         async def ask() -> dict[str, tuple[str, int]]:
             return await self.client.run(introduce, workers=addresses)
 
-        found = waiting.answer(self.client, ask, "what their stores are")
+        found = client_calls.answer(self.client, ask, "what their stores are")
         self._threads.add({address: threads for address, (_, threads) in found.items()})
         return {address: store for address, (store, _) in found.items()}
 
@@ -95,7 +96,7 @@ class Session:
         async def ask() -> dict[str, tuple[int, int] | None]:
             return await self.client.run(memory, workers=addresses)
 
-        return waiting.answer(self.client, ask, "how much memory they use")
+        return client_calls.answer(self.client, ask, "how much memory they use")
 
     def out_of_order(self, addresses: set[str]) -> dict[str, str]:
         """Which of these workers run nothing that is pinned to them, and why.
@@ -124,7 +125,7 @@ class Session:
             return await scheduler.events(topic=address)
 
         found: set[str] = set()
-        for _, event in waiting.answer(self.client, ask, "what a lost worker had to do"):
+        for _, event in client_calls.answer(self.client, ask, "what a lost worker had to do"):
             if isinstance(event, dict) and event.get("action") == "remove-worker":
                 found.update(map(str, event.get("processing-tasks", ())))
         return found
@@ -147,7 +148,7 @@ class Session:
             scheduler: Any = self.client.scheduler
             return (await scheduler.identity(n_workers=-1))["workers"]
 
-        info = waiting.answer(self.client, ask, "which workers there are")
+        info = client_calls.answer(self.client, ask, "which workers there are")
         self.names |= {address: w.get("name", address) for address, w in info.items()}
         return {address: w for address, w in info.items() if w["status"] not in _ENDING}
 

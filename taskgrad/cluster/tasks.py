@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 import torch
 from distributed import get_worker
 
-from taskgrad.cluster import allocator, internals
+from taskgrad.cluster import internals
 from taskgrad.cluster.nested import give_thread_back
 from taskgrad.cluster.plugins import store_of
-from taskgrad.cluster.travel import refuse_untravelable
-from taskgrad.graph.settings import TorchSettings
+from taskgrad.cluster.tuning import malloc
+from taskgrad.cluster.wire.picklable import refuse_untravelable
+from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.remote_errors import RemoteError
 from taskgrad.worker.actions import OnStage
 from taskgrad.worker.failures import exit_error
@@ -95,7 +96,7 @@ def memory(dask_worker: Any = None) -> tuple[int, int] | None:
     import torch._dynamo  # noqa: F401
 
     limit = internals.memory_limit(dask_worker)
-    allocator.give_back()
+    malloc.give_back()
     used = internals.memory_used(dask_worker)
     if limit is None or used is None:
         return None

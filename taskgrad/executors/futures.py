@@ -15,13 +15,14 @@ from dask.base import DaskMethodsMixin
 from dask.highlevelgraph import HighLevelGraph
 from distributed import Future
 
-from taskgrad.cluster import inputs, internals
+from taskgrad.cluster import internals
 from taskgrad.cluster.nested import refuse_deadlock
 from taskgrad.cluster.session import Session, check_open
+from taskgrad.cluster.wire import scatter
 from taskgrad.errors import CotangentError, TaskgradError
 from taskgrad.executors.between_steps import between_steps
 from taskgrad.executors.lowering import lower, order_inputs, plain_value, resolve
-from taskgrad.executors.watching import failure, gather, wait_for
+from taskgrad.executors.monitor import failure, gather, wait_for
 from taskgrad.graph.copies import own_copy
 from taskgrad.graph.nodes import (
     BufferState,
@@ -186,7 +187,7 @@ def _scatter(nodes: Sequence[Node], session: Session, least: int) -> None:
         ({leaf.key: plain_value(leaf) for leaf in leaves}, list(workers))
         for workers, leaves in by_workers.items()
     ]
-    sent = inputs.send(session.client, parts) if parts else {}
+    sent = scatter.send(session.client, parts) if parts else {}
     for leaves in by_workers.values():
         for leaf in leaves:
             leaf.result = sent.get(leaf.key)

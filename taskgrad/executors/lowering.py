@@ -11,8 +11,8 @@ from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from dask.task_spec import DataNode, Task, TaskRef
 
 from taskgrad.cluster.plugins import ANNOTATION
-from taskgrad.cluster.serialize import dumps_whole
 from taskgrad.cluster.tasks import run_action
+from taskgrad.cluster.wire.serialize import dumps_whole
 from taskgrad.errors import TaskgradError
 from taskgrad.graph.nodes import (
     BufferState,
@@ -34,7 +34,7 @@ from taskgrad.graph.slices import Share, Slice
 from taskgrad.worker.actions import Add, OnStage, Pick, ReadAll, ReadBuffers, ReadGradient
 from taskgrad.worker.backward import Backward, CheckCotangent
 from taskgrad.worker.forward import Forward
-from taskgrad.worker.slices import TakeSlice
+from taskgrad.worker.microbatches import TakeSlice
 
 
 @singledispatch

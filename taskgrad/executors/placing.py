@@ -12,9 +12,9 @@ from torch import nn
 from taskgrad.arguments import shown
 from taskgrad.cluster.session import Session, WorkerSpec
 from taskgrad.errors import PlacementError
-from taskgrad.graph.hollow import named_tensors
+from taskgrad.graph.deferred_init import named_tensors
 from taskgrad.graph.layers import Model
-from taskgrad.graph.layout import overlapping
+from taskgrad.graph.memory_layout import overlapping
 from taskgrad.plan.costs import layer_costs
 from taskgrad.plan.placement import contiguous, round_robin
 

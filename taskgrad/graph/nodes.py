@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from taskgrad.graph.objects import Opaque
+from taskgrad.graph.process_group import Rank
 from taskgrad.graph.pytree import carries_gradient, tensors
-from taskgrad.graph.ranks import Rank
-from taskgrad.graph.settings import TorchSettings, refuse_modes, settings_now
+from taskgrad.graph.torch_settings import TorchSettings, refuse_modes, settings_now
 
 _order = itertools.count(1)
 
@@ -431,7 +431,7 @@ class BufferState(Node):
 class StageCall(Node):
     """Something done to or read from a stage where it lives: gradients, an optimizer step.
 
-    `action` names a function of `taskgrad.worker.stage_calls`; `arguments` are its keyword
+    `action` names a function of `taskgrad.worker.shard_ops`; `arguments` are its keyword
     arguments as plain data; the values of `after` are passed on, in order.
     """
 

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from taskgrad.errors import TaskgradError
-from taskgrad.graph.beside import Beside, beside, put_beside
-from taskgrad.graph.layout import View, with_bases, without_bases
+from taskgrad.graph.memory_layout import View, with_bases, without_bases
+from taskgrad.graph.parameter_extras import Beside, beside, put_beside
 from taskgrad.graph.parametrized import reduce_module
 
 Persist = Callable[[Any], Any]

@@ -12,8 +12,8 @@ from torch.nn.utils import parametrize
 
 from taskgrad.errors import TaskgradError
 from taskgrad.graph import pack
-from taskgrad.graph.beside import has_hooks, parts_beside
 from taskgrad.graph.layers import Model
+from taskgrad.graph.parameter_extras import has_hooks, parts_beside
 from taskgrad.graph.parametrized import parametrized_names
 
 

@@ -24,7 +24,7 @@ from taskgrad.worker.collectives import (
     Scatter,
     Sum,
 )
-from taskgrad.worker.ranks import Member, current
+from taskgrad.worker.communicator import Member, current
 
 Groups = Sequence[Sequence[int]] | None
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from distributed import Client, get_worker
 
-from taskgrad import bridge
+from taskgrad import autograd
 from taskgrad.arguments import shown
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.session import Session, session
@@ -18,13 +18,13 @@ from taskgrad.executors.futures import run_with_buffers, values_of
 from taskgrad.graph import pack
 from taskgrad.graph.layers import kind_of
 from taskgrad.graph.nodes import Call, Leaf, Node
+from taskgrad.graph.process_group import Gang, Rank
 from taskgrad.graph.pytree import Slot, Structure, describe, flatten
-from taskgrad.graph.ranks import Gang, Rank
 from taskgrad.graph.sending import check_process, is_parametrized
 from taskgrad.graph.templates import template
 from taskgrad.spmd.axes import Axis, check, is_axis, join, mapped_size, spread
 from taskgrad.thunk import Lazy, Thunk
-from taskgrad.worker.ranks import running
+from taskgrad.worker.communicator import running
 
 
 def pmap(
@@ -122,7 +122,7 @@ def pmap(
         values = values_of(calls, owner)
         # Attached to what takes no gradient a result would keep the tapes for nothing.
         if torch.is_grad_enabled() and any(any(flags) for _, _, flags in values):
-            values = bridge.attach(calls, values, owner)
+            values = autograd.attach(calls, values, owner)
         outputs = [(_as_there(leaves, flags), structure) for leaves, structure, flags in values]
         return _together(f"pmap of {title!r}", outputs, out_axes)
 

@@ -12,7 +12,7 @@ import torch
 from taskgrad.chain import GraphChain
 from taskgrad.executors.between_steps import between_steps
 from taskgrad.executors.keeping import all_or_nothing
-from taskgrad.graph.weights import path_of, read_index
+from taskgrad.formats.weights import path_of, read_index
 from taskgrad.train.contents import on_stages
 from taskgrad.train.owner import keeping_owner
 from taskgrad.train.restoring import check_model, check_optimizer, options_for, parts

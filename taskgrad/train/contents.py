@@ -9,7 +9,7 @@ from taskgrad.chain import GraphChain
 from taskgrad.executors.futures import run, values_of
 from taskgrad.graph.layers import Layer, local_name, owner_of
 from taskgrad.graph.nodes import Stage, StageCall, new_key
-from taskgrad.worker.shards import Place
+from taskgrad.worker.checkpoint import Place
 
 NOT_WRITTEN = "$not-written"
 """Stands in an index for an argument that cannot be written there, such as a function."""
@@ -50,7 +50,7 @@ def stage_of(chain: GraphChain, layer: Layer) -> Stage:
 
 
 def on_stages(chain: GraphChain, action: str, arguments: Mapping[Stage, Any]) -> list[Any]:
-    """Run a function of `taskgrad.worker.shards` on stages side by side; what each gives."""
+    """Run a function of `taskgrad.worker.checkpoint` on stages side by side; what each gives."""
     calls = [
         StageCall(stage, f"shards.{action}", given, key=new_key(action, chain._title))
         for stage, given in arguments.items()

@@ -10,7 +10,7 @@ from dask.utils import format_bytes
 from taskgrad.chain import GraphChain
 from taskgrad.errors import MemoryLimitError
 from taskgrad.train.factories import attributes_of, example_of, state_per_parameter
-from taskgrad.worker.spilling import CHUNK
+from taskgrad.worker.offload import CHUNK
 
 logger = logging.getLogger("taskgrad")
 

@@ -11,8 +11,8 @@ import torch
 from taskgrad.chain import GraphChain
 from taskgrad.cluster.session import check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
+from taskgrad.executors.deploy import copy_tied
 from taskgrad.executors.futures import run, values_of
-from taskgrad.executors.installing import copy_tied
 from taskgrad.graph.nodes import Node, Stage, StageCall, new_key
 from taskgrad.train.factories import attributes_of, example_of
 from taskgrad.train.owner import acquire_ownership, check_owner

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from taskgrad.chain import GraphChain
+from taskgrad.executors.deploy import copy_tied
 from taskgrad.executors.futures import cancel, run, submit, values_of
-from taskgrad.executors.installing import copy_tied
-from taskgrad.executors.watching import wait_for
+from taskgrad.executors.monitor import wait_for
 from taskgrad.graph.nodes import Node, StageCall, new_key
 
 

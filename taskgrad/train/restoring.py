@@ -10,7 +10,7 @@ import torch
 
 from taskgrad.chain import GraphChain
 from taskgrad.errors import CheckpointError
-from taskgrad.graph.encoding import decode, tensors_in
+from taskgrad.formats.encoding import decode, tensors_in
 from taskgrad.graph.layers import owner_of
 from taskgrad.graph.nodes import Stage
 from taskgrad.train.contents import NOT_WRITTEN, inventory, living_on, stage_of

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from taskgrad.chain import GraphChain
 from taskgrad.errors import CheckpointError
-from taskgrad.graph.encoding import encode
-from taskgrad.graph.weights import (
+from taskgrad.formats.encoding import encode
+from taskgrad.formats.weights import (
     CHECKPOINT,
     WEIGHTS_INDEX,
     new_index,

@@ -15,7 +15,7 @@ from taskgrad.chain import GraphChain
 from taskgrad.cluster.session import check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.executors.futures import cancel, forget, launch, run, values_of
-from taskgrad.executors.watching import wait_for
+from taskgrad.executors.monitor import wait_for
 from taskgrad.graph.nodes import Leaf, Node, Stage, StageCall, new_key
 from taskgrad.graph.slices import Dims
 from taskgrad.plan.schedule import Schedule

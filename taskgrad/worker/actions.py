@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from taskgrad.graph.pytree import cotangents, flatten
-from taskgrad.worker import keeping, optimizing, shards, stage_calls, training
+from taskgrad.worker import checkpoint, keeping, optimizing, shard_ops, training
+from taskgrad.worker.shard_lock import at_stage
 from taskgrad.worker.store import Store, buffers_key
-from taskgrad.worker.turn import at_stage
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,17 @@ class ReadAll:
 
 
 _MODULES = {
-    "": stage_calls,
+    "": shard_ops,
     "keeping": keeping,
     "optimizing": optimizing,
-    "shards": shards,
+    "shards": checkpoint,
     "training": training,
 }
 
 
 @dataclass(frozen=True)
 class OnStage:
-    """A function of `stage_calls`, or as "training.name" of another module, on a stage."""
+    """A function of `shard_ops`, or as "training.name" of another module, on a stage."""
 
     token: str
     action: str

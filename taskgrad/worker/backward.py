@@ -18,13 +18,13 @@ from taskgrad.graph.pytree import (
     flatten,
     plain,
 )
+from taskgrad.worker.communicator import Member
 from taskgrad.worker.failures import backward_error
 from taskgrad.worker.gradients import Gradient, accumulate_into, own
 from taskgrad.worker.hooks import hooks_off
-from taskgrad.worker.mail import GangFailed
-from taskgrad.worker.ranks import Member
+from taskgrad.worker.mailbox import GangFailed
+from taskgrad.worker.shard_lock import turn
 from taskgrad.worker.store import ResidentStage, Store, Tape
-from taskgrad.worker.turn import turn
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 import torch
 
 from taskgrad.graph.pytree import describe
-from taskgrad.worker.mail import Message
-from taskgrad.worker.ranks import Member
+from taskgrad.worker.communicator import Member
+from taskgrad.worker.mailbox import Message
 
 Tensors = Sequence[torch.Tensor]
 

@@ -16,18 +16,18 @@ from torch import nn
 from taskgrad.errors import LayerError, TravelError
 from taskgrad.graph import pack
 from taskgrad.graph.nodes import Draw
+from taskgrad.graph.process_group import Rank
 from taskgrad.graph.pytree import Structure, carries_gradient, describe, flatten
-from taskgrad.graph.ranks import Rank
 from taskgrad.graph.templates import Template
 from taskgrad.worker import training
+from taskgrad.worker.activation_checkpoint import recomputed
+from taskgrad.worker.communicator import Member
 from taskgrad.worker.deferred_norm import deferred
 from taskgrad.worker.failures import forward_error
-from taskgrad.worker.mail import GangFailed
+from taskgrad.worker.mailbox import GangFailed
 from taskgrad.worker.randomness import may_draw, random_stream
-from taskgrad.worker.ranks import Member
-from taskgrad.worker.recompute import recomputed
+from taskgrad.worker.shard_lock import turn
 from taskgrad.worker.store import LOSS, ResidentStage, Store, Tape, buffers_key
-from taskgrad.worker.turn import turn
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from taskgrad.graph.beside import has_hooks
-from taskgrad.graph.layout import is_dense
+from taskgrad.graph.memory_layout import is_dense
 from taskgrad.graph.nodes import Draw
+from taskgrad.graph.parameter_extras import has_hooks
 from taskgrad.worker.hooks import accumulate_hooked
 from taskgrad.worker.store import ResidentStage
 

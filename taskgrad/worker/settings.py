@@ -19,7 +19,7 @@ import torch
 from taskgrad.errors import ClusterMismatchError, TaskgradError
 from taskgrad.graph import settings as known
 from taskgrad.graph.process_settings import SETTINGS, Setting, process_values
-from taskgrad.graph.settings import TorchSettings, Values, differing, inside, thread_settings
+from taskgrad.graph.torch_settings import TorchSettings, Values, differing, inside, thread_settings
 from taskgrad.worker.randomness import paused
 
 # How long a call that waits for the settings keeps its thread.

@@ -18,13 +18,13 @@ from torch import nn
 
 from taskgrad.errors import TapeError, WorkerLostError
 from taskgrad.graph.pytree import Structure
-from taskgrad.worker.mail import Mail
+from taskgrad.worker.mailbox import Mail
 from taskgrad.worker.settings import ReleasingLock
 
 if TYPE_CHECKING:
+    from taskgrad.worker.communicator import Member
     from taskgrad.worker.keeping import Kept
     from taskgrad.worker.optimizing import Update
-    from taskgrad.worker.ranks import Member
     from taskgrad.worker.training_state import Training
 
 # Keys let go of before their task was done; the task then has nothing to leave behind.

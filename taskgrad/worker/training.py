@@ -20,8 +20,8 @@ from taskgrad.errors import TaskgradError
 from taskgrad.graph import pack
 from taskgrad.worker import deferred_norm
 from taskgrad.worker.failures import making_errors, update_errors
+from taskgrad.worker.offload import CopiesInFiles, SpilledState
 from taskgrad.worker.optimizers import make_optimizer, make_scheduler, needs_metric
-from taskgrad.worker.spilling import CopiesInFiles, SpilledState
 from taskgrad.worker.store import Made, ResidentStage, Store
 from taskgrad.worker.training_state import Before, Scaler, Summary, Training
 from taskgrad.worker.undo import Undo, untouched_by

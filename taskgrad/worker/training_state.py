@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from taskgrad.worker.deferred_norm import Statistics
-from taskgrad.worker.spilling import SpilledState
+from taskgrad.worker.offload import SpilledState
 from taskgrad.worker.store import ResidentStage
 from taskgrad.worker.undo import Undo, copied
 

@@ -1,0 +1,1 @@
+"""Dask's processes made fit for torch: memory, intervals, limits."""

@@ -1,0 +1,208 @@
+"""What cannot travel between workers is refused while somebody can still be told.
+
+When a value turns out to be unpicklable only as another worker asks for it, the task that waits for
+it hangs, and later transfers between the two workers may go wrong. So a task's result is looked at
+before it becomes one. The look must cost next to nothing: tensors and small tuples of them are
+known by their types; anything else is pickled once into the void, tensors left out.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from distributed.protocol.serialize import dask_serialize
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from taskgrad.cluster.wire.serialize import TensorCloudPickler, TensorPickler
+from taskgrad.errors import TravelError
+from taskgrad.remote_errors import text_of
+
+_ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
+_DEVICES = frozenset({"cpu", "cuda", "meta", "mps", "xpu"})
+_LAYOUTS = frozenset(
+    {
+        *(torch.strided, torch.sparse_coo, torch.sparse_csr),
+        *(torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc),
+    }
+)
+_SHORT = 64  # longer containers are looked through faster by pickle than by us
+
+
+def refuse_untravelable(value: Any) -> None:
+    """Raise if this value could not be sent to another worker.
+
+    Raises
+    ------
+    TravelError
+        It names the part that cannot travel, by its place in the value and its type.
+    """
+    if _plainly_travels(value):
+        return
+    trouble = _trouble(value)
+    if trouble is None:
+        _refuse_unreadable(value)
+        return
+    place, part, why = _culprit(value, trouble)
+    where = f"its part {place}, " if place else ""
+    raise TravelError(
+        f"this result cannot be sent to another worker: {where}"
+        f"a {type(part).__module__}.{type(part).__qualname__}: {why}. "
+        "Return tensors, numbers or other values that can be pickled"
+    )
+
+
+def _refuse_unreadable(value: Any) -> None:
+    """Raise if a value can be pickled but not unpickled: its receiver would wait forever."""
+    for kind in (_Checker, _CloudChecker):
+        file, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
+        pickler = kind(file, protocol=5, buffer_callback=buffers.append)
+        try:
+            pickler.dump(value)
+        except Exception:
+            continue
+        try:
+            _Unchecker(io.BytesIO(file.getvalue()), pickler.kept, buffers).load()
+        except BaseException as error:
+            raise TravelError(
+                f"this result can be pickled, but raises when it is unpickled "
+                f"({text_of(error)}): a {type(value).__module__}.{type(value).__qualname__}. Check "
+                "its __setstate__ and __reduce__"
+            ) from error
+        return
+
+
+def _plainly_travels(value: Any) -> bool:
+    """Whether types alone say so; False means only that one has to look closer."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return True
+    if kind is torch.Tensor or kind is torch.nn.Parameter:
+        return tensor_trouble(value) is None and not value.__dict__
+    if kind is tuple or kind is list:
+        return len(value) < _SHORT and all(map(_plainly_travels, value))
+    if kind is dict:
+        return len(value) < _SHORT and all(
+            type(k) in _ATOMS and _plainly_travels(v) for k, v in value.items()
+        )
+    return False
+
+
+def tensor_trouble(t: torch.Tensor) -> str | None:
+    """Why this tensor cannot travel, if so."""
+    if t.layout not in _LAYOUTS:
+        return f"its layout is {t.layout}; .to_dense() makes it one that can"
+    if t.device.type not in _DEVICES:
+        return f"it is on the device {t.device}"
+    if is_functorch_wrapped_tensor(t):
+        return "it exists only inside the torch.func transform that made it"
+    return None
+
+
+class _Checked:
+    """Pickles tensors as numbers: only everything else is checked."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kept: list[torch.Tensor] = []
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, torch.Tensor):
+            return super().reducer_override(obj)  # type: ignore[misc]
+        why = tensor_trouble(obj)
+        if why is not None:
+            raise pickle.PicklingError(why)
+        if type(obj) is torch.Tensor or type(obj) is torch.nn.Parameter:
+            self.kept.append(obj)
+            number = len(self.kept) - 1
+            return _kept, (number,), obj.__dict__ or None, None, None, _ignore_state
+        return super().reducer_override(obj)  # type: ignore[misc]
+
+
+class _Checker(_Checked, TensorPickler):
+    pass
+
+
+class _CloudChecker(_Checked, TensorCloudPickler):
+    pass
+
+
+def _ignore_state(obj: Any, state: Any) -> None:
+    """Set no attributes: the tensor has them already."""
+
+
+def _kept(number: int) -> torch.Tensor:
+    raise NotImplementedError  # `_Unchecker` has another in its place
+
+
+class _Unchecker(pickle.Unpickler):
+    """Unpickles what a checker wrote, with the same tensors."""
+
+    def __init__(self, file: Any, kept: list[torch.Tensor], buffers: Any) -> None:
+        super().__init__(file, buffers=buffers)
+        self._kept = kept
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == __name__ and name == _kept.__name__:
+            return self._kept.__getitem__
+        return super().find_class(module, name)
+
+
+class _DaskChecker(_Checker):
+    """The same, and takes Dask's word for the classes that Dask sends in its own way."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, torch.Tensor | torch.nn.Module | type):
+            try:
+                dask_serialize.dispatch(type(obj))
+            except TypeError:
+                pass
+            else:
+                return int, ()
+        return super().reducer_override(obj)
+
+
+class _Void:
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
+def _trouble(value: Any) -> str | None:
+    """Why this value cannot be serialized, if so; looks as Dask does, from the fastest way on."""
+    why = None
+    for kind in (_Checker, _CloudChecker, _DaskChecker):
+        try:
+            kind(_Void(), protocol=5, buffer_callback=lambda _: None).dump(value)
+            return None
+        except Exception as error:
+            why = why or str(error)
+    return why
+
+
+def _culprit(value: Any, why: str) -> tuple[str, Any, str]:
+    """The innermost part that is in trouble: its place in the value, itself, and its trouble."""
+    for place, part in _parts(value):
+        trouble = _trouble(part)
+        if trouble is not None:
+            inner, found, reason = _culprit(part, trouble)
+            return place + inner, found, reason
+    return "", value, why
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, torch.Tensor):
+        return
+    if isinstance(value, dict):
+        yield from ((f"[{key!r}]", part) for key, part in value.items())
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        yield from ((f".{name}", getattr(value, name)) for name in value._fields)
+    elif isinstance(value, tuple | list | set | frozenset):
+        yield from ((f"[{i}]", part) for i, part in enumerate(value))
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from ((f".{f.name}", getattr(value, f.name)) for f in fields(value))
+    elif hasattr(value, "__dict__") and not isinstance(value, type) and not callable(value):
+        yield from ((f".{name}", part) for name, part in vars(value).items())

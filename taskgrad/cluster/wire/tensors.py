@@ -1,0 +1,223 @@
+"""What a tensor is on the wire: a few words about it, and its bits where they lie.
+
+Dask's own way with a tensor goes through numpy, which knows no bfloat16 and no float8. Here a
+tensor becomes what pickle's protocol 5 calls an out-of-band buffer: the bytes of its memory, not
+copied, plus dtype, shape and strides. `reduce_tensor` takes it apart, for the picklers of
+`taskgrad.cluster.wire.serialize`; nothing here changes how plain ``pickle`` treats a tensor.
+
+What arrives:
+
+- Values, bit for bit, under the same dtype, shape and type. Strides too, where the tensor fills its
+  memory in some order of its dimensions (channels_last, transposes) or repeats it (`expand`): then
+  only what is there once is sent. Else the values are packed first, in the tensor's own order.
+- A leaf as a leaf with its ``requires_grad`` and its ``grad``. A tensor *inside* an autograd graph
+  cannot take its graph along: its value arrives, with ``requires_grad`` off. Dask's own family
+  makes a fresh leaf of it, whose gradients then silently go nowhere.
+- Each tensor with memory of its own: two views of one storage arrive as two tensors. One tensor
+  object that a value holds twice (tied weights) arrives as one.
+- A tensor from an accelerator goes through host memory to the receiver's current device of that
+  type; where there is none, it stays on the host. Not tested on more than one kind of device.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from typing import Any
+
+import torch
+
+# From this size on a buffer is worth a read of its own on the other side; see `reduce_tensor`.
+_LARGE = 1 << 16
+# What a buffer's address must be a multiple of: vector instructions are slow across cache lines.
+_ALIGNMENT = 16
+
+_SPARSE_COMPRESSED = {
+    torch.sparse_csr: ("crow_indices", "col_indices"),
+    torch.sparse_bsr: ("crow_indices", "col_indices"),
+    torch.sparse_csc: ("ccol_indices", "row_indices"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices"),
+}
+_FEW = 64  # values of a container that can be looked at one by one in an event loop
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_OWN_REDUCES = (torch.Tensor.__reduce_ex__, torch.nn.Parameter.__reduce_ex__)
+
+
+def reduce_tensor(t: torch.Tensor) -> Any:
+    """A tensor as pickle's (function, arguments); NotImplemented: as torch itself pickles it.
+
+    That is what happens to the kinds that have no memory of their own to show (meta, wrapper
+    subclasses, nested: their parts come back here), to quantized ones, and to subclasses that say
+    themselves how they are pickled.
+    """
+    cls = type(t)
+    if cls is torch.Tensor or cls is torch.nn.Parameter:
+        return _reduce(t, cls)
+    if (
+        cls.__reduce_ex__ not in _OWN_REDUCES
+        or cls.__reduce__ is not torch.Tensor.__reduce__
+        or cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+        or not isinstance(t.__getstate__(), dict | None)
+    ):
+        return NotImplemented
+    with torch._C.DisableTorchFunctionSubclass():
+        return _reduce(t, cls)
+
+
+def lies_ready(value: Any) -> bool:
+    """Whether a message of this value is made without a copy, and without looking at many things.
+
+    A tensor whose memory is as it is sent, or a few.
+    """
+    kind = type(value)
+    if kind is torch.Tensor or kind is torch.nn.Parameter:
+        ready = value.layout is torch.strided and value.device.type == "cpu"
+        return ready and value.is_contiguous() and not value.__dict__
+    if kind is tuple or kind is list:
+        return len(value) <= _FEW and all(map(lies_ready, value))
+    return value is None
+
+
+def _reduce(t: torch.Tensor, cls: type) -> Any:
+    if t.layout is torch.strided:
+        if t.device.type == "meta" or t.is_quantized or t.is_nested:
+            return NotImplemented
+        bare: Any = _reduce_dense(t)
+    elif t.layout is torch.sparse_coo:
+        s = t.detach()
+        bare = _build_coo, (s._indices(), s._values(), t.shape, s.is_coalesced())
+    elif t.layout in _SPARSE_COMPRESSED:
+        s = t.detach()
+        indices = [getattr(s, name)() for name in _SPARSE_COMPRESSED[t.layout]]
+        bare = _build_compressed, (t.layout, *indices, s.values(), t.shape)
+    else:
+        return NotImplemented
+    leaf = t.is_leaf
+    grad = t.grad if leaf else None
+    state = t.__dict__ or None
+    requires_grad = leaf and t.requires_grad
+    if cls is torch.Tensor and not requires_grad and grad is None and state is None:
+        return bare
+    return _dress, (*bare, cls, requires_grad, grad, state)
+
+
+def _dress(
+    build: Any,
+    arguments: tuple[Any, ...],
+    cls: type,
+    requires_grad: bool,
+    grad: torch.Tensor | None,
+    state: dict[str, Any] | None,
+) -> torch.Tensor:
+    """The bare values, made again what they were."""
+    bare = build(*arguments)
+    t: torch.Tensor
+    if cls is torch.nn.Parameter:
+        t = torch.nn.Parameter(bare, requires_grad)
+    else:
+        t = (bare if cls is torch.Tensor else bare.as_subclass(cls)).requires_grad_(requires_grad)
+    if state:
+        t.__dict__.update(state)
+    if grad is not None:
+        t.grad = grad
+    return t
+
+
+def _reduce_dense(t: torch.Tensor) -> tuple[Any, tuple[Any, ...]]:
+    conj, neg, device = t.is_conj(), t.is_neg(), t.device.type
+    physical = t.detach()
+    if conj:
+        physical = physical.conj()  # takes the mark off again: no copy
+    if neg:
+        physical = torch._neg_view(physical)
+    if device != "cpu":
+        physical = physical.cpu()
+    flat, strides = _flatten(physical)
+    if not flat.numel():
+        return _build_empty, (t.dtype, tuple(t.shape), strides, device)
+    buffer = pickle.PickleBuffer(flat.view(torch.uint8).numpy().data)
+    # Dask reads the first buffer of a message together with the words before it: the tensor would
+    # lie there at some odd address for the rest of its life. So an empty buffer goes first.
+    first = pickle.PickleBuffer(bytearray()) if flat.numel() * t.itemsize >= _LARGE else None
+    return _build_dense, (first, buffer, t.dtype, tuple(t.shape), strides, conj, neg, device)
+
+
+def _flatten(t: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """The distinct elements in one dimension, a view if they lie so, and the strides over them."""
+    shape, strides = t.shape, t.stride()
+    if t.is_contiguous():
+        return t.as_strided((t.numel(),), (1,), t.storage_offset()), strides
+    moving = [d for d in range(len(shape)) if shape[d] > 1 and strides[d] > 0]
+    order = sorted(moving, key=lambda d: strides[d], reverse=True)
+    packed = list(strides)
+    count = 1
+    for d in reversed(order):
+        packed[d] = count
+        count *= shape[d]
+    if all(packed[d] == strides[d] for d in moving):
+        return t.as_strided((count,), (1,), t.storage_offset()), strides
+    if t.itemsize in _BITS:
+        t = t.view(_BITS[t.itemsize])  # some dtypes have no copy of their own
+    rows = t.as_strided([shape[d] for d in order], [strides[d] for d in order], t.storage_offset())
+    return rows.contiguous().view(-1), tuple(packed)
+
+
+def _build_dense(
+    _first: Any,
+    buffer: Any,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    conj: bool,
+    neg: bool,
+    device: str,
+) -> torch.Tensor:
+    with memoryview(buffer) as view:
+        flat: torch.Tensor
+        if view.readonly:
+            flat = torch.frombuffer(bytearray(view), dtype=torch.uint8)
+        else:
+            flat = torch.frombuffer(buffer, dtype=torch.uint8)
+            if flat.data_ptr() % _ALIGNMENT:
+                flat = flat.clone()
+    t = flat.view(dtype).as_strided(shape, strides)
+    if device != "cpu":
+        t = _to_device(t, device)
+    if neg:
+        t = torch._neg_view(t)
+    return t.conj() if conj else t
+
+
+def _build_empty(
+    dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], device: str
+) -> torch.Tensor:
+    t = torch.empty_strided(shape, strides, dtype=dtype)
+    return t if device == "cpu" else _to_device(t, device)
+
+
+def _to_device(t: torch.Tensor, device: str) -> torch.Tensor:
+    """To this process's own device of that type; left on the host where it has none."""
+    module = getattr(torch, device, None)
+    return t.to(device) if module is not None and module.is_available() else t
+
+
+def _build_coo(
+    indices: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...], coalesced: bool
+) -> torch.Tensor:
+    return torch.sparse_coo_tensor(
+        indices, values, shape, check_invariants=False, is_coalesced=coalesced
+    )
+
+
+def _build_compressed(
+    layout: torch.layout,
+    compressed: torch.Tensor,
+    plain: torch.Tensor,
+    values: torch.Tensor,
+    shape: tuple[int, ...],
+) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the layout is in beta: the sender knew
+        return torch.sparse_compressed_tensor(
+            compressed, plain, values, shape, layout=layout, check_invariants=False
+        )

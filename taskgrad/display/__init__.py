@@ -1,0 +1,1 @@
+"""How a graph, a plan, a table look."""

@@ -1,0 +1,1 @@
+"""`tg.main`: one file under mpirun and without it."""

@@ -1,0 +1,1 @@
+"""`tg.map`: a function over many items, differentiable."""

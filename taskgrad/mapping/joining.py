@@ -1,0 +1,106 @@
+"""The results of a map as part of the caller's autograd graph.
+
+One autograd Function a map: its inputs are the tensors that take a gradient, its outputs those of
+the results that give one. Its backward is handed to a `Recording`, wherever that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from taskgrad.autograd import keeps_graph
+from taskgrad.errors import TapeError
+from taskgrad.graph.pytree import Structure, builds
+
+Gradient = torch.Tensor | None
+
+
+class Recording:
+    """What a map recorded for its backward.
+
+    Parameters
+    ----------
+    title
+        The function's name, for messages.
+    entries
+        For each output the position of the result that it belongs to. Each result can be
+        differentiated once, as if each had a graph of its own.
+    """
+
+    def __init__(self, title: str, entries: Sequence[int]) -> None:
+        self.title = title
+        self.entries = list(entries)
+        self.used: set[int] = set()
+
+    def claim(self, cotangents: Sequence[Gradient], retain: bool) -> None:
+        """Count the results with a cotangent as used, unless retained.
+
+        Raises
+        ------
+        TapeError
+            One is used already.
+        """
+        claimed = {e for e, c in zip(self.entries, cotangents, strict=True) if c is not None}
+        again = claimed & self.used
+        if again:
+            raise TapeError(
+                f"backward a second time through result {min(again)} of a map of {self.title!r}: "
+                "its tape was used by the first. Pass retain_graph=True to the first if you need "
+                "two"
+            )
+        if not retain:
+            self.used |= claimed
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether no result is left to be differentiated."""
+        return self.used.issuperset(self.entries)
+
+    def backward(self, cotangents: Sequence[Gradient], retain: bool) -> list[Gradient]:
+        """Gradients of the inputs, given those of the outputs; the results are claimed."""
+        raise NotImplementedError
+
+    def differentiable(
+        self, inputs: Sequence[torch.Tensor], cotangents: Sequence[Gradient]
+    ) -> list[Gradient]:
+        """The same, as part of a graph by which they depend on inputs and cotangents."""
+        raise NotImplementedError
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, recording: Recording, outputs: list[torch.Tensor], *inputs: torch.Tensor
+    ) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.recording = recording
+        ctx.save_for_backward(*inputs)
+        return tuple(output.detach() for output in outputs)  # no views: users write in place
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Gradient) -> Any:
+        recording: Recording = ctx.recording
+        if torch.is_grad_enabled():  # create_graph=True
+            found = recording.differentiable(ctx.saved_tensors, cotangents)
+        else:
+            found = recording.backward(cotangents, keeps_graph())
+        return None, None, *found
+
+
+def join(
+    recording: Recording,
+    leaves: Sequence[Any],
+    structures: Sequence[Structure],
+    flags: Sequence[bool],
+    inputs: Sequence[torch.Tensor],
+) -> list[Any]:
+    """The results, those leaves of them that are flagged as outputs of the recording."""
+    outputs = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
+    if not outputs or not inputs:
+        return builds(leaves, structures)
+    joined = iter(_Join.apply(recording, outputs, *inputs))
+    found = [next(joined) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)]
+    return builds(found, structures)

@@ -1,1 +1,0 @@
-"""One function over many items: a differentiable map, streaming maps, and their start under MPI."""

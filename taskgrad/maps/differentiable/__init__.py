@@ -1,1 +1,0 @@
-"""A map that torch differentiates: over processes, threads, or both."""

@@ -1,1 +1,0 @@
-"""One file under mpirun, on local workers, or in one process."""

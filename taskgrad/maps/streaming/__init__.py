@@ -1,1 +1,0 @@
-"""Maps over streams: items go in as results come out."""

@@ -1,0 +1,1 @@
+"""`tg.imap` and `tg.starmap`: a function over a stream of items."""

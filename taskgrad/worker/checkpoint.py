@@ -1,0 +1,338 @@
+"""A stage's part of a checkpoint: written to files where the stage lives, and read back there.
+
+Two files a stage: one with weights, under the model's own names, that anybody can read, and one
+with what training needs besides. Everything that is no tensor goes to the driver as JSON, and from
+there into the checkpoint's index.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from taskgrad.errors import CheckpointError, LayerError
+from taskgrad.formats.encoding import decode, encode
+from taskgrad.formats.weights import about, compare, contents, opened
+from taskgrad.worker.offload import in_rows
+from taskgrad.worker.store import ResidentStage, Store
+from taskgrad.worker.training_state import Scaler, Training
+
+EXTRA = "_extra_state"  # as torch names it in a state_dict
+
+
+# So many bytes of tensors go to one file, or one tensor.
+_FILE = 256 << 20
+
+_Read = Callable[[str], torch.Tensor]
+
+
+class Place(NamedTuple):
+    """Where a buffer is on a stage, its layer and its name in that; whether it is model state."""
+
+    layer: int
+    name: str
+    persistent: bool
+
+
+def save(
+    store: Store,
+    token: str,
+    *,
+    folder: str,
+    shard: str,
+    parameters: list[str],
+    buffers: Mapping[str, Place],
+    layers: Mapping[int, str],
+) -> dict[str, Any]:
+    """Write the stage's tensors to files called after `shard`; gives the rest, and what it wrote.
+
+    `parameters` and `buffers` are those whose first names are here, `layers` the names of all
+    layers. Nothing that is there is changed.
+
+    Raises
+    ------
+    CheckpointError
+        The worker does not see the folder, cannot write to it, or holds what cannot be written.
+    """
+    stage = store.stage(token)
+    with stage.lock:
+        training = _training_of(stage)
+        weights: dict[str, torch.Tensor] = {name: stage.parameters[name] for name in parameters}
+        rest: dict[str, torch.Tensor] = {}
+        for name, place in buffers.items():
+            tensor = stage.layers[place.layer].get_buffer(place.name)
+            if place.persistent:
+                weights[name] = tensor
+            else:
+                rest[f"buffer/{name}"] = tensor
+        for name in training.names:
+            grad = stage.parameters[name].grad
+            if grad is not None:
+                rest[f"gradient/{name}"] = grad
+        scheduler = training.scheduler
+        found = {
+            "step": training.done,
+            "optimizer": _optimizer(stage, rest, shard),
+            "scheduler": None
+            if scheduler is None
+            else encode(scheduler.state_dict(), f"scheduler/{shard}", rest),
+            "scaler": None if training.scaler is None else asdict(training.scaler),
+            "extra": _extra_states(stage, layers, rest),
+        }
+        if not Path(folder).is_dir():
+            raise CheckpointError(
+                f"worker {store.address} does not see the folder {folder}, which the driver made: "
+                "a checkpoint goes to a filesystem that the driver and all workers share"
+            )
+        files = {}
+        for kind, tensors in (("model", weights), ("training", rest)):
+            for i, names in enumerate(in_rows({n: t.nbytes for n, t in tensors.items()}, _FILE), 1):
+                file = f"{kind}-{shard}-{i:03d}.safetensors"
+                part = {name: tensors[name] for name in names}
+                files[file] = _write(store.address, Path(folder) / file, part)
+                if training.spilled is not None:
+                    training.spilled.leave_memory()
+        return {**found, "files": files}
+
+
+def _training_of(stage: ResidentStage) -> Training:
+    if stage.training is None:
+        raise RuntimeError("this stage has no trainer")
+    return stage.training
+
+
+def _optimizer(
+    stage: ResidentStage, tensors: dict[str, torch.Tensor], shard: str
+) -> dict[str, Any] | None:
+    """Groups with their options of now, and each parameter's state, by parameters' names."""
+    optimizer = stage.optimizer
+    if optimizer is None:
+        return None
+    names = {id(p): name for name, p in stage.parameters.items()}
+    groups = []
+    for i, group in enumerate(optimizer.param_groups):
+        options = {k: v for k, v in group.items() if k != "params"}
+        options.pop("param_names", None)  # the user's own names, which a fresh optimizer has too
+        members = [names[id(p)] for p in group["params"]]
+        encoded = encode(options, f"group/{shard}/{i}", tensors)
+        groups.append({"parameters": members, "options": encoded})
+    state = {
+        names[id(p)]: encode(dict(kept), f"optimizer/{names[id(p)]}", tensors)
+        for p, kept in optimizer.state.items()
+    }
+    return {"class": type(optimizer).__qualname__, "groups": groups, "state": state}
+
+
+def _extra_states(
+    stage: ResidentStage, layers: Mapping[int, str], tensors: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """What modules give in ``get_extra_state``, by the names that it has in a state_dict."""
+    found = {}
+    for name, module in _with_extra_state(stage, layers).items():
+        found[name] = encode(module.get_extra_state(), f"extra/{name}", tensors)
+    return found
+
+
+def _with_extra_state(stage: ResidentStage, layers: Mapping[int, str]) -> dict[str, nn.Module]:
+    found = {}
+    for index, layer in layers.items():
+        module = stage.layers[index]
+        for inner, part in module.named_modules() if isinstance(module, nn.Module) else ():
+            if type(part).get_extra_state is not nn.Module.get_extra_state:
+                found[".".join(filter(None, (layer, inner, EXTRA)))] = part
+    return found
+
+
+def _write(address: str, file: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Write one file and wait until it is on the disk; gives what is in it."""
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided:
+            raise CheckpointError(f"{name!r} is {tensor.layout}, which safetensors cannot hold")
+    values = {name: _own(tensor.detach().cpu()) for name, tensor in tensors.items()}
+    try:
+        file.touch()
+        mode = file.stat().st_mode
+        written = {name: about(value) for name, value in values.items()}
+        save_file(values, file, metadata=contents(written))
+        file.chmod(mode)  # safetensors' own is for nobody but the worker's user
+        with file.open("rb") as done:
+            os.fsync(done.fileno())
+            size = os.fstat(done.fileno()).st_size
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"worker {address} could not write {file}: {type(error).__name__}: {error}"
+        ) from error
+    return {"bytes": size, "tensors": written}
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, row by row and in memory that nothing else shares: safetensors insists."""
+    tensor = tensor.contiguous()
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()
+
+
+def check(store: Store, token: str, *, folder: str, files: Mapping[str, Any]) -> None:
+    """Read these tensors and compare their checksums; nothing is changed.
+
+    Raises
+    ------
+    CheckpointError
+        The worker does not see a file, or one is damaged.
+    """
+    for file, written in files.items():
+        path = Path(folder) / file
+        if not path.is_file():
+            raise CheckpointError(
+                f"worker {store.address} does not see {path}: a checkpoint lies on a filesystem "
+                "that the driver and all workers share"
+            )
+        size = path.stat().st_size
+        if size != written["bytes"]:
+            raise CheckpointError(
+                f"{path} has {size} bytes and had {written['bytes']} when it was written: it was "
+                "cut short or written over"
+            )
+        for name, value in _read(path, written["tensors"]):
+            compare(value, written["tensors"][name], name, path)
+
+
+def _read(path: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors one after the other, so that only one is in memory beside those it goes to."""
+    with opened(path) as handle:
+        for name in names:
+            yield name, handle.get_tensor(name)
+
+
+def load(
+    store: Store,
+    token: str,
+    *,
+    folder: str,
+    files: Mapping[str, Any],
+    buffers: Mapping[str, Place],
+    layers: Mapping[int, str],
+    state: Mapping[str, Any],
+    options: Mapping[str, Any],
+    scheduler: Any,
+    scaler: Mapping[str, Any] | None,
+    extra: Mapping[str, Any],
+    step: int,
+) -> None:
+    """Put a checkpoint into the stage, whose optimizer is new.
+
+    `files` names the tensors that the stage needs. `state` and `options` are each parameter's
+    optimizer state and the options of the group that it was in.
+
+    Raises
+    ------
+    CheckpointError
+        Parameters are in other groups of the optimizer than they were.
+    """
+    stage = store.stage(token)
+    with stage.lock, torch.no_grad(), ExitStack() as stack:
+        training = _training_of(stage)
+        homes = {name: file for file, held in files.items() for name in held["tensors"]}
+        handles = {file: stack.enter_context(opened(Path(folder) / file)) for file in files}
+
+        def read(name: str) -> torch.Tensor:
+            tensor: torch.Tensor = handles[homes[name]].get_tensor(name)
+            return tensor
+
+        for name in homes:
+            _put(stage, buffers, name, read)
+        if stage.optimizer is not None:
+            _load_optimizer(stage, stage.optimizer, state, options, read)
+        if training.scheduler is not None:
+            _load_scheduler(training.scheduler, decode(scheduler, read))
+        training.scaler = None if scaler is None else Scaler(**scaler)
+        for name, module in _with_extra_state(stage, layers).items():
+            try:
+                module.set_extra_state(decode(extra[name], read))
+            except Exception as error:
+                raise LayerError(
+                    f"set_extra_state of {name.removesuffix(EXTRA).rstrip('.')!r} on worker "
+                    f"{store.address} raised {type(error).__name__}: {error}\nNothing was loaded "
+                    "on any worker.",
+                    name,
+                    store.address,
+                    error,
+                ) from error
+        training.done = step
+
+
+def _put(stage: ResidentStage, buffers: Mapping[str, Place], name: str, read: _Read) -> None:
+    """Read a parameter, its gradient, or a buffer, if this is the name of one."""
+    kind, _, rest = name.partition("/")
+    if name in stage.parameters:
+        stage.parameters[name].copy_(read(name))
+    elif kind == "gradient" and rest in stage.parameters:
+        parameter = stage.parameters[rest]
+        parameter.grad = torch.empty_like(parameter).copy_(read(name))
+    elif name in buffers or (kind == "buffer" and rest in buffers):
+        place = buffers[name if name in buffers else rest]
+        stage.layers[place.layer].get_buffer(place.name).copy_(read(name))
+
+
+def _load_optimizer(
+    stage: ResidentStage,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    options: Mapping[str, Any],
+    read: _Read,
+) -> None:
+    spilled = _training_of(stage).spilled
+    names = {id(p): name for name, p in stage.parameters.items()}
+    comparable = {n: decode(o, lambda key: read(key).tolist()) for n, o in options.items()}
+    for group in optimizer.param_groups:
+        members = [names[id(p)] for p in group["params"]]
+        for name in members[1:]:
+            if comparable[name] != comparable[members[0]]:
+                raise CheckpointError(
+                    f"parameters {members[0]!r} and {name!r} are in one group of the optimizer, "
+                    "and were in groups with other options in the checkpoint: give the optimizer "
+                    "and param_groups that it was saved with"
+                )
+        if members:
+            group.update(decode(options[members[0]], read))
+        steps_there = group.get("capturable") or group.get("fused")
+        for parameter, name in zip(group["params"], members, strict=True):
+            if name in state:
+                values: dict[str, Any] = decode(state[name], read)
+                optimizer.state[parameter] = {
+                    # As in torch, a count of steps stays on the host.
+                    key: _like(value, parameter)
+                    if isinstance(value, torch.Tensor) and (key != "step" or steps_there)
+                    else value
+                    for key, value in values.items()
+                }
+                if spilled is not None:
+                    spilled.put_away(optimizer.state[parameter])
+
+
+def _load_scheduler(scheduler: Any, state: dict[str, Any]) -> None:
+    ours, theirs = (
+        len(s.get("_last_lr", s.get("base_lrs", ()))) for s in (scheduler.state_dict(), state)
+    )
+    if ours != theirs:
+        raise CheckpointError(
+            f"the optimizer has {ours} groups of parameters on this stage, and the scheduler's "
+            f"state is of {theirs}: restore the checkpoint with its layers placed as they were"
+        )
+    scheduler.load_state_dict(state)
+
+
+def _like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A value as what belongs to a parameter: on its device, in its order in memory."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

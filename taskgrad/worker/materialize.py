@@ -1,0 +1,73 @@
+"""Give values to tensors that came to a worker without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from taskgrad.errors import CheckpointError, LayerError
+from taskgrad.formats.weights import opened
+from taskgrad.graph.deferred_init import Making, named_tensors, reset_of
+from taskgrad.remote_errors import message_of
+from taskgrad.worker.randomness import random_stream
+
+# Where a trainer's streams have the numbers of step and microbatch.
+_MAKING = -1
+
+
+def make_values(layer: nn.Module, making: Making, seed: int, address: str) -> None:
+    """Have modules set their values, each from a stream fixed by the seed and its name; read files.
+
+    Raises
+    ------
+    LayerError
+        A module raised, or left some of its values unset.
+    CheckpointError
+        A file cannot be read, or is damaged.
+    """
+    for inner, name in making.resets:
+        reset = reset_of(layer.get_submodule(inner))
+        assert reset is not None
+        try:
+            with random_stream(seed, _MAKING, _MAKING, name):
+                reset()
+        except BaseException as error:
+            raise LayerError(
+                f"reset_parameters() of {name!r} on worker {address} raised "
+                f"{type(error).__name__}: {message_of(error)}",
+                name,
+                address,
+                error,
+            ) from error
+    tensors = named_tensors(layer)
+    by_file: dict[str, list[str]] = {}
+    for name, stored in making.reads.items():
+        by_file.setdefault(stored.file, []).append(name)
+    with torch.no_grad():
+        for file, names in by_file.items():
+            if not Path(file).is_file():
+                raise CheckpointError(
+                    f"worker {address} does not see {file}: weights lie on a filesystem that the "
+                    "driver and all workers share"
+                )
+            with opened(file) as handle:
+                for name in names:
+                    tensors[name].copy_(making.reads[name].read(handle))
+    _check_set(tensors, making, address)
+
+
+def _check_set(tensors: Mapping[str, torch.Tensor], making: Making, address: str) -> None:
+    for name in making.hollow:
+        tensor = tensors[name].detach()
+        if name not in making.reads and tensor.is_floating_point() and tensor.isnan().any():
+            raise LayerError(
+                f"reset_parameters() on worker {address} left {name!r} without values: it was made "
+                "on the meta device, and what __init__ does to it there is lost. Set all of it in "
+                "reset_parameters()",
+                name,
+                address,
+                None,
+            )

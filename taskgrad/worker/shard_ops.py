@@ -1,0 +1,213 @@
+"""What is done to a stage where it lives: installed, read, its gradients kept, its weights updated.
+
+Every function takes the worker's store, the stage's token, and plain arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from taskgrad.errors import WorkerLostError
+from taskgrad.graph import pack
+from taskgrad.graph.deferred_init import Hollow, Making
+from taskgrad.graph.memory_layout import View
+from taskgrad.worker.gradients import accumulate_into, summed
+from taskgrad.worker.hooks import hooked_gradient
+from taskgrad.worker.materialize import make_values
+from taskgrad.worker.memory import store_bytes
+from taskgrad.worker.store import ResidentStage, StageLock, Store
+
+
+def install(
+    store: Store,
+    token: str,
+    tensors: list[torch.Tensor | Hollow | View],
+    *,
+    data: bytes,
+    names: dict[str, tuple[int, str]],
+    device: str | None,
+    store_id: str,
+    makings: dict[int, Making],
+    seed: int,
+    copied: list[str],
+) -> str:
+    """Unpack layers and keep them as a stage, if it is not there; gives the device they are on.
+
+    `names` maps the chain's name of each parameter to (layer index, name in the layer); `makings`
+    say how the layers of an index come by values that were not sent; `copied` are the parameters of
+    which other stages have copies.
+
+    Raises
+    ------
+    LayerError, CheckpointError
+        Values cannot be made, or read.
+    WorkerLostError
+        This is not the store with `store_id`. When a worker is lost, Dask runs again what ran
+        there; here that would put the first weights in the place of the trained ones.
+    """
+    if store.id != store_id:
+        raise WorkerLostError(
+            f"the worker that held {token.partition('-')[0]!r} is gone, and with it its layers; "
+            f"worker {store.address} cannot take its place. Make the chain again"
+        )
+    known = store.get(token)
+    if known is not None:  # trained meanwhile
+        return str(known.device)
+    there = torch.device("cpu") if device is None else _assigned(device)
+    values = [_value(t, there) for t in tensors]
+    layers: dict[int, Any] = pack.unpack(data, values, own=True)
+    for index in reversed(makings):  # the first of those that share a parameter has the last word
+        make_values(layers[index], makings[index], seed, store.address)
+    modules = [m for m in layers.values() if isinstance(m, nn.Module)]
+    place = _assigned(device) if device is not None else _device_of(modules)
+    if device is not None:
+        for module in modules:
+            module.to(place)
+    parameters = {name: _parameter(layers[i], local) for name, (i, local) in names.items()}
+    trainable = frozenset(name for name, p in parameters.items() if p.requires_grad)
+    lock = StageLock(store.give_thread_back)
+    store.put(
+        token,
+        ResidentStage(layers, parameters, place, frozenset(copied), trainable, lock=lock),
+    )
+    return str(place)
+
+
+def _value(sent: torch.Tensor | Hollow | View, device: torch.device) -> Any:
+    if isinstance(sent, Hollow):
+        return sent.empty(device)
+    return sent if isinstance(sent, View) else sent.clone()
+
+
+def _device_of(modules: Sequence[nn.Module]) -> torch.device:
+    for module in modules:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            return tensor.device
+    return torch.device("cpu")
+
+
+def _assigned(device: str) -> torch.device:
+    """A bare "cuda" means this worker's own: the first that it sees, as dask-cuda arranges it."""
+    found = torch.device(device)
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"device {device!r} was asked for, and this worker sees no CUDA device")
+    try:
+        torch.empty(0, device=found)
+    except Exception as error:  # each kind of device has its own
+        raise RuntimeError(
+            f"device {device!r} was asked for, and this worker cannot use it: {error}"
+        ) from error
+    return found
+
+
+def _parameter(layer: Any, name: str) -> nn.Parameter:
+    found: nn.Parameter = layer.get_parameter(name)
+    return found
+
+
+def fetch(
+    store: Store, token: str, *, mode: bool | None
+) -> tuple[bytes, list[torch.Tensor | View]]:
+    """The stage's layers, packed, their tensors as copies on the host."""
+    stage = store.stage(token)
+    with stage.lock:
+        for layer in stage.layers.values():
+            if isinstance(layer, nn.Module) and mode is not None:
+                layer.train(mode)
+        packed = pack.pack(stage.layers, hooks=True)
+        return packed.data, [t if isinstance(t, View) else _copy(t) for t in packed.laid_out()]
+
+
+def _copy(t: torch.Tensor) -> torch.Tensor:
+    return t.detach().to("cpu", copy=True)
+
+
+def state(store: Store, token: str) -> dict[int, dict[str, Any]]:
+    """Each layer's state_dict, by index, as copies on the host."""
+    stage = store.stage(token)
+    with stage.lock:
+        return {
+            i: {
+                k: _copy(v) if isinstance(v, torch.Tensor) else v
+                for k, v in layer.state_dict().items()
+            }
+            for i, layer in stage.layers.items()
+            if isinstance(layer, nn.Module)
+        }
+
+
+def memory(store: Store, token: str) -> dict[str, int]:
+    """Bytes that the stage and its tapes hold, by what holds them."""
+    stage = store.stage(token)
+    with stage.lock:  # no backward of it frees a tape that is looked at
+        entries = store.entries()
+        mine = {k: e for k, e in entries.items() if getattr(e, "stage", e) is stage}
+        return asdict(store_bytes(mine)[token])
+
+
+def zero_grad(store: Store, token: str) -> None:
+    """Drop the gradients."""
+    stage = store.stage(token)
+    with stage.lock:
+        for parameter in stage.parameters.values():
+            parameter.grad = None
+
+
+def gradient(store: Store, token: str, *, name: str) -> torch.Tensor | None:
+    """A copy of one parameter's gradient; later steps do not write into it."""
+    stage = store.stage(token)
+    with stage.lock:
+        grad = stage.parameters[name].grad
+        return None if grad is None else _copy(grad)
+
+
+def accumulate(store: Store, token: str, *values: Any, parts: dict[str, list[str | int]]) -> None:
+    """Add the gradients of a backward to the parameters'.
+
+    `parts` lists for each parameter what to sum, in order: the key of a backward task on this
+    worker, or the position among `values` of a gradient from another worker.
+    """
+    stage = store.stage(token)
+    with stage.lock:
+        for name, sources in parts.items():
+            found = [
+                store.gradients(source).get(name) if isinstance(source, str) else values[source]
+                for source in sources
+            ]
+            accumulate_into(stage, name, found, values, address=store.address)
+
+
+def hooked(store: Store, token: str, *parts: torch.Tensor | None, name: str) -> Any:
+    """The sum of a parameter's gradients after the hooks on it, on the host; None if it has none.
+
+    Nothing is accumulated: what ``torch.autograd.grad`` gives.
+    """
+    stage = store.stage(token)
+    with stage.lock:
+        parameter = stage.parameters[name]
+        total = summed(parameter, parts, parts)
+        if total is None:
+            return None
+        return hooked_gradient(parameter, total, name=name, address=store.address).cpu()
+
+
+def give(store: Store, token: str, *, names: list[str]) -> dict[str, torch.Tensor]:
+    """Copies of these parameters."""
+    stage = store.stage(token)
+    with stage.lock:
+        return {name: _copy(stage.parameters[name]) for name in names}
+
+
+def set_parameters(store: Store, token: str, *values: dict[str, torch.Tensor]) -> None:
+    """Write new values into this stage's copies of parameters that live elsewhere."""
+    stage = store.stage(token)
+    with stage.lock, torch.no_grad():
+        for new in values:
+            for name, value in new.items():
+                if name in stage.parameters:
+                    stage.parameters[name].copy_(value)
