@@ -18,8 +18,8 @@ from distributed.protocol import serialize_bytes, to_serialize
 from distributed.protocol.core import dumps, loads
 
 from lending import HERE, THERE, lending, needs_call, needs_others
-from taskgrad.cluster import serialize as _family  # noqa: F401  registers it
 from taskgrad.cluster.wire import leases, process_memory
+from taskgrad.cluster.wire import serialize as _family  # noqa: F401  registers it
 
 MIB = 2**20
 COUNT = 8_000_000  # floats: 32 MB

@@ -35,8 +35,8 @@ from torch import nn
 
 import taskgrad as tg
 from lending import lending, needs_call
-from taskgrad.cluster import serialize as _family  # noqa: F401  registers it
 from taskgrad.cluster.wire import leases, process_memory
+from taskgrad.cluster.wire import serialize as _family  # noqa: F401  registers it
 from taskgrad.cluster.wire.picklable import refuse_untravelable
 
 DTYPES = sorted(

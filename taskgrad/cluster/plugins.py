@@ -19,12 +19,12 @@ from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
 from distributed.scheduler import TaskState, WorkerState
 
 from taskgrad.cluster import internals
-from taskgrad.cluster import serialize as _serialize  # noqa: F401  registers the tensor family
 from taskgrad.cluster.config import Settings, Users
 from taskgrad.cluster.messages.rank_comms import Post
 from taskgrad.cluster.retirement import Holders, Reporter
 from taskgrad.cluster.tuning import intervals, malloc, server_settings
 from taskgrad.cluster.wire import leases, result_table
+from taskgrad.cluster.wire import serialize as _serialize  # noqa: F401  registers the tensor family
 from taskgrad.worker.memory import Held, total_bytes
 from taskgrad.worker.store import Store
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from taskgrad.errors import ClusterMismatchError, TaskgradError
-from taskgrad.graph import settings as known
+from taskgrad.graph import torch_settings as known
 from taskgrad.graph.process_settings import SETTINGS, Setting, process_values
 from taskgrad.graph.torch_settings import TorchSettings, Values, differing, inside, thread_settings
 from taskgrad.worker.randomness import paused
