@@ -41,11 +41,13 @@ def cluster() -> Iterator[Client]:
 
 
 @pytest.fixture
-def client(cluster: Client) -> Iterator[Client]:
+def client(cluster: Client, request: pytest.FixtureRequest) -> Iterator[Client]:
     """The session's cluster; what earlier tests left to the garbage collector is gone from it."""
     if not wait_until(lambda: not any(total_held(cluster).values()), 2):
         cluster.run(gc.collect)  # what tasks left in cycles: chains that were made in a task
-        wait_until(lambda: not any(total_held(cluster).values()))
+        gone = wait_until(lambda: not any(total_held(cluster).values()))
+        # The traceback of a test that failed keeps what it had.
+        assert gone or request.session.testsfailed, f"an earlier test left {total_held(cluster)}"
     with cluster.as_current():  # and not the cluster that was made last
         yield cluster
 
@@ -118,7 +120,7 @@ class Finished(SchedulerPlugin):
             self.seen.append((str(key), worker))
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> bool:
     """Whether the condition came true in time; releases travel to the workers in messages."""
     end = time.monotonic() + seconds
     while not condition():

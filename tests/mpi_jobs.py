@@ -40,7 +40,7 @@ class Job:
             text=True,
         )
 
-    def finish(self, seconds: float = 60) -> tuple[int, str, str]:
+    def finish(self, seconds: float = 200) -> tuple[int, str, str]:
         """Its exit status, and what it wrote to stdout and stderr."""
         try:
             out, err = self.process.communicate(timeout=seconds)

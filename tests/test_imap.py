@@ -18,8 +18,8 @@ import torch
 from distributed import Client, get_worker
 
 import taskgrad as tg
+from conftest import wait_until
 from taskgrad.cluster.messages import task_messages
-from tests.conftest import wait_until
 
 
 def double(x: Any) -> Any:

@@ -16,8 +16,8 @@ import pytest
 from distributed import Client
 
 import taskgrad as tg
-from tests.conftest import wait_until
-from tests.test_imap import double, nothing_left, results_into
+from conftest import wait_until
+from test_imap import double, nothing_left, results_into
 
 
 @pytest.mark.parametrize("size", [10, 200_000])

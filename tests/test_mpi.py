@@ -20,7 +20,7 @@ from mpi_jobs import job, run
 from taskgrad.launch.worker_rank import _no_failed_heartbeats
 
 HEAD = """\
-import json, os, sys, time
+import glob, json, os, sys, time
 import distributed
 import numpy as np
 import torch
@@ -48,7 +48,12 @@ WORK = """
         return indices, 2 * x
 
     def who(_):
-        time.sleep(0.1)
+        # Not before every worker is in one: none is left out for being slow to start.
+        open(f"{sys.argv[0]}.{tg.rank()}", "w").close()
+        end = time.monotonic() + 30
+        while len(glob.glob(f"{sys.argv[0]}.*")) < max(1, tg.size() - 1):
+            assert time.monotonic() < end
+            time.sleep(0.01)
         return tg.rank(), tg.size(), os.getpid()
 
     def batches(x):

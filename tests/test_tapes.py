@@ -89,16 +89,26 @@ def test_a_failing_backward_leaves_no_tape(client):
     assert wait_until(lambda: total_held(client)["tapes"] == 0)
 
 
-def test_cancelled_while_it_runs_leaves_no_tape(client):
+def test_cancelled_while_it_runs_leaves_no_tape(client, tmp_path):
+    started, go_on = tmp_path / "started", tmp_path / "go on"
+
     def slow(x):
-        time.sleep(1)
+        started.touch()
+        while not go_on.exists():
+            time.sleep(0.01)
         return x * 2
 
     y = tg.spawn(slow, torch.ones(3, requires_grad=True)).persist()
-    assert wait_until(lambda: any(client.processing().values()))
+    assert wait_until(started.exists, 30)
     del y
-    time.sleep(1.2)
+    assert wait_until(lambda: not any(client.processing().values()))
+    go_on.touch()
+    assert wait_until(lambda: not any(client.run(computing).values()))
     assert wait_until(lambda: total_held(client)["tapes"] == 0)
+
+
+def computing(dask_worker):
+    return len(dask_worker.state.executing | dask_worker.state.long_running)
 
 
 def test_a_long_wait_keeps_nothing_alive(client):
