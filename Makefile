@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-gpt test lint format notebooks docs bench clean
+.PHONY: help setup train train-gpt test test-all lint format notebooks docs bench clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,8 +27,13 @@ train: setup ## train the example network: make train ARGS='--help'
 train-gpt: setup ## train the example GPT, and let it write: make train-gpt ARGS='--steps 2000'
 	$(BIN)/python examples/train_gpt.py $(ARGS)
 
-test: setup ## run the tests, two files at a time: make test ARGS='-k vjp'
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test: setup ## run the tests but the long ones, two files at a time: make test ARGS='-k vjp'
+	$(PYTEST) -m 'not long' $(ARGS)
+
+test-all: setup ## run all tests, the long ones too
+	$(PYTEST) $(ARGS)
 
 lint: setup ## check style, types and which module imports which
 	$(BIN)/ruff check .

@@ -1,14 +1,20 @@
-"""Comparing with plain torch."""
+"""Comparing with plain torch; parameters that are marked."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 import taskgrad as tg
+
+
+def long(*values: Any) -> list[Any]:
+    """Parameters whose tests take long."""
+    return [pytest.param(value, marks=pytest.mark.long) for value in values]
 
 
 def reference(model: nn.Module, *xs: torch.Tensor, cotangent: Any = None) -> tuple[Any, dict, list]:
