@@ -20,7 +20,7 @@ from taskgrad.errors import TapeError
 from taskgrad.executors.backward import accumulations, run_backward
 from taskgrad.executors.futures import run
 from taskgrad.graph.adjoint import Adjoint, adjoint, calls_behind
-from taskgrad.graph.nodes import Call, Leaf, Node, Stage
+from taskgrad.graph.nodes import Call, Leaf, Node, Shard
 from taskgrad.graph.pytree import carries_gradient, cotangents, flatten
 from taskgrad.graph.reads import ParameterGrad
 
@@ -117,7 +117,7 @@ class _Accumulation:
     def accumulate(self) -> None:
         """Add them to the parameters' `.grad`. A parameter of several groups gets one sum."""
         for session, found in self._found.items():
-            parameters: dict[tuple[Stage, str], tuple[ParameterGrad, ...]] = {}
+            parameters: dict[tuple[Shard, str], tuple[ParameterGrad, ...]] = {}
             for one in found:
                 for key, parts in one.parameters.items():
                     parameters[key] = (*parameters.get(key, ()), *parts)

@@ -32,12 +32,13 @@ from taskgrad.graph.layers import (
     owner_of,
     rebuild_model,
 )
-from taskgrad.graph.nodes import Call, ChainRef, Leaf, Node, Stage, StageCall, new_key
+from taskgrad.graph.nodes import Call, ChainRef, Leaf, Node, Shard, ShardCall, new_key
 from taskgrad.graph.pytree import Slot
 from taskgrad.graph.reads import StoredGrad
 from taskgrad.graph.sending import check_process, is_parametrized, reached
 from taskgrad.graph.templates import template
 from taskgrad.thunk import Inputs, Lazy, Thunk
+from taskgrad.worker import keeping, shard_ops
 
 
 class IncompatibleKeys(NamedTuple):
@@ -147,17 +148,17 @@ class GraphChain(Lazy):
         first: dict[int, int] = {}
         self._same_as = [first.setdefault(id(m), i) for i, m in enumerate(flat.modules)]
         self._mode: bool | None = None
-        self._stages: dict[str, Stage] = {}
+        self._shards: dict[str, Shard] = {}
         self._ref = ChainRef(self._title)
         for address in dict.fromkeys(workers):
-            self._stages[address] = Stage(self._ref, new_key("stage", self._title), address)
-        self._stage_of = [self._stages[address] for address in workers]
+            self._shards[address] = Shard(self._ref, new_key("shard", self._title), address)
+        self._shard_of = [self._shards[address] for address in workers]
         self._by_name = {layer.name: layer for layer in reversed(self._layers)}
         self._trainable = self._trainable_by_layer()
         if device is None:  # a model on a GPU here belongs on the workers' own GPUs
             kinds = {info.device.type for info in self._tensors.values()} - {"cpu", "meta"}
             device = next(iter(kinds), None)
-        devices = install(flat, self._stage_of, device, made_there, seed, self._session)
+        devices = install(flat, self._shard_of, device, made_there, seed, self._session)
         sizes = self._sizes()
         self.placement = Table(
             PlacementRow,
@@ -213,7 +214,7 @@ class GraphChain(Lazy):
                 given = joined.template((tuple(ends), {}), self._title)
                 entry = _Entry(tuple(joined.nodes), given, None)
                 part = part.connection
-            elif row and self._stage_of[row[-1].index] is not self._stage_of[part.index]:
+            elif row and self._shard_of[row[-1].index] is not self._shard_of[part.index]:
                 entry = flush(entry)
             row.append(part)
         return flush(entry)
@@ -230,18 +231,18 @@ class GraphChain(Lazy):
 
     def _call(self, row: Sequence[Layer], entry: _Entry) -> Call:
         names = [layer.name or layer.kind for layer in row]
-        stage = self._stage_of[row[0].index]
+        shard = self._shard_of[row[0].index]
         return Call(
             title=names[0] if len(row) == 1 else f"{names[0]}..{names[-1]}",
             steps=tuple((r.index, name, r.kind) for r, name in zip(row, names, strict=True)),
             inputs=entry.inputs,
             template=entry.template,
-            stage=stage,
+            shard=shard,
             parameters=tuple(
                 dict.fromkeys(name for layer in row for name in self._trainable[layer.index])
             ),
             mode=self._mode,
-            worker=stage.worker,
+            worker=shard.worker,
         )
 
     def _trainable_by_layer(self) -> list[list[str]]:
@@ -267,7 +268,7 @@ class GraphChain(Lazy):
     def zero_grad(self) -> None:
         """Drop the gradients on the workers; those of a trainer's steps when these are done."""
         with between_steps((), [self._ref]):
-            self._on_stages("zero_grad")
+            self._on_shards(shard_ops.zero_grad)
 
     def grads(self) -> dict[str, Thunk]:
         """The accumulated gradient of each trainable parameter: thunks of tensors, or of None."""
@@ -287,10 +288,10 @@ class GraphChain(Lazy):
         Columns are parameters, buffers, gradients, optimizer (its state) and tapes (what forwards
         keep for their backwards). Memory that several share counts once.
         """
-        held = self._on_stages("memory")
+        held = self._on_shards(shard_ops.memory)
         return Table(
             MemoryRow,
-            [MemoryRow(s.worker, **h) for s, h in zip(self._stages.values(), held, strict=True)],
+            [MemoryRow(s.worker, **h) for s, h in zip(self._shards.values(), held, strict=True)],
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -304,7 +305,7 @@ class GraphChain(Lazy):
             Such a step failed, or a worker is gone.
         """
         with between_steps((), [self._ref]):
-            states = self._on_stages("state")
+            states = self._on_shards(shard_ops.state)
         by_index = {i: state for part in states for i, state in part.items()}
         return {
             f"{layer.name}.{key}" if layer.name else key: value
@@ -340,22 +341,22 @@ class GraphChain(Lazy):
                 f"Missing: {missing or 'none'}. Unexpected: {extra or 'none'}. "
                 f"Wrong shape: {wrong or 'none'}"
             )
-        split: dict[Stage, dict[int, dict[str, Any]]] = {}
+        split: dict[Shard, dict[int, dict[str, Any]]] = {}
         for name, value in state.items():
             if name in extra:
                 continue
             layer = owner_of(name, self._by_name)
-            part = split.setdefault(self._stage_of[layer.index], {})
+            part = split.setdefault(self._shard_of[layer.index], {})
             part.setdefault(layer.index, {})[local_name(name, layer)] = value
         loads = [
-            StageCall(
-                stage,
-                "keeping.load",
+            ShardCall(
+                shard,
+                keeping.load,
                 {"names": {i: self._layers[i].name for i in states}},
                 key=new_key("load", self._title),
                 after=[Leaf(states, needs_grad=False)],
             )
-            for stage, states in split.items()
+            for shard, states in split.items()
         ]
         with between_steps((), [self._ref]), all_or_nothing(split, self._session):
             run(loads, self._session)
@@ -365,7 +366,7 @@ class GraphChain(Lazy):
         """The user's own module again, with the weights, buffers and mode of now."""
         modules: dict[int, Any] = {}
         with between_steps((), [self._ref]):
-            fetched = self._on_stages("fetch", mode=self._mode)
+            fetched = self._on_shards(shard_ops.fetch, mode=self._mode)
         for data, tensors in fetched:
             modules |= pack.unpack(data, tensors, own=True)
         layers = [modules[i] for i in self._same_as]
@@ -374,14 +375,14 @@ class GraphChain(Lazy):
             model.train(self._mode)
         return model
 
-    def _home(self, name: str) -> Stage:
-        return self._stage_of[owner_of(name, self._by_name).index]
+    def _home(self, name: str) -> Shard:
+        return self._shard_of[owner_of(name, self._by_name).index]
 
-    def _on_stages(self, action: str, **arguments: Any) -> list[Any]:
-        """Run one action on every stage; returns what each gave."""
+    def _on_shards(self, function: Callable[..., Any], **arguments: Any) -> list[Any]:
+        """Run one function on every shard; returns what each gave."""
         calls = [
-            StageCall(stage, action, arguments, key=new_key(action, self._title))
-            for stage in self._stages.values()
+            ShardCall(shard, function, arguments, key=new_key(function.__name__, self._title))
+            for shard in self._shards.values()
         ]
         run(calls, self._session)
         return values_of(calls, self._session)
@@ -395,7 +396,7 @@ class GraphChain(Lazy):
         total = sum(row.parameters for row in self.placement)
         return (
             f"GraphChain({self._title}, {len(self)} layers, {total:,} parameters, "
-            f"{len(self._stages)} workers)"
+            f"{len(self._shards)} workers)"
         )
 
     def _repr_html_(self) -> str:

@@ -11,9 +11,10 @@ from taskgrad.arguments import flag, shown
 from taskgrad.errors import CotangentError
 from taskgrad.graph.adjoint import Adjoint, adjoint, calls_behind
 from taskgrad.graph.layers import kind_of
-from taskgrad.graph.nodes import Call, Leaf, Node, Primal, Stage, StageCall, Sum, new_key
+from taskgrad.graph.nodes import Call, Leaf, Node, Primal, Shard, ShardCall, Sum, new_key
 from taskgrad.graph.pytree import Structure, carries_gradient, flatten
 from taskgrad.thunk import Thunk, cotangent_node, fixed, spawn
+from taskgrad.worker import shard_ops
 
 
 class _PrimalTree(NamedTuple):
@@ -172,11 +173,11 @@ def _parameter_grads(found: Adjoint, reachable: list[Call]) -> dict[str, Node | 
             parts_of.setdefault(id(leaf.value), []).extend(parts)
     owners: dict[int, tuple[str, dict[str, Node | None]]] = {}
     for call in reversed(reachable):
-        if call.stage is not None:
-            chain = call.stage.chain
+        if call.shard is not None:
+            chain = call.shard.chain
             _, grads = owners.setdefault(id(chain), (chain.title, {}))
             for name in call.parameters:
-                home: Stage = call.stage.homes.get(name, call.stage)
+                home: Shard = call.shard.homes.get(name, call.shard)
                 if name not in grads:
                     parts = found.parameters.get((home, name), ())
                     grads[name] = _parameter_grad(parts, name, home)
@@ -197,10 +198,12 @@ def _parameter_grads(found: Adjoint, reachable: list[Call]) -> dict[str, Node | 
     return named
 
 
-def _parameter_grad(parts: Sequence[Node], name: str, home: Stage) -> Node | None:
+def _parameter_grad(parts: Sequence[Node], name: str, home: Shard) -> Node | None:
     """One node for a parameter's gradient, after its hooks, where it lives."""
     if parts and name in home.hooked:
-        return StageCall(home, "hooked", {"name": name}, key=new_key("grad", name), after=parts)
+        return ShardCall(
+            home, shard_ops.hooked, {"name": name}, key=new_key("grad", name), after=parts
+        )
     return _sum(parts, name, home.worker)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import taskgrad as tg
 from taskgrad.cluster.plugins import store_of
-from taskgrad.worker.store import ResidentStage
+from taskgrad.worker.store import ResidentShard
 
 
 class ConvNet(nn.Sequential):
@@ -184,7 +184,7 @@ def assert_same_training(chain: tg.GraphChain, plain: PlainTrainer, client: Any)
 
 def optimizer_state(client: Any, chain: tg.GraphChain) -> dict[str, dict[str, Any]]:
     """What the chain's optimizers keep on the workers, by parameter."""
-    tokens = {stage.token for stage in chain._stages.values()}
+    tokens = {stage.token for stage in chain._shards.values()}
     found: dict[str, dict[str, Any]] = {}
     for states in client.run(_optimizer_state, tokens).values():
         found |= states
@@ -195,7 +195,7 @@ def _optimizer_state(tokens: set[str], dask_worker: Any) -> dict[str, dict[str, 
     return {
         name: dict(stage.optimizer.state[stage.parameters[name]])
         for token, stage in store_of(dask_worker).entries().items()
-        if token in tokens and isinstance(stage, ResidentStage) and stage.optimizer is not None
+        if token in tokens and isinstance(stage, ResidentShard) and stage.optimizer is not None
         for name in stage.parameters
         if stage.parameters[name] in stage.optimizer.state
     }

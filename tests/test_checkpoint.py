@@ -77,7 +77,7 @@ def optimizer_state(dask_worker, tokens):
 def everything(trainer):
     trainer.wait()
     found = trainer.chain.state_dict()
-    tokens = {stage.token for stage in trainer.chain._stages.values()}
+    tokens = {stage.token for stage in trainer.chain._shards.values()}
     states = trainer.chain._session.client.run(optimizer_state, tokens=tokens)
     for state in states.values():
         found |= state
@@ -294,19 +294,19 @@ def test_a_new_checkpoint_replaces_the_old_one_and_nothing_else(client, tmp_path
 
 def go_wrong(dask_worker, how, folder):
     """Have a worker's writes go wrong, in one way until the next call of this."""
-    from taskgrad.worker import shards
+    from taskgrad.worker import checkpoint
 
-    shards.write = getattr(shards, "write", shards._write)
+    checkpoint.write = getattr(checkpoint, "write", checkpoint._write)
 
     def wrong(address, file, tensors):
-        about = shards.write(address, file, tensors)
+        about = checkpoint.write(address, file, tensors)
         if how == "elsewhere":
             os.rename(file, f"{folder}/elsewhere")
         elif how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         return about
 
-    shards._write = wrong
+    checkpoint._write = wrong
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from taskgrad.graph.pytree import flatten
 from taskgrad.worker.backward import Backward
 from taskgrad.worker.memory import total_bytes
 from taskgrad.worker.shard_lock import turn
-from taskgrad.worker.store import ResidentStage, Store, Tape
+from taskgrad.worker.store import ResidentShard, Store, Tape
 
 
 def test_memory_of_a_chain(client):
@@ -226,7 +226,7 @@ def forward_disturb_backward(client, disturb):
 def test_nobody_reads_gradients_while_a_task_has_the_stage():
     """torch crashes where one thread reads ``.grad`` and another replaces it: the task counts."""
     parameter = nn.Parameter(torch.zeros(100))
-    stage = ResidentStage({}, {"p": parameter}, torch.device("cpu"))
+    stage = ResidentShard({}, {"p": parameter}, torch.device("cpu"))
     made, asked = threading.Event(), threading.Event()
 
     def task():

@@ -20,7 +20,8 @@ import taskgrad as tg
 from conftest import total_held, wait_until
 from helpers import assert_same
 from taskgrad.cluster.plugins import store_of
-from taskgrad.worker.actions import OnStage
+from taskgrad.worker import shard_ops, training
+from taskgrad.worker.actions import OnShard
 from taskgrad.worker.backward import Backward
 
 
@@ -140,7 +141,7 @@ def test_a_client_that_closes_leaves_nothing(client):
         _, back = tg.vjp(chain, torch.randn(2, 3))
         grads, _ = back(torch.ones(2, 3))
         tg.collect(grads)
-        assert total_held(client) == {"stages": 1, "tapes": 1, "gradients": 1}
+        assert total_held(client) == {"shards": 1, "tapes": 1, "gradients": 1}
     assert wait_until(lambda: not any(total_held(client).values()))
     assert chain is not None
     assert y is not None
@@ -172,7 +173,7 @@ def test_a_driver_that_is_killed_while_it_trains_leaves_nothing(fresh):
     )
     while int(driver.stdout.readline()) < 5:
         pass
-    assert total_held(client)["stages"] == 2
+    assert total_held(client)["shards"] == 2
     assert total_held(client)["tapes"] >= 8
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait(10)
@@ -189,7 +190,7 @@ def test_late_messages_of_an_old_run_are_refused(client):
         chain = tg.GraphChain(model, client=client, placement=[0])
         y = chain(x)
         tg.collect(y)
-        [stage] = chain._stages.values()
+        [stage] = chain._shards.values()
         return chain, y, stage.token, y._node.key
 
     *old, old_token, old_key = run()
@@ -206,8 +207,8 @@ def test_late_messages_of_an_old_run_are_refused(client):
             key="late", token=old_key, title="t", sources=(), wanted=(), retain=False
         )
         for action in (
-            OnStage(token=old_token, action="zero_grad", arguments={}),
-            OnStage(token=old_token, action="training.roll_back", arguments={"done": 0}),
+            OnShard(token=old_token, function=shard_ops.zero_grad, arguments={}),
+            OnShard(token=old_token, function=training.roll_back, arguments={"done": 0}),
             backward,
         ):
             try:
@@ -263,6 +264,6 @@ def test_layers_that_dask_installs_again_stay_as_they_are(fresh):
     chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client, placement=workers[:1])
     trained = {"0.weight": torch.zeros(2, 2), "0.bias": torch.zeros(2)}
     chain.load_state_dict(trained)
-    lose(client, [stage.handle for stage in chain._stages.values()])
+    lose(client, [stage.handle for stage in chain._shards.values()])
     for name, value in chain.state_dict().items():
         assert_same(value, trained[name], name)

@@ -46,7 +46,7 @@ def local_cluster(
     Parameters
     ----------
     n_workers, threads_per_worker
-        One thread a worker by default: a stage runs one task at a time. With None as many as the
+        One thread a worker by default: a shard runs one task at a time. With None as many as the
         cores have room for.
     **kwargs
         Passed on to ``distributed.LocalCluster`` (``dashboard_address``, ``memory_limit``, ...).

@@ -2,7 +2,7 @@
 
 A task that waits occupies a thread of its worker, and the task that it waits for may have to run in
 that thread. So it gives the thread back, and Dask starts another task in its place. That is not
-enough for a layer, which also holds its stage until it returns.
+enough for a layer, which also holds its shard until it returns.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dask.context import thread_state
 
 from taskgrad.errors import TaskgradError
 from taskgrad.worker.settings import settings_released
-from taskgrad.worker.shard_lock import is_at_stage
+from taskgrad.worker.shard_lock import is_using_shard
 
 
 def refuse_deadlock() -> None:
@@ -26,10 +26,10 @@ def refuse_deadlock() -> None:
     TaskgradError
         This is a layer, loss or optimizer, or a thread of a map that runs in a task.
     """
-    if is_at_stage():
+    if is_using_shard():
         raise TaskgradError(
             "a layer, a loss or an optimizer waits for tasks here (tg.collect, backward, a chain "
-            "or trainer that is made or run): its stage is held until it returns, so this might "
+            "or trainer that is made or run): its shard is held until it returns, so this might "
             "wait forever. Call the function itself, or tg.map, which runs it where the layer is; "
             "or collect before, and give the value to the chain as an argument"
         )

@@ -17,7 +17,7 @@ from taskgrad.cluster.tuning import malloc
 from taskgrad.cluster.wire.picklable import refuse_untravelable
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.remote_errors import RemoteError
-from taskgrad.worker.actions import OnStage
+from taskgrad.worker.actions import OnShard
 from taskgrad.worker.failures import exit_error
 from taskgrad.worker.settings import applied
 from taskgrad.worker.store import Store
@@ -71,8 +71,8 @@ def _run(action: Any, settings: TorchSettings | None, inputs: list[Any]) -> Any:
 
 def _title(action: Any) -> str:
     """What an action runs, for messages."""
-    if isinstance(action, OnStage):
-        return f"{action.action!r} of {action.token.partition('-')[0]!r}"
+    if isinstance(action, OnShard):
+        return f"{action.function.__name__!r} of {action.token.partition('-')[0]!r}"
     called = getattr(action, "work", action)
     return repr(getattr(called, "title", type(action).__name__))
 

@@ -8,7 +8,7 @@ from html import escape
 
 import networkx as nx
 
-from taskgrad.graph.nodes import Call, Foreign, Leaf, Node, Primal, StageCall, ancestors
+from taskgrad.graph.nodes import Call, Foreign, Leaf, Node, Primal, ShardCall, ancestors
 from taskgrad.graph.pytree import describe
 
 # Nesting that a repr shows before it says "...".
@@ -88,7 +88,7 @@ def call_graph(outputs: Iterable[Node]) -> nx.DiGraph:
         for key, label in zip(keys, names, strict=True):
             graph.add_node(key, label=label, worker=worker)
         nx.add_path(graph, keys)
-        for given in _shown_inputs(node) if not isinstance(node, StageCall) else node.inputs:
+        for given in _shown_inputs(node) if not isinstance(node, ShardCall) else node.inputs:
             graph.add_edge(ends[id(given)], keys[0])
         ends[id(node)] = keys[-1]
     return graph

@@ -11,14 +11,15 @@ from taskgrad.cluster.session import Session
 from taskgrad.errors import CotangentError
 from taskgrad.executors.futures import forget, run_with_buffers, values_of
 from taskgrad.graph.adjoint import Adjoint
-from taskgrad.graph.nodes import Leaf, Node, Stage, StageCall, new_key
+from taskgrad.graph.nodes import Leaf, Node, Shard, ShardCall, new_key
 from taskgrad.graph.pytree import Structure, flatten
+from taskgrad.worker import shard_ops
 from taskgrad.worker.backward import match
 
 
-def accumulations(adjoint: Adjoint) -> list[StageCall]:
-    """One action a stage: add what this backward gave to the gradients of its parameters."""
-    by_home: dict[Stage, dict[str, Any]] = {}
+def accumulations(adjoint: Adjoint) -> list[ShardCall]:
+    """One action a shard: add what this backward gave to the gradients of its parameters."""
+    by_home: dict[Shard, dict[str, Any]] = {}
     for (home, name), parts in adjoint.parameters.items():
         by_home.setdefault(home, {})[name] = parts
     calls = []
@@ -37,7 +38,9 @@ def accumulations(adjoint: Adjoint) -> list[StageCall]:
                     remote.append(part)
         key = new_key("accumulate", home.token.partition("-")[0].partition(":")[2])
         after = [*remote, *local]
-        calls.append(StageCall(home, "accumulate", {"parts": sources}, key=key, after=after))
+        calls.append(
+            ShardCall(home, shard_ops.accumulate, {"parts": sources}, key=key, after=after)
+        )
     return calls
 
 

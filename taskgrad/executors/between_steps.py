@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from taskgrad.graph.nodes import Call, ChainRef, Node, Pullback, Stage
+from taskgrad.graph.nodes import Call, ChainRef, Node, Pullback, Shard
 from taskgrad.graph.reads import Bundle, StoredGrad
 
 
@@ -24,8 +24,8 @@ def between_steps(nodes: Sequence[Node], chains: Iterable[ChainRef] = ()) -> Ite
     """
     used: dict[ChainRef, list[Node]] = {chain: [] for chain in chains}
     for node in nodes:
-        for stage in _stages_of(node):
-            used.setdefault(stage.chain, []).append(node)
+        for shard in _shards_of(node):
+            used.setdefault(shard.chain, []).append(node)
     with ExitStack() as entered:
         for chain, users in used.items():
             trainer: Any = chain.trained_by()
@@ -34,9 +34,9 @@ def between_steps(nodes: Sequence[Node], chains: Iterable[ChainRef] = ()) -> Ite
         yield
 
 
-def _stages_of(node: Node) -> Iterator[Stage]:
-    """The stages whose layers or gradients a node uses."""
+def _shards_of(node: Node) -> Iterator[Shard]:
+    """The shards whose layers or gradients a node uses."""
     for part in node.reads if isinstance(node, Bundle) else (node,):
         call = part.call if isinstance(part, Pullback) else part
-        if isinstance(call, Call | StoredGrad) and call.stage is not None:
-            yield call.stage
+        if isinstance(call, Call | StoredGrad) and call.shard is not None:
+            yield call.shard

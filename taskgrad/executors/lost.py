@@ -8,7 +8,7 @@ from distributed import KilledWorker
 
 from taskgrad.cluster.session import Session
 from taskgrad.errors import WorkerLostError
-from taskgrad.graph.nodes import Call, Node, Pullback, StageCall
+from taskgrad.graph.nodes import Call, Node, Pullback, ShardCall
 
 # Tasks that a message names.
 _MOST_NAMED = 4
@@ -48,7 +48,7 @@ def worker_lost(
 def needs_layers(node: Node) -> bool:
     """Whether it uses layers that its worker keeps."""
     call = node.call if isinstance(node, Pullback) else node
-    return isinstance(call, Call | StageCall) and call.stage is not None
+    return isinstance(call, Call | ShardCall) and call.shard is not None
 
 
 def workers_killed(error: KilledWorker, label: str) -> WorkerLostError:

@@ -24,14 +24,15 @@ from taskgrad.graph.nodes import (
     Node,
     Primal,
     Pullback,
-    StageCall,
+    ShardCall,
     Sum,
     versions,
 )
 from taskgrad.graph.pytree import map_leaves
 from taskgrad.graph.reads import Bundle, ParameterGrad, Read, StoredGrad
 from taskgrad.graph.slices import Share, Slice
-from taskgrad.worker.actions import Add, OnStage, Pick, ReadAll, ReadBuffers, ReadGradient
+from taskgrad.worker import shard_ops
+from taskgrad.worker.actions import Add, OnShard, Pick, ReadAll, ReadBuffers, ReadGradient
 from taskgrad.worker.backward import Backward, CheckCotangent
 from taskgrad.worker.forward import Forward
 from taskgrad.worker.microbatches import TakeSlice
@@ -49,7 +50,7 @@ def _(node: Call) -> Forward:
         token=node.key,
         title=node.title,
         steps=node.steps,
-        stage=node.stage.token if node.stage else None,
+        shard=node.shard.token if node.shard else None,
         function=node.function,
         tensor_slots=node.tensor_slots,
         template=node.template,
@@ -108,7 +109,7 @@ def _read(node: Read) -> Any:
     if isinstance(node, ParameterGrad):
         return ReadGradient(node.pullback.key, node.name)
     if isinstance(node, StoredGrad):
-        return OnStage(node.stage.token, "gradient", {"name": node.name})
+        return OnShard(node.shard.token, shard_ops.gradient, {"name": node.name})
     raise TypeError(f"no action for {type(node).__name__}")
 
 
@@ -128,8 +129,8 @@ def _(node: BufferState) -> ReadBuffers:
 
 
 @action_of.register
-def _(node: StageCall) -> OnStage:
-    return OnStage(node.stage.token, node.action, node.arguments)
+def _(node: ShardCall) -> OnShard:
+    return OnShard(node.shard.token, node.function, node.arguments)
 
 
 @action_of.register

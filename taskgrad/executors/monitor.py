@@ -195,7 +195,7 @@ class _Watch:
 
 def _is_stateless(node: Node) -> bool:
     """Whether another process can run it, too: it needs no layers and no tapes."""
-    return isinstance(node, Call) and node.stage is None
+    return isinstance(node, Call) and node.shard is None
 
 
 _START_ONE = (

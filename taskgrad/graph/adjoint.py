@@ -18,7 +18,7 @@ from taskgrad.graph.nodes import (
     Node,
     Primal,
     Pullback,
-    Stage,
+    Shard,
     Sum,
     ancestors,
 )
@@ -36,12 +36,12 @@ class Adjoint:
     leaves
         For every leaf or primal that a cotangent reaches: the cotangents to sum, in order.
     parameters
-        For every (home stage, parameter name): the gradients to sum, in order.
+        For every (home shard, parameter name): the gradients to sum, in order.
     """
 
     pullbacks: tuple[Pullback, ...]
     leaves: dict[Leaf | Primal, tuple[Node, ...]]
-    parameters: dict[tuple[Stage, str], tuple[ParameterGrad, ...]]
+    parameters: dict[tuple[Shard, str], tuple[ParameterGrad, ...]]
 
     def leaf_grad(self, leaf: Leaf | Primal) -> Node | None:
         """One node for a leaf's gradient; None if no cotangent reaches it."""
@@ -105,7 +105,7 @@ def adjoint(
 
     pullbacks: list[Pullback] = []
     leaves: dict[Leaf | Primal, list[Node]] = {}
-    parameters: dict[tuple[Stage, str], list[ParameterGrad]] = {}
+    parameters: dict[tuple[Shard, str], list[ParameterGrad]] = {}
     # A leaf or primal may be an output itself.
     for output, cotangent in seeds:
         if isinstance(output, Leaf | Primal) and cotangent is not None:
@@ -124,9 +124,9 @@ def adjoint(
                 leaves.setdefault(source, []).append(part)
             else:
                 arriving.setdefault(id(source), []).append(part)
-        if call.stage is not None:
+        if call.shard is not None:
             for name in call.parameters:
-                home = call.stage.homes.get(name, call.stage)
+                home = call.shard.homes.get(name, call.shard)
                 parameters.setdefault((home, name), []).append(ParameterGrad(pullback, name))
         if not pullback.retain:
             call.spent = True

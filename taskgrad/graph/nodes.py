@@ -148,7 +148,7 @@ class Primal(Node):
 
 
 class ChainRef:
-    """What tells the stages of one chain from those of another: its title, and identity.
+    """What tells the shards of one chain from those of another: its title, and identity.
 
     `trained_by` gives the Trainer or Optimizer that works with them, None if there is none now.
     """
@@ -162,11 +162,11 @@ def _nothing() -> None:
     """No trainer was ever made."""
 
 
-class Stage:
+class Shard:
     """Layers of one chain on one worker, as the driver knows them.
 
     `token` is the key of the task that put them there; `handle` is its future, which keeps them
-    alive there. Every call of the stage holds the stage. `homes` names the stages where parameters
+    alive there. Every call of the shard holds the shard. `homes` names the shards where parameters
     live of which this one has a copy, because they are tied over two workers; `hooked` are the
     parameters that live here with hooks on their gradients.
     """
@@ -176,19 +176,19 @@ class Stage:
         self.token = token
         self.worker = worker
         self.handle: Any = None
-        self.homes: dict[str, Stage] = {}
+        self.homes: dict[str, Shard] = {}
         self.hooked: set[str] = set()
 
 
 class Call(Node):
-    """One forward task: layers of a stage in a row, or one function.
+    """One forward task: layers of a shard in a row, or one function.
 
     Parameters
     ----------
     steps
         (index, name, kind) of the layers that run one after the other; for a function one step.
-    stage
-        The resident stage that the steps belong to; None for a function.
+    shard
+        The resident shard that the steps belong to; None for a function.
     function
         The packed function; its tensors are inputs, at the slots `tensor_slots`.
     template
@@ -199,7 +199,7 @@ class Call(Node):
         The slots that hold buffers of a function's module.
 
     In a training step also: `draw`, whose streams the layers draw from; `begins`, the step that
-    starts on the stage with this call; `recompute`, the (start, stop) of those steps that keep only
+    starts on the shard with this call; `recompute`, the (start, stop) of those steps that keep only
     their input and run again in the backward; `extras`, the pickled further arguments of the last
     step, the loss; `check_finite`, whether that may only be a finite number.
 
@@ -223,8 +223,8 @@ class Call(Node):
         "rank",
         "recompute",
         "returns_buffers",
+        "shard",
         "spent",
-        "stage",
         "steps",
         "taped",
         "template",
@@ -239,7 +239,7 @@ class Call(Node):
         steps: tuple[tuple[int, str, str], ...],
         inputs: Sequence[Node],
         template: bytes,
-        stage: Stage | None = None,
+        shard: Shard | None = None,
         function: bytes = b"",
         tensor_slots: tuple[int, ...] = (),
         parameters: tuple[str, ...] = (),
@@ -255,7 +255,7 @@ class Call(Node):
         self.title = title
         self.kind = kind
         self.steps = steps
-        self.stage = stage
+        self.shard = shard
         self.function = function
         self.tensor_slots = tensor_slots
         self.template = template
@@ -428,29 +428,29 @@ class BufferState(Node):
         return (self.call,)
 
 
-class StageCall(Node):
-    """Something done to or read from a stage where it lives: gradients, an optimizer step.
+class ShardCall(Node):
+    """Something done to or read from a shard where it lives: gradients, an optimizer step.
 
-    `action` names a function of `taskgrad.worker.shard_ops`; `arguments` are its keyword
-    arguments as plain data; the values of `after` are passed on, in order.
+    `function` is one of `taskgrad.worker`, called there with the store, the shard's token and the
+    values of `after`, in order; `arguments` are its keyword arguments as plain data.
     """
 
-    __slots__ = ("action", "after", "arguments", "stage")
+    __slots__ = ("after", "arguments", "function", "shard")
 
     def __init__(
         self,
-        stage: Stage,
-        action: str,
+        shard: Shard,
+        function: Callable[..., Any],
         arguments: dict[str, Any],
         *,
         key: str,
         after: Sequence[Node] = (),
     ) -> None:
-        super().__init__(key, stage.worker)
-        # It is the stage that says on which device things are made.
+        super().__init__(key, shard.worker)
+        # It is the shard that says on which device things are made.
         self.settings = settings_now().without_device()
-        self.stage = stage
-        self.action = action
+        self.shard = shard
+        self.function = function
         self.arguments = arguments
         self.after = tuple(after)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from taskgrad.graph.nodes import Node, Pullback, Stage, new_key
+from taskgrad.graph.nodes import Node, Pullback, Shard, new_key
 
 
 class Read(Node):
@@ -52,17 +52,17 @@ class ParameterGrad(Read):
 
 
 class StoredGrad(Read):
-    """The gradient that has been accumulated for one parameter of a stage."""
+    """The gradient that has been accumulated for one parameter of a shard."""
 
-    __slots__ = ("name", "stage")
+    __slots__ = ("name", "shard")
 
-    def __init__(self, stage: Stage, name: str) -> None:
-        super().__init__(new_key("grad", name), stage.worker)
-        self.stage = stage
+    def __init__(self, shard: Shard, name: str) -> None:
+        super().__init__(new_key("grad", name), shard.worker)
+        self.shard = shard
         self.name = name
 
     def again(self) -> Read:
-        return StoredGrad(self.stage, self.name)
+        return StoredGrad(self.shard, self.name)
 
 
 class Bundle(Node):

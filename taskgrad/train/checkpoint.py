@@ -13,10 +13,11 @@ from taskgrad.chain import GraphChain
 from taskgrad.executors.between_steps import between_steps
 from taskgrad.executors.keeping import all_or_nothing
 from taskgrad.formats.weights import path_of, read_index
-from taskgrad.train.contents import on_stages
+from taskgrad.train.contents import on_shards
 from taskgrad.train.owner import keeping_owner
 from taskgrad.train.restoring import check_model, check_optimizer, options_for, parts
 from taskgrad.train.saving import save
+from taskgrad.worker import checkpoint
 
 if TYPE_CHECKING:
     from taskgrad.train.trainer import Trainer
@@ -119,15 +120,15 @@ class Resumable:
         folder = str(path / index["folder"])
         needs = parts(index, chain)
         checks = {s: {"folder": folder, "files": need["files"]} for s, need in needs.items()}
-        on_stages(chain, "check", checks)
-        loads = {stage: {"folder": folder, **need} for stage, need in needs.items()}
+        on_shards(chain, checkpoint.check, checks)
+        loads = {shard: {"folder": folder, **need} for shard, need in needs.items()}
         with (
             between_steps((), [chain._ref]),
             keeping_owner(chain),
             all_or_nothing(needs, chain._session),
         ):
             trainer: Any = cls(chain, loss_fn, optimizer, **options)  # type: ignore[call-arg]
-            on_stages(chain, "load", loads)
+            on_shards(chain, checkpoint.load, loads)
         trainer.steps = index["step"]
         return trainer
 

@@ -1,14 +1,14 @@
-"""What a checkpoint holds of a chain, and what each of its stages has of that."""
+"""What a checkpoint holds of a chain, and what each of its shards has of that."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from taskgrad.chain import GraphChain
 from taskgrad.executors.futures import run, values_of
 from taskgrad.graph.layers import Layer, local_name, owner_of
-from taskgrad.graph.nodes import Stage, StageCall, new_key
+from taskgrad.graph.nodes import Shard, ShardCall, new_key
 from taskgrad.worker.checkpoint import Place
 
 NOT_WRITTEN = "$not-written"
@@ -29,9 +29,9 @@ def inventory(chain: GraphChain) -> dict[str, Any]:
     }
 
 
-def living_on(chain: GraphChain, stage: Stage) -> dict[str, Any]:
-    """The stage's own tensors: those whose first name is there; and its layers' names."""
-    mine = {n: i for n, i in chain._tensors.items() if chain._home(n) is stage}
+def living_on(chain: GraphChain, shard: Shard) -> dict[str, Any]:
+    """The shard's own tensors: those whose first name is there; and its layers' names."""
+    mine = {n: i for n, i in chain._tensors.items() if chain._home(n) is shard}
     buffers = {}
     for name, info in mine.items():
         if info.is_buffer:
@@ -40,20 +40,22 @@ def living_on(chain: GraphChain, stage: Stage) -> dict[str, Any]:
     return {
         "parameters": [n for n, info in mine.items() if not info.is_buffer],
         "buffers": buffers,
-        "layers": {row.index: row.name for row in chain._layers if stage_of(chain, row) is stage},
+        "layers": {row.index: row.name for row in chain._layers if shard_of(chain, row) is shard},
     }
 
 
-def stage_of(chain: GraphChain, layer: Layer) -> Stage:
-    """The stage that a layer is part of."""
-    return chain._stage_of[layer.index]
+def shard_of(chain: GraphChain, layer: Layer) -> Shard:
+    """The shard that a layer is part of."""
+    return chain._shard_of[layer.index]
 
 
-def on_stages(chain: GraphChain, action: str, arguments: Mapping[Stage, Any]) -> list[Any]:
-    """Run a function of `taskgrad.worker.checkpoint` on stages side by side; what each gives."""
+def on_shards(
+    chain: GraphChain, function: Callable[..., Any], arguments: Mapping[Shard, Any]
+) -> list[Any]:
+    """Run a function of `taskgrad.worker` on shards side by side; what each gives."""
     calls = [
-        StageCall(stage, f"shards.{action}", given, key=new_key(action, chain._title))
-        for stage, given in arguments.items()
+        ShardCall(shard, function, given, key=new_key(function.__name__, chain._title))
+        for shard, given in arguments.items()
     ]
     run(calls, chain._session)
     return values_of(calls, chain._session)

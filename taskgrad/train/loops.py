@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Metrics = Mapping[str, Callable[..., Any]]
 
-# How many batches are on the way at a time where nothing is trained: the stages' work overlaps.
+# How many batches are on the way at a time where nothing is trained: the shards' work overlaps.
 _ON_THE_WAY = 4
 
 
@@ -180,7 +180,7 @@ def _forward(trainer: Trainer, x: Any) -> Thunk:
         x = as_tensors(x)
     output = trainer.chain(x)
     for node in ancestors([output._node]):
-        if isinstance(node, Call) and node.stage is not None:
+        if isinstance(node, Call) and node.shard is not None:
             node.mode = False
             if trainer._settings.autocast and node.settings is not None:
                 node.settings = node.settings.under_autocast(trainer._settings.autocast)

@@ -39,14 +39,14 @@ def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate:
     # One parameter after the other: torch's own optimizers do that, others may look at all.
     by_parameter = type(example_of(optimizer, attributes)[0]).__module__.startswith("torch.optim")
     sets_of_gradients = 1 + (microbatches > 1 or accumulate > 1) + (accumulate > 1)
-    room = chain._session.memory([stage.worker for stage in chain._stages.values()])
+    room = chain._session.memory([shard.worker for shard in chain._shards.values()])
     if not any(room.values()):
         return {}
     in_files: InFiles = {}
     problems = []
     held = {row.worker: row for row in chain.memory()}
-    for stage in chain._stages.values():
-        worker, found = stage.worker, room[stage.worker]
+    for shard in chain._shards.values():
+        worker, found = shard.worker, room[shard.worker]
         if found is None:
             continue
         used, limit = found
@@ -54,15 +54,15 @@ def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate:
         trained = {
             name: info.nbytes
             for name, info in chain.named_parameters_info()
-            if info.requires_grad and any(chain._home(n) is stage for n in info.names)
+            if info.requires_grad and any(chain._home(n) is shard for n in info.names)
         }
         largest = max(trained.values(), default=0)
         gradients = sets_of_gradients * sum(trained.values())
-        state = int(kept * sum(n for name, n in trained.items() if chain._home(name) is stage))
+        state = int(kept * sum(n for name, n in trained.items() if chain._home(name) is shard))
         work = 2 * largest
         needed = used + gradients + state + work
         least = used + gradients + work + min(state, int(kept * max(CHUNK, largest)))
-        copies = state + sum(n for name, n in trained.items() if chain._home(name) is stage)
+        copies = state + sum(n for name, n in trained.items() if chain._home(name) is shard)
         if needed + copies <= limit:
             continue
         if needed <= limit:

@@ -13,13 +13,14 @@ from taskgrad.cluster.session import check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.executors.deploy import copy_tied
 from taskgrad.executors.futures import run, values_of
-from taskgrad.graph.nodes import Node, Stage, StageCall, new_key
+from taskgrad.graph.nodes import Node, Shard, ShardCall, new_key
 from taskgrad.train.factories import attributes_of, example_of
 from taskgrad.train.owner import acquire_ownership, check_owner
+from taskgrad.worker import optimizing, shard_ops
 
 
 class Optimizer:
-    """A torch optimizer for each stage of a chain, on the stage's worker.
+    """A torch optimizer for each shard of a chain, on the shard's worker.
 
     Parameters
     ----------
@@ -59,35 +60,39 @@ class Optimizer:
         check_open(chain._session.client)
         example_of(factory, attributes_of(chain._tensors.values()))
         self._chain = chain
-        by_stage: dict[Stage, list[str]] = {}
+        by_shard: dict[Shard, list[str]] = {}
         for name, info in chain.named_parameters_info():
             if info.requires_grad:
-                by_stage.setdefault(chain._home(name), []).append(name)
-        if not by_stage:
+                by_shard.setdefault(chain._home(name), []).append(name)
+        if not by_shard:
             raise ValueError("the chain has no trainable parameters to optimize")
-        self._stages = list(by_stage)
+        self._shards = list(by_shard)
         self._number = 0
         self._unsettled = False  # a step was interrupted, and is yet to be taken back
         self._lock = threading.RLock()
         with acquire_ownership(chain, self):
             makes = [
-                self._on(stage, "make", {"factory": factory, "names": by_stage.get(stage, [])})
-                for stage in chain._stages.values()
+                self._on(
+                    shard, optimizing.make, {"factory": factory, "names": by_shard.get(shard, [])}
+                )
+                for shard in chain._shards.values()
             ]
-            uses = [self._on(stage, "use", {}) for stage in chain._stages.values()]
+            uses = [self._on(shard, optimizing.use, {}) for shard in chain._shards.values()]
             for use in uses:
                 use.awaits = tuple(makes)
             run(uses, chain._session)
 
-    def _on(self, stage: Stage, action: str, arguments: dict[str, Any]) -> StageCall:
-        word = {"make": "optimizer"}.get(action, action)
+    def _on(
+        self, shard: Shard, function: Callable[..., Any], arguments: dict[str, Any]
+    ) -> ShardCall:
+        word = "optimizer" if function is optimizing.make else function.__name__
         key = new_key(word, self._chain._title)
-        return StageCall(stage, f"optimizing.{action}", arguments, key=key)
+        return ShardCall(shard, function, arguments, key=key)
 
     def step(self) -> None:
-        """One step on every stage, side by side; returns when all are done.
+        """One step on every shard, side by side; returns when all are done.
 
-        All stages take it, or none. Copies of parameters that are tied over two workers get the new
+        All shards take it, or none. Copies of parameters that are tied over two workers get the new
         values.
 
         Raises
@@ -118,36 +123,37 @@ class Optimizer:
             self._unsettled = False
 
     def _targets(self, number: int) -> list[Node]:
-        copies: dict[Stage, set[str]] = {}
-        for stage in self._chain._stages.values():
-            for name, home in stage.homes.items():
+        copies: dict[Shard, set[str]] = {}
+        for shard in self._chain._shards.values():
+            for name, home in shard.homes.items():
                 copies.setdefault(home, set()).add(name)
         updates = {
-            stage: self._on(
-                stage, "update", {"number": number, "send": sorted(copies.get(stage, ()))}
+            shard: self._on(
+                shard, optimizing.update, {"number": number, "send": sorted(copies.get(shard, ()))}
             )
-            for stage in self._stages
+            for shard in self._shards
         }
         targets: list[Node] = []
-        for stage in self._chain._stages.values():
-            homes = [updates[h] for h in dict.fromkeys(stage.homes.values()) if h in updates]
+        for shard in self._chain._shards.values():
+            homes = [updates[h] for h in dict.fromkeys(shard.homes.values()) if h in updates]
             if homes:
                 key = new_key("update", f"{self._chain._title} copies")
-                targets.append(StageCall(stage, "set_parameters", {}, key=key, after=homes))
-        for stage in self._stages:
-            settle = self._on(stage, "settle", {"number": number})
+                targets.append(ShardCall(shard, shard_ops.set_parameters, {}, key=key, after=homes))
+        for shard in self._shards:
+            settle = self._on(shard, optimizing.settle, {"number": number})
             settle.awaits = tuple(updates.values())
             targets.append(settle)
         return targets
 
     def _take_back(self) -> None:
-        """Undo a step that some stages have not made, or keep one that all have."""
+        """Undo a step that some shards have not made, or keep one that all have."""
         session, number = self._chain._session, {"number": self._number}
-        asked = [self._on(stage, "settled", number) for stage in self._stages]
+        asked = [self._on(shard, optimizing.settled, number) for shard in self._shards]
         run(asked, session)
-        action = "settle" if any(values_of(asked, session)) else "take_back"
-        run([self._on(stage, action, number) for stage in self._stages], session)
-        copy_tied(list(self._chain._stages.values()), session)
+        made = any(values_of(asked, session))
+        end = optimizing.settle if made else optimizing.take_back
+        run([self._on(shard, end, number) for shard in self._shards], session)
+        copy_tied(list(self._chain._shards.values()), session)
         self._unsettled = False
 
     def zero_grad(self) -> None:

@@ -1,4 +1,4 @@
-"""The owner of a chain: the one trainer or optimizer that its stages have."""
+"""The owner of a chain: the one trainer or optimizer that its shards have."""
 
 from __future__ import annotations
 

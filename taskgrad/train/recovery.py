@@ -1,23 +1,25 @@
-"""After a step that did not come to its end: every stage at the same step again."""
+"""After a step that did not come to its end: every shard at the same step again."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from taskgrad.chain import GraphChain
 from taskgrad.executors.deploy import copy_tied
 from taskgrad.executors.futures import cancel, run, submit, values_of
 from taskgrad.executors.monitor import wait_for
-from taskgrad.graph.nodes import Node, StageCall, new_key
+from taskgrad.graph.nodes import Node, ShardCall, new_key
+from taskgrad.worker import training
 
 
 def recover(chain: GraphChain, *, seconds: float | None = None) -> int | None:
-    """Have every stage go back to the last step that all of them have taken.
+    """Have every shard go back to the last step that all of them have taken.
 
-    Returns the number of batches taken; with `seconds` None if the stages are busy for longer, and
+    Returns the number of batches taken; with `seconds` None if the shards are busy for longer, and
     nothing is changed then. Of a chain without a trainer there is nothing to take back.
     """
-    asked = _on_all(chain, "progress", {})
+    asked = _on_all(chain, training.progress, {})
     submit(asked, chain._session)
     error = wait_for(asked, chain._session, seconds=seconds)
     if isinstance(error, TimeoutError):
@@ -29,13 +31,15 @@ def recover(chain: GraphChain, *, seconds: float | None = None) -> int | None:
     if None in taken:
         return 0
     done: int = min(taken)
-    run(_on_all(chain, "roll_back", {"done": done}), chain._session)
-    copy_tied(list(chain._stages.values()), chain._session)
+    run(_on_all(chain, training.roll_back, {"done": done}), chain._session)
+    copy_tied(list(chain._shards.values()), chain._session)
     return done
 
 
-def _on_all(chain: GraphChain, action: str, arguments: dict[str, Any]) -> list[Node]:
+def _on_all(
+    chain: GraphChain, function: Callable[..., Any], arguments: dict[str, Any]
+) -> list[Node]:
     return [
-        StageCall(stage, f"training.{action}", arguments, key=new_key(action, chain._title))
-        for stage in chain._stages.values()
+        ShardCall(shard, function, arguments, key=new_key(function.__name__, chain._title))
+        for shard in chain._shards.values()
     ]

@@ -1,4 +1,4 @@
-"""Read a checkpoint: whether it fits, and what each stage needs of it, however it was cut then."""
+"""Read a checkpoint: whether it fits, and what each shard needs of it, however it was cut then."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from taskgrad.chain import GraphChain
 from taskgrad.errors import CheckpointError
 from taskgrad.formats.encoding import decode, tensors_in
 from taskgrad.graph.layers import owner_of
-from taskgrad.graph.nodes import Stage
-from taskgrad.train.contents import NOT_WRITTEN, inventory, living_on, stage_of
+from taskgrad.graph.nodes import Shard
+from taskgrad.train.contents import NOT_WRITTEN, inventory, living_on, shard_of
 from taskgrad.train.factories import attributes_of, example_of
 
 
@@ -80,19 +80,19 @@ def _no_tensor(name: str) -> torch.Tensor:
     raise CheckpointError(f"the checkpoint's settings hold a tensor, {name!r}")
 
 
-def parts(index: Mapping[str, Any], chain: GraphChain) -> dict[Stage, dict[str, Any]]:
-    """What each stage needs of a checkpoint, however it was cut then."""
+def parts(index: Mapping[str, Any], chain: GraphChain) -> dict[Shard, dict[str, Any]]:
+    """What each shard needs of a checkpoint, however it was cut then."""
     groups = index["optimizer"]["groups"]
     group_of = {name: group for group in groups for name in group["parameters"]}
     homes = {name: file for file, about in index["files"].items() for name in about["tensors"]}
     found = {}
-    for stage in chain._stages.values():
-        here = living_on(chain, stage)
+    for shard in chain._shards.values():
+        here = living_on(chain, shard)
         trained = [name for name in here["parameters"] if name in group_of]
         extra = {
             name: value
             for name, value in index["extra"].items()
-            if stage_of(chain, owner_of(name, chain._by_name)) is stage
+            if shard_of(chain, owner_of(name, chain._by_name)) is shard
         }
         part = {
             "buffers": here["buffers"],
@@ -105,7 +105,7 @@ def parts(index: Mapping[str, Any], chain: GraphChain) -> dict[Stage, dict[str, 
             "step": index["step"],
         }
         copies = [
-            n for n, i in chain._tensors.items() if any(chain._home(o) is stage for o in i.names)
+            n for n, i in chain._tensors.items() if any(chain._home(o) is shard for o in i.names)
         ]
         names = [*copies, *(f"buffer/{n}" for n in copies), *(f"gradient/{n}" for n in trained)]
         names += tensors_in([part[key] for key in ("state", "options", "scheduler", "extra")])
@@ -114,17 +114,17 @@ def parts(index: Mapping[str, Any], chain: GraphChain) -> dict[Stage, dict[str, 
             about = index["files"][homes[name]]
             file = files.setdefault(homes[name], {"bytes": about["bytes"], "tensors": {}})
             file["tensors"][name] = about["tensors"][name]
-        found[stage] = {**part, "files": files}
+        found[shard] = {**part, "files": files}
     return found
 
 
-def _scheduler(index: Mapping[str, Any], stages: set[int]) -> Any:
-    """The scheduler's state for parameters that were on these stages then."""
-    states = [index["schedulers"][str(i)] for i in sorted(stages)]
+def _scheduler(index: Mapping[str, Any], shards: set[int]) -> Any:
+    """The scheduler's state for parameters that were on these shards then."""
+    states = [index["schedulers"][str(i)] for i in sorted(shards)]
     plain = [repr(decode(state, lambda name: None)) for state in states]  # where NaN equals NaN
     if any(state != plain[0] for state in plain):
         raise CheckpointError(
-            "the learning-rate schedulers of these stages were in different states, which cannot "
+            "the learning-rate schedulers of these shards were in different states, which cannot "
             "be one: restore the checkpoint with its layers placed as they were"
         )
     return states[0] if states else None

@@ -28,7 +28,8 @@ from taskgrad.formats.weights import (
     read_index,
     with_checksum,
 )
-from taskgrad.train.contents import NOT_WRITTEN, inventory, living_on, on_stages, stage_of
+from taskgrad.train.contents import NOT_WRITTEN, inventory, living_on, on_shards, shard_of
+from taskgrad.worker import checkpoint
 
 if TYPE_CHECKING:
     from taskgrad.train.trainer import Trainer
@@ -44,13 +45,13 @@ def save(trainer: Trainer, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         _sweep(path)  # first, for its room on the disk
         folder.mkdir()
-        stages = list(trainer.chain._stages.values())
+        shards = list(trainer.chain._shards.values())
         arguments = {}
-        for i, stage in enumerate(stages, 1):
-            shard = f"{i:05d}-of-{len(stages):05d}"
-            here = living_on(trainer.chain, stage)
-            arguments[stage] = {"folder": str(folder), "shard": shard, **here}
-        answers = on_stages(trainer.chain, "save", arguments)
+        for i, shard in enumerate(shards, 1):
+            suffix = f"{i:05d}-of-{len(shards):05d}"
+            here = living_on(trainer.chain, shard)
+            arguments[shard] = {"folder": str(folder), "suffix": suffix, **here}
+        answers = on_shards(trainer.chain, checkpoint.save, arguments)
         index = _index(trainer, _settings(trainer._options), folder.name, answers)
         _check_visible(folder, index["files"])
         _write_json(folder / WEIGHTS_INDEX, _weights_index(trainer.chain, answers))
@@ -83,16 +84,16 @@ def _index(
     chain = trainer.chain
     steps = {answer["step"] for answer in answers}
     if steps != {trainer.steps}:
-        raise CheckpointError(f"the trainer is at step {trainer.steps}, its stages at {steps}")
+        raise CheckpointError(f"the trainer is at step {trainer.steps}, its shards at {steps}")
     optimizers = {i: a["optimizer"] for i, a in enumerate(answers) if a["optimizer"]}
-    stages = list(chain._stages.values())
+    shards = list(chain._shards.values())
     return {
         **new_index(),
         "taskgrad": version("taskgrad"),
         "step": trainer.steps,
         "folder": folder,
         "settings": settings,
-        "stage_of": {row.name: stages.index(stage_of(chain, row)) for row in chain._layers},
+        "stage_of": {row.name: shards.index(shard_of(chain, row)) for row in chain._layers},
         "tensors": inventory(chain),
         "optimizer": {
             "class": next(o["class"] for o in optimizers.values()),

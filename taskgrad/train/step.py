@@ -12,12 +12,13 @@ import torch
 from taskgrad.arguments import shown
 from taskgrad.chain import GraphChain
 from taskgrad.graph.adjoint import adjoint
-from taskgrad.graph.nodes import Call, Draw, Node, Pullback, Stage, StageCall, ancestors, new_key
+from taskgrad.graph.nodes import Call, Draw, Node, Pullback, Shard, ShardCall, ancestors, new_key
 from taskgrad.graph.pytree import Slot
 from taskgrad.graph.templates import template
 from taskgrad.plan.schedule import NAMES, Pipeline, Schedule, check
 from taskgrad.plan.schedule import schedule as named_schedule
 from taskgrad.train.data import Batch
+from taskgrad.worker import shard_ops, training
 from taskgrad.worker.store import LOSS
 
 Recompute = Callable[[Call, int, int], tuple[tuple[int, int], ...]]
@@ -41,17 +42,17 @@ class Settings:
 
 @dataclass
 class Step:
-    """A step that was built: its results, and the last task on each stage.
+    """A step that was built: its results, and the last task on each shard.
 
-    The next step waits for those; `settles` come when all stages have committed.
+    The next step waits for those; `settles` come when all shards have committed.
     """
 
     number: int
     report: Node
-    last: dict[Stage, Node]
+    last: dict[Shard, Node]
     settles: list[Node]
     elsewhere: list[Node] = field(default_factory=list)
-    """What runs on workers that have no stage: calls behind the batch."""
+    """What runs on workers that have no shard: calls behind the batch."""
     labels: dict[str, str] = field(default_factory=dict)
     """What to call the tasks in messages, by their keys."""
 
@@ -62,15 +63,15 @@ class Step:
 
     def let_go(self) -> None:
         """Drop what was only needed to submit it: the graph, and with it the steps before."""
-        stages = {stage.worker for stage in self.last}
+        shards = {shard.worker for shard in self.last}
         for node in ancestors(self.targets):
             node.awaits = ()
-            if isinstance(node, Call | StageCall):
+            if isinstance(node, Call | ShardCall):
                 self.labels[node.key] = node.label
-            if node.worker is not None and node.worker not in stages:
+            if node.worker is not None and node.worker not in shards:
                 self.elsewhere.append(node)
         for node in self.targets:
-            if isinstance(node, StageCall):
+            if isinstance(node, ShardCall):
                 node.after = ()
 
 
@@ -85,22 +86,22 @@ class _Microbatch:
 def build(
     chain: GraphChain, batch: Batch, number: int, settings: Settings, before: Step | None
 ) -> Step:
-    """The graph of a step, which starts on each stage when the one before is done there."""
+    """The graph of a step, which starts on each shard when the one before is done there."""
     update = (number + 1) % settings.accumulate == 0
     parts = [_microbatch(chain, batch, number, m, settings) for m in range(batch.count)]
     tails = _order(parts, settings, {} if before is None else before.last)
     prepares = []
-    for stage in chain._stages.values():
+    for shard in chain._shards.values():
         norms = settings.clip_norm is not None
-        prepare = _on(chain, stage, "prepare", {"update": update, "norms": norms})
-        prepare.awaits = (tails[stage],)
+        prepare = _on(chain, shard, training.prepare, {"update": update, "norms": norms})
+        prepare.awaits = (tails[shard],)
         prepares.append(prepare)
     losses = [part.calls[-1] for part in parts]
     weights = [w for w in batch.weights if isinstance(w, Node)]
     report = _on(
         chain,
-        losses[-1].stage,
-        "report",
+        losses[-1].shard,
+        training.report,
         {
             "weights": None if weights else batch.weights,
             "order": settings.order if update and settings.clip_norm is not None else None,
@@ -119,14 +120,14 @@ def _finish(
     prepares: Sequence[Node],
     *,
     update: bool,
-) -> tuple[dict[Stage, Node], list[Node]]:
-    """Every stage commits, then copies of tied parameters are refreshed: the last task on each.
+) -> tuple[dict[Shard, Node], list[Node]]:
+    """Every shard commits, then copies of tied parameters are refreshed: the last task on each.
 
-    And what tells each stage that all have committed.
+    And what tells each shard that all have committed.
     """
-    copies: dict[Stage, set[str]] = {}
-    for stage in chain._stages.values():
-        for name, home in stage.homes.items():
+    copies: dict[Shard, set[str]] = {}
+    for shard in chain._shards.values():
+        for name, home in shard.homes.items():
             copies.setdefault(home, set()).add(name)
     arguments = {
         "step": number,
@@ -136,22 +137,26 @@ def _finish(
         "order": settings.order,
     }
     commits = {
-        stage: _on(
-            chain, stage, "commit", {**arguments, "send": sorted(copies.get(stage, ()))}, prepares
+        shard: _on(
+            chain,
+            shard,
+            training.commit,
+            {**arguments, "send": sorted(copies.get(shard, ()))},
+            prepares,
         )
-        for stage in chain._stages.values()
+        for shard in chain._shards.values()
     }
-    last: dict[Stage, Node] = dict(commits)
-    for stage in chain._stages.values():
-        homes = [commits[home] for home in dict.fromkeys(stage.homes.values())]
+    last: dict[Shard, Node] = dict(commits)
+    for shard in chain._shards.values():
+        homes = [commits[home] for home in dict.fromkeys(shard.homes.values())]
         if homes and update:
             key = new_key("update", f"{chain._title} copies")
-            refresh = StageCall(stage, "set_parameters", {}, key=key, after=homes)
-            refresh.awaits = (commits[stage],)
-            last[stage] = refresh
+            refresh = ShardCall(shard, shard_ops.set_parameters, {}, key=key, after=homes)
+            refresh.awaits = (commits[shard],)
+            last[shard] = refresh
     settles: list[Node] = []
-    for stage in chain._stages.values():
-        settle = _on(chain, stage, "settle", {"step": number})
+    for shard in chain._shards.values():
+        settle = _on(chain, shard, training.settle, {"step": number})
         settle.awaits = tuple(commits.values())
         settles.append(settle)
     return last, settles
@@ -159,15 +164,15 @@ def _finish(
 
 def _on(
     chain: GraphChain,
-    stage: Stage | None,
-    action: str,
+    shard: Shard | None,
+    function: Callable[..., Any],
     arguments: dict[str, Any],
     after: Sequence[Node] = (),
-) -> StageCall:
-    assert stage is not None
-    word = {"commit": "update"}.get(action, action)
+) -> ShardCall:
+    assert shard is not None
+    word = "update" if function is training.commit else function.__name__
     key = new_key(word, chain._title)
-    return StageCall(stage, f"training.{action}", arguments, key=key, after=after)
+    return ShardCall(shard, function, arguments, key=key, after=after)
 
 
 def _microbatch(
@@ -176,8 +181,8 @@ def _microbatch(
     """Forward with the loss, and backward with the gradients that are complete after each part."""
     with torch.enable_grad():
         output = chain(batch.inputs[index])._node
-    own = set(chain._stages.values())  # the input may be a thunk, with calls behind it
-    calls = [n for n in ancestors([output]) if isinstance(n, Call) and n.stage in own]
+    own = set(chain._shards.values())  # the input may be a thunk, with calls behind it
+    calls = [n for n in ancestors([output]) if isinstance(n, Call) and n.shard in own]
     calls.sort(key=lambda call: call.order)
     for call in calls:
         call.mode = True
@@ -205,30 +210,30 @@ def _microbatch(
 
 
 def _order(
-    parts: Sequence[_Microbatch], settings: Settings, before: dict[Stage, Node]
-) -> dict[Stage, Node]:
-    """Have every action wait for the one before it in the schedule; the last one of each stage."""
+    parts: Sequence[_Microbatch], settings: Settings, before: dict[Shard, Node]
+) -> dict[Shard, Node]:
+    """Have every action wait for the one before it in the schedule; the last one of each shard."""
     calls = parts[0].calls
-    stages = list(dict.fromkeys(call.stage for call in calls if call.stage is not None))
+    shards = list(dict.fromkeys(call.shard for call in calls if call.shard is not None))
     index: dict[Node, int] = {call: i for i, call in enumerate(calls)}
     pipeline = Pipeline(
-        tuple(stages.index(call.stage) for call in calls if call.stage is not None),
+        tuple(shards.index(call.shard) for call in calls if call.shard is not None),
         tuple(tuple(index[n] for n in c.inputs if n in index) for c in calls),
     )
     schedule = settings.schedule(pipeline, len(parts))
-    tails: dict[Stage, Node] = {}
-    for stage, order in zip(stages, schedule.orders, strict=True):
-        last = before.get(stage)
+    tails: dict[Shard, Node] = {}
+    for shard, order in zip(shards, schedule.orders, strict=True):
+        last = before.get(shard)
         for action in order:
             part = parts[action.microbatch]
             call = part.calls[action.stage]
             node = call if action.kind == "F" else part.pullbacks.get(call)
             if node is None:
                 continue  # nothing before it can be trained
-            if stage not in tails:
+            if shard not in tails:
                 call.begins = call.draw.step if call.draw is not None else None
             node.awaits = () if last is None else (last,)
-            last = tails[stage] = node
+            last = tails[shard] = node
     return tails
 
 

@@ -16,7 +16,7 @@ from taskgrad.cluster.session import check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.executors.futures import cancel, forget, launch, run, values_of
 from taskgrad.executors.monitor import wait_for
-from taskgrad.graph.nodes import Leaf, Node, Stage, StageCall, new_key
+from taskgrad.graph.nodes import Leaf, Node, Shard, ShardCall, new_key
 from taskgrad.graph.slices import Dims
 from taskgrad.plan.schedule import Schedule
 from taskgrad.train import loops
@@ -53,6 +53,7 @@ from taskgrad.train.owner import acquire_ownership, check_owner
 from taskgrad.train.recompute import Checkpoint, recompute_rule
 from taskgrad.train.recovery import recover
 from taskgrad.train.step import Settings, Step, build, maker_of
+from taskgrad.worker import optimizing, training
 
 # A step is submitted while the one before still runs: its inputs are there when that is done.
 _AHEAD = 2
@@ -67,7 +68,7 @@ class Trainer(Resumable):
     """Trains a chain; what one process of plain torch would do with the same microbatches.
 
     Each batch is cut into microbatches, which pass the stages in the order of a schedule. The loss
-    is computed where the model's output is, the optimizer of each stage runs where its parameters
+    is computed where the model's output is, the optimizer of each shard runs where its parameters
     are, and a step is one graph of tasks, submitted at once. With a fixed placement and number of
     microbatches a step gives plain torch's bits. Several threads may call it.
 
@@ -243,36 +244,38 @@ class Trainer(Resumable):
             self._start(loss.data, loss.tensors, in_files)
 
     def _start(self, data: bytes, tensors: list[torch.Tensor], in_files: InFiles) -> None:
-        """Make optimizers and schedulers on the workers, and send the loss to the last stage."""
+        """Make optimizers and schedulers on the workers, and send the loss to the last shard."""
         chain = self.chain
         calls = []
-        for stage in chain._stages.values():
-            mine = {n for n in self._settings.order if chain._home(n) is stage}
+        for shard in chain._shards.values():
+            mine = {n for n in self._settings.order if chain._home(n) is shard}
             groups = [([n for n in names if n in mine], kw) for names, kw in self._groups]
             arguments = {
                 **self._arguments,
                 "names": [n for n in self._settings.order if n in mine],
                 "groups": groups,
                 "done": self.steps,
-                "in_files": in_files.get(stage.worker, frozenset()),
+                "in_files": in_files.get(shard.worker, frozenset()),
             }
-            calls.append(self._on(stage, "start", arguments))
-        last = chain._stages[self._cutter.last]
-        set_loss = self._on(last, "set_loss", {"data": data})
+            calls.append(self._on(shard, training.start, arguments))
+        last = chain._shards[self._cutter.last]
+        set_loss = self._on(last, training.set_loss, {"data": data})
         set_loss.after = (Leaf(tensors, needs_grad=False),)
         set_loss.awaits = tuple(calls)
         uses = []
-        for stage in chain._stages.values():
-            use = StageCall(stage, "optimizing.use", {}, key=new_key("use", chain._title))
+        for shard in chain._shards.values():
+            use = ShardCall(shard, optimizing.use, {}, key=new_key("use", chain._title))
             use.awaits = (set_loss,)
             uses.append(use)
         run(uses, chain._session)
         answers = values_of(calls, chain._session)
         self._metric_for = next((name for name in answers if name is not None), None)
 
-    def _on(self, stage: Stage, action: str, arguments: dict[str, Any]) -> StageCall:
-        key = new_key(action, self.chain._title)
-        return StageCall(stage, f"training.{action}", arguments, key=key)
+    def _on(
+        self, shard: Shard, function: Callable[..., Any], arguments: dict[str, Any]
+    ) -> ShardCall:
+        key = new_key(function.__name__, self.chain._title)
+        return ShardCall(shard, function, arguments, key=key)
 
     # -- steps -------------------------------------------------------------------------------------
 
@@ -447,14 +450,14 @@ class Trainer(Resumable):
             self._take_back()
 
     def _advance(self, metric: float) -> None:
-        """Step schedulers that need a metric, on all stages or on none."""
-        stages = self.chain._stages.values()
+        """Step schedulers that need a metric, on all shards or on none."""
+        shards = self.chain._shards.values()
         done = {"done": self.steps}
         try:
-            steps = [self._on(s, "advance", {**done, "metric": metric}) for s in stages]
+            steps = [self._on(s, training.advance, {**done, "metric": metric}) for s in shards]
             run(steps, self.chain._session)
         except BaseException:
-            run([self._on(s, "retreat", done) for s in stages], self.chain._session)
+            run([self._on(s, training.retreat, done) for s in shards], self.chain._session)
             raise
 
     # -- loops -------------------------------------------------------------------------------------

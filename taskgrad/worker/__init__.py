@@ -1,1 +1,1 @@
-"""What happens inside a worker process: stages, tapes, actions. Torch, no Dask."""
+"""What happens inside a worker process: shards, tapes, actions. Torch, no Dask."""

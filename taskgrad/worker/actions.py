@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from taskgrad.graph.pytree import cotangents, flatten
-from taskgrad.worker import checkpoint, keeping, optimizing, shard_ops, training
-from taskgrad.worker.shard_lock import at_stage
+from taskgrad.worker.shard_lock import using_shard
 from taskgrad.worker.store import Store, buffers_key
 
 
@@ -85,26 +85,15 @@ class ReadAll:
         return [read.run(store) for read in self.reads]
 
 
-_MODULES = {
-    "": shard_ops,
-    "keeping": keeping,
-    "optimizing": optimizing,
-    "shards": checkpoint,
-    "training": training,
-}
-
-
 @dataclass(frozen=True)
-class OnStage:
-    """A function of `shard_ops`, or as "training.name" of another module, on a stage."""
+class OnShard:
+    """A function of `taskgrad.worker` on a shard; it is pickled by reference."""
 
     token: str
-    action: str
+    function: Callable[..., Any]
     arguments: dict[str, Any]
 
     def run(self, store: Store, *values: Any) -> Any:
         """What the function gives."""
-        room, _, name = self.action.rpartition(".")
-        function = getattr(_MODULES[room], name)
-        with at_stage():
-            return function(store, self.token, *values, **self.arguments)
+        with using_shard():
+            return self.function(store, self.token, *values, **self.arguments)

@@ -24,7 +24,7 @@ from taskgrad.worker.gradients import Gradient, accumulate_into, own
 from taskgrad.worker.hooks import hooks_off
 from taskgrad.worker.mailbox import GangFailed
 from taskgrad.worker.shard_lock import turn
-from taskgrad.worker.store import ResidentStage, Store, Tape
+from taskgrad.worker.store import ResidentShard, Store, Tape
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Backward:
             return self._run(store, tape, values)
 
     def _run(self, store: Store, tape: Tape, values: tuple[Any, ...]) -> Any:
-        with turn(tape.stage):
+        with turn(tape.shard):
             seeds = self._sum(tape, store.address, values)
             if not self.retain:
                 store.tape(self.token, keep=False)
@@ -76,8 +76,8 @@ class Backward:
                 raise
             except BaseException as error:
                 raise backward_error(error, store.address, self.title, self.draw) from error
-            if tape.stage is not None:
-                self._accumulate(store, tape.stage, parameters, values)
+            if tape.shard is not None:
+                self._accumulate(store, tape.shard, parameters, values)
         if parameters:
             store.put(self.key, parameters)
         given = tuple(
@@ -107,11 +107,11 @@ class Backward:
     def _accumulate(
         self,
         store: Store,
-        stage: ResidentStage,
+        shard: ResidentShard,
         parameters: dict[str, Gradient],
         values: tuple[Any, ...],
     ) -> None:
-        """Add what is complete to the stage's gradients; the rest stays in `parameters`."""
+        """Add what is complete to the shard's gradients; the rest stays in `parameters`."""
         for name, sources in self.accumulate.items():
             parts = [
                 values[source]
@@ -121,7 +121,7 @@ class Backward:
                 else store.gradients(source).get(name)
                 for source in sources
             ]
-            accumulate_into(stage, name, parts, values, address=store.address, draw=self.draw)
+            accumulate_into(shard, name, parts, values, address=store.address, draw=self.draw)
 
     def _sum(self, tape: Tape, address: str, values: tuple[Any, ...]) -> list[Gradient]:
         """The cotangents of the output's leaves, those that meet summed in the order given."""
@@ -141,8 +141,8 @@ class Backward:
 
     def _weight(self, tape: Tape, values: tuple[Any, ...]) -> float:
         found = self.factor if self.weight is None else self.factor * values[self.weight]
-        stage = tape.stage if self.draw is not None else None  # in a training step
-        return found * stage.training.scale if stage and stage.training else found
+        shard = tape.shard if self.draw is not None else None  # in a training step
+        return found * shard.training.scale if shard and shard.training else found
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""A stage's part of a checkpoint: written to files where the stage lives, and read back there.
+"""A shard's part of a checkpoint: written to files where the shard lives, and read back there.
 
-Two files a stage: one with weights, under the model's own names, that anybody can read, and one
+Two files a shard: one with weights, under the model's own names, that anybody can read, and one
 with what training needs besides. Everything that is no tensor goes to the driver as JSON, and from
 there into the checkpoint's index.
 """
@@ -23,7 +23,7 @@ from taskgrad.errors import CheckpointError, LayerError
 from taskgrad.formats.encoding import decode, encode
 from taskgrad.formats.weights import about, compare, contents, opened
 from taskgrad.worker.offload import in_rows
-from taskgrad.worker.store import ResidentStage, Store
+from taskgrad.worker.store import ResidentShard, Store
 from taskgrad.worker.training_state import Scaler, Training
 
 EXTRA = "_extra_state"  # as torch names it in a state_dict
@@ -36,7 +36,7 @@ _Read = Callable[[str], torch.Tensor]
 
 
 class Place(NamedTuple):
-    """Where a buffer is on a stage, its layer and its name in that; whether it is model state."""
+    """Where a buffer is on a shard, its layer and its name in that; whether it is model state."""
 
     layer: int
     name: str
@@ -48,12 +48,12 @@ def save(
     token: str,
     *,
     folder: str,
-    shard: str,
+    suffix: str,
     parameters: list[str],
     buffers: Mapping[str, Place],
     layers: Mapping[int, str],
 ) -> dict[str, Any]:
-    """Write the stage's tensors to files called after `shard`; gives the rest, and what it wrote.
+    """Write the shard's tensors to files called after `suffix`; gives the rest, and what it wrote.
 
     `parameters` and `buffers` are those whose first names are here, `layers` the names of all
     layers. Nothing that is there is changed.
@@ -63,30 +63,30 @@ def save(
     CheckpointError
         The worker does not see the folder, cannot write to it, or holds what cannot be written.
     """
-    stage = store.stage(token)
-    with stage.lock:
-        training = _training_of(stage)
-        weights: dict[str, torch.Tensor] = {name: stage.parameters[name] for name in parameters}
+    shard = store.shard(token)
+    with shard.lock:
+        training = _training_of(shard)
+        weights: dict[str, torch.Tensor] = {name: shard.parameters[name] for name in parameters}
         rest: dict[str, torch.Tensor] = {}
         for name, place in buffers.items():
-            tensor = stage.layers[place.layer].get_buffer(place.name)
+            tensor = shard.layers[place.layer].get_buffer(place.name)
             if place.persistent:
                 weights[name] = tensor
             else:
                 rest[f"buffer/{name}"] = tensor
         for name in training.names:
-            grad = stage.parameters[name].grad
+            grad = shard.parameters[name].grad
             if grad is not None:
                 rest[f"gradient/{name}"] = grad
         scheduler = training.scheduler
         found = {
             "step": training.done,
-            "optimizer": _optimizer(stage, rest, shard),
+            "optimizer": _optimizer(shard, rest, suffix),
             "scheduler": None
             if scheduler is None
-            else encode(scheduler.state_dict(), f"scheduler/{shard}", rest),
+            else encode(scheduler.state_dict(), f"scheduler/{suffix}", rest),
             "scaler": None if training.scaler is None else asdict(training.scaler),
-            "extra": _extra_states(stage, layers, rest),
+            "extra": _extra_states(shard, layers, rest),
         }
         if not Path(folder).is_dir():
             raise CheckpointError(
@@ -96,7 +96,7 @@ def save(
         files = {}
         for kind, tensors in (("model", weights), ("training", rest)):
             for i, names in enumerate(in_rows({n: t.nbytes for n, t in tensors.items()}, _FILE), 1):
-                file = f"{kind}-{shard}-{i:03d}.safetensors"
+                file = f"{kind}-{suffix}-{i:03d}.safetensors"
                 part = {name: tensors[name] for name in names}
                 files[file] = _write(store.address, Path(folder) / file, part)
                 if training.spilled is not None:
@@ -104,26 +104,26 @@ def save(
         return {**found, "files": files}
 
 
-def _training_of(stage: ResidentStage) -> Training:
-    if stage.training is None:
-        raise RuntimeError("this stage has no trainer")
-    return stage.training
+def _training_of(shard: ResidentShard) -> Training:
+    if shard.training is None:
+        raise RuntimeError("this shard has no trainer")
+    return shard.training
 
 
 def _optimizer(
-    stage: ResidentStage, tensors: dict[str, torch.Tensor], shard: str
+    shard: ResidentShard, tensors: dict[str, torch.Tensor], suffix: str
 ) -> dict[str, Any] | None:
     """Groups with their options of now, and each parameter's state, by parameters' names."""
-    optimizer = stage.optimizer
+    optimizer = shard.optimizer
     if optimizer is None:
         return None
-    names = {id(p): name for name, p in stage.parameters.items()}
+    names = {id(p): name for name, p in shard.parameters.items()}
     groups = []
     for i, group in enumerate(optimizer.param_groups):
         options = {k: v for k, v in group.items() if k != "params"}
         options.pop("param_names", None)  # the user's own names, which a fresh optimizer has too
         members = [names[id(p)] for p in group["params"]]
-        encoded = encode(options, f"group/{shard}/{i}", tensors)
+        encoded = encode(options, f"group/{suffix}/{i}", tensors)
         groups.append({"parameters": members, "options": encoded})
     state = {
         names[id(p)]: encode(dict(kept), f"optimizer/{names[id(p)]}", tensors)
@@ -133,19 +133,19 @@ def _optimizer(
 
 
 def _extra_states(
-    stage: ResidentStage, layers: Mapping[int, str], tensors: dict[str, torch.Tensor]
+    shard: ResidentShard, layers: Mapping[int, str], tensors: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
     """What modules give in ``get_extra_state``, by the names that it has in a state_dict."""
     found = {}
-    for name, module in _with_extra_state(stage, layers).items():
+    for name, module in _with_extra_state(shard, layers).items():
         found[name] = encode(module.get_extra_state(), f"extra/{name}", tensors)
     return found
 
 
-def _with_extra_state(stage: ResidentStage, layers: Mapping[int, str]) -> dict[str, nn.Module]:
+def _with_extra_state(shard: ResidentShard, layers: Mapping[int, str]) -> dict[str, nn.Module]:
     found = {}
     for index, layer in layers.items():
-        module = stage.layers[index]
+        module = shard.layers[index]
         for inner, part in module.named_modules() if isinstance(module, nn.Module) else ():
             if type(part).get_extra_state is not nn.Module.get_extra_state:
                 found[".".join(filter(None, (layer, inner, EXTRA)))] = part
@@ -228,9 +228,9 @@ def load(
     extra: Mapping[str, Any],
     step: int,
 ) -> None:
-    """Put a checkpoint into the stage, whose optimizer is new.
+    """Put a checkpoint into the shard, whose optimizer is new.
 
-    `files` names the tensors that the stage needs. `state` and `options` are each parameter's
+    `files` names the tensors that the shard needs. `state` and `options` are each parameter's
     optimizer state and the options of the group that it was in.
 
     Raises
@@ -238,9 +238,9 @@ def load(
     CheckpointError
         Parameters are in other groups of the optimizer than they were.
     """
-    stage = store.stage(token)
-    with stage.lock, torch.no_grad(), ExitStack() as stack:
-        training = _training_of(stage)
+    shard = store.shard(token)
+    with shard.lock, torch.no_grad(), ExitStack() as stack:
+        training = _training_of(shard)
         homes = {name: file for file, held in files.items() for name in held["tensors"]}
         handles = {file: stack.enter_context(opened(Path(folder) / file)) for file in files}
 
@@ -249,13 +249,13 @@ def load(
             return tensor
 
         for name in homes:
-            _put(stage, buffers, name, read)
-        if stage.optimizer is not None:
-            _load_optimizer(stage, stage.optimizer, state, options, read)
+            _put(shard, buffers, name, read)
+        if shard.optimizer is not None:
+            _load_optimizer(shard, shard.optimizer, state, options, read)
         if training.scheduler is not None:
             _load_scheduler(training.scheduler, decode(scheduler, read))
         training.scaler = None if scaler is None else Scaler(**scaler)
-        for name, module in _with_extra_state(stage, layers).items():
+        for name, module in _with_extra_state(shard, layers).items():
             try:
                 module.set_extra_state(decode(extra[name], read))
             except Exception as error:
@@ -270,28 +270,28 @@ def load(
         training.done = step
 
 
-def _put(stage: ResidentStage, buffers: Mapping[str, Place], name: str, read: _Read) -> None:
+def _put(shard: ResidentShard, buffers: Mapping[str, Place], name: str, read: _Read) -> None:
     """Read a parameter, its gradient, or a buffer, if this is the name of one."""
     kind, _, rest = name.partition("/")
-    if name in stage.parameters:
-        stage.parameters[name].copy_(read(name))
-    elif kind == "gradient" and rest in stage.parameters:
-        parameter = stage.parameters[rest]
+    if name in shard.parameters:
+        shard.parameters[name].copy_(read(name))
+    elif kind == "gradient" and rest in shard.parameters:
+        parameter = shard.parameters[rest]
         parameter.grad = torch.empty_like(parameter).copy_(read(name))
     elif name in buffers or (kind == "buffer" and rest in buffers):
         place = buffers[name if name in buffers else rest]
-        stage.layers[place.layer].get_buffer(place.name).copy_(read(name))
+        shard.layers[place.layer].get_buffer(place.name).copy_(read(name))
 
 
 def _load_optimizer(
-    stage: ResidentStage,
+    shard: ResidentShard,
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     options: Mapping[str, Any],
     read: _Read,
 ) -> None:
-    spilled = _training_of(stage).spilled
-    names = {id(p): name for name, p in stage.parameters.items()}
+    spilled = _training_of(shard).spilled
+    names = {id(p): name for name, p in shard.parameters.items()}
     comparable = {n: decode(o, lambda key: read(key).tolist()) for n, o in options.items()}
     for group in optimizer.param_groups:
         members = [names[id(p)] for p in group["params"]]
@@ -325,7 +325,7 @@ def _load_scheduler(scheduler: Any, state: dict[str, Any]) -> None:
     )
     if ours != theirs:
         raise CheckpointError(
-            f"the optimizer has {ours} groups of parameters on this stage, and the scheduler's "
+            f"the optimizer has {ours} groups of parameters on this shard, and the scheduler's "
             f"state is of {theirs}: restore the checkpoint with its layers placed as they were"
         )
     scheduler.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Run layers of a stage, or one function, and leave a tape."""
+"""Run layers of a shard, or one function, and leave a tape."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from taskgrad.worker.failures import forward_error
 from taskgrad.worker.mailbox import GangFailed
 from taskgrad.worker.randomness import may_draw, random_stream
 from taskgrad.worker.shard_lock import turn
-from taskgrad.worker.store import LOSS, ResidentStage, Store, Tape, buffers_key
+from taskgrad.worker.store import LOSS, ResidentShard, Store, Tape, buffers_key
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Forward:
     token: str
     title: str
     steps: tuple[tuple[int, str, str], ...]
-    stage: str | None
+    shard: str | None
     function: bytes
     tensor_slots: tuple[int, ...]
     template: bytes
@@ -63,27 +63,27 @@ class Forward:
         If it is there already the output is the same again. Layers run anew might give another one
         (dropout), and the tape would not fit what others have made of the first.
         """
-        stage = store.stage(self.stage) if self.stage is not None else None
-        with turn(stage):
+        shard = store.shard(self.shard) if self.shard is not None else None
+        with turn(shard):
             tape = store.get(self.token)
             if tape is not None:
-                return self._give_all(stage, tape.outputs, tape.output_structure)
-            if stage is not None and self.begins is not None:
-                training.begin(stage, self.begins)
+                return self._give_all(shard, tape.outputs, tape.output_structure)
+            if shard is not None and self.begins is not None:
+                training.begin(shard, self.begins)
             if self.rank is None:
-                return self._run(store, stage, values)
+                return self._run(store, shard, values)
             member = Member(self.rank, store)
             with member.talking(self.token, self.peers):
-                return self._run(store, stage, values, member)
+                return self._run(store, shard, values, member)
 
     def _run(
         self,
         store: Store,
-        stage: ResidentStage | None,
+        shard: ResidentShard | None,
         values: tuple[Any, ...],
         member: Member | None = None,
     ) -> Any:
-        device = stage.device if stage else None
+        device = shard.device if shard else None
         takes: list[list[torch.Tensor | None]] = []
         structures: list[Structure] = []
         fed: list[Any] = []
@@ -95,15 +95,15 @@ class Forward:
             takes.append(taken)
             structures.append(structure)
             fed.append(structure.build(given))
-        if stage is not None:
-            _set_mode(stage, self.mode)
+        if shard is not None:
+            _set_mode(shard, self.mode)
         with contextlib.ExitStack() as regions:
-            norms = stage.training.norms if stage and stage.training else None
+            norms = shard.training.norms if shard and shard.training else None
             if norms is not None and self.draw is not None:
-                modules = _modules(stage, self.steps)
+                modules = _modules(shard, self.steps)
                 microbatch, (first, *_) = self.draw.microbatch, self.steps[0]
                 regions.enter_context(deferred(modules, norms, microbatch, first))
-            output = self._call(store, stage, arguments, fed)
+            output = self._call(store, shard, arguments, fed)
         if self.buffers:
             # By value: batch norm writes its statistics without counting a version.
             changed = [
@@ -117,8 +117,8 @@ class Forward:
             _, name, kind = self.steps[-1]
             raise forward_error(error, store.address, name, kind, (fed, {}), self.draw) from error
         if self.taped:
-            parameters = _trainable(stage, self.steps)
-            _refuse_unknown(parameters, stage, store.address)
+            parameters = _trainable(shard, self.steps)
+            _refuse_unknown(parameters, shard, store.address)
             tape = Tape(
                 self.title,
                 takes,
@@ -126,26 +126,26 @@ class Forward:
                 leaves,
                 structure,
                 parameters,
-                stage,
+                shard,
                 member,
                 recomputes=bool(self.recompute),
             )
             store.put(self.token, tape)
-        return self._give_all(stage, leaves, structure)
+        return self._give_all(shard, leaves, structure)
 
     def _give_all(
-        self, stage: ResidentStage | None, leaves: list[Any], structure: Structure
+        self, shard: ResidentShard | None, leaves: list[Any], structure: Structure
     ) -> Any:
-        owned = _storages(stage, self.steps) if stage else set()
+        owned = _storages(shard, self.steps) if shard else set()
         given = [_give(leaf, owned) for leaf in leaves]
-        ours = _trainable(stage, self.steps).values() if structure.parameters else ()
+        ours = _trainable(shard, self.steps).values() if structure.parameters else ()
         for i in structure.parameters:
             if self.taped and not _is_new(leaves[i], ours):
                 given[i] = nn.Parameter(given[i], requires_grad=False)
         return structure.build(given)
 
     def _call(
-        self, store: Store, stage: ResidentStage | None, arguments: Template, fed: list[Any]
+        self, store: Store, shard: ResidentShard | None, arguments: Template, fed: list[Any]
     ) -> Any:
         args, kwargs = arguments.fill(fed)
         last = len(self.steps)
@@ -153,9 +153,9 @@ class Forward:
         at = 0
         while at < last:
             stop = segments.get(at, at + 1)
-            run = functools.partial(self._steps, store, stage, fed, at, stop)
+            run = functools.partial(self._steps, store, shard, fed, at, stop)
             if at in segments:
-                modules = _modules(stage, self.steps[at:stop])
+                modules = _modules(shard, self.steps[at:stop])
                 keep_state = self.draw is None
                 value = recomputed(run, modules, *args, keep_state=keep_state, **kwargs)
             else:
@@ -166,7 +166,7 @@ class Forward:
     def _steps(
         self,
         store: Store,
-        stage: ResidentStage | None,
+        shard: ResidentShard | None,
         fed: list[Any],
         start: int,
         stop: int,
@@ -175,7 +175,7 @@ class Forward:
     ) -> Any:
         """Run the steps from `start` to `stop`, each on what the one before gave."""
         for index, name, kind in self.steps[start:stop]:
-            fn = self._function(stage, index, fed)
+            fn = self._function(shard, index, fed)
             if index == LOSS:
                 args = (*args, *Template(self.extras).fill(fed))
             try:
@@ -191,10 +191,10 @@ class Forward:
             args, kwargs = (value,), {}
         return args[0]
 
-    def _function(self, stage: ResidentStage | None, index: int, fed: list[Any]) -> Any:
-        if stage is None:
+    def _function(self, shard: ResidentShard | None, index: int, fed: list[Any]) -> Any:
+        if shard is None:
             return pack.unpack(self.function, [fed[i] for i in self.tensor_slots], own=False)
-        return stage.loss if index == LOSS else stage.layers[index]
+        return shard.loss if index == LOSS else shard.layers[index]
 
     def _stream(self, fn: Any, name: str) -> contextlib.AbstractContextManager[None]:
         if self.rank is not None:
@@ -252,7 +252,7 @@ def _feed(
 
 
 def _is_new(leaf: torch.Tensor, ours: Collection[nn.Parameter]) -> bool:
-    """Whether a layer made or trained this Parameter, which is not one of the stage's."""
+    """Whether a layer made or trained this Parameter, which is not one of the shard's."""
     if not leaf.is_leaf or any(leaf is parameter for parameter in ours):
         return False
     return leaf._version > 0 or not leaf.requires_grad
@@ -271,17 +271,17 @@ def _give(leaf: Any, owned: set[int]) -> Any:
 
 
 def _modules(
-    stage: ResidentStage | None, steps: tuple[tuple[int, str, str], ...]
+    shard: ResidentShard | None, steps: tuple[tuple[int, str, str], ...]
 ) -> list[nn.Module]:
-    if stage is None:
+    if shard is None:
         return []
-    layers = [stage.layers[index] for index, _, _ in steps if index != LOSS]
+    layers = [shard.layers[index] for index, _, _ in steps if index != LOSS]
     return [layer for layer in layers if isinstance(layer, nn.Module)]
 
 
-def _storages(stage: ResidentStage, steps: tuple[tuple[int, str, str], ...]) -> set[int]:
+def _storages(shard: ResidentShard, steps: tuple[tuple[int, str, str], ...]) -> set[int]:
     found = set()
-    for module in _modules(stage, steps):
+    for module in _modules(shard, steps):
         for tensor in [*module.parameters(), *module.buffers()]:
             if tensor.layout is torch.strided:
                 found.add(tensor.untyped_storage().data_ptr())
@@ -289,19 +289,19 @@ def _storages(stage: ResidentStage, steps: tuple[tuple[int, str, str], ...]) -> 
 
 
 def _trainable(
-    stage: ResidentStage | None, steps: tuple[tuple[int, str, str], ...]
+    shard: ResidentShard | None, steps: tuple[tuple[int, str, str], ...]
 ) -> dict[str, nn.Parameter]:
-    if stage is None:
+    if shard is None:
         return {}
-    used = {id(p) for module in _modules(stage, steps) for p in module.parameters()}
-    return {n: p for n, p in stage.parameters.items() if id(p) in used and p.requires_grad}
+    used = {id(p) for module in _modules(shard, steps) for p in module.parameters()}
+    return {n: p for n, p in shard.parameters.items() if id(p) in used and p.requires_grad}
 
 
 def _refuse_unknown(
-    parameters: dict[str, nn.Parameter], stage: ResidentStage | None, address: str
+    parameters: dict[str, nn.Parameter], shard: ResidentShard | None, address: str
 ) -> None:
     """Raise for parameters that were frozen when the chain was made: their gradients are lost."""
-    late = [name for name in parameters if stage is not None and name not in stage.trainable]
+    late = [name for name in parameters if shard is not None and name not in shard.trainable]
     if late:
         raise LayerError(
             f"parameter {late[0]!r} on worker {address} was frozen when the chain was made and "
@@ -312,11 +312,11 @@ def _refuse_unknown(
         )
 
 
-def _set_mode(stage: ResidentStage, mode: bool | None) -> None:
-    """Put the whole stage in training or evaluation mode, if it is not yet in it."""
-    if mode is None or mode is stage.mode:
+def _set_mode(shard: ResidentShard, mode: bool | None) -> None:
+    """Put the whole shard in training or evaluation mode, if it is not yet in it."""
+    if mode is None or mode is shard.mode:
         return
-    for layer in stage.layers.values():
+    for layer in shard.layers.values():
         if isinstance(layer, nn.Module):
             layer.train(mode)
-    stage.mode = mode
+    shard.mode = mode

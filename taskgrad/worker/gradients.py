@@ -12,7 +12,7 @@ from taskgrad.graph.memory_layout import is_dense
 from taskgrad.graph.nodes import Draw
 from taskgrad.graph.parameter_extras import has_hooks
 from taskgrad.worker.hooks import accumulate_hooked
-from taskgrad.worker.store import ResidentStage
+from taskgrad.worker.store import ResidentShard
 
 Gradient = torch.Tensor | None
 
@@ -56,7 +56,7 @@ def summed(parameter: nn.Parameter, parts: Sequence[Gradient], borrowed: Iterabl
 
 
 def accumulate_into(
-    stage: ResidentStage,
+    shard: ResidentShard,
     name: str,
     parts: Sequence[Gradient],
     borrowed: Iterable[Any],
@@ -70,12 +70,12 @@ def accumulate_into(
     `borrowed` are values whose memory belongs to Dask, and which must not be kept. Hooks draw
     random numbers from `draw`'s stream for the parameter's name.
     """
-    parameter = stage.parameters[name]
+    parameter = shard.parameters[name]
     total = summed(parameter, parts, borrowed)
     if total is None:
         return
     if has_hooks(parameter):
-        fixed = stage.why_fixed(name)
+        fixed = shard.why_fixed(name)
         accumulate_hooked(
             parameter, total.clone(), name=name, address=address, draw=draw, fixed=fixed
         )

@@ -1,4 +1,4 @@
-"""A copy of a stage from before a load, kept until all stages have loaded their part.
+"""A copy of a shard from before a load, kept until all shards have loaded their part.
 
 For loads of a state and of a checkpoint: hooks of modules, ``set_extra_state`` or an optimizer may
 raise on one worker when others have loaded their part already.
@@ -13,48 +13,48 @@ import torch
 from torch import nn
 
 from taskgrad.errors import LayerError
-from taskgrad.worker.store import ResidentStage, Store
+from taskgrad.worker.store import ResidentShard, Store
 from taskgrad.worker.undo import Undo, copied
 
 
 @dataclass
 class Kept:
-    """The contents of a stage's layers, and what trains them."""
+    """The contents of a shard's layers, and what trains them."""
 
     layers: Undo
     optimizer: torch.optim.Optimizer | None
     training: Any
     loss: Any
 
-    def restore(self, stage: ResidentStage) -> None:
+    def restore(self, shard: ResidentShard) -> None:
         """Put all of it back."""
         self.layers.restore()
-        stage.optimizer, stage.training, stage.loss = self.optimizer, self.training, self.loss
+        shard.optimizer, shard.training, shard.loss = self.optimizer, self.training, self.loss
 
 
 def keep(store: Store, token: str) -> None:
-    """Copy the stage as it is now."""
-    stage = store.stage(token)
-    with stage.lock:
-        copy = copied if stage.training is None else stage.training.copies
-        layers = Undo(list(stage.layers.values()), copy, gradients="which")
-        stage.kept = Kept(layers, stage.optimizer, stage.training, stage.loss)
+    """Copy the shard as it is now."""
+    shard = store.shard(token)
+    with shard.lock:
+        copy = copied if shard.training is None else shard.training.copies
+        layers = Undo(list(shard.layers.values()), copy, gradients="which")
+        shard.kept = Kept(layers, shard.optimizer, shard.training, shard.loss)
 
 
 def take_back(store: Store, token: str) -> None:
-    """Undo the load on this stage."""
-    stage = store.stage(token)
-    with stage.lock:
-        if stage.kept is not None:
-            stage.kept.restore(stage)
-            stage.kept = None
+    """Undo the load on this shard."""
+    shard = store.shard(token)
+    with shard.lock:
+        if shard.kept is not None:
+            shard.kept.restore(shard)
+            shard.kept = None
 
 
 def settle(store: Store, token: str) -> None:
-    """All stages have loaded their part: drop the copy."""
-    stage = store.stage(token)
-    with stage.lock:
-        stage.kept = None
+    """All shards have loaded their part: drop the copy."""
+    shard = store.shard(token)
+    with shard.lock:
+        shard.kept = None
 
 
 def load(
@@ -67,10 +67,10 @@ def load(
     LayerError
         A layer raised.
     """
-    stage = store.stage(token)
-    with stage.lock:
+    shard = store.shard(token)
+    with shard.lock:
         for i, values in states.items():
-            layer: nn.Module = stage.layers[i]
+            layer: nn.Module = shard.layers[i]
             try:
                 layer.load_state_dict(values, strict=False)
             except Exception as error:

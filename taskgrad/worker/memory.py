@@ -1,7 +1,7 @@
-"""How many bytes stages, tapes and gradients hold on a worker, counted when somebody asks.
+"""How many bytes shards, tapes and gradients hold on a worker, counted when somebody asks.
 
 A tape's size is that of the distinct memory which its autograd graph keeps and which belongs to
-nobody else: parameters are the stage's, and inputs count with the tape that reads them.
+nobody else: parameters are the shard's, and inputs count with the tape that reads them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from taskgrad.worker.store import ResidentStage, Tape
+from taskgrad.worker.store import ResidentShard, Tape
 
 
 @dataclass
@@ -51,38 +51,38 @@ def _sparse_parts(t: torch.Tensor) -> list[torch.Tensor]:
     return [t.values()]
 
 
-def stage_bytes(stage: ResidentStage) -> Held:
-    """What one stage holds in memory, its tapes aside. A step may be under way meanwhile."""
-    modules = [m for m in stage.layers.values() if isinstance(m, nn.Module)]
+def shard_bytes(shard: ResidentShard) -> Held:
+    """What one shard holds in memory, its tapes aside. A step may be under way meanwhile."""
+    modules = [m for m in shard.layers.values() if isinstance(m, nn.Module)]
     # As lists, made in one go: a step adds to what it iterates over.
-    state = list(stage.optimizer.state.values()) if stage.optimizer is not None else []
-    spilled = stage.training.spilled if stage.training is not None else None
+    state = list(shard.optimizer.state.values()) if shard.optimizer is not None else []
+    spilled = shard.training.spilled if shard.training is not None else None
     kept = (v for values in state for v in list(values.values()) if isinstance(v, torch.Tensor))
     return Held(
-        parameters=sum(storages(stage.parameters.values()).values()),
+        parameters=sum(storages(shard.parameters.values()).values()),
         buffers=sum(storages(b for m in modules for b in m.buffers()).values()),
-        gradients=_known_gradient_bytes(stage),
+        gradients=_known_gradient_bytes(shard),
         optimizer=sum(storages(v for v in kept if not (spilled and spilled.holds(v))).values()),
     )
 
 
-def gradient_bytes(stage: ResidentStage) -> int:
-    """What the gradients of a stage hold, for whoever holds its lock.
+def gradient_bytes(shard: ResidentShard) -> int:
+    """What the gradients of a shard hold, for whoever holds its lock.
 
     torch takes the process down where one thread reads ``.grad`` and another replaces it.
     """
-    return sum(storages(p.grad for p in stage.parameters.values()).values())
+    return sum(storages(p.grad for p in shard.parameters.values()).values())
 
 
-def _known_gradient_bytes(stage: ResidentStage) -> int:
-    if stage.lock.acquire(blocking=False):
+def _known_gradient_bytes(shard: ResidentShard) -> int:
+    if shard.lock.acquire(blocking=False):
         try:
-            stage.gradient_bytes = gradient_bytes(stage)
+            shard.gradient_bytes = gradient_bytes(shard)
         finally:
-            stage.lock.release()
+            shard.lock.release()
     else:
-        stage.uncounted = True
-    return stage.gradient_bytes
+        shard.uncounted = True
+    return shard.gradient_bytes
 
 
 def tape_bytes(tape: Tape) -> int:
@@ -107,8 +107,8 @@ def _kept_bytes(tape: Tape) -> int:
     kept |= storages(tape.outputs)
     if not tape.recomputes:
         kept |= storages(_saved(tape.outputs))
-    if tape.stage is not None:
-        for address in storages(tape.stage.parameters.values()):
+    if tape.shard is not None:
+        for address in storages(tape.shard.parameters.values()):
             kept.pop(address, None)
     return sum(kept.values())
 
@@ -141,15 +141,15 @@ def total_bytes(entries: dict[str, Any]) -> dict[str, int]:
 
 
 def store_bytes(entries: dict[str, Any]) -> dict[str, Held]:
-    """What each stage holds with its tapes, by the stage's token.
+    """What each shard holds with its tapes, by the shard's token.
 
     Tapes of functions, and gradients that nobody has taken from a backward yet, stand under "".
     """
-    tokens = {id(e): key for key, e in entries.items() if isinstance(e, ResidentStage)}
-    found = {key: stage_bytes(entries[key]) for key in tokens.values()}
+    tokens = {id(e): key for key, e in entries.items() if isinstance(e, ResidentShard)}
+    found = {key: shard_bytes(entries[key]) for key in tokens.values()}
     for entry in entries.values():
         if isinstance(entry, Tape):
-            token = tokens.get(id(entry.stage), "")
+            token = tokens.get(id(entry.shard), "")
             found[token] = found.get(token, Held()) + Held(tapes=tape_bytes(entry))
         elif isinstance(entry, dict):
             size = sum(storages(entry.values()).values())

@@ -1,4 +1,4 @@
-"""Optimizer state in files, for a stage whose worker has no memory for it.
+"""Optimizer state in files, for a shard whose worker has no memory for it.
 
 An optimizer reads and writes its state once a step, one parameter after the other; forwards and
 backwards do not need it. So it can lie in mapped files: of each parameter the optimizer's step maps

@@ -1,4 +1,4 @@
-"""Make a stage's optimizer and learning-rate scheduler, and check what they train."""
+"""Make a shard's optimizer and learning-rate scheduler, and check what they train."""
 
 from __future__ import annotations
 

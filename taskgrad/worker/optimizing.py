@@ -1,6 +1,6 @@
-"""The optimizer of a stage, as `taskgrad.Optimizer` makes and steps it.
+"""The optimizer of a shard, as `taskgrad.Optimizer` makes and steps it.
 
-All stages make a step or none: each can take it back until all of them have made it.
+All shards make a step or none: each can take it back until all of them have made it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import nn
 from taskgrad.errors import TaskgradError
 from taskgrad.worker.failures import making_errors, update_errors
 from taskgrad.worker.optimizers import Groups, make_optimizer
-from taskgrad.worker.store import Made, ResidentStage, Store
+from taskgrad.worker.store import Made, ResidentShard, Store
 from taskgrad.worker.undo import Undo, of_torch, untouched_by
 
 
 @dataclass
 class Update:
-    """The last step; `undo` takes it back. Once it is `settled`, all stages have made it."""
+    """The last step; `undo` takes it back. Once it is `settled`, all shards have made it."""
 
     number: int
     undo: Undo | None
@@ -30,24 +30,24 @@ class Update:
 def make(
     store: Store, token: str, *, factory: Callable[..., torch.optim.Optimizer], names: list[str]
 ) -> None:
-    """Make the stage's optimizer over these parameters; `use` puts it in place."""
-    stage = store.stage(token)
-    with stage.lock, making_errors(store.address):
+    """Make the shard's optimizer over these parameters; `use` puts it in place."""
+    shard = store.shard(token)
+    with shard.lock, making_errors(store.address):
         groups: Groups = [(names, {})]
-        stage.made = Made(
-            make_optimizer(factory, stage.parameters, groups, store.address) if names else None
+        shard.made = Made(
+            make_optimizer(factory, shard.parameters, groups, store.address) if names else None
         )
 
 
 def use(store: Store, token: str) -> None:
-    """Put in place what was made, once every stage has made its own."""
-    stage = store.stage(token)
-    with stage.lock:
-        if stage.made is not None:  # None where Dask runs this again
-            made, stage.made = stage.made, None
-            stage.optimizer, stage.training, stage.loss = made.optimizer, made.training, made.loss
-            stage.update = None
-            for layer in stage.layers.values():
+    """Put in place what was made, once every shard has made its own."""
+    shard = store.shard(token)
+    with shard.lock:
+        if shard.made is not None:  # None where Dask runs this again
+            made, shard.made = shard.made, None
+            shard.optimizer, shard.training, shard.loss = made.optimizer, made.training, made.loss
+            shard.update = None
+            for layer in shard.layers.values():
                 if isinstance(layer, nn.Module):
                     layer._compiled_call_impl = None
                     if made.compiled is not None:
@@ -62,28 +62,28 @@ def update(store: Store, token: str, *, number: int, send: list[str]) -> dict[st
     Raises
     ------
     LayerError
-        The optimizer raised; the stage is as it was before.
+        The optimizer raised; the shard is as it was before.
     TaskgradError
         The step was taken back in the meantime.
     """
-    stage = store.stage(token)
-    with stage.lock:
-        if stage.update is None or stage.update.number != number:
-            stage.update = None  # the step before: all stages have it
-            _step(store, stage, number)
-        elif stage.update.undo is None and not stage.update.settled:
+    shard = store.shard(token)
+    with shard.lock:
+        if shard.update is None or shard.update.number != number:
+            shard.update = None  # the step before: all shards have it
+            _step(store, shard, number)
+        elif shard.update.undo is None and not shard.update.settled:
             raise TaskgradError(
                 f"optimizer step {number} was taken back on worker {store.address}, because it "
                 "failed on another one: call step() again"
             )
-        return {n: stage.parameters[n].detach().to("cpu", copy=True) for n in send}
+        return {n: shard.parameters[n].detach().to("cpu", copy=True) for n in send}
 
 
-def _step(store: Store, stage: ResidentStage, number: int) -> None:
-    optimizer = stage.optimizer
+def _step(store: Store, shard: ResidentShard, number: int) -> None:
+    optimizer = shard.optimizer
     if optimizer is None:
         raise TaskgradError(
-            f"the stage on worker {store.address} has no optimizer: make the Optimizer again"
+            f"the shard on worker {store.address} has no optimizer: make the Optimizer again"
         )
     undo = Undo(
         [optimizer],
@@ -96,27 +96,27 @@ def _step(store: Store, stage: ResidentStage, number: int) -> None:
     except BaseException:
         undo.restore()
         raise
-    stage.update = Update(number, undo)
+    shard.update = Update(number, undo)
 
 
 def settled(store: Store, token: str, *, number: int) -> bool:
-    """Whether this step can no longer be taken back: all stages have made it."""
-    stage = store.stage(token)
-    with stage.lock:
-        return stage.update is not None and stage.update.number == number and stage.update.settled
+    """Whether this step can no longer be taken back: all shards have made it."""
+    shard = store.shard(token)
+    with shard.lock:
+        return shard.update is not None and shard.update.number == number and shard.update.settled
 
 
 def settle(store: Store, token: str, *, number: int) -> None:
-    """Every stage has made this step: drop the copies that could undo it."""
-    stage = store.stage(token)
-    with stage.lock:
-        stage.update = Update(number, None, settled=True)
+    """Every shard has made this step: drop the copies that could undo it."""
+    shard = store.shard(token)
+    with shard.lock:
+        shard.update = Update(number, None, settled=True)
 
 
 def take_back(store: Store, token: str, *, number: int) -> None:
     """Undo this step, if it was made here, and refuse to make it from now on."""
-    stage = store.stage(token)
-    with stage.lock:
-        if stage.update is not None and stage.update.number == number and stage.update.undo:
-            stage.update.undo.restore()
-        stage.update = Update(number, None)
+    shard = store.shard(token)
+    with shard.lock:
+        if shard.update is not None and shard.update.number == number and shard.update.undo:
+            shard.update.undo.restore()
+        shard.update = Update(number, None)

@@ -3,7 +3,7 @@
 Some belong to the thread that runs it. Others belong to the process, in which several threads run
 calls: those that need the same settings run together; one that needs others waits until they are
 done, and later ones queue behind it. A call that waits for another one, in a collective or for a
-stage, releases the settings of the process meanwhile. So every call that holds them makes progress.
+shard, releases the settings of the process meanwhile. So every call that holds them makes progress.
 """
 
 from __future__ import annotations

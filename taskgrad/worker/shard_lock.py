@@ -1,4 +1,4 @@
-"""A task's exclusive use of a stage."""
+"""A task's exclusive use of a shard."""
 
 from __future__ import annotations
 
@@ -8,43 +8,43 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 from taskgrad.worker.memory import gradient_bytes
-from taskgrad.worker.store import ResidentStage
+from taskgrad.worker.store import ResidentShard
 
-_at_stage: ContextVar[bool] = ContextVar("taskgrad_at_stage", default=False)
+_using_shard: ContextVar[bool] = ContextVar("taskgrad_at_shard", default=False)
 
 
 @contextmanager
-def at_stage() -> Iterator[None]:
-    """Mark this thread as one that holds a stage, or may wait for one."""
-    token = _at_stage.set(True)
+def using_shard() -> Iterator[None]:
+    """Mark this thread as one that holds a shard, or may wait for one."""
+    token = _using_shard.set(True)
     try:
         yield
     finally:
-        _at_stage.reset(token)
+        _using_shard.reset(token)
 
 
-def is_at_stage() -> bool:
-    """Whether this thread holds a stage, or may wait for one."""
-    return _at_stage.get()
+def is_using_shard() -> bool:
+    """Whether this thread holds a shard, or may wait for one."""
+    return _using_shard.get()
 
 
 @contextmanager
-def turn(stage: ResidentStage | None) -> Iterator[None]:
-    """Hold the stage's lock, and add the time to its trainer's busy time, if there is one.
+def turn(shard: ResidentShard | None) -> Iterator[None]:
+    """Hold the shard's lock, and add the time to its trainer's busy time, if there is one.
 
     At the end the bytes of its gradients are counted, if that was asked for while the lock was
-    held. Without a stage the task runs a function, and there is nothing to wait for.
+    held. Without a shard the task runs a function, and there is nothing to wait for.
     """
-    if stage is None:
+    if shard is None:
         yield
         return
-    with at_stage(), stage.lock:
+    with using_shard(), shard.lock:
         start = time.perf_counter()
         try:
             yield
         finally:
-            if stage.training is not None:
-                stage.training.busy += time.perf_counter() - start
-            if stage.uncounted:
-                stage.gradient_bytes = gradient_bytes(stage)
-                stage.uncounted = False
+            if shard.training is not None:
+                shard.training.busy += time.perf_counter() - start
+            if shard.uncounted:
+                shard.gradient_bytes = gradient_bytes(shard)
+                shard.uncounted = False

@@ -1,6 +1,6 @@
-"""What is done to a stage where it lives: installed, read, its gradients kept, its weights updated.
+"""What is done to a shard where it lives: installed, read, its gradients kept, its weights updated.
 
-Every function takes the worker's store, the stage's token, and plain arguments.
+Every function takes the worker's store, the shard's token, and plain arguments.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from taskgrad.worker.gradients import accumulate_into, summed
 from taskgrad.worker.hooks import hooked_gradient
 from taskgrad.worker.materialize import make_values
 from taskgrad.worker.memory import store_bytes
-from taskgrad.worker.store import ResidentStage, StageLock, Store
+from taskgrad.worker.store import ResidentShard, ShardLock, Store
 
 
 def install(
@@ -36,11 +36,11 @@ def install(
     seed: int,
     copied: list[str],
 ) -> str:
-    """Unpack layers and keep them as a stage, if it is not there; gives the device they are on.
+    """Unpack layers and keep them as a shard, if it is not there; gives the device they are on.
 
     `names` maps the chain's name of each parameter to (layer index, name in the layer); `makings`
     say how the layers of an index come by values that were not sent; `copied` are the parameters of
-    which other stages have copies.
+    which other shards have copies.
 
     Raises
     ------
@@ -70,10 +70,10 @@ def install(
             module.to(place)
     parameters = {name: _parameter(layers[i], local) for name, (i, local) in names.items()}
     trainable = frozenset(name for name, p in parameters.items() if p.requires_grad)
-    lock = StageLock(store.give_thread_back)
+    lock = ShardLock(store.give_thread_back)
     store.put(
         token,
-        ResidentStage(layers, parameters, place, frozenset(copied), trainable, lock=lock),
+        ResidentShard(layers, parameters, place, frozenset(copied), trainable, lock=lock),
     )
     return str(place)
 
@@ -113,13 +113,13 @@ def _parameter(layer: Any, name: str) -> nn.Parameter:
 def fetch(
     store: Store, token: str, *, mode: bool | None
 ) -> tuple[bytes, list[torch.Tensor | View]]:
-    """The stage's layers, packed, their tensors as copies on the host."""
-    stage = store.stage(token)
-    with stage.lock:
-        for layer in stage.layers.values():
+    """The shard's layers, packed, their tensors as copies on the host."""
+    shard = store.shard(token)
+    with shard.lock:
+        for layer in shard.layers.values():
             if isinstance(layer, nn.Module) and mode is not None:
                 layer.train(mode)
-        packed = pack.pack(stage.layers, hooks=True)
+        packed = pack.pack(shard.layers, hooks=True)
         return packed.data, [t if isinstance(t, View) else _copy(t) for t in packed.laid_out()]
 
 
@@ -129,40 +129,40 @@ def _copy(t: torch.Tensor) -> torch.Tensor:
 
 def state(store: Store, token: str) -> dict[int, dict[str, Any]]:
     """Each layer's state_dict, by index, as copies on the host."""
-    stage = store.stage(token)
-    with stage.lock:
+    shard = store.shard(token)
+    with shard.lock:
         return {
             i: {
                 k: _copy(v) if isinstance(v, torch.Tensor) else v
                 for k, v in layer.state_dict().items()
             }
-            for i, layer in stage.layers.items()
+            for i, layer in shard.layers.items()
             if isinstance(layer, nn.Module)
         }
 
 
 def memory(store: Store, token: str) -> dict[str, int]:
-    """Bytes that the stage and its tapes hold, by what holds them."""
-    stage = store.stage(token)
-    with stage.lock:  # no backward of it frees a tape that is looked at
+    """Bytes that the shard and its tapes hold, by what holds them."""
+    shard = store.shard(token)
+    with shard.lock:  # no backward of it frees a tape that is looked at
         entries = store.entries()
-        mine = {k: e for k, e in entries.items() if getattr(e, "stage", e) is stage}
+        mine = {k: e for k, e in entries.items() if getattr(e, "shard", e) is shard}
         return asdict(store_bytes(mine)[token])
 
 
 def zero_grad(store: Store, token: str) -> None:
     """Drop the gradients."""
-    stage = store.stage(token)
-    with stage.lock:
-        for parameter in stage.parameters.values():
+    shard = store.shard(token)
+    with shard.lock:
+        for parameter in shard.parameters.values():
             parameter.grad = None
 
 
 def gradient(store: Store, token: str, *, name: str) -> torch.Tensor | None:
     """A copy of one parameter's gradient; later steps do not write into it."""
-    stage = store.stage(token)
-    with stage.lock:
-        grad = stage.parameters[name].grad
+    shard = store.shard(token)
+    with shard.lock:
+        grad = shard.parameters[name].grad
         return None if grad is None else _copy(grad)
 
 
@@ -172,14 +172,14 @@ def accumulate(store: Store, token: str, *values: Any, parts: dict[str, list[str
     `parts` lists for each parameter what to sum, in order: the key of a backward task on this
     worker, or the position among `values` of a gradient from another worker.
     """
-    stage = store.stage(token)
-    with stage.lock:
+    shard = store.shard(token)
+    with shard.lock:
         for name, sources in parts.items():
             found = [
                 store.gradients(source).get(name) if isinstance(source, str) else values[source]
                 for source in sources
             ]
-            accumulate_into(stage, name, found, values, address=store.address)
+            accumulate_into(shard, name, found, values, address=store.address)
 
 
 def hooked(store: Store, token: str, *parts: torch.Tensor | None, name: str) -> Any:
@@ -187,9 +187,9 @@ def hooked(store: Store, token: str, *parts: torch.Tensor | None, name: str) -> 
 
     Nothing is accumulated: what ``torch.autograd.grad`` gives.
     """
-    stage = store.stage(token)
-    with stage.lock:
-        parameter = stage.parameters[name]
+    shard = store.shard(token)
+    with shard.lock:
+        parameter = shard.parameters[name]
         total = summed(parameter, parts, parts)
         if total is None:
             return None
@@ -198,16 +198,16 @@ def hooked(store: Store, token: str, *parts: torch.Tensor | None, name: str) -> 
 
 def give(store: Store, token: str, *, names: list[str]) -> dict[str, torch.Tensor]:
     """Copies of these parameters."""
-    stage = store.stage(token)
-    with stage.lock:
-        return {name: _copy(stage.parameters[name]) for name in names}
+    shard = store.shard(token)
+    with shard.lock:
+        return {name: _copy(shard.parameters[name]) for name in names}
 
 
 def set_parameters(store: Store, token: str, *values: dict[str, torch.Tensor]) -> None:
-    """Write new values into this stage's copies of parameters that live elsewhere."""
-    stage = store.stage(token)
-    with stage.lock, torch.no_grad():
+    """Write new values into this shard's copies of parameters that live elsewhere."""
+    shard = store.shard(token)
+    with shard.lock, torch.no_grad():
         for new in values:
             for name, value in new.items():
-                if name in stage.parameters:
-                    stage.parameters[name].copy_(value)
+                if name in shard.parameters:
+                    shard.parameters[name].copy_(value)

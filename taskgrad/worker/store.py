@@ -1,4 +1,4 @@
-"""What a worker keeps: stages, tapes, and gradients between a backward and whoever takes them.
+"""What a worker keeps: shards, tapes, and gradients between a backward and whoever takes them.
 
 One `Store` a worker owns it all. Every entry stands under the Dask key of the task that made it,
 and leaves when that key does: when the driver lets go of it, is killed, or cancels it.
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 # Keys let go of before their task was done; the task then has nothing to leave behind.
 _MAX_REFUSED = 100_000
-# How long a task that waits for a stage keeps its thread.
+# How long a task that waits for a shard keeps its thread.
 _KEEP_THREAD_S = 1.0
 
 
-class StageLock:
+class ShardLock:
     """A reentrant lock; a task that waits long for it gives its thread back to the worker.
 
     The layer that has the lock may wait for tasks that are to run in that thread.
@@ -67,7 +67,7 @@ class StageLock:
 
 @dataclass
 class Made:
-    """What training needs on a stage, until it is used."""
+    """What training needs on a shard, until it is used."""
 
     optimizer: torch.optim.Optimizer | None
     training: Training | None = None
@@ -76,14 +76,14 @@ class Made:
 
 
 @dataclass
-class ResidentStage:
+class ResidentShard:
     """The layers of one chain that live here.
 
     `layers` are modules (or connection functions) by their index in the chain, `names` the chain's
     names for them, `parameters` the trainable and frozen parameters by the chain's first name for
     each. `lock` is held while any of it runs, so that a worker of several threads does not tear it.
     `gradient_bytes` is what was last counted; `uncounted` asks whoever holds the lock to do it.
-    `copied` are the parameters of which other stages have copies, `trainable` those that the chain
+    `copied` are the parameters of which other shards have copies, `trainable` those that the chain
     knows as such.
     """
 
@@ -94,14 +94,14 @@ class ResidentStage:
     trainable: frozenset[str] = frozenset()
     mode: bool | None = None
     optimizer: torch.optim.Optimizer | None = None
-    made: Made | None = None  # what `use` puts in their place, once every stage has made its own
+    made: Made | None = None  # what `use` puts in their place, once every shard has made its own
     kept: Kept | None = None  # its contents from before a load that is under way
     update: Update | None = None  # the last step of a `taskgrad.Optimizer`
-    loss: Any = None  # the loss function, on the stage that gives the model's output
+    loss: Any = None  # the loss function, on the shard that gives the model's output
     training: Training | None = None  # what a trainer keeps here
     gradient_bytes: int = 0
     uncounted: bool = False
-    lock: StageLock = field(default_factory=StageLock)
+    lock: ShardLock = field(default_factory=ShardLock)
 
     def why_fixed(self, name: str) -> str | None:
         """Why a hook may not change this parameter now, if so."""
@@ -119,12 +119,12 @@ class ResidentStage:
 
 
 LOSS = -1
-"""The index of a stage's loss among the steps of a call, where layers have theirs."""
+"""The index of a shard's loss among the steps of a call, where layers have theirs."""
 
 
 @dataclass
 class Tape:
-    """What one forward of one stage saved for its backward."""
+    """What one forward of one shard saved for its backward."""
 
     title: str
     inputs: list[list[torch.Tensor | None]]  # per slot, per leaf: the leaf that takes a gradient
@@ -132,7 +132,7 @@ class Tape:
     outputs: list[Any]  # leaves of the output, part of autograd's graph
     output_structure: Structure
     parameters: dict[str, nn.Parameter]
-    stage: ResidentStage | None
+    shard: ResidentShard | None
     member: Member | None = None  # the rank of a gang whose forward it was
     recomputes: bool = False  # looking at what autograd saved would run layers again
     nbytes: int | None = None  # once somebody has counted them
@@ -147,7 +147,7 @@ def buffers_key(token: str) -> str:
 
 
 class Store:
-    """Stages, tapes and gradients of one worker, by key. Safe from several threads."""
+    """Shards, tapes and gradients of one worker, by key. Safe from several threads."""
 
     def __init__(self, address: str, folder: str) -> None:
         self.address = address
@@ -182,10 +182,10 @@ class Store:
         """
         return self._entries.get(key)
 
-    def stage(self, token: str) -> ResidentStage:
-        """The stage under this token; WorkerLostError if this worker never had it or lost it."""
+    def shard(self, token: str) -> ResidentShard:
+        """The shard under this token; WorkerLostError if this worker never had it or lost it."""
         entry = self._entries.get(token)
-        if not isinstance(entry, ResidentStage):
+        if not isinstance(entry, ResidentShard):
             raise WorkerLostError(
                 f"worker {self.address} does not hold {token.partition('-')[0]!r}: it was "
                 "restarted since the chain was made. Make the chain again"
@@ -247,10 +247,10 @@ class Store:
             return dict(self._entries)
 
     def held(self) -> dict[str, int]:
-        """How many stages, tapes and gradient sets there are."""
+        """How many shards, tapes and gradient sets there are."""
         entries = list(self.entries().values())
         return {
-            "stages": sum(isinstance(e, ResidentStage) for e in entries),
+            "shards": sum(isinstance(e, ResidentShard) for e in entries),
             "tapes": sum(isinstance(e, Tape) for e in entries),
             "gradients": sum(isinstance(e, dict) for e in entries),
         }

@@ -1,8 +1,8 @@
 """A training step where the parameters live: begin, prepare, commit, or roll back.
 
-A step is two-phased, as a database's commit is. First every stage says that its gradients are
-complete. Then every stage commits: from the summaries of all of them each computes the same
-clipping and scaling, and updates its parameters. Until all stages have committed, a step can be
+A step is two-phased, as a database's commit is. First every shard says that its gradients are
+complete. Then every shard commits: from the summaries of all of them each computes the same
+clipping and scaling, and updates its parameters. Until all shards have committed, a step can be
 taken back, from copies that `begin` and `commit` make; `settle` drops them.
 """
 
@@ -22,7 +22,7 @@ from taskgrad.worker import deferred_norm
 from taskgrad.worker.failures import making_errors, update_errors
 from taskgrad.worker.offload import CopiesInFiles, SpilledState
 from taskgrad.worker.optimizers import make_optimizer, make_scheduler, needs_metric
-from taskgrad.worker.store import Made, ResidentStage, Store
+from taskgrad.worker.store import Made, ResidentShard, Store
 from taskgrad.worker.training_state import Before, Scaler, Summary, Training
 from taskgrad.worker.undo import Undo, untouched_by
 
@@ -43,7 +43,7 @@ def start(
     done: int,
     in_files: frozenset[str],
 ) -> str | None:
-    """Make the stage's optimizer and scheduler, over the parameters of these groups.
+    """Make the shard's optimizer and scheduler, over the parameters of these groups.
 
     `optimizing.use` puts them in place.
 
@@ -57,8 +57,8 @@ def start(
     LayerError
         What `make_optimizer` or `make_scheduler` raised.
     """
-    stage = store.stage(token)
-    with stage.lock, making_errors(store.address):
+    shard = store.shard(token)
+    with shard.lock, making_errors(store.address):
         training = Training(names, scaler=Scaler() if scaled else None, done=done)
         training.norms = {} if deferred else None
         if compiled is not None:
@@ -69,34 +69,34 @@ def start(
             training.copies = CopiesInFiles(store.folder, training.spilled)
         made = Made(None, training, compiled=compiled)
         if names:
-            made.optimizer = make_optimizer(optimizer, stage.parameters, groups, store.address)
+            made.optimizer = make_optimizer(optimizer, shard.parameters, groups, store.address)
             if scheduler is not None:
                 training.scheduler = make_scheduler(scheduler, made.optimizer, store.address)
                 training.takes_metric = needs_metric(training.scheduler)
-        stage.made = made
+        shard.made = made
         return type(training.scheduler).__name__ if training.takes_metric else None
 
 
 def set_loss(store: Store, token: str, tensors: list[torch.Tensor], *, data: bytes) -> None:
-    """Have the loss function on the stage that gives the model's output, once it is used."""
-    stage = store.stage(token)
-    with stage.lock:
-        if stage.made is None:
+    """Have the loss function on the shard that gives the model's output, once it is used."""
+    shard = store.shard(token)
+    with shard.lock:
+        if shard.made is None:
             raise RuntimeError("the loss comes after the optimizer")
-        stage.made.loss = pack.unpack(data, [t.clone() for t in tensors], own=True)
-        if isinstance(stage.made.loss, nn.Module):
-            stage.made.loss.to(stage.device)
+        shard.made.loss = pack.unpack(data, [t.clone() for t in tensors], own=True)
+        if isinstance(shard.made.loss, nn.Module):
+            shard.made.loss.to(shard.device)
 
 
-def _training(stage: ResidentStage) -> Training:
-    if stage.training is None:
-        raise RuntimeError("this stage has no trainer")
-    return stage.training
+def _training(shard: ResidentShard) -> Training:
+    if shard.training is None:
+        raise RuntimeError("this shard has no trainer")
+    return shard.training
 
 
-def begin(stage: ResidentStage, step: int) -> None:
+def begin(shard: ResidentShard, step: int) -> None:
     """Copy what the step will write before it commits: buffers, and gradients so far."""
-    training = _training(stage)
+    training = _training(shard)
     if training.begun == step:  # Dask runs this again; the copies are from before the step
         return
     training.begun = step
@@ -105,9 +105,9 @@ def begin(stage: ResidentStage, step: int) -> None:
     training.busy = 0.0
     if training.norms:
         training.norms.clear()
-    modules = [m for m in stage.layers.values() if isinstance(m, nn.Module)]
+    modules = [m for m in shard.layers.values() if isinstance(m, nn.Module)]
     buffers = {id(b): b for m in modules for b in m.buffers()}
-    grads = {name: stage.parameters[name].grad for name in training.names}
+    grads = {name: shard.parameters[name].grad for name in training.names}
     training.before = Before(
         [(b, b.detach().clone()) for b in buffers.values()],
         {n: None if g is None else g.clone() for n, g in grads.items()},
@@ -115,19 +115,19 @@ def begin(stage: ResidentStage, step: int) -> None:
 
 
 def prepare(store: Store, token: str, *, update: bool, norms: bool) -> Summary:
-    """Summarize the gradients of a step, which are complete here, for the other stages.
+    """Summarize the gradients of a step, which are complete here, for the other shards.
 
     If Dask runs the task again, it must not divide the gradients by the scale twice.
     """
-    stage = store.stage(token)
-    with stage.lock:
-        training = _training(stage)
+    shard = store.shard(token)
+    with shard.lock:
+        training = _training(shard)
         if training.prepared and training.summary is not None:
             return training.summary
         found: dict[str, torch.Tensor] = {}
         finite = True
         if update:
-            grads = {name: stage.parameters[name].grad for name in training.names}
+            grads = {name: shard.parameters[name].grad for name in training.names}
             present = {name: g for name, g in grads.items() if g is not None}
             if training.scaler is not None:
                 for grad in present.values():
@@ -154,8 +154,8 @@ def commit(
     """Take the optimizer's step; returns the new values of those parameters that have copies.
 
     With clipping, as `torch.nn.utils.clip_grad_norm_` over all parameters of the model in this
-    order. A stage that has committed this step already only returns the values again. If anything
-    raises, the stage is as it was before.
+    order. A shard that has committed this step already only returns the values again. If anything
+    raises, the shard is as it was before.
 
     Raises
     ------
@@ -164,27 +164,27 @@ def commit(
     TaskgradError
         The step was taken back in the meantime.
     """
-    stage = store.stage(token)
-    with stage.lock:
-        training = _training(stage)
+    shard = store.shard(token)
+    with shard.lock:
+        training = _training(shard)
         if training.done <= step:
             if training.begun != step or training.before is None:
                 raise TaskgradError(
                     f"step {step} was taken back on worker {store.address}, because it failed or "
                     "was interrupted: take it again"
                 )
-            training.committed = None  # the step before: all stages have it
+            training.committed = None  # the step before: all shards have it
             before = training.before
             finite = all(summary.finite for summary in summaries)
             total = total_norm(summaries, order) if update and clip_norm is not None else None
             if update:
-                before.update = _undo_of(stage, training)
+                before.update = _undo_of(shard, training)
             try:
-                if update and finite and stage.optimizer is not None:
+                if update and finite and shard.optimizer is not None:
                     with update_errors(store.address, step, "clipping"):
-                        _clip(stage, training.names, clip_norm, clip_value, total)
+                        _clip(shard, training.names, clip_norm, clip_value, total)
                     with update_errors(store.address, step, "the optimizer"):
-                        _step(stage.optimizer, training.spilled)
+                        _step(shard.optimizer, training.spilled)
                 if update and training.scaler is not None:
                     training.scaler.update(finite)
                 if training.norms:
@@ -199,17 +199,17 @@ def commit(
                     with update_errors(store.address, step, "the lr_scheduler", hint):
                         training.scheduler.step()
             except BaseException:
-                before.restore(stage)
+                before.restore(shard)
                 before.update = None
-                if training.spilled is not None and stage.optimizer is not None:
-                    training.spilled.forget_all_but(stage.optimizer.state)
+                if training.spilled is not None and shard.optimizer is not None:
+                    training.spilled.forget_all_but(shard.optimizer.state)
                 raise
             if update:
-                for parameter in stage.parameters.values():
+                for parameter in shard.parameters.values():
                     parameter.grad = None
             training.done, training.begun = step + 1, None
             training.before, training.committed = None, before
-        return {name: stage.parameters[name].detach().to("cpu", copy=True) for name in send}
+        return {name: shard.parameters[name].detach().to("cpu", copy=True) for name in send}
 
 
 def _step(optimizer: torch.optim.Optimizer, spilled: SpilledState | None) -> None:
@@ -219,10 +219,10 @@ def _step(optimizer: torch.optim.Optimizer, spilled: SpilledState | None) -> Non
         optimizer.step()
 
 
-def _undo_of(stage: ResidentStage, training: Training) -> Undo:
-    """Copies of what the update of a stage will change."""
-    changing = [stage.optimizer, training.scheduler, training.scaler]
-    return Undo(changing, training.copies, untouched_by(stage.optimizer))
+def _undo_of(shard: ResidentShard, training: Training) -> Undo:
+    """Copies of what the update of a shard will change."""
+    changing = [shard.optimizer, training.scheduler, training.scaler]
+    return Undo(changing, training.copies, untouched_by(shard.optimizer))
 
 
 def advance(store: Store, token: str, *, metric: float, done: int) -> None:
@@ -233,14 +233,14 @@ def advance(store: Store, token: str, *, metric: float, done: int) -> None:
     LayerError
         The scheduler raised; it is as it was before, and so are the learning rates.
     """
-    stage = store.stage(token)
-    with stage.lock:
-        training = _training(stage)
-        if training.scheduler is None or stage.optimizer is None:
+    shard = store.shard(token)
+    with shard.lock:
+        training = _training(shard)
+        if training.scheduler is None or shard.optimizer is None:
             return
         if training.advanced is not None and training.advanced[0] == done:
             return
-        optimizer = stage.optimizer
+        optimizer = shard.optimizer
         untouched = [p for group in optimizer.param_groups for p in group["params"]]
         untouched += [v for kept in optimizer.state.values() for v in _tensors(kept)]
         undo = Undo([training.scheduler, optimizer], without=untouched)
@@ -258,10 +258,10 @@ def _tensors(state: dict[str, Any]) -> list[torch.Tensor]:
 
 
 def retreat(store: Store, token: str, *, done: int) -> None:
-    """Undo this stage's scheduler step with a metric: another stage's scheduler raised."""
-    stage = store.stage(token)
-    with stage.lock:
-        training = _training(stage)
+    """Undo this shard's scheduler step with a metric: another shard's scheduler raised."""
+    shard = store.shard(token)
+    with shard.lock:
+        training = _training(shard)
         if training.advanced is not None and training.advanced[0] == done:
             training.advanced[1].restore()
             training.advanced = None
@@ -275,13 +275,13 @@ def total_norm(summaries: Sequence[Summary], order: Sequence[str]) -> torch.Tens
 
 
 def _clip(
-    stage: ResidentStage,
+    shard: ResidentShard,
     names: Sequence[str],
     norm: float | None,
     value: float | None,
     total: torch.Tensor | None,
 ) -> None:
-    parameters = [stage.parameters[name] for name in names]
+    parameters = [shard.parameters[name] for name in names]
     if norm is not None and total is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, norm, total)
     if value is not None:
@@ -289,17 +289,17 @@ def _clip(
 
 
 def progress(store: Store, token: str) -> int | None:
-    """The number of steps that this stage has taken; None if it has no trainer."""
-    stage = store.stage(token)
-    with stage.lock:
-        return None if stage.training is None else stage.training.done
+    """The number of steps that this shard has taken; None if it has no trainer."""
+    shard = store.shard(token)
+    with shard.lock:
+        return None if shard.training is None else shard.training.done
 
 
 def settle(store: Store, token: str, *, step: int) -> None:
-    """Every stage has committed this step: drop the copies that could undo it."""
-    stage = store.stage(token)
-    with stage.lock:
-        training = _training(stage)
+    """Every shard has committed this step: drop the copies that could undo it."""
+    shard = store.shard(token)
+    with shard.lock:
+        training = _training(shard)
         if training.done == step + 1:
             training.committed = None
 
@@ -312,11 +312,11 @@ def roll_back(store: Store, token: str, *, done: int) -> None:
     TaskgradError
         The step can no longer be taken back.
     """
-    stage = store.stage(token)
-    with stage.lock:
-        training = _training(stage)
+    shard = store.shard(token)
+    with shard.lock:
+        training = _training(shard)
         if training.begun is not None and training.before is not None:
-            training.before.restore(stage)
+            training.before.restore(shard)
         training.begun, training.before, training.prepared = None, None, False
         if training.done > done:
             if training.committed is None or training.done != done + 1:
@@ -324,7 +324,7 @@ def roll_back(store: Store, token: str, *, done: int) -> None:
                     f"worker {store.address} has taken {training.done} steps and cannot undo the "
                     f"last ones; other workers have taken {done}. Restore a checkpoint"
                 )
-            training.committed.restore(stage)
+            training.committed.restore(shard)
             training.done = done
         training.committed = None
 
@@ -335,7 +335,7 @@ def report(
     """A step in numbers: its loss, the norm of its gradients, the idle share of the workers.
 
     The values are the losses of the microbatches, then their shares of the batch if they are not
-    among the arguments, then every stage's `Summary`.
+    among the arguments, then every shard's `Summary`.
     """
     summaries = [value for value in values if isinstance(value, Summary)]
     numbers = list(values[: len(values) - len(summaries)])

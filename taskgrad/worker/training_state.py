@@ -1,4 +1,4 @@
-"""What a trainer keeps on a stage: the state of its steps, of fp16's scale, of its scheduler."""
+"""What a trainer keeps on a shard: the state of its steps, of fp16's scale, of its scheduler."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from taskgrad.worker.deferred_norm import Statistics
 from taskgrad.worker.offload import SpilledState
-from taskgrad.worker.store import ResidentStage
+from taskgrad.worker.store import ResidentShard
 from taskgrad.worker.undo import Undo, copied
 
 # As torch.amp.GradScaler.
@@ -19,7 +19,7 @@ _FIRST_SCALE, _GROWTH, _BACKOFF, _INTERVAL = 2.0**16, 2.0, 0.5, 2000
 
 @dataclass
 class Scaler:
-    """The factor that keeps small gradients from being zero in float16, on all stages the same."""
+    """The factor that keeps small gradients from being zero in float16, on all shards the same."""
 
     scale: float = _FIRST_SCALE
     good_steps: int = 0
@@ -35,13 +35,13 @@ class Scaler:
 
 @dataclass
 class Before:
-    """A stage before a step: its buffers and gradients, and what its update will change."""
+    """A shard before a step: its buffers and gradients, and what its update will change."""
 
     buffers: list[tuple[torch.Tensor, torch.Tensor]]
     gradients: dict[str, torch.Tensor | None]
     update: Undo | None = None
 
-    def restore(self, stage: ResidentStage) -> None:
+    def restore(self, shard: ResidentShard) -> None:
         """Put all of it back."""
         if self.update is not None:
             self.update.restore()
@@ -49,16 +49,16 @@ class Before:
             for buffer, before in self.buffers:
                 buffer.copy_(before)
         for name, gradient in self.gradients.items():
-            stage.parameters[name].grad = gradient
+            shard.parameters[name].grad = gradient
 
 
 @dataclass
 class Training:
-    """What a trainer keeps on one stage beside its optimizer.
+    """What a trainer keeps on one shard beside its optimizer.
 
     `names` are the trainable parameters that live here. `done` is the number of steps that were
     taken, `begun` the index of the one under way. `before` takes that one back; `committed` takes
-    the last one of `done` back until all stages have committed it.
+    the last one of `done` back until all shards have committed it.
     """
 
     names: list[str]
@@ -88,7 +88,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Summary:
-    """A stage's gradients in numbers, once they are complete; `norms` by parameter."""
+    """A shard's gradients in numbers, once they are complete; `norms` by parameter."""
 
     norms: dict[str, torch.Tensor]
     finite: bool
