@@ -14,32 +14,33 @@ from distributed import Client
 
 from conftest import wait_until
 from taskgrad.cluster.session import session
-from taskgrad.cluster.wire import leases, process_memory
+from taskgrad.cluster.wire import message_leases, process_memory
 
 HERE, THERE = "tcp://127.0.0.1:1", "tcp://127.0.0.1:2"
 
 
 @contextmanager
-def lending(known: bool = True) -> Iterator[leases.Loan]:
+def lending(known: bool = True) -> Iterator[message_leases.Loan]:
     """A loan for the messages of this block; whether the receiver has shown that it can read."""
-    lender = leases.Lender(HERE)
+    lender = message_leases.Lender(HERE)
     if known:
         lender.readers.add(THERE)
     loan = lender.loan(THERE)
     assert loan is not None
-    leases._current.set(loan)
+    message_leases._current.set(loan)
     try:
         yield loan
     finally:
-        leases._current.set(None)
-        loan.end(answered=True)
+        message_leases._current.set(None)
+        loan.answered(True)
 
 
 def _can_read_others() -> bool:
     """Whether processes here can read each other: a child its parent no easier than a sibling."""
     with lending() as loan:
         script = (
-            f"from taskgrad.cluster.wire.leases import Seal; assert Seal{tuple(loan.seal)}.intact()"
+            "from taskgrad.cluster.wire.leases import ValidityToken; "
+            f"assert ValidityToken{tuple(loan.token)}.is_valid()"
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     return done.returncode == 0
@@ -65,12 +66,12 @@ def equal(t: torch.Tensor, seed: int, maker: Any = make) -> bool:
 
 def borrowed(client: Client) -> dict[str, int]:
     """Bytes that each worker has read from another's memory."""
-    return client.run(leases.bytes_borrowed)
+    return client.run(message_leases.bytes_borrowed)
 
 
 def readers(client: Client, lender: str) -> list[str]:
     def look(dask_worker):
-        return sorted(leases._lenders[dask_worker].readers)
+        return sorted(message_leases._lenders[dask_worker].readers)
 
     return client.run(look, workers=[lender])[lender]
 

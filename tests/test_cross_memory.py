@@ -18,7 +18,7 @@ from distributed.protocol import serialize_bytes, to_serialize
 from distributed.protocol.core import dumps, loads
 
 from lending import HERE, THERE, lending, needs_call, needs_others
-from taskgrad.cluster.wire import leases, process_memory
+from taskgrad.cluster.wire import message_leases, process_memory, thresholds
 from taskgrad.cluster.wire import serialize as _family  # noqa: F401  registers it
 
 MIB = 2**20
@@ -43,7 +43,7 @@ def test_every_byte_is_read(monkeypatch, sizes, threads):
 
 @pytest.mark.parametrize("size", [1, 63, 4 * MIB, 5 * MIB + 3])
 def test_room_is_aligned_and_in_huge_pages_where_that_pays(size):
-    rooms = [process_memory.room(size) for _ in range(3)]
+    rooms = [process_memory.allocate(size) for _ in range(3)]
     for room in rooms:
         assert room.nbytes == size
         assert not room.readonly
@@ -110,7 +110,7 @@ def test_where_the_system_has_no_such_call(monkeypatch):
     assert not process_memory.available()
     with pytest.raises(OSError, match="not implemented"):
         process_memory.read(os.getpid(), [(4096, memoryview(bytearray(1)))])
-    assert not leases.apply(Nobody())
+    assert not message_leases.apply(Nobody())
 
 
 class Nobody:
@@ -135,7 +135,7 @@ def nbytes(frames: list[Any]) -> int:
 @needs_call
 def test_lent_buffers_are_not_in_the_message():
     value = {"a": torch.randn(COUNT), "b": [torch.randn(300, 700).T, torch.ones(3)], "n": 1}
-    before = leases.bytes_borrowed()
+    before = message_leases.bytes_borrowed()
     with lending():
         frames = written(value)
         back = loads(frames)["data"]
@@ -144,7 +144,7 @@ def test_lent_buffers_are_not_in_the_message():
     assert torch.equal(back["b"][0], value["b"][0])
     assert back["b"][0].stride() == value["b"][0].stride()
     assert torch.equal(back["b"][1], value["b"][1])
-    assert leases.bytes_borrowed() - before == 4 * (COUNT + 300 * 700)
+    assert message_leases.bytes_borrowed() - before == 4 * (COUNT + 300 * 700)
     back["a"].add_(1)
 
 
@@ -177,11 +177,11 @@ def test_a_loan_that_has_ended_is_refused(answered):
     with lending() as loan:
         frames = written(t)
         assert torch.equal(loads(frames)["data"], t)
-        loan.end(answered=answered)
+        loan.answered(answered)
         with pytest.raises(OSError, match="ended"):
             loads(frames)
         assert nbytes(written(t)) > t.nbytes  # nor is more lent
-    assert loan._kept == []
+    assert loan._buffers == []
 
 
 @needs_call
@@ -190,7 +190,7 @@ def test_a_loan_that_ends_while_it_is_read_is_refused(monkeypatch):
 
     def and_end(pid, pieces):
         read(pid, pieces)
-        loan.end(answered=False)
+        loan.answered(False)
 
     with lending() as loan:
         frames = written(torch.randn(MIB))
@@ -201,7 +201,7 @@ def test_a_loan_that_ends_while_it_is_read_is_refused(monkeypatch):
 
 @needs_call
 def test_small_buffers_and_those_beyond_the_limit_are_sent(monkeypatch):
-    monkeypatch.setattr(leases, "MOST", 6 * MIB)
+    monkeypatch.setattr(thresholds, "LEASE_MESSAGE_MAX", 6 * MIB)
     value = [torch.randn(n) for n in (MIB, MIB // 2 + 1, MIB // 2, 100)]  # 4, 2 and a bit, 2 MiB
     with lending():
         frames = written((1, value))
@@ -228,20 +228,20 @@ def test_an_offer_goes_with_a_message_that_is_whole():
 
 
 def test_who_is_not_on_this_host_gets_no_loan():
-    lender = leases.Lender("tls://10.0.0.1:1234")
+    lender = message_leases.Lender("tls://10.0.0.1:1234")
     assert lender.loan(None) is None
     assert lender.loan("tls://10.0.0.2:1234") is None
     assert lender.loan("tls://10.0.0.1:99") is not None
 
 
 def test_offers_are_few_until_a_loan_comes_to_something():
-    lender = leases.Lender(HERE)
+    lender = message_leases.Lender(HERE)
 
     def lend(answered):
         lender.readers.add(THERE)
         loan = lender.loan(THERE)
-        loan.pack(b"", [memoryview(bytearray(leases.LEAST))])
-        loan.end(answered=answered)
+        loan.pack(b"", [memoryview(bytearray(thresholds.LEASE_MESSAGE_MIN))])
+        loan.answered(answered)
         return THERE in lender.readers
 
     assert [lender.offer(THERE) is not None for _ in range(5)] == [True] * 3 + [False] * 2

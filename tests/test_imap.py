@@ -378,7 +378,7 @@ def test_large_items_where_memory_cannot_be_read(client: Client, monkeypatch: An
 
 def test_large_items_when_reading_fails_midway(client: Client, monkeypatch: Any) -> None:
     """The driver's memory is not what a worker finds under that address: another host."""
-    monkeypatch.setattr("taskgrad.streaming.batch_codec.os.getpid", lambda: os.getppid())
+    monkeypatch.setattr("taskgrad.cluster.wire.leases.os.getpid", lambda: os.getppid())
     items = [np.full(300_000, i) for i in range(12)]
     for i, y in enumerate(tg.imap(double, items, client=client)):
         assert (y == 2 * i).all()

@@ -12,7 +12,7 @@ import taskgrad as tg
 from conftest import wait_until
 from lending import needs_others, without_handler
 from taskgrad.cluster.session import session
-from taskgrad.cluster.wire import leases, process_memory, scatter
+from taskgrad.cluster.wire import message_leases, process_memory, scatter
 
 COUNT = 500_000  # floats: 2 MB
 
@@ -31,7 +31,7 @@ def send(client: Client, worker: str, value):
 
 
 def borrowed(client: Client, worker: str) -> int:
-    return client.run(leases.bytes_borrowed, workers=[worker])[worker]
+    return client.run(message_leases.bytes_borrowed, workers=[worker])[worker]
 
 
 def refuse_reads() -> None:
@@ -124,16 +124,16 @@ def test_a_worker_is_asked_once_whether_it_can(ours, can):
 
     def count(dask_worker) -> None:
         dask_worker.asked = 0
-        dask_worker.stock = dask_worker.handlers[leases.READS]
+        dask_worker.stock = dask_worker.handlers[message_leases.READS]
 
         def reads(seal):
             dask_worker.asked += 1
             return can and dask_worker.stock(seal)
 
-        dask_worker.handlers[leases.READS] = reads
+        dask_worker.handlers[message_leases.READS] = reads
 
     def restore(dask_worker) -> int:
-        dask_worker.handlers[leases.READS] = dask_worker.stock
+        dask_worker.handlers[message_leases.READS] = dask_worker.stock
         return dask_worker.asked
 
     client.run(count, workers=[a])
@@ -150,7 +150,7 @@ def test_a_read_that_fails_is_a_transfer_by_the_wire(ours):
     before = borrowed(client, a)
     client.run(refuse_reads, workers=[a])
     try:
-        for i in range(leases.OFFERS + 2):
+        for i in range(message_leases.OFFERS + 2):
             there = send(client, a, torch.full((COUNT,), float(i)))
             assert there.result()[0] == i
         assert scatter._lenders[client].readers == set()  # it was asked again, but not for ever
@@ -162,7 +162,7 @@ def test_a_read_that_fails_is_a_transfer_by_the_wire(ours):
 def test_a_worker_that_does_not_borrow_gets_it_by_the_wire(ours):
     client, (a, _) = ours
     before = borrowed(client, a)
-    with without_handler(client, a, leases.READS):
+    with without_handler(client, a, message_leases.READS):
         there = send(client, a, [torch.ones(COUNT)])
         assert torch.equal(there.result()[0], torch.ones(COUNT))
     assert borrowed(client, a) == before

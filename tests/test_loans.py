@@ -31,7 +31,7 @@ from lending import (
     readers,
     use,
 )
-from taskgrad.cluster.wire import leases, process_memory, result_table
+from taskgrad.cluster.wire import message_leases, process_memory, result_table
 
 
 def same(t: torch.Tensor) -> torch.Tensor:
@@ -40,8 +40,8 @@ def same(t: torch.Tensor) -> torch.Tensor:
 
 def forget(dask_worker: Worker) -> None:
     """What this worker knows of others, and what a test did to it."""
-    leases._lenders[dask_worker].readers.clear()
-    leases._lenders[dask_worker].offers.clear()
+    message_leases._lenders[dask_worker].readers.clear()
+    message_leases._lenders[dask_worker].offers.clear()
     refuse(2**40)
 
 
@@ -193,7 +193,9 @@ def lends(client: Client) -> set[bool]:
     def look(dask_worker):
         handler = dask_worker.handlers["get_data"]
         known = "taskgrad_reader" in dask_worker.handlers
-        assert known == (handler != dask_worker.get_data) == (dask_worker in leases._lenders)
+        assert (
+            known == (handler != dask_worker.get_data) == (dask_worker in message_leases._lenders)
+        )
         looks = hasattr(distributed.worker.get_data_from_worker, "taskgrad")
         assert known == looks == (dask_worker in result_table._shelves)
         return known
@@ -212,7 +214,7 @@ def put_another_over_it(dask_worker: Worker) -> None:
 
 def another_stayed(dask_worker: Worker) -> bool:
     stays = dask_worker.handlers["get_data"] is dask_worker.theirs
-    return stays and dask_worker not in leases._lenders
+    return stays and dask_worker not in message_leases._lenders
 
 
 def borrowed_in_three(client: Client) -> int:

@@ -26,7 +26,7 @@ from lending import (
     readers,
     use,
 )
-from taskgrad.cluster.wire import leases, process_memory, result_table
+from taskgrad.cluster.wire import message_leases, process_memory, result_table
 from taskgrad.cluster.wire.result_table import Shelf, take
 
 COUNT = 200_000  # floats: 0.8 MB
@@ -283,7 +283,7 @@ def test_a_shelf_that_is_gone_is_forgotten(filled):
     found, _ = filled
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait(30)
-    lender = leases.Lender("tcp://127.0.0.1:3")
+    lender = message_leases.Lender("tcp://127.0.0.1:3")
     lender.shelves[THERE] = found.place._replace(pid=ended.pid)
     assert result_table.look(lender, THERE, ["x"]) == {}
     assert lender.shelves == {}
@@ -299,7 +299,7 @@ def test_a_worker_that_is_too_busy_for_the_rest_is_asked_for_all_of_it_again(mon
         asked_for.append(keys)
         return {"status": "busy"}
 
-    monkeypatch.setattr(result_table.leases, "lender_at", lambda address: address)
+    monkeypatch.setattr(result_table.message_leases, "lender_at", lambda address: address)
     monkeypatch.setattr(result_table, "look", lambda lender, worker, keys: {"x": 1})
     gather = result_table._gather(busy)
     answer = asyncio.run(gather(None, ["x", "y"], "there", who="here"))

@@ -35,7 +35,7 @@ from torch import nn
 
 import taskgrad as tg
 from lending import lending, needs_call
-from taskgrad.cluster.wire import leases, process_memory
+from taskgrad.cluster.wire import message_leases, process_memory, thresholds
 from taskgrad.cluster.wire import serialize as _family  # noqa: F401  registers it
 from taskgrad.cluster.wire.picklable import refuse_untravelable
 
@@ -103,12 +103,10 @@ def through(value: Any) -> Any:
 @contextmanager
 def everything_lent() -> Iterator[None]:
     """In this block messages leave every buffer where it is, and the reader takes it from there."""
-    before, (leases.LEAST, leases.PIECE) = (leases.LEAST, leases.PIECE), (1, 1)
-    try:
-        with lending():
-            yield
-    finally:
-        leases.LEAST, leases.PIECE = before
+    with pytest.MonkeyPatch.context() as patch, lending():
+        patch.setattr(thresholds, "LEASE_MESSAGE_MIN", 1)
+        patch.setattr(thresholds, "LEASE_BUFFER_MIN", 1)
+        yield
 
 
 @pytest.fixture(params=["wire", pytest.param("lent", marks=needs_call)])
@@ -177,10 +175,10 @@ def test_any_tensor_anywhere_arrives_bit_for_bit(dtype, shape, layout, container
         t = t.detach().requires_grad_()
     elif leaf == "parameter":
         t = nn.Parameter(t.detach(), requires_grad=differentiable)
-    before = leases.bytes_borrowed()
+    before = message_leases.bytes_borrowed()
     with everything_lent() if lent else nullcontext():
         back = unwrap(container, through(wrap(container, t)))
-    assert (leases.bytes_borrowed() > before) == (lent and t.numel() > 0)
+    assert (message_leases.bytes_borrowed() > before) == (lent and t.numel() > 0)
     assert_arrived(back, t)
     if layout in ("plain", "reversed", "channels_last", "expanded"):
         assert back.stride() == t.stride()

@@ -23,7 +23,7 @@ from taskgrad.cluster.config import Settings, Users
 from taskgrad.cluster.messages.rank_comms import Post
 from taskgrad.cluster.retirement import Holders, Reporter
 from taskgrad.cluster.tuning import intervals, malloc, server_settings
-from taskgrad.cluster.wire import leases, result_table
+from taskgrad.cluster.wire import message_leases, result_table
 from taskgrad.cluster.wire import serialize as _serialize  # noqa: F401  registers the tensor family
 from taskgrad.worker.memory import Held, total_bytes
 from taskgrad.worker.store import Store
@@ -68,7 +68,7 @@ class _Counts:
 
 def _borrowed(worker: Worker) -> int:
     """Another: bytes that the worker's process has read from the memory of others."""
-    return leases.bytes_borrowed()
+    return message_leases.bytes_borrowed()
 
 
 class StorePlugin(WorkerPlugin):
@@ -133,11 +133,11 @@ def _change(worker: Worker, settings: Settings) -> None:
     else:
         malloc.restore(worker)
     if settings.cross_memory:
-        leases.apply(worker)
+        message_leases.apply(worker)
         result_table.apply(worker)
     else:
         result_table.restore(worker)
-        leases.restore(worker)
+        message_leases.restore(worker)
     server_settings.PAUSE.hold(worker, settings.pause)
     server_settings.PROFILE.hold(worker, settings.profile)
     server_settings.TICK.hold(worker, settings.tick)

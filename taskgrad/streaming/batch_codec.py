@@ -5,17 +5,15 @@ anew, gives each of its contents, as in a loop. So large buffers are copied here
 their own in the parcel and not in the pickle, as pickle's protocol 5 has it. Small arrays, of which
 pickle says more than there is in them, are not pickled but laid in rows: several times as fast.
 
-A parcel can lend its large parts: whoever reads it on the same host copies them out of the sender's
-memory, under a seal as in `taskgrad.cluster.wire.leases`.
+The large parts of a parcel can be leased: a reader on the same host copies them out of the sender's
+memory (see `taskgrad.cluster.wire.leases`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import io
 import itertools
 import math
-import os
 import pickle
 from array import array
 from collections.abc import Iterator
@@ -25,17 +23,13 @@ import numpy as np
 import torch
 from distributed.protocol.serialize import dask_deserialize, dask_serialize
 
-from taskgrad.cluster.wire import process_memory
-from taskgrad.cluster.wire.leases import Lent, Seal
+from taskgrad.cluster.wire.leases import BufferLease, RemoteBuffer, ValidityToken, read_leased
 from taskgrad.cluster.wire.serialize import TensorCloudPickler, TensorPickler
+from taskgrad.cluster.wire.thresholds import OWN_FRAME_MIN
 from taskgrad.errors import TravelError
 from taskgrad.item_errors import is_ctrl_c
 from taskgrad.remote_errors import text_of
 
-_LARGE = 64 << 10
-"""Bytes from which on a buffer is a part of its own."""
-_LENT = 64 << 10
-_SEAL = 16
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 _ROW_DTYPES = frozenset(
     {
@@ -67,7 +61,7 @@ class Parcel:
     how many of the other parts it has; or the bytes of small arrays.
     """
 
-    __slots__ = ("counts", "ends", "parts", "runs", "seal")
+    __slots__ = ("counts", "ends", "parts", "runs", "token")
 
     def __init__(
         self,
@@ -75,21 +69,23 @@ class Parcel:
         ends: array[int],
         counts: array[int],
         parts: list[Any],
-        seal: Seal | None = None,
+        token: ValidityToken | None = None,
     ) -> None:
         self.runs = runs
         self.ends = ends
         self.counts = counts
         self.parts = parts
-        self.seal = seal
+        self.token = token
 
     def __len__(self) -> int:
         return sum(run.length for run in self.runs)
 
     @property
     def nbytes(self) -> int:
-        """Of all its parts, lent ones too."""
-        return sum(part.nbytes if isinstance(part, Lent) else len(part) for part in self.parts)
+        """Of all its parts, leased ones too."""
+        return sum(
+            part.nbytes if isinstance(part, RemoteBuffer) else len(part) for part in self.parts
+        )
 
     def __iter__(self) -> Iterator[Any]:
         """The items, each made as it is asked for.
@@ -114,75 +110,48 @@ class Parcel:
                 yield _loads(view[start:end], [next(rest) for _ in range(count)])
                 start = end
 
+    def leased(self, lease: BufferLease) -> Parcel:
+        """The same with its large parts replaced by their addresses, to read until the lease ends.
+
+        The lease keeps them in memory.
+        """
+        parts = [p if len(p) < OWN_FRAME_MIN else lease.add(memoryview(p)) for p in self.parts]
+        return Parcel(self.runs, self.ends, self.counts, parts, lease.token)
+
     def fetch(self) -> Parcel:
-        """The same with what was lent read out of the sender's memory.
+        """The same with its leased parts read out of the sender's memory.
 
         Raises
         ------
         OSError
-            It cannot be read here, or is not there any more.
+            They cannot be read here, or the lease has ended.
         """
-        if self.seal is None:
+        if self.token is None:
             return self
-        parts, wanted = [], []
-        for part in self.parts:
-            if isinstance(part, Lent):
-                # From torch, whose memory is aligned, and warm if the process keeps what it frees.
-                view = torch.empty(part.nbytes, dtype=torch.uint8, device="cpu").numpy().data
-                wanted.append((part.address, view))
-                part = view
-            parts.append(part)
-        process_memory.read(self.seal.pid, wanted)
-        if not self.seal.intact():
-            raise OSError("the sender's memory was let go while it was read")
-        return Parcel(self.runs, self.ends, self.counts, parts)
+        return Parcel(self.runs, self.ends, self.counts, read_leased(self.token, self.parts))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         parts = [
             pickle.PickleBuffer(p) if protocol >= 5 and isinstance(p, memoryview) else p
             for p in self.parts
         ]
-        return Parcel, (self.runs, self.ends, self.counts, parts, self.seal)
+        return Parcel, (self.runs, self.ends, self.counts, parts, self.token)
 
 
 @dask_serialize.register(Parcel)
 def _serialize(parcel: Parcel) -> tuple[dict[str, Any], list[Any]]:
-    whole = [p for p in parcel.parts if not isinstance(p, Lent)]
-    places = [p if isinstance(p, Lent) else None for p in parcel.parts]
-    words = parcel.runs, parcel.ends, parcel.counts, places, parcel.seal
+    whole = [p for p in parcel.parts if not isinstance(p, RemoteBuffer)]
+    places = [p if isinstance(p, RemoteBuffer) else None for p in parcel.parts]
+    words = parcel.runs, parcel.ends, parcel.counts, places, parcel.token
     return {"words": pickle.dumps(words)}, whole
 
 
 @dask_deserialize.register(Parcel)
 def _deserialize(header: dict[str, Any], frames: list[Any]) -> Parcel:
-    runs, ends, counts, places, seal = pickle.loads(header["words"])
+    runs, ends, counts, places, token = pickle.loads(header["words"])
     rest = iter(frames)
     parts = [next(rest) if p is None else p for p in places]
-    return Parcel(runs, ends, counts, parts, seal)
-
-
-class Lease:
-    """Keeps a parcel in this process's memory and its seal whole until `end`."""
-
-    def __init__(self, parcel: Parcel) -> None:
-        self.parcel = parcel
-        self._bytes = ctypes.create_string_buffer(os.urandom(_SEAL), _SEAL)
-        seal = Seal(os.getpid(), ctypes.addressof(self._bytes), self._bytes.raw)
-        parts = list(map(_lend, parcel.parts))
-        self.lent = Parcel(parcel.runs, parcel.ends, parcel.counts, parts, seal)
-
-    def end(self) -> None:
-        """Break the seal: what is read from now on is not taken for the parcel."""
-        ctypes.memset(self._bytes, 0, _SEAL)
-
-    __del__ = end
-
-
-def _lend(part: Any) -> Any:
-    if len(part) < _LENT:
-        return part
-    view = memoryview(part)
-    return Lent(process_memory.address_of(view), view.nbytes)
+    return Parcel(runs, ends, counts, parts, token)
 
 
 def _row_nbytes(run: Rows) -> int:
@@ -299,7 +268,7 @@ class Packer:
     def _aside(self, buffer: pickle.PickleBuffer) -> bool:
         """Called by pickle with each buffer; whether it goes into the pickle itself."""
         raw = buffer.raw()
-        if raw.nbytes < _LARGE:
+        if raw.nbytes < OWN_FRAME_MIN:
             return True
         if not _is_constant(raw):
             raw = _copy(raw)
@@ -316,7 +285,11 @@ class Packer:
 def _as_row(item: np.ndarray, is_torch: bool) -> Any:
     """A small array that is plain memory, and what arrays in a row with it have in common."""
     dtype = item.dtype
-    if dtype.kind not in "biufc" or not 0 < item.nbytes < _LARGE or not item.flags.c_contiguous:
+    if (
+        dtype.kind not in "biufc"
+        or not 0 < item.nbytes < OWN_FRAME_MIN
+        or not item.flags.c_contiguous
+    ):
         return None
     return item, (dtype.str, item.shape, is_torch)
 

@@ -9,14 +9,11 @@ from distributed import Client, Future
 
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.wire import process_memory
+from taskgrad.cluster.wire.leases import BufferLease
+from taskgrad.cluster.wire.thresholds import LEASE_MESSAGE_MIN, SCATTER_MIN
 from taskgrad.graph.torch_settings import TorchSettings
-from taskgrad.streaming.batch_codec import Lease, Packer, Parcel
+from taskgrad.streaming.batch_codec import Packer, Parcel
 from taskgrad.streaming.serving import Chunk, Failure, run_chunk
-
-_LEND_FROM = 256 << 10
-"""Bytes of items from which on workers of this host are to read them here."""
-_SCATTER_FROM = 1 << 20
-"""Bytes of items from which on they go straight to a worker and not through the scheduler."""
 
 NOTHING = Packer().parcel()
 """No items."""
@@ -31,7 +28,7 @@ class Sent:
     count: int
     items: Parcel
     nbytes: int
-    lease: Lease | None = None
+    lease: BufferLease | None = None
     attempts: int = 0
     scattered: Future | None = None
     future: Future | None = None
@@ -73,10 +70,10 @@ class Sender:
         items: Parcel | Future = sent.items
         client = self._client
         sent.scattered = None
-        if self.lend and sent.nbytes >= _LEND_FROM:
-            sent.lease = Lease(sent.items)
-            items = sent.lease.lent
-        elif sent.nbytes >= _SCATTER_FROM:
+        if self.lend and sent.nbytes >= LEASE_MESSAGE_MIN:
+            sent.lease = BufferLease()
+            items = sent.items.leased(sent.lease)
+        elif sent.nbytes >= SCATTER_MIN:
             with contextlib.suppress(OSError):  # the worker goes just now: then with the task
                 items = sent.scattered = client.scatter(
                     sent.items, hash=False, timeout=deadline("answer"), asynchronous=False

@@ -14,15 +14,14 @@ from taskgrad import remote_errors
 from taskgrad.cluster.messages import task_messages
 from taskgrad.cluster.nested import give_thread_back
 from taskgrad.cluster.tasks import contained
+from taskgrad.cluster.wire.leases import BufferLease
+from taskgrad.cluster.wire.thresholds import LEASE_MESSAGE_MIN
 from taskgrad.errors import TaskgradError, TravelError
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.item_errors import portable
 from taskgrad.remote_errors import own_frames, text_of
-from taskgrad.streaming.batch_codec import Lease, Packer, Parcel
+from taskgrad.streaming.batch_codec import Packer, Parcel
 from taskgrad.worker.settings import applied
-
-_INLINE = 256 << 10
-"""Bytes of results up to which they go with the letter, through the scheduler."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,13 @@ def _failure(error: bytes, frames: str, of_item: bool) -> Failure:
     return Failure(remote_errors.loads(error), frames, of_item)
 
 
-class Kept:
-    """The task's result while the driver reads it here, and for the case that it cannot."""
+class LeasedResult:
+    """A task's result of which the driver reads the large parts here; pickled, it is whole."""
 
     def __init__(self, results: Parcel) -> None:
         self.results = results
-        self.lease = Lease(results)
+        self._lease = BufferLease()
+        self.leased = results.leased(self._lease)
 
     def __reduce__(self) -> Any:
         return _whole, (self.results,)
@@ -105,7 +105,7 @@ def _run_chunk(worker: Worker, chunk: Chunk, items: Parcel) -> Any:
         _tell(worker, chunk, failure=Failure(error, of_item=False), whole=True)
         return None
     results = packer.parcel()
-    whole = results.nbytes <= _INLINE
+    whole = results.nbytes <= LEASE_MESSAGE_MIN  # with the message, through the scheduler
     about = {"seconds": seconds, "failure": failure, "nbytes": results.nbytes, "whole": whole}
     if whole:
         _tell(worker, chunk, results=results, **about)
@@ -113,8 +113,8 @@ def _run_chunk(worker: Worker, chunk: Chunk, items: Parcel) -> Any:
     if not chunk.lend:
         _tell(worker, chunk, **about)
         return results
-    kept = Kept(results)
-    _tell(worker, chunk, results=kept.lease.lent, **about)
+    kept = LeasedResult(results)
+    _tell(worker, chunk, results=kept.leased, **about)
     return kept
 
 

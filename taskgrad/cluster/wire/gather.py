@@ -1,7 +1,7 @@
 """Results that come from the workers to the driver.
 
 Dask's client has the scheduler fetch them and pass them on. A worker of the driver's own host lends
-them to the driver instead, as it does to other workers (`taskgrad.cluster.wire.leases`): it is
+them to the driver instead, as to other workers (`taskgrad.cluster.wire.message_leases`): it is
 asked itself, and its memory is read. The driver asks each such worker once where a seal of it lies,
 and looks whether it can read that.
 """
@@ -18,7 +18,8 @@ from distributed import Client, Future
 from distributed.comm.addressing import get_address_host
 
 from taskgrad.cluster import internals
-from taskgrad.cluster.wire.leases import LENDS, OFFERS, Seal
+from taskgrad.cluster.wire.leases import ValidityToken
+from taskgrad.cluster.wire.message_leases import LENDS, OFFERS
 
 logger = logging.getLogger("taskgrad")
 
@@ -68,7 +69,7 @@ async def _lends(client: Client, worker: str) -> bool:
         return False
     try:
         asked = getattr(client.rpc(worker), LENDS)(client=client.id)
-        return Seal(*await asyncio.wait_for(asked, _ANSWER)).intact()
+        return ValidityToken(*await asyncio.wait_for(asked, _ANSWER)).is_valid()
     except Exception:  # it is gone, or lends nothing, or may not be read
         logger.debug("%s lends nothing to the driver", worker, exc_info=True)
         return False

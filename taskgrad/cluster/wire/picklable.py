@@ -19,6 +19,7 @@ from distributed.protocol.serialize import dask_serialize
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from taskgrad.cluster.wire.serialize import TensorCloudPickler, TensorPickler
+from taskgrad.cluster.wire.thresholds import INSPECTED_VALUES_MAX
 from taskgrad.errors import TravelError
 from taskgrad.remote_errors import text_of
 
@@ -30,7 +31,6 @@ _LAYOUTS = frozenset(
         *(torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc),
     }
 )
-_SHORT = 64  # longer containers are looked through faster by pickle than by us
 
 
 def refuse_untravelable(value: Any) -> None:
@@ -84,9 +84,9 @@ def _plainly_travels(value: Any) -> bool:
     if kind is torch.Tensor or kind is torch.nn.Parameter:
         return tensor_trouble(value) is None and not value.__dict__
     if kind is tuple or kind is list:
-        return len(value) < _SHORT and all(map(_plainly_travels, value))
+        return len(value) <= INSPECTED_VALUES_MAX and all(map(_plainly_travels, value))
     if kind is dict:
-        return len(value) < _SHORT and all(
+        return len(value) <= INSPECTED_VALUES_MAX and all(
             type(k) in _ATOMS and _plainly_travels(v) for k, v in value.items()
         )
     return False

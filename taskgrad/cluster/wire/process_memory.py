@@ -21,12 +21,9 @@ from typing import Any
 import numpy as np
 from dask.system import CPU_COUNT
 
-# One core copies about as fast as two from here on; below, waking a thread costs more.
-_SHARED_FROM = 4 << 20
+from taskgrad.cluster.wire import thresholds
+
 _THREADS = min(CPU_COUNT, 4)
-# Up to here a read takes less than 0.1 ms and keeps the GIL: to get it back from a thread that runs
-# Python code takes 5 ms.
-_QUICK = 1 << 20
 _ALIGNMENT = 64
 # How many pieces one call takes (IOV_MAX).
 _PIECES = 1024
@@ -49,7 +46,7 @@ def address_of(buffer: memoryview) -> int:
     return address
 
 
-def room(nbytes: int) -> memoryview:
+def allocate(nbytes: int) -> memoryview:
     """Memory to read into: aligned as torch's own, warm if the process keeps what it frees.
 
     From NumPy, which asks the kernel for huge pages (from 4 MiB on). There are 512 times fewer of
@@ -70,11 +67,13 @@ def read(pid: int, pieces: Sequence[tuple[int, memoryview]]) -> None:
     """
     parts = [(there, address_of(view), view.nbytes) for there, view in pieces]
     total = sum(size for _, _, size in parts)
-    if total <= _QUICK:
+    if total <= thresholds.READ_WITH_GIL_MAX:
         _read(ctypes.PyDLL, pid, parts)
         return
     # One share a thread, one call a share: for each call one waits for the GIL once.
-    mine, *others = _shares(parts, total, _THREADS if total >= _SHARED_FROM else 1)
+    mine, *others = _shares(
+        parts, total, _THREADS if total >= thresholds.READ_IN_THREADS_MIN else 1
+    )
     helpers = [_helpers().submit(_read, ctypes.CDLL, pid, share) for share in others]
     try:
         _read(ctypes.CDLL, pid, mine)

@@ -1,7 +1,7 @@
 """Results on a worker's shelf: who can read its memory takes them, and does not ask.
 
 To ask for a result and be answered takes longer than to copy it: two processes wake, twice each. So
-a worker that has readers (see `taskgrad.cluster.wire.leases`) shows them what it computed:
+a worker that has readers (see `taskgrad.cluster.wire.message_leases`) shows them what it computed:
 
     a table in its memory              an item
     ┌─────────┬──────┬────────────┐    ┌──────┬───────────────────────────────────┐
@@ -37,8 +37,15 @@ import torch
 from distributed import Worker
 
 from taskgrad.cluster import internals
-from taskgrad.cluster.wire import leases, process_memory
-from taskgrad.cluster.wire.leases import MOST, PIECE, Lender, Lent, Seal, receive
+from taskgrad.cluster.wire import message_leases, process_memory, thresholds
+from taskgrad.cluster.wire.leases import (
+    TOKEN_BYTES,
+    BufferLease,
+    RemoteBuffer,
+    ValidityToken,
+    read_leased,
+)
+from taskgrad.cluster.wire.message_leases import Lender, receive
 from taskgrad.cluster.wire.serialize import TensorPickler, pickle_with
 from taskgrad.cluster.wire.tensors import lies_ready
 
@@ -51,8 +58,6 @@ SLOTS = 64
 _TURNS = 4
 _RECORD = struct.Struct("16s16sQQ")  # digest, seal, address and bytes of the item
 _TABLE = SLOTS * _RECORD.size
-_SEAL = 16  # bytes; also of a digest
-_TENSORS = 64  # of a result; small ones are copied into the item, a megabyte at most
 
 _shelves: weakref.WeakKeyDictionary[Worker, Shelf] = weakref.WeakKeyDictionary()
 
@@ -66,7 +71,7 @@ class Place(NamedTuple):
 
     def digest(self, key: Any) -> bytes:
         """What stands for a key; in other memory than this shelf's it does not come up."""
-        return hashlib.blake2b(repr(key).encode(), digest_size=_SEAL, key=self.salt).digest()
+        return hashlib.blake2b(repr(key).encode(), digest_size=TOKEN_BYTES, key=self.salt).digest()
 
 
 class _Item:
@@ -74,18 +79,8 @@ class _Item:
 
     def __init__(self, slot: int, tensors: list[torch.Tensor], pickled: bytes) -> None:
         self.slot = slot
-        self.bytes = ctypes.create_string_buffer(os.urandom(_SEAL) + pickled)
-        self.seal = self.bytes.raw[:_SEAL]
-        broken = functools.partial(_break, self.bytes)
-        self._watched = [weakref.ref(t, broken) for t in tensors]
-
-    def end(self) -> None:
-        """Who reads it from now on sees that it is gone."""
-        _break(self.bytes)
-
-
-def _break(item: Any, _died: Any = None) -> None:
-    ctypes.memset(item, 0, _SEAL)
+        self.lease = lease = BufferLease(pickled)
+        self._watched = [weakref.ref(t, lambda _died: lease.end()) for t in tensors]
 
 
 class Shelf:
@@ -95,7 +90,7 @@ class Shelf:
         self._worker = weakref.proxy(worker)
         self._readers = readers
         self._table = ctypes.create_string_buffer(_TABLE)
-        self.place = Place(os.getpid(), ctypes.addressof(self._table), os.urandom(_SEAL))
+        self.place = Place(os.getpid(), ctypes.addressof(self._table), os.urandom(TOKEN_BYTES))
         self._items: OrderedDict[Any, _Item] = OrderedDict()
         self._free = list(range(SLOTS))
         self._closed = False
@@ -104,14 +99,18 @@ class Shelf:
         """Show a result under its key, if it is of those that can be."""
         self.remove(key)
         tensors = _tensors_of(value)
-        if not 0 < len(tensors) <= _TENSORS or sum(t.nbytes for t in tensors) > MOST:
+        if (
+            not 0 < len(tensors) <= thresholds.INSPECTED_VALUES_MAX
+            or sum(t.nbytes for t in tensors) > thresholds.LEASE_MESSAGE_MAX
+        ):
             return
         if not self._free:
             self.remove(next(iter(self._items)))
-        item = _Item(self._free.pop(), tensors, _where(value))
-        self._items[key] = item
-        where = ctypes.addressof(item.bytes), len(item.bytes)
-        self._write(item.slot, self.place.digest(key), item.seal, *where)
+        pickled = _where(value)
+        item = self._items[key] = _Item(self._free.pop(), tensors, pickled)
+        token = item.lease.token
+        where = token.address, len(pickled)
+        self._write(item.slot, self.place.digest(key), token.content, *where)
 
     def moved(self, key: Any, start: str, finish: str) -> None:
         """A task of the worker went from one state to another: show its result, or no more."""
@@ -132,7 +131,7 @@ class Shelf:
         """Show it no more, if it is shown."""
         item = self._items.pop(key, None)
         if item is not None:
-            item.end()
+            item.lease.end()
             self._write(item.slot, b"", b"", 0, 0)
             self._free.append(item.slot)
 
@@ -169,10 +168,9 @@ def _where(value: Any) -> bytes:
     return pickle.dumps((pickled, [_piece(b) for b in buffers]), 5)
 
 
-def _piece(buffer: memoryview) -> Lent | bytes:
-    if buffer.nbytes < PIECE:
-        return bytes(buffer)
-    return Lent(process_memory.address_of(buffer), buffer.nbytes)
+def _piece(buffer: memoryview) -> RemoteBuffer | bytes:
+    small = buffer.nbytes < thresholds.LEASE_BUFFER_MIN
+    return bytes(buffer) if small else RemoteBuffer.of(buffer)
 
 
 def take(place: Place, keys: Collection[Any]) -> dict[Any, Any]:
@@ -198,14 +196,11 @@ def take(place: Place, keys: Collection[Any]) -> dict[Any, Any]:
 
 
 def _take(pid: int, content: bytes, address: int, nbytes: int) -> Any:
-    item = memoryview(bytearray(nbytes))
-    process_memory.read(pid, [(address, item)])
-    seal = Seal(pid, address, content)
-    # A record may be half written, and an item gone: what is unpickled was whole.
-    if item[:_SEAL] != content or not seal.intact():
-        raise OSError("it is not there any more")
-    pickled, pieces = pickle.loads(item[_SEAL:])
-    return receive(pickled, pieces, seal, None)
+    token = ValidityToken(pid, address, content)
+    # A record may be half written: what is unpickled lay behind a valid token.
+    [item] = read_leased(token, [RemoteBuffer(address + TOKEN_BYTES, nbytes)])
+    pickled, pieces = pickle.loads(item)
+    return receive(pickled, pieces, token, None)
 
 
 def look(lender: Lender, worker: str, keys: Collection[Any]) -> dict[Any, Any]:
@@ -225,7 +220,7 @@ def _gather(stock: Any) -> Any:
 
     @functools.wraps(stock)
     async def gather(rpc: Any, keys: Any, worker: str, *, who: Any = None, **options: Any) -> Any:
-        lender = leases.lender_at(who)
+        lender = message_leases.lender_at(who)
         found = {} if lender is None else look(lender, worker, keys)
         rest = [key for key in keys if key not in found]
         if found and not rest:
@@ -245,7 +240,7 @@ def shelf_of(worker: Worker) -> Shelf | None:
 
 def apply(worker: Worker) -> None:
     """Have a worker that lends show its results, and look on others' shelves."""
-    lender = leases.lender_at(worker.address)
+    lender = message_leases.lender_at(worker.address)
     if worker in _shelves or lender is None or not internals.wrap_gathering(_gather):
         return
     shelf = _shelves[worker] = Shelf(worker, lender.readers)

@@ -1,9 +1,8 @@
 """Inputs that go from the driver straight to the workers that take them.
 
 To workers on the driver's own host they are lent, as results are between two workers
-(`taskgrad.cluster.wire.leases`), to each by itself. Other workers pass on what several take. A
-driver has no address at which a worker could tell it that it can read its memory; so the driver
-asks each worker once, before the first input that goes there.
+(`taskgrad.cluster.wire.message_leases`), to each by itself. Other workers pass on what several
+take.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from distributed import Client, Future
 from distributed.protocol.serialize import to_serialize
 
 from taskgrad.cluster import client_calls
-from taskgrad.cluster.wire.leases import OFFERS, READS, Lender, Loan, lend
+from taskgrad.cluster.wire.message_leases import OFFERS, READS, Lender, Loan, lend
 from taskgrad.graph.copies import own_copy
 
 logger = logging.getLogger("taskgrad")
@@ -144,7 +143,7 @@ async def _loan(client: Client, worker: str) -> Loan | None:
         lender.offers[worker] += 1
         loan = Loan(lender, worker)
         with lend(loan):
-            asked = getattr(client.rpc(worker), READS)(seal=tuple(loan.seal))
+            asked = getattr(client.rpc(worker), READS)(seal=tuple(loan.token))
             try:
                 if await asyncio.wait_for(asked, _RUNNING):
                     lender.readers.add(worker)

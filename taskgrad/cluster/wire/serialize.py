@@ -31,7 +31,7 @@ from distributed.protocol.serialize import (
     register_serialization_family,
 )
 
-from taskgrad.cluster.wire import leases
+from taskgrad.cluster.wire import message_leases
 from taskgrad.cluster.wire.tensors import reduce_tensor
 from taskgrad.errors import TravelError
 from taskgrad.remote_errors import text_of
@@ -87,7 +87,7 @@ def dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str, 
             pickled, buffers, found = pickle_with(TensorCloudPickler, value)
         except Exception:
             return _stock(value, context)  # its error is the one to tell
-    loan = leases.current(context)
+    loan = message_leases.current(context)
     if loan is not None:
         pickled, buffers = loan.pack(pickled, buffers)
     # Frames marked False are sent as they are. Dask would cut those over 64 MiB into pieces, and

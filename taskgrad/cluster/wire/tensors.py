@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-# From this size on a buffer is worth a read of its own on the other side; see `reduce_tensor`.
-_LARGE = 1 << 16
+from taskgrad.cluster.wire import thresholds
+
 # What a buffer's address must be a multiple of: vector instructions are slow across cache lines.
 _ALIGNMENT = 16
 
@@ -38,7 +38,6 @@ _SPARSE_COMPRESSED = {
     torch.sparse_csc: ("ccol_indices", "row_indices"),
     torch.sparse_bsc: ("ccol_indices", "row_indices"),
 }
-_FEW = 64  # values of a container that can be looked at one by one in an event loop
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _OWN_REDUCES = (torch.Tensor.__reduce_ex__, torch.nn.Parameter.__reduce_ex__)
 
@@ -74,7 +73,7 @@ def lies_ready(value: Any) -> bool:
         ready = value.layout is torch.strided and value.device.type == "cpu"
         return ready and value.is_contiguous() and not value.__dict__
     if kind is tuple or kind is list:
-        return len(value) <= _FEW and all(map(lies_ready, value))
+        return len(value) <= thresholds.INSPECTED_VALUES_MAX and all(map(lies_ready, value))
     return value is None
 
 
@@ -138,7 +137,8 @@ def _reduce_dense(t: torch.Tensor) -> tuple[Any, tuple[Any, ...]]:
     buffer = pickle.PickleBuffer(flat.view(torch.uint8).numpy().data)
     # Dask reads the first buffer of a message together with the words before it: the tensor would
     # lie there at some odd address for the rest of its life. So an empty buffer goes first.
-    first = pickle.PickleBuffer(bytearray()) if flat.numel() * t.itemsize >= _LARGE else None
+    large = flat.numel() * t.itemsize >= thresholds.OWN_FRAME_MIN
+    first = pickle.PickleBuffer(bytearray()) if large else None
     return _build_dense, (first, buffer, t.dtype, tuple(t.shape), strides, conj, neg, device)
 
 
