@@ -7,12 +7,15 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from typing import Any
 
+import dask
 import pytest
 import torch
 from distributed import Client
 from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed.utils import get_mp_context
 from hypothesis import HealthCheck, settings
 
 import taskgrad as tg
@@ -29,6 +32,21 @@ torch.set_num_threads(1)  # as the workers: the same operations give the same bi
 def pytest_sessionstart() -> None:
     """Ctrl-C is tested. A shell's background jobs are started with it ignored, as this may be."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_workers() -> Iterator[None]:
+    """Dask forks its workers from a process that has imported torch, as it can and its tests do.
+
+    Where each imports it for itself, most of the time goes there. Scripts that tests run do that.
+    """
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        get_mp_context().set_forkserver_preload(["distributed", "torch"])
+        with pytest.MonkeyPatch.context() as patch:  # what Dask sets for a process before it starts
+            for name, value in dask.config.get("distributed.nanny.pre-spawn-environ").items():
+                patch.setenv(name, str(value))
+            forkserver.ensure_running()
+        yield
 
 
 @pytest.fixture(scope="session")

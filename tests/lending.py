@@ -79,7 +79,7 @@ def readers(client: Client, lender: str) -> list[str]:
 def pass_one(client: Client, a: str, b: str, seed: int, maker: Any = make) -> bool:
     """A tensor from one worker to the other; whether it is what it was."""
     there = client.submit(maker, seed, workers=[a], pure=False)
-    return client.submit(equal, there, seed, maker, workers=[b], pure=False).result(timeout=30)
+    return client.submit(equal, there, seed, maker, workers=[b], pure=False).result(timeout=200)
 
 
 def acquaint(client: Client, a: str, b: str) -> None:

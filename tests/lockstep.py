@@ -21,7 +21,7 @@ class Lockstep:
     def __init__(self, size: int) -> None:
         self._size = size
         self._rank = threading.local()
-        self._all = threading.Barrier(size, timeout=30)
+        self._all = threading.Barrier(size, timeout=200)
         self._given: list[Any] = [None] * size
 
     def run(self, fn: Callable[..., Any], *xs: torch.Tensor) -> list[Any]:

@@ -85,7 +85,7 @@ def test_a_worker_that_joins_late_is_used(fresh):
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     chain = tg.GraphChain(model, client=client)
     client.cluster.scale(2)
-    client.wait_for_workers(2, timeout=60)
+    client.wait_for_workers(2, timeout=200)
     spread = tg.GraphChain(model, client=client, placement=[0, 1])
     assert len(set(spread.placement.column("worker"))) == 2
     x = torch.ones(1, 2)

@@ -39,7 +39,7 @@ def test_a_worker_without_a_package_is_named_at_once(fresh, tmp_path, packages):
         env={**os.environ, "PYTHONPATH": environment_without(tmp_path / "packages", packages)},
     )
     try:
-        client.wait_for_workers(2, timeout=60)
+        client.wait_for_workers(2, timeout=200)
         [address] = [a for a, w in about_workers(client).items() if w["name"] == "bare"]
         for use in (
             lambda: tg.collect(tg.spawn(torch.ones, 2)),
@@ -69,7 +69,7 @@ def worker_with_threads(client, folder, count):
         env={**os.environ, "OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count)},
     )
     try:
-        client.wait_for_workers(expected, timeout=60)
+        client.wait_for_workers(expected, timeout=200)
         yield
     finally:
         worker.kill()

@@ -230,7 +230,7 @@ def test_worker_with_another_version(fresh, tmp_path, package):
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     try:
-        client.wait_for_workers(1, timeout=60)
+        client.wait_for_workers(1, timeout=200)
         found = rf"{package}: client .*, worker tcp.* 0\.0\.1[\s\S]*Install the same"
         with pytest.raises(tg.ClusterMismatchError, match=found):
             tg.GraphChain(linear(), client=client)

@@ -178,7 +178,7 @@ def test_results_do_not_wait_for_an_input_that_waits_for_them(client: Client) ->
 
     def source() -> Iterator[int]:
         while True:
-            assert there.acquire(timeout=20)
+            assert there.acquire(timeout=200)
             yield results_so_far[-1] if results_so_far else 1
 
     for y in tg.imap(double, source(), client=client):
@@ -261,7 +261,7 @@ def test_the_input_is_closed_and_the_rest_cancelled(client: Client, how: str) ->
     else:
         with pytest.raises(ArithmeticError):
             list(results)
-    assert closed.wait(5)
+    assert closed.wait(60)
     assert wait_until(lambda: nothing_left(client))
 
 

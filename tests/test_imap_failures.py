@@ -54,7 +54,7 @@ def test_an_item_that_ends_every_worker_is_named(fresh: Callable[..., Client]) -
         with pytest.raises(tg.WorkerLostError, match=r"items 28 to 31 of the map of 'ends'.* died"):
             results_into(seen, results)
         assert seen == list(range(28))
-        client.wait_for_workers(2, timeout=30)
+        client.wait_for_workers(2, timeout=200)
         assert list(tg.imap(double, range(9), client=client)) == [2 * i for i in range(9)]
         assert wait_until(lambda: nothing_left(client))
 

@@ -155,7 +155,7 @@ def test_what_a_worker_holds_in_memory(plain):
 
     (address, *_) = plain.nthreads()
     there = plain.submit(lambda: 3, key="there", workers=[address])
-    assert there.result(timeout=30) == 3
+    assert there.result(timeout=200) == 3
     assert plain.run(look, workers=[address])[address] == [3]
 
 

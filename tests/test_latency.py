@@ -87,7 +87,7 @@ def test_a_worker_that_joins_later(observer, cluster_of_one):
     with Client(observer.scheduler.address) as client:
         use(client)
         cluster_of_one.scale(2)
-        client.wait_for_workers(2, timeout=60)
+        client.wait_for_workers(2, timeout=200)
         assert wait_until(lambda: intervals(observer) == FAST)
         assert len(observer.run(_of_worker)) == 2
     assert wait_until(lambda: intervals(observer) == STOCK)

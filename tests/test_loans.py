@@ -291,7 +291,7 @@ def test_on_another_kind_of_cluster(config, options):
         assert wait_until(lambda: all(t.done() for t in there), 60)
         for seed, t in enumerate(there):
             same = client.submit(equal, t, seed, maker, workers=[b], pure=False)
-            assert same.result(timeout=30)
+            assert same.result(timeout=200)
         assert borrowed(client)[b] - before == 6 * 4 * 2_000_000
 
 
@@ -305,7 +305,7 @@ def worker_process(client: Client, host: str, port: int) -> Iterator[subprocess.
     paths = os.pathsep.join(sys.path)  # with the functions of this file
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths})
     try:
-        client.wait_for_workers(known + 1, timeout=60)
+        client.wait_for_workers(known + 1, timeout=200)
         yield process
     finally:
         process.kill()

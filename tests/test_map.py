@@ -167,7 +167,7 @@ def test_after_a_worker_joined(fresh, model, columns):
     theirs = torch.autograd.grad(loss, takers)
     before = tg.map(fn, xs, ys, eager_grad=False, client=client)
     client.cluster.scale(3)
-    client.wait_for_workers(3, timeout=60)
+    client.wait_for_workers(3, timeout=200)
     after = tg.map(fn, xs, ys, eager_grad=False, client=client)
     assert sorted(c["tapes"] for c in client.run(_held).values()) == [1, 2, 2]
     for found in (before, after):

@@ -27,7 +27,7 @@ def ours(client) -> tuple[Client, list[str]]:
 def make(client: Client, worker: str, fn: Any = torch.arange, *args: Any) -> Any:
     """The future of a value that a worker has made."""
     future = client.submit(fn, *(args or (COUNT,)), workers=[worker], pure=False)
-    future.exception(timeout=30)
+    future.exception(timeout=200)
     return future
 
 

@@ -59,7 +59,7 @@ def start_worker(client, name, folder):
 def test_a_pin_survives_a_restart_by_hand(fresh, tmp_path):
     client = fresh(n_workers=0)
     first = start_worker(client, "alice", tmp_path)
-    client.wait_for_workers(1, timeout=60)
+    client.wait_for_workers(1, timeout=200)
     thunk = tg.spawn(where, worker="alice")
     first.terminate()
     first.wait(30)
@@ -184,7 +184,7 @@ def test_a_scheduler_that_hangs_is_not_waited_for_without_end(tmp_path):
         assert wait_until(file.exists, 60)
         with Client(scheduler_file=str(file), set_as_default=False) as client:
             worker = start_worker(client, "alice", tmp_path)
-            client.wait_for_workers(1, timeout=60)
+            client.wait_for_workers(1, timeout=200)
             chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client)
             scheduler.send_signal(signal.SIGSTOP)
             with dask.config.set({"taskgrad.answer-deadline": "2s"}):

@@ -474,7 +474,7 @@ def test_the_driver_does_not_take_a_workers_settings_for_its_own(fresh):
     with client.as_current():
         with dtype(torch.float64):
             running = tg.spawn(_waits, X).persist()
-        assert begun.wait(10)
+        assert begun.wait(60)
         meanwhile = settings_now()
         over.set()
         assert tg.collect(running) is torch.float64
@@ -488,7 +488,7 @@ _EVENTS: list[threading.Event] = []
 def _waits(x):
     begun, over = _EVENTS
     begun.set()
-    over.wait(10)
+    over.wait(60)
     return torch.get_default_dtype()
 
 

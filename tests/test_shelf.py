@@ -110,7 +110,7 @@ def test_what_else_a_task_takes_is_asked_for(pair):
     small = client.submit(int, 7, workers=[a], pure=False)
     large = show(client, a, make, 7)
     taken = client.submit(equal_and_small, large, 7, small, workers=[b], pure=False)
-    assert taken.result(timeout=30)
+    assert taken.result(timeout=200)
     assert asked(client, a) == before + 1
     assert small.key not in shown(client, a)
 
@@ -126,7 +126,7 @@ def test_workers_get_to_know_each_other_by_small_tensors():
         assert wait_until(lambda: readers(client, a) == [b])
         before = asked(client, a)
         there = show(client, a, small, 2)
-        assert client.submit(equals, there, 2, small, workers=[b], pure=False).result(timeout=30)
+        assert client.submit(equals, there, 2, small, workers=[b], pure=False).result(timeout=200)
         assert asked(client, a) == before
 
 
@@ -141,7 +141,7 @@ def test_what_is_released_is_on_no_shelf(pair):
 def test_what_came_from_another_worker_is_not_shown(pair):
     client, (a, b) = pair
     there = show(client, a, make, 1)
-    assert client.submit(equal, there, 1, workers=[b], pure=False).result(timeout=30)
+    assert client.submit(equal, there, 1, workers=[b], pure=False).result(timeout=200)
     assert set(client.who_has(there)[there.key]) == {a, b}
     assert there.key not in shown(client, b)
 

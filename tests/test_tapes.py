@@ -176,7 +176,7 @@ def test_a_driver_that_is_killed_while_it_trains_leaves_nothing(fresh):
     assert total_held(client)["shards"] == 2
     assert total_held(client)["tapes"] >= 8
     os.kill(driver.pid, signal.SIGKILL)
-    driver.wait(10)
+    driver.wait(60)
     driver.stdout.close()
     assert wait_until(lambda: not any(total_held(client).values()), 30), total_held(client)
 
@@ -240,7 +240,7 @@ def lose(client, futures):
         await dask_scheduler.remove_worker(third, stimulus_id="test")
 
     client.run_on_scheduler(move)
-    wait(futures, timeout=60)
+    wait(futures, timeout=200)
     assert all(third not in w for w in client.who_has(futures).values())
 
 

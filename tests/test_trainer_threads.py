@@ -227,5 +227,5 @@ def test_a_thread_that_waits_long_keeps_nobody_from_a_loss_that_is_there(client,
     assert done.item() > 0
     assert "on its way" in repr(late)
     read.touch()
-    reader.join(timeout=60)
+    reader.join(timeout=200)
     assert late.done
