@@ -15,10 +15,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-from taskgrad.cluster.session import Session
 from taskgrad.errors import TapeError
 from taskgrad.executors.backward import accumulations, run_backward
-from taskgrad.executors.futures import run
+from taskgrad.executors.base import Executor
 from taskgrad.graph.adjoint import Adjoint, adjoint, calls_behind
 from taskgrad.graph.nodes import Call, Leaf, Node, Shard
 from taskgrad.graph.pytree import carries_gradient, cotangents, flatten
@@ -45,9 +44,9 @@ class _Claim:
 class _Group:
     """Collected values that share calls, and what one backward through them needs."""
 
-    def __init__(self, nodes: list[Node], values: list[Any], session: Session) -> None:
+    def __init__(self, nodes: list[Node], values: list[Any], executor: Executor) -> None:
         self.nodes = nodes
-        self.session = session
+        self.executor = executor
         self.flat = [flatten(value) for value in values]
         calls = calls_behind(nodes)
         self.claim = _Claim(calls)
@@ -81,11 +80,12 @@ class _Group:
             # All ranks of a gang go back together, though one of them has no part in it.
             ranks = isinstance(node, Call) and node.rank is not None
             if node.needs_grad and (ranks or any(g is not None for g in given)):
-                seeds.append((node, Leaf(cotangents(given, structure), needs_grad=False)))
+                seed = cotangents(given, structure)
+                seeds.append((node, Leaf(seed, needs_grad=False, checked=True)))
         keep = frozenset(c for c in calls_behind(self.nodes) if c.pending > 1)
         found = adjoint(seeds, retain=retain, keep=keep)
         by_tensor: dict[int, Any] = {}
-        for leaf, grad in run_backward(found, self.session, accumulate=False).items():
+        for leaf, grad in run_backward(found, self.executor, accumulate=False).items():
             if grad is not None:
                 had = by_tensor.get(id(leaf.value))
                 by_tensor[id(leaf.value)] = grad if had is None else had + grad
@@ -99,7 +99,7 @@ class _Group:
         """Autograd's accumulation has reached us: so do the workers' parameters'."""
         anchor.grad = None
         waiting, self.waiting = self.waiting, []
-        _accumulate_after_backward(waiting, self.session)
+        _accumulate_after_backward(waiting, self.executor)
 
 
 class _Accumulation:
@@ -109,32 +109,32 @@ class _Accumulation:
     """
 
     def __init__(self) -> None:
-        self._found: dict[Session, list[Adjoint]] = {}
+        self._found: dict[Executor, list[Adjoint]] = {}
 
-    def add(self, found: Sequence[Adjoint], session: Session) -> None:
-        self._found.setdefault(session, []).extend(found)
+    def add(self, found: Sequence[Adjoint], executor: Executor) -> None:
+        self._found.setdefault(executor, []).extend(found)
 
     def accumulate(self) -> None:
         """Add them to the parameters' `.grad`. A parameter of several groups gets one sum."""
-        for session, found in self._found.items():
+        for executor, found in self._found.items():
             parameters: dict[tuple[Shard, str], tuple[ParameterGrad, ...]] = {}
             for one in found:
                 for key, parts in one.parameters.items():
                     parameters[key] = (*parameters.get(key, ()), *parts)
-            run(accumulations(Adjoint((), {}, parameters)), session)
+            executor.run(accumulations(Adjoint((), {}, parameters)))
 
 
 _accumulations: WeakValueDictionary[int, _Accumulation] = WeakValueDictionary()
 
 
-def _accumulate_after_backward(found: Sequence[Adjoint], session: Session) -> None:
+def _accumulate_after_backward(found: Sequence[Adjoint], executor: Executor) -> None:
     # The engine drops its callbacks, which hold the accumulation, when the backward ends or fails.
     task = torch._C._current_graph_task_id()
     accumulation = _accumulations.get(task)
     if accumulation is None:
         accumulation = _accumulations[task] = _Accumulation()
         torch.autograd.Variable._execution_engine.queue_callback(accumulation.accumulate)
-    accumulation.add(found, session)
+    accumulation.add(found, executor)
 
 
 def _is_attached(leaf: Any) -> bool:
@@ -174,11 +174,11 @@ def keeps_graph() -> bool:
     return bool(asked()) if asked is not None else True
 
 
-def attach(nodes: Sequence[Node], values: Sequence[Any], session: Session) -> list[Any]:
+def attach(nodes: Sequence[Node], values: Sequence[Any], executor: Executor) -> list[Any]:
     """The same values, their tensors attached to the driver's autograd graph where they can be."""
     attached = list(values)
     for members in _connected(nodes):
-        group = _Group([nodes[i] for i in members], [values[i] for i in members], session)
+        group = _Group([nodes[i] for i in members], [values[i] for i in members], executor)
         if not any(_is_attached(leaf) for leaves, _ in group.flat for leaf in leaves):
             continue
         anchor = _anchor().requires_grad_()

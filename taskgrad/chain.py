@@ -16,9 +16,9 @@ from taskgrad.display.graph import call_graph, html
 from taskgrad.display.table import MemoryRow, PlacementRow, Table
 from taskgrad.executors.between_steps import between_steps
 from taskgrad.executors.deploy import install
-from taskgrad.executors.futures import run, values_of
 from taskgrad.executors.keeping import all_or_nothing
 from taskgrad.executors.placing import check_device, place
+from taskgrad.executors.registry import executor_of
 from taskgrad.formats.weights import check_state, find_weights
 from taskgrad.graph import pack
 from taskgrad.graph.deferred_init import from_factory, makings
@@ -139,6 +139,7 @@ class GraphChain(Lazy):
         check_process(self._title, parametrized=False)
         taken = reached(flat)
         self._session = session(client)
+        self._executor = executor_of(self._session)
         workers = place(flat, taken, placement, self._session)
         self._path: Path = flat.path
         self._layers: list[Layer] = flat.layers
@@ -358,8 +359,8 @@ class GraphChain(Lazy):
             )
             for shard, states in split.items()
         ]
-        with between_steps((), [self._ref]), all_or_nothing(split, self._session):
-            run(loads, self._session)
+        with between_steps((), [self._ref]), all_or_nothing(split, self._executor):
+            self._executor.run(loads)
         return IncompatibleKeys(missing, extra)
 
     def to_module(self) -> nn.Module:
@@ -384,8 +385,8 @@ class GraphChain(Lazy):
             ShardCall(shard, function, arguments, key=new_key(function.__name__, self._title))
             for shard in self._shards.values()
         ]
-        run(calls, self._session)
-        return values_of(calls, self._session)
+        self._executor.run(calls)
+        return self._executor.values(calls)
 
     # -- printing ----------------------------------------------------------------------------------
 

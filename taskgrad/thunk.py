@@ -26,15 +26,14 @@ from taskgrad.cluster.session import (
 )
 from taskgrad.display.graph import call_graph, html, nested
 from taskgrad.errors import TaskgradError
-from taskgrad.executors.backward import check_cotangent, remember, run_backward
-from taskgrad.executors.batched_reads import bundle_reads, carrier_of, value_from
-from taskgrad.executors.futures import drop_tapes, graph_of, run_with_buffers, values_of
-from taskgrad.executors.lowering import resolve
+from taskgrad.executors.backward import run_backward
+from taskgrad.executors.registry import executor_of, graph_of
 from taskgrad.graph import pack
 from taskgrad.graph.adjoint import adjoint
 from taskgrad.graph.copies import has_unwatched, unwatched_copy
+from taskgrad.graph.cotangents import check_cotangent, remember
 from taskgrad.graph.layers import kind_of
-from taskgrad.graph.nodes import Call, Foreign, Leaf, Node
+from taskgrad.graph.nodes import Call, Foreign, Leaf, Node, resolve
 from taskgrad.graph.pytree import Slot, flatten, plain
 from taskgrad.graph.refusals import refuse_hidden, refuse_writing
 from taskgrad.graph.sending import check_process, is_parametrized, unpicklable_beside
@@ -104,7 +103,8 @@ class Thunk(Delayed):
 
     def persist(self, **kwargs: Any) -> Thunk:
         """Start running on the cluster; returns this thunk, whose value then stays there."""
-        _run([self._node], self._session, wait=False)
+        executor = executor_of(self._session or session())
+        executor.run([self._node], wait=False, tapes=torch.is_grad_enabled())
         return self
 
     def backward(self, cotangent: Any = None, *, retain_graph: bool = False) -> None:
@@ -131,7 +131,7 @@ class Thunk(Delayed):
         retain_graph = flag("retain_graph", retain_graph)
         seed = cotangent_node(self._node, cotangent)
         found = adjoint([(self._node, seed)], retain=retain_graph)
-        grads = run_backward(found, self._session or session(), accumulate=True)
+        grads = run_backward(found, executor_of(self._session or session()), accumulate=True)
         pairs = [(leaf.value, g) for leaf, g in grads.items() if leaf.value.requires_grad]
         pairs = [(value, g) for value, g in pairs if g is not None]
         if pairs:
@@ -151,7 +151,9 @@ class Thunk(Delayed):
         return nested(self._node)
 
     def _repr_html_(self) -> str:
-        return html(repr(self), call_graph([self._node]))
+        owner = self._session or current_session()
+        placed = None if owner is None else executor_of(owner).worker_of
+        return html(repr(self), call_graph([self._node], placed))
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -391,8 +393,8 @@ def cotangent_node(node: Node, cotangent: Any) -> Node | None:
         return cotangent._node
     if any(map(_is_thunk, flatten(cotangent, _is_thunk)[0])):
         return spawn(_same, cotangent, worker=node.worker)._node
-    check_cotangent(node, cotangent)
-    return fixed(Leaf(cotangent, needs_grad=False))
+    checked = check_cotangent(node, cotangent)
+    return fixed(Leaf(cotangent, needs_grad=False, checked=checked))
 
 
 def _same(value: Any) -> Any:
@@ -437,28 +439,13 @@ def collect(tree: Any) -> Any:
     if len(owners) > 1:
         raise TaskgradError("thunks of two clients cannot be collected in one call")
     nodes = [t._node for t in thunks]
-    owner = next(iter(owners.values()), None) or session()
-    values = _values(nodes, owner)
+    executor = executor_of(next(iter(owners.values()), None) or session())
+    executor.run(nodes, tapes=torch.is_grad_enabled())
+    values = executor.values(nodes)
     for node, value in zip(nodes, values, strict=True):
         remember(node, value)
     if torch.is_grad_enabled():
-        values = autograd.attach(nodes, values, owner)
+        values = autograd.attach(nodes, values, executor)
     for i, value in zip(at, values, strict=True):
         leaves[i] = value
     return structure.build(leaves)
-
-
-def _values(nodes: list[Node], owner: Session) -> list[Any]:
-    """Run what is needed for these nodes; their values. Small reads go together."""
-    bundle_reads(nodes)
-    carriers = [carrier_of(node) for node in nodes]
-    _run(carriers, owner)
-    needed = list(dict.fromkeys(carriers))
-    found = dict(zip(needed, values_of(needed, owner), strict=True))
-    return [value_from(c, node, found[c]) for node, c in zip(nodes, carriers, strict=True)]
-
-
-def _run(nodes: list[Node], owner: Session | None, *, wait: bool = True) -> None:
-    if not torch.is_grad_enabled():
-        drop_tapes(nodes)
-    run_with_buffers(nodes, owner or session(), wait=wait)

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from distributed import Client, Future
 from torch import nn
 
 import taskgrad as tg
+from taskgrad.cluster.session import session
+from taskgrad.executors.registry import executor_of
 
 
 def long(*values: Any) -> list[Any]:
@@ -50,3 +53,8 @@ def assert_vjp_equals_torch(chain: tg.GraphChain, model: nn.Module, *xs: torch.T
         assert_same(ours[name], grad, name)
     for gx, theirs in zip(gxs, input_grads, strict=True):
         assert_same(gx, theirs, "input")
+
+
+def future_of(node: Any, client: Client) -> Future:
+    """The future that keeps what came of a node, or the layers of a shard."""
+    return executor_of(session(client)).table.futures[node]

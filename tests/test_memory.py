@@ -16,7 +16,7 @@ from torch import nn
 
 import taskgrad as tg
 from conftest import about_workers, wait_until
-from helpers import assert_same
+from helpers import assert_same, future_of
 from taskgrad.graph.pytree import flatten
 from taskgrad.worker.backward import Backward
 from taskgrad.worker.memory import total_bytes
@@ -210,7 +210,8 @@ def forward_disturb_backward(client, disturb):
     xs = [torch.randn(256, 64, requires_grad=True) for _ in range(6)]
     ys = [chain(x) for x in xs]
     out = [y.detach() for y in tg.collect(ys)]
-    disturb(client, [n.result for y in ys for n in (y._node.inputs[0], y._node)], workers)
+    nodes = [n for y in ys for n in (y._node.inputs[0], y._node)]
+    disturb(client, [future_of(n, client) for n in nodes], workers)
     for x, y, before in zip(xs, ys, out, strict=True):
         tg.spawn(F.mse_loss, y, torch.zeros(256, 64)).backward()
         ours, x.grad = x.grad, None

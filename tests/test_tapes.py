@@ -18,7 +18,7 @@ from torch import nn
 
 import taskgrad as tg
 from conftest import total_held, wait_until
-from helpers import assert_same
+from helpers import assert_same, future_of
 from taskgrad.cluster.plugins import store_of
 from taskgrad.worker import shard_ops, training
 from taskgrad.worker.actions import OnShard
@@ -252,7 +252,7 @@ def test_a_forward_that_dask_runs_again_gives_what_it_gave(fresh):
     x = torch.ones(20, 100, requires_grad=True)
     y = chain(x)
     first = tg.collect(y).detach()
-    lose(client, [y._node.result])
+    lose(client, [future_of(y._node, client)])
     assert_same(tg.collect(y).detach(), first)
     y.backward(torch.ones(20, 100))
     assert_same(x.grad, first)  # 2 where a one was kept, 0 where it was dropped
@@ -264,6 +264,6 @@ def test_layers_that_dask_installs_again_stay_as_they_are(fresh):
     chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client, placement=workers[:1])
     trained = {"0.weight": torch.zeros(2, 2), "0.bias": torch.zeros(2)}
     chain.load_state_dict(trained)
-    lose(client, [stage.handle for stage in chain._shards.values()])
+    lose(client, [future_of(shard, client) for shard in chain._shards.values()])
     for name, value in chain.state_dict().items():
         assert_same(value, trained[name], name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 import networkx as nx
@@ -69,8 +69,13 @@ def _shown_inputs(node: Node) -> Sequence[Node]:
     return node.inputs
 
 
-def call_graph(outputs: Iterable[Node]) -> nx.DiGraph:
-    """Layers and calls as a graph; nodes have ``label`` and ``worker`` (None on the driver)."""
+def call_graph(
+    outputs: Iterable[Node], worker_of: Callable[[Node], str | None] | None = None
+) -> nx.DiGraph:
+    """Layers and calls as a graph; nodes have ``label`` and ``worker`` (None on the driver).
+
+    `worker_of` gives the worker that an executor gave to a node.
+    """
     graph = nx.DiGraph()
     ends: dict[int, str] = {}
     for node in sorted(ancestors(outputs), key=lambda n: n.order):
@@ -83,7 +88,9 @@ def call_graph(outputs: Iterable[Node]) -> nx.DiGraph:
             names = [f"{name}\n{kind}" if name != kind else kind for _, name, kind in node.steps]
         else:
             names = [node.key.partition("-")[0]]
-        worker = node.worker if not isinstance(node, Leaf | Foreign) else None
+        worker = None
+        if not isinstance(node, Leaf | Foreign):
+            worker = node.worker if worker_of is None else worker_of(node)
         keys = [f"{node.key}/{i}" for i in range(len(names))]
         for key, label in zip(keys, names, strict=True):
             graph.add_node(key, label=label, worker=worker)

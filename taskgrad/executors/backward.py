@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from taskgrad.cluster.session import Session
 from taskgrad.errors import CotangentError
-from taskgrad.executors.futures import forget, run_with_buffers, values_of
+from taskgrad.executors.base import Executor
 from taskgrad.graph.adjoint import Adjoint
 from taskgrad.graph.nodes import Leaf, Node, Shard, ShardCall, new_key
-from taskgrad.graph.pytree import Structure, flatten
 from taskgrad.worker import shard_ops
-from taskgrad.worker.backward import match
 
 
 def accumulations(adjoint: Adjoint) -> list[ShardCall]:
@@ -44,7 +38,7 @@ def accumulations(adjoint: Adjoint) -> list[ShardCall]:
     return calls
 
 
-def run_backward(adjoint: Adjoint, session: Session, *, accumulate: bool) -> dict[Leaf, Any]:
+def run_backward(adjoint: Adjoint, executor: Executor, *, accumulate: bool) -> dict[Leaf, Any]:
     """Run all of a backward; returns the gradients of the driver's leaves.
 
     With `accumulate`, parameters' gradients are added to where the parameters live; without, they
@@ -57,34 +51,12 @@ def run_backward(adjoint: Adjoint, session: Session, *, accumulate: bool) -> dic
     if accumulate:
         targets += accumulations(adjoint)
     try:
-        run_with_buffers(targets, session)
-        values = values_of(found, session)
+        executor.run(targets)
+        values = executor.values(found)
     except CotangentError:
         raise  # no tape is used
     except BaseException:
         # What is left of these tapes is of no more use.
-        forget(pullback.call for pullback in adjoint.pullbacks)
+        executor.forget(pullback.call for pullback in adjoint.pullbacks)
         raise
     return dict(zip(leaves, values, strict=True))
-
-
-def remember(node: Node, value: Any) -> None:
-    """Note the structure, shapes and dtypes of a value seen on the driver, to check cotangents."""
-    leaves, structure = flatten(value)
-    shapes = [_shape_of(leaf) for leaf in leaves]
-    node.structure = (structure, shapes)
-
-
-def _shape_of(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
-        return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
-    return leaf
-
-
-def check_cotangent(node: Node, cotangent: Any) -> None:
-    """Raise CotangentError if a cotangent does not fit this node's value, where that is known."""
-    if node.structure is None:
-        return
-    known: tuple[Structure, Sequence[Any]] = node.structure
-    structure, leaves = known
-    match(cotangent, list(leaves), structure, repr(getattr(node, "title", "the output")))

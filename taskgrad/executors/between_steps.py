@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from taskgrad.graph.nodes import Call, ChainRef, Node, Pullback, Shard
-from taskgrad.graph.reads import Bundle, StoredGrad
+from taskgrad.graph.reads import BatchedRead, StoredGrad
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def between_steps(nodes: Sequence[Node], chains: Iterable[ChainRef] = ()) -> Ite
 
 def _shards_of(node: Node) -> Iterator[Shard]:
     """The shards whose layers or gradients a node uses."""
-    for part in node.reads if isinstance(node, Bundle) else (node,):
+    for part in node.reads if isinstance(node, BatchedRead) else (node,):
         call = part.call if isinstance(part, Pullback) else part
         if isinstance(call, Call | StoredGrad) and call.shard is not None:
             yield call.shard

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from taskgrad.cluster.session import Session
-from taskgrad.executors.futures import run, values_of
+from taskgrad.executors.base import Executor
+from taskgrad.executors.registry import executor_of
 from taskgrad.graph import pack
 from taskgrad.graph.deferred_init import Hollow, Making, hollow_tensors
 from taskgrad.graph.layers import Model, local_name, owner_of
@@ -66,16 +67,17 @@ def install(
         installs.append(
             ShardCall(shard, shard_ops.install, arguments, key=shard.token, after=[values])
         )
-    run(installs, session)
+    executor = executor_of(session)
+    executor.run(installs)
     for call in installs:
-        call.shard.handle = call.result
+        executor.hold(call.shard, call)
     if makings:
-        copy_tied(shards, session)
-    places = values_of(installs, session)
+        copy_tied(shards, executor)
+    places = executor.values(installs)
     return {c.shard.worker: place for c, place in zip(installs, places, strict=True)}
 
 
-def copy_tied(shards: Sequence[Shard], session: Session) -> None:
+def copy_tied(shards: Sequence[Shard], executor: Executor) -> None:
     """Give copies of tied parameters the values that they have where they live."""
     wanted: dict[Shard, set[str]] = {}
     for shard in shards:
@@ -96,4 +98,4 @@ def copy_tied(shards: Sequence[Shard], session: Session) -> None:
         for shard in shards
         if shard.homes
     ]
-    run(takes, session)
+    executor.run(takes)

@@ -1,19 +1,19 @@
 """Run nodes as Dask tasks: one task an action, any graph, submitted at once.
 
-Every node that was submitted holds its future, and so keeps its value, its tape or its gradients
-where they are for as long as the node itself is held.
+A table has the future of every node that was submitted, for as long as the node exists: so its
+value, its tape or its gradients stay where they are.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from dask.base import DaskMethodsMixin
 from dask.highlevelgraph import HighLevelGraph
-from distributed import Future
 
 from taskgrad.cluster import internals
 from taskgrad.cluster.nested import refuse_deadlock
@@ -21,8 +21,9 @@ from taskgrad.cluster.session import Session, check_open
 from taskgrad.cluster.wire import scatter
 from taskgrad.errors import CotangentError, TaskgradError
 from taskgrad.executors.between_steps import between_steps
-from taskgrad.executors.lowering import lower, order_inputs, plain_value, resolve
+from taskgrad.executors.lowering import lower, plain_value
 from taskgrad.executors.monitor import failure, gather, wait_for
+from taskgrad.executors.table import Order, TaskTable
 from taskgrad.graph.copies import own_copy
 from taskgrad.graph.nodes import (
     BufferState,
@@ -33,8 +34,8 @@ from taskgrad.graph.nodes import (
     Node,
     Primal,
     Pullback,
+    Shard,
     new_key,
-    versions,
 )
 from taskgrad.graph.pytree import plain, tensors
 
@@ -68,49 +69,35 @@ class _Submission(DaskMethodsMixin):
         return dict, ()
 
 
-def missing(targets: Iterable[Node]) -> list[Node]:
-    """The nodes that have to run for these targets, oldest first."""
-    found: dict[int, Node] = {}
-    stack = [resolve(t) for t in targets]
-    while stack:
-        node = stack.pop()
-        if id(node) in found or node.result is not None:
-            continue
-        found[id(node)] = node
-        stack.extend(order_inputs(node))
-    return sorted(found.values(), key=lambda n: n.order)
-
-
-def assign(nodes: Iterable[Node], session: Session) -> None:
+def _assign(nodes: Iterable[Node], table: TaskTable, session: Session) -> None:
     """Give each node without a worker the one of its first input that has one, or the next one."""
     workers: list[str] = []
     for node in nodes:
-        if node.worker is not None or isinstance(node, Leaf | Foreign):
+        if isinstance(node, Leaf | Foreign) or table.worker_of(node):
             continue
         # A backward goes to its tape, whoever made its cotangents.
         at_tape = node.call if isinstance(node, Pullback | CotangentCheck) else None
-        givers = map(resolve, node.inputs) if at_tape is None else [at_tape]
-        near = next((giver.worker for giver in givers if giver.worker), None)
+        givers = map(table.resolve, node.inputs) if at_tape is None else [at_tape]
+        near = next(filter(None, map(table.worker_of, givers)), None)
         if near is None:
             workers = workers or [w.address for w in session.workers()]
             near = workers[next(_turn) % len(workers)]
-        node.worker = near
+        table.workers[node] = near
 
 
-def graph_of(node: Node, session: Session | None) -> HighLevelGraph:
-    """The Dask graph of everything behind a node, for Dask's own compute and persist."""
-    nodes = missing([node])
+def dask_graph(node: Node, table: TaskTable, session: Session | None) -> HighLevelGraph:
+    """The Dask graph of everything behind a node; without a session no worker is assigned."""
+    nodes = table.missing([node], {})
     if session is not None:
-        assign(nodes, session)
+        _assign(nodes, table, session)
     with between_steps(nodes):
         pass  # Dask submits them when it likes
-    done: dict[Any, Any] = {n.key: n.result for n in _used(nodes) if n.result is not None}
-    target = resolve(node)
-    if target.result is not None:
-        done[target.key] = target.result
+    target = table.resolve(node)
+    used = [target, *(n for user in nodes for n in table.before(user, {}))]
+    done: dict[Any, Any] = {n.key: table.futures[n] for n in used if n in table.futures}
     work = [n for n in nodes if not isinstance(n, Leaf) or n is target]
     names = session.names if session is not None else {}
-    graph = lower(work, node.key, ordered=True, names=names)
+    graph = lower(work, node.key, table, ordered=True, names=names)
     if done:
         graph = HighLevelGraph.merge(
             graph, HighLevelGraph({f"done-{node.key}": done}, {f"done-{node.key}": set()})
@@ -118,144 +105,191 @@ def graph_of(node: Node, session: Session | None) -> HighLevelGraph:
     return graph
 
 
-def _used(nodes: Sequence[Node]) -> Iterable[Node]:
-    return (i for n in nodes for i in order_inputs(n))
+@dataclass(frozen=True)
+class FuturesExecutor:
+    """An `Executor` over Dask's futures; see there for what its methods promise."""
 
+    session: Session
+    table: TaskTable
 
-def submit(targets: Sequence[Node], session: Session) -> list[Node]:
-    """Submit what these targets need and has not been submitted; returns those nodes."""
-    check_open(session.client)
-    nodes = missing(targets)
-    if not nodes:
-        return []
-    assign(nodes, session)
-    try:
-        with between_steps(nodes):
-            _scatter(nodes, session, _SCATTER_BYTES)
+    def run(self, targets: Sequence[Node], *, wait: bool = True, tapes: bool = True) -> None:
+        """Submit what these targets need, and wait until all of them have run."""
+        if wait:
+            refuse_deadlock()
+        check_open(self.session.client)
+        table = self.table
+        table.batch_reads(targets)
+        targets = [table.carrier_of(t) for t in targets]
+        nodes = table.missing(targets, {})
+        if not tapes:
+            used = {n.call for n in nodes if isinstance(n, Pullback)}
+            for node in nodes:
+                if isinstance(node, Call) and node not in used:
+                    node.drop_tape()
+        states = [BufferState(n) for n in nodes if isinstance(n, Call) and n.buffers]
+        self._submit([*nodes, *states])
+        if wait or states:
+            self._finish([*targets, *states], [*nodes, *states])
+            _write_back(states, self.values(states))
+
+    def submit(self, targets: Sequence[Node]) -> list[Node]:
+        """Submit what these targets need and has not been submitted; returns those nodes."""
+        check_open(self.session.client)
+        nodes = self.table.missing(targets, {})
+        self._submit(nodes)
+        return nodes
+
+    def _submit(self, nodes: Sequence[Node]) -> None:
+        if not nodes:
+            return
+        _assign(nodes, self.table, self.session)
+        try:
+            with between_steps(nodes):
+                self._scatter(nodes, _SCATTER_BYTES)
+                work = [n for n in nodes if not isinstance(n, Leaf | Primal)]
+                self._persist(work, work, {}, ordered=False)
+        except BaseException:
+            self.forget(nodes)
+            raise
+
+    def _finish(self, targets: Sequence[Node], nodes: Sequence[Node]) -> None:
+        """Wait for these targets, for which these nodes were submitted."""
+        try:
+            error = self.wait(targets)
+            # Raised here, where no frame holds a future: the traceback would keep it alive.
+            if error is not None:
+                raise error
+        except CotangentError:
+            self._keep_tapes(nodes)
+            raise
+        except BaseException:
+            self.forget(nodes)
+            self.forget(n.call for n in nodes if isinstance(n, Pullback))
+            # Submitted before, by persist:
+            self.forget(t for t in targets if self.failure(t) is not None)
+            raise
+
+    def _keep_tapes(self, nodes: Sequence[Node]) -> None:
+        """After a wrong cotangent: forwards keep their tapes, which no backward has used."""
+        for node in nodes:
+            future = self.table.futures.get(node)
+            if isinstance(node, Call) or (future is not None and future.status == "finished"):
+                continue
+            self.forget([node])
+            if isinstance(node, Pullback):
+                node.call.spent = False
+
+    def launch(self, targets: Sequence[Node], order: Order) -> None:
+        """Submit these targets and all they need as one graph, of which only they are held."""
+        check_open(self.session.client)
+        nodes = self.table.missing(targets, order)
+        _assign(nodes, self.table, self.session)
+        try:
+            self._scatter(nodes, _PREFETCH_BYTES)
             work = [n for n in nodes if not isinstance(n, Leaf | Primal)]
-            _persist(work, work, session, ordered=False)
-    except BaseException:
-        forget(nodes)
-        raise
-    return nodes
+            self._persist(work, targets, order, ordered=True)
+        except BaseException:
+            self.forget(targets)
+            raise
+        finally:
+            self.forget(n for n in nodes if isinstance(n, Leaf))  # the graph has them now
+
+    def _persist(
+        self, work: Sequence[Node], held: Sequence[Node], order: Order, *, ordered: bool
+    ) -> None:
+        names = self.session.names
+        graph = lower(work, new_key("graph"), self.table, order, ordered=ordered, names=names)
+        futures = self.session.client.persist(
+            _Submission(graph, [n.key for n in held]), optimize_graph=False
+        )
+        for node in held:
+            self.table.futures[node] = futures[node.key]
+
+    def _scatter(self, nodes: Sequence[Node], least: int) -> None:
+        """Send inputs of at least so many bytes to the workers of the calls that take them."""
+        by_workers: dict[tuple[str, ...], list[Leaf]] = {}
+        users: dict[Node, set[str]] = {}
+        for node in nodes:
+            worker = self.table.worker_of(node)
+            if worker is not None:
+                for given in node.inputs:
+                    users.setdefault(self.table.resolve(given), set()).add(worker)
+        for leaf in [n for n in nodes if isinstance(n, Leaf)]:
+            if sum(t.numel() * t.element_size() for t in tensors(leaf.value)) >= least:
+                by_workers.setdefault(tuple(sorted(users.get(leaf, ()))), []).append(leaf)
+        parts = [
+            ({leaf.key: plain_value(leaf) for leaf in leaves}, list(workers))
+            for workers, leaves in by_workers.items()
+        ]
+        sent = scatter.send(self.session.client, parts) if parts else {}
+        for leaves in by_workers.values():
+            for leaf in leaves:
+                if leaf.key in sent:
+                    self.table.futures[leaf] = sent[leaf.key]
+
+    def wait(
+        self,
+        nodes: Sequence[Node],
+        *,
+        behind: Sequence[Node] = (),
+        labels: Mapping[str, str] | None = None,
+        seconds: float | None = None,
+    ) -> BaseException | None:
+        """Wait until all have run, or one cannot; returns the error, or None."""
+        targets = [self.table.carrier_of(n) for n in nodes]
+        return wait_for(targets, self.session, self.table, behind, labels or {}, seconds)
+
+    def values(self, nodes: Sequence[Node]) -> list[Any]:
+        """The values of nodes that have run, on the driver."""
+        table = self.table
+        carriers = [table.carrier_of(n) for n in nodes]
+        there = [n for n in dict.fromkeys(carriers) if not isinstance(n, Leaf)]
+        found = dict(zip(there, gather(there, self.session, table), strict=True))
+        return [
+            c.value if isinstance(c, Leaf) else self._own(c, table.value_from(c, n, found[c]))
+            for n, c in zip(nodes, carriers, strict=True)
+        ]
+
+    def _own(self, node: Node, value: Any) -> Any:
+        """A result that the driver may write; within one process nothing was pickled."""
+        in_process = (self.worker_of(node) or "").startswith("inproc:")
+        return plain(own_copy(value) if in_process else value)
+
+    def failure(self, node: Node) -> BaseException | None:
+        """What went wrong with a node that was submitted, as an error to raise."""
+        return failure(node, self.table)
+
+    def cancel(self, nodes: Sequence[Node]) -> None:
+        """Cancel these nodes even if something else, such as a traceback, still refers to them."""
+        internals.let_go(self.session.client, [node.key for node in nodes])
+        self.forget(nodes)
+
+    def forget(self, nodes: Iterable[Node]) -> None:
+        """Release what is held of these nodes: results, and with them tapes and gradients."""
+        for node in nodes:
+            self.table.futures.pop(node, None)
+
+    def hold(self, owner: Shard, node: Node) -> None:
+        """Hold what came of a node for as long as its shard exists on the driver."""
+        self.table.futures[owner] = self.table.futures[node]
+
+    def is_submitted(self, node: Node) -> bool:
+        """Whether a node was submitted, and is held."""
+        return self.table.resolve(node) in self.table.futures
+
+    def worker_of(self, node: Node) -> str | None:
+        """The worker that a node asks for, or was given; None if it has none yet."""
+        return self.table.worker_of(node)
+
+    def graph(self, node: Node) -> HighLevelGraph:
+        """The Dask graph of all that is behind a node, for Dask's own compute and persist."""
+        return dask_graph(node, self.table, self.session)
 
 
-def launch(targets: Sequence[Node], session: Session) -> None:
-    """Submit these targets and all they need as one graph, of which only they are held.
-
-    What lies between stays for as long as something in the graph needs it. Inputs of some size are
-    sent to their workers at once, so that they are there when their turn comes.
-    """
-    check_open(session.client)
-    nodes = missing(targets)
-    assign(nodes, session)
-    inputs = [n for n in nodes if isinstance(n, Leaf)]
-    try:
-        _scatter(nodes, session, _PREFETCH_BYTES)
-        work = [n for n in nodes if not isinstance(n, Leaf | Primal)]
-        _persist(work, targets, session, ordered=True)
-    except BaseException:
-        forget(targets)
-        raise
-    finally:
-        forget(inputs)  # the graph has them now
-
-
-def _persist(
-    work: Sequence[Node], held: Sequence[Node], session: Session, *, ordered: bool
-) -> None:
-    graph = lower(work, new_key("graph"), ordered=ordered, names=session.names)
-    futures: dict[str, Future] = session.client.persist(
-        _Submission(graph, [n.key for n in held]), optimize_graph=False
-    )
-    for node in held:
-        node.result = futures[node.key]
-
-
-def _scatter(nodes: Sequence[Node], session: Session, least: int) -> None:
-    """Send inputs of at least so many bytes straight to the workers of the calls that take them."""
-    by_workers: dict[tuple[str, ...], list[Leaf]] = {}
-    users: dict[Node, set[str]] = {}
-    for node in nodes:
-        for given in node.inputs:
-            if node.worker is not None:
-                users.setdefault(resolve(given), set()).add(node.worker)
-    for leaf in [n for n in nodes if isinstance(n, Leaf)]:
-        if sum(t.numel() * t.element_size() for t in tensors(leaf.value)) >= least:
-            by_workers.setdefault(tuple(sorted(users.get(leaf, ()))), []).append(leaf)
-    parts = [
-        ({leaf.key: plain_value(leaf) for leaf in leaves}, list(workers))
-        for workers, leaves in by_workers.items()
-    ]
-    sent = scatter.send(session.client, parts) if parts else {}
-    for leaves in by_workers.values():
-        for leaf in leaves:
-            leaf.result = sent.get(leaf.key)
-
-
-def forget(nodes: Iterable[Node]) -> None:
-    """Let go of what these nodes hold: results, and with them tapes and gradients."""
-    for node in nodes:
-        node.result = None
-
-
-def cancel(nodes: Sequence[Node], session: Session) -> None:
-    """Have these nodes not run, whoever holds their futures: a traceback, say."""
-    internals.let_go(session.client, [node.key for node in nodes])
-    forget(nodes)
-
-
-def run(targets: Sequence[Node], session: Session, *, wait: bool = True) -> None:
-    """Submit what these targets need, and wait until all of them have run.
-
-    Raises
-    ------
-    LayerError, CotangentError, TapeError
-        As the worker raised it; nothing of this submission stays.
-    WorkerLostError
-        A worker went away with what was needed.
-    """
-    if wait:
-        refuse_deadlock()
-    nodes = submit(targets, session)
-    if not wait:
-        return
-    try:
-        error = wait_for([resolve(t) for t in targets], session)
-        # Raised here, where no frame holds a future: the traceback would keep it alive.
-        if error is not None:
-            raise error
-    except CotangentError:
-        _keep_tapes(nodes)
-        raise
-    except BaseException:
-        forget(nodes)
-        forget(n.call for n in nodes if isinstance(n, Pullback))
-        forget(t for t in targets if failure(t) is not None)  # submitted before, by persist
-        raise
-
-
-def _keep_tapes(nodes: Sequence[Node]) -> None:
-    """After a wrong cotangent: forwards keep their tapes, which no backward has used."""
-    for node in nodes:
-        ran = isinstance(node.result, Future) and node.result.status == "finished"
-        if ran or isinstance(node, Call):
-            continue
-        forget([node])
-        if isinstance(node, Pullback):
-            node.call.spent = False
-
-
-def run_with_buffers(targets: Sequence[Node], session: Session, *, wait: bool = True) -> None:
-    """`run`, and write buffers that modules changed (batch norm's) back into those modules."""
-    states = []
-    for node in missing(targets):
-        if isinstance(node, Call) and node.buffers:
-            node.returns_buffers = True
-            states.append(BufferState(node))
-    run([*targets, *states], session, wait=wait or bool(states))
+def _write_back(states: Sequence[BufferState], found: Sequence[Any]) -> None:
+    """Write buffers that modules changed (batch norm's) into those modules on the driver."""
     written: dict[int, tuple[Leaf, torch.Tensor]] = {}
-    for state, values in zip(states, values_of(states, session), strict=True):
+    for state, values in zip(states, found, strict=True):
         for slot, value in zip(state.call.buffers, values, strict=True):
             leaf = state.call.inputs[slot]
             if value is None or not isinstance(leaf, Leaf):
@@ -268,35 +302,4 @@ def run_with_buffers(targets: Sequence[Node], session: Session, *, wait: bool = 
                 )
             written[id(leaf.value)] = leaf, value
     for leaf, value in written.values():
-        with torch.no_grad():
-            leaf.value.copy_(value)
-        leaf.version = versions(leaf.value)
-
-
-def drop_tapes(targets: Sequence[Node]) -> None:
-    """Make calls that are about to run keep no tape, but for those that a backward waits for."""
-    nodes = missing(targets)
-    used = {n.call for n in nodes if isinstance(n, Pullback)}
-    for node in nodes:
-        if isinstance(node, Call) and node not in used:
-            node.drop_tape()
-
-
-def values_of(targets: Sequence[Node], session: Session) -> list[Any]:
-    """The values of nodes that have run, on the driver.
-
-    Raises
-    ------
-    WorkerLostError
-        A value was lost with its worker on the way.
-    """
-    nodes = [resolve(t) for t in targets]
-    there = [n for n in nodes if isinstance(n.result, Future) and not isinstance(n, Leaf)]
-    gathered = iter(gather(there, session))
-    return [n.value if isinstance(n, Leaf) else _home(n, next(gathered)) for n in nodes]
-
-
-def _home(node: Node, value: Any) -> Any:
-    """A result as the driver's own, which may be written; in one process, nothing is pickled."""
-    in_process = (node.worker or "").startswith("inproc:")
-    return plain(own_copy(value) if in_process else value)
+        leaf.write(value)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import singledispatch
 from typing import Any
 
@@ -14,11 +15,12 @@ from taskgrad.cluster.plugins import ANNOTATION
 from taskgrad.cluster.tasks import run_action
 from taskgrad.cluster.wire.serialize import dumps_whole
 from taskgrad.errors import TaskgradError
+from taskgrad.executors.table import Order, TaskTable
 from taskgrad.graph.nodes import (
     BufferState,
     Call,
-    Cotangent,
     CotangentCheck,
+    Element,
     Foreign,
     Leaf,
     Node,
@@ -29,7 +31,7 @@ from taskgrad.graph.nodes import (
     versions,
 )
 from taskgrad.graph.pytree import map_leaves
-from taskgrad.graph.reads import Bundle, ParameterGrad, Read, StoredGrad
+from taskgrad.graph.reads import BatchedRead, ParameterGrad, StoredGrad
 from taskgrad.graph.slices import Share, Slice
 from taskgrad.worker import shard_ops
 from taskgrad.worker.actions import Add, OnShard, Pick, ReadAll, ReadBuffers, ReadGradient
@@ -57,7 +59,7 @@ def _(node: Call) -> Forward:
         mode=node.mode,
         taped=node.taped,
         needs_grad=tuple(i.needs_grad for i in node.inputs),
-        buffers=node.buffers if node.returns_buffers else (),
+        buffers=node.buffers,
         draw=node.draw,
         begins=node.begins,
         recompute=node.recompute,
@@ -96,26 +98,23 @@ def _(node: CotangentCheck) -> CheckCotangent:
 
 
 @action_of.register
-def _(node: Cotangent) -> Pick:
+def _(node: Element) -> Pick:
     return Pick(node.position)
 
 
 @action_of.register
-def _(node: Read) -> Any:
-    return Pick(node.part_of[1]) if node.part_of else _read(node)
-
-
-def _read(node: Read) -> Any:
-    if isinstance(node, ParameterGrad):
-        return ReadGradient(node.pullback.key, node.name)
-    if isinstance(node, StoredGrad):
-        return OnShard(node.shard.token, shard_ops.gradient, {"name": node.name})
-    raise TypeError(f"no action for {type(node).__name__}")
+def _(node: ParameterGrad) -> ReadGradient:
+    return ReadGradient(node.pullback.key, node.name)
 
 
 @action_of.register
-def _(node: Bundle) -> ReadAll:
-    return ReadAll(tuple(map(_read, node.reads)))
+def _(node: StoredGrad) -> OnShard:
+    return OnShard(node.shard.token, shard_ops.gradient, {"name": node.name})
+
+
+@action_of.register
+def _(node: BatchedRead) -> ReadAll:
+    return ReadAll(tuple(map(action_of, node.reads)))
 
 
 @action_of.register
@@ -137,13 +136,6 @@ def _(node: ShardCall) -> OnShard:
 def _(node: Slice) -> TakeSlice:
     share = isinstance(node, Share)
     return TakeSlice(node.dims, node.index, node.count, node.what, share)
-
-
-def resolve(node: Node) -> Node:
-    """The node whose value this one's is."""
-    while isinstance(node, Primal):
-        node = node.source
-    return node
 
 
 def plain_value(leaf: Leaf) -> Any:
@@ -173,7 +165,13 @@ def _compact(leaf: Any) -> Any:
 
 
 def lower(
-    nodes: Collection[Node], name: str, *, ordered: bool, names: Mapping[str, Any]
+    nodes: Collection[Node],
+    name: str,
+    table: TaskTable,
+    order: Order | None = None,
+    *,
+    ordered: bool,
+    names: Mapping[str, Any],
 ) -> HighLevelGraph:
     """A Dask graph in which every one of these nodes is a task under its own key.
 
@@ -183,6 +181,10 @@ def lower(
         Nodes that have not run; what else they need has run, or is a leaf.
     name
         The layer's name in the graph.
+    table
+        The futures of what was submitted before, and the worker of each node.
+    order
+        For a node, others that must have run before it.
     ordered
         Make each backward task depend on its forward, which keeps the tape until then. Not needed
         where the driver holds the forward's future, but for a first pullback, whose cotangents do
@@ -193,16 +195,27 @@ def lower(
     tasks: dict[str, Any] = {}
     layers: dict[str, Any] = {}
     dependencies: dict[str, set[str]] = {}
+    pins: dict[str, list[str]] = {}
+    order = order or {}
+    read_back = {n.call for n in nodes if isinstance(n, BufferState)}
     for node in nodes:
         if isinstance(node, Foreign):
             graph = node.collection.__dask_graph__()
             layers.update(graph.layers)
             dependencies.update(graph.dependencies)
-        elif isinstance(node, Leaf):
+            continue
+        if isinstance(node, Primal):
+            continue
+        if isinstance(node, Leaf):
             tasks[node.key] = DataNode(node.key, plain_value(node))
-        elif not isinstance(node, Primal):
-            tasks[node.key] = _task(node, ordered)
-    pins = {n.key: [n.worker] for n in nodes if n.key in tasks and n.worker is not None}
+        else:
+            action = action_of(node)
+            if isinstance(action, Forward) and node not in read_back:
+                action = replace(action, buffers=())
+            tasks[node.key] = _task(node, action, table, order, ordered)
+        worker = table.worker_of(node)
+        if worker is not None:
+            pins[node.key] = [worker]
     pinned_to = {key: names.get(address, address) for key, (address,) in pins.items()}
     annotations: dict[str, Any] = {ANNOTATION: pinned_to.get}
     if len(pins) == len(tasks):
@@ -212,24 +225,22 @@ def lower(
     return HighLevelGraph({**layers, name: layer}, {**dependencies, name: foreign})
 
 
-def _task(node: Node, ordered: bool) -> Task:
+def _task(node: Node, action: Any, table: TaskTable, order: Order, ordered: bool) -> Task:
     literals: dict[int, Any] = {}
     references: list[TaskRef] = []
     for position, given in enumerate(node.inputs):
-        source = resolve(given)
-        if isinstance(source, Leaf) and source.result is None:
+        source = table.resolve(given)
+        if isinstance(source, Leaf) and source not in table.futures:
             literals[position] = map_leaves(_compact, plain_value(source))
         else:
             references.append(TaskRef(source.key))
     # For the order alone:
-    if isinstance(node, Pullback) and (ordered or not references) and node.call.result is None:
+    if (
+        isinstance(node, Pullback)
+        and (ordered or not references)
+        and node.call not in table.futures
+    ):
         references.append(TaskRef(node.call.key))
-    references += [TaskRef(resolve(before).key) for before in node.awaits]
-    payload = dumps_whole((action_of(node), node.settings, len(node.inputs), literals))
+    references += [TaskRef(table.resolve(b).key) for b in (*node.awaits, *order.get(node, ()))]
+    payload = dumps_whole((action, node.settings, len(node.inputs), literals))
     return Task(node.key, run_action, payload, *references)
-
-
-def order_inputs(node: Node) -> Sequence[Node]:
-    """All nodes that must have run before this one does."""
-    before = [resolve(i) for i in (*node.inputs, *node.awaits)]
-    return [*before, node.call] if isinstance(node, Pullback) else before

@@ -13,63 +13,58 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from distributed import Future, KilledWorker
+from distributed import KilledWorker
 
 from taskgrad.cluster import client_calls, nested
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.session import Session, check_open
 from taskgrad.errors import TapeError, TaskgradError, WorkerLostError
 from taskgrad.executors.lost import needs_layers, worker_lost, workers_killed
-from taskgrad.executors.lowering import order_inputs
+from taskgrad.executors.table import TaskTable
 from taskgrad.graph.nodes import Call, Node, label_of
 from taskgrad.worker.settings import settings_released
 
-# How often a wait looks, in seconds.
-_LOOK = 1.0
-# How long the client may take to hand over the exception of a task that has failed, in seconds.
-_ANSWER = 30
+# How often a wait checks that what it waits for can still come.
+_CHECK_S = 1.0
+# How long the client may take to hand over the exception of a task that has failed.
+_EXCEPTION_S = 30
 
 
 def wait_for(
     targets: Sequence[Node],
     session: Session,
-    *,
-    behind: Sequence[Node] = (),
-    labels: Mapping[str, str] | None = None,
-    seconds: float | None = None,
+    table: TaskTable,
+    behind: Sequence[Node],
+    labels: Mapping[str, str],
+    seconds: float | None,
 ) -> BaseException | None:
-    """Wait until all have run, or one cannot; returns the error, or None.
-
-    A task that waits gives its worker's thread back. `behind` are nodes that the targets need and
-    whose futures are not held: their workers are watched too. `labels` name, by their keys, tasks
-    whose nodes are not held either. With `seconds`, a TimeoutError after that time.
-    """
+    """What `Executor.wait` does. A task that waits gives its worker's thread back."""
     with nested.waiting():
-        return _wait(_Watch(targets, session, behind, labels), seconds)
+        return _wait(_Monitor(targets, session, table, behind, labels), seconds)
 
 
-def _wait(watch: _Watch, seconds: float | None) -> BaseException | None:
-    client = watch.session.client
+def _wait(monitor: _Monitor, seconds: float | None) -> BaseException | None:
+    client = monitor.session.client
     try:
         check_open(client)
     except TaskgradError as closed:
         return closed
     end = math.inf if seconds is None else time.monotonic() + seconds
-    futures = [n.result for n in watch.targets if isinstance(n.result, Future)]
+    futures = [f for f in map(monitor.table.futures.get, monitor.targets) if f is not None]
     settled = client_calls.all_of(client, futures)
     try:
-        while not settled.done(min(_LOOK, max(0.0, end - time.monotonic()))):
-            error = watch.look()
+        while not settled.done(min(_CHECK_S, max(0.0, end - time.monotonic()))):
+            error = monitor.check()
             if error is not None:
                 return error
             if time.monotonic() >= end:
                 return TimeoutError(f"not done within {seconds:g} s")
     finally:
         settled.cancel()
-    return watch.failed()
+    return monitor.failed()
 
 
-def gather(nodes: Sequence[Node], session: Session) -> list[Any]:
+def gather(nodes: Sequence[Node], session: Session, table: TaskTable) -> list[Any]:
     """The values of nodes that have run.
 
     Raises
@@ -80,13 +75,13 @@ def gather(nodes: Sequence[Node], session: Session) -> list[Any]:
     if not nodes:
         return []
     check_open(session.client)
-    workers = [n.worker or "" for n in nodes]
-    coming = client_calls.values(session.client, [n.result for n in nodes], workers)
-    watch = _Watch(nodes, session)
+    workers = [table.worker_of(n) or "" for n in nodes]
+    coming = client_calls.values(session.client, [table.futures[n] for n in nodes], workers)
+    monitor = _Monitor(nodes, session, table)
     try:
         with settings_released():
-            while not coming.done(_LOOK):
-                error = watch.look()
+            while not coming.done(_CHECK_S):
+                error = monitor.check()
                 if error is not None:
                     raise error
         found: list[Any] = coming.result()
@@ -95,13 +90,13 @@ def gather(nodes: Sequence[Node], session: Session) -> list[Any]:
         coming.cancel()
 
 
-def failure(node: Node) -> BaseException | None:
+def failure(node: Node, table: TaskTable) -> BaseException | None:
     """What went wrong with a node that was submitted, as an error to raise."""
-    future = node.result
-    if not isinstance(future, Future):
+    future = table.futures.get(node)
+    if future is None:
         return None
     if future.status == "error":
-        error: BaseException = future.exception(timeout=_ANSWER)
+        error: BaseException = future.exception(timeout=_EXCEPTION_S)
         if isinstance(error, KilledWorker):
             key = str(error.task)
             return workers_killed(error, node.label if key == node.key else label_of(key))
@@ -114,23 +109,25 @@ def failure(node: Node) -> BaseException | None:
     return None
 
 
-class _Watch:
-    """One wait's looks at what it waits for, and since when a worker is out of order."""
+class _Monitor:
+    """What one wait checks: what it waits for, and since when a worker is out of order."""
 
     def __init__(
         self,
         targets: Sequence[Node],
         session: Session,
+        table: TaskTable,
         behind: Sequence[Node] = (),
         labels: Mapping[str, str] | None = None,
     ) -> None:
         self.targets = targets
         self.session = session
+        self.table = table
         self._behind = behind
         self._labels = labels or {}
         self._since: dict[str, float] = {}
 
-    def look(self) -> BaseException | None:
+    def check(self) -> BaseException | None:
         """Why these will not all come, as an error to raise; None as far as is known."""
         try:
             check_open(self.session.client)
@@ -140,7 +137,7 @@ class _Watch:
 
     def failed(self) -> BaseException | None:
         """Why one of the targets has failed; None if none has."""
-        error = next(filter(None, map(failure, self.targets)), None)
+        error = next(filter(None, (failure(t, self.table) for t in self.targets)), None)
         # A backward that Dask runs again, as its result was lost, finds no tape.
         if isinstance(error, WorkerLostError | TapeError):
             return self._lost_with_worker(self._all()) or error
@@ -148,45 +145,42 @@ class _Watch:
 
     def _all(self) -> list[Node]:
         """What is waited for, and all behind it that is known."""
-        found: dict[Node, None] = {}
-        stack = [*self.targets, *self._behind]
-        while stack:
-            node = stack.pop()
-            if node not in found:
-                found[node] = None
-                stack.extend(order_inputs(node))
-        return list(found)
+        return self.table.behind([*self.targets, *self._behind], lambda node: True)
+
+    def _unfinished(self, node: Node) -> bool:
+        future = self.table.futures.get(node)
+        return future is not None and not future.done()
 
     def _lost_with_worker(self, nodes: Iterable[Node]) -> WorkerLostError | None:
         """The error, if one of these can only run in a process that is gone.
 
         What needs no layers, such as a chunk of a map, runs again if the worker was restarted.
         """
-        pins = {n.worker: n for n in nodes if n.worker is not None and not _is_stateless(n)}
-        staged = {n.worker for n in nodes if n.worker is not None and needs_layers(n)}
-        trouble = self.session.out_of_order(set(pins))
+        placed = [(n, worker) for n in nodes if (worker := self.table.worker_of(n)) is not None]
+        pins = {worker for n, worker in placed if not _is_stateless(n)}
+        staged = {worker for n, worker in placed if needs_layers(n)}
+        trouble = self.session.out_of_order(pins)
         gone = {a for a, why in trouble.items() if why == "gone"}
         gone |= {a for a, why in trouble.items() if why == "restarted" and a in staged}
         return worker_lost(self.session, min(gone), self._all(), self._labels) if gone else None
 
     def _worker_out_of_order(self) -> WorkerLostError | None:
-        unfinished = sorted({*_unfinished(self.targets), *self._behind}, key=lambda n: n.order)
+        found = {*self.table.behind(self.targets, self._unfinished), *self._behind}
+        unfinished = sorted(found, key=lambda n: n.order)
         lost = self._lost_with_worker(unfinished)
         if lost is not None:
             return lost
-        pins = {n.worker for n in unfinished if n.worker is not None}
-        trouble = self.session.out_of_order(pins)
+        placed = [(n, worker) for n in unfinished if (worker := self.table.worker_of(n))]
+        trouble = self.session.out_of_order({worker for _, worker in placed})
         trouble = {address: why for address, why in trouble.items() if why != "restarted"}
         now = time.monotonic()
         self._since = {address: self._since.get(address, now) for address in trouble}
         seconds = deadline("worker")
-        for node in unfinished:
-            if node.worker is None or node.worker not in trouble:
-                continue
-            gone = trouble[node.worker] == "gone"
-            if now - self._since[node.worker] >= seconds:
+        for node, worker in placed:
+            if worker in trouble and now - self._since[worker] >= seconds:
+                gone = trouble[worker] == "gone"
                 return WorkerLostError(
-                    f"{self.session.describe(node.worker)} has been {trouble[node.worker]} for "
+                    f"{self.session.describe(worker)} has been {trouble[worker]} for "
                     f"{seconds:g} s, and {node.label} is pinned to it. "
                     + (_START_ONE if gone else _GIVE_MEMORY)
                 )
@@ -206,16 +200,3 @@ _GIVE_MEMORY = (
     "Dask pauses a worker whose memory is nearly full: give the workers more memory, spread the "
     "model over more of them, or take smaller batches"
 )
-
-
-def _unfinished(targets: Sequence[Node]) -> set[Node]:
-    found: set[Node] = set()
-    stack = list(targets)
-    while stack:
-        node = stack.pop()
-        future = node.result
-        if node in found or not isinstance(future, Future) or future.done():
-            continue
-        found.add(node)
-        stack.extend(order_inputs(node))
-    return found

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from taskgrad.errors import TapeError
 from taskgrad.graph.nodes import (
     Call,
-    Cotangent,
     CotangentCheck,
+    Element,
     Leaf,
     Node,
     Primal,
@@ -21,6 +21,8 @@ from taskgrad.graph.nodes import (
     Shard,
     Sum,
     ancestors,
+    new_key,
+    walk,
 )
 from taskgrad.graph.reads import ParameterGrad
 
@@ -56,17 +58,12 @@ def calls_behind(outputs: Iterable[Node]) -> list[Call]:
 
     Stops at leaves and primals, and where nothing upstream can take a gradient.
     """
-    found: list[Call] = []
-    seen: set[int] = set()
-    stack = [n for n in outputs if n.needs_grad]
-    while stack:
-        node = stack.pop()
-        if id(node) in seen or not isinstance(node, Call):
-            continue
-        seen.add(id(node))
-        found.append(node)
-        stack.extend(i for i in node.inputs if i.needs_grad)
-    return sorted(found, key=lambda call: call.order, reverse=True)
+    found = walk(
+        (n for n in outputs if isinstance(n, Call) and n.needs_grad),
+        lambda n: (i for i in n.inputs if isinstance(i, Call) and i.needs_grad),
+    )
+    calls = [n for n in found if isinstance(n, Call)]
+    return sorted(calls, key=lambda call: call.order, reverse=True)
 
 
 def adjoint(
@@ -119,7 +116,9 @@ def adjoint(
         pullbacks.append(pullback)
         for position, slot in enumerate(wanted):
             source = call.inputs[slot]
-            part = pullback if len(wanted) == 1 else Cotangent(pullback, position)
+            part: Node = pullback
+            if len(wanted) > 1:
+                part = Element(pullback, position, key=new_key("cotangent", call.title))
             if isinstance(source, Leaf | Primal):
                 leaves.setdefault(source, []).append(part)
             else:
@@ -153,7 +152,7 @@ def _check_all_first(
         for output, cotangent in seeds
         if isinstance(output, Call)
         and cotangent is not None
-        and not (isinstance(cotangent, Leaf) and output.structure is not None)
+        and not (isinstance(cotangent, Leaf) and cotangent.checked)
     )
     outputs = {output for output, _ in seeds}
     for pullback in pullbacks:

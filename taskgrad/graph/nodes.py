@@ -1,18 +1,18 @@
 """The graph of calls: what a thunk stands for, as data.
 
 A `Node` is one call that has not run, or its result. It knows the nodes whose values it takes and
-the worker it belongs to; an executor turns nodes into tasks and puts what came of them into
-`result`. Nodes never change otherwise, but for two marks that the executor and the adjoint set on a
-`Call`: `taped` (it leaves a tape) and `spent` (that tape is used). Those that compute hold the
-`settings` of torch with which they are to run.
+the worker that it has to run on; an executor turns nodes into tasks and keeps what came of them.
+Nodes that compute have the `settings` of torch with which they are to run.
 """
 
 from __future__ import annotations
 
 import itertools
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
+
+import torch
 
 from taskgrad.graph.objects import Opaque
 from taskgrad.graph.process_group import Rank
@@ -60,19 +60,15 @@ class Node(Opaque):
         "awaits",
         "key",
         "order",
-        "result",
         "settings",
-        "structure",
         "worker",
     )
 
     def __init__(self, key: str, worker: str | None) -> None:
         self.key = key
-        self.worker = worker  # an address; None: wherever its first input is
+        self.worker = worker  # an address; None: the executor gives it one
         self.order = next(_order)
         self.awaits: tuple[Node, ...] = ()
-        self.result: Any = None  # what the executor holds of it once it is submitted
-        self.structure: Any = None  # (Structure, leaf descriptions), once its value was seen
         self.settings: TorchSettings | None = None  # those under which it runs; None: whichever
 
     @property
@@ -96,14 +92,22 @@ class Leaf(Node):
 
     A parameter of a module that was given to `spawn` has that module as its `owner`, and its `name`
     there. `taken` is what is sent in its place, where it might be written without torch's noticing.
+    A cotangent is `checked` if it is known to fit the value that it is one of.
     """
 
-    __slots__ = ("_needs_grad", "name", "owner", "taken", "value", "version")
+    __slots__ = ("_needs_grad", "checked", "name", "owner", "taken", "value", "version")
 
     def __init__(
-        self, value: Any, *, needs_grad: bool | None = None, name: str = "", owner: Any = None
+        self,
+        value: Any,
+        *,
+        needs_grad: bool | None = None,
+        name: str = "",
+        owner: Any = None,
+        checked: bool = False,
     ) -> None:
         super().__init__(new_key("input"), None)
+        self.checked = checked
         self.value = value
         self.name = name
         self.owner = owner
@@ -117,6 +121,12 @@ class Leaf(Node):
     @property
     def needs_grad(self) -> bool:
         return self._needs_grad
+
+    def write(self, value: torch.Tensor) -> None:
+        """Give the leaf's tensor, in place, the value that a call gave a buffer."""
+        with torch.no_grad():
+            self.value.copy_(value)
+        self.version = versions(self.value)
 
 
 class Foreign(Node):
@@ -147,6 +157,13 @@ class Primal(Node):
         return True
 
 
+def resolve(node: Node) -> Node:
+    """The node whose value this one's is."""
+    while isinstance(node, Primal):
+        node = node.source
+    return node
+
+
 class ChainRef:
     """What tells the shards of one chain from those of another: its title, and identity.
 
@@ -165,17 +182,16 @@ def _nothing() -> None:
 class Shard:
     """Layers of one chain on one worker, as the driver knows them.
 
-    `token` is the key of the task that put them there; `handle` is its future, which keeps them
-    alive there. Every call of the shard holds the shard. `homes` names the shards where parameters
-    live of which this one has a copy, because they are tied over two workers; `hooked` are the
-    parameters that live here with hooks on their gradients.
+    `token` is the key of the task that put them there, whose result an executor holds for as long
+    as this object exists. Every call of the shard refers to it. `homes` names the shards where
+    parameters live of which this one has a copy, because they are tied over two workers; `hooked`
+    are the parameters that live here with hooks on their gradients.
     """
 
     def __init__(self, chain: ChainRef, token: str, worker: str) -> None:
         self.chain = chain
         self.token = token
         self.worker = worker
-        self.handle: Any = None
         self.homes: dict[str, Shard] = {}
         self.hooked: set[str] = set()
 
@@ -368,19 +384,19 @@ class Pullback(Node):
         return (*found, *(p for p in parts if p is not self))
 
 
-class Cotangent(Node):
-    """One of several cotangents that a pullback gives; `position` counts among those wanted."""
+class Element(Node):
+    """One element of another node's value, which is a sequence."""
 
-    __slots__ = ("position", "pullback")
+    __slots__ = ("position", "source")
 
-    def __init__(self, pullback: Pullback, position: int) -> None:
-        super().__init__(new_key("cotangent", pullback.call.title), pullback.worker)
-        self.pullback = pullback
+    def __init__(self, source: Node, position: int, *, key: str) -> None:
+        super().__init__(key, source.worker)
+        self.source = source
         self.position = position
 
     @property
     def inputs(self) -> Sequence[Node]:
-        return (self.pullback,)
+        return (self.source,)
 
 
 class CotangentCheck(Node):
@@ -464,14 +480,18 @@ class ShardCall(Node):
         return self.after
 
 
-def ancestors(outputs: Iterable[Node]) -> Iterator[Node]:
-    """These nodes and all that they need, each once, users before inputs of one path."""
-    seen: set[int] = set()
-    stack = list(outputs)
+def walk(starts: Iterable[Node], onward: Callable[[Node], Iterable[Node]]) -> list[Node]:
+    """Each node that can be reached from these, once, users before inputs of one path."""
+    found: dict[Node, None] = {}
+    stack = list(starts)
     while stack:
         node = stack.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        yield node
-        stack.extend(node.inputs)
+        if node not in found:
+            found[node] = None
+            stack.extend(onward(node))
+    return list(found)
+
+
+def ancestors(outputs: Iterable[Node]) -> list[Node]:
+    """These nodes and all that they need."""
+    return walk(outputs, lambda node: node.inputs)

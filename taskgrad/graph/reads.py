@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from taskgrad.graph.nodes import Node, Pullback, Shard, new_key
 
 
 class Read(Node):
-    """Reads something small from a worker's store; several reads on one worker can be one task.
+    """Reads something small from a worker's store; several reads on one worker can be one task."""
 
-    `part_of` is then that task and the position of this read in it.
-    """
-
-    __slots__ = ("part_of",)
-
-    def __init__(self, key: str, worker: str | None) -> None:
-        super().__init__(key, worker)
-        self.part_of: tuple[Bundle, int] | None = None
-
-    @property
-    def inputs(self) -> Sequence[Node]:
-        return (self.part_of[0],) if self.part_of else self.after
-
-    @property
-    def after(self) -> Sequence[Node]:
-        """What must have run before there is something to read."""
-        return ()
-
-    def again(self) -> Read:
-        """The same read, as another node."""
-        raise NotImplementedError
+    __slots__ = ()
 
 
 class ParameterGrad(Read):
@@ -44,11 +25,8 @@ class ParameterGrad(Read):
         self.name = name
 
     @property
-    def after(self) -> Sequence[Node]:
+    def inputs(self) -> Sequence[Node]:
         return (self.pullback,)
-
-    def again(self) -> Read:
-        return ParameterGrad(self.pullback, self.name)
 
 
 class StoredGrad(Read):
@@ -61,20 +39,16 @@ class StoredGrad(Read):
         self.shard = shard
         self.name = name
 
-    def again(self) -> Read:
-        return StoredGrad(self.shard, self.name)
 
-
-class Bundle(Node):
+class BatchedRead(Node):
     """Several reads on one worker as one task, whose result is the list of theirs."""
 
     __slots__ = ("reads",)
 
-    def __init__(self, reads: Sequence[Read]) -> None:
+    def __init__(self, reads: Sequence[Node]) -> None:
         super().__init__(new_key("grads"), reads[0].worker)
-        # The same reads as new nodes: those given will hold this bundle.
-        self.reads = tuple(r.again() for r in reads)
+        self.reads = tuple(map(copy.copy, reads))  # those given are free to end before this does
 
     @property
     def inputs(self) -> Sequence[Node]:
-        return tuple(dict.fromkeys(n for r in self.reads for n in r.after))
+        return tuple(dict.fromkeys(n for r in self.reads for n in r.inputs))

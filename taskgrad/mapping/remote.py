@@ -10,10 +10,10 @@ import cloudpickle
 import torch
 from distributed import Client
 
-from taskgrad.cluster.session import Session, WorkerInfo, session
+from taskgrad.cluster.session import WorkerInfo, session
 from taskgrad.errors import TaskgradError
-from taskgrad.executors.futures import forget, submit, values_of
-from taskgrad.executors.monitor import failure, wait_for
+from taskgrad.executors.base import Executor
+from taskgrad.executors.registry import executor_of
 from taskgrad.graph.nodes import Leaf, Node
 from taskgrad.graph.pytree import Slot, Structure, builds, carries_gradient, flatten
 from taskgrad.graph.torch_settings import settings_now
@@ -66,19 +66,20 @@ def map_there(
     groups = _by_worker(chunks)
     sums = [SharedGradient(group) for group in groups if len(group) > 1 and eager is not False]
     sums = sums if taped else []
-    replies, eager_shared = _run(fn, chunks, sums, owner)
+    executor = executor_of(owner)
+    replies, eager_shared = _run(fn, chunks, sums, executor)
     leaves = [leaf for reply in replies for leaf in reply.leaves]
     structures = [structure for reply in replies for structure in reply.structures]
     flags = [flag for reply in replies for flag in reply.flags]
     if not any(flags):
-        forget([*chunks, *sums])
+        executor.forget([*chunks, *sums])
         return builds(leaves, structures)
     by_worker = dict(zip((s.worker for s in sums), eager_shared, strict=True))
     recording = _Recorded(
-        work, groups, replies, by_worker, [sum(c.wanted) for c in chunks], sum(wanted), owner
+        work, groups, replies, by_worker, [sum(c.wanted) for c in chunks], sum(wanted), executor
     )
     recording.expectation = expectation
-    forget(sums)
+    executor.forget(sums)
     inputs = [t for t, w in zip(packed.tensors, wanted, strict=True) if w]
     inputs += [t for item in items for t, w in zip(item.tensors, item.wanted, strict=True) if w]
     return join(recording, leaves, structures, flags, inputs)
@@ -171,20 +172,20 @@ def _run(
     fn: Callable[..., Any],
     chunks: Sequence[Chunk],
     sums: Sequence[SharedGradient],
-    owner: Session,
+    executor: Executor,
 ) -> tuple[list[Reply], list[list[Gradient] | None]]:
     """Run all of it; what the chunks and the sums give."""
-    nodes = submit([*chunks, *sums], owner)
+    nodes = executor.submit([*chunks, *sums])
     try:
-        error = _wait(chunks, sums, owner)
+        error = _wait(chunks, sums, executor)
         if error is None:
-            values = values_of([*chunks, *sums], owner)
-            forget([n for n in nodes if not isinstance(n, Chunk)])
+            values = executor.values([*chunks, *sums])
+            executor.forget([n for n in nodes if not isinstance(n, Chunk)])
             return values[: len(chunks)], values[len(chunks) :]
     except BaseException:
-        forget(nodes)
+        executor.forget(nodes)
         raise
-    forget(nodes)
+    executor.forget(nodes)
     if isinstance(error, ItemError):
         where = next(c.worker for c in chunks if c.start <= error.index < c.stop)
         raise item_error(error.error, error.index, fn, str(where), error.frames)
@@ -192,7 +193,7 @@ def _run(
 
 
 def _wait(
-    chunks: Sequence[Chunk], sums: Sequence[SharedGradient], owner: Session
+    chunks: Sequence[Chunk], sums: Sequence[SharedGradient], executor: Executor
 ) -> BaseException | None:
     """Wait for all of it, or the error of the first chunk, in order, that has one.
 
@@ -200,17 +201,17 @@ def _wait(
     """
     pending, found = list(chunks), None
     while pending:
-        error = wait_for(pending, owner)
+        error = executor.wait(pending)
         if error is None:
             break
         found = error
-        failed = [i for i, chunk in enumerate(pending) if failure(chunk) is not None]
+        failed = [i for i, chunk in enumerate(pending) if executor.failure(chunk) is not None]
         if not failed:
             return found
-        found = failure(pending[failed[0]])
-        forget([*sums, *pending[failed[0] :]])
+        found = executor.failure(pending[failed[0]])
+        executor.forget([*sums, *pending[failed[0] :]])
         pending = pending[: failed[0]]
-    return found or wait_for(sums, owner)
+    return found or executor.wait(sums)
 
 
 class _Recorded(Recording):
@@ -224,14 +225,14 @@ class _Recorded(Recording):
         eager_shared: dict[str | None, list[Gradient] | None],
         taken: Sequence[int],
         shared: int,
-        owner: Session,
+        executor: Executor,
     ) -> None:
         entries, before = [], 0
         for reply in replies:
             entries += [before + e for e in reply.entries]
             before += len(reply.structures)
         super().__init__(work.title, entries)
-        self.owner = owner
+        self.executor = executor
         self.expectation: Expectation | None = None
         self.shared = shared
         self.parts: list[_Part] = []
@@ -257,7 +258,7 @@ class _Recorded(Recording):
         for at, value in zip(nodes, values, strict=True):
             found[at] = value
         if self.is_used_up:
-            forget([chunk for part in self.parts for chunk in part.chunks])
+            self.executor.forget([chunk for part in self.parts for chunk in part.chunks])
         shared = [f[0] for f in found if f is not None]
         items: list[Gradient] = []
         for part, f in zip(self.parts, found, strict=True):
@@ -269,22 +270,22 @@ class _Recorded(Recording):
     def _run(self, nodes: list[ChunksBackward]) -> list[Any]:
         if not nodes:
             return []
-        submitted = submit(nodes, self.owner)
+        submitted = self.executor.submit(nodes)
         try:
-            error = wait_for(nodes, self.owner)
+            error = self.executor.wait(nodes)
             if error is None:
-                return values_of(nodes, self.owner)
+                return self.executor.values(nodes)
         except BaseException:
             self._let_go(submitted)
             raise
         finally:
-            forget(submitted)
+            self.executor.forget(submitted)
         self._let_go(submitted)
         raise error
 
     def _let_go(self, submitted: Sequence[Node]) -> None:
         """What is left of the tapes after a backward that failed is of no more use."""
-        forget([*submitted, *(chunk for part in self.parts for chunk in part.chunks)])
+        self.executor.forget([*submitted, *(chunk for part in self.parts for chunk in part.chunks)])
         self.used.update(self.entries)
 
     def differentiable(

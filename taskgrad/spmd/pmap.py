@@ -14,7 +14,7 @@ from taskgrad.arguments import shown
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.session import Session, session
 from taskgrad.errors import TaskgradError
-from taskgrad.executors.futures import run_with_buffers, values_of
+from taskgrad.executors.registry import executor_of
 from taskgrad.graph import pack
 from taskgrad.graph.layers import kind_of
 from taskgrad.graph.nodes import Call, Leaf, Node
@@ -118,11 +118,12 @@ def pmap(
         split = _split(title, args, kwargs, in_axes)
         owner = session(client)
         calls = _calls(fn, title, axis_name, split, _places(title, split.size, owner))
-        run_with_buffers(calls, owner)
-        values = values_of(calls, owner)
+        executor = executor_of(owner)
+        executor.run(calls)
+        values = executor.values(calls)
         # Attached to what takes no gradient a result would keep the tapes for nothing.
         if torch.is_grad_enabled() and any(any(flags) for _, _, flags in values):
-            values = autograd.attach(calls, values, owner)
+            values = autograd.attach(calls, values, executor)
         outputs = [(_as_there(leaves, flags), structure) for leaves, structure, flags in values]
         return _together(f"pmap of {title!r}", outputs, out_axes)
 

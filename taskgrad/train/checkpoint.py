@@ -125,7 +125,7 @@ class Resumable:
         with (
             between_steps((), [chain._ref]),
             keeping_owner(chain),
-            all_or_nothing(needs, chain._session),
+            all_or_nothing(needs, chain._executor),
         ):
             trainer: Any = cls(chain, loss_fn, optimizer, **options)  # type: ignore[call-arg]
             on_shards(chain, checkpoint.load, loads)

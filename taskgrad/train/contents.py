@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from taskgrad.chain import GraphChain
-from taskgrad.executors.futures import run, values_of
 from taskgrad.graph.layers import Layer, local_name, owner_of
 from taskgrad.graph.nodes import Shard, ShardCall, new_key
 from taskgrad.worker.checkpoint import Place
@@ -57,5 +56,5 @@ def on_shards(
         ShardCall(shard, function, given, key=new_key(function.__name__, chain._title))
         for shard, given in arguments.items()
     ]
-    run(calls, chain._session)
-    return values_of(calls, chain._session)
+    chain._executor.run(calls)
+    return chain._executor.values(calls)

@@ -12,7 +12,6 @@ from taskgrad.chain import GraphChain
 from taskgrad.cluster.session import check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.executors.deploy import copy_tied
-from taskgrad.executors.futures import run, values_of
 from taskgrad.graph.nodes import Node, Shard, ShardCall, new_key
 from taskgrad.train.factories import attributes_of, example_of
 from taskgrad.train.owner import acquire_ownership, check_owner
@@ -80,7 +79,7 @@ class Optimizer:
             uses = [self._on(shard, optimizing.use, {}) for shard in chain._shards.values()]
             for use in uses:
                 use.awaits = tuple(makes)
-            run(uses, chain._session)
+            chain._executor.run(uses)
 
     def _on(
         self, shard: Shard, function: Callable[..., Any], arguments: dict[str, Any]
@@ -112,7 +111,7 @@ class Optimizer:
             self._number += 1
             self._unsettled = True
             try:
-                run(self._targets(self._number), self._chain._session)
+                self._chain._executor.run(self._targets(self._number))
             except BaseException as error:
                 try:
                     self._take_back()
@@ -147,13 +146,13 @@ class Optimizer:
 
     def _take_back(self) -> None:
         """Undo a step that some shards have not made, or keep one that all have."""
-        session, number = self._chain._session, {"number": self._number}
+        executor, number = self._chain._executor, {"number": self._number}
         asked = [self._on(shard, optimizing.settled, number) for shard in self._shards]
-        run(asked, session)
-        made = any(values_of(asked, session))
+        executor.run(asked)
+        made = any(executor.values(asked))
         end = optimizing.settle if made else optimizing.take_back
-        run([self._on(shard, end, number) for shard in self._shards], session)
-        copy_tied(list(self._chain._shards.values()), session)
+        executor.run([self._on(shard, end, number) for shard in self._shards])
+        copy_tied(list(self._chain._shards.values()), executor)
         self._unsettled = False
 
     def zero_grad(self) -> None:

@@ -7,8 +7,6 @@ from typing import Any
 
 from taskgrad.chain import GraphChain
 from taskgrad.executors.deploy import copy_tied
-from taskgrad.executors.futures import cancel, run, submit, values_of
-from taskgrad.executors.monitor import wait_for
 from taskgrad.graph.nodes import Node, ShardCall, new_key
 from taskgrad.worker import training
 
@@ -20,19 +18,20 @@ def recover(chain: GraphChain, *, seconds: float | None = None) -> int | None:
     nothing is changed then. Of a chain without a trainer there is nothing to take back.
     """
     asked = _on_all(chain, training.progress, {})
-    submit(asked, chain._session)
-    error = wait_for(asked, chain._session, seconds=seconds)
+    executor = chain._executor
+    executor.submit(asked)
+    error = executor.wait(asked, seconds=seconds)
     if isinstance(error, TimeoutError):
-        cancel(asked, chain._session)
+        executor.cancel(asked)
         return None
     if error is not None:
         raise error
-    taken = values_of(asked, chain._session)
+    taken = executor.values(asked)
     if None in taken:
         return 0
     done: int = min(taken)
-    run(_on_all(chain, training.roll_back, {"done": done}), chain._session)
-    copy_tied(list(chain._shards.values()), chain._session)
+    executor.run(_on_all(chain, training.roll_back, {"done": done}))
+    copy_tied(list(chain._shards.values()), executor)
     return done
 
 

@@ -11,6 +11,7 @@ import torch
 
 from taskgrad.arguments import shown
 from taskgrad.chain import GraphChain
+from taskgrad.executors.base import Executor
 from taskgrad.graph.adjoint import adjoint
 from taskgrad.graph.nodes import Call, Draw, Node, Pullback, Shard, ShardCall, ancestors, new_key
 from taskgrad.graph.pytree import Slot
@@ -61,14 +62,14 @@ class Step:
         """All that has to run."""
         return [self.report, *self.last.values(), *self.settles]
 
-    def let_go(self) -> None:
+    def let_go(self, executor: Executor) -> None:
         """Drop what was only needed to submit it: the graph, and with it the steps before."""
         shards = {shard.worker for shard in self.last}
         for node in ancestors(self.targets):
             node.awaits = ()
             if isinstance(node, Call | ShardCall):
                 self.labels[node.key] = node.label
-            if node.worker is not None and node.worker not in shards:
+            if executor.worker_of(node) not in {None, *shards}:
                 self.elsewhere.append(node)
         for node in self.targets:
             if isinstance(node, ShardCall):

@@ -14,8 +14,6 @@ from taskgrad.arguments import flag, whole
 from taskgrad.chain import GraphChain
 from taskgrad.cluster.session import check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
-from taskgrad.executors.futures import cancel, forget, launch, run, values_of
-from taskgrad.executors.monitor import wait_for
 from taskgrad.graph.nodes import Leaf, Node, Shard, ShardCall, new_key
 from taskgrad.graph.slices import Dims
 from taskgrad.plan.schedule import Schedule
@@ -267,8 +265,8 @@ class Trainer(Resumable):
             use = ShardCall(shard, optimizing.use, {}, key=new_key("use", chain._title))
             use.awaits = (set_loss,)
             uses.append(use)
-        run(uses, chain._session)
-        answers = values_of(calls, chain._session)
+        chain._executor.run(uses)
+        answers = chain._executor.values(calls)
         self._metric_for = next((name for name in answers if name is not None), None)
 
     def _on(
@@ -320,7 +318,7 @@ class Trainer(Resumable):
             loss = StepLoss(self, made, batch.size)
             self._running.append(loss)
             try:
-                launch(made.targets, self.chain._session)
+                self.chain._executor.launch(made.targets, {})
             except BaseException as error:
                 if isinstance(error, Exception) and not isinstance(error, TaskgradError | OSError):
                     self._running.pop()  # it was not submitted; the steps before it go on
@@ -331,7 +329,7 @@ class Trainer(Resumable):
                     raise
                 self._give_up(error)
                 raise
-            made.let_go()
+            made.let_go(self.chain._executor)
             self._last = made
             self._chained += 1
             self.steps += 1
@@ -350,7 +348,7 @@ class Trainer(Resumable):
             while self._running:
                 self._finish(self._running[0])
             if self._last is not None:
-                forget(self._last.targets)
+                self.chain._executor.forget(self._last.targets)
                 self._last, self._chained = None, 0
 
     @contextlib.contextmanager
@@ -385,29 +383,26 @@ class Trainer(Resumable):
             first = self._running[0]
             try:
                 made = first.made
-                error = wait_for(
-                    made.targets,
-                    self.chain._session,
-                    behind=made.elsewhere,
-                    labels=made.labels,
-                )
+                executor = self.chain._executor
+                error = executor.wait(made.targets, behind=made.elsewhere, labels=made.labels)
                 if error is not None:
                     raise error
-                [report] = values_of([made.report], self.chain._session)
+                [report] = executor.values([made.report])
             except BaseException as error:
                 self._give_up(error)
                 raise
             self._running.popleft()
             first.settle(report)
             if first.made is not self._last:
-                forget(first.made.targets)
+                executor.forget(first.made.targets)
             self._call_lock.notify_later(first)
 
     def _let_reads_end(self) -> None:
         """Have what uses the model, as an evaluation does, pass it before it changes."""
-        reading = [node for node in self._reading if node.result is not None]
+        executor = self.chain._executor
+        reading = [node for node in self._reading if executor.is_submitted(node)]
         if reading:
-            wait_for(reading, self.chain._session)  # who takes the values hears of errors
+            executor.wait(reading)  # who takes the values hears of errors
         self._reading.clear()
 
     def _give_up(self, error: BaseException) -> None:
@@ -417,7 +412,7 @@ class Trainer(Resumable):
 
     def _cancel_all(self, error: BaseException) -> None:
         for loss in self._running:
-            cancel(loss.made.targets, self.chain._session)
+            self.chain._executor.cancel(loss.made.targets)
             loss.fail(error)
         self._running.clear()
         self._last, self._chained = None, 0
@@ -455,9 +450,9 @@ class Trainer(Resumable):
         done = {"done": self.steps}
         try:
             steps = [self._on(s, training.advance, {**done, "metric": metric}) for s in shards]
-            run(steps, self.chain._session)
+            self.chain._executor.run(steps)
         except BaseException:
-            run([self._on(s, training.retreat, done) for s in shards], self.chain._session)
+            self.chain._executor.run([self._on(s, training.retreat, done) for s in shards])
             raise
 
     # -- loops -------------------------------------------------------------------------------------

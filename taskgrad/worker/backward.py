@@ -9,18 +9,12 @@ from typing import Any
 import torch
 
 from taskgrad.errors import CotangentError, LayerError
+from taskgrad.graph.cotangents import Gradient, match
 from taskgrad.graph.nodes import Draw
-from taskgrad.graph.pytree import (
-    Structure,
-    carries_gradient,
-    cotangents,
-    describe,
-    flatten,
-    plain,
-)
+from taskgrad.graph.pytree import cotangents, describe
 from taskgrad.worker.communicator import Member
 from taskgrad.worker.failures import backward_error
-from taskgrad.worker.gradients import Gradient, accumulate_into, own
+from taskgrad.worker.gradients import accumulate_into, own
 from taskgrad.worker.hooks import hooks_off
 from taskgrad.worker.mailbox import GangFailed
 from taskgrad.worker.shard_lock import turn
@@ -174,57 +168,6 @@ def _add(a: Gradient, b: Gradient) -> Gradient:
     if a is None or b is None:
         return b if a is None else a
     return a + b
-
-
-def match(cotangent: Any, outputs: list[Any], structure: Structure, where: str) -> list[Gradient]:
-    """A cotangent's leaves beside the output's, checked.
-
-    `outputs` are tensors, or anything with the shape, dtype and description of one. None stands for
-    no cotangent, at a leaf or for the whole value.
-
-    Raises
-    ------
-    CotangentError
-        Structure, shape or dtype differ.
-    """
-    if cotangent is None:
-        return [None] * len(outputs)
-    leaves, given = flatten(cotangent)
-    if given != structure:
-        try:
-            if structure.takes_anything and given.takes_anything:
-                raise ValueError
-            leaves = structure.flatten_up_to(plain(cotangent))
-        except ValueError as error:
-            objects = structure.has_objects
-            expected = structure.name if objects else describe(structure.build(outputs))
-            raise CotangentError(
-                f"the cotangent for {where} has another structure than the output: expected "
-                f"{expected}, got {describe(cotangent)}{f' ({error})' if objects else ''}"
-            ) from None
-    for leaf, output in zip(leaves, outputs, strict=True):
-        if leaf is None:
-            continue
-        if not isinstance(leaf, torch.Tensor):
-            raise CotangentError(
-                f"the cotangent for {where} holds a {type(leaf).__name__}; expected tensors or None"
-            )
-        if not carries_gradient(output):
-            raise CotangentError(
-                f"the cotangent for {where} has {describe(leaf)} where the output is "
-                f"{describe(output)}, which carries no gradient; give None there"
-            )
-        if leaf.shape != output.shape or leaf.dtype != output.dtype:
-            raise CotangentError(
-                f"the cotangent for {where} is {describe(leaf)}; the output is {describe(output)}. "
-                "Shape and dtype must be the same"
-            )
-        if leaf.layout is not output.layout or leaf.device.type == "meta":
-            raise CotangentError(
-                f"the cotangent for {where} has layout {leaf.layout} and device {leaf.device}; the "
-                f"output has layout {output.layout}. Give a tensor of the same layout, with values"
-            )
-    return leaves
 
 
 def _collectives(member: Member) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -1,0 +1,88 @@
+"""What an executor is: it runs nodes of a graph on workers, and holds what came of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from dask.highlevelgraph import HighLevelGraph
+
+from taskgrad.graph.nodes import Node, Shard
+
+
+class Executor(Protocol):
+    """Runs nodes, each at most once, where they belong.
+
+    A node that was submitted is held: its value, its tape or its gradients stay on its worker until
+    the node itself is garbage, or `forget` is called. Nodes are data and know nothing of this.
+    """
+
+    def run(self, targets: Sequence[Node], *, wait: bool = True, tapes: bool = True) -> None:
+        """Submit what these targets need, and wait until all of them have run.
+
+        Buffers that a function's module changed are then written back into that module. Without
+        `tapes`, forwards keep none, but for those that a backward among these nodes uses.
+
+        Raises
+        ------
+        LayerError, CotangentError, TapeError
+            As the worker raised it; nothing of this submission stays.
+        WorkerLostError
+            A worker went away with what was needed.
+        TaskgradError
+            The client is closed; or this is a task whose worker could wait for ever.
+        """
+
+    def submit(self, targets: Sequence[Node]) -> list[Node]:
+        """Submit what these targets need and has not been submitted; returns those nodes."""
+
+    def launch(self, targets: Sequence[Node], order: Mapping[Node, Sequence[Node]]) -> None:
+        """Submit these targets and all they need as one graph, of which only they are held.
+
+        What lies between stays for as long as something in the graph needs it. `order` has, for a
+        node, others that must have run before it starts.
+        """
+
+    def wait(
+        self,
+        nodes: Sequence[Node],
+        *,
+        behind: Sequence[Node] = (),
+        labels: Mapping[str, str] | None = None,
+        seconds: float | None = None,
+    ) -> BaseException | None:
+        """Wait until all have run, or one cannot; returns the error, or None.
+
+        `behind` are nodes that these need and that are not held: their workers are watched too.
+        `labels` name tasks by their keys in messages. With `seconds`, a TimeoutError after that.
+        """
+
+    def values(self, nodes: Sequence[Node]) -> list[Any]:
+        """The values of nodes that have run, on the driver.
+
+        Raises
+        ------
+        WorkerLostError
+            A value was lost with its worker on the way.
+        """
+
+    def failure(self, node: Node) -> BaseException | None:
+        """What went wrong with a node that was submitted, as an error to raise."""
+
+    def cancel(self, nodes: Sequence[Node]) -> None:
+        """Cancel these nodes even if something else, such as a traceback, still refers to them."""
+
+    def forget(self, nodes: Iterable[Node]) -> None:
+        """Release what is held of these nodes: results, and with them tapes and gradients."""
+
+    def hold(self, owner: Shard, node: Node) -> None:
+        """Hold what came of a node for as long as its shard exists on the driver."""
+
+    def is_submitted(self, node: Node) -> bool:
+        """Whether a node was submitted, and is held."""
+
+    def worker_of(self, node: Node) -> str | None:
+        """The worker that a node asks for, or was given; None if it has none yet."""
+
+    def graph(self, node: Node) -> HighLevelGraph:
+        """The Dask graph of all that is behind a node, for Dask's own compute and persist."""
