@@ -16,8 +16,13 @@ from taskgrad.executors.registry import executor_of
 
 
 def long(*values: Any) -> list[Any]:
-    """Parameters whose tests take long."""
+    """Values of a parameter whose tests take long."""
     return [pytest.param(value, marks=pytest.mark.long) for value in values]
+
+
+def long_rows(*rows: tuple[Any, ...]) -> list[Any]:
+    """The same for several parameters at once."""
+    return [pytest.param(*row, marks=pytest.mark.long) for row in rows]
 
 
 def reference(model: nn.Module, *xs: torch.Tensor, cotangent: Any = None) -> tuple[Any, dict, list]:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, StepLR
 
 import taskgrad as tg
-from helpers import assert_same
+from helpers import assert_same, long, long_rows
 
 SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 ADAMW = functools.partial(torch.optim.AdamW, lr=0.01)
@@ -154,8 +154,8 @@ def test_in_the_middle_of_accumulating(client, tmp_path):
     assert_same_everything(everything(restored), everything(trainer))
 
 
-@pytest.mark.parametrize(("saved_on", "cut"), [(2, [0] * 9), (1, [0, 0, 1, 1, 1, 1, 2, 2, 2]),
-                                               (2, [1, 0, 0, 0, 1, 1, 0, 0, 1])])  # fmt: skip
+@pytest.mark.parametrize(("saved_on", "cut"), [(1, [0, 0, 1, 1, 1, 1, 2, 2, 2]),
+    *long_rows((2, [0] * 9), (2, [1, 0, 0, 0, 1, 1, 0, 0, 1]))])  # fmt: skip
 def test_on_other_workers(client, elsewhere, tmp_path, saved_on, cut):
     schedule = functools.partial(StepLR, step_size=2, gamma=0.5)
     groups = {"*.bias": {"lr": 0.02}}
@@ -383,7 +383,7 @@ with Client({address!r}) as client:
 """
 
 
-@pytest.mark.parametrize("moment", ["_check_visible", "_write_json", "os.replace"])
+@pytest.mark.parametrize("moment", ["os.replace", *long("_check_visible", "_write_json")])
 def test_a_driver_killed_while_saving_leaves_the_old_checkpoint(client, tmp_path, moment):
     run = tmp_path / "run"
     known = {"tests": str(Path(__file__).parent), "address": client.scheduler.address}

@@ -12,7 +12,7 @@ from distributed import Client, LocalCluster
 from torch import nn
 
 import taskgrad as tg
-from helpers import assert_same, assert_vjp_equals_torch
+from helpers import assert_same, assert_vjp_equals_torch, long
 
 
 def run_script(body: str) -> subprocess.CompletedProcess[str]:
@@ -41,7 +41,7 @@ def test_no_client_anywhere_opens_one_and_says_so_once():
     assert done.stderr.count("started a local cluster") == 1
 
 
-@pytest.mark.parametrize("first", ["dask", "taskgrad", "distributed"])
+@pytest.mark.parametrize("first", ["dask", *long("taskgrad", "distributed")])
 def test_imports_in_any_order_and_dask_alone_stays_light(first):
     done = run_script(
         f"""

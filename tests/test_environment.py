@@ -16,6 +16,7 @@ from torch import nn
 
 import taskgrad as tg
 from conftest import about_workers
+from helpers import long
 
 
 def environment_without(folder, packages):
@@ -29,7 +30,7 @@ def environment_without(folder, packages):
     return str(folder)
 
 
-@pytest.mark.parametrize("packages", [("torch",), ("torch", "taskgrad", "numpy")])
+@pytest.mark.parametrize("packages", [("torch",), *long(("torch", "taskgrad", "numpy"))])
 def test_a_worker_without_a_package_is_named_at_once(fresh, tmp_path, packages):
     client = fresh(n_workers=1)
     python = os.path.realpath(sys.executable)  # outside of a virtual environment
@@ -80,7 +81,7 @@ def warnings(caplog):
     return [r.getMessage() for r in caplog.records if "numbers of threads" in r.getMessage()]
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", [False, *long(True)])
 def test_workers_whose_torch_threads_differ_are_listed_once(fresh, tmp_path, caplog, late):
     client = fresh(n_workers=1)  # Dask's nanny starts it with OMP_NUM_THREADS=1
     [first] = client.nthreads()

@@ -17,6 +17,7 @@ from torch import nn
 
 import taskgrad as tg
 from conftest import keys_of
+from helpers import long
 from taskgrad.cluster import session as sessions
 
 
@@ -217,7 +218,7 @@ def test_cluster_without_workers(fresh):
         tg.GraphChain(linear(), client=client)
 
 
-@pytest.mark.parametrize("package", ["taskgrad", "torch"])
+@pytest.mark.parametrize("package", ["taskgrad", *long("torch")])
 def test_worker_with_another_version(fresh, tmp_path, package):
     """A real worker, in front of whose path stands another release."""
     info = tmp_path / f"{package}-0.0.1.dist-info"

@@ -18,6 +18,7 @@ from distributed import Client
 from torch import nn
 
 import taskgrad as tg
+from helpers import long, long_rows
 
 
 def run_script(folder: Path, body: str, *, stdin: bool = False) -> subprocess.CompletedProcess[str]:
@@ -39,7 +40,7 @@ def run_script(folder: Path, body: str, *, stdin: bool = False) -> subprocess.Co
 WORK = "print('sum', tg.collect(tg.spawn(torch.add, torch.ones(2), 1)).sum().item())"
 
 
-@pytest.mark.parametrize("start", ["client = tg.local_cluster(n_workers=1)", ""])
+@pytest.mark.parametrize("start", ["client = tg.local_cluster(n_workers=1)", *long("")])
 def test_a_script_without_a_guard_ends_in_a_sentence_that_names_it(tmp_path, start):
     done = run_script(tmp_path, f"import torch, taskgrad as tg\n{start}\n{WORK}")
     assert done.returncode == 1
@@ -51,6 +52,7 @@ def test_a_script_without_a_guard_ends_in_a_sentence_that_names_it(tmp_path, sta
     assert not any("nanny" in line.lower() for line in lines)
 
 
+@pytest.mark.long
 def test_a_worker_process_of_others_that_reaches_the_work_says_so(tmp_path):
     """As those of a data loader do: what they import is not theirs to do."""
     done = run_script(
@@ -84,6 +86,7 @@ def test_a_worker_process_that_dies_at_once_is_told_with_its_status(tmp_path):
     assert "TaskgradError: a worker process ended with status 7 before" in done.stderr
 
 
+@pytest.mark.long
 def test_a_script_from_standard_input_works(tmp_path):
     body = f"import torch, taskgrad as tg\nclient = tg.local_cluster(n_workers=1)\n{WORK}"
     done = run_script(tmp_path, body, stdin=True)
@@ -94,7 +97,7 @@ def test_a_script_from_standard_input_works(tmp_path):
     ("open_client", "end", "status"),
     [
         ("tg.local_cluster(n_workers=2)", "raise ValueError('the user')", 1),
-        ("Client(LocalCluster(n_workers=2, threads_per_worker=1))", "sys.exit(3)", 3),
+        *long_rows(("Client(LocalCluster(n_workers=2, threads_per_worker=1))", "sys.exit(3)", 3)),
     ],
 )
 def test_a_script_that_does_not_close_its_client_ends_quietly(tmp_path, open_client, end, status):

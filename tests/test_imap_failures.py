@@ -111,6 +111,7 @@ def _pid(i: int) -> int:
     return os.getpid()
 
 
+@pytest.mark.long
 def test_memory_is_flat_over_200_000_items(client: Client) -> None:
     """As much after 200,000 items of 4 KB as after a quarter of them, in every process."""
     processes = {

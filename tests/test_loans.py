@@ -323,6 +323,7 @@ def empty() -> Iterator[Client]:
 
 
 @needs_call
+@pytest.mark.long
 def test_two_hosts(empty):
     with worker_process(empty, "127.0.0.1", 0), worker_process(empty, "127.0.0.2", 0):
         client, (a, b) = use(empty)
@@ -333,6 +334,7 @@ def test_two_hosts(empty):
 
 
 @needs_others
+@pytest.mark.long
 def test_a_killed_worker_that_comes_back_at_its_address(empty):
     port = open_port()
     with worker_process(empty, "127.0.0.1", 0):

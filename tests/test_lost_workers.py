@@ -14,6 +14,7 @@ from distributed import get_worker
 from torch import nn
 
 import taskgrad as tg
+from helpers import long_rows
 
 
 def end(way):
@@ -63,6 +64,7 @@ def ends_loss(output, target):
 
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
+ENDS_STEP = functools.partial(EndsStep, lr=0.1)
 
 
 def allow_no_failures(dask_scheduler):
@@ -92,8 +94,10 @@ def test_a_layer_that_ends_its_process(fresh):
     ("last", "loss", "optimizer", "task"),
     [
         (EndsBackward(), F.mse_loss, SGD, r"'backward:1' in microbatch [01] of step 0"),
-        (nn.Identity(), ends_loss, SGD, r"'forward:1' in microbatch [01] of step 0"),
-        (nn.Identity(), F.mse_loss, functools.partial(EndsStep, lr=0.1), r"'update:\S+' of step 0"),
+        *long_rows(
+            (nn.Identity(), ends_loss, SGD, r"'forward:1' in microbatch [01] of step 0"),
+            (nn.Identity(), F.mse_loss, ENDS_STEP, r"'update:\S+' of step 0"),
+        ),
     ],
     ids=["backward", "loss", "optimizer"],
 )

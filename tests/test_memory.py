@@ -16,7 +16,7 @@ from torch import nn
 
 import taskgrad as tg
 from conftest import about_workers, wait_until
-from helpers import assert_same, future_of
+from helpers import assert_same, future_of, long
 from taskgrad.graph.pytree import flatten
 from taskgrad.worker.backward import Backward
 from taskgrad.worker.memory import total_bytes
@@ -185,7 +185,7 @@ def retire_workers(client, results, workers):
     assert all(w and workers[2] not in w for w in client.who_has(results).values())
 
 
-@pytest.mark.parametrize("disturb", [rebalance, replicate, memory_manager, retire_workers])
+@pytest.mark.parametrize("disturb", [memory_manager, *long(rebalance, replicate, retire_workers)])
 def test_between_forward_and_backward(busy, disturb):
     forward_disturb_backward(busy, disturb)
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import taskgrad as tg
 from conftest import wait_until
-from helpers import assert_same
+from helpers import assert_same, long
 from taskgrad.worker.offload import CopiesInFiles, SpilledState
 
 ADAMW = functools.partial(torch.optim.AdamW, lr=1e-3)
@@ -43,6 +43,7 @@ def hold(dask_worker, megabytes):
     dask_worker.held_by_somebody = torch.ones(megabytes << 20, dtype=torch.uint8)
 
 
+@pytest.mark.long
 def test_what_needs_two_and_a_half_gib_trains_on_two_workers_of_one_and_a_half(fresh, tmp_path):
     client = fresh(n_workers=2, memory_limit="1.5GiB")
     before = set(client.nthreads())
@@ -62,6 +63,7 @@ def test_what_needs_two_and_a_half_gib_trains_on_two_workers_of_one_and_a_half(f
     assert max(peaks) < 0.93 * 1.5 * GIB, peaks
 
 
+@pytest.mark.long
 def test_the_same_on_one_worker_is_refused_beforehand(fresh):
     client = fresh(n_workers=1, memory_limit="1.5GiB")
     chain = tg.GraphChain(big, client=client)
@@ -94,12 +96,14 @@ def test_what_others_hold_counts(fresh):
     "factory",
     [
         ADAMW,
-        functools.partial(torch.optim.AdamW, amsgrad=True),
-        functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
-        functools.partial(torch.optim.RMSprop, centered=True, momentum=0.9),
-        torch.optim.Adagrad,
-        torch.optim.NAdam,
-        torch.optim.Rprop,
+        *long(
+            functools.partial(torch.optim.AdamW, amsgrad=True),
+            functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
+            functools.partial(torch.optim.RMSprop, centered=True, momentum=0.9),
+            torch.optim.Adagrad,
+            torch.optim.NAdam,
+            torch.optim.Rprop,
+        ),
     ],
 )
 def test_state_in_files_gives_the_same_bits(tmp_path, factory):

@@ -16,6 +16,7 @@ import pytest
 from distributed import Worker
 
 import taskgrad as tg
+from helpers import long_rows
 from mpi_jobs import job, run
 from taskgrad.launch.worker_rank import _no_failed_heartbeats
 
@@ -105,8 +106,8 @@ WORK = """
 
 @pytest.mark.parametrize(
     ("ranks", "arguments", "workers"),
-    [(3, {}, 2), (1, {}, 0), (None, {"workers": 2}, 2), (None, {"workers": 0}, 0)],
-    ids=["mpirun -n 3", "mpirun -n 1", "local workers", "in this process"],
+    [(3, {}, 2), (None, {"workers": 0}, 0), *long_rows((1, {}, 0), (None, {"workers": 2}, 2))],
+    ids=["mpirun -n 3", "in this process", "mpirun -n 1", "local workers"],
 )
 def test_one_file_runs_with_and_without_mpi(script, ranks, arguments, workers):
     status, out, err = run(script(WORK), ranks, json.dumps(arguments))
@@ -156,7 +157,7 @@ def test_a_heartbeat_that_finds_no_scheduler_prints_no_traceback():
     assert _no_failed_heartbeats(logging.makeLogRecord({"msg": "something else"}))
 
 
-@pytest.mark.parametrize(("how", "expected"), [("raises", 1), ("exits", 3)])
+@pytest.mark.parametrize(("how", "expected"), [("exits", 3), *long_rows(("raises", 1))])
 def test_the_exit_status_is_that_of_rank_0(script, how, expected):
     status, out, err = run(script(ENDS), 3, how)
     assert status == expected, err
@@ -180,9 +181,11 @@ BUSY = """
 @pytest.mark.parametrize(
     ("who", "how", "options"),
     [
-        ("rank 0", signal.SIGKILL, ("-disable-auto-cleanup",)),  # else mpirun kills the others
-        ("mpirun", signal.SIGTERM, ()),
         ("mpirun", signal.SIGINT, ()),
+        *long_rows(
+            ("rank 0", signal.SIGKILL, ("-disable-auto-cleanup",)),  # else mpirun kills the others
+            ("mpirun", signal.SIGTERM, ()),
+        ),
     ],
 )
 def test_no_process_survives_a_kill(script, who, how, options):
@@ -223,7 +226,9 @@ ABSENT = """
             "rank 2 of 3 did not come to tg.main within 2 s",
         ),
         # MPI itself waits for this one: who is left to say so is a watch on the C stack.
-        ("os.environ['PMI_RANK'] == '2'", "_mpi_starts_when_every_rank_has_called_tg_main"),
+        *long_rows(
+            ("os.environ['PMI_RANK'] == '2'", "_mpi_starts_when_every_rank_has_called_tg_main")
+        ),
     ],
 )
 def test_a_rank_that_does_not_come_ends_the_job(script, absent, message):
@@ -233,6 +238,7 @@ def test_a_rank_that_does_not_come_ends_the_job(script, absent, message):
     assert message in err
 
 
+@pytest.mark.long
 def test_a_start_that_fails_sends_the_other_ranks_home(script):
     status, _, err = run(script("tg.main(__name__, interface='no-such0')"), 3)
     assert status == 1

@@ -18,6 +18,7 @@ from torch import nn
 
 import taskgrad as tg
 from conftest import wait_until
+from helpers import long
 
 
 def where(*_):
@@ -56,6 +57,7 @@ def start_worker(client, name, folder):
     )
 
 
+@pytest.mark.long
 def test_a_pin_survives_a_restart_by_hand(fresh, tmp_path):
     client = fresh(n_workers=0)
     first = start_worker(client, "alice", tmp_path)
@@ -124,7 +126,7 @@ def freeze(client, worker):
     os.kill(client.run(os.getpid)[worker], signal.SIGSTOP)
 
 
-@pytest.mark.parametrize("end", [kill, close, remove, freeze])
+@pytest.mark.parametrize("end", [kill, *long(close, remove, freeze)])
 def test_a_worker_that_goes_while_it_computes(fresh, end):
     ttl = "10s" if end is freeze else None
     with dask.config.set({"distributed.scheduler.worker-ttl": ttl}):
@@ -156,7 +158,7 @@ def test_a_restarted_worker_never_goes_on_with_the_first_weights(fresh):
             use()
 
 
-@pytest.mark.parametrize("rows", [1, 1 << 18])  # the larger input is sent on its own
+@pytest.mark.parametrize("rows", [1, *long(1 << 18)])  # the larger input is sent on its own
 def test_a_paused_worker_is_not_waited_for_without_end(fresh, rows):
     client = fresh(n_workers=2, memory_limit=0)  # no monitor that would unpause it
     chain = tg.GraphChain(
@@ -176,6 +178,7 @@ def test_a_paused_worker_is_not_waited_for_without_end(fresh, rows):
         tg.collect(tg.spawn(torch.add, x, chain(x), worker=1))
 
 
+@pytest.mark.long
 def test_a_scheduler_that_hangs_is_not_waited_for_without_end(tmp_path):
     file = tmp_path / "scheduler.json"
     command = ["-m", "distributed.cli.dask_scheduler", "--port", "0", "--no-dashboard"]

@@ -155,6 +155,7 @@ def end_lifetime(dask_worker):
     dask_worker.loop.call_later(0, dask_worker.close_gracefully, reason="worker-lifetime-reached")
 
 
+@pytest.mark.long
 def test_a_worker_whose_lifetime_is_over(fresh):
     client = fresh(n_workers=2)
     network, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(5, 8)
@@ -168,6 +169,7 @@ def test_a_worker_whose_lifetime_is_over(fresh):
     assert wait_until(lambda: not addresses(client), 30)
 
 
+@pytest.mark.long
 def test_an_adaptive_cluster_shrinks_once_the_chain_is_gone(fresh):
     client = fresh(n_workers=2)
     network, x = model(), torch.randn(5, 8)

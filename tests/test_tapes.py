@@ -18,7 +18,7 @@ from torch import nn
 
 import taskgrad as tg
 from conftest import total_held, wait_until
-from helpers import assert_same, future_of
+from helpers import assert_same, future_of, long
 from taskgrad.cluster.plugins import store_of
 from taskgrad.worker import shard_ops, training
 from taskgrad.worker.actions import OnShard
@@ -44,7 +44,7 @@ def fails(chain):
         tg.collect(bad)
 
 
-@pytest.mark.parametrize("what", [forward_and_backward, dropped, fails])
+@pytest.mark.parametrize("what", [forward_and_backward, *long(dropped, fails)])
 def test_300_rounds_leave_memory_flat(client, what):
     chain = tg.GraphChain(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), client=client)
 
@@ -112,6 +112,7 @@ def computing(dask_worker):
     return len(dask_worker.state.executing | dask_worker.state.long_running)
 
 
+@pytest.mark.long
 def test_a_long_wait_keeps_nothing_alive(client):
     """Without the garbage collector's help: no cycle through the frames that waited."""
 
@@ -258,6 +259,7 @@ def test_a_forward_that_dask_runs_again_gives_what_it_gave(fresh):
     assert_same(x.grad, first)  # 2 where a one was kept, 0 where it was dropped
 
 
+@pytest.mark.long
 def test_layers_that_dask_installs_again_stay_as_they_are(fresh):
     client = fresh(n_workers=3)
     workers = sorted(client.nthreads())

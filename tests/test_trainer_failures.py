@@ -17,6 +17,7 @@ from torch import nn
 
 import taskgrad as tg
 from conftest import keys_of, total_held, wait_until
+from helpers import long, long_rows
 from plain import (
     ConvNet,
     PlainTrainer,
@@ -81,7 +82,7 @@ def trapped(kind: str, call: int) -> ConvNet:
 
 
 @pytest.mark.parametrize(
-    ("kind", "call"), [("forward", 0), ("forward", 2), ("backward", 0), ("backward", 3)]
+    ("kind", "call"), [("forward", 2), ("backward", 3), *long_rows(("forward", 0), ("backward", 0))]
 )
 def test_a_layer_that_raises(client, kind, call):
     """In any microbatch, forward or backward: named, nothing stays, and the step can be retried."""
@@ -190,6 +191,7 @@ def test_thunks_of_another_client_are_refused(client, four):
         trainer.step(x, y)
 
 
+@pytest.mark.long
 def test_a_worker_that_only_holds_the_batch_dies(fresh):
     client = fresh(n_workers=3)
     chain = tg.GraphChain(ConvNet(), client=client, placement=STAGES)
@@ -292,7 +294,7 @@ def set_nap(seconds: float, dask_worker) -> None:
     store_of(dask_worker).nap = seconds
 
 
-@pytest.mark.parametrize("nap", [0.05, 0.6, 4.0])
+@pytest.mark.parametrize("nap", [0.6, *long(0.05, 4.0)])
 def test_ctrl_c_in_fit(client, nap):
     """Soon back, no work left over, and the step that was under way did not happen."""
     model = ConvNet()
@@ -350,7 +352,7 @@ def half_way(dask_worker) -> None:
 
     def stuck(*args, **kwargs):
         training.commit = original
-        time.sleep(3)
+        time.sleep(1)
         raise ArithmeticError("commit failed")
 
     training.commit = stuck

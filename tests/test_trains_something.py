@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 import taskgrad as tg
+from helpers import long
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 OWN = [nn.Parameter(torch.ones(3, 3))]
@@ -62,7 +63,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [*list(LOSSES)[:3], *long(*list(LOSSES)[3:])])
 def test_a_loss_that_trains_nothing(client, loss):
     chain = tg.GraphChain(make(), placement=[0, 0, 1])
     before = chain.state_dict()
