@@ -65,6 +65,7 @@ def _(node: Call) -> Forward:
         recompute=node.recompute,
         extras=node.extras,
         check_finite=node.check_finite,
+        raw=node.raw,
         rank=node.rank,
         peers=node.peers,
     )

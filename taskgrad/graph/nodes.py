@@ -219,6 +219,9 @@ class Call(Node):
     their input and run again in the backward; `extras`, the pickled further arguments of the last
     step, the loss; `check_finite`, whether that may only be a finite number.
 
+    A function that is `raw` takes its inputs as they came: it copies what it writes, and makes its
+    own leaves of autograd.
+
     A call that is one `rank` of a gang knows the keys of all of them as its `peers`.
     """
 
@@ -237,6 +240,7 @@ class Call(Node):
         "peers",
         "pending",
         "rank",
+        "raw",
         "recompute",
         "returns_buffers",
         "shard",
@@ -264,6 +268,7 @@ class Call(Node):
         worker: str | None = None,
         kind: str = "forward",
         rank: Rank | None = None,
+        raw: bool = False,
     ) -> None:
         refuse_modes(title)
         super().__init__(new_key(kind, title), worker)
@@ -290,6 +295,7 @@ class Call(Node):
         self.extras = b""
         self.check_finite = False
         self.rank = rank
+        self.raw = raw
         self.peers: tuple[str, ...] = ()
 
     @property

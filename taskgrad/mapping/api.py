@@ -14,9 +14,9 @@ from distributed import Client
 from taskgrad.arguments import whole
 from taskgrad.graph.pytree import flatten
 from taskgrad.mapping.items import read_rows
-from taskgrad.mapping.local import map_here
+from taskgrad.mapping.local import map_local
 from taskgrad.mapping.reducing import fold, mean, rounded
-from taskgrad.mapping.remote import map_there
+from taskgrad.mapping.remote import map_remote
 from taskgrad.mapping.threads import threads_here, worker_here
 from taskgrad.thunk import Lazy, Thunk, collect
 
@@ -113,11 +113,11 @@ def map(
     if over == "threads" or worker_here() is not None:
         # In a task, other workers may be waiting for this one: it does all of it.
         threads = 1 if over == "processes" else threads_here()
-        results = map_here(
+        results = map_local(
             fn, rows, threads=threads, chunksize=chunksize, reduce=reduce is not None, seed=seed
         )
     else:
-        results = map_there(
+        results = map_remote(
             fn,
             rows,
             threads=over == "both",

@@ -8,27 +8,28 @@ from typing import Any
 import torch
 
 from taskgrad.graph import pack
-from taskgrad.graph.pytree import builds, flatten
+from taskgrad.graph.pytree import flatten
 from taskgrad.item_errors import is_ctrl_c, item_error
 from taskgrad.mapping.closed_over import closed_over_tensors, title_of
 from taskgrad.mapping.items import Row, cut, share
-from taskgrad.mapping.joining import Recording, join
+from taskgrad.mapping.recording import Recording, join
 from taskgrad.mapping.segments import (
     Gradient,
     ItemError,
-    Piece,
-    Rows,
-    Task,
+    ItemFunction,
+    Results,
+    Segment,
+    SegmentInput,
     differentiate,
-    rows_of,
-    run_pieces,
+    input_of,
+    run_segments,
     total,
 )
 from taskgrad.mapping.threads import worker_here
 from taskgrad.worker.failures import backward_error
 
 
-def map_here(
+def map_local(
     fn: Callable[..., Any],
     rows: Sequence[Row],
     *,
@@ -44,16 +45,14 @@ def map_here(
         ranges = cut(len(rows), chunksize)
     taped = torch.is_grad_enabled()
     function, originals = _cut_off(fn) if taped else (fn, {})
-    task = Task(function, taped, taped, seed, reduce)
-    parts = [rows_of(r.start, [rows[i] for i in r]) for r in ranges]
+    mapped = ItemFunction(function, taped, taped, seed, reduce)
+    parts = [input_of(r.start, [rows[i] for i in r]) for r in ranges]
     try:
-        pieces = run_pieces(task, parts, threads)
+        segments = run_segments(mapped, parts, threads)
     except ItemError as failed:
         error, index = failed.error, failed.index
     else:
-        if not any(flag for piece in pieces for flag in piece.flags):
-            return [r for piece in pieces for r in builds(piece.leaves, piece.structures)]
-        return _attach(fn, pieces, parts, originals, threads)
+        return _attach(fn, segments, parts, originals, threads)
     raise item_error(error, index, fn, _where())
 
 
@@ -64,16 +63,21 @@ def _where() -> str:
 
 def _attach(
     fn: Callable[..., Any],
-    pieces: list[Piece],
-    parts: Sequence[Rows],
+    segments: list[Segment],
+    parts: Sequence[SegmentInput],
     originals: dict[int, torch.Tensor],
     threads: int,
 ) -> list[Any]:
-    taken = {id(t) for piece in pieces for t in piece.taken}
-    shared = [t for t in leaves_behind(o for p in pieces for o in p.outputs) if id(t) not in taken]
-    for piece in pieces:
-        piece.shared = shared
-    recording = _Recorded(title_of(fn), pieces, threads)
+    results = Results.joined(segment.results for segment in segments)
+    outputs = [output.detach() for segment in segments for output in segment.outputs]
+    if not outputs:
+        return results.build(())
+    taken = {id(t) for segment in segments for t in segment.taken}
+    shared = [
+        t for t in leaves_behind(o for p in segments for o in p.outputs) if id(t) not in taken
+    ]
+    for segment in segments:
+        segment.shared = shared
     items = [
         leaf
         for part in parts
@@ -81,18 +85,16 @@ def _attach(
         if wanted
     ]
     inputs = [*(originals.get(id(t), t) for t in shared), *items]
-    flags = [flag for piece in pieces for flag in piece.flags]
-    leaves = [leaf for piece in pieces for leaf in piece.leaves]
-    structures = [structure for piece in pieces for structure in piece.structures]
-    return join(recording, leaves, structures, flags, inputs)
+    recording = _Recorded(title_of(fn), results.entries, segments, threads)
+    return join(recording, results, outputs, inputs)
 
 
 def _cut_off(fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[int, torch.Tensor]]:
     """The function, cut off from the graph behind what it closes over, where there is one.
 
-    Several pieces would go back through that graph, each on its own, and hooks of a tensor would be
-    called by each. Such tensors are replaced, in a copy of the function, by leaves; returned with
-    it are the originals by the leaves' identities.
+    Otherwise each segment would go back through that graph, and call a tensor's hooks. Such tensors
+    are replaced, in a copy of the function, by leaves; returned with it are the originals by the
+    leaves' identities.
     """
     if all(t.is_leaf and not t._backward_hooks for t in closed_over_tensors(fn)):
         return fn, {}
@@ -130,69 +132,61 @@ def leaves_behind(outputs: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 
 class _Recorded(Recording):
-    """Pieces in this process. Inputs are what they share, then what each one took."""
+    """Segments in this process. Inputs are what they share, then what each one took."""
 
-    def __init__(self, title: str, pieces: Sequence[Piece], threads: int) -> None:
-        entries, before = [], 0
-        for piece in pieces:
-            entries += [before + e for e in piece.entries]
-            before += len(piece.structures)
+    def __init__(
+        self, title: str, entries: Sequence[int], segments: Sequence[Segment], threads: int
+    ) -> None:
         super().__init__(title, entries)
-        self.pieces = pieces
+        self.segments = segments
         self.threads = threads
         # A second derivative goes through the graphs of the first as well: none frees them then.
         self.lasts = False
 
     def backward(self, cotangents: Sequence[Gradient], retain: bool) -> list[Gradient]:
-        """Every piece's in a thread."""
+        """Every segment's in a thread."""
         self.claim(cotangents, retain)
-        shared, taken = self._differentiate(self._by_piece(cotangents), retain=retain or self.lasts)
+        shared, taken = self._differentiate(
+            self._by_segment(cotangents), retain=retain or self.lasts
+        )
         return [*total(shared), *(grad for grads in taken for grad in grads)]
 
     def differentiable(
         self, inputs: Sequence[torch.Tensor], cotangents: Sequence[Gradient]
     ) -> list[Gradient]:
-        """The backward, recorded in its turn: more pieces, joined to the caller's graph."""
+        """The backward, recorded in its turn: more segments, joined to the caller's graph."""
         self.claim(cotangents, True)
         self.lasts = True
-        given = self._by_piece(cotangents)
+        given = self._by_segment(cotangents)
         seeds = [[None if c is None else c.detach().requires_grad_() for c in cs] for cs in given]
         found = self._differentiate(seeds, retain=True, create=True)
-        pieces, flags, joined = [], [], list(inputs[: len(self.pieces[0].shared)])
+        segments, joined = [], list(inputs[: len(self.segments[0].shared)])
         rest = iter(inputs[len(joined) :])
-        for piece, cs, ss, shared, taken in zip(self.pieces, given, seeds, *found, strict=True):
+        for segment, cs, ss, shared, taken in zip(self.segments, given, seeds, *found, strict=True):
             gradients = [*shared, *taken]
-            flagged = [g is not None and g.requires_grad for g in gradients]
-            outputs = [
-                g for g, flag in zip(gradients, flagged, strict=True) if flag and g is not None
-            ]
-            leaves = [*piece.taken, *(s for s in ss if s is not None)]
-            shape = flatten(gradients)[1]
-            detached = [None if g is None else g.detach() for g in gradients]
-            pieces.append(
-                Piece(detached, [shape], flagged, leaves, outputs, [0] * len(outputs), piece.shared)
-            )
-            flags += flagged
-            joined += [next(rest) for _ in piece.taken]
+            flags = [g is not None and g.requires_grad for g in gradients]
+            outputs = [g for g in gradients if g is not None and g.requires_grad]
+            leaves = [None if flag else g for g, flag in zip(gradients, flags, strict=True)]
+            results = Results(leaves, [flatten(gradients)[1]], flags, [0] * len(outputs))
+            takers = [*segment.taken, *(s for s in ss if s is not None)]
+            segments.append(Segment(results, takers, outputs, segment.shared))
+            joined += [next(rest) for _ in segment.taken]
             joined += [c for c in cs if c is not None]
-        recording = _Recorded(f"the backward of {self.title}", pieces, self.threads)
+        results = Results.joined(segment.results for segment in segments)
+        title = f"the backward of {self.title}"
+        recording = _Recorded(title, results.entries, segments, self.threads)
         recording.lasts = True
-        results = join(
-            recording,
-            [leaf for piece in pieces for leaf in piece.leaves],
-            [structure for piece in pieces for structure in piece.structures],
-            flags,
-            joined,
-        )
-        count = len(self.pieces[0].shared)
+        detached = [output.detach() for segment in segments for output in segment.outputs]
+        gradients = join(recording, results, detached, joined)
+        count = len(self.segments[0].shared)
         return [
-            *total([grads[:count] for grads in results]),
-            *(grad for grads in results for grad in grads[count:]),
+            *total([grads[:count] for grads in gradients]),
+            *(grad for grads in gradients for grad in grads[count:]),
         ]
 
     def _differentiate(self, seeds: Sequence[Sequence[Gradient]], **kwargs: bool) -> Any:
         try:
-            return differentiate(self.pieces, seeds, self.threads, **kwargs)
+            return differentiate(self.segments, seeds, self.threads, **kwargs)
         except Exception:
             raise
         except BaseException as error:
@@ -200,6 +194,6 @@ class _Recorded(Recording):
                 raise
             raise backward_error(error, _where(), self.title, None) from error
 
-    def _by_piece(self, cotangents: Sequence[Gradient]) -> list[list[Gradient]]:
+    def _by_segment(self, cotangents: Sequence[Gradient]) -> list[list[Gradient]]:
         rest = iter(cotangents)
-        return [[next(rest) for _ in piece.outputs] for piece in self.pieces]
+        return [[next(rest) for _ in segment.outputs] for segment in self.segments]

@@ -1,24 +1,24 @@
 """Run the items of a map in threads, and their backward; torch and threads, no Dask.
 
-A piece is items that run in a row in one thread. What autograd recorded of them stays one graph a
-piece, so that the backward of each piece can run in a thread of its own as well.
+A segment is items that run in a row in one thread. What autograd recorded of them stays one graph a
+segment, so that the backward of each segment can run in a thread of its own as well.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from taskgrad.graph.pytree import Structure, carries_gradient, flatten
+from taskgrad.graph.pytree import Structure, builds, carries_gradient, flatten
 from taskgrad.item_errors import is_ctrl_c
 from taskgrad.mapping.items import Row
 from taskgrad.mapping.reducing import fold
-from taskgrad.mapping.threads import Halt, run_all
+from taskgrad.mapping.threads import CancelToken, run_all
 from taskgrad.remote_errors import own_frames
 from taskgrad.worker.randomness import random_stream
 
@@ -36,21 +36,21 @@ class ItemError(Exception):
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is done with every item.
+class ItemFunction:
+    """The mapped function, and how it is called with every item.
 
     Attributes
     ----------
     fn
-        The function, called with each row.
+        Called with each row.
     grad
         Torch's grad mode while it runs.
     taped
         Whether gradients are to flow back out of it.
     seed
-        Of the items' random streams; None: they draw from what there is.
+        Of the items' random streams; without it they draw from torch's generator as it is.
     reduce
-        Whether the results of a piece are added up to one.
+        Whether the results of a segment are added up to one.
     shared
         What `fn` closes over and takes a gradient, where that is a copy made for this task.
     """
@@ -64,43 +64,71 @@ class Task:
 
 
 @dataclass
-class Piece:
-    """Items that ran in a row, and the graph that autograd made of them.
+class Results:
+    """Results of items, in order.
 
     Attributes
     ----------
     leaves, structures
-        Of the results, one for each item, or one of all: the leaves of all of them, detached from
-        the graph, and the structure of each.
+        The leaves of all of them, and the structure of each.
     flags
-        For every leaf, whether a gradient can flow into it.
-    taken
-        The items' tensors that take a gradient, in order.
-    outputs
-        The tensors of the results that give one, in order, with their graph.
+        For every leaf, whether it is an output: a gradient can flow into it. It is None here.
     entries
-        For each of `outputs` the position among the results of the one that it belongs to.
-    shared
-        What the function closes over that takes a gradient, the same for every piece of a map.
+        For each output the position among the results of the one that it belongs to.
     """
 
     leaves: list[Any]
     structures: list[Structure]
     flags: list[bool]
+    entries: list[int]
+
+    @classmethod
+    def joined(cls, parts: Iterable[Results]) -> Results:
+        """The results of several parts of a map, one after the other."""
+        found = cls([], [], [], [])
+        for part in parts:
+            found.entries += [len(found.structures) + e for e in part.entries]
+            found.leaves += part.leaves
+            found.structures += part.structures
+            found.flags += part.flags
+        return found
+
+    def build(self, outputs: Iterable[Any]) -> list[Any]:
+        """The results, with these outputs."""
+        rest, pairs = iter(outputs), zip(self.leaves, self.flags, strict=True)
+        return builds([next(rest) if flag else leaf for leaf, flag in pairs], self.structures)
+
+
+@dataclass
+class Segment:
+    """Items that ran in a row, and the graph that autograd made of them.
+
+    Attributes
+    ----------
+    results
+        One for each item, or one of all.
+    taken
+        The items' tensors that take a gradient, in order.
+    outputs
+        The tensors of the results that give one, in order, with their graph.
+    shared
+        What the function closes over that takes a gradient, the same for every segment of a map.
+    """
+
+    results: Results
     taken: list[torch.Tensor]
     outputs: list[torch.Tensor]
-    entries: list[int]
     shared: Sequence[torch.Tensor] = ()
 
 
 @dataclass
-class Rows:
+class SegmentInput:
     """Rows to run, as leaves, and which of those are to take a gradient."""
 
     start: int
     leaves: list[Any]
     structure: Any
-    wanted: list[bool] = field(default_factory=list)
+    wanted: list[bool]
     copied: bool = False
     """Whether the function gets copies, as the memory is not its to write in."""
 
@@ -128,20 +156,20 @@ def _has_history(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.requires_grad and not leaf.is_leaf
 
 
-def rows_of(start: int, rows: Sequence[Row]) -> Rows:
+def input_of(start: int, rows: Sequence[Row]) -> SegmentInput:
     """These rows, the first of which is item `start`."""
     leaves, structure = flatten(list(rows), _has_history)
     wanted = [carries_gradient(leaf) and leaf.requires_grad for leaf in leaves]
-    return Rows(start, leaves, structure, wanted)
+    return SegmentInput(start, leaves, structure, wanted)
 
 
-def run_pieces(
-    task: Task,
-    parts: Sequence[Rows],
+def run_segments(
+    function: ItemFunction,
+    parts: Sequence[SegmentInput],
     threads: int,
     is_wanted: Callable[[], bool] = lambda: True,
-) -> list[Piece]:
-    """Run these items, each part as a piece, so many at once.
+) -> list[Segment]:
+    """Run these items, each part as a segment, so many at once.
 
     Parameters
     ----------
@@ -154,38 +182,37 @@ def run_pieces(
         An item raised: the first one, in the order of the items, that did.
     """
 
-    def job(rows: Rows) -> Callable[[Halt], Piece]:
-        return lambda halt: _run_piece(task, rows, lambda: halt.is_wanted() and is_wanted())
+    def job(rows: SegmentInput) -> Callable[[CancelToken], Segment]:
+        return lambda token: _run_segment(function, rows, lambda: token.is_wanted() and is_wanted())
 
     return run_all([job(rows) for rows in parts], threads)
 
 
-def _run_piece(task: Task, rows: Rows, goes_on: Callable[[], bool]) -> Piece:
-    given, taken = rows.fed(task.taped)
+def _run_segment(
+    function: ItemFunction, rows: SegmentInput, goes_on: Callable[[], bool]
+) -> Segment:
+    given, taken = rows.fed(function.taped)
     results = []
-    with torch.set_grad_enabled(task.grad):
+    with torch.set_grad_enabled(function.grad):
         for offset, row in enumerate(given):
             if not goes_on():
                 break  # nobody will look at what there is
             index = rows.start + offset
             try:
-                with _stream(task.seed, index):
-                    results.append(task.fn(*row))
+                with _stream(function.seed, index):
+                    results.append(function.fn(*row))
             except BaseException as error:
                 if is_ctrl_c(error):
                     raise
                 raise ItemError(index, error, own_frames(error)) from error
-        if task.reduce and results:
+        if function.reduce and results:
             results = [fold(results)]
-    found: list[Any] = []
-    structures: list[Structure] = []
-    flags: list[bool] = []
+    found = Results([], [], [], [])
     outputs: list[torch.Tensor] = []
-    entries: list[int] = []
-    inside = {id(t) for t in (*taken, *task.shared)}
+    inside = {id(t) for t in (*taken, *function.shared)}
 
     def flows(leaf: Any) -> bool:
-        if not (task.taped and carries_gradient(leaf) and leaf.requires_grad):
+        if not (function.taped and carries_gradient(leaf) and leaf.requires_grad):
             return False
         return not leaf.is_leaf or (id(leaf) in inside and not _is_trained(leaf))
 
@@ -193,14 +220,16 @@ def _run_piece(task: Task, rows: Rows, goes_on: Callable[[], bool]) -> Piece:
         leaves, structure = flatten(result, flows)
         for at, leaf in enumerate(leaves):
             own = at in structure.parameters and not flows(leaf)
-            flags.append(not own and task.taped and carries_gradient(leaf) and leaf.requires_grad)
-            if flags[-1]:
+            flag = not own and function.taped and carries_gradient(leaf) and leaf.requires_grad
+            if flag:
                 outputs.append(leaf)
-                entries.append(entry)
+                found.entries.append(entry)
+                leaf = None
+            found.flags.append(flag)
             keeps = own or not isinstance(leaf, torch.Tensor)
-            found.append(leaf if keeps else leaf.detach())
-        structures.append(structure)
-    return Piece(found, structures, flags, taken, outputs, entries)
+            found.leaves.append(leaf if keeps else leaf.detach())
+        found.structures.append(structure)
+    return Segment(found, taken, outputs)
 
 
 def _is_trained(leaf: torch.Tensor) -> bool:
@@ -217,42 +246,42 @@ def _stream(seed: int | None, index: int) -> Iterator[None]:
 
 
 def differentiate(
-    pieces: Sequence[Piece],
+    segments: Sequence[Segment],
     seeds: Sequence[Sequence[Gradient]],
     threads: int,
     *,
     retain: bool,
     create: bool = False,
 ) -> tuple[list[list[Gradient]], list[list[Gradient]]]:
-    """Take cotangents back through these pieces, so many at once.
+    """Take cotangents back through these segments, so many at once.
 
     Parameters
     ----------
     seeds
-        For each piece a cotangent, or None, for each of its outputs.
+        For each segment a cotangent, or None, for each of its outputs.
     retain, create
         As in ``torch.autograd.grad``.
 
     Returns
     -------
     tuple
-        For each piece the gradients of what it shares, and those of its items' tensors.
+        For each segment the gradients of what it shares, and those of its items' tensors.
     """
 
-    def job(piece: Piece, given: Sequence[Gradient]) -> Callable[[Halt], list[Gradient]]:
-        return lambda halt: _grad(piece, given, retain, create)
+    def job(segment: Segment, given: Sequence[Gradient]) -> Callable[[CancelToken], list[Gradient]]:
+        return lambda token: _grad(segment, given, retain, create)
 
-    jobs = [job(piece, given) for piece, given in zip(pieces, seeds, strict=True)]
+    jobs = [job(segment, given) for segment, given in zip(segments, seeds, strict=True)]
     found = run_all(jobs[::-1], threads)[::-1]
-    shared = [grads[: len(piece.shared)] for piece, grads in zip(pieces, found, strict=True)]
-    taken = [grads[len(piece.shared) :] for piece, grads in zip(pieces, found, strict=True)]
+    shared = [grads[: len(segment.shared)] for segment, grads in zip(segments, found, strict=True)]
+    taken = [grads[len(segment.shared) :] for segment, grads in zip(segments, found, strict=True)]
     return shared, taken
 
 
 def total(parts: Sequence[Sequence[Gradient]]) -> list[Gradient]:
-    """Gradients of the same tensors from several pieces, added up; None counts as zero.
+    """Gradients of the same tensors from several segments, added up; None counts as zero.
 
-    The last piece's come first, as one graph of all items would add them.
+    The last segment's come first, as one graph of all items would add them.
     """
     found = list(parts[-1])
     for part in parts[-2::-1]:
@@ -262,11 +291,13 @@ def total(parts: Sequence[Sequence[Gradient]]) -> list[Gradient]:
     return found
 
 
-def _grad(piece: Piece, seeds: Sequence[Gradient], retain: bool, create: bool) -> list[Gradient]:
-    takers = [*piece.shared, *piece.taken]
+def _grad(
+    segment: Segment, seeds: Sequence[Gradient], retain: bool, create: bool
+) -> list[Gradient]:
+    takers = [*segment.shared, *segment.taken]
     pairs = [
         (output, seed.to(output.device))
-        for output, seed in zip(piece.outputs, seeds, strict=True)
+        for output, seed in zip(segment.outputs, seeds, strict=True)
         if seed is not None
     ]
     if not pairs or not takers:
@@ -281,3 +312,10 @@ def _grad(piece: Piece, seeds: Sequence[Gradient], retain: bool, create: bool) -
             allow_unused=True,
         )
     )
+
+
+def on_host(leaf: Any) -> Any:
+    """A leaf as it can be sent: in the memory of the host."""
+    if isinstance(leaf, torch.Tensor) and leaf.device.type not in ("cpu", "meta"):
+        return leaf.cpu()
+    return leaf

@@ -32,24 +32,24 @@ class _History:
 _histories: weakref.WeakKeyDictionary[Any, _History] = weakref.WeakKeyDictionary()
 
 
-class Expectation:
-    """What is expected of one map of a function.
+class BackwardPredictor:
+    """Predicts the backward of one map of a function.
 
     Attributes
     ----------
     cotangent
-        That of all its losses; None if there is no reason to expect a backward.
+        That of all its losses; None if no backward is predicted.
     """
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self._history = _history_of(fn)
-        self._is_met = False
-        expects = self._history.in_a_row >= _IN_A_ROW
-        self.cotangent = self._history.cotangent if expects else None
+        self._observed = False
+        predicted = self._history.in_a_row >= _IN_A_ROW
+        self.cotangent = self._history.cotangent if predicted else None
 
-    def meet(self, entries: Sequence[int], cotangents: Sequence[torch.Tensor | None]) -> None:
+    def observe(self, entries: Sequence[int], cotangents: Sequence[torch.Tensor | None]) -> None:
         """The map's backward came, with these for its outputs, which belong to these results."""
-        self._is_met = True
+        self._observed = True
         found, history = _of_losses(entries, cotangents), self._history
         if found is None:
             history.in_a_row = 0
@@ -59,7 +59,7 @@ class Expectation:
             history.cotangent, history.in_a_row = found, 1
 
     def __del__(self) -> None:
-        if not self._is_met:  # the map's results are gone, and nobody can ask any more
+        if not self._observed:  # the map's results are gone, and nobody can ask any more
             self._history.in_a_row = 0
 
 

@@ -50,7 +50,7 @@ def threads_here() -> int:
     return os.cpu_count() or 1
 
 
-class Halt:
+class CancelToken:
     """Tells one of several jobs whether it shall go on: not once one before it has failed."""
 
     def __init__(self, position: int, failed: list[int]) -> None:
@@ -62,23 +62,23 @@ class Halt:
         return all(self._position <= other for other in self._failed)
 
 
-def run_all(jobs: Sequence[Callable[[Halt], T]], threads: int) -> list[T]:
+def run_all(jobs: Sequence[Callable[[CancelToken], T]], threads: int) -> list[T]:
     """What the jobs give, in order, so many at a time.
 
     If some raise, the error of the first of them in order is raised, whatever the threads did:
     those before it end, those after it are told to stop.
     """
     failed: list[int] = []
-    halts = [Halt(position, failed) for position in range(len(jobs))]
+    tokens = [CancelToken(position, failed) for position in range(len(jobs))]
     threads = min(threads, len(jobs))
     if threads < 2:
-        return [job(halt) for job, halt in zip(jobs, halts, strict=True)]
+        return [job(token) for job, token in zip(jobs, tokens, strict=True)]
     refuse_modes("tg.map over threads", process=False)
     carry = _carrier(max(1, threads_here() // threads))
 
     def work(position: int) -> T:
         try:
-            return carry(lambda: jobs[position](halts[position]))
+            return carry(lambda: jobs[position](tokens[position]))
         except BaseException:
             failed.append(position)
             raise

@@ -54,6 +54,7 @@ class Forward:
     recompute: tuple[tuple[int, int], ...] = ()
     extras: bytes = b""
     check_finite: bool = False
+    raw: bool = False
     rank: Rank | None = None
     peers: tuple[str, ...] = ()
 
@@ -91,7 +92,10 @@ class Forward:
         for slot, (value, wanted) in enumerate(zip(values, self.needs_grad, strict=True)):
             leaves, structure = flatten(value)
             own = {0} if slot in arguments.parameters else structure.parameters
-            taken, given = _feed(leaves, self.taped and wanted, device, own)
+            if self.raw:
+                taken, given = leaves, leaves
+            else:
+                taken, given = _feed(leaves, self.taped and wanted, device, own)
             takes.append(taken)
             structures.append(structure)
             fed.append(structure.build(given))

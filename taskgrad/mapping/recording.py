@@ -13,9 +13,7 @@ import torch
 
 from taskgrad.autograd import keeps_graph
 from taskgrad.errors import TapeError
-from taskgrad.graph.pytree import Structure, builds
-
-Gradient = torch.Tensor | None
+from taskgrad.mapping.segments import Gradient, Results
 
 
 class Recording:
@@ -91,16 +89,9 @@ class _Join(torch.autograd.Function):
 
 
 def join(
-    recording: Recording,
-    leaves: Sequence[Any],
-    structures: Sequence[Structure],
-    flags: Sequence[bool],
-    inputs: Sequence[torch.Tensor],
+    recording: Recording, results: Results, outputs: list[torch.Tensor], inputs: list[torch.Tensor]
 ) -> list[Any]:
-    """The results, those leaves of them that are flagged as outputs of the recording."""
-    outputs = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
+    """The results, with their outputs attached to autograd's graph."""
     if not outputs or not inputs:
-        return builds(leaves, structures)
-    joined = iter(_Join.apply(recording, outputs, *inputs))
-    found = [next(joined) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)]
-    return builds(found, structures)
+        return results.build(outputs)
+    return results.build(_Join.apply(recording, outputs, *inputs))
