@@ -19,9 +19,13 @@ from taskgrad.errors import TapeError
 from taskgrad.executors.backward import accumulations, run_backward
 from taskgrad.executors.base import Executor
 from taskgrad.graph.adjoint import Adjoint, adjoint, calls_behind
-from taskgrad.graph.nodes import Call, Leaf, Node, Shard
+from taskgrad.graph.calls import Call
+from taskgrad.graph.cotangents import add
+from taskgrad.graph.leaves import Leaf
+from taskgrad.graph.nodes import Node
 from taskgrad.graph.pytree import carries_gradient, cotangents, flatten
 from taskgrad.graph.reads import ParameterGrad
+from taskgrad.graph.shards import Shard
 
 
 class _Claim:
@@ -30,11 +34,11 @@ class _Claim:
     def __init__(self, calls: Sequence[Call]) -> None:
         self._calls = list(calls)
         for call in self._calls:
-            call.pending += 1
+            call.tape.claim()
 
     def end(self) -> None:
         for call in self._calls:
-            call.pending -= 1
+            call.tape.unclaim()
         self._calls = []
 
     def __del__(self) -> None:
@@ -77,18 +81,17 @@ class _Group:
         seeds: list[tuple[Node, Node | None]] = []
         for node, (leaves, structure) in zip(self.nodes, self.flat, strict=True):
             given = [next(rest) if leaf is _TENSOR else None for leaf in leaves]
-            # All ranks of a gang go back together, though one of them has no part in it.
-            ranks = isinstance(node, Call) and node.rank is not None
+            # All ranks of a process group go back together, though one of them has no part in it.
+            ranks = isinstance(node, Call) and node.spec.rank is not None
             if node.needs_grad and (ranks or any(g is not None for g in given)):
                 seed = cotangents(given, structure)
                 seeds.append((node, Leaf(seed, needs_grad=False, checked=True)))
-        keep = frozenset(c for c in calls_behind(self.nodes) if c.pending > 1)
+        keep = frozenset(c for c in calls_behind(self.nodes) if c.tape.claims > 1)
         found = adjoint(seeds, retain=retain, keep=keep)
         by_tensor: dict[int, Any] = {}
         for leaf, grad in run_backward(found, self.executor, accumulate=False).items():
             if grad is not None:
-                had = by_tensor.get(id(leaf.value))
-                by_tensor[id(leaf.value)] = grad if had is None else had + grad
+                by_tensor[id(leaf.value)] = add(by_tensor.get(id(leaf.value)), grad)
         if not retain:
             self.spent = True
             self.claim.end()
@@ -193,13 +196,13 @@ def attach(nodes: Sequence[Node], values: Sequence[Any], executor: Executor) -> 
 
 
 def _connected(nodes: Sequence[Node]) -> list[list[int]]:
-    """Indices of the nodes that take gradients, grouped by the calls, or gangs, that they share."""
+    """Indices of the nodes that take gradients, grouped by calls or process groups they share."""
     groups: list[tuple[set[int], list[int]]] = []
     for i, node in enumerate(nodes):
         if not isinstance(node, Call) or not node.needs_grad:
             continue
         calls = calls_behind([node])
-        behind = {id(c) for c in calls} | {id(c.rank.gang) for c in calls if c.rank is not None}
+        behind = {id(c) for c in calls} | {id(c.spec.rank.group) for c in calls if c.spec.rank}
         members = [i]
         for group in [g for g in groups if g[0] & behind]:
             groups.remove(group)

@@ -21,6 +21,7 @@ from taskgrad.executors.placing import check_device, place
 from taskgrad.executors.registry import executor_of
 from taskgrad.formats.weights import check_state, find_weights
 from taskgrad.graph import pack
+from taskgrad.graph.calls import Call, LayerStep, StepContext
 from taskgrad.graph.deferred_init import from_factory, makings
 from taskgrad.graph.layers import (
     Branches,
@@ -32,11 +33,14 @@ from taskgrad.graph.layers import (
     owner_of,
     rebuild_model,
 )
-from taskgrad.graph.nodes import Call, ChainRef, Leaf, Node, Shard, ShardCall, new_key
+from taskgrad.graph.leaves import Leaf
+from taskgrad.graph.nodes import Node, new_key
 from taskgrad.graph.pytree import Slot
 from taskgrad.graph.reads import StoredGrad
 from taskgrad.graph.sending import check_process, is_parametrized, reached
+from taskgrad.graph.shards import ChainRef, Shard, ShardCall
 from taskgrad.graph.templates import template
+from taskgrad.graph.torch_settings import TorchSettings, refuse_modes, settings_now
 from taskgrad.thunk import Inputs, Lazy, Thunk
 from taskgrad.worker import keeping, shard_ops
 
@@ -47,6 +51,15 @@ class IncompatibleKeys(NamedTuple):
     missing_keys: list[str]
     unexpected_keys: list[str]
 
+
+Autocast = tuple[tuple[str, torch.dtype], ...]
+"""Regions of autocast, each (device type, dtype)."""
+
+Extend = Callable[
+    [tuple[LayerStep, ...], tuple[Node, ...], bool],
+    tuple[tuple[LayerStep, ...], tuple[Node, ...], StepContext],
+]
+"""(steps, inputs, whether it is the last) of a call -> what a training step makes of them."""
 
 # The arguments of a call whose one argument is what the call before it gave.
 _ONE_INPUT = template(((Slot(0),), {}))
@@ -61,6 +74,83 @@ class _Entry(NamedTuple):
     inputs: tuple[Node, ...]
     template: bytes
     value: Node | None
+
+
+class _Walk:
+    """One pass over a model's layers, which makes their calls: those in a row on one worker as one.
+
+    All calls have the settings of torch that the first one is made with.
+    """
+
+    def __init__(
+        self, chain: GraphChain, mode: bool | None, autocast: Autocast, extend: Extend | None
+    ) -> None:
+        self.calls: list[Call] = []
+        self._chain = chain
+        self._mode = mode
+        self._autocast = autocast
+        self._extend = extend
+        self._settings: TorchSettings | None = None
+
+    def path(self, path: Path, entry: _Entry, *, last: bool = False) -> _Entry:
+        """Make the calls of a path; the `last` one gives the model's output."""
+        shard_of = self._chain._shard_of
+        row: list[Layer] = []
+        for part in path:
+            if isinstance(part, Branches):
+                entry = self._call(row, entry)
+                ends = [self._branch(branch, entry) for branch in part.paths]
+                joined = Inputs()
+                given = joined.template((tuple(ends), {}), self._chain._title)
+                entry = _Entry(tuple(joined.nodes), given, None)
+                row = [part.connection]
+                continue
+            if row and shard_of[row[-1].index] is not shard_of[part.index]:
+                entry = self._call(row, entry)
+                row = []
+            row.append(part)
+        return self._call(row, entry, last=last)
+
+    def _branch(self, path: Path, entry: _Entry) -> Node:
+        """The end of one branch. A skip is no call: its value goes straight to where it is used.
+
+        So its cotangent also comes first of all to where the value was made, as in plain torch.
+        """
+        skips = all(isinstance(part, Layer) and part.passes for part in path)
+        if skips and entry.value is not None:
+            return entry.value
+        return self.path(path, entry).inputs[0]
+
+    def _call(self, row: Sequence[Layer], entry: _Entry, *, last: bool = False) -> _Entry:
+        """Make the call of layers in a row, if there are any; what the next one takes."""
+        if not row:
+            return entry
+        names = [layer.name or layer.kind for layer in row]
+        title = names[0] if len(row) == 1 else f"{names[0]}..{names[-1]}"
+        if self._settings is None:
+            refuse_modes(title)
+            self._settings = settings_now().under_autocast(self._autocast)
+        steps = tuple([(r.index, name, r.kind) for r, name in zip(row, names, strict=True)])
+        inputs, context = entry.inputs, None
+        if self._extend is not None:
+            steps, inputs, context = self._extend(steps, inputs, last)
+        chain = self._chain
+        shard = chain._shard_of[row[0].index]
+        parameters = dict.fromkeys([n for layer in row for n in chain._trainable[layer.index]])
+        call = Call(
+            title=title,
+            steps=steps,
+            inputs=inputs,
+            template=entry.template,
+            shard=shard,
+            parameters=tuple(parameters),
+            mode=self._mode,
+            worker=shard.worker,
+            context=context,
+            settings=self._settings,
+        )
+        self.calls.append(call)
+        return _Entry((call,), _ONE_INPUT, call)
 
 
 class GraphChain(Lazy):
@@ -188,63 +278,40 @@ class GraphChain(Lazy):
         The arguments are those of the first layer: pytrees of tensors, thunks, Dask collections and
         plain values.
         """
+        return Thunk(self._calls(args, kwargs, mode=self._mode)[-1], self._session)
+
+    def _calls(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        mode: bool | None,
+        autocast: Autocast = (),
+        extend: Extend | None = None,
+    ) -> list[Call]:
+        """The calls of the model's layers on these arguments, in order; the last gives its output.
+
+        Parameters
+        ----------
+        mode
+            Of the layers: True to train, False to evaluate, None as they are.
+        autocast
+            Regions of autocast to run in, each (device type, dtype).
+        extend
+            What a training step adds to each call.
+        """
         check_process(self._title, parametrized=self._parametrized)
         inputs = Inputs()
-        given = inputs.template((args, kwargs), self._title)
         alone = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor | Thunk | Node)
-        value = inputs.nodes[0] if alone else None
-        entry = self._walk(self._path, _Entry(tuple(inputs.nodes), given, value))
-        return Thunk(entry.inputs[0], self._session)
-
-    def _walk(self, path: Path, entry: _Entry) -> _Entry:
-        """Calls for the layers of a path, those in a row on one worker as one call."""
-        row: list[Layer] = []
-
-        def flush(entry: _Entry) -> _Entry:
-            if not row:
-                return entry
-            call = self._call(row, entry)
-            row.clear()
-            return _Entry((call,), _ONE_INPUT, call)
-
-        for part in path:
-            if isinstance(part, Branches):
-                entry = flush(entry)
-                ends = [self._branch(branch, entry) for branch in part.paths]
-                joined = Inputs()
-                given = joined.template((tuple(ends), {}), self._title)
-                entry = _Entry(tuple(joined.nodes), given, None)
-                part = part.connection
-            elif row and self._shard_of[row[-1].index] is not self._shard_of[part.index]:
-                entry = flush(entry)
-            row.append(part)
-        return flush(entry)
-
-    def _branch(self, path: Path, entry: _Entry) -> Node:
-        """The end of one branch. A skip is no call: its value goes straight to where it is used.
-
-        So its cotangent also comes first of all to where the value was made, as in plain torch.
-        """
-        skips = all(isinstance(part, Layer) and part.passes for part in path)
-        if skips and entry.value is not None:
-            return entry.value
-        return self._walk(path, entry).inputs[0]
-
-    def _call(self, row: Sequence[Layer], entry: _Entry) -> Call:
-        names = [layer.name or layer.kind for layer in row]
-        shard = self._shard_of[row[0].index]
-        return Call(
-            title=names[0] if len(row) == 1 else f"{names[0]}..{names[-1]}",
-            steps=tuple((r.index, name, r.kind) for r, name in zip(row, names, strict=True)),
-            inputs=entry.inputs,
-            template=entry.template,
-            shard=shard,
-            parameters=tuple(
-                dict.fromkeys(name for layer in row for name in self._trainable[layer.index])
-            ),
-            mode=self._mode,
-            worker=shard.worker,
-        )
+        if alone:
+            inputs.slot(args[0])
+            entry = _Entry(tuple(inputs.nodes), _ONE_INPUT, inputs.nodes[0])
+        else:
+            given = inputs.template((tuple(args), dict(kwargs)), self._title)
+            entry = _Entry(tuple(inputs.nodes), given, None)
+        walk = _Walk(self, mode, autocast, extend)
+        walk.path(self._path, entry, last=True)
+        return walk.calls
 
     def _trainable_by_layer(self) -> list[list[str]]:
         """The trainable parameters that each layer uses, tied ones under their first name."""

@@ -10,10 +10,13 @@ import torch
 from taskgrad.arguments import flag, shown
 from taskgrad.errors import CotangentError
 from taskgrad.graph.adjoint import Adjoint, adjoint, calls_behind
+from taskgrad.graph.calls import Call
 from taskgrad.graph.layers import kind_of
-from taskgrad.graph.nodes import Call, Leaf, Node, Primal, Shard, ShardCall, Sum, new_key
+from taskgrad.graph.leaves import Leaf, Primal
+from taskgrad.graph.nodes import Node, Sum, new_key
 from taskgrad.graph.pytree import Structure, carries_gradient, flatten
-from taskgrad.thunk import Thunk, cotangent_node, fixed, spawn
+from taskgrad.graph.shards import Shard, ShardCall
+from taskgrad.thunk import Thunk, cotangent_node, spawn
 from taskgrad.worker import shard_ops
 
 
@@ -145,7 +148,7 @@ def _primal(leaf: Any) -> Leaf | Primal | None:
     if isinstance(leaf, Thunk):
         return Primal(leaf._node)
     if carries_gradient(leaf):
-        return fixed(Leaf(leaf, needs_grad=True))
+        return Leaf(leaf, needs_grad=True, kept=True)
     return None
 
 
@@ -177,7 +180,7 @@ def _parameter_grads(found: Adjoint, reachable: list[Call]) -> dict[str, Node | 
             chain = call.shard.chain
             _, grads = owners.setdefault(id(chain), (chain.title, {}))
             for name in call.parameters:
-                home: Shard = call.shard.homes.get(name, call.shard)
+                home = call.shard.home(name)
                 if name not in grads:
                     parts = found.parameters.get((home, name), ())
                     grads[name] = _parameter_grad(parts, name, home)

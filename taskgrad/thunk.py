@@ -30,13 +30,14 @@ from taskgrad.executors.backward import run_backward
 from taskgrad.executors.registry import executor_of, graph_of
 from taskgrad.graph import pack
 from taskgrad.graph.adjoint import adjoint
-from taskgrad.graph.copies import has_unwatched, unwatched_copy
+from taskgrad.graph.calls import Call
 from taskgrad.graph.cotangents import check_cotangent, remember
+from taskgrad.graph.functions import pack_function
 from taskgrad.graph.layers import kind_of
-from taskgrad.graph.nodes import Call, Foreign, Leaf, Node, resolve
+from taskgrad.graph.leaves import External, Leaf, resolve
+from taskgrad.graph.nodes import Node, new_key
 from taskgrad.graph.pytree import Slot, flatten, plain
 from taskgrad.graph.refusals import refuse_hidden, refuse_writing
-from taskgrad.graph.sending import check_process, is_parametrized, unpicklable_beside
 from taskgrad.graph.templates import template_of
 
 
@@ -234,7 +235,7 @@ Thunk.__hash__ = Delayed.__hash__  # type: ignore[method-assign]
 def _persisted(futures: Any, key: str, owner: Session | None, **kwargs: Any) -> Thunk:
     """A thunk of a result that Dask's own persist holds; gradients stop at it."""
     graph = HighLevelGraph({key: MaterializedLayer(dict(futures))}, {key: set()})
-    return Thunk(Foreign(Delayed(key, graph)), owner)
+    return Thunk(External(Delayed(key, graph)), owner)
 
 
 def spawn(
@@ -282,29 +283,11 @@ def spawn(
             f"spawn takes a module, and {fn.__name__} is a class: give an instance of it"
         )
     title = kind_of(fn).strip("<>")
-    try:
-        packed = pack.pack(fn)
-    except Exception as error:
-        culprit = unpicklable_beside([("", fn)], hooks=False)
-        if culprit is not None:
-            raise TypeError(
-                f"{title!r} cannot be sent to a worker, because the {culprit} cannot be pickled "
-                f"({type(error).__name__}: {error}). Delete it, or give it another form"
-            ) from error
-        raise TypeError(
-            f"{title!r} cannot be sent to a worker, because it cannot be pickled "
-            f"({type(error).__name__}: {error}). Define it without what it holds on to "
-            "(locks, open files, generators)"
-        ) from error
-    if packed.modules:
-        check_process(title, parametrized=is_parametrized(packed.modules))
-    names = {id(p): (n, m) for m in packed.modules for n, p in m.named_parameters()}
-    own_buffers = {id(b) for m in packed.modules for b in m.buffers()}
+    packed = pack_function(fn, title)
     inputs = Inputs()
-    tensor_slots = tuple(inputs.slot(t, *names.get(id(t), ())) for t in packed.tensors)
-    buffers = tuple(
-        s for s, t in zip(tensor_slots, packed.tensors, strict=True) if id(t) in own_buffers
-    )
+    tensor_slots = tuple([inputs.slot(t, name, m) for t, name, m, _ in packed.closed_over])
+    marked = zip(tensor_slots, packed.closed_over, strict=True)
+    buffers = tuple([slot for slot, found in marked if found.is_buffer])
     template = inputs.template((args, kwargs), title)
     owner = inputs.session
     address = None
@@ -320,7 +303,7 @@ def spawn(
         tensor_slots=tensor_slots,
         buffers=buffers,
         worker=address,
-        kind="loss" if _is_loss(fn, title) else "forward",
+        key=new_key("loss" if _is_loss(fn, title) else "forward", title),
     )
     return Thunk(call, owner)
 
@@ -356,9 +339,8 @@ class Inputs:
         if isinstance(value, Node):
             return value
         if isinstance(value, torch.Tensor):
-            leaf = Leaf(value, name=name, owner=owner)
-            return leaf if owner is not None else fixed(leaf)
-        return Foreign(value if isinstance(value, Delayed) else delayed(value))
+            return Leaf(value, name=name, owner=owner, kept=owner is None)
+        return External(value if isinstance(value, Delayed) else delayed(value))
 
     def template(self, arguments: Any, title: str) -> bytes:
         """The arguments, pickled, with a slot for each input."""
@@ -369,20 +351,8 @@ class Inputs:
             else x
             for x in leaves
         ]
-        try:
-            return template_of(given, structure)
-        except Exception as error:
-            raise TypeError(
-                f"an argument of {title!r} cannot be sent to a worker, because it cannot be "
-                f"pickled ({type(error).__name__}: {error})"
-            ) from error
-
-
-def fixed(leaf: Leaf) -> Leaf:
-    """The leaf of a call that runs later; with a copy if torch would not count writes to it."""
-    if has_unwatched(leaf.value):
-        leaf.taken = unwatched_copy(leaf.value)
-    return leaf
+        what = f"an argument of {title!r}"
+        return pack.pickle_or_explain(lambda: template_of(given, structure), what)
 
 
 def cotangent_node(node: Node, cotangent: Any) -> Node | None:
@@ -394,7 +364,7 @@ def cotangent_node(node: Node, cotangent: Any) -> Node | None:
     if any(map(_is_thunk, flatten(cotangent, _is_thunk)[0])):
         return spawn(_same, cotangent, worker=node.worker)._node
     checked = check_cotangent(node, cotangent)
-    return fixed(Leaf(cotangent, needs_grad=False, checked=checked))
+    return Leaf(cotangent, needs_grad=False, kept=True, checked=checked)
 
 
 def _same(value: Any) -> Any:

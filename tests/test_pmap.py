@@ -111,7 +111,7 @@ def test_wrong_use_is_refused(client):
     assert isinstance(caught.value.__cause__, NotImplementedError)
     with pytest.raises(tg.LayerError, match="is called inside a task"):
         tg.collect(tg.spawn(lambda x: tg.pmap(torch.sin)(x), x))
-    with pytest.raises(TypeError, match="cannot be sent to the workers"):
+    with pytest.raises(TypeError, match="cannot be sent to a worker"):
         tg.pmap(lambda x, g: x, in_axes=(0, None), client=client)(x, (i for i in range(3)))
 
 

@@ -15,8 +15,10 @@ from torch import nn
 import taskgrad as tg
 from taskgrad.graph import pack
 from taskgrad.graph.adjoint import adjoint
+from taskgrad.graph.calls import Call
 from taskgrad.graph.layers import flatten_model
-from taskgrad.graph.nodes import Call, Leaf, Sum
+from taskgrad.graph.leaves import Leaf
+from taskgrad.graph.nodes import Sum
 from taskgrad.graph.pytree import flatten, map_leaves
 from taskgrad.plan.costs import layer_costs
 from taskgrad.plan.placement import contiguous, round_robin

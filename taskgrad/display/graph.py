@@ -8,8 +8,11 @@ from html import escape
 
 import networkx as nx
 
-from taskgrad.graph.nodes import Call, Foreign, Leaf, Node, Primal, ShardCall, ancestors
+from taskgrad.graph.calls import Call
+from taskgrad.graph.leaves import External, Leaf, Primal
+from taskgrad.graph.nodes import Node, ancestors
 from taskgrad.graph.pytree import describe
+from taskgrad.graph.shards import ShardCall
 
 # Nesting that a repr shows before it says "...".
 _DEPTH = 2
@@ -29,7 +32,7 @@ def _numbers(node: Node) -> dict[int, int]:
     """For each node: the number of its last step."""
     total, numbers = 0, {}
     for n in sorted(ancestors([node]), key=lambda n: n.order):
-        if not isinstance(n, Leaf | Foreign | Primal):
+        if not isinstance(n, Leaf | External | Primal):
             total += len(_steps(n))
             numbers[id(n)] = total
     return numbers
@@ -37,7 +40,7 @@ def _numbers(node: Node) -> dict[int, int]:
 
 def _steps(node: Node) -> Sequence[str]:
     if isinstance(node, Call):
-        return [kind for _, _, kind in node.steps]
+        return [kind for _, _, kind in node.spec.steps]
     return [node.key.partition("-")[0]]
 
 
@@ -46,7 +49,7 @@ def _nested(node: Node, numbers: dict[int, int], step: int, depth: int) -> str:
         return _nested(node.source, numbers, len(_steps(node.source)), depth)
     if isinstance(node, Leaf):
         return describe(node.value)
-    if isinstance(node, Foreign):
+    if isinstance(node, External):
         return f"Delayed({node.key.partition('-')[0]})"
     if depth == 0:
         return "..."
@@ -65,7 +68,7 @@ def _nested(node: Node, numbers: dict[int, int], step: int, depth: int) -> str:
 def _shown_inputs(node: Node) -> Sequence[Node]:
     """Inputs but for the tensors of a function itself, which are no arguments."""
     if isinstance(node, Call):
-        return [n for i, n in enumerate(node.inputs) if i not in node.tensor_slots]
+        return [n for i, n in enumerate(node.inputs) if i not in node.spec.tensor_slots]
     return node.inputs
 
 
@@ -85,11 +88,13 @@ def call_graph(
         if isinstance(node, Leaf):
             names = [describe(node.value)]
         elif isinstance(node, Call):
-            names = [f"{name}\n{kind}" if name != kind else kind for _, name, kind in node.steps]
+            names = [
+                f"{name}\n{kind}" if name != kind else kind for _, name, kind in node.spec.steps
+            ]
         else:
             names = [node.key.partition("-")[0]]
         worker = None
-        if not isinstance(node, Leaf | Foreign):
+        if not isinstance(node, Leaf | External):
             worker = node.worker if worker_of is None else worker_of(node)
         keys = [f"{node.key}/{i}" for i in range(len(names))]
         for key, label in zip(keys, names, strict=True):

@@ -7,7 +7,9 @@ from typing import Any
 from taskgrad.errors import CotangentError
 from taskgrad.executors.base import Executor
 from taskgrad.graph.adjoint import Adjoint
-from taskgrad.graph.nodes import Leaf, Node, Shard, ShardCall, new_key
+from taskgrad.graph.leaves import Leaf
+from taskgrad.graph.nodes import Node, new_key
+from taskgrad.graph.shards import Shard, ShardCall
 from taskgrad.worker import shard_ops
 
 

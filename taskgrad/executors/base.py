@@ -3,11 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dask.highlevelgraph import HighLevelGraph
 
-from taskgrad.graph.nodes import Node, Shard
+from taskgrad.graph.calls import Call
+from taskgrad.graph.nodes import Node
+from taskgrad.graph.pullback import Pullback
+from taskgrad.graph.shards import Shard, ShardCall
+
+
+class Submitted(Node):
+    """A task that was launched: its key and place, without what lies behind it."""
+
+    __slots__ = ("_label", "is_stateless", "needs_layers")
+
+    def __init__(self, node: Node, worker: str | None) -> None:
+        super().__init__(node.key, worker)
+        self._label = node.label
+        self.needs_layers = needs_layers(node)
+        self.is_stateless = is_stateless(node)
+
+    @property
+    def label(self) -> str:
+        return self._label
+
+
+def needs_layers(node: Node) -> bool:
+    """Whether a node uses layers that its worker keeps."""
+    if isinstance(node, Submitted):
+        return node.needs_layers
+    call = node.call if isinstance(node, Pullback) else node
+    return isinstance(call, Call | ShardCall) and call.shard is not None
+
+
+def is_stateless(node: Node) -> bool:
+    """Whether another process can run a node, too: it needs no layers and no tapes."""
+    if isinstance(node, Submitted):
+        return node.is_stateless
+    return isinstance(node, Call) and node.shard is None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What was launched.
+
+    Attributes
+    ----------
+    targets
+        The targets, in their order. They hold what came of them; the nodes that were given do not.
+    behind
+        What runs for them on workers where none of the targets does.
+    labels
+        The names of calls, pullbacks and shards' functions, for messages, by their keys.
+    """
+
+    targets: list[Node]
+    behind: list[Node]
+    labels: dict[str, str]
 
 
 class Executor(Protocol):
@@ -36,7 +90,7 @@ class Executor(Protocol):
     def submit(self, targets: Sequence[Node]) -> list[Node]:
         """Submit what these targets need and has not been submitted; returns those nodes."""
 
-    def launch(self, targets: Sequence[Node], order: Mapping[Node, Sequence[Node]]) -> None:
+    def launch(self, targets: Sequence[Node], order: Mapping[Node, Sequence[Node]]) -> Launch:
         """Submit these targets and all they need as one graph, of which only they are held.
 
         What lies between stays for as long as something in the graph needs it. `order` has, for a

@@ -6,8 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from taskgrad.graph.nodes import Call, ChainRef, Node, Pullback, Shard
+from taskgrad.graph.calls import Call
+from taskgrad.graph.nodes import Node
+from taskgrad.graph.pullback import Pullback
 from taskgrad.graph.reads import BatchedRead, StoredGrad
+from taskgrad.graph.shards import ChainRef, Shard
 
 
 @contextmanager

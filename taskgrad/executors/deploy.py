@@ -12,7 +12,9 @@ from taskgrad.executors.registry import executor_of
 from taskgrad.graph import pack
 from taskgrad.graph.deferred_init import Hollow, Making, hollow_tensors
 from taskgrad.graph.layers import Model, local_name, owner_of
-from taskgrad.graph.nodes import Leaf, Shard, ShardCall, new_key
+from taskgrad.graph.leaves import Leaf
+from taskgrad.graph.nodes import new_key
+from taskgrad.graph.shards import Shard, ShardCall
 from taskgrad.worker import shard_ops
 
 

@@ -14,30 +14,25 @@ from typing import Any
 import torch
 from dask.base import DaskMethodsMixin
 from dask.highlevelgraph import HighLevelGraph
+from distributed import Future
 
 from taskgrad.cluster import internals
 from taskgrad.cluster.nested import refuse_deadlock
 from taskgrad.cluster.session import Session, check_open
 from taskgrad.cluster.wire import scatter
 from taskgrad.errors import CotangentError, TaskgradError
+from taskgrad.executors.base import Launch, Submitted
 from taskgrad.executors.between_steps import between_steps
-from taskgrad.executors.lowering import lower, plain_value
+from taskgrad.executors.lowering import lower
 from taskgrad.executors.monitor import failure, gather, wait_for
 from taskgrad.executors.table import Order, TaskTable
+from taskgrad.graph.calls import BufferState, Call
 from taskgrad.graph.copies import own_copy
-from taskgrad.graph.nodes import (
-    BufferState,
-    Call,
-    CotangentCheck,
-    Foreign,
-    Leaf,
-    Node,
-    Primal,
-    Pullback,
-    Shard,
-    new_key,
-)
+from taskgrad.graph.leaves import External, Leaf, Primal
+from taskgrad.graph.nodes import Node, new_key
+from taskgrad.graph.pullback import CotangentCheck, Pullback
 from taskgrad.graph.pytree import plain, tensors
+from taskgrad.graph.shards import Shard, ShardCall
 
 # Inputs from this size on go straight to their worker; smaller ones travel inside the graph.
 _SCATTER_BYTES = 1 << 20
@@ -73,7 +68,7 @@ def _assign(nodes: Iterable[Node], table: TaskTable, session: Session) -> None:
     """Give each node without a worker the one of its first input that has one, or the next one."""
     workers: list[str] = []
     for node in nodes:
-        if isinstance(node, Leaf | Foreign) or table.worker_of(node):
+        if isinstance(node, Leaf | External) or table.worker_of(node):
             continue
         # A backward goes to its tape, whoever made its cotangents.
         at_tape = node.call if isinstance(node, Pullback | CotangentCheck) else None
@@ -125,8 +120,8 @@ class FuturesExecutor:
             used = {n.call for n in nodes if isinstance(n, Pullback)}
             for node in nodes:
                 if isinstance(node, Call) and node not in used:
-                    node.drop_tape()
-        states = [BufferState(n) for n in nodes if isinstance(n, Call) and n.buffers]
+                    node.tape.drop()
+        states = [BufferState(n) for n in nodes if isinstance(n, Call) and n.spec.buffers]
         self._submit([*nodes, *states])
         if wait or states:
             self._finish([*targets, *states], [*nodes, *states])
@@ -147,7 +142,8 @@ class FuturesExecutor:
             with between_steps(nodes):
                 self._scatter(nodes, _SCATTER_BYTES)
                 work = [n for n in nodes if not isinstance(n, Leaf | Primal)]
-                self._persist(work, work, {}, ordered=False)
+                futures = self._persist(work, work, {}, ordered=False)
+                self.table.futures.update(zip(work, futures, strict=True))
         except BaseException:
             self.forget(nodes)
             raise
@@ -177,33 +173,40 @@ class FuturesExecutor:
                 continue
             self.forget([node])
             if isinstance(node, Pullback):
-                node.call.spent = False
+                node.call.tape.restore()
 
-    def launch(self, targets: Sequence[Node], order: Order) -> None:
+    def launch(self, targets: Sequence[Node], order: Order) -> Launch:
         """Submit these targets and all they need as one graph, of which only they are held."""
         check_open(self.session.client)
-        nodes = self.table.missing(targets, order)
-        _assign(nodes, self.table, self.session)
+        table = self.table
+        nodes = table.missing(targets, order)
+        _assign(nodes, table, self.session)
         try:
             self._scatter(nodes, _PREFETCH_BYTES)
             work = [n for n in nodes if not isinstance(n, Leaf | Primal)]
-            self._persist(work, targets, order, ordered=True)
-        except BaseException:
-            self.forget(targets)
-            raise
+            futures = self._persist(work, targets, order, ordered=True)
         finally:
             self.forget(n for n in nodes if isinstance(n, Leaf))  # the graph has them now
+        held = [Submitted(t, table.worker_of(t)) for t in targets]
+        for task, future in zip(held, futures, strict=True):
+            table.futures[task] = future
+        workers = {None, *(task.worker for task in held)}
+        placed = [(node, table.worker_of(node)) for node in work]
+        return Launch(
+            list(held),
+            [Submitted(node, worker) for node, worker in placed if worker not in workers],
+            {n.key: n.label for n in nodes if isinstance(n, Call | Pullback | ShardCall)},
+        )
 
     def _persist(
         self, work: Sequence[Node], held: Sequence[Node], order: Order, *, ordered: bool
-    ) -> None:
+    ) -> list[Future]:
+        """Submit these nodes; the futures of those to be held."""
         names = self.session.names
         graph = lower(work, new_key("graph"), self.table, order, ordered=ordered, names=names)
-        futures = self.session.client.persist(
-            _Submission(graph, [n.key for n in held]), optimize_graph=False
-        )
-        for node in held:
-            self.table.futures[node] = futures[node.key]
+        keys = [n.key for n in held]
+        futures = self.session.client.persist(_Submission(graph, keys), optimize_graph=False)
+        return [futures[key] for key in keys]
 
     def _scatter(self, nodes: Sequence[Node], least: int) -> None:
         """Send inputs of at least so many bytes to the workers of the calls that take them."""
@@ -218,7 +221,7 @@ class FuturesExecutor:
             if sum(t.numel() * t.element_size() for t in tensors(leaf.value)) >= least:
                 by_workers.setdefault(tuple(sorted(users.get(leaf, ()))), []).append(leaf)
         parts = [
-            ({leaf.key: plain_value(leaf) for leaf in leaves}, list(workers))
+            ({leaf.key: leaf.sent() for leaf in leaves}, list(workers))
             for workers, leaves in by_workers.items()
         ]
         sent = scatter.send(self.session.client, parts) if parts else {}
@@ -290,7 +293,7 @@ def _write_back(states: Sequence[BufferState], found: Sequence[Any]) -> None:
     """Write buffers that modules changed (batch norm's) into those modules on the driver."""
     written: dict[int, tuple[Leaf, torch.Tensor]] = {}
     for state, values in zip(states, found, strict=True):
-        for slot, value in zip(state.call.buffers, values, strict=True):
+        for slot, value in zip(state.call.spec.buffers, values, strict=True):
             leaf = state.call.inputs[slot]
             if value is None or not isinstance(leaf, Leaf):
                 continue

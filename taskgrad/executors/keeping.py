@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from taskgrad.errors import TaskgradError
 from taskgrad.executors.base import Executor
-from taskgrad.graph.nodes import Node, Shard, ShardCall, new_key
+from taskgrad.graph.nodes import Node, new_key
+from taskgrad.graph.shards import Shard, ShardCall
 from taskgrad.worker import keeping
 
 

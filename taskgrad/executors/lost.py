@@ -8,7 +8,8 @@ from distributed import KilledWorker
 
 from taskgrad.cluster.session import Session
 from taskgrad.errors import WorkerLostError
-from taskgrad.graph.nodes import Call, Node, Pullback, ShardCall
+from taskgrad.executors.base import needs_layers
+from taskgrad.graph.nodes import Node
 
 # Tasks that a message names.
 _MOST_NAMED = 4
@@ -43,12 +44,6 @@ def worker_lost(
         + (f"It had not finished {_some(tasks)}. " if tasks else "")
         + f"{_ENDED}. {again} on the workers there are"
     )
-
-
-def needs_layers(node: Node) -> bool:
-    """Whether it uses layers that its worker keeps."""
-    call = node.call if isinstance(node, Pullback) else node
-    return isinstance(call, Call | ShardCall) and call.shard is not None
 
 
 def workers_killed(error: KilledWorker, label: str) -> WorkerLostError:

@@ -14,25 +14,15 @@ from dask.task_spec import DataNode, Task, TaskRef
 from taskgrad.cluster.plugins import ANNOTATION
 from taskgrad.cluster.tasks import run_action
 from taskgrad.cluster.wire.serialize import dumps_whole
-from taskgrad.errors import TaskgradError
 from taskgrad.executors.table import Order, TaskTable
-from taskgrad.graph.nodes import (
-    BufferState,
-    Call,
-    CotangentCheck,
-    Element,
-    Foreign,
-    Leaf,
-    Node,
-    Primal,
-    Pullback,
-    ShardCall,
-    Sum,
-    versions,
-)
+from taskgrad.graph.calls import BufferState, Call
+from taskgrad.graph.leaves import External, Leaf, Primal
+from taskgrad.graph.nodes import Element, Node, Sum
+from taskgrad.graph.pullback import CotangentCheck, Pullback
 from taskgrad.graph.pytree import map_leaves
 from taskgrad.graph.reads import BatchedRead, ParameterGrad, StoredGrad
-from taskgrad.graph.slices import Share, Slice
+from taskgrad.graph.shards import ShardCall
+from taskgrad.graph.slices import SampleFraction, Slice
 from taskgrad.worker import shard_ops
 from taskgrad.worker.actions import Add, OnShard, Pick, ReadAll, ReadBuffers, ReadGradient
 from taskgrad.worker.backward import Backward, CheckCotangent
@@ -48,33 +38,14 @@ def action_of(node: Node) -> Any:
 
 @action_of.register
 def _(node: Call) -> Forward:
-    return Forward(
-        token=node.key,
-        title=node.title,
-        steps=node.steps,
-        shard=node.shard.token if node.shard else None,
-        function=node.function,
-        tensor_slots=node.tensor_slots,
-        template=node.template,
-        mode=node.mode,
-        taped=node.taped,
-        needs_grad=tuple(i.needs_grad for i in node.inputs),
-        buffers=node.buffers,
-        draw=node.draw,
-        begins=node.begins,
-        recompute=node.recompute,
-        extras=node.extras,
-        check_finite=node.check_finite,
-        raw=node.raw,
-        rank=node.rank,
-        peers=node.peers,
-    )
+    return Forward(node.spec, node.tape.kept, give_buffers=False)
 
 
 @action_of.register
 def _(node: Pullback) -> Backward:
     inputs = list(node.inputs)
     positions = iter(range(len(node.cotangents)))
+    factor, weight = node.scale
     return Backward(
         key=node.key,
         token=node.call.key,
@@ -82,9 +53,9 @@ def _(node: Pullback) -> Backward:
         sources=tuple(None if c is None else next(positions) for c in node.cotangents),
         wanted=node.wanted,
         retain=node.retain,
-        draw=node.call.draw,
-        factor=node.factor,
-        weight=None if node.weight is None else inputs.index(node.weight),
+        draw=node.call.spec.draw,
+        factor=factor,
+        weight=None if weight is None else inputs.index(weight),
         accumulate={
             name: [p.key if isinstance(p, Pullback) else inputs.index(p) for p in parts]
             for name, parts in node.accumulate.items()
@@ -135,25 +106,8 @@ def _(node: ShardCall) -> OnShard:
 
 @action_of.register
 def _(node: Slice) -> TakeSlice:
-    share = isinstance(node, Share)
-    return TakeSlice(node.dims, node.index, node.count, node.what, share)
-
-
-def plain_value(leaf: Leaf) -> Any:
-    """A leaf's value without autograd history.
-
-    Raises
-    ------
-    TaskgradError
-        A tensor was written in place after the call that it is an input of was made.
-    """
-    if versions(leaf.value) != leaf.version:
-        raise TaskgradError(
-            "an input was modified in place after the call that it was given to was made, and "
-            "before that ran: calls are lazy. Collect first, or give the call a .clone()"
-        )
-    value = leaf.value if leaf.taken is None else leaf.taken
-    return map_leaves(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, value)
+    fraction = isinstance(node, SampleFraction)
+    return TakeSlice(node.dims, node.index, node.count, node.what, fraction)
 
 
 def _compact(leaf: Any) -> Any:
@@ -200,7 +154,7 @@ def lower(
     order = order or {}
     read_back = {n.call for n in nodes if isinstance(n, BufferState)}
     for node in nodes:
-        if isinstance(node, Foreign):
+        if isinstance(node, External):
             graph = node.collection.__dask_graph__()
             layers.update(graph.layers)
             dependencies.update(graph.dependencies)
@@ -208,11 +162,11 @@ def lower(
         if isinstance(node, Primal):
             continue
         if isinstance(node, Leaf):
-            tasks[node.key] = DataNode(node.key, plain_value(node))
+            tasks[node.key] = DataNode(node.key, node.sent())
         else:
             action = action_of(node)
-            if isinstance(action, Forward) and node not in read_back:
-                action = replace(action, buffers=())
+            if node in read_back:
+                action = replace(action, give_buffers=True)
             tasks[node.key] = _task(node, action, table, order, ordered)
         worker = table.worker_of(node)
         if worker is not None:
@@ -232,7 +186,7 @@ def _task(node: Node, action: Any, table: TaskTable, order: Order, ordered: bool
     for position, given in enumerate(node.inputs):
         source = table.resolve(given)
         if isinstance(source, Leaf) and source not in table.futures:
-            literals[position] = map_leaves(_compact, plain_value(source))
+            literals[position] = map_leaves(_compact, source.sent())
         else:
             references.append(TaskRef(source.key))
     # For the order alone:
@@ -243,5 +197,8 @@ def _task(node: Node, action: Any, table: TaskTable, order: Order, ordered: bool
     ):
         references.append(TaskRef(node.call.key))
     references += [TaskRef(table.resolve(b).key) for b in (*node.awaits, *order.get(node, ()))]
-    payload = dumps_whole((action, node.settings, len(node.inputs), literals))
+    settings = node.settings
+    if isinstance(node, Call) and node.tape.wanted and not node.tape.kept:
+        settings = settings and settings.without_grad()
+    payload = dumps_whole((action, settings, len(node.inputs), literals))
     return Task(node.key, run_action, payload, *references)

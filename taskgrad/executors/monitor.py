@@ -19,9 +19,10 @@ from taskgrad.cluster import client_calls, nested
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.session import Session, check_open
 from taskgrad.errors import TapeError, TaskgradError, WorkerLostError
-from taskgrad.executors.lost import needs_layers, worker_lost, workers_killed
+from taskgrad.executors.base import is_stateless, needs_layers
+from taskgrad.executors.lost import worker_lost, workers_killed
 from taskgrad.executors.table import TaskTable
-from taskgrad.graph.nodes import Call, Node, label_of
+from taskgrad.graph.nodes import Node, label_of
 from taskgrad.worker.settings import settings_released
 
 # How often a wait checks that what it waits for can still come.
@@ -157,7 +158,7 @@ class _Monitor:
         What needs no layers, such as a chunk of a map, runs again if the worker was restarted.
         """
         placed = [(n, worker) for n in nodes if (worker := self.table.worker_of(n)) is not None]
-        pins = {worker for n, worker in placed if not _is_stateless(n)}
+        pins = {worker for n, worker in placed if not is_stateless(n)}
         staged = {worker for n, worker in placed if needs_layers(n)}
         trouble = self.session.out_of_order(pins)
         gone = {a for a, why in trouble.items() if why == "gone"}
@@ -185,11 +186,6 @@ class _Monitor:
                     + (_START_ONE if gone else _GIVE_MEMORY)
                 )
         return None
-
-
-def _is_stateless(node: Node) -> bool:
-    """Whether another process can run it, too: it needs no layers and no tapes."""
-    return isinstance(node, Call) and node.shard is None
 
 
 _START_ONE = (

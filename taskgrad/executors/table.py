@@ -8,7 +8,9 @@ from weakref import WeakKeyDictionary
 
 from distributed import Future
 
-from taskgrad.graph.nodes import Element, Node, Pullback, resolve, walk
+from taskgrad.graph.leaves import resolve
+from taskgrad.graph.nodes import Element, Node, walk
+from taskgrad.graph.pullback import Pullback
 from taskgrad.graph.reads import BatchedRead, Read
 
 Order = Mapping[Node, Sequence[Node]]

@@ -10,21 +10,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from taskgrad.errors import TapeError
-from taskgrad.graph.nodes import (
-    Call,
-    CotangentCheck,
-    Element,
-    Leaf,
-    Node,
-    Primal,
-    Pullback,
-    Shard,
-    Sum,
-    ancestors,
-    new_key,
-    walk,
-)
+from taskgrad.graph.calls import Call
+from taskgrad.graph.leaves import Leaf, Primal
+from taskgrad.graph.nodes import Element, Node, Sum, ancestors, new_key, walk
+from taskgrad.graph.pullback import CotangentCheck, Pullback
 from taskgrad.graph.reads import ParameterGrad
+from taskgrad.graph.shards import Shard
+
+Seeds = Sequence[tuple[Node, Node | None]]
+"""(output, its cotangent); a cotangent of None means ones."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +53,21 @@ def calls_behind(outputs: Iterable[Node]) -> list[Call]:
     Stops at leaves and primals, and where nothing upstream can take a gradient.
     """
     found = walk(
-        (n for n in outputs if isinstance(n, Call) and n.needs_grad),
-        lambda n: (i for i in n.inputs if isinstance(i, Call) and i.needs_grad),
+        [n for n in outputs if isinstance(n, Call) and n.needs_grad],
+        lambda call: [i for i in call.inputs if isinstance(i, Call) and i.needs_grad],
     )
-    calls = [n for n in found if isinstance(n, Call)]
-    return sorted(calls, key=lambda call: call.order, reverse=True)
+    return sorted(found, key=lambda call: call.order, reverse=True)
 
 
 def adjoint(
-    seeds: Sequence[tuple[Node, Node | None]],
+    seeds: Seeds,
     *,
     retain: bool = False,
     keep: frozenset[Call] = frozenset(),
+    scale: tuple[float, Node | None] = (1.0, None),
+    accumulate: bool = False,
 ) -> Adjoint:
-    """Differentiate: seeds are (output, its cotangent); a cotangent of None means ones.
+    """Differentiate from these seeds.
 
     Parameters
     ----------
@@ -80,6 +75,11 @@ def adjoint(
         Keep every tape for another backward.
     keep
         Calls whose tapes somebody else is still to use.
+    scale
+        By what cotangents of ones are multiplied: a number, and the node of another, if any.
+    accumulate
+        Have each parameter's gradient added to where it lives by the last pullback that gives a
+        part of it. The oldest call that uses a parameter has to be at its home.
 
     Raises
     ------
@@ -90,15 +90,15 @@ def adjoint(
         if not output.needs_grad:
             raise TapeError(_why_not(output))
     calls = calls_behind([output for output, _ in seeds])
-    used = next((call for call in calls if call.spent), None)
+    used = next((call for call in calls if call.tape.spent), None)
     if used is not None:
         raise TapeError(
             f"backward through {used.title!r} a second time: its tape was used by the first "
             "backward. Pass retain_graph=True to the first one if you need two"
         )
-    arriving: dict[int, list[Node | None]] = {}
+    arriving: dict[Node, list[Node | None]] = {}
     for output, cotangent in seeds:
-        arriving.setdefault(id(output), []).append(cotangent)
+        arriving.setdefault(output, []).append(cotangent)
 
     pullbacks: list[Pullback] = []
     leaves: dict[Leaf | Primal, list[Node]] = {}
@@ -107,12 +107,29 @@ def adjoint(
     for output, cotangent in seeds:
         if isinstance(output, Leaf | Primal) and cotangent is not None:
             leaves.setdefault(output, []).append(cotangent)
+    completes = _completing(calls) if accumulate else {}
+    peers = _peers(calls)
+    checks = _checks(seeds)
     for call in calls:
-        cotangents = arriving.get(id(call))
-        if not cotangents:
-            continue
-        wanted = tuple(i for i, node in enumerate(call.inputs) if node.needs_grad)
-        pullback = Pullback(call, cotangents, wanted, retain or call in keep)
+        wanted = tuple([i for i, node in enumerate(call.inputs) if node.needs_grad])
+        key, keys = peers.get(call, ("", ()))
+        pullback = Pullback(
+            call,
+            arriving[call],
+            wanted,
+            retain or call in keep,
+            scale=scale if None in arriving[call] else (1.0, None),
+            accumulate={
+                name: [
+                    g.pullback if g.worker == home.worker else g
+                    for g in parameters.get((home, name), ())
+                ]
+                for home, name in completes.get(call, ())
+            },
+            key=key,
+            peers=keys,
+            awaits=checks.get(call, ()),
+        )
         pullbacks.append(pullback)
         for position, slot in enumerate(wanted):
             source = call.inputs[slot]
@@ -122,15 +139,13 @@ def adjoint(
             if isinstance(source, Leaf | Primal):
                 leaves.setdefault(source, []).append(part)
             else:
-                arriving.setdefault(id(source), []).append(part)
+                arriving.setdefault(source, []).append(part)
         if call.shard is not None:
             for name in call.parameters:
-                home = call.shard.homes.get(name, call.shard)
-                parameters.setdefault((home, name), []).append(ParameterGrad(pullback, name))
+                grad = ParameterGrad(pullback, name)
+                parameters.setdefault((call.shard.home(name), name), []).append(grad)
         if not pullback.retain:
-            call.spent = True
-    _introduce(pullbacks)
-    _check_all_first(seeds, pullbacks)
+            call.tape.spend()
     return Adjoint(
         tuple(pullbacks),
         {leaf: tuple(parts) for leaf, parts in leaves.items()},
@@ -138,15 +153,25 @@ def adjoint(
     )
 
 
-def _check_all_first(
-    seeds: Sequence[tuple[Node, Node | None]], pullbacks: Sequence[Pullback]
-) -> None:
-    """Make pullbacks wait, before they use a tape, until the cotangents of all outputs are checked.
+def _completing(calls: Sequence[Call]) -> dict[Call, list[tuple[Shard, str]]]:
+    """For each call the parameters, and their homes, that no later backward has a gradient of."""
+    last: dict[tuple[Shard, str], Call] = {}
+    for call in calls:
+        if call.shard is not None:
+            last |= {(call.shard.home(name), name): call for name in call.parameters}
+    found: dict[Call, list[tuple[Shard, str]]] = {}
+    for parameter, call in last.items():
+        found.setdefault(call, []).append(parameter)
+    return found
+
+
+def _checks(seeds: Seeds) -> dict[Node, tuple[CotangentCheck, ...]]:
+    """What each output's pullback awaits before it uses a tape: that all cotangents fit.
 
     A pullback checks its own. A cotangent of a collected output was checked on the driver.
     """
     if len(seeds) < 2:
-        return
+        return {}
     checks = tuple(
         CotangentCheck(output, cotangent)
         for output, cotangent in seeds
@@ -154,30 +179,29 @@ def _check_all_first(
         and cotangent is not None
         and not (isinstance(cotangent, Leaf) and cotangent.checked)
     )
-    outputs = {output for output, _ in seeds}
-    for pullback in pullbacks:
-        if pullback.call in outputs:
-            pullback.awaits = checks
+    return {output: checks for output, _ in seeds}
 
 
-def _introduce(pullbacks: Iterable[Pullback]) -> None:
-    """The backwards of one gang's ranks meet, as its forwards did."""
-    gangs: dict[int, dict[int, Pullback]] = {}
-    for pullback in pullbacks:
-        if pullback.call.rank is not None:
-            rank = pullback.call.rank
-            gangs.setdefault(id(rank.gang), {})[rank.index] = pullback
-    for ranks in gangs.values():
-        peers = tuple(ranks[i].key for i in sorted(ranks))
-        for pullback in ranks.values():
-            pullback.peers = peers
+def _peers(calls: Iterable[Call]) -> dict[Call, tuple[str, tuple[str, ...]]]:
+    """The key of the pullback of each call that is a rank, and those of its group, in order.
+
+    The backwards of one group's ranks exchange values, as its forwards did.
+    """
+    groups: dict[int, dict[int, tuple[Call, str]]] = {}
+    for call in calls:
+        rank = call.spec.rank
+        if rank is not None:
+            key = new_key("backward", call.title)
+            groups.setdefault(id(rank.group), {})[rank.index] = call, key
+    found: dict[Call, tuple[str, tuple[str, ...]]] = {}
+    for ranks in groups.values():
+        keys = tuple(ranks[i][1] for i in sorted(ranks))
+        found |= {call: (key, keys) for call, key in ranks.values()}
+    return found
 
 
 def _why_not(output: Node) -> str:
-    recorded = any(
-        isinstance(n, Call) and not n.taped and n._needs_grad for n in ancestors([output])
-    )
-    if recorded:
+    if any(isinstance(n, Call) and n.tape.wanted and not n.tape.kept for n in ancestors([output])):
         return (
             "backward through a thunk made (or first collected) under torch.no_grad() or "
             "torch.inference_mode(): it kept no tape. Make it again in grad mode"

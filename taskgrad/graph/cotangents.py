@@ -14,6 +14,19 @@ from taskgrad.graph.pytree import Structure, carries_gradient, describe, flatten
 
 Gradient = torch.Tensor | None
 
+
+def add(a: Gradient, b: Gradient) -> Gradient:
+    """The sum of two gradients; None counts as zero."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def add_each(a: Sequence[Gradient], b: Sequence[Gradient]) -> list[Gradient]:
+    """The sums of two lists of gradients, one by one."""
+    return [add(x, y) for x, y in zip(a, b, strict=True)]
+
+
 _seen: WeakKeyDictionary[Node, tuple[list[Any], Structure]] = WeakKeyDictionary()
 
 

@@ -11,7 +11,7 @@ import io
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import cloudpickle
 import torch
@@ -22,6 +22,7 @@ from taskgrad.graph.memory_layout import View, with_bases, without_bases
 from taskgrad.graph.parameter_extras import Beside, beside, put_beside
 from taskgrad.graph.parametrized import reduce_module
 
+T = TypeVar("T")
 Persist = Callable[[Any], Any]
 
 
@@ -144,6 +145,33 @@ def pack(obj: Any, *, hooks: bool = False) -> Packed:
         return kind, index[id(part)], part.requires_grad, carried
 
     return Packed(dumps(obj, persist), tensors, modules)
+
+
+def pickle_or_explain(
+    pickle: Callable[[], T],
+    what: str,
+    advice: str = "",
+    *,
+    culprit: Callable[[], str | None] = lambda: None,
+    kind: type[Exception] = TypeError,
+) -> T:
+    """What `pickle` gives, or an error of this kind which says what cannot be pickled.
+
+    Parameters
+    ----------
+    what
+        What is pickled, for the message, which ends in `advice`.
+    culprit
+        Looks for the part of it that is the cause; gives None if it finds none.
+    """
+    try:
+        return pickle()
+    except Exception as error:
+        part = culprit()
+        raise kind(
+            f"{what} cannot be sent to a worker, because {f'the {part}' if part else 'it'} cannot "
+            f"be pickled ({type(error).__name__}: {error}){advice}"
+        ) from error
 
 
 def unpack(data: bytes, values: Sequence[Any], *, own: bool) -> Any:

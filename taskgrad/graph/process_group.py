@@ -1,6 +1,6 @@
-"""The ranks of one parallel call: calls of one function that run at the same time and meet.
+"""The ranks of one parallel call: calls of one function that run at once and exchange values.
 
-A `Gang` is what the calls have in common. It is plain data and goes to the workers with each call;
+A `ProcessGroup` is what the calls have in common: plain data, which is sent with each call;
 on the driver its identity says which calls belong together, forward and backward.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, eq=False)
-class Gang:
+class ProcessGroup:
     """One call of a function on several workers at once.
 
     Attributes
@@ -37,10 +37,10 @@ class Gang:
 
 @dataclass(frozen=True)
 class Rank:
-    """One call of a gang."""
+    """One call of a process group, by its place in it."""
 
-    gang: Gang
+    group: ProcessGroup
     index: int
 
     def __str__(self) -> str:
-        return f"rank {self.index} of {self.gang.title}"
+        return f"rank {self.index} of {self.group.title}"

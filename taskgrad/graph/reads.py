@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-from taskgrad.graph.nodes import Node, Pullback, Shard, new_key
+from taskgrad.graph.nodes import Node, new_key
+from taskgrad.graph.pullback import Pullback
+from taskgrad.graph.shards import Shard
 
 
 class Read(Node):

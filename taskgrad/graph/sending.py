@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -31,21 +32,14 @@ def reached(flat: Model) -> list[list[torch.Tensor]]:
         where = f"layer {layer.name!r} ({layer.kind})"
         if isinstance(module, nn.Module):
             _check_parts(module, where, layer.name)
-        try:
-            found.append(pack.pack(module, hooks=True).tensors)
-        except Exception as error:
-            culprit = unpicklable_beside([(layer.name, module)], hooks=True)
-            if culprit is not None:
-                raise TypeError(
-                    f"{where} cannot be sent to a worker, because the {culprit} cannot be pickled "
-                    f"({type(error).__name__}: {error}). Take it off before the chain is made, or "
-                    "write it without what it holds on to (locks, open files, generators)"
-                ) from error
-            raise TypeError(
-                f"{where} cannot be sent to a worker, because it "
-                f"cannot be pickled ({type(error).__name__}: {error}). Take what cannot be "
-                "pickled (locks, open files, generators) out of it, or make it in forward()"
-            ) from error
+        packed = pack.pickle_or_explain(
+            functools.partial(pack.pack, module, hooks=True),
+            where,
+            ". Take what cannot be pickled (locks, open files, generators) out of it, or make it "
+            "in forward()",
+            culprit=functools.partial(unpicklable_beside, [(layer.name, module)], hooks=True),
+        )
+        found.append(packed.tensors)
     return found
 
 

@@ -100,7 +100,7 @@ class Slice(Node):
         return (self.source,)
 
 
-class Share(Slice):
-    """Which part of all samples is in one microbatch, a number."""
+class SampleFraction(Slice):
+    """The fraction of all samples that is in one microbatch, a number."""
 
     __slots__ = ()

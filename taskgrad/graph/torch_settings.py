@@ -62,6 +62,8 @@ class TorchSettings:
 
     def under_autocast(self, regions: tuple[tuple[str, torch.dtype], ...]) -> TorchSettings:
         """The same settings within these regions of autocast, each (device type, dtype)."""
+        if not regions:
+            return self
         return replace(self, autocast=tuple((kind, True, dtype) for kind, dtype in regions))
 
     def outside_autocast(self) -> TorchSettings:

@@ -17,9 +17,11 @@ import torch
 
 from taskgrad.errors import WorkerLostError
 from taskgrad.executors.lowering import action_of
-from taskgrad.graph.nodes import Leaf, Pullback
+from taskgrad.graph.cotangents import Gradient
+from taskgrad.graph.leaves import Leaf
+from taskgrad.graph.pullback import Pullback
 from taskgrad.mapping.chunk import Chunk, ChunkResult
-from taskgrad.mapping.segments import Gradient, Segment, differentiate, on_host, total
+from taskgrad.mapping.segments import Segment, differentiate, on_host, total
 from taskgrad.mapping.threads import threads_here
 from taskgrad.worker.failures import backward_error
 from taskgrad.worker.store import Store, Tape

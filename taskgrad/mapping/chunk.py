@@ -20,8 +20,11 @@ from taskgrad.cluster.plugins import store_of
 from taskgrad.errors import TaskgradError
 from taskgrad.executors.lowering import action_of
 from taskgrad.graph import pack
+from taskgrad.graph.calls import Call
 from taskgrad.graph.copies import own_copy
-from taskgrad.graph.nodes import Call, Leaf, Node, new_key
+from taskgrad.graph.cotangents import Gradient
+from taskgrad.graph.leaves import Leaf
+from taskgrad.graph.nodes import Node, new_key
 from taskgrad.graph.objects import Opaque
 from taskgrad.graph.pytree import Slot, sequence
 from taskgrad.graph.templates import template
@@ -30,7 +33,6 @@ from taskgrad.item_errors import portable
 from taskgrad.mapping.eager import EagerGradients, EagerOptions, differentiate_eagerly
 from taskgrad.mapping.items import share
 from taskgrad.mapping.segments import (
-    Gradient,
     ItemError,
     ItemFunction,
     Results,
@@ -155,7 +157,7 @@ class Chunk(Call):
             template=template(((Slot(0), Slot(1), spec, rows.start), {})),
             function=pack.pack(run_items).data,
             worker=worker,
-            kind="map",
+            key=new_key("map", spec.title),
             raw=True,
         )
         self.rows = rows
@@ -252,7 +254,7 @@ def sum_on_worker(chunks: Sequence[Chunk]) -> Call:
             template=template((tuple(map(Slot, range(len(chunks)))), {})),
             function=pack.pack(_with_sum).data,
             worker=chunks[0].worker,
-            kind="grad",
+            key=new_key("grad", title),
             raw=True,
         )
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from taskgrad.graph.cotangents import Gradient
 from taskgrad.graph.objects import Opaque
 from taskgrad.mapping.reducing import Widened
-from taskgrad.mapping.segments import Gradient, Segment, differentiate, on_host, total
+from taskgrad.mapping.segments import Segment, differentiate, on_host, total
 from taskgrad.worker.failures import backward_error
 
 # It pays where it takes less than a round trip...

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from taskgrad.graph import pack
+from taskgrad.graph.cotangents import Gradient
 from taskgrad.graph.pytree import flatten
 from taskgrad.item_errors import is_ctrl_c, item_error
 from taskgrad.mapping.closed_over import closed_over_tensors, title_of
 from taskgrad.mapping.items import Row, cut, share
 from taskgrad.mapping.recording import Recording, join
 from taskgrad.mapping.segments import (
-    Gradient,
     ItemError,
     ItemFunction,
     Results,

@@ -13,7 +13,8 @@ import torch
 
 from taskgrad.autograd import keeps_graph
 from taskgrad.errors import TapeError
-from taskgrad.mapping.segments import Gradient, Results
+from taskgrad.graph.cotangents import Gradient
+from taskgrad.mapping.segments import Results
 
 
 class Recording:

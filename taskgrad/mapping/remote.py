@@ -15,7 +15,9 @@ from taskgrad.cluster.session import WorkerInfo, session
 from taskgrad.errors import LayerError, TaskgradError
 from taskgrad.executors.base import Executor
 from taskgrad.executors.registry import executor_of
-from taskgrad.graph.nodes import Leaf, Node
+from taskgrad.graph.cotangents import Gradient
+from taskgrad.graph.leaves import Leaf
+from taskgrad.graph.nodes import Node
 from taskgrad.graph.pytree import Slot, carries_gradient, flatten
 from taskgrad.graph.torch_settings import settings_now
 from taskgrad.item_errors import item_error
@@ -32,7 +34,7 @@ from taskgrad.mapping.closed_over import pack_function, title_of
 from taskgrad.mapping.eager import EagerOptions
 from taskgrad.mapping.items import Row, cut, share
 from taskgrad.mapping.recording import Recording, join
-from taskgrad.mapping.segments import Gradient, ItemError, Results, total
+from taskgrad.mapping.segments import ItemError, Results, total
 from taskgrad.mapping.speculation import BackwardPredictor
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from taskgrad.graph.cotangents import Gradient, add_each
 from taskgrad.graph.pytree import Structure, builds, carries_gradient, flatten
 from taskgrad.item_errors import is_ctrl_c
 from taskgrad.mapping.items import Row
@@ -21,8 +22,6 @@ from taskgrad.mapping.reducing import fold
 from taskgrad.mapping.threads import CancelToken, run_all
 from taskgrad.remote_errors import own_frames
 from taskgrad.worker.randomness import random_stream
-
-Gradient = torch.Tensor | None
 
 
 class ItemError(Exception):
@@ -285,9 +284,7 @@ def total(parts: Sequence[Sequence[Gradient]]) -> list[Gradient]:
     """
     found = list(parts[-1])
     for part in parts[-2::-1]:
-        found = [
-            y if x is None else x if y is None else x + y for x, y in zip(found, part, strict=True)
-        ]
+        found = add_each(found, part)
     return found
 
 

@@ -15,12 +15,13 @@ from taskgrad.cluster.config import deadline
 from taskgrad.cluster.session import Session, session
 from taskgrad.errors import TaskgradError
 from taskgrad.executors.registry import executor_of
-from taskgrad.graph import pack
+from taskgrad.graph.calls import Call
+from taskgrad.graph.functions import pack_function
 from taskgrad.graph.layers import kind_of
-from taskgrad.graph.nodes import Call, Leaf, Node
-from taskgrad.graph.process_group import Gang, Rank
+from taskgrad.graph.leaves import Leaf
+from taskgrad.graph.nodes import new_key
+from taskgrad.graph.process_group import ProcessGroup, Rank
 from taskgrad.graph.pytree import Slot, Structure, describe, flatten
-from taskgrad.graph.sending import check_process, is_parametrized
 from taskgrad.graph.templates import template
 from taskgrad.spmd.axes import Axis, check, is_axis, join, mapped_size, spread
 from taskgrad.thunk import Lazy, Thunk
@@ -219,49 +220,34 @@ def _calls(
     workers: tuple[str, ...],
 ) -> list[Call]:
     """One call a rank, each pinned to its worker."""
-    packed = _pack(_Program(fn, split.leaves, split.structure), title)
-    if packed.modules:
-        check_process(title, parametrized=is_parametrized(packed.modules))
-    names = {id(p): (n, m) for m in packed.modules for n, p in m.named_parameters()}
-    buffers = {id(b) for m in packed.modules for b in m.buffers()}
-    shared: list[Node] = [
-        Leaf(t, name=n, owner=m)
-        for t, (n, m) in ((t, names.get(id(t), ("", None))) for t in packed.tensors)
-    ]
+    program = _Program(fn, split.leaves, split.structure)
+    packed = pack_function(program, title, what=f"{title!r}, or an argument of it,")
+    shared = [Leaf(t, name=name, owner=m) for t, name, m, _ in packed.closed_over]
+    # What a module writes into its buffers comes home from rank 0, as with torch's DDP.
+    buffers = tuple([i for i, found in enumerate(packed.closed_over) if found.is_buffer])
     seed = int(torch.randint(2**62, (), device="cpu"))
-    gang = Gang(title, axis_name, workers, seed, deadline("collective"))
+    group = ProcessGroup(title, axis_name, workers, seed, deadline("collective"))
+    ranks = [Rank(group, index) for index in range(len(workers))]
+    keys = tuple([new_key("forward", str(rank)) for rank in ranks])
     calls = []
-    for index, (worker, parts) in enumerate(zip(workers, split.parts, strict=True)):
-        rank = Rank(gang, index)
-        slots = tuple(Slot(len(shared) + i) for i in range(len(parts)))
-        call = Call(
-            title=str(rank),
-            steps=((0, str(rank), kind_of(fn)),),
-            inputs=[*shared, *map(Leaf, parts)],
-            template=template((slots, {})),
-            function=packed.data,
-            tensor_slots=tuple(range(len(shared))),
-            # What a module writes into its buffers comes home from rank 0, as with torch's DDP.
-            buffers=tuple(i for i, t in enumerate(packed.tensors) if id(t) in buffers)
-            if index == 0
-            else (),
-            worker=worker,
-            rank=rank,
+    for rank, key, parts in zip(ranks, keys, split.parts, strict=True):
+        slots = tuple([Slot(len(shared) + i) for i in range(len(parts))])
+        calls.append(
+            Call(
+                title=str(rank),
+                steps=((0, str(rank), kind_of(fn)),),
+                inputs=[*shared, *map(Leaf, parts)],
+                template=template((slots, {})),
+                function=packed.data,
+                tensor_slots=tuple(range(len(shared))),
+                buffers=() if rank.index else buffers,
+                worker=workers[rank.index],
+                key=key,
+                rank=rank,
+                peers=keys,
+            )
         )
-        calls.append(call)
-    for call in calls:
-        call.peers = tuple(c.key for c in calls)
     return calls
-
-
-def _pack(program: _Program, title: str) -> pack.Packed:
-    try:
-        return pack.pack(program)
-    except Exception as error:
-        raise TypeError(
-            f"{title!r}, or an argument of it, cannot be sent to the workers, because it cannot "
-            f"be pickled ({type(error).__name__}: {error})"
-        ) from error
 
 
 def _together(what: str, trees: Sequence[tuple[list[Any], Structure]], out_axes: Any) -> Any:

@@ -7,7 +7,8 @@ from typing import Any
 
 from taskgrad.chain import GraphChain
 from taskgrad.graph.layers import Layer, local_name, owner_of
-from taskgrad.graph.nodes import Shard, ShardCall, new_key
+from taskgrad.graph.nodes import new_key
+from taskgrad.graph.shards import Shard, ShardCall
 from taskgrad.worker.checkpoint import Place
 
 NOT_WRITTEN = "$not-written"

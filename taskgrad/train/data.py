@@ -11,9 +11,10 @@ from dask.delayed import Delayed, delayed
 from distributed import Client
 
 from taskgrad.errors import TaskgradError
-from taskgrad.graph.nodes import Foreign, Leaf, Node
+from taskgrad.graph.leaves import External, Leaf
+from taskgrad.graph.nodes import Node
 from taskgrad.graph.pytree import describe, flatten, tensors
-from taskgrad.graph.slices import Dims, Share, Slice, as_tensors, batch_size, cut
+from taskgrad.graph.slices import Dims, SampleFraction, Slice, as_tensors, batch_size, cut
 from taskgrad.thunk import Thunk
 
 
@@ -112,7 +113,9 @@ class Cutter:
             Slice(y, self.target_dims, m, count, "the targets", self.last) for m in range(count)
         ]
         weights: list[float | Node] = [
-            Share(x, self.in_dims, m, count, "the inputs", self.first) if self.weighted else 1.0
+            SampleFraction(x, self.in_dims, m, count, "the inputs", self.first)
+            if self.weighted
+            else 1.0
             for m in range(count)
         ]
         return Batch(inputs, targets, weights, None, self.loss_kind)
@@ -135,7 +138,7 @@ def on_workers(value: Any) -> bool:
 def _node_of(value: Any) -> Node:
     if isinstance(value, Thunk):
         return value._node
-    return Foreign(value if isinstance(value, Delayed) else delayed(value))
+    return External(value if isinstance(value, Delayed) else delayed(value))
 
 
 def pair(item: Any, where: str) -> Sequence[Any]:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from taskgrad.graph.nodes import Call, ancestors
 from taskgrad.graph.slices import as_tensors, batch_size
 from taskgrad.thunk import Thunk, collect, spawn
 from taskgrad.train.data import check_size, on_workers, pair
@@ -178,13 +177,9 @@ def _forward(trainer: Trainer, x: Any) -> Thunk:
     """The model in evaluation mode, whatever mode the chain is in."""
     if not isinstance(x, Thunk):
         x = as_tensors(x)
-    output = trainer.chain(x)
-    for node in ancestors([output._node]):
-        if isinstance(node, Call) and node.shard is not None:
-            node.mode = False
-            if trainer._settings.autocast and node.settings is not None:
-                node.settings = node.settings.under_autocast(trainer._settings.autocast)
-    return output
+    chain = trainer.chain
+    calls = chain._calls((x,), {}, mode=False, autocast=trainer._settings.autocast)
+    return Thunk(calls[-1], chain._session)
 
 
 def _stream(

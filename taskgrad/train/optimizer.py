@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from taskgrad.chain import GraphChain
 from taskgrad.cluster.session import check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.executors.deploy import copy_tied
-from taskgrad.graph.nodes import Node, Shard, ShardCall, new_key
+from taskgrad.graph.nodes import Node, new_key
+from taskgrad.graph.shards import Shard, ShardCall
 from taskgrad.train.factories import attributes_of, example_of
 from taskgrad.train.owner import acquire_ownership, check_owner
 from taskgrad.worker import optimizing, shard_ops
@@ -76,17 +77,23 @@ class Optimizer:
                 )
                 for shard in chain._shards.values()
             ]
-            uses = [self._on(shard, optimizing.use, {}) for shard in chain._shards.values()]
-            for use in uses:
-                use.awaits = tuple(makes)
+            uses = [
+                self._on(shard, optimizing.use, {}, awaits=makes)
+                for shard in chain._shards.values()
+            ]
             chain._executor.run(uses)
 
     def _on(
-        self, shard: Shard, function: Callable[..., Any], arguments: dict[str, Any]
+        self,
+        shard: Shard,
+        function: Callable[..., Any],
+        arguments: dict[str, Any],
+        *,
+        awaits: Sequence[Node] = (),
     ) -> ShardCall:
         word = "optimizer" if function is optimizing.make else function.__name__
         key = new_key(word, self._chain._title)
-        return ShardCall(shard, function, arguments, key=key)
+        return ShardCall(shard, function, arguments, key=key, awaits=awaits)
 
     def step(self) -> None:
         """One step on every shard, side by side; returns when all are done.
@@ -138,9 +145,9 @@ class Optimizer:
             if homes:
                 key = new_key("update", f"{self._chain._title} copies")
                 targets.append(ShardCall(shard, shard_ops.set_parameters, {}, key=key, after=homes))
+        done = list(updates.values())
         for shard in self._shards:
-            settle = self._on(shard, optimizing.settle, {"number": number})
-            settle.awaits = tuple(updates.values())
+            settle = self._on(shard, optimizing.settle, {"number": number}, awaits=done)
             targets.append(settle)
         return targets
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
-from taskgrad.graph.nodes import Call
 from taskgrad.train.step import Recompute
-from taskgrad.worker.store import LOSS
 
 Checkpoint = Literal["never", "always", "except_last"] | Callable[[str], bool]
 
@@ -22,8 +20,8 @@ def recompute_rule(checkpoint: Checkpoint) -> Recompute:
     """
     if callable(checkpoint) and not isinstance(checkpoint, type):
         chosen = checkpoint
-        return lambda call, m, count: tuple(
-            (i, i + 1) for i, (_, name, _) in enumerate(call.steps) if chosen(name)
+        return lambda layers, m, count: tuple(
+            (i, i + 1) for i, (_, name, _) in enumerate(layers) if chosen(name)
         )
     if not isinstance(checkpoint, str) or checkpoint not in ("never", "always", "except_last"):
         raise ValueError(
@@ -31,9 +29,10 @@ def recompute_rule(checkpoint: Checkpoint) -> Recompute:
             f"{checkpoint!r}"
         )
 
-    def whole(call: Call, microbatch: int, microbatches: int) -> tuple[tuple[int, int], ...]:
-        layers = sum(index != LOSS for index, _, _ in call.steps)
+    def whole(
+        layers: Sequence[Any], microbatch: int, microbatches: int
+    ) -> tuple[tuple[int, int], ...]:
         kept = checkpoint == "except_last" and microbatch == microbatches - 1
-        return () if checkpoint == "never" or kept else ((0, layers),)
+        return () if checkpoint == "never" or kept else ((0, len(layers)),)
 
     return whole

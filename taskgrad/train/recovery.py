@@ -7,7 +7,8 @@ from typing import Any
 
 from taskgrad.chain import GraphChain
 from taskgrad.executors.deploy import copy_tied
-from taskgrad.graph.nodes import Node, ShardCall, new_key
+from taskgrad.graph.nodes import Node, new_key
+from taskgrad.graph.shards import ShardCall
 from taskgrad.worker import training
 
 

@@ -12,7 +12,7 @@ from taskgrad.chain import GraphChain
 from taskgrad.errors import CheckpointError
 from taskgrad.formats.encoding import decode, tensors_in
 from taskgrad.graph.layers import owner_of
-from taskgrad.graph.nodes import Shard
+from taskgrad.graph.shards import Shard
 from taskgrad.train.contents import NOT_WRITTEN, inventory, living_on, shard_of
 from taskgrad.train.factories import attributes_of, example_of
 

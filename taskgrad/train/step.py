@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 
 from taskgrad.arguments import shown
 from taskgrad.chain import GraphChain
-from taskgrad.executors.base import Executor
+from taskgrad.executors.base import Launch
 from taskgrad.graph.adjoint import adjoint
-from taskgrad.graph.nodes import Call, Draw, Node, Pullback, Shard, ShardCall, ancestors, new_key
+from taskgrad.graph.calls import LOSS, Call, Draw, LayerStep, LossSpec, StepContext
+from taskgrad.graph.nodes import Node, ancestors, new_key
+from taskgrad.graph.pullback import Pullback
 from taskgrad.graph.pytree import Slot
+from taskgrad.graph.shards import Shard, ShardCall
 from taskgrad.graph.templates import template
 from taskgrad.plan.schedule import NAMES, Pipeline, Schedule, check
 from taskgrad.plan.schedule import schedule as named_schedule
 from taskgrad.train.data import Batch
 from taskgrad.worker import shard_ops, training
-from taskgrad.worker.store import LOSS
 
-Recompute = Callable[[Call, int, int], tuple[tuple[int, int], ...]]
-"""(call, microbatch, microbatches) -> the (start, stop) of its steps that run again in backward."""
+Recompute = Callable[[Sequence[LayerStep], int, int], tuple[tuple[int, int], ...]]
+"""(a call's layers, microbatch, microbatches) -> the (start, stop) of those run in the backward."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,21 @@ class Settings:
 
 @dataclass
 class Step:
-    """A step that was built: its results, and the last task on each shard.
+    """A step that was built: its results, the last task on each shard, and the order of execution.
 
-    The next step waits for those; `settles` come when all shards have committed.
+    The next step waits for the last tasks; `settles` come when all shards have committed. Once the
+    step is launched all of them are references to its tasks.
     """
 
     number: int
     report: Node
     last: dict[Shard, Node]
     settles: list[Node]
-    elsewhere: list[Node] = field(default_factory=list)
+    order: dict[Node, tuple[Node, ...]]
+    """For an action the one before it in the schedule, if any, or in the step before."""
+    behind: Sequence[Node] = ()
     """What runs on workers that have no shard: calls behind the batch."""
-    labels: dict[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
     """What to call the tasks in messages, by their keys."""
 
     @property
@@ -62,18 +67,14 @@ class Step:
         """All that has to run."""
         return [self.report, *self.last.values(), *self.settles]
 
-    def let_go(self, executor: Executor) -> None:
-        """Drop what was only needed to submit it: the graph, and with it the steps before."""
-        shards = {shard.worker for shard in self.last}
-        for node in ancestors(self.targets):
-            node.awaits = ()
-            if isinstance(node, Call | ShardCall):
-                self.labels[node.key] = node.label
-            if executor.worker_of(node) not in {None, *shards}:
-                self.elsewhere.append(node)
-        for node in self.targets:
-            if isinstance(node, ShardCall):
-                node.after = ()
+    def launched(self, launch: Launch) -> None:
+        """Keep references to its tasks only: drop the graph, and with it the steps before."""
+        tasks = iter(launch.targets)
+        self.report = next(tasks)
+        self.last = {shard: next(tasks) for shard in self.last}
+        self.settles = list(tasks)
+        self.order = {}
+        self.behind, self.labels = launch.behind, launch.labels
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,12 @@ def build(
     """The graph of a step, which starts on each shard when the one before is done there."""
     update = (number + 1) % settings.accumulate == 0
     parts = [_microbatch(chain, batch, number, m, settings) for m in range(batch.count)]
-    tails = _order(parts, settings, {} if before is None else before.last)
-    prepares = []
-    for shard in chain._shards.values():
-        norms = settings.clip_norm is not None
-        prepare = _on(chain, shard, training.prepare, {"update": update, "norms": norms})
-        prepare.awaits = (tails[shard],)
-        prepares.append(prepare)
+    order, tails = _order(batch, parts, settings, {} if before is None else before.last)
+    summary = {"update": update, "norms": settings.clip_norm is not None}
+    prepares = [
+        _on(chain, shard, training.prepare, summary, awaits=[tails[shard]])
+        for shard in chain._shards.values()
+    ]
     losses = [part.calls[-1] for part in parts]
     weights = [w for w in batch.weights if isinstance(w, Node)]
     report = _on(
@@ -110,8 +110,7 @@ def build(
         [*losses, *weights, *prepares],
     )
     last, settles = _finish(chain, number, settings, prepares, update=update)
-    labels = {p.key: p.label for part in parts for p in part.pullbacks.values()}
-    return Step(number, report, last, settles, labels=labels)
+    return Step(number, report, last, settles, order)
 
 
 def _finish(
@@ -152,14 +151,19 @@ def _finish(
         homes = [commits[home] for home in dict.fromkeys(shard.homes.values())]
         if homes and update:
             key = new_key("update", f"{chain._title} copies")
-            refresh = ShardCall(shard, shard_ops.set_parameters, {}, key=key, after=homes)
-            refresh.awaits = (commits[shard],)
-            last[shard] = refresh
-    settles: list[Node] = []
-    for shard in chain._shards.values():
-        settle = _on(chain, shard, training.settle, {"step": number})
-        settle.awaits = tuple(commits.values())
-        settles.append(settle)
+            last[shard] = ShardCall(
+                shard,
+                shard_ops.set_parameters,
+                {},
+                key=key,
+                after=homes,
+                awaits=[commits[shard]],
+            )
+    done = list(commits.values())
+    settles: list[Node] = [
+        _on(chain, shard, training.settle, {"step": number}, awaits=done)
+        for shard in chain._shards.values()
+    ]
     return last, settles
 
 
@@ -169,51 +173,61 @@ def _on(
     function: Callable[..., Any],
     arguments: dict[str, Any],
     after: Sequence[Node] = (),
+    *,
+    awaits: Sequence[Node] = (),
 ) -> ShardCall:
     assert shard is not None
     word = "update" if function is training.commit else function.__name__
     key = new_key(word, chain._title)
-    return ShardCall(shard, function, arguments, key=key, after=after)
+    return ShardCall(shard, function, arguments, key=key, after=after, awaits=awaits)
 
 
 def _microbatch(
     chain: GraphChain, batch: Batch, number: int, index: int, settings: Settings
 ) -> _Microbatch:
     """Forward with the loss, and backward with the gradients that are complete after each part."""
+
+    def extend(
+        steps: tuple[LayerStep, ...], inputs: tuple[Node, ...], last: bool
+    ) -> tuple[tuple[LayerStep, ...], tuple[Node, ...], StepContext]:
+        recompute = settings.recompute(steps, index, batch.count)
+        loss = None
+        if last:
+            steps = (*steps, (LOSS, "loss", batch.loss_kind))
+            loss = LossSpec(_targets_at(len(inputs)), settings.check_finite)
+            inputs = (*inputs, batch.targets[index])
+        return steps, inputs, StepContext(draw, recompute, loss)
+
+    draw = Draw(settings.seed, number, index)
     with torch.enable_grad():
-        output = chain(batch.inputs[index])._node
-    own = set(chain._shards.values())  # the input may be a thunk, with calls behind it
-    calls = [n for n in ancestors([output]) if isinstance(n, Call) and n.shard in own]
-    calls.sort(key=lambda call: call.order)
-    for call in calls:
-        call.mode = True
-        call.draw = Draw(settings.seed, number, index)
-        if settings.autocast and call.settings is not None:
-            call.settings = call.settings.under_autocast(settings.autocast)
-        call.recompute = settings.recompute(call, index, batch.count)
-    loss = calls[-1]
-    target = template((Slot(len(loss.inputs)),))
-    loss.append((LOSS, "loss", batch.loss_kind), [batch.targets[index]], target)
-    loss.check_finite = settings.check_finite
-    found = adjoint([(loss, None)])
-    pullbacks = {pullback.call: pullback for pullback in found.pullbacks}
-    share = batch.weights[index]
-    if isinstance(share, Node):
-        pullbacks[loss].factor, pullbacks[loss].weight = 1 / settings.accumulate, share
-    else:
-        pullbacks[loss].factor = share / settings.accumulate
-    for (home, name), grads in found.parameters.items():
-        # The first layer of all that use a parameter is at its home, and comes last in a backward.
-        grads[-1].pullback.accumulate[name] = tuple(
-            g.pullback if g.worker == home.worker else g for g in grads
+        calls = chain._calls(
+            (batch.inputs[index],), {}, mode=True, autocast=settings.autocast, extend=extend
         )
-    return _Microbatch(calls, pullbacks)
+    share = batch.weights[index]
+    scale: tuple[float, Node | None] = (
+        (1 / settings.accumulate, share)
+        if isinstance(share, Node)
+        else (share / settings.accumulate, None)
+    )
+    found = adjoint([(calls[-1], None)], scale=scale, accumulate=True)
+    return _Microbatch(calls, {pullback.call: pullback for pullback in found.pullbacks})
+
+
+@cache
+def _targets_at(slot: int) -> bytes:
+    """The arguments of the loss after the output: the targets, which are at this slot."""
+    return template((Slot(slot),))
 
 
 def _order(
-    parts: Sequence[_Microbatch], settings: Settings, before: dict[Shard, Node]
-) -> dict[Shard, Node]:
-    """Have every action wait for the one before it in the schedule; the last one of each shard."""
+    batch: Batch, parts: Sequence[_Microbatch], settings: Settings, before: dict[Shard, Node]
+) -> tuple[dict[Node, tuple[Node, ...]], dict[Shard, Node]]:
+    """For every action the one before it in the schedule, if any; the last one of each shard."""
+    order: dict[Node, tuple[Node, ...]] = {
+        node: (before[node.shard],)
+        for node in ancestors([*batch.inputs, *batch.targets])
+        if isinstance(node, Call) and node.shard in before
+    }
     calls = parts[0].calls
     shards = list(dict.fromkeys(call.shard for call in calls if call.shard is not None))
     index: dict[Node, int] = {call: i for i, call in enumerate(calls)}
@@ -223,19 +237,18 @@ def _order(
     )
     schedule = settings.schedule(pipeline, len(parts))
     tails: dict[Shard, Node] = {}
-    for shard, order in zip(shards, schedule.orders, strict=True):
+    for shard, actions in zip(shards, schedule.orders, strict=True):
         last = before.get(shard)
-        for action in order:
+        for action in actions:
             part = parts[action.microbatch]
             call = part.calls[action.stage]
             node = call if action.kind == "F" else part.pullbacks.get(call)
             if node is None:
                 continue  # nothing before it can be trained
-            if shard not in tails:
-                call.begins = call.draw.step if call.draw is not None else None
-            node.awaits = () if last is None else (last,)
+            if last is not None:
+                order[node] = (last,)
             last = tails[shard] = node
-    return tails
+    return order, tails
 
 
 def maker_of(

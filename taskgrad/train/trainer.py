@@ -14,7 +14,9 @@ from taskgrad.arguments import flag, whole
 from taskgrad.chain import GraphChain
 from taskgrad.cluster.session import check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
-from taskgrad.graph.nodes import Leaf, Node, Shard, ShardCall, new_key
+from taskgrad.graph.leaves import Leaf
+from taskgrad.graph.nodes import Node, new_key
+from taskgrad.graph.shards import Shard, ShardCall
 from taskgrad.graph.slices import Dims
 from taskgrad.plan.schedule import Schedule
 from taskgrad.train import loops
@@ -257,23 +259,32 @@ class Trainer(Resumable):
             }
             calls.append(self._on(shard, training.start, arguments))
         last = chain._shards[self._cutter.last]
-        set_loss = self._on(last, training.set_loss, {"data": data})
-        set_loss.after = (Leaf(tensors, needs_grad=False),)
-        set_loss.awaits = tuple(calls)
-        uses = []
-        for shard in chain._shards.values():
-            use = ShardCall(shard, optimizing.use, {}, key=new_key("use", chain._title))
-            use.awaits = (set_loss,)
-            uses.append(use)
+        set_loss = self._on(
+            last,
+            training.set_loss,
+            {"data": data},
+            after=[Leaf(tensors, needs_grad=False)],
+            awaits=calls,
+        )
+        uses = [
+            self._on(shard, optimizing.use, {}, awaits=[set_loss])
+            for shard in chain._shards.values()
+        ]
         chain._executor.run(uses)
         answers = chain._executor.values(calls)
         self._metric_for = next((name for name in answers if name is not None), None)
 
     def _on(
-        self, shard: Shard, function: Callable[..., Any], arguments: dict[str, Any]
+        self,
+        shard: Shard,
+        function: Callable[..., Any],
+        arguments: dict[str, Any],
+        *,
+        after: Sequence[Node] = (),
+        awaits: Sequence[Node] = (),
     ) -> ShardCall:
         key = new_key(function.__name__, self.chain._title)
-        return ShardCall(shard, function, arguments, key=key)
+        return ShardCall(shard, function, arguments, key=key, after=after, awaits=awaits)
 
     # -- steps -------------------------------------------------------------------------------------
 
@@ -318,7 +329,7 @@ class Trainer(Resumable):
             loss = StepLoss(self, made, batch.size)
             self._running.append(loss)
             try:
-                self.chain._executor.launch(made.targets, {})
+                launch = self.chain._executor.launch(made.targets, made.order)
             except BaseException as error:
                 if isinstance(error, Exception) and not isinstance(error, TaskgradError | OSError):
                     self._running.pop()  # it was not submitted; the steps before it go on
@@ -329,7 +340,7 @@ class Trainer(Resumable):
                     raise
                 self._give_up(error)
                 raise
-            made.let_go(self.chain._executor)
+            made.launched(launch)
             self._last = made
             self._chained += 1
             self.steps += 1
@@ -384,7 +395,7 @@ class Trainer(Resumable):
             try:
                 made = first.made
                 executor = self.chain._executor
-                error = executor.wait(made.targets, behind=made.elsewhere, labels=made.labels)
+                error = executor.wait(made.targets, behind=made.behind, labels=made.labels)
                 if error is not None:
                     raise error
                 [report] = executor.values([made.report])

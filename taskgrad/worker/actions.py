@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from taskgrad.graph.cotangents import add_each
 from taskgrad.graph.pytree import cotangents, flatten
 from taskgrad.worker.shard_lock import using_shard
 from taskgrad.worker.store import Store, buffers_key
@@ -39,13 +40,7 @@ class Add:
                 continue
             ours, structure = flatten(total)
             theirs, _ = flatten(part)
-            total = cotangents(
-                [
-                    b if a is None else a if b is None else a + b
-                    for a, b in zip(ours, theirs, strict=True)
-                ],
-                structure,
-            )
+            total = cotangents(add_each(ours, theirs), structure)
         return total
 
 

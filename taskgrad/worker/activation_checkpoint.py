@@ -17,17 +17,9 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 
 def recomputed(
-    run: Callable[..., Any],
-    modules: Iterable[nn.Module],
-    *args: Any,
-    keep_state: bool,
-    **kwargs: Any,
+    run: Callable[..., Any], modules: Iterable[nn.Module], *args: Any, **kwargs: Any
 ) -> Any:
-    """``run(*args, **kwargs)``, which keeps nothing for its backward but the arguments.
-
-    With `keep_state` torch keeps the state of its random generators for the second run; not needed
-    where each layer draws from a stream of its own.
-    """
+    """``run(*args, **kwargs)``, which keeps nothing for its backward but the arguments."""
     buffers = [b for m in modules for b in m.buffers()]
     first = [b.detach().clone() for b in buffers]
     ran = False
@@ -46,9 +38,7 @@ def recomputed(
 
     # Stopping early is an exception through the layers, which would be reported as theirs.
     with set_checkpoint_early_stop(False):
-        return checkpoint(
-            once_more, *args, use_reentrant=False, preserve_rng_state=keep_state, **kwargs
-        )
+        return checkpoint(once_more, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def _write(buffers: list[torch.Tensor], values: list[torch.Tensor]) -> None:

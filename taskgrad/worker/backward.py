@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from taskgrad.errors import CotangentError, LayerError
-from taskgrad.graph.cotangents import Gradient, match
-from taskgrad.graph.nodes import Draw
+from taskgrad.graph.calls import Draw
+from taskgrad.graph.cotangents import Gradient, add_each, match
 from taskgrad.graph.pytree import cotangents, describe
 from taskgrad.worker.communicator import Member
 from taskgrad.worker.failures import backward_error
@@ -27,9 +27,10 @@ class Backward:
 
     `sources` says where each cotangent is: a position among the task's values, or None for ones.
     Those are multiplied by `factor`, and by the number at position `weight`. `wanted` are the input
-    slots whose cotangents are given back. `accumulate` lists for each parameter whose gradients are
-    now complete what to add to it: keys of backward tasks on this worker, positions of values.
-    `peers` are the keys of the backward tasks of all ranks, if the forward was one of a gang.
+    slots whose cotangents are given back. `accumulate` lists, for each parameter whose gradient is
+    complete with this backward, what comes before its own part: keys of backward tasks on this
+    worker, positions of values. `peers` are the keys of the backward tasks of all ranks, if the
+    forward was one of a process group.
     """
 
     key: str
@@ -108,13 +109,10 @@ class Backward:
         """Add what is complete to the shard's gradients; the rest stays in `parameters`."""
         for name, sources in self.accumulate.items():
             parts = [
-                values[source]
-                if isinstance(source, int)
-                else parameters.pop(name, None)
-                if source == self.key
-                else store.gradients(source).get(name)
+                values[source] if isinstance(source, int) else store.gradients(source).get(name)
                 for source in sources
             ]
+            parts.append(parameters.pop(name, None))
             accumulate_into(shard, name, parts, values, address=store.address, draw=self.draw)
 
     def _sum(self, tape: Tape, address: str, values: tuple[Any, ...]) -> list[Gradient]:
@@ -130,7 +128,7 @@ class Backward:
                     tape.output_structure,
                     f"{tape.title!r} on {address}",
                 )
-            total = [_add(a, b) for a, b in zip(total, part, strict=True)]
+            total = add_each(total, part)
         return total
 
     def _weight(self, tape: Tape, values: tuple[Any, ...]) -> float:
@@ -162,12 +160,6 @@ def _seed(tape: Tape, address: str, weight: float) -> torch.Tensor:
             f"{address} gave {describe(value)}. Pass a cotangent of that shape"
         )
     return torch.full_like(output, weight)
-
-
-def _add(a: Gradient, b: Gradient) -> Gradient:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
 
 
 def _collectives(member: Member) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -45,7 +45,7 @@ class Member:
     def __init__(self, rank: Rank, store: Store) -> None:
         self.rank = rank
         self.index = rank.index
-        self.size = len(rank.gang.workers)
+        self.size = len(rank.group.workers)
         self.start = torch.zeros(0, dtype=torch.float32, device="cpu", requires_grad=True)
         self.token = self.start
         self._store = store
@@ -118,8 +118,8 @@ def current(axis_name: Hashable) -> Member:
         raise NotImplementedError(
             f"collectives work over one axis; got the axis names {axis_name!r}"
         )
-    if member is None or axis_name is None or member.rank.gang.axis != axis_name:
-        inside = member and member.rank.gang.axis
+    if member is None or axis_name is None or member.rank.group.axis != axis_name:
+        inside = member and member.rank.group.axis
         where = (
             f"the axis here is {inside!r}"
             if inside is not None
@@ -137,18 +137,18 @@ def running() -> Member | None:
 
 
 class _Talk:
-    """One task's part in the exchanges of its gang."""
+    """One task's part in the exchanges of its process group."""
 
     def __init__(self, rank: Rank, store: Store, key: str, peers: Sequence[str]) -> None:
         self.number = 0
         self._rank = rank
-        self._gang = rank.gang
+        self._group = rank.group
         self._store = store
         self._mail = store.mail
         self._key = key
         self._others = {
             i: (worker, peer)
-            for i, (worker, peer) in enumerate(zip(rank.gang.workers, peers, strict=True))
+            for i, (worker, peer) in enumerate(zip(rank.group.workers, peers, strict=True))
             if i != rank.index
         }
         self._thread: int | None = threading.get_ident()
@@ -174,7 +174,7 @@ class _Talk:
             calls = "; ".join(f"rank {i} calls {m.what}" for i, m in enumerate(messages))
             raise GangFailed(
                 CollectiveError(
-                    f"the ranks of {self._gang.title} call different collectives, as their number "
+                    f"the ranks of {self._group.title} call different collectives, as their number "
                     f"{number + 1}: {calls}. All ranks call the same ones, in the same order, with "
                     "the same shapes"
                 )
@@ -215,7 +215,7 @@ class _Talk:
             missing = self._mail.wait(self._key, number, sources, 0)
             asked = [self._attend(i, what, number) for i in missing]
             try:
-                left = start + self._gang.deadline - time.monotonic()
+                left = start + self._group.deadline - time.monotonic()
                 if self._come(number, sources, large, left):
                     return
             finally:
@@ -238,8 +238,8 @@ class _Talk:
         return done
 
     def _late(self, missing: set[int], what: str, number: int) -> str:
-        names = ", ".join(f"rank {i} on worker {self._gang.workers[i]}" for i in sorted(missing))
-        seconds = f"{self._gang.deadline:g} s"
+        names = ", ".join(f"rank {i} on worker {self._group.workers[i]}" for i in sorted(missing))
+        seconds = f"{self._group.deadline:g} s"
         why = (
             f"has waited {seconds} for {names}: not come to a collective of that number. Do all "
             "ranks call the same ones?"
@@ -304,7 +304,7 @@ class _Talk:
 
     def _gone(self, peer: int) -> BaseException:
         return WorkerLostError(
-            f"rank {peer} of {self._gang.title} is gone with worker {self._gang.workers[peer]}, "
+            f"rank {peer} of {self._group.title} is gone with worker {self._group.workers[peer]}, "
             f"while rank {self._rank.index} was in {self._in}. Look at that worker's log "
             "(memory?), then call again"
         )
@@ -313,9 +313,9 @@ class _Talk:
         if end.error is not None:
             return end.error
         return CollectiveError(
-            f"the ranks of {self._gang.title} call different numbers of collectives: rank "
+            f"the ranks of {self._group.title} call different numbers of collectives: rank "
             f"{self._rank.index} calls {what} as its number {self.number}; rank {peer} on worker "
-            f"{self._gang.workers[peer]} has ended after {end.count}. All ranks call the same "
+            f"{self._group.workers[peer]} has ended after {end.count}. All ranks call the same "
             "ones, in the same order"
         )
 
@@ -331,7 +331,7 @@ class _Talk:
 
     def flush(self) -> None:
         """Wait until what was sent has arrived, or cannot: then this task's end means something."""
-        end = time.monotonic() + self._gang.deadline
+        end = time.monotonic() + self._group.deadline
         for _, sent in self._under_way:
             sent.add_done_callback(self._mail.wake)
         self._mail.until(

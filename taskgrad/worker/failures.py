@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from taskgrad.errors import LayerError
-from taskgrad.graph.nodes import Draw
+from taskgrad.graph.calls import Draw
 from taskgrad.graph.pytree import describe
 from taskgrad.remote_errors import message_of, own_frames, shorten
 

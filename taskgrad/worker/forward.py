@@ -15,8 +15,7 @@ from torch import nn
 
 from taskgrad.errors import LayerError, TravelError
 from taskgrad.graph import pack
-from taskgrad.graph.nodes import Draw
-from taskgrad.graph.process_group import Rank
+from taskgrad.graph.calls import LOSS, CallSpec
 from taskgrad.graph.pytree import Structure, carries_gradient, describe, flatten
 from taskgrad.graph.templates import Template
 from taskgrad.worker import training
@@ -27,54 +26,44 @@ from taskgrad.worker.failures import forward_error
 from taskgrad.worker.mailbox import GangFailed
 from taskgrad.worker.randomness import may_draw, random_stream
 from taskgrad.worker.shard_lock import turn
-from taskgrad.worker.store import LOSS, ResidentShard, Store, Tape, buffers_key
+from taskgrad.worker.store import ResidentShard, Store, Tape, buffers_key
 
 
 @dataclass(frozen=True)
 class Forward:
-    """One forward task. Fields are those of `taskgrad.graph.nodes.Call`; `token` is its key.
+    """Run a call.
 
-    `needs_grad` says for each input slot whether somebody upstream takes a gradient. `buffers` are
-    the slots of a function's buffers if their new values shall be left for `ReadBuffers`.
+    It leaves a tape if `taped`; with `give_buffers` the new values of its function's buffers, for
+    `ReadBuffers`.
     """
 
-    token: str
-    title: str
-    steps: tuple[tuple[int, str, str], ...]
-    shard: str | None
-    function: bytes
-    tensor_slots: tuple[int, ...]
-    template: bytes
-    mode: bool | None
+    call: CallSpec
     taped: bool
-    needs_grad: tuple[bool, ...]
-    buffers: tuple[int, ...] = ()
-    draw: Draw | None = None
-    begins: int | None = None
-    recompute: tuple[tuple[int, int], ...] = ()
-    extras: bytes = b""
-    check_finite: bool = False
-    raw: bool = False
-    rank: Rank | None = None
-    peers: tuple[str, ...] = ()
+    give_buffers: bool
+
+    @property
+    def title(self) -> str:
+        """What it runs, for messages."""
+        return self.call.title
 
     def run(self, store: Store, *values: Any) -> Any:
-        """The output, detached; the tape, if any, is in the store under `token`.
+        """The output, detached; the tape, if any, is in the store under the call's key.
 
         If it is there already the output is the same again. Layers run anew might give another one
         (dropout), and the tape would not fit what others have made of the first.
         """
-        shard = store.shard(self.shard) if self.shard is not None else None
+        call = self.call
+        shard = store.shard(call.shard) if call.shard is not None else None
         with turn(shard):
-            tape = store.get(self.token)
+            tape = store.get(call.key)
             if tape is not None:
                 return self._give_all(shard, tape.outputs, tape.output_structure)
-            if shard is not None and self.begins is not None:
-                training.begin(shard, self.begins)
-            if self.rank is None:
+            if shard is not None and call.draw is not None:
+                training.begin(shard, call.draw.step)
+            if call.rank is None:
                 return self._run(store, shard, values)
-            member = Member(self.rank, store)
-            with member.talking(self.token, self.peers):
+            member = Member(call.rank, store)
+            with member.talking(call.key, call.peers):
                 return self._run(store, shard, values, member)
 
     def _run(
@@ -84,15 +73,16 @@ class Forward:
         values: tuple[Any, ...],
         member: Member | None = None,
     ) -> Any:
+        call = self.call
         device = shard.device if shard else None
         takes: list[list[torch.Tensor | None]] = []
         structures: list[Structure] = []
         fed: list[Any] = []
-        arguments = Template(self.template)
-        for slot, (value, wanted) in enumerate(zip(values, self.needs_grad, strict=True)):
+        arguments = Template(call.template)
+        for slot, (value, wanted) in enumerate(zip(values, call.needs_grad, strict=True)):
             leaves, structure = flatten(value)
             own = {0} if slot in arguments.parameters else structure.parameters
-            if self.raw:
+            if call.raw:
                 taken, given = leaves, leaves
             else:
                 taken, given = _feed(leaves, self.taped and wanted, device, own)
@@ -100,31 +90,31 @@ class Forward:
             structures.append(structure)
             fed.append(structure.build(given))
         if shard is not None:
-            _set_mode(shard, self.mode)
+            _set_mode(shard, call.mode)
         with contextlib.ExitStack() as regions:
             norms = shard.training.norms if shard and shard.training else None
-            if norms is not None and self.draw is not None:
-                modules = _modules(shard, self.steps)
-                microbatch, (first, *_) = self.draw.microbatch, self.steps[0]
+            if norms is not None and call.draw is not None:
+                modules = _modules(shard, call.steps)
+                microbatch, (first, *_) = call.draw.microbatch, call.steps[0]
                 regions.enter_context(deferred(modules, norms, microbatch, first))
             output = self._call(store, shard, arguments, fed)
-        if self.buffers:
+        if self.give_buffers:
             # By value: batch norm writes its statistics without counting a version.
             changed = [
                 None if torch.equal(fed[i], values[i].to(fed[i].device)) else fed[i]
-                for i in self.buffers
+                for i in call.buffers
             ]
-            store.put(buffers_key(self.token), changed)
+            store.put(buffers_key(call.key), changed)
         try:
             leaves, structure = flatten(output)
         except TravelError as error:
-            _, name, kind = self.steps[-1]
-            raise forward_error(error, store.address, name, kind, (fed, {}), self.draw) from error
+            _, name, kind = call.steps[-1]
+            raise forward_error(error, store.address, name, kind, (fed, {}), call.draw) from error
         if self.taped:
-            parameters = _trainable(shard, self.steps)
+            parameters = _trainable(shard, call.steps)
             _refuse_unknown(parameters, shard, store.address)
             tape = Tape(
-                self.title,
+                call.title,
                 takes,
                 structures,
                 leaves,
@@ -132,17 +122,17 @@ class Forward:
                 parameters,
                 shard,
                 member,
-                recomputes=bool(self.recompute),
+                recomputes=bool(call.context and call.context.recompute),
             )
-            store.put(self.token, tape)
+            store.put(call.key, tape)
         return self._give_all(shard, leaves, structure)
 
     def _give_all(
         self, shard: ResidentShard | None, leaves: list[Any], structure: Structure
     ) -> Any:
-        owned = _storages(shard, self.steps) if shard else set()
+        owned = _storages(shard, self.call.steps) if shard else set()
         given = [_give(leaf, owned) for leaf in leaves]
-        ours = _trainable(shard, self.steps).values() if structure.parameters else ()
+        ours = _trainable(shard, self.call.steps).values() if structure.parameters else ()
         for i in structure.parameters:
             if self.taped and not _is_new(leaves[i], ours):
                 given[i] = nn.Parameter(given[i], requires_grad=False)
@@ -152,16 +142,15 @@ class Forward:
         self, store: Store, shard: ResidentShard | None, arguments: Template, fed: list[Any]
     ) -> Any:
         args, kwargs = arguments.fill(fed)
-        last = len(self.steps)
-        segments = dict(self.recompute) if self.taped else {}
+        steps, context = self.call.steps, self.call.context
+        segments = dict(context.recompute) if context is not None and self.taped else {}
         at = 0
-        while at < last:
+        while at < len(steps):
             stop = segments.get(at, at + 1)
             run = functools.partial(self._steps, store, shard, fed, at, stop)
             if at in segments:
-                modules = _modules(shard, self.steps[at:stop])
-                keep_state = self.draw is None
-                value = recomputed(run, modules, *args, keep_state=keep_state, **kwargs)
+                modules = _modules(shard, steps[at:stop])
+                value = recomputed(run, modules, *args, **kwargs)
             else:
                 value = run(*args, **kwargs)
             args, kwargs, at = (value,), {}, stop
@@ -178,34 +167,38 @@ class Forward:
         **kwargs: Any,
     ) -> Any:
         """Run the steps from `start` to `stop`, each on what the one before gave."""
-        for index, name, kind in self.steps[start:stop]:
+        call = self.call
+        for index, name, kind in call.steps[start:stop]:
             fn = self._function(shard, index, fed)
-            if index == LOSS:
-                args = (*args, *Template(self.extras).fill(fed))
+            loss = call.context.loss if index == LOSS and call.context is not None else None
+            if loss is not None:
+                args = (*args, *Template(loss.template).fill(fed))
             try:
                 with self._stream(fn, name):
                     value = fn(*args, **kwargs)
-                if index == LOSS:
-                    _check_loss(value, self.check_finite)
+                if loss is not None:
+                    _check_loss(value, loss.check_finite)
             except GangFailed:
                 raise
             except BaseException as error:
                 given = (args, kwargs)
-                raise forward_error(error, store.address, name, kind, given, self.draw) from error
+                raise forward_error(error, store.address, name, kind, given, call.draw) from error
             args, kwargs = (value,), {}
         return args[0]
 
     def _function(self, shard: ResidentShard | None, index: int, fed: list[Any]) -> Any:
         if shard is None:
-            return pack.unpack(self.function, [fed[i] for i in self.tensor_slots], own=False)
+            tensors = [fed[i] for i in self.call.tensor_slots]
+            return pack.unpack(self.call.function, tensors, own=False)
         return shard.loss if index == LOSS else shard.layers[index]
 
     def _stream(self, fn: Any, name: str) -> contextlib.AbstractContextManager[None]:
-        if self.rank is not None:
-            return random_stream(self.rank.gang.seed, 0, self.rank.index, "rank")
-        if self.draw is None or not may_draw(fn):
+        rank, draw = self.call.rank, self.call.draw
+        if rank is not None:
+            return random_stream(rank.group.seed, 0, rank.index, "rank")
+        if draw is None or not may_draw(fn):
             return contextlib.nullcontext()
-        return random_stream(*self.draw, name)
+        return random_stream(*draw, name)
 
 
 def _check_loss(value: Any, finite: bool) -> None:

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from taskgrad.graph.calls import Draw
+from taskgrad.graph.cotangents import Gradient, add
 from taskgrad.graph.memory_layout import is_dense
-from taskgrad.graph.nodes import Draw
 from taskgrad.graph.parameter_extras import has_hooks
 from taskgrad.worker.hooks import accumulate_hooked
 from taskgrad.worker.store import ResidentShard
-
-Gradient = torch.Tensor | None
 
 
 def own(grads: dict[str, Gradient], shared: Iterable[Any]) -> dict[str, Gradient]:
@@ -47,9 +46,7 @@ def summed(parameter: nn.Parameter, parts: Sequence[Gradient], borrowed: Iterabl
     """
     total: Gradient = None
     for part in parts:
-        if part is not None:
-            part = part.to(parameter.device)
-            total = part if total is None else total + part
+        total = add(total, None if part is None else part.to(parameter.device))
     if total is not None and any(total is value for value in borrowed):
         return total.clone()
     return total

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from taskgrad.errors import LayerError
-from taskgrad.graph.nodes import Draw
+from taskgrad.graph.calls import Draw
 from taskgrad.worker.randomness import random_stream
 
 

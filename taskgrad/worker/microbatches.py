@@ -11,16 +11,16 @@ from taskgrad.worker.store import Store
 
 @dataclass(frozen=True)
 class TakeSlice:
-    """Microbatch `index` of `count`; with `share`, which part of the batch it is."""
+    """Microbatch `index` of `count`; or what `fraction` of the batch it is."""
 
     dims: Dims
     index: int
     count: int
     what: str
-    share: bool
+    fraction: bool
 
     def run(self, store: Store, batch: Any) -> Any:
-        """The slice, in memory of its own; or its share.
+        """The slice, in memory of its own; or its fraction of the samples.
 
         Raises
         ------
@@ -35,6 +35,6 @@ class TakeSlice:
                 ". A batch that lies on a worker is cut there: take fewer microbatches"
             )
         part = cut(batch, self.dims, self.index, self.count, self.what)
-        if self.share:
+        if self.fraction:
             return (batch_size(part, self.dims, self.what) or 0) / total
         return part

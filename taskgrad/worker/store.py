@@ -118,10 +118,6 @@ class ResidentShard:
         return None
 
 
-LOSS = -1
-"""The index of a shard's loss among the steps of a call, where layers have theirs."""
-
-
 @dataclass
 class Tape:
     """What one forward of one shard saved for its backward."""
@@ -133,7 +129,7 @@ class Tape:
     output_structure: Structure
     parameters: dict[str, nn.Parameter]
     shard: ResidentShard | None
-    member: Member | None = None  # the rank of a gang whose forward it was
+    member: Member | None = None  # the rank of a process group whose forward it was
     recomputes: bool = False  # looking at what autograd saved would run layers again
     nbytes: int | None = None  # once somebody has counted them
     # Held by a backward, and by code that reads what autograd saved: autograd frees it as it goes,

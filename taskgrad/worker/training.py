@@ -97,7 +97,7 @@ def _training(shard: ResidentShard) -> Training:
 def begin(shard: ResidentShard, step: int) -> None:
     """Copy what the step will write before it commits: buffers, and gradients so far."""
     training = _training(shard)
-    if training.begun == step:  # Dask runs this again; the copies are from before the step
+    if training.begun == step or training.done > step:  # copied, or Dask runs this again
         return
     training.begun = step
     training.prepared = False

@@ -1,0 +1,55 @@
+"""A function as calls take it: its bytes, and what it closes over as inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from taskgrad.graph import pack
+from taskgrad.graph.sending import check_process, is_parametrized, unpicklable_beside
+
+
+class ClosedOver(NamedTuple):
+    """A tensor that a function closes over; with `name` and `owner` if it is a parameter."""
+
+    tensor: torch.Tensor
+    name: str
+    owner: nn.Module | None
+    is_buffer: bool
+
+
+class PackedFunction(NamedTuple):
+    """A function's bytes, without the tensors that it closes over."""
+
+    data: bytes
+    closed_over: list[ClosedOver]
+
+
+def pack_function(fn: Callable[..., Any], title: str, *, what: str = "") -> PackedFunction:
+    """A function as it is sent; `what` names it in the error, by default the title.
+
+    Raises
+    ------
+    TypeError
+        It cannot be pickled.
+    TaskgradError
+        A switch of this process changes what its modules do.
+    """
+    packed = pack.pickle_or_explain(
+        lambda: pack.pack(fn),
+        what or repr(title),
+        ". Define it without what it holds on to (locks, open files, generators)",
+        culprit=lambda: unpicklable_beside([("", fn)], hooks=False),
+    )
+    if packed.modules:
+        check_process(title, parametrized=is_parametrized(packed.modules))
+    owners = {id(p): (name, m) for m in packed.modules for name, p in m.named_parameters()}
+    buffers = {id(b) for m in packed.modules for b in m.buffers()}
+    closed_over = []
+    for tensor in packed.tensors:
+        name, owner = owners.get(id(tensor), ("", None))
+        closed_over.append(ClosedOver(tensor, name, owner, id(tensor) in buffers))
+    return PackedFunction(packed.data, closed_over)

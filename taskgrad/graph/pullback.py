@@ -1,0 +1,94 @@
+"""Backward tasks as nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from taskgrad.graph.calls import Call
+from taskgrad.graph.nodes import Node, label_of, new_key
+from taskgrad.graph.torch_settings import refuse_modes, settings_now
+
+
+class Pullback(Node):
+    """One backward task: cotangents of a call's output in, cotangents of its inputs out.
+
+    Parameters
+    ----------
+    call
+        The forward whose tape it uses, on the worker where that is.
+    cotangents
+        Nodes to sum, in this order; None stands for ones (the output must be a scalar).
+    wanted
+        The input slots whose cotangents are given back.
+    retain
+        Keep the tape for another backward.
+    scale
+        By what a cotangent of ones is multiplied: a number, and the node of another, if any.
+    accumulate
+        For each parameter whose gradient is complete with this backward, what is added to it: the
+        pullbacks on this worker and the gradients from others that come before its own, in order.
+    key, peers
+        Where the call is a rank of a process group: the keys of this and of all ranks' pullbacks.
+    awaits
+        Nodes that must have run before.
+    """
+
+    __slots__ = (
+        "accumulate",
+        "call",
+        "cotangents",
+        "inputs",
+        "peers",
+        "retain",
+        "scale",
+        "wanted",
+    )
+
+    inputs: Sequence[Node]
+
+    def __init__(
+        self,
+        call: Call,
+        cotangents: Sequence[Node | None],
+        wanted: tuple[int, ...],
+        retain: bool,
+        *,
+        scale: tuple[float, Node | None] = (1.0, None),
+        accumulate: Mapping[str, Sequence[Node]] | None = None,
+        key: str = "",
+        peers: tuple[str, ...] = (),
+        awaits: tuple[Node, ...] = (),
+    ) -> None:
+        refuse_modes(f"the backward of {call.title}")
+        key = key or new_key("backward", call.title)
+        super().__init__(key, call.worker, settings_now(), awaits)
+        self.call = call
+        self.cotangents = tuple(cotangents)
+        self.wanted = wanted
+        self.retain = retain
+        self.scale = scale
+        self.accumulate = accumulate or {}
+        self.peers = peers
+        found = [c for c in (*self.cotangents, scale[1]) if c is not None]
+        parts = dict.fromkeys(p for parts in self.accumulate.values() for p in parts)
+        self.inputs = (*found, *parts)
+
+    @property
+    def label(self) -> str:
+        draw = self.call.spec.draw
+        return label_of(self.key) + ("" if draw is None else f" in {draw}")
+
+
+class CotangentCheck(Node):
+    """Whether a cotangent fits a call's output, asked where the call's tape is."""
+
+    __slots__ = ("call", "cotangent")
+
+    def __init__(self, call: Call, cotangent: Node) -> None:
+        super().__init__(new_key("check", call.title), call.worker, awaits=(call,))
+        self.call = call
+        self.cotangent = cotangent
+
+    @property
+    def inputs(self) -> Sequence[Node]:
+        return (self.cotangent,)

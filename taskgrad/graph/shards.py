@@ -1,0 +1,81 @@
+"""What one worker holds of a chain, and calls of functions on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from taskgrad.graph.nodes import Node, label_of
+from taskgrad.graph.torch_settings import settings_now
+
+
+class ChainRef:
+    """What tells the shards of one chain from those of another: its title, and identity.
+
+    `trained_by` gives the Trainer or Optimizer that works with them, None if there is none now.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.trained_by: Callable[[], Any] = _nothing
+
+
+def _nothing() -> None:
+    """No trainer was ever made."""
+
+
+class Shard:
+    """Layers of one chain on one worker, as the driver knows them.
+
+    `token` is the key of the task that put them there, whose result an executor holds for as long
+    as this object exists. Every call of the shard refers to it. `homes` names the shards where
+    parameters live of which this one has a copy, because they are tied over two workers; `hooked`
+    are the parameters that live here with hooks on their gradients.
+    """
+
+    def __init__(self, chain: ChainRef, token: str, worker: str) -> None:
+        self.chain = chain
+        self.token = token
+        self.worker = worker
+        self.homes: dict[str, Shard] = {}
+        self.hooked: set[str] = set()
+
+    def home(self, parameter: str) -> Shard:
+        """The shard where a parameter of this one lives."""
+        return self.homes.get(parameter, self)
+
+
+class ShardCall(Node):
+    """Something done to or read from a shard where it lives: gradients, an optimizer step.
+
+    `function` is one of `taskgrad.worker`, called there with the store, the shard's token and the
+    values of `after`, in order; `arguments` are its keyword arguments as plain data.
+    """
+
+    __slots__ = ("after", "arguments", "function", "shard")
+
+    def __init__(
+        self,
+        shard: Shard,
+        function: Callable[..., Any],
+        arguments: dict[str, Any],
+        *,
+        key: str,
+        after: Sequence[Node] = (),
+        awaits: Sequence[Node] = (),
+    ) -> None:
+        # It is the shard that says on which device things are made.
+        super().__init__(key, shard.worker, settings_now().without_device(), tuple(awaits))
+        self.shard = shard
+        self.function = function
+        self.arguments = arguments
+        self.after = tuple(after)
+
+    @property
+    def label(self) -> str:
+        step = self.arguments.get("step")
+        return label_of(self.key) + ("" if step is None else f" of step {step}")
+
+    @property
+    def inputs(self) -> Sequence[Node]:
+        return self.after
