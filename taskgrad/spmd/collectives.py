@@ -26,10 +26,8 @@ from taskgrad.worker.collectives import (
 )
 from taskgrad.worker.communicator import Member, current
 
-Groups = Sequence[Sequence[int]] | None
 
-
-def psum(x: Any, axis_name: Hashable, *, axis_index_groups: Groups = None) -> Any:
+def psum(x: Any, axis_name: Hashable) -> Any:
     """The sum over all ranks of the axis, on every rank; as ``jax.lax.psum``.
 
     Summed in rank order, to the same bits on all ranks; bfloat16 and float16 in float32, rounded
@@ -41,8 +39,6 @@ def psum(x: Any, axis_name: Hashable, *, axis_index_groups: Groups = None) -> An
         A pytree of tensors and numbers, of the same shapes and dtypes on all ranks.
     axis_name
         The name that the axis has in `pmap`.
-    axis_index_groups
-        Only None.
 
     Raises
     ------
@@ -58,10 +54,10 @@ def psum(x: Any, axis_name: Hashable, *, axis_index_groups: Groups = None) -> An
     >>> f(torch.tensor([1.0, 3.0]))
     tensor([0.2500, 0.7500])
     """
-    return _reduce(Sum(), x, axis_name, axis_index_groups)
+    return _reduce(Sum(), x, axis_name)
 
 
-def pmean(x: Any, axis_name: Hashable, *, axis_index_groups: Groups = None) -> Any:
+def pmean(x: Any, axis_name: Hashable) -> Any:
     """The mean over all ranks of the axis, on every rank: `psum`, divided by their number.
 
     Examples
@@ -74,7 +70,7 @@ def pmean(x: Any, axis_name: Hashable, *, axis_index_groups: Groups = None) -> A
     # As torch.mean: a sum of 16-bit numbers may be larger than any of them can be.
     dtypes = iter([getattr(leaf, "dtype", None) for leaf in flatten(x)[0]])
     wide = map_leaves(lambda leaf: leaf.float() if _is_short(leaf) else leaf, x)
-    total = _reduce(Sum(), wide, axis_name, axis_index_groups, title="pmean")
+    total = _reduce(Sum(), wide, axis_name, title="pmean")
 
     def mean(leaf: Any) -> Any:
         dtype = next(dtypes)
@@ -92,7 +88,7 @@ def _is_short(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.dtype in _SHORT
 
 
-def pmax(x: Any, axis_name: Hashable, *, axis_index_groups: Groups = None) -> Any:
+def pmax(x: Any, axis_name: Hashable) -> Any:
     """The largest over all ranks, elementwise, on every rank.
 
     Its gradient, which JAX has none for, goes to the rank that has the largest; where several have
@@ -104,10 +100,10 @@ def pmax(x: Any, axis_name: Hashable, *, axis_index_groups: Groups = None) -> An
     >>> tg.pmap(lambda x: tg.pmax(x, "i"), axis_name="i")(torch.tensor([1.0, 3.0]))
     tensor([3., 3.])
     """
-    return _reduce(Extreme(largest=True), x, axis_name, axis_index_groups)
+    return _reduce(Extreme(largest=True), x, axis_name)
 
 
-def pmin(x: Any, axis_name: Hashable, *, axis_index_groups: Groups = None) -> Any:
+def pmin(x: Any, axis_name: Hashable) -> Any:
     """The smallest over all ranks, elementwise, on every rank; gradients as those of `pmax`.
 
     Examples
@@ -116,14 +112,13 @@ def pmin(x: Any, axis_name: Hashable, *, axis_index_groups: Groups = None) -> An
     >>> tg.pmap(lambda x: tg.pmin(x, "i"), axis_name="i")(torch.tensor([1.0, 3.0]))
     tensor([1., 1.])
     """
-    return _reduce(Extreme(largest=False), x, axis_name, axis_index_groups)
+    return _reduce(Extreme(largest=False), x, axis_name)
 
 
 def all_gather(
     x: Any,
     axis_name: Hashable,
     *,
-    axis_index_groups: Groups = None,
     axis: int = 0,
     tiled: bool = False,
 ) -> Any:
@@ -131,7 +126,7 @@ def all_gather(
 
     Parameters
     ----------
-    x, axis_name, axis_index_groups
+    x, axis_name
         As for `psum`.
     axis
         Where the axis of the ranks is in the result.
@@ -146,7 +141,7 @@ def all_gather(
             [1., 3.]])
     """
     gather = Gather(whole("axis", axis), flag("tiled", tiled))
-    return _collective(gather, x, axis_name, axis_index_groups)
+    return _collective(gather, x, axis_name)
 
 
 def psum_scatter(
@@ -154,14 +149,13 @@ def psum_scatter(
     axis_name: Hashable,
     *,
     scatter_dimension: int = 0,
-    axis_index_groups: Groups = None,
     tiled: bool = False,
 ) -> Any:
     """The sum over all ranks, of which each rank gets its part along one axis.
 
     Parameters
     ----------
-    x, axis_name, axis_index_groups
+    x, axis_name
         As for `psum`.
     scatter_dimension
         The axis of `x` along which it is parted: of the length of the mapped axis, and gone in the
@@ -176,7 +170,7 @@ def psum_scatter(
     tensor([2., 2.])
     """
     scatter = Scatter(whole("scatter_dimension", scatter_dimension), flag("tiled", tiled))
-    return _collective(scatter, x, axis_name, axis_index_groups)
+    return _collective(scatter, x, axis_name)
 
 
 def ppermute(x: Any, axis_name: Hashable, perm: Sequence[tuple[int, int]]) -> Any:
@@ -208,7 +202,7 @@ def ppermute(x: Any, axis_name: Hashable, perm: Sequence[tuple[int, int]]) -> An
                 f"perm={list(pairs)} names a source or a destination twice, or one that is not "
                 f"among the {size} ranks"
             )
-    return _collective(Permute(pairs), x, axis_name, None)
+    return _collective(Permute(pairs), x, axis_name)
 
 
 def all_to_all(
@@ -217,14 +211,13 @@ def all_to_all(
     split_axis: int,
     concat_axis: int,
     *,
-    axis_index_groups: Groups = None,
     tiled: bool = False,
 ) -> Any:
     """Part `x` along one axis, give each rank its part, and put together what comes.
 
     Parameters
     ----------
-    x, axis_name, axis_index_groups
+    x, axis_name
         As for `psum`.
     split_axis
         The axis of `x` that is parted: of the length of the mapped axis, and gone in the result.
@@ -244,7 +237,7 @@ def all_to_all(
     """
     split, concat = whole("split_axis", split_axis), whole("concat_axis", concat_axis)
     exchange = AllToAll(split, concat, flag("tiled", tiled))
-    return _collective(exchange, x, axis_name, axis_index_groups)
+    return _collective(exchange, x, axis_name)
 
 
 def axis_index(axis_name: Hashable) -> int:
@@ -329,12 +322,10 @@ def _exchange(member: Member, operation: Operation, xs: list[torch.Tensor]) -> l
     return results
 
 
-def _reduce(
-    operation: Operation, tree: Any, axis_name: Hashable, groups: Groups, title: str = ""
-) -> Any:
+def _reduce(operation: Operation, tree: Any, axis_name: Hashable, title: str = "") -> Any:
     """A collective whose results have the shapes of what was given: numbers stay numbers."""
     leaves, structure = flatten(tree)
-    found, _ = flatten(_collective(operation, tree, axis_name, groups, title))
+    found, _ = flatten(_collective(operation, tree, axis_name, title))
     return structure.build(
         [
             value.item() if isinstance(leaf, bool | int | float | complex) else value
@@ -343,13 +334,9 @@ def _reduce(
     )
 
 
-def _collective(
-    operation: Operation, tree: Any, axis_name: Hashable, groups: Groups, title: str = ""
-) -> Any:
+def _collective(operation: Operation, tree: Any, axis_name: Hashable, title: str = "") -> Any:
     member = current(axis_name)
     name = title or operation.name
-    if groups is not None:
-        raise NotImplementedError(f"{name} works over the whole axis: axis_index_groups is None")
     leaves, structure = flatten(tree)
     at = [i for i, leaf in enumerate(leaves) if leaf is not None]
     given = [_tensor(leaves[i], name) for i in at]
