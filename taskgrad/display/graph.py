@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
-
-import networkx as nx
+from itertools import pairwise
+from typing import NamedTuple
 
 from taskgrad.graph.calls import Call
 from taskgrad.graph.leaves import External, Leaf, Primal
 from taskgrad.graph.nodes import Node, ancestors
 from taskgrad.graph.pytree import describe
-from taskgrad.graph.shards import ShardCall
 
 # Nesting that a repr shows before it says "...".
 _DEPTH = 2
@@ -72,49 +71,54 @@ def _shown_inputs(node: Node) -> Sequence[Node]:
     return node.inputs
 
 
+class CallGraph(NamedTuple):
+    """Layers and calls as a graph: (label, worker; None on the driver) by key, and the edges."""
+
+    nodes: dict[str, tuple[str, str | None]]
+    edges: list[tuple[str, str]]
+
+
 def call_graph(
     outputs: Iterable[Node], worker_of: Callable[[Node], str | None] | None = None
-) -> nx.DiGraph:
-    """Layers and calls as a graph; nodes have ``label`` and ``worker`` (None on the driver).
-
-    `worker_of` gives the worker that an executor gave to a node.
-    """
-    graph = nx.DiGraph()
-    ends: dict[int, str] = {}
+) -> CallGraph:
+    """The graph behind these outputs; `worker_of` gives the worker that a node was given."""
+    graph = CallGraph({}, [])
+    ends: dict[Node, str] = {}
     for node in sorted(ancestors(outputs), key=lambda n: n.order):
         if isinstance(node, Primal):
-            ends[id(node)] = ends[id(node.source)]
+            ends[node] = ends[node.source]
             continue
         if isinstance(node, Leaf):
             names = [describe(node.value)]
         elif isinstance(node, Call):
-            names = [
-                f"{name}\n{kind}" if name != kind else kind for _, name, kind in node.spec.steps
-            ]
+            steps = node.spec.steps
+            names = [f"{name}\n{kind}" if name != kind else kind for _, name, kind in steps]
         else:
             names = [node.key.partition("-")[0]]
         worker = None
         if not isinstance(node, Leaf | External):
             worker = node.worker if worker_of is None else worker_of(node)
         keys = [f"{node.key}/{i}" for i in range(len(names))]
-        for key, label in zip(keys, names, strict=True):
-            graph.add_node(key, label=label, worker=worker)
-        nx.add_path(graph, keys)
-        for given in _shown_inputs(node) if not isinstance(node, ShardCall) else node.inputs:
-            graph.add_edge(ends[id(given)], keys[0])
-        ends[id(node)] = keys[-1]
+        graph.nodes.update({key: (label, worker) for key, label in zip(keys, names, strict=True)})
+        graph.edges.extend(pairwise(keys))
+        graph.edges.extend((ends[given], keys[0]) for given in _shown_inputs(node))
+        ends[node] = keys[-1]
     return graph
 
 
-def svg(graph: nx.DiGraph) -> str:
-    """The graph drawn from left to right, a colour for each worker; "" without matplotlib."""
+def svg(calls: CallGraph) -> str:
+    """The graph drawn from left to right, a colour for each worker; "" without the extra viz."""
     try:
+        import networkx as nx
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError:
         return ""
-    if not graph or len(graph) > _MAX_DRAWN:
+    if not calls.nodes or len(calls.nodes) > _MAX_DRAWN:
         return ""
+    graph = nx.DiGraph()
+    graph.add_nodes_from(calls.nodes)
+    graph.add_edges_from(calls.edges)
     for depth, generation in enumerate(nx.topological_generations(graph)):
         for key in generation:
             graph.nodes[key]["depth"] = depth
@@ -125,17 +129,17 @@ def svg(graph: nx.DiGraph) -> str:
     figure = Figure(figsize=(max(3.0, 1.25 * wide), max(1.4, 0.8 * tall + 0.7)))
     axes = figure.add_subplot()
     axes.set_axis_off()
-    workers = sorted({w for _, w in graph.nodes(data="worker") if w})
+    workers = sorted({worker for _, worker in calls.nodes.values() if worker})
     colour = {w: _COLOURS[i % len(_COLOURS)] for i, w in enumerate(workers)}
     nx.draw_networkx_edges(graph, places, ax=axes, edge_color="#999999", node_size=1500)
     for key, (x, y) in places.items():
-        worker = graph.nodes[key]["worker"]
+        label, worker = calls.nodes[key]
         axes.text(
-            *(x, y, graph.nodes[key]["label"]),
+            *(x, y, label),
             ha="center",
             va="center",
             fontsize=7,
-            bbox={"boxstyle": "round", "fc": colour.get(worker, "#eeeeee"), "ec": "#666666"},
+            bbox={"boxstyle": "round", "fc": colour.get(worker or "", "#eeeeee"), "ec": "#666666"},
         )
     axes.margins(0.15)
     if workers:
@@ -147,17 +151,13 @@ def svg(graph: nx.DiGraph) -> str:
     return drawn[drawn.index("<svg") :]
 
 
-def html(title: str, graph: nx.DiGraph, table: str = "") -> str:
+def html(title: str, graph: CallGraph, table: str = "") -> str:
     """A heading, the drawing, and a table of layers or of calls."""
     drawing = svg(graph)
     if not drawing and not table:
         rows = [
             f"<tr><td>{escape(label)}</td><td>{escape(str(worker or 'driver'))}</td></tr>"
-            for _, (label, worker) in _labels(graph)
+            for label, worker in graph.nodes.values()
         ]
         table = f"<table><tr><th>call</th><th>worker</th></tr>{''.join(rows[-_MAX_DRAWN:])}</table>"
     return f"<div><code>{escape(title)}</code>{drawing}{table}</div>"
-
-
-def _labels(graph: nx.DiGraph) -> list[tuple[str, tuple[str, str | None]]]:
-    return [(k, (data["label"], data["worker"])) for k, data in graph.nodes(data=True)]
