@@ -37,10 +37,15 @@ from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import Node, new_key
 from taskgrad.graph.pytree import Slot
 from taskgrad.graph.reads import StoredGrad
-from taskgrad.graph.sending import check_process, is_parametrized, reached
+from taskgrad.graph.sending import is_parametrized, reached, refuse_cached
 from taskgrad.graph.shards import ChainRef, Shard, ShardCall
 from taskgrad.graph.templates import template
-from taskgrad.graph.torch_settings import TorchSettings, refuse_modes, settings_now
+from taskgrad.graph.torch_settings import (
+    TorchSettings,
+    refuse_modes,
+    refuse_module_hooks,
+    settings_now,
+)
 from taskgrad.thunk import Inputs, Lazy, Thunk
 from taskgrad.worker import keeping, shard_ops
 
@@ -226,7 +231,7 @@ class GraphChain(Lazy):
         made_there = makings(flat, stored)
         self._title = type(module).__name__
         self._parametrized = is_parametrized(flat.modules)
-        check_process(self._title, parametrized=False)
+        refuse_module_hooks(self._title)
         taken = reached(flat)
         self._session = session(client)
         self._executor = executor_of(self._session)
@@ -300,7 +305,8 @@ class GraphChain(Lazy):
         extend
             What a training step adds to each call.
         """
-        check_process(self._title, parametrized=self._parametrized)
+        if self._parametrized:
+            refuse_cached(self._title)
         inputs = Inputs()
         alone = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor | Thunk | Node)
         if alone:

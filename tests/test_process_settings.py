@@ -527,7 +527,7 @@ OPEN = {
         "FlopCounterMode",
     ),
     "forward differentiation": (torch.autograd.forward_ad.dual_level, "dual_level"),
-    "hooks of all modules": (hooked, "a hook for all modules"),
+    "hooks of all modules": (hooked, "hooks on all modules"),
     "hooks of all optimizers": (optimizer_hooked, "a hook for all optimizers"),
 }
 CALLS = {

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from taskgrad.graph import pack
-from taskgrad.graph.sending import check_process, is_parametrized, unpicklable_beside
+from taskgrad.graph.sending import is_parametrized, refuse_cached, unpicklable_beside
 
 
 class ClosedOver(NamedTuple):
@@ -36,7 +36,7 @@ def pack_function(fn: Callable[..., Any], title: str, *, what: str = "") -> Pack
     TypeError
         It cannot be pickled.
     TaskgradError
-        A switch of this process changes what its modules do.
+        It has parametrizations, within ``parametrize.cached()``.
     """
     packed = pack.pickle_or_explain(
         lambda: pack.pack(fn),
@@ -44,8 +44,8 @@ def pack_function(fn: Callable[..., Any], title: str, *, what: str = "") -> Pack
         ". Define it without what it holds on to (locks, open files, generators)",
         culprit=lambda: unpicklable_beside([("", fn)], hooks=False),
     )
-    if packed.modules:
-        check_process(title, parametrized=is_parametrized(packed.modules))
+    if is_parametrized(packed.modules):
+        refuse_cached(title)
     owners = {id(p): (name, m) for m in packed.modules for name, p in m.named_parameters()}
     buffers = {id(b) for m in packed.modules for b in m.buffers()}
     closed_over = []

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as process
 from torch.nn.utils import parametrize
 
 from taskgrad.errors import TaskgradError
@@ -89,22 +88,9 @@ def _named(prefix: str, module: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield from module.named_buffers(prefix)
 
 
-def check_process(title: str, *, parametrized: bool) -> None:
-    """Refuse to run modules on workers whose behaviour a switch of this process changes.
-
-    Raises
-    ------
-    TaskgradError
-        The process has hooks on all modules; or a `parametrized` module is called within
-        ``parametrize.cached()``.
-    """
-    if process._has_any_global_hook():
-        raise TaskgradError(
-            f"this process has hooks on all modules (torch.nn.modules.module."
-            f"register_module_forward_hook and its like), and {title!r} runs in others, which do "
-            "not have them. Remove them, or register hooks on the modules themselves"
-        )
-    if parametrized and parametrize._cache_enabled:
+def refuse_cached(title: str) -> None:
+    """Raise TaskgradError if a parametrized module is called within ``parametrize.cached()``."""
+    if parametrize._cache_enabled:
         raise TaskgradError(
             f"{title!r} has parametrizations, and parametrize.cached() holds for this process and "
             "not for the workers, where they run. Use it in the forward of a module"

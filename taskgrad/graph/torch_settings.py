@@ -195,10 +195,25 @@ def refuse_modes(title: str, *, process: bool = True) -> None:
     if process and found is None:
         found = _active_in_process()
     if found is not None:
-        what, instead = found
-        raise TaskgradError(
-            f"{title!r} is called inside {what}, which does not reach where it runs. {instead}"
-        )
+        _refuse(title, *found)
+
+
+def refuse_module_hooks(title: str) -> None:
+    """Raise TaskgradError if this process has hooks on all modules."""
+    if modules._has_any_global_hook():
+        _refuse(title, *_MODULE_HOOKS)
+
+
+_MODULE_HOOKS = (
+    "the scope of hooks on all modules (torch.nn.modules.module.register_module_...)",
+    "Remove them, or register them on the modules themselves",
+)
+
+
+def _refuse(title: str, what: str, instead: str) -> None:
+    raise TaskgradError(
+        f"{title!r} is called inside {what}, which does not reach where it runs. {instead}"
+    )
 
 
 def _active_in_thread() -> tuple[str, str] | None:
@@ -226,10 +241,7 @@ def _active_in_process() -> tuple[str, str] | None:
             "Tangents stay on the driver: open it inside the function that is sent",
         )
     if modules._has_any_global_hook():
-        return (
-            "the scope of a hook for all modules (torch.nn.modules.module.register_module_...)",
-            "Register it on the modules themselves, or remove it for this call",
-        )
+        return _MODULE_HOOKS
     if optimizers._global_optimizer_pre_hooks or optimizers._global_optimizer_post_hooks:
         return (
             "the scope of a hook for all optimizers (register_optimizer_step_...)",

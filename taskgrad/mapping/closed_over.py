@@ -14,7 +14,7 @@ from torch import nn
 
 from taskgrad.graph import pack
 from taskgrad.graph.layers import kind_of
-from taskgrad.graph.sending import check_process, is_parametrized
+from taskgrad.graph.sending import is_parametrized, refuse_cached
 from taskgrad.thunk import Lazy, Thunk
 
 # What lies in these holds no tensor of the user's.
@@ -72,8 +72,8 @@ def pack_function(fn: Callable[..., Any]) -> Packed:
             f"({type(error).__name__}: {error}). Define it without what it holds on to (locks, "
             'open files, generators), or use over="threads"'
         ) from error
-    if packed.modules:
-        check_process(title, parametrized=is_parametrized(packed.modules))
+    if is_parametrized(packed.modules):
+        refuse_cached(title)
     sent = {id(t) for t in packed.tensors}
     if any(id(t) not in sent for t in found):
         raise TypeError(
