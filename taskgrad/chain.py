@@ -22,7 +22,7 @@ from taskgrad.executors.registry import executor_of
 from taskgrad.formats.weights import check_state, find_weights
 from taskgrad.graph import pack
 from taskgrad.graph.calls import Call, LayerStep, StepContext
-from taskgrad.graph.deferred_init import from_factory, makings
+from taskgrad.graph.deferred_init import from_factory, plan_init
 from taskgrad.graph.layers import (
     Branches,
     Layer,
@@ -228,7 +228,7 @@ class GraphChain(Lazy):
         module = from_factory(model)
         flat = flatten_model(module)
         stored = None if weights is None else find_weights(weights)
-        made_there = makings(flat, stored)
+        init_plans = plan_init(flat, stored)
         self._title = type(module).__name__
         self._parametrized = is_parametrized(flat.modules)
         refuse_module_hooks(self._title)
@@ -254,7 +254,7 @@ class GraphChain(Lazy):
         if device is None:  # a model on a GPU here belongs on the workers' own GPUs
             kinds = {info.device.type for info in self._tensors.values()} - {"cpu", "meta"}
             device = next(iter(kinds), None)
-        devices = install(flat, self._shard_of, device, made_there, seed, self._session)
+        devices = install(flat, self._shard_of, device, init_plans, seed, self._session)
         sizes = self._sizes()
         self.placement = Table(
             PlacementRow,

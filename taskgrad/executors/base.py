@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dask.highlevelgraph import HighLevelGraph
-
 from taskgrad.graph.calls import Call
 from taskgrad.graph.nodes import Node
 from taskgrad.graph.pullback import Pullback
@@ -137,6 +135,3 @@ class Executor(Protocol):
 
     def worker_of(self, node: Node) -> str | None:
         """The worker that a node asks for, or was given; None if it has none yet."""
-
-    def graph(self, node: Node) -> HighLevelGraph:
-        """The Dask graph of all that is behind a node, for Dask's own compute and persist."""

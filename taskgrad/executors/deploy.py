@@ -10,7 +10,7 @@ from taskgrad.cluster.session import Session
 from taskgrad.executors.base import Executor
 from taskgrad.executors.registry import executor_of
 from taskgrad.graph import pack
-from taskgrad.graph.deferred_init import Hollow, Making, hollow_tensors
+from taskgrad.graph.deferred_init import InitPlan, TensorSpec, unsent_tensors
 from taskgrad.graph.layers import Model, local_name, owner_of
 from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import new_key
@@ -22,14 +22,14 @@ def install(
     flat: Model,
     shard_of: Sequence[Shard],
     device: str | None,
-    makings: Mapping[int, Making],
+    init_plans: Mapping[int, InitPlan],
     seed: int,
     session: Session,
 ) -> dict[str, str]:
     """Send every shard to its worker; returns the device that each ended up on.
 
-    `shard_of` is the shard of each layer; `makings` say which values are not sent, and how they are
-    made there, from streams fixed by `seed`.
+    `shard_of` is the shard of each layer; `init_plans` say which values are not sent, and how they
+    are made there, from streams fixed by `seed`.
     """
     by_name = {layer.name: layer for layer in reversed(flat.layers)}
     shards = list(dict.fromkeys(shard_of))
@@ -41,7 +41,7 @@ def install(
         if info.hooked:
             holders[0].hooked.add(info.name)
     store_ids = session.store_ids([shard.worker for shard in shards])
-    hollow = hollow_tensors(flat, makings)
+    unsent = unsent_tensors(flat, init_plans)
     installs = []
     for shard in shards:
         here = [i for i, s in enumerate(shard_of) if s is shard]
@@ -57,12 +57,12 @@ def install(
             "names": names,
             "device": device,
             "store_id": store_ids[shard.worker],
-            "makings": {i: makings[i] for i in here if i in makings},
+            "init_plans": {i: init_plans[i] for i in here if i in init_plans},
             "seed": seed,
             "copied": [n for s in shards for n, home in s.homes.items() if home is shard],
         }
         sent = [
-            Hollow.of(t) if isinstance(t, torch.Tensor) and id(t) in hollow else t
+            TensorSpec.of(t) if isinstance(t, torch.Tensor) and id(t) in unsent else t
             for t in packed.laid_out()
         ]
         values = Leaf(sent, needs_grad=False)
@@ -73,7 +73,7 @@ def install(
     executor.run(installs)
     for call in installs:
         executor.hold(call.shard, call)
-    if makings:
+    if init_plans:
         copy_tied(shards, executor)
     places = executor.values(installs)
     return {c.shard.worker: place for c, place in zip(installs, places, strict=True)}

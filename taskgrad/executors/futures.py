@@ -284,10 +284,6 @@ class FuturesExecutor:
         """The worker that a node asks for, or was given; None if it has none yet."""
         return self.table.worker_of(node)
 
-    def graph(self, node: Node) -> HighLevelGraph:
-        """The Dask graph of all that is behind a node, for Dask's own compute and persist."""
-        return dask_graph(node, self.table, self.session)
-
 
 def _write_back(states: Sequence[BufferState], found: Sequence[Any]) -> None:
     """Write buffers that modules changed (batch norm's) into those modules on the driver."""

@@ -17,14 +17,18 @@ _tables: WeakKeyDictionary[Session, TaskTable] = WeakKeyDictionary()
 
 def executor_of(session: Session) -> Executor:
     """The executor of this session. All of one session share what was submitted."""
-    table = _tables.get(session)
-    if table is None:
-        table = _tables.setdefault(session, TaskTable())
-    return FuturesExecutor(session, table)
+    return FuturesExecutor(session, _table_of(session))
 
 
 def graph_of(node: Node, session: Session | None) -> HighLevelGraph:
-    """The Dask graph of all that is behind a node, for whichever cluster there will be if None."""
-    if session is None:
-        return dask_graph(node, TaskTable(), None)
-    return executor_of(session).graph(node)
+    """The Dask graph of all that is behind a node, for Dask's own compute and persist.
+
+    Without a session it is for whichever cluster there will be.
+    """
+    table = TaskTable() if session is None else _table_of(session)
+    return dask_graph(node, table, session)
+
+
+def _table_of(session: Session) -> TaskTable:
+    table = _tables.get(session)
+    return _tables.setdefault(session, TaskTable()) if table is None else table

@@ -1,4 +1,4 @@
-"""Tensors without values, and how a worker comes by them.
+"""Deferred initialization: tensors without values, which a worker makes or reads.
 
 A model on torch's `meta` device is shapes only. Its values are made where they will live: by each
 module's ``reset_parameters``, from a random stream of the module's own, or read there from files.
@@ -19,28 +19,28 @@ from taskgrad.graph.layers import Model, kind_of, local_name, owner_of
 
 
 @dataclass(frozen=True)
-class Hollow:
-    """Stands for a tensor whose values are not sent."""
+class TensorSpec:
+    """Shape, strides and dtype of a tensor whose values are not sent."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Hollow:
-        """What stands for this tensor; it is as dense as that."""
+    def of(cls, tensor: torch.Tensor) -> TensorSpec:
+        """The spec of this tensor, or of a dense one where it is a view."""
         like = torch.empty_like(tensor, device="meta")
         return cls(tuple(like.shape), like.stride(), like.dtype)
 
     def empty(self, device: torch.device) -> torch.Tensor:
-        """A tensor to be filled; a number that nobody has set is not a number."""
+        """Allocate the tensor filled with NaN, so that values left unset are detected."""
         found = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
         return found.fill_(torch.nan) if found.is_floating_point() else found.zero_()
 
 
 @dataclass
-class Making:
-    """How a layer's hollow tensors get their values.
+class InitPlan:
+    """How a layer's unsent tensors get their values.
 
     `resets` are the modules inside it that make them, in this order, each with its full name, which
     its random stream is named after; `reads` are then read from files, by their names in the layer.
@@ -48,7 +48,7 @@ class Making:
 
     resets: list[tuple[str, str]] = field(default_factory=list)
     reads: dict[str, Stored] = field(default_factory=dict)
-    hollow: list[str] = field(default_factory=list)
+    unsent: list[str] = field(default_factory=list)
 
 
 def reset_of(module: nn.Module) -> Callable[[], Any] | None:
@@ -57,7 +57,7 @@ def reset_of(module: nn.Module) -> Callable[[], Any] | None:
     return found if callable(found) else None
 
 
-def hollow_names(flat: Model, stored: Mapping[str, Stored] | None) -> set[str]:
+def unsent_names(flat: Model, stored: Mapping[str, Stored] | None) -> set[str]:
     """The first names of tensors whose values are not sent: meta ones, and those in files."""
     return {
         name
@@ -66,14 +66,14 @@ def hollow_names(flat: Model, stored: Mapping[str, Stored] | None) -> set[str]:
     }
 
 
-def hollow_tensors(flat: Model, makings: Mapping[int, Making]) -> set[int]:
+def unsent_tensors(flat: Model, init_plans: Mapping[int, InitPlan]) -> set[int]:
     """The ids of the tensors whose values are not sent."""
     found = set()
-    for index, making in makings.items():
+    for index, plan in init_plans.items():
         module = flat.modules[index]
         assert isinstance(module, nn.Module)
         named = named_tensors(module)
-        found |= {id(named[name]) for name in making.hollow}
+        found |= {id(named[name]) for name in plan.unsent}
     return found
 
 
@@ -110,8 +110,8 @@ def from_factory(model: Any) -> Any:
     return made
 
 
-def makings(flat: Model, stored: Mapping[str, Stored] | None) -> dict[int, Making]:
-    """For each layer with hollow tensors how they are made.
+def plan_init(flat: Model, stored: Mapping[str, Stored] | None) -> dict[int, InitPlan]:
+    """For each layer with unsent tensors, how they get their values.
 
     Raises
     ------
@@ -123,17 +123,17 @@ def makings(flat: Model, stored: Mapping[str, Stored] | None) -> dict[int, Makin
     if stored is not None:
         _check(flat, stored)
     by_name = {layer.name: layer for layer in reversed(flat.layers)}
-    found: dict[int, Making] = {}
+    found: dict[int, InitPlan] = {}
     to_reset: dict[str, list[str]] = {}
-    for first in hollow_names(flat, stored):
+    for first in unsent_names(flat, stored):
         info = flat.tensors[first]
         in_file = next((n for n in info.names if stored and n in stored), None)
         for name in info.names:
             layer = owner_of(name, by_name)
-            making = found.setdefault(layer.index, Making())
-            making.hollow.append(local_name(name, layer))
+            plan = found.setdefault(layer.index, InitPlan())
+            plan.unsent.append(local_name(name, layer))
             if stored is not None and in_file is not None:
-                making.reads[local_name(name, layer)] = stored[in_file]
+                plan.reads[local_name(name, layer)] = stored[in_file]
             else:
                 to_reset.setdefault(name.rpartition(".")[0], []).append(name)
     for layer, module in zip(flat.layers, flat.modules, strict=True):

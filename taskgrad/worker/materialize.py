@@ -10,7 +10,7 @@ from torch import nn
 
 from taskgrad.errors import CheckpointError, LayerError
 from taskgrad.formats.weights import opened
-from taskgrad.graph.deferred_init import Making, named_tensors, reset_of
+from taskgrad.graph.deferred_init import InitPlan, named_tensors, reset_of
 from taskgrad.remote_errors import message_of
 from taskgrad.worker.randomness import random_stream
 
@@ -18,7 +18,7 @@ from taskgrad.worker.randomness import random_stream
 _MAKING = -1
 
 
-def make_values(layer: nn.Module, making: Making, seed: int, address: str) -> None:
+def make_values(layer: nn.Module, plan: InitPlan, seed: int, address: str) -> None:
     """Have modules set their values, each from a stream fixed by the seed and its name; read files.
 
     Raises
@@ -28,7 +28,7 @@ def make_values(layer: nn.Module, making: Making, seed: int, address: str) -> No
     CheckpointError
         A file cannot be read, or is damaged.
     """
-    for inner, name in making.resets:
+    for inner, name in plan.resets:
         reset = reset_of(layer.get_submodule(inner))
         assert reset is not None
         try:
@@ -44,7 +44,7 @@ def make_values(layer: nn.Module, making: Making, seed: int, address: str) -> No
             ) from error
     tensors = named_tensors(layer)
     by_file: dict[str, list[str]] = {}
-    for name, stored in making.reads.items():
+    for name, stored in plan.reads.items():
         by_file.setdefault(stored.file, []).append(name)
     with torch.no_grad():
         for file, names in by_file.items():
@@ -55,14 +55,14 @@ def make_values(layer: nn.Module, making: Making, seed: int, address: str) -> No
                 )
             with opened(file) as handle:
                 for name in names:
-                    tensors[name].copy_(making.reads[name].read(handle))
-    _check_set(tensors, making, address)
+                    tensors[name].copy_(plan.reads[name].read(handle))
+    _check_set(tensors, plan, address)
 
 
-def _check_set(tensors: Mapping[str, torch.Tensor], making: Making, address: str) -> None:
-    for name in making.hollow:
+def _check_set(tensors: Mapping[str, torch.Tensor], plan: InitPlan, address: str) -> None:
+    for name in plan.unsent:
         tensor = tensors[name].detach()
-        if name not in making.reads and tensor.is_floating_point() and tensor.isnan().any():
+        if name not in plan.reads and tensor.is_floating_point() and tensor.isnan().any():
             raise LayerError(
                 f"reset_parameters() on worker {address} left {name!r} without values: it was made "
                 "on the meta device, and what __init__ does to it there is lost. Set all of it in "

@@ -14,7 +14,7 @@ from torch import nn
 
 from taskgrad.errors import WorkerLostError
 from taskgrad.graph import pack
-from taskgrad.graph.deferred_init import Hollow, Making
+from taskgrad.graph.deferred_init import InitPlan, TensorSpec
 from taskgrad.graph.memory_layout import View
 from taskgrad.worker.gradients import accumulate_into, summed
 from taskgrad.worker.hooks import hooked_gradient
@@ -26,20 +26,20 @@ from taskgrad.worker.store import ResidentShard, ShardLock, Store
 def install(
     store: Store,
     token: str,
-    tensors: list[torch.Tensor | Hollow | View],
+    tensors: list[torch.Tensor | TensorSpec | View],
     *,
     data: bytes,
     names: dict[str, tuple[int, str]],
     device: str | None,
     store_id: str,
-    makings: dict[int, Making],
+    init_plans: dict[int, InitPlan],
     seed: int,
     copied: list[str],
 ) -> str:
     """Unpack layers and keep them as a shard, if it is not there; gives the device they are on.
 
-    `names` maps the chain's name of each parameter to (layer index, name in the layer); `makings`
-    say how the layers of an index come by values that were not sent; `copied` are the parameters of
+    `names` maps the chain's name of each parameter to (layer index, name in the layer); by layer
+    index `init_plans` say how values that were not sent are made; `copied` are the parameters of
     which other shards have copies.
 
     Raises
@@ -61,8 +61,9 @@ def install(
     there = torch.device("cpu") if device is None else _assigned(device)
     values = [_value(t, there) for t in tensors]
     layers: dict[int, Any] = pack.unpack(data, values, own=True)
-    for index in reversed(makings):  # the first of those that share a parameter has the last word
-        make_values(layers[index], makings[index], seed, store.address)
+    # In reverse: of layers that share a parameter the first one sets it last.
+    for index in reversed(init_plans):
+        make_values(layers[index], init_plans[index], seed, store.address)
     modules = [m for m in layers.values() if isinstance(m, nn.Module)]
     place = _assigned(device) if device is not None else _device_of(modules)
     if device is not None:
@@ -78,8 +79,8 @@ def install(
     return str(place)
 
 
-def _value(sent: torch.Tensor | Hollow | View, device: torch.device) -> Any:
-    if isinstance(sent, Hollow):
+def _value(sent: torch.Tensor | TensorSpec | View, device: torch.device) -> Any:
+    if isinstance(sent, TensorSpec):
         return sent.empty(device)
     return sent if isinstance(sent, View) else sent.clone()
 
