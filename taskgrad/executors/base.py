@@ -69,11 +69,12 @@ class Executor(Protocol):
     the node itself is garbage, or `forget` is called. Nodes are data and know nothing of this.
     """
 
-    def run(self, targets: Sequence[Node], *, wait: bool = True, tapes: bool = True) -> None:
+    def run(self, targets: Sequence[Node], *, wait: bool = True, tapes: bool = True) -> list[Node]:
         """Submit what these targets need, and wait until all of them have run.
 
-        Buffers that a function's module changed are then written back into that module. Without
-        `tapes`, forwards keep none, but for those that a backward among these nodes uses.
+        Returns the nodes that were submitted. Buffers that a function's module changed are written
+        back into that module. Without `tapes`, forwards keep none, but for those that a backward
+        among these nodes uses.
 
         Raises
         ------
@@ -84,9 +85,6 @@ class Executor(Protocol):
         TaskgradError
             The client is closed; or this is a task whose worker could wait for ever.
         """
-
-    def submit(self, targets: Sequence[Node]) -> list[Node]:
-        """Submit what these targets need and has not been submitted; returns those nodes."""
 
     def launch(self, targets: Sequence[Node], order: Mapping[Node, Sequence[Node]]) -> Launch:
         """Submit these targets and all they need as one graph, of which only they are held.

@@ -107,7 +107,7 @@ class FuturesExecutor:
     session: Session
     table: TaskTable
 
-    def run(self, targets: Sequence[Node], *, wait: bool = True, tapes: bool = True) -> None:
+    def run(self, targets: Sequence[Node], *, wait: bool = True, tapes: bool = True) -> list[Node]:
         """Submit what these targets need, and wait until all of them have run."""
         if wait:
             refuse_deadlock()
@@ -122,16 +122,11 @@ class FuturesExecutor:
                 if isinstance(node, Call) and node not in used:
                     node.tape.drop()
         states = [BufferState(n) for n in nodes if isinstance(n, Call) and n.spec.buffers]
-        self._submit([*nodes, *states])
-        if wait or states:
-            self._finish([*targets, *states], [*nodes, *states])
-            _write_back(states, self.values(states))
-
-    def submit(self, targets: Sequence[Node]) -> list[Node]:
-        """Submit what these targets need and has not been submitted; returns those nodes."""
-        check_open(self.session.client)
-        nodes = self.table.missing(targets, {})
+        nodes += states
         self._submit(nodes)
+        if wait or states:
+            self._finish([*targets, *states], nodes)
+            _write_back(states, self.values(states))
         return nodes
 
     def _submit(self, nodes: Sequence[Node]) -> None:

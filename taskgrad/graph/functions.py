@@ -27,9 +27,16 @@ class PackedFunction(NamedTuple):
     data: bytes
     closed_over: list[ClosedOver]
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What it closes over."""
+        return [found.tensor for found in self.closed_over]
 
-def pack_function(fn: Callable[..., Any], title: str, *, what: str = "") -> PackedFunction:
-    """A function as it is sent; `what` names it in the error, by default the title.
+
+def pack_function(
+    fn: Callable[..., Any], title: str, *, what: str = "", advice: str = ""
+) -> PackedFunction:
+    """A function as it is sent; the error names it `what`, or by its title, and ends in `advice`.
 
     Raises
     ------
@@ -41,7 +48,7 @@ def pack_function(fn: Callable[..., Any], title: str, *, what: str = "") -> Pack
     packed = pack.pickle_or_explain(
         lambda: pack.pack(fn),
         what or repr(title),
-        ". Define it without what it holds on to (locks, open files, generators)",
+        f". Define it without what it holds on to (locks, open files, generators){advice}",
         culprit=lambda: unpicklable_beside([("", fn)], hooks=False),
     )
     if is_parametrized(packed.modules):

@@ -149,7 +149,7 @@ def pack(obj: Any, *, hooks: bool = False) -> Packed:
 
 def pickle_or_explain(
     pickle: Callable[[], T],
-    what: str,
+    what: str | Callable[[], str],
     advice: str = "",
     *,
     culprit: Callable[[], str | None] = lambda: None,
@@ -160,16 +160,16 @@ def pickle_or_explain(
     Parameters
     ----------
     what
-        What is pickled, for the message, which ends in `advice`.
+        What is pickled, for the message, which ends in `advice`; or a function that says it.
     culprit
         Looks for the part of it that is the cause; gives None if it finds none.
     """
     try:
         return pickle()
     except Exception as error:
-        part = culprit()
+        whole, part = what if isinstance(what, str) else what(), culprit()
         raise kind(
-            f"{what} cannot be sent to a worker, because {f'the {part}' if part else 'it'} cannot "
+            f"{whole} cannot be sent to a worker, because {f'the {part}' if part else 'it'} cannot "
             f"be pickled ({type(error).__name__}: {error}){advice}"
         ) from error
 

@@ -6,15 +6,14 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from taskgrad.graph import pack
+from taskgrad.graph.functions import PackedFunction, pack_function
 from taskgrad.graph.layers import kind_of
-from taskgrad.graph.sending import is_parametrized, refuse_cached
 from taskgrad.thunk import Lazy, Thunk
 
 # What lies in these holds no tensor of the user's.
@@ -29,16 +28,7 @@ def title_of(fn: Callable[..., Any]) -> str:
     return kind_of(fn).strip("<>")
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A function's bytes, what it closes over, and which of that are buffers of its modules."""
-
-    data: bytes
-    tensors: list[torch.Tensor]
-    is_buffer: list[bool]
-
-
-def pack_function(fn: Callable[..., Any]) -> Packed:
+def pack_mapped(fn: Callable[..., Any]) -> PackedFunction:
     """A function as it is sent to workers.
 
     Raises
@@ -64,16 +54,7 @@ def pack_function(fn: Callable[..., Any]) -> Packed:
                 "requires grad; a map over processes differentiates dense tensors and parameters. "
                 'Give it as an item, detach it, or use over="threads"'
             )
-    try:
-        packed = pack.pack(fn)
-    except Exception as error:
-        raise TypeError(
-            f"{title!r} cannot be sent to a worker, because it cannot be pickled "
-            f"({type(error).__name__}: {error}). Define it without what it holds on to (locks, "
-            'open files, generators), or use over="threads"'
-        ) from error
-    if is_parametrized(packed.modules):
-        refuse_cached(title)
+    packed = pack_function(fn, title, advice=', or use over="threads"')
     sent = {id(t) for t in packed.tensors}
     if any(id(t) not in sent for t in found):
         raise TypeError(
@@ -82,8 +63,7 @@ def pack_function(fn: Callable[..., Any]) -> Packed:
             "the function as an argument (functools.partial), or define the function where the "
             "global is local"
         )
-    buffers = {id(b) for module in packed.modules for b in module.buffers()}
-    return Packed(packed.data, packed.tensors, [id(t) in buffers for t in packed.tensors])
+    return packed
 
 
 def closed_over_tensors(fn: Callable[..., Any]) -> list[torch.Tensor]:

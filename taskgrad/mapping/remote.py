@@ -18,6 +18,7 @@ from taskgrad.executors.registry import executor_of
 from taskgrad.graph.cotangents import Gradient
 from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import Node
+from taskgrad.graph.pack import pickle_or_explain
 from taskgrad.graph.pytree import Slot, carries_gradient, flatten
 from taskgrad.graph.torch_settings import settings_now
 from taskgrad.item_errors import item_error
@@ -30,7 +31,7 @@ from taskgrad.mapping.chunk import (
     Shared,
     sum_on_worker,
 )
-from taskgrad.mapping.closed_over import pack_function, title_of
+from taskgrad.mapping.closed_over import pack_mapped, title_of
 from taskgrad.mapping.eager import EagerOptions
 from taskgrad.mapping.items import Row, cut, share
 from taskgrad.mapping.recording import Recording, join
@@ -51,7 +52,7 @@ def map_remote(
     client: Client | None,
 ) -> list[Any]:
     """The results, or their sums by chunk, attached to autograd's graph."""
-    packed = pack_function(fn)
+    packed = pack_mapped(fn)
     title = title_of(fn)
     wanted = [carries_gradient(t) and t.requires_grad for t in packed.tensors]
     owner = session(client)
@@ -69,7 +70,7 @@ def map_remote(
         seed=seed,
         reduce=reduce,
         wanted=tuple(wanted),
-        is_buffer=tuple(packed.is_buffer),
+        is_buffer=tuple([found.is_buffer for found in packed.closed_over]),
         eager=EagerOptions(
             eager, eager_seed if predicted is None else predicted, predicted is not None
         ),
@@ -128,16 +129,15 @@ class _ChunkItems:
         TypeError
             An item cannot be pickled.
         """
-        try:
-            return bytes(cloudpickle.dumps(self._template))
-        except Exception as error:
-            pairs = zip(self.rows, self._items, strict=True)
-            culprit = next((i for i, row in pairs if not _picklable(row)), self.rows.start)
-            raise TypeError(
-                f"item {culprit} of the map of {title!r} cannot be sent to a worker, because it "
-                f'cannot be pickled ({type(error).__name__}: {error}). Use over="threads", or give '
-                "plain values and tensors"
-            ) from error
+        return pickle_or_explain(
+            lambda: bytes(cloudpickle.dumps(self._template)),
+            lambda: f"item {self._unpicklable()} of the map of {title!r}",
+            '. Use over="threads", or give plain values and tensors',
+        )
+
+    def _unpicklable(self) -> int:
+        pairs = zip(self.rows, self._items, strict=True)
+        return next((i for i, row in pairs if not _picklable(row)), self.rows.start)
 
 
 def with_slots(leaves: Sequence[Any]) -> list[Any]:
@@ -170,7 +170,7 @@ def _run(
     """Run all chunks; `summed` says whether they may be differentiated eagerly."""
     chunks = [chunk for group in groups for chunk in group]
     sums = [sum_on_worker(group) for group in groups if len(group) > 1 and summed]
-    nodes = executor.submit([*chunks, *sums])
+    nodes = executor.run([*chunks, *sums], wait=False)
     try:
         error = _wait(chunks, sums, executor)
         if error is None:
@@ -269,7 +269,7 @@ class _Recorded(Recording):
     def _run(self, nodes: list[ChunksPullback]) -> list[Any]:
         if not nodes:
             return []
-        submitted = self.executor.submit(nodes)
+        submitted = self.executor.run(nodes, wait=False)
         try:
             error = self.executor.wait(nodes)
             # Raised here, where no frame holds a future: the traceback would keep it alive.

@@ -13,6 +13,7 @@ from taskgrad.cluster.nested import give_thread_back, refuse_deadlock
 from taskgrad.cluster.session import session
 from taskgrad.errors import TravelError
 from taskgrad.graph.layers import kind_of
+from taskgrad.graph.pack import pickle_or_explain
 from taskgrad.graph.torch_settings import refuse_modes, settings_now
 from taskgrad.streaming.batch_codec import pack_function
 from taskgrad.streaming.stream import Stream
@@ -150,14 +151,12 @@ def _map(
                 f"buffersize={buffersize}"
             )
     show = _bar(name) if progress else None
-    try:
-        packed = pack_function(fn)
-    except Exception as error:
-        raise TravelError(
-            f"{name}: the function {kind_of(fn)!r} cannot be sent to workers, because it cannot be "
-            f"pickled ({type(error).__name__}: {error}). Take what cannot be pickled (locks, open "
-            "files, generators) out of it, or make it inside"
-        ) from error
+    packed = pickle_or_explain(
+        lambda: pack_function(fn),
+        f"{name}: the function {kind_of(fn)!r}",
+        ". Take what cannot be pickled (locks, open files, generators) out, or make it inside",
+        kind=TravelError,
+    )
     length = _length(iterables)
     refuse_modes(kind_of(fn))
     settings = settings_now()

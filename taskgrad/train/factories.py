@@ -200,13 +200,7 @@ def packed_loss(loss: Any) -> tuple[pack.Packed, str]:
             "the loss is a function of (output, targets) such as torch.nn.functional.cross_entropy;"
             f" got {type(loss).__name__}"
         )
-    try:
-        packed = pack.pack(loss)
-    except Exception as error:
-        raise TypeError(
-            f"the loss cannot be sent to a worker, because it cannot be pickled "
-            f"({type(error).__name__}: {error})"
-        ) from error
+    packed = pack.pickle_or_explain(lambda: pack.pack(loss), "the loss")
     if any(t.requires_grad for t in packed.tensors):
         raise TypeError(
             f"the loss {kind_of(loss)!r} has parameters to train: make them a layer of the model, "

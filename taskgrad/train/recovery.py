@@ -20,7 +20,7 @@ def recover(chain: GraphChain, *, seconds: float | None = None) -> int | None:
     """
     asked = _on_all(chain, training.progress, {})
     executor = chain._executor
-    executor.submit(asked)
+    executor.run(asked, wait=False)
     error = executor.wait(asked, seconds=seconds)
     if isinstance(error, TimeoutError):
         executor.cancel(asked)
