@@ -29,7 +29,7 @@ from taskgrad.graph.shards import Shard
 
 
 class _Claim:
-    """Counts who is still to use the tapes of some calls; ends when it is let go of."""
+    """Claims the tapes of some calls for one autograd function, until it ends or is garbage."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self._calls = list(calls)

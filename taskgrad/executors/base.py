@@ -1,4 +1,4 @@
-"""What an executor is: it runs nodes of a graph on workers, and holds what came of them."""
+"""The protocol of executors, which run the nodes of a graph on workers and hold their results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from taskgrad.graph.shards import Shard, ShardCall
 
 
 class Submitted(Node):
-    """A task that was launched: its key and place, without what lies behind it."""
+    """A task that was launched: its key and worker, without its inputs."""
 
     __slots__ = ("_label", "is_stateless", "needs_layers")
 
@@ -50,7 +50,7 @@ class Launch:
     Attributes
     ----------
     targets
-        The targets, in their order. They hold what came of them; the nodes that were given do not.
+        The targets, in their order. Their results are held with these, not with the nodes given.
     behind
         What runs for them on workers where none of the targets does.
     labels
@@ -89,8 +89,8 @@ class Executor(Protocol):
     def launch(self, targets: Sequence[Node], order: Mapping[Node, Sequence[Node]]) -> Launch:
         """Submit these targets and all they need as one graph, of which only they are held.
 
-        What lies between stays for as long as something in the graph needs it. `order` has, for a
-        node, others that must have run before it starts.
+        Intermediate results stay for as long as something in the graph needs them. `order` has, for
+        a node, others that must have run before it starts.
         """
 
     def wait(
@@ -126,7 +126,7 @@ class Executor(Protocol):
         """Release what is held of these nodes: results, and with them tapes and gradients."""
 
     def hold(self, owner: Shard, node: Node) -> None:
-        """Hold what came of a node for as long as its shard exists on the driver."""
+        """Hold the result of a node for as long as this shard exists on the driver."""
 
     def is_submitted(self, node: Node) -> bool:
         """Whether a node was submitted, and is held."""

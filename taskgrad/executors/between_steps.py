@@ -1,4 +1,4 @@
-"""What uses a chain's layers from outside its training runs between two steps, not within one."""
+"""Uses of a chain's layers outside of its training run between two steps, not within one."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from taskgrad.graph.shards import ChainRef, Shard
 
 @contextmanager
 def between_steps(nodes: Sequence[Node], chains: Iterable[ChainRef] = ()) -> Iterator[None]:
-    """While nodes are submitted that use the layers of these chains, or of their own.
+    """A block in which nodes are submitted that use layers, or in which these chains' are used.
 
-    Steps of a trainer that are on their way end first, and later ones wait for these nodes: else a
-    value would be of one step on one worker, and of another step on another.
+    Steps that a trainer has submitted end first, and later ones wait for these nodes: else a value
+    would be of one step on one worker, and of another step on another.
 
     Raises
     ------

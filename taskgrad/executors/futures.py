@@ -36,7 +36,7 @@ from taskgrad.graph.shards import Shard, ShardCall
 
 # Inputs from this size on go straight to their worker; smaller ones travel inside the graph.
 _SCATTER_BYTES = 1 << 20
-# The same for what is to be there ahead of time.
+# The same for inputs of a graph that is launched ahead of time.
 _PREFETCH_BYTES = 1 << 16
 
 _turn = itertools.count()
@@ -70,7 +70,7 @@ def _assign(nodes: Iterable[Node], table: TaskTable, session: Session) -> None:
     for node in nodes:
         if isinstance(node, Leaf | External) or table.worker_of(node):
             continue
-        # A backward goes to its tape, whoever made its cotangents.
+        # A backward runs where its tape is, wherever its cotangents are made.
         at_tape = node.call if isinstance(node, Pullback | CotangentCheck) else None
         givers = map(table.resolve, node.inputs) if at_tape is None else [at_tape]
         near = next(filter(None, map(table.worker_of, givers)), None)
@@ -204,7 +204,7 @@ class FuturesExecutor:
         return [futures[key] for key in keys]
 
     def _scatter(self, nodes: Sequence[Node], least: int) -> None:
-        """Send inputs of at least so many bytes to the workers of the calls that take them."""
+        """Send inputs of at least `least` bytes to the workers of the calls that take them."""
         by_workers: dict[tuple[str, ...], list[Leaf]] = {}
         users: dict[Node, set[str]] = {}
         for node in nodes:
@@ -268,7 +268,7 @@ class FuturesExecutor:
             self.table.futures.pop(node, None)
 
     def hold(self, owner: Shard, node: Node) -> None:
-        """Hold what came of a node for as long as its shard exists on the driver."""
+        """Hold the result of a node for as long as this shard exists on the driver."""
         self.table.futures[owner] = self.table.futures[node]
 
     def is_submitted(self, node: Node) -> bool:

@@ -1,4 +1,4 @@
-"""What a WorkerLostError says: which worker, what it had not finished, what may have ended it."""
+"""The message of a WorkerLostError: the worker, its unfinished tasks, possible causes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def worker_lost(
     nodes
         Those that were waited for, and all behind them.
     labels
-        By their keys, the names of further tasks, whose nodes nobody has any more.
+        By their keys, the names of further tasks, whose nodes are not held any more.
     """
     nodes = list(nodes)
     known = {**labels, **{n.key: n.label for n in sorted(nodes, key=lambda n: n.order)}}

@@ -1,9 +1,9 @@
 """Wait for nodes that were submitted, and notice when they can no longer come.
 
-A task that is pinned to a worker which is gone waits in Dask for ever. So every wait of ours looks
-now and then at what it waits for: what failed, what was cancelled, whose worker is gone. What a
-worker kept (layers, tapes) is gone with it; a function can still run if the worker comes back under
-its name within ``taskgrad.worker-deadline``. A worker that Dask paused has as long to go on.
+In Dask, a task that is pinned to a lost worker waits for ever. So every wait checks once a second
+whether a task has failed or was cancelled, and whether a worker is lost. Layers and tapes are lost
+with their worker; a function can still run if the worker comes back under its name within
+``taskgrad.worker-deadline``. A worker that Dask paused has as long to resume.
 """
 
 from __future__ import annotations

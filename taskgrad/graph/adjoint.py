@@ -74,7 +74,7 @@ def adjoint(
     retain
         Keep every tape for another backward.
     keep
-        Calls whose tapes somebody else is still to use.
+        Calls whose tapes are still to be used by another backward.
     scale
         By what cotangents of ones are multiplied: a number, and the node of another, if any.
     accumulate

@@ -41,7 +41,7 @@ def has_unwatched(value: Any) -> bool:
 def _is_unwatched(leaf: Any) -> bool:
     if type(leaf) is not torch.Tensor or leaf.layout is not torch.strided:
         return False
-    if is_functorch_wrapped_tensor(leaf):  # has no storage; whoever makes the call refuses it
+    if is_functorch_wrapped_tensor(leaf):  # it has no storage, and calls refuse it
         return False
     return leaf.device.type == "cpu" and not leaf.untyped_storage().resizable()
 

@@ -59,7 +59,7 @@ def check_cotangent(node: Node, cotangent: Any) -> bool:
 def match(
     cotangent: Any, outputs: Sequence[Any], structure: Structure, where: str
 ) -> list[Gradient]:
-    """A cotangent's leaves beside the output's, checked.
+    """The leaves of a cotangent, checked against those of the output.
 
     `outputs` are tensors, or anything with the shape, dtype and description of one. None stands for
     no cotangent, at a leaf or for the whole value.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from taskgrad.graph import pack
-from taskgrad.graph.sending import is_parametrized, refuse_cached, unpicklable_beside
+from taskgrad.graph.sending import is_parametrized, refuse_cached, unpicklable_extra
 
 
 class ClosedOver(NamedTuple):
@@ -49,7 +49,7 @@ def pack_function(
         lambda: pack.pack(fn),
         what or repr(title),
         f". Define it without what it holds on to (locks, open files, generators){advice}",
-        culprit=lambda: unpicklable_beside([("", fn)], hooks=False),
+        culprit=lambda: unpicklable_extra([("", fn)], hooks=False),
     )
     if is_parametrized(packed.modules):
         refuse_cached(title)

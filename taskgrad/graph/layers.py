@@ -224,7 +224,7 @@ def local_name(name: str, layer: Layer) -> str:
 
 
 def _skeleton(model: nn.Module, modules: list[Callable[..., Any]]) -> bytes:
-    """The model's containers, with a mark where each layer goes: no weights."""
+    """The model's containers pickled, with the index of each layer in its place: no weights."""
     marks = {id(module): i for i, module in enumerate(modules)}
     return pack.dumps(model, lambda part: marks.get(id(part)))
 

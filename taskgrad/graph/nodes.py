@@ -1,7 +1,7 @@
 """The graph of calls, as data: a `Node` is one value that is not computed yet.
 
 It knows the nodes whose values it takes and the worker that it has to run on. An executor turns
-nodes into tasks and keeps what came of them; nodes themselves do not change once they are made.
+nodes into tasks and keeps their results; nodes themselves do not change once they are made.
 Nodes that compute have the `settings` of torch with which they are to run.
 """
 

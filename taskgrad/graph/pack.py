@@ -19,7 +19,7 @@ from torch import nn
 
 from taskgrad.errors import TaskgradError
 from taskgrad.graph.memory_layout import View, with_bases, without_bases
-from taskgrad.graph.parameter_extras import Beside, beside, put_beside
+from taskgrad.graph.parameter_extras import TensorExtras, extras_of, set_extras
 from taskgrad.graph.parametrized import reduce_module
 
 T = TypeVar("T")
@@ -140,7 +140,7 @@ def pack(obj: Any, *, hooks: bool = False) -> Packed:
         if id(part) not in index:
             index[id(part)] = len(tensors)
             tensors.append(part)
-            carried = beside(part, hooks=hooks)
+            carried = extras_of(part, hooks=hooks)
         kind = "parameter" if isinstance(part, nn.Parameter) else "tensor"
         return kind, index[id(part)], part.requires_grad, carried
 
@@ -183,12 +183,12 @@ def unpack(data: bytes, values: Sequence[Any], *, own: bool) -> Any:
     values = without_bases(values)
     made: dict[int, torch.Tensor] = {}
 
-    def load(pid: tuple[str, int, bool, Beside | None]) -> torch.Tensor:
+    def load(pid: tuple[str, int, bool, TensorExtras | None]) -> torch.Tensor:
         kind, i, requires_grad, carried = pid
         if i not in made:
             made[i] = values[i] if not own else _leaf(kind, values[i].detach(), requires_grad)
         if carried is not None:
-            put_beside(made[i], carried)
+            set_extras(made[i], carried)
         return made[i]
 
     return loads(data, load)

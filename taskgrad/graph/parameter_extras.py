@@ -1,4 +1,4 @@
-"""What a tensor carries beside its values: attributes, and hooks on its gradient."""
+"""What a tensor has besides its values: attributes, and hooks on its gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 Hooks = dict[int, Any]
 
 
-class Beside(NamedTuple):
+class TensorExtras(NamedTuple):
     """Attributes of a tensor, and its hooks by the numbers that their handles know them by."""
 
     attributes: dict[str, Any] | None
@@ -19,17 +19,17 @@ class Beside(NamedTuple):
     accumulated_hooks: Hooks | None
 
 
-def beside(tensor: torch.Tensor, *, hooks: bool) -> Beside | None:
-    """What a tensor carries, without its hooks unless asked for; None if that is nothing."""
+def extras_of(tensor: torch.Tensor, *, hooks: bool) -> TensorExtras | None:
+    """The extras of a tensor, its hooks only if asked for; None if it has none."""
     attributes = vars(tensor) or None
     before: Hooks | None = (tensor._backward_hooks or None) if hooks else None
     after: Hooks | None = (tensor._post_accumulate_grad_hooks or None) if hooks else None
-    found = Beside(attributes, before, after)
+    found = TensorExtras(attributes, before, after)
     return found if any(found) else None
 
 
-def put_beside(tensor: torch.Tensor, carried: Beside) -> None:
-    """Give a tensor what another one carried."""
+def set_extras(tensor: torch.Tensor, carried: TensorExtras) -> None:
+    """Give a tensor the extras of another one."""
     if carried.attributes:
         vars(tensor).update(carried.attributes)
     if carried.gradient_hooks:
@@ -46,9 +46,9 @@ def has_hooks(tensor: torch.Tensor) -> bool:
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
-def parts_beside(tensor: torch.Tensor, *, hooks: bool) -> Iterator[tuple[str, Any]]:
-    """Each thing that a tensor carries, with what to call it in a message."""
-    carried = beside(tensor, hooks=hooks)
+def named_extras(tensor: torch.Tensor, *, hooks: bool) -> Iterator[tuple[str, Any]]:
+    """Each attribute and hook of a tensor, with its name for messages."""
+    carried = extras_of(tensor, hooks=hooks)
     if carried is None:
         return
     for name, value in (carried.attributes or {}).items():

@@ -1,7 +1,7 @@
 """The ranks of one parallel call: calls of one function that run at once and exchange values.
 
 A `ProcessGroup` is what the calls have in common: plain data, which is sent with each call;
-on the driver its identity says which calls belong together, forward and backward.
+on the driver its identity groups the calls, forward and backward.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Nodes that read something small where it lies, of which many can be one task."""
+"""Nodes that read something small from a worker's store. Many of them can be one task."""
 
 from __future__ import annotations
 

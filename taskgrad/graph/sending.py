@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from taskgrad.errors import TaskgradError
 from taskgrad.graph import pack
 from taskgrad.graph.layers import Model
-from taskgrad.graph.parameter_extras import has_hooks, parts_beside
+from taskgrad.graph.parameter_extras import has_hooks, named_extras
 from taskgrad.graph.parametrized import parametrized_names
 
 
@@ -36,7 +36,7 @@ def reached(flat: Model) -> list[list[torch.Tensor]]:
             where,
             ". Take what cannot be pickled (locks, open files, generators) out of it, or make it "
             "in forward()",
-            culprit=functools.partial(unpicklable_beside, [(layer.name, module)], hooks=True),
+            culprit=functools.partial(unpicklable_extra, [(layer.name, module)], hooks=True),
         )
         found.append(packed.tensors)
     return found
@@ -67,14 +67,14 @@ def _check_parts(module: nn.Module, where: str, prefix: str) -> None:
                 )
 
 
-def unpicklable_beside(named: Iterable[tuple[str, Any]], *, hooks: bool) -> str | None:
+def unpicklable_extra(named: Iterable[tuple[str, Any]], *, hooks: bool) -> str | None:
     """Which attribute or hook of the tensors of modules cannot be pickled; None if all can.
 
     The modules come with their names in the model.
     """
     for prefix, module in named:
         for name, tensor in _named(prefix, module):
-            for what, part in parts_beside(tensor, hooks=hooks):
+            for what, part in named_extras(tensor, hooks=hooks):
                 try:
                     pack.pack(part)
                 except Exception:

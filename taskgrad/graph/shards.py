@@ -64,7 +64,7 @@ class ShardCall(Node):
         after: Sequence[Node] = (),
         awaits: Sequence[Node] = (),
     ) -> None:
-        # It is the shard that says on which device things are made.
+        # The default device is the shard's own, not that of this process.
         super().__init__(key, shard.worker, settings_now().without_device(), tuple(awaits))
         self.shard = shard
         self.function = function

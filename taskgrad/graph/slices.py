@@ -81,7 +81,7 @@ def _dims_of(value: Any, dims: Dims, what: str) -> list[int | None]:
 
 
 class Slice(Node):
-    """One microbatch of a batch that lies on a worker."""
+    """One microbatch of a batch that is on a worker."""
 
     __slots__ = ("count", "dims", "index", "source", "what")
 

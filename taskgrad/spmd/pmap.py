@@ -223,7 +223,7 @@ def _calls(
     program = _Program(fn, split.leaves, split.structure)
     packed = pack_function(program, title, what=f"{title!r}, or an argument of it,")
     shared = [Leaf(t, name=name, owner=m) for t, name, m, _ in packed.closed_over]
-    # What a module writes into its buffers comes home from rank 0, as with torch's DDP.
+    # Buffers that a module writes are returned by rank 0, as with torch's DDP.
     buffers = tuple([i for i, found in enumerate(packed.closed_over) if found.is_buffer])
     seed = int(torch.randint(2**62, (), device="cpu"))
     group = ProcessGroup(title, axis_name, workers, seed, deadline("collective"))

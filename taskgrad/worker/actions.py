@@ -1,4 +1,4 @@
-"""The small actions beside `Forward` and `Backward`: what one task does with a worker's store."""
+"""The small actions, besides `Forward` and `Backward`: what one task does with a worker's store."""
 
 from __future__ import annotations
 
