@@ -50,8 +50,8 @@ def workers_killed(error: KilledWorker, label: str) -> WorkerLostError:
     """The error for a task that Dask has given to several workers, each of which was lost."""
     last = error.last_worker
     return WorkerLostError(
-        f"{label} was on {error.allowed_failures + 1} workers one after the other, and each was "
-        f"lost; the last was worker {last.name} at {last.address}. {_ENDED}. Dask's "
+        f"{label}: {error.allowed_failures + 1} workers ran that one after the other, and each "
+        f"died; the last was worker {last.name} at {last.address}. {_ENDED}. Dask's "
         "setting distributed.scheduler.allowed-failures says how many it may take"
     )
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from distributed import KilledWorker
+from distributed import Future, KilledWorker
 
 from taskgrad.cluster import client_calls, nested
 from taskgrad.cluster.config import deadline
@@ -94,20 +94,37 @@ def gather(nodes: Sequence[Node], session: Session, table: TaskTable) -> list[An
 def failure(node: Node, table: TaskTable) -> BaseException | None:
     """What went wrong with a node that was submitted, as an error to raise."""
     future = table.futures.get(node)
-    if future is None:
-        return None
+    return None if future is None else task_error(future, node.label)
+
+
+def task_error(future: Future, label: str) -> BaseException | None:
+    """Why a task failed or was cancelled, as an error to raise; None if it was not."""
     if future.status == "error":
         error: BaseException = future.exception(timeout=_EXCEPTION_S)
         if isinstance(error, KilledWorker):
             key = str(error.task)
-            return workers_killed(error, node.label if key == node.key else label_of(key))
+            return workers_killed(error, label if key == str(future.key) else label_of(key))
         return error
     if future.status in ("cancelled", "lost"):
         return WorkerLostError(
-            f"{node.label} was cancelled: a value that it needs was lost with its worker, or the "
+            f"{label} was cancelled: a value that it needs was lost with its worker, or the "
             "scheduler was restarted. Make the chain and the call again"
         )
     return None
+
+
+class Outages:
+    """Since when workers have been out of order."""
+
+    def __init__(self) -> None:
+        self._since: dict[str, float] = {}
+
+    def lasting(self, trouble: Iterable[str]) -> set[str]:
+        """Those of the workers now in trouble that were so for ``taskgrad.worker-deadline``."""
+        now = time.monotonic()
+        self._since = {address: self._since.get(address, now) for address in trouble}
+        seconds = deadline("worker")
+        return {a for a, since in self._since.items() if now - since >= seconds}
 
 
 class _Monitor:
@@ -126,7 +143,7 @@ class _Monitor:
         self.table = table
         self._behind = behind
         self._labels = labels or {}
-        self._since: dict[str, float] = {}
+        self._outages = Outages()
 
     def check(self) -> BaseException | None:
         """Why these will not all come, as an error to raise; None as far as is known."""
@@ -174,15 +191,13 @@ class _Monitor:
         placed = [(n, worker) for n in unfinished if (worker := self.table.worker_of(n))]
         trouble = self.session.out_of_order({worker for _, worker in placed})
         trouble = {address: why for address, why in trouble.items() if why != "restarted"}
-        now = time.monotonic()
-        self._since = {address: self._since.get(address, now) for address in trouble}
-        seconds = deadline("worker")
+        lasting = self._outages.lasting(trouble)
         for node, worker in placed:
-            if worker in trouble and now - self._since[worker] >= seconds:
+            if worker in lasting:
                 gone = trouble[worker] == "gone"
                 return WorkerLostError(
                     f"{self.session.describe(worker)} has been {trouble[worker]} for "
-                    f"{seconds:g} s, and {node.label} is pinned to it. "
+                    f"{deadline('worker'):g} s, and {node.label} is pinned to it. "
                     + (_START_ONE if gone else _GIVE_MEMORY)
                 )
         return None

@@ -1,11 +1,11 @@
-"""Items on their way: each made bytes by itself as it is taken, many to a parcel.
+"""Encode items one by one, in batches.
 
-An item is what it was when it was taken: a generator that yields one array again and again, filled
-anew, gives each of its contents, as in a loop. So large buffers are copied here. They are parts of
-their own in the parcel and not in the pickle, as pickle's protocol 5 has it. Small arrays, of which
-pickle says more than there is in them, are not pickled but laid in rows: several times as fast.
+Each item is encoded as soon as it is pulled, so that an input may yield one array again and again,
+filled anew. Large buffers are therefore copied. They are frames of their own, out of the pickle
+(protocol 5). Runs of small arrays of one dtype and shape are stored as one block without pickling,
+which is several times as fast.
 
-The large parts of a parcel can be leased: a reader on the same host copies them out of the sender's
+The large frames of a batch can be leased: a reader on the same host copies them out of the sender's
 memory (see `taskgrad.cluster.wire.leases`).
 """
 
@@ -31,7 +31,7 @@ from taskgrad.item_errors import is_ctrl_c
 from taskgrad.remote_errors import text_of
 
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
-_ROW_DTYPES = frozenset(
+_RUN_DTYPES = frozenset(
     {
         *(torch.float32, torch.float64, torch.float16, torch.complex64, torch.complex128),
         *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
@@ -39,8 +39,8 @@ _ROW_DTYPES = frozenset(
 )
 
 
-class Rows(NamedTuple):
-    """So many items in a row that are arrays of one dtype and shape, their bytes in a row too."""
+class ArrayRun(NamedTuple):
+    """`length` items in a row that are arrays of one dtype and shape, stored as one block."""
 
     length: int
     dtype: str
@@ -48,33 +48,33 @@ class Rows(NamedTuple):
     torch: bool
 
 
-class Pickles(NamedTuple):
-    """So many items in a row that are pickled."""
+class PickleRun(NamedTuple):
+    """`length` items in a row that are pickled."""
 
     length: int
 
 
-class Parcel:
-    """Items as bytes.
+class Batch:
+    """Encoded items.
 
-    The first part has the small ones: pickles, and `ends` says where each of them ends and `counts`
-    how many of the other parts it has; or the bytes of small arrays.
+    The first frame has the pickles and the blocks of small arrays, in order of the items. For each
+    pickle `ends` has its end and `counts` the number of other frames that belong to it.
     """
 
-    __slots__ = ("counts", "ends", "parts", "runs", "token")
+    __slots__ = ("counts", "ends", "frames", "runs", "token")
 
     def __init__(
         self,
-        runs: list[Rows | Pickles],
+        runs: list[ArrayRun | PickleRun],
         ends: array[int],
         counts: array[int],
-        parts: list[Any],
+        frames: list[Any],
         token: ValidityToken | None = None,
     ) -> None:
         self.runs = runs
         self.ends = ends
         self.counts = counts
-        self.parts = parts
+        self.frames = frames
         self.token = token
 
     def __len__(self) -> int:
@@ -82,44 +82,44 @@ class Parcel:
 
     @property
     def nbytes(self) -> int:
-        """Of all its parts, leased ones too."""
+        """Of all its frames, leased ones too."""
         return sum(
-            part.nbytes if isinstance(part, RemoteBuffer) else len(part) for part in self.parts
+            frame.nbytes if isinstance(frame, RemoteBuffer) else len(frame) for frame in self.frames
         )
 
     def __iter__(self) -> Iterator[Any]:
-        """The items, each made as it is asked for.
+        """The items, decoded one by one.
 
         Raises
         ------
         TravelError
             One cannot be unpickled here.
         """
-        data, *buffers = self.parts
+        data, *buffers = self.frames
         view = memoryview(data)
         rest = iter(buffers)
         pickled = zip(self.ends, self.counts, strict=True)
         start = 0
         for run in self.runs:
-            if isinstance(run, Rows):
-                end = start + run.length * _row_nbytes(run)
-                yield from _rows(run, view[start:end])
+            if isinstance(run, ArrayRun):
+                end = start + run.length * _run_nbytes(run)
+                yield from _arrays(run, view[start:end])
                 start = end
                 continue
             for end, count in itertools.islice(pickled, run.length):
                 yield _loads(view[start:end], [next(rest) for _ in range(count)])
                 start = end
 
-    def leased(self, lease: BufferLease) -> Parcel:
-        """The same with its large parts replaced by their addresses, to read until the lease ends.
+    def leased(self, lease: BufferLease) -> Batch:
+        """The same with its large frames replaced by their addresses, to read until the lease ends.
 
         The lease keeps them in memory.
         """
-        parts = [p if len(p) < OWN_FRAME_MIN else lease.add(memoryview(p)) for p in self.parts]
-        return Parcel(self.runs, self.ends, self.counts, parts, lease.token)
+        frames = [p if len(p) < OWN_FRAME_MIN else lease.add(memoryview(p)) for p in self.frames]
+        return Batch(self.runs, self.ends, self.counts, frames, lease.token)
 
-    def fetch(self) -> Parcel:
-        """The same with its leased parts read out of the sender's memory.
+    def fetch(self) -> Batch:
+        """The same with its leased frames read out of the sender's memory.
 
         Raises
         ------
@@ -128,37 +128,37 @@ class Parcel:
         """
         if self.token is None:
             return self
-        return Parcel(self.runs, self.ends, self.counts, read_leased(self.token, self.parts))
+        return Batch(self.runs, self.ends, self.counts, read_leased(self.token, self.frames))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        parts = [
+        frames = [
             pickle.PickleBuffer(p) if protocol >= 5 and isinstance(p, memoryview) else p
-            for p in self.parts
+            for p in self.frames
         ]
-        return Parcel, (self.runs, self.ends, self.counts, parts, self.token)
+        return Batch, (self.runs, self.ends, self.counts, frames, self.token)
 
 
-@dask_serialize.register(Parcel)
-def _serialize(parcel: Parcel) -> tuple[dict[str, Any], list[Any]]:
-    whole = [p for p in parcel.parts if not isinstance(p, RemoteBuffer)]
-    places = [p if isinstance(p, RemoteBuffer) else None for p in parcel.parts]
-    words = parcel.runs, parcel.ends, parcel.counts, places, parcel.token
-    return {"words": pickle.dumps(words)}, whole
+@dask_serialize.register(Batch)
+def _serialize(batch: Batch) -> tuple[dict[str, Any], list[Any]]:
+    whole = [f for f in batch.frames if not isinstance(f, RemoteBuffer)]
+    leased = [f if isinstance(f, RemoteBuffer) else None for f in batch.frames]
+    fields = batch.runs, batch.ends, batch.counts, leased, batch.token
+    return {"fields": pickle.dumps(fields)}, whole
 
 
-@dask_deserialize.register(Parcel)
-def _deserialize(header: dict[str, Any], frames: list[Any]) -> Parcel:
-    runs, ends, counts, places, token = pickle.loads(header["words"])
+@dask_deserialize.register(Batch)
+def _deserialize(header: dict[str, Any], frames: list[Any]) -> Batch:
+    runs, ends, counts, leased, token = pickle.loads(header["fields"])
     rest = iter(frames)
-    parts = [next(rest) if p is None else p for p in places]
-    return Parcel(runs, ends, counts, parts, token)
+    frames = [next(rest) if f is None else f for f in leased]
+    return Batch(runs, ends, counts, frames, token)
 
 
-def _row_nbytes(run: Rows) -> int:
+def _run_nbytes(run: ArrayRun) -> int:
     return math.prod(run.shape) * np.dtype(run.dtype).itemsize
 
 
-def _rows(run: Rows, view: memoryview) -> Iterator[Any]:
+def _arrays(run: ArrayRun, view: memoryview) -> Iterator[Any]:
     block = np.frombuffer(view, run.dtype).reshape(run.length, *run.shape)
     if run.torch:
         for i in range(run.length):
@@ -180,15 +180,15 @@ def _loads(pickled: memoryview, buffers: list[Any]) -> Any:
         ) from error
 
 
-class Packer:
-    """Makes a parcel, item by item."""
+class BatchEncoder:
+    """Encodes items into a batch, one by one."""
 
     def __init__(self) -> None:
         self.count = 0
         """Items so far."""
         self.nbytes = 0
         """Their bytes."""
-        self._runs: list[Rows | Pickles] = []
+        self._runs: list[ArrayRun | PickleRun] = []
         self._run: Any = None  # of the item before: what its like must have, and how many there are
         self._length = 0
         self._ends = array("Q")
@@ -196,28 +196,28 @@ class Packer:
         self._data = io.BytesIO()
         self._buffers: list[Any] = []
         self._file = io.BytesIO()
-        self._pickler = TensorPickler(self._file, 5, buffer_callback=self._aside)
+        self._pickler = TensorPickler(self._file, 5, buffer_callback=self._out_of_band)
 
     def add(self, item: Any) -> None:
-        """Take an item.
+        """Encode an item.
 
         Raises
         ------
         Exception
-            What pickle raised; the parcel is as it was before.
+            What pickle raised; the batch is as it was before.
         """
         kind = type(item)
         if kind is np.ndarray:
-            row = _as_row(item, False)
+            run = _as_run(item, False)
         elif kind is torch.Tensor:
-            row = _tensor_as_row(item)
+            run = _tensor_as_run(item)
         else:
-            row = None
-        if row is None:
+            run = None
+        if run is None:
             self._add_pickle(item)
             like = None
         else:
-            array, like = row
+            array, like = run
             self._data.write(array)
             self.nbytes += array.nbytes
         if like == self._run and self._length:
@@ -257,16 +257,16 @@ class Packer:
             return pickled
         del self._buffers[kept:]
         file = io.BytesIO()
-        TensorCloudPickler(file, 5, buffer_callback=self._aside).dump(item)
+        TensorCloudPickler(file, 5, buffer_callback=self._out_of_band).dump(item)
         return file.getvalue()
 
     def _end_run(self) -> None:
         if self._length:
             like, count = self._run, self._length
-            self._runs.append(Pickles(count) if like is None else Rows(count, *like))
+            self._runs.append(PickleRun(count) if like is None else ArrayRun(count, *like))
 
-    def _aside(self, buffer: pickle.PickleBuffer) -> bool:
-        """Called by pickle with each buffer; whether it goes into the pickle itself."""
+    def _out_of_band(self, buffer: pickle.PickleBuffer) -> bool:
+        """Callback of pickle for each buffer: True if it goes into the pickle itself."""
         raw = buffer.raw()
         if raw.nbytes < OWN_FRAME_MIN:
             return True
@@ -275,14 +275,14 @@ class Packer:
         self._buffers.append(raw)
         return False
 
-    def parcel(self) -> Parcel:
-        """What was taken; the packer is not for use after this."""
+    def batch(self) -> Batch:
+        """The batch; the encoder cannot be used after this."""
         self._end_run()
-        parts = [self._data.getvalue(), *self._buffers]
-        return Parcel(self._runs, self._ends, self._counts, parts)
+        frames = [self._data.getvalue(), *self._buffers]
+        return Batch(self._runs, self._ends, self._counts, frames)
 
 
-def _as_row(item: np.ndarray, is_torch: bool) -> Any:
+def _as_run(item: np.ndarray, is_torch: bool) -> Any:
     """A small array that is plain memory, and what arrays in a row with it have in common."""
     dtype = item.dtype
     if (
@@ -294,14 +294,14 @@ def _as_row(item: np.ndarray, is_torch: bool) -> Any:
     return item, (dtype.str, item.shape, is_torch)
 
 
-def _tensor_as_row(item: torch.Tensor) -> Any:
+def _tensor_as_run(item: torch.Tensor) -> Any:
     plain = (
         item.layout is torch.strided
         and item.device.type == "cpu"
-        and item.dtype in _ROW_DTYPES
+        and item.dtype in _RUN_DTYPES
         and not (item.requires_grad or item.is_conj() or item.is_neg() or item.__dict__)
     )
-    return _as_row(item.numpy(), True) if plain else None
+    return _as_run(item.numpy(), True) if plain else None
 
 
 def _is_constant(raw: memoryview) -> bool:
@@ -318,16 +318,16 @@ def _copy(raw: memoryview) -> memoryview:
     return copied
 
 
-def pack_function(fn: Any) -> Parcel:
-    """A function as a parcel: importable ones by their name, all others whole."""
+def pack_function(fn: Any) -> Batch:
+    """A function as a batch: importable ones by their name, all others whole."""
     buffers: list[Any] = []
 
-    def aside(buffer: pickle.PickleBuffer) -> bool:
+    def out_of_band(buffer: pickle.PickleBuffer) -> bool:
         raw = buffer.raw()
         buffers.append(raw if _is_constant(raw) else _copy(raw))  # workers ask for it later
         return False
 
     file = io.BytesIO()
-    TensorCloudPickler(file, 5, buffer_callback=aside).dump(fn)
+    TensorCloudPickler(file, 5, buffer_callback=out_of_band).dump(fn)
     ends, counts = array("Q", [file.tell()]), array("L", [len(buffers)])
-    return Parcel([Pickles(1)], ends, counts, [file.getvalue(), *buffers])
+    return Batch([PickleRun(1)], ends, counts, [file.getvalue(), *buffers])

@@ -17,6 +17,7 @@ from taskgrad.graph.pack import pickle_or_explain
 from taskgrad.graph.torch_settings import refuse_modes, settings_now
 from taskgrad.streaming.batch_codec import pack_function
 from taskgrad.streaming.stream import Stream
+from taskgrad.streaming.window import Window
 from taskgrad.thunk import Lazy
 
 Chunksize = int | Literal["auto"]
@@ -162,34 +163,30 @@ def _map(
     settings = settings_now()
     owner = session(client)
 
-    def stream() -> Iterator[Any]:
+    def start() -> Iterator[Any]:
         refuse_deadlock()
         give_thread_back()  # in a task: others run on it, as this one is going to wait for them
         threads = sum(worker.threads for worker in owner.known())
-        return Stream(
-            owner,
-            fn,
-            packed,
-            inputs,
-            star=star,
-            length=length,
+        window = Window(
             threads=max(1, threads),
-            unordered=unordered,
             chunksize=size,
             buffersize=buffersize,
-            settings=settings,
-        ).results()
+            length=length,
+            unordered=unordered,
+        )
+        stream = Stream(owner, fn, packed, inputs, window, star=star, settings=settings)
+        return stream.results()
 
-    return _results(stream, show, length, kind_of(fn))
+    return _results(start, show, length, kind_of(fn))
 
 
 def _results(
-    stream: Callable[[], Any], show: Any, length: int | None, title: str
+    start: Callable[[], Any], show: Any, length: int | None, title: str
 ) -> Generator[Any, None, None]:
     if show is None:
-        yield from stream()
+        yield from start()
         return
-    results = stream()
+    results = start()
     with show(total=length, desc=title) as bar:
         try:
             for value in results:

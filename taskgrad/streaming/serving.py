@@ -1,4 +1,4 @@
-"""What a worker does with a chunk of items: the only task of a streaming map."""
+"""Worker: run the function with a batch of items, the only kind of task of a stream."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from taskgrad.errors import TaskgradError, TravelError
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.item_errors import portable
 from taskgrad.remote_errors import own_frames, text_of
-from taskgrad.streaming.batch_codec import Packer, Parcel
+from taskgrad.streaming.batch_codec import Batch, BatchEncoder
 from taskgrad.worker.settings import applied
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Which items of which map, and whom to tell."""
+class BatchTask:
+    """Which items of which stream, and who gets the results."""
 
     token: str
     client: str
     number: int
     star: bool
-    lend: bool
-    """Whether results may be left in memory for the driver to read."""
+    lease: bool
+    """Whether the driver may read large results in this process's memory."""
     settings: TorchSettings
     """Those of torch under which the function runs."""
 
@@ -55,9 +55,9 @@ def _failure(error: bytes, frames: str, of_item: bool) -> Failure:
 
 
 class LeasedResult:
-    """A task's result of which the driver reads the large parts here; pickled, it is whole."""
+    """A task's result whose large frames the driver reads in place; pickled, it is whole."""
 
-    def __init__(self, results: Parcel) -> None:
+    def __init__(self, results: Batch) -> None:
         self.results = results
         self._lease = BufferLease()
         self.leased = results.leased(self._lease)
@@ -69,61 +69,61 @@ class LeasedResult:
         return self.results.nbytes
 
 
-def _whole(results: Parcel) -> Parcel:
+def _whole(results: Batch) -> Batch:
     return results
 
 
-def run_chunk(chunk: Chunk, items: Parcel) -> Any:
-    """Call the function with each item; write the results to the driver.
+def run_batch(task: BatchTask, items: Batch) -> Any:
+    """Call the function with each item; send the results to the driver.
 
-    They go with a letter, if they are small or the driver shall read them here; what the task
-    itself returns is for the other cases.
+    A message has them if they are small, or else their leased addresses. The task itself returns
+    large results, for a driver that cannot read them in place.
     """
-    return contained("a chunk of items", _run_chunk, get_worker(), chunk, items)
+    return contained("a batch of items", _run_batch, get_worker(), task, items)
 
 
-def _run_chunk(worker: Worker, chunk: Chunk, items: Parcel) -> Any:
+def _run_batch(worker: Worker, task: BatchTask, items: Batch) -> Any:
     try:
-        fn = task_messages.take(worker, chunk.token, _load)
+        fn = task_messages.take(worker, task.token, _load)
     except Exception as error:
         unloaded = Failure(portable(error), of_item=False)
-        _tell(worker, chunk, failure=unloaded, whole=True)
+        _tell(worker, task, failure=unloaded, whole=True)
         return None
     if fn is None:
-        return None  # nobody wants it any more
+        return None  # the stream has ended
     try:
         items = items.fetch()
     except OSError:
-        _tell(worker, chunk, unreadable=True)
+        _tell(worker, task, unreadable=True)
         return None
     try:
-        with applied(chunk.settings, worker.address, give_thread_back):
+        with applied(task.settings, worker.address, give_thread_back):
             started = time.perf_counter()
-            packer, failure = _run(fn, items, chunk.star, task_messages.taken(worker), chunk.token)
+            encoder, failure = _run(fn, items, task.star, task_messages.taken(worker), task.token)
             seconds = time.perf_counter() - started
     except TaskgradError as error:
-        _tell(worker, chunk, failure=Failure(error, of_item=False), whole=True)
+        _tell(worker, task, failure=Failure(error, of_item=False), whole=True)
         return None
-    results = packer.parcel()
+    results = encoder.batch()
     whole = results.nbytes <= LEASE_MESSAGE_MIN  # with the message, through the scheduler
     about = {"seconds": seconds, "failure": failure, "nbytes": results.nbytes, "whole": whole}
     if whole:
-        _tell(worker, chunk, results=results, **about)
+        _tell(worker, task, results=results, **about)
         return None
-    if not chunk.lend:
-        _tell(worker, chunk, **about)
+    if not task.lease:
+        _tell(worker, task, **about)
         return results
-    kept = LeasedResult(results)
-    _tell(worker, chunk, results=kept.leased, **about)
-    return kept
+    result = LeasedResult(results)
+    _tell(worker, task, results=result.leased, **about)
+    return result
 
 
 def _run(
-    fn: Callable[..., Any], items: Parcel, star: bool, wanted: dict[str, Any], token: str
-) -> tuple[Packer, Failure | None]:
-    """Results up to the first failure, or until the map is over."""
-    packer = Packer()
-    add = packer.add
+    fn: Callable[..., Any], items: Batch, star: bool, wanted: dict[str, Any], token: str
+) -> tuple[BatchEncoder, Failure | None]:
+    """Results up to the first failure, or until the stream has ended."""
+    encoder = BatchEncoder()
+    add = encoder.add
     args = iter(items)
     while token in wanted:
         try:
@@ -131,18 +131,18 @@ def _run(
         except StopIteration:
             break
         except TravelError as error:
-            return packer, Failure(error)
+            return encoder, Failure(error)
         try:
             result = fn(*item) if star else fn(item)
         except BaseException as error:
-            return packer, Failure(portable(error), own_frames(error))
+            return encoder, Failure(portable(error), own_frames(error))
         try:
             add(result)
         except Exception as error:
-            return packer, Failure(_unsendable(result, error))
+            return encoder, Failure(_unsendable(result, error))
         except BaseException as error:
-            return packer, Failure(portable(error), own_frames(error))
-    return packer, None
+            return encoder, Failure(portable(error), own_frames(error))
+    return encoder, None
 
 
 def _unsendable(result: Any, error: Exception) -> TravelError:
@@ -154,9 +154,9 @@ def _unsendable(result: Any, error: Exception) -> TravelError:
     )
 
 
-def _load(parcel: Parcel) -> Any:
+def _load(batch: Batch) -> Any:
     try:
-        [fn] = parcel
+        [fn] = batch
     except BaseException as error:
         raise TaskgradError(
             f"the mapped function arrived and cannot be unpickled there ({text_of(error)}). Are "
@@ -166,9 +166,9 @@ def _load(parcel: Parcel) -> Any:
     return fn
 
 
-def _tell(worker: Worker, chunk: Chunk, **letter: Any) -> None:
-    if "results" in letter:
-        letter["results"] = to_serialize(letter["results"])
-    if letter.get("failure") is not None:
-        letter["failure"] = to_serialize(letter["failure"])
-    task_messages.write(worker, chunk.client, chunk.token, {"number": chunk.number, **letter})
+def _tell(worker: Worker, task: BatchTask, **message: Any) -> None:
+    if "results" in message:
+        message["results"] = to_serialize(message["results"])
+    if message.get("failure") is not None:
+        message["failure"] = to_serialize(message["failure"])
+    task_messages.write(worker, task.client, task.token, {"number": task.number, **message})

@@ -1,0 +1,147 @@
+"""The batches of a stream that are in flight: how much may be, and whose results come next."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from taskgrad.streaming.chunk_size import NBYTES, Sizing
+from taskgrad.streaming.sending import InFlight
+
+_RUNNING = 3
+"""Batches sent and not answered, for each thread: one runs, one waits there, one is on its way."""
+_HELD = 8
+"""Batches sent and not yielded, for each thread."""
+
+
+class Window:
+    """The batches between the input and the consumer, bounded.
+
+    It belongs to two threads: the feeder adds batches while there is room, the consumer takes them
+    out; and to the client's event loop, where answers come. All hold `changed` meanwhile.
+
+    Parameters
+    ----------
+    threads
+        How many batches run at a time.
+    chunksize, buffersize
+        As in `taskgrad.imap`; None to choose them.
+    length
+        How many items there will be, if that is known.
+    unordered
+        Whether batches are taken out as they are answered.
+    """
+
+    def __init__(
+        self,
+        *,
+        threads: int,
+        chunksize: int | None,
+        buffersize: int | None,
+        length: int | None,
+        unordered: bool,
+    ) -> None:
+        self.changed = threading.Condition(threading.RLock())
+        self.stopped = False
+        self.pulled = 0
+        """Items that were taken from the input."""
+        self.yielded = 0
+        self.resend: deque[InFlight] = deque()
+        """Batches that have to be sent once more."""
+        self.sizing = Sizing(chunksize, threads)
+        self._batches: dict[int, InFlight] = {}
+        self._answered: deque[int] = deque()
+        self._next = 0
+        self._length = length
+        self._unordered = unordered
+        self._buffersize = buffersize
+        if chunksize is None and buffersize is not None:
+            self._most = max(1, buffersize // (2 * threads))
+        else:
+            self._most = buffersize or 1 << 62
+
+    def wait_for_room(self) -> int:
+        """Wait until items may be pulled; how many, or 0 once none is wanted any more."""
+        with self.changed:
+            while not self.stopped:
+                size = self._room()
+                if size:
+                    return size
+                self.changed.wait()
+            return 0
+
+    def _room(self) -> int:
+        batches, threads = self._batches.values(), self.sizing.threads
+        if len(self.unanswered()) >= _RUNNING * threads or len(batches) >= _HELD * threads:
+            return 0
+        nbytes = sum(b.nbytes for b in batches)
+        if len(batches) >= threads and nbytes >= _HELD * threads * NBYTES:
+            return 0
+        left = None if self._length is None else max(1, self._length - self.pulled)
+        size = min(self.sizing.next(left), self._most)
+        if self._buffersize is not None:
+            size = min(size, self._buffersize - (self.pulled - self.yielded))
+        return max(0, size)
+
+    def set_threads(self, threads: int) -> None:
+        """So many batches run at a time from now on."""
+        with self.changed:
+            self.sizing.threads = threads
+            self.changed.notify_all()
+
+    def add(self, batch: InFlight) -> None:
+        """A batch is about to be sent."""
+        self._batches[batch.number] = batch
+
+    def get(self, number: int) -> InFlight | None:
+        """The batch of this number, unless it was taken out."""
+        return self._batches.get(number)
+
+    def unanswered(self) -> list[InFlight]:
+        """The batches whose results are not here."""
+        return [b for b in self._batches.values() if not b.answered]
+
+    def answered(self, batch: InFlight) -> None:
+        """A batch has run."""
+        batch.answered = True
+        self._answered.append(batch.number)
+        self.changed.notify_all()
+
+    def send_again(self, batch: InFlight, *, answered: bool) -> None:
+        """A batch has to run again; `answered` if it was the one that `next` gave."""
+        batch.release()
+        batch.answered = False
+        if answered and not self._unordered:
+            self._next = batch.number
+        self.resend.append(batch)
+        self.changed.notify_all()
+
+    def next(self) -> InFlight | None:
+        """The batch whose results are to be yielded next, if it was answered."""
+        if self._unordered:
+            return self._batches[self._answered.popleft()] if self._answered else None
+        batch = self._batches.get(self._next)
+        if batch is None or not batch.answered:
+            return None
+        self._next += 1
+        return batch
+
+    def remove(self, batch: InFlight) -> None:
+        """The results of a batch were yielded."""
+        with self.changed:
+            del self._batches[batch.number]
+            self.changed.notify_all()
+
+    def is_empty(self) -> bool:
+        """True if nothing is in flight."""
+        return not self._batches
+
+    def stop(self) -> None:
+        """Release all batches; nothing is sent any more."""
+        with self.changed:
+            self.stopped = True
+            self.changed.notify_all()
+            batches = list(self._batches.values())
+            self._batches.clear()
+        for batch in batches:
+            batch.release()
