@@ -1,4 +1,4 @@
-"""Rank 0 of an MPI job: its cluster, from the first word to the other ranks to the last."""
+"""Rank 0 of an MPI job: opens the cluster that the other ranks join, and ends the job."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from taskgrad.cluster.config import deadline
 from taskgrad.cluster.local import local_cluster
 from taskgrad.errors import TaskgradError
 from taskgrad.launch import messages
-from taskgrad.launch.worker_rank import LEAVE, PATIENCE, Failed, Work
+from taskgrad.launch.worker_rank import EXIT, EXIT_GRACE_S, StartFailed, WorkerOptions
 
-_LOOK = 0.05  # s between two looks whether workers are there
+_POLL_S = 0.05  # between two checks which workers are there
 
 
-class Lead:
+class Coordinator:
     """The scheduler of all ranks' workers, in this process, and its client."""
 
     def __init__(self) -> None:
@@ -50,14 +50,14 @@ class Lead:
                 "takes long belongs after it, or raise Dask's setting taskgrad.start-deadline"
             )
         elsewhere = next((host for host in hosts.values() if host != messages.host()), None)
-        # With nobody elsewhere, nothing need be reached from there.
+        # With all ranks on one host, nothing need be reached from elsewhere.
         here = None if elsewhere or interface else "127.0.0.1"
         at = get_ip(elsewhere) if elsewhere and not interface else here
         self._client = local_cluster(n_workers=0, host=at, interface=interface)
         neighbours = Counter(hosts.values())
         for rank, name in hosts.items():
-            work = Work(_scheduler(self._client), here, neighbours[name])
-            messages.send(rank, work)
+            options = WorkerOptions(_scheduler(self._client), here, neighbours[name])
+            messages.send(rank, options)
         self._wait_for_workers(end)
 
     def _wait_for_workers(self, end: float) -> None:
@@ -65,7 +65,7 @@ class Lead:
         while missing := self._without_worker(self._client):
             for rank in missing:
                 failed = messages.receive(rank, 0)
-                if isinstance(failed, Failed):
+                if isinstance(failed, StartFailed):
                     raise TaskgradError(f"the worker of rank {rank} did not start: {failed.why}")
             if time.monotonic() > end:
                 raise TaskgradError(
@@ -74,41 +74,41 @@ class Lead:
                     "the network between the hosts? tg.main(__name__, interface='ib0') takes "
                     "another one. Or raise Dask's setting taskgrad.start-deadline"
                 )
-            time.sleep(_LOOK)
+            time.sleep(_POLL_S)
 
     def _without_worker(self, client: Client) -> list[int]:
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
         return sorted(set(self._ranks) - {worker["name"] for worker in workers})
 
     def close(self) -> None:
-        """Send the other ranks home, and return when they are on their way.
+        """Tell the other ranks to exit, and wait until they do.
 
-        Where some are not, the job is aborted: MPI cannot be left without them.
+        If some do not, the job is aborted: MPI cannot be finalized without them.
         """
-        for rank in self._present:  # first: a worker whose scheduler is gone wants to know why
-            messages.send(rank, LEAVE)
+        for rank in self._present:  # first: so that a worker that loses its scheduler knows why
+            messages.send(rank, EXIT)
         if self._client is not None:
             self._client.close()
-        end = time.monotonic() + PATIENCE
-        left = {rank for rank in self._present if self._says_goodbye(rank, end)}
-        missing = sorted(set(self._ranks) - left)
+        end = time.monotonic() + EXIT_GRACE_S
+        exited = {rank for rank in self._present if self._exits(rank, end)}
+        missing = sorted(set(self._ranks) - exited)
         if missing:
             print(
                 f"taskgrad: {_named(missing)} did not leave, so the job is aborted",
                 file=sys.stderr,
             )
             messages.abort()
-        messages.finalize(PATIENCE)
+        messages.finalize(EXIT_GRACE_S)
 
-    def _says_goodbye(self, rank: int, end: float) -> bool:
+    def _exits(self, rank: int, end: float) -> bool:
         while (message := messages.receive(rank, max(0.0, end - time.monotonic()))) is not None:
-            if message == LEAVE:
+            if message == EXIT:
                 return True
         return False
 
 
 def _end_with(launcher: int) -> None:
-    """End this process when the launcher is gone without a word, as Open MPI's does when killed.
+    """End this process once the launcher is gone; Open MPI's, when killed, ends no process.
 
     The other ranks end when they lose this one.
     """

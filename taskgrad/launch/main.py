@@ -4,8 +4,8 @@ The idea is that of deepdish.parallel (https://github.com/uchicago-cs/deepdish):
 passes, and behind which all others serve. It is built on mpi4py and not on dask-mpi (2026.3), whose
 ``initialize`` gives rank 0 to the scheduler and the script to rank 1: it needs three ranks to have
 one worker, waits in collective calls without a deadline, and closes the cluster by opening a new
-client in an ``atexit`` handler, when Python starts no more threads for it (dask-mpi issue 87). What
-it does besides is the few messages of `taskgrad.launch.messages`.
+client in an ``atexit`` handler, when Python starts no more threads for it (dask-mpi issue 87). The
+ranks exchange a few messages over MPI, see `taskgrad.launch.messages`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from taskgrad.cluster.local import local_cluster
 from taskgrad.cluster.session import current_session, in_order
 from taskgrad.errors import TaskgradError
 from taskgrad.launch import messages
-from taskgrad.launch.coordinator import Lead
-from taskgrad.launch.worker_rank import follow
+from taskgrad.launch.coordinator import Coordinator
+from taskgrad.launch.worker_rank import run_worker
 
 
 def main(
@@ -82,8 +82,8 @@ def main(
     _check(name, workers, threads, interface)
     if name != "__main__":
         return False
-    wish = (workers, threads, interface)
-    _program.run(wish)
+    arguments = (workers, threads, interface)
+    _program.run(arguments)
     return True
 
 
@@ -134,42 +134,42 @@ def size() -> int:
     return 1 + sum(not _is_here(address) for address in addresses)
 
 
-_Wish = tuple[int | None, int, str | None]
+_Arguments = tuple[int | None, int, str | None]
 
 
 class _Program:
-    """What `main` has opened in the process that it lets through."""
+    """The cluster that `main` opened, in the process that runs the program."""
 
     def __init__(self) -> None:
-        self._opened: Lead | Client | None = None
-        self._made_for: _Wish | None = None
+        self._opened: Coordinator | Client | None = None
+        self._opened_for: _Arguments | None = None
         self._pid = 0
 
-    def run(self, wish: _Wish) -> None:
+    def run(self, arguments: _Arguments) -> None:
         """Have a cluster open for these arguments."""
-        same = wish == self._made_for
-        if isinstance(self._opened, Lead):
+        same = arguments == self._opened_for
+        if isinstance(self._opened, Coordinator):
             if not same:
                 raise TaskgradError(
-                    f"tg.main was called with {self._made_for} before (workers, threads, "
-                    f"interface), now with {wish}: the ranks are workers already"
+                    f"tg.main was called with {self._opened_for} before (workers, threads, "
+                    f"interface), now with {arguments}: the ranks are workers already"
                 )
         elif not same or self._opened is None or self._opened.status != "running":
             self.close()
-            self._start(*wish)
-            self._made_for = wish
+            self._start(*arguments)
+            self._opened_for = arguments
 
     def _start(self, workers: int | None, threads: int, interface: str | None) -> None:
         here, ranks = messages.numbers() if messages.launched() else (0, 0)
         if here > 0:
-            follow(threads, interface)
+            run_worker(threads, interface)
         self._pid = os.getpid()
-        # Before anything can fail: the others wait for a word. Python runs this after it has
-        # printed the traceback of a program that raised.
+        # Before anything can fail, as the other ranks wait for a message. Python runs this after it
+        # has printed the traceback of a program that raised.
         at_exit(self.close)
         if ranks > 1:
-            self._opened = lead = Lead()
-            lead.start(interface)
+            self._opened = coordinator = Coordinator()
+            coordinator.start(interface)
         elif ranks == 1 or workers == 0:
             self._opened = local_cluster(1, threads, processes=False)
         else:

@@ -1,8 +1,8 @@
-"""What the ranks of an MPI job tell each other, before and after they speak Dask.
+"""Messages between the ranks of an MPI job, to start a Dask cluster and to end it.
 
-MPI carries a few words: who is there and on which host, where the scheduler is, and when it is time
-to leave. All else goes over Dask's connections. Every wait here has a deadline; so there are no
-collective calls, and no ``recv`` before there is something to receive.
+MPI carries which ranks there are and on which host, the scheduler's address, and the order to exit.
+All else goes over Dask's connections. Every wait has a deadline; so there are no collective calls,
+and ``recv`` is only called once a message is there.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from taskgrad.cluster.config import deadline
 from taskgrad.errors import TaskgradError
 
 _TAG = 0x7467
-_PAUSE = 0.01  # s between two looks
+_POLL_S = 0.01
 
-# What launchers tell the processes that they start: which one it is, and of how many.
+# Environment variables in which launchers pass a process its rank, and the number of ranks.
 _RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "PALS_RANKID")
 _SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
@@ -111,7 +111,7 @@ def watch(seconds: float) -> None:
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 
 
-_sent: list[Any] = []  # a message is MPI's until it has gone out
+_sent: list[Any] = []  # MPI reads a message until it has been sent
 
 
 def send(rank: int, message: Any) -> None:
@@ -125,7 +125,7 @@ def receive(rank: int, seconds: float) -> Any:
     while not comm.iprobe(source=rank, tag=_TAG):
         if time.monotonic() >= end:
             return None
-        time.sleep(_PAUSE)
+        time.sleep(_POLL_S)
     return comm.recv(source=rank, tag=_TAG)
 
 

@@ -1,4 +1,4 @@
-"""What every rank but rank 0 does: it is a Dask worker until rank 0 is done, or gone."""
+"""Every MPI rank but rank 0: a Dask worker until rank 0 ends or is lost."""
 
 from __future__ import annotations
 
@@ -24,58 +24,60 @@ from taskgrad.launch import messages
 
 logger = logging.getLogger("taskgrad")
 
-LEAVE = "leave"
+EXIT = "exit"
 """Rank 0's last message to each rank, and each rank's answer."""
 
-PATIENCE = 15.0
-"""Seconds that ranks may take to leave once rank 0 is done."""
+EXIT_GRACE_S = 15.0
+"""How long ranks may take to exit once rank 0 ends."""
 
-_CLOSE = 2.0  # s that a closing worker waits for its tasks
-_LOOK = 2.0  # s between two looks of a rank without a worker whether rank 0 is still there
+_CLOSE_S = 2.0  # that a closing worker waits for its tasks
+_POLL_S = 2.0  # between two checks, by a rank whose worker has closed, that rank 0 is there
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkerOptions:
     """Rank 0's first message: which cluster to join, and how."""
 
     scheduler: str
     host: str | None
-    """Where workers listen; None leaves it to their way to the scheduler."""
+    """Where workers listen; None: on the interface by which they reach the scheduler."""
     neighbours: int
-    """How many ranks are workers on this host; they share its memory."""
+    """How many ranks are workers on this host, whose memory they share."""
 
 
 @dataclass(frozen=True)
-class Failed:
+class StartFailed:
     """A rank's message to rank 0: its worker could not start, and why."""
 
     why: str
 
 
 class _RankWorker(Worker):
-    """A worker that closes soon, whatever its tasks are doing: rank 0 wants no more of them."""
+    """A worker whose `close` does not wait long for running tasks."""
 
-    async def close(self, timeout: float = _CLOSE, **kwargs: Any) -> Any:  # type: ignore[override]
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what else it says is meant
+    async def close(self, timeout: float = _CLOSE_S, **kwargs: Any) -> Any:  # type: ignore[override]
+        logging.getLogger("distributed").setLevel(
+            logging.CRITICAL
+        )  # lost connections are expected now
         return await super().close(timeout=timeout, **kwargs)
 
 
-def follow(threads: int, interface: str | None) -> NoReturn:
-    """Be a worker of rank 0's cluster, then leave; does not return."""
+def run_worker(threads: int, interface: str | None) -> NoReturn:
+    """Join rank 0's cluster as a worker, then exit; does not return."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all ranks; rank 0 decides
     messages.send(0, messages.host())
     # As Dask's nanny has it for worker processes, so that a worker gives the same bits.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
-    order = messages.receive(0, 2 * deadline("start"))
-    if order is None:
-        _lost("rank 0 has not said what to do")
-    if isinstance(order, Work):
+    options = messages.receive(0, 2 * deadline("start"))
+    if options is None:
+        _lost("rank 0 has not said which cluster to join")
+    if isinstance(options, WorkerOptions):
         try:
-            asyncio.run(_work(order, threads, interface))
+            asyncio.run(_work(options, threads, interface))
         except Exception as error:
-            messages.send(0, Failed(f"{type(error).__name__}: {error}"))
-        _wait_for_the_end(order.scheduler)
-    _leave()
+            messages.send(0, StartFailed(f"{type(error).__name__}: {error}"))
+        _wait_for_exit(options.scheduler)
+    _exit()
 
 
 def _no_failed_heartbeats(record: logging.LogRecord) -> bool:
@@ -87,15 +89,15 @@ def _no_failed_heartbeats(record: logging.LogRecord) -> bool:
     return "during heartbeat" not in record.getMessage()
 
 
-async def _work(order: Work, threads: int, interface: str | None) -> None:
+async def _work(options: WorkerOptions, threads: int, interface: str | None) -> None:
     logging.getLogger("distributed.worker").addFilter(_no_failed_heartbeats)
     worker = await _RankWorker(
-        order.scheduler,
+        options.scheduler,
         name=messages.numbers()[0],
         nthreads=threads,
-        host=order.host,
+        host=options.host,
         interface=interface,
-        memory_limit=parse_memory_limit("auto", 1, order.neighbours, logger=logger) or 0,
+        memory_limit=parse_memory_limit("auto", 1, options.neighbours, logger=logger) or 0,
         dashboard=False,
         silence_logs=logging.WARNING,
         death_timeout=deadline("start"),
@@ -110,38 +112,41 @@ def _busy() -> list[threading.Thread]:
 
 
 async def _stop_tasks() -> None:
-    """Have tasks that nobody waits for raise SystemExit, at their next step in Python."""
+    """Raise SystemExit in tasks that still run, at their next Python instruction."""
     for thread in _busy():
         ctypes.pythonapi.PyThreadState_SetAsyncExc(
             ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit)
         )
-    end = time.monotonic() + _CLOSE
+    end = time.monotonic() + _CLOSE_S
     while _busy() and time.monotonic() < end:
         await asyncio.sleep(0.01)
 
 
-def _wait_for_the_end(scheduler: str) -> None:
-    """The worker has closed. Rank 0 said why before, unless it is gone, or closed only this one."""
-    while messages.receive(0, _LOOK) != LEAVE:
+def _wait_for_exit(scheduler: str) -> None:
+    """After the worker has closed: wait for `EXIT`, as long as the scheduler can be reached.
+
+    Rank 0 may also have closed this worker alone.
+    """
+    while messages.receive(0, _POLL_S) != EXIT:
         try:
-            socket.create_connection(get_address_host_port(scheduler), timeout=_LOOK).close()
+            socket.create_connection(get_address_host_port(scheduler), timeout=_POLL_S).close()
         except OSError:
-            if messages.receive(0, 0) == LEAVE:
+            if messages.receive(0, 0) == EXIT:
                 return
             _lost("its scheduler is gone")
 
 
 def _lost(why: str) -> NoReturn:
-    """Nobody will end this rank in order, and MPI cannot be left without rank 0."""
+    """End this process with an error: without rank 0 MPI cannot be finalized."""
     rank = messages.numbers()[0]
     print(f"taskgrad: rank {rank} ends, as rank 0 is lost: {why}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
-def _leave() -> NoReturn:
-    messages.send(0, LEAVE)
-    messages.finalize(PATIENCE)
-    messages.watch(PATIENCE)  # Python waits for threads that tasks have started
+def _exit() -> NoReturn:
+    messages.send(0, EXIT)
+    messages.finalize(EXIT_GRACE_S)
+    messages.watch(EXIT_GRACE_S)  # Python waits for threads that tasks have started
     if _busy():
         # Native code that does not return to Python. To tear down Python beside it ends in a crash;
         # and it has to be C's exit, not _exit, as MPICH tells its launcher of this end only there.
