@@ -38,7 +38,7 @@ from taskgrad.graph.nodes import Node, new_key
 from taskgrad.graph.pytree import Slot
 from taskgrad.graph.reads import StoredGrad
 from taskgrad.graph.sending import is_parametrized, reached, refuse_cached
-from taskgrad.graph.shards import ChainRef, Shard, ShardCall
+from taskgrad.graph.shards import ChainRef, Shard, ShardCall, shards_of
 from taskgrad.graph.templates import template
 from taskgrad.graph.torch_settings import (
     TorchSettings,
@@ -244,11 +244,9 @@ class GraphChain(Lazy):
         first: dict[int, int] = {}
         self._same_as = [first.setdefault(id(m), i) for i, m in enumerate(flat.modules)]
         self._mode: bool | None = None
-        self._shards: dict[str, Shard] = {}
         self._ref = ChainRef(self._title)
-        for address in dict.fromkeys(workers):
-            self._shards[address] = Shard(self._ref, new_key("shard", self._title), address)
-        self._shard_of = [self._shards[address] for address in workers]
+        self._shard_of = shards_of(self._ref, flat, workers)
+        self._shards: dict[str, Shard] = {shard.worker: shard for shard in self._shard_of}
         self._by_name = {layer.name: layer for layer in reversed(self._layers)}
         self._trainable = self._trainable_by_layer()
         if device is None:  # a model on a GPU here belongs on the workers' own GPUs

@@ -14,7 +14,7 @@ from taskgrad.graph.deferred_init import InitPlan, TensorSpec, unsent_tensors
 from taskgrad.graph.layers import Model, local_name, owner_of
 from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import new_key
-from taskgrad.graph.shards import Shard, ShardCall
+from taskgrad.graph.shards import Shard, ShardCall, copied_names
 from taskgrad.worker import shard_ops
 
 
@@ -33,13 +33,7 @@ def install(
     """
     by_name = {layer.name: layer for layer in reversed(flat.layers)}
     shards = list(dict.fromkeys(shard_of))
-    for info in flat.tensors.values():
-        holders = [shard_of[owner_of(name, by_name).index] for name in info.names]
-        for shard in holders[1:]:
-            if shard is not holders[0]:
-                shard.homes[info.name] = holders[0]
-        if info.hooked:
-            holders[0].hooked.add(info.name)
+    copied = copied_names(shards)
     store_ids = session.store_ids([shard.worker for shard in shards])
     unsent = unsent_tensors(flat, init_plans)
     installs = []
@@ -59,7 +53,7 @@ def install(
             "store_id": store_ids[shard.worker],
             "init_plans": {i: init_plans[i] for i in here if i in init_plans},
             "seed": seed,
-            "copied": [n for s in shards for n, home in s.homes.items() if home is shard],
+            "copied": copied.get(shard, []),
         }
         sent = [
             TensorSpec.of(t) if isinstance(t, torch.Tensor) and id(t) in unsent else t
@@ -81,13 +75,9 @@ def install(
 
 def copy_tied(shards: Sequence[Shard], executor: Executor) -> None:
     """Give copies of tied parameters the values that they have where they live."""
-    wanted: dict[Shard, set[str]] = {}
-    for shard in shards:
-        for name, home in shard.homes.items():
-            wanted.setdefault(home, set()).add(name)
     gives = {
-        home: ShardCall(home, shard_ops.give, {"names": sorted(names)}, key=new_key("tied"))
-        for home, names in wanted.items()
+        home: ShardCall(home, shard_ops.give, {"names": names}, key=new_key("tied"))
+        for home, names in copied_names(shards).items()
     }
     takes = [
         ShardCall(

@@ -116,12 +116,14 @@ class FuturesExecutor:
         table.batch_reads(targets)
         targets = [table.carrier_of(t) for t in targets]
         nodes = table.missing(targets, {})
+        states = [BufferState(n) for n in nodes if isinstance(n, Call) and n.spec.buffers]
+        if states:
+            refuse_deadlock()
         if not tapes:
             used = {n.call for n in nodes if isinstance(n, Pullback)}
             for node in nodes:
                 if isinstance(node, Call) and node not in used:
                     node.tape.drop()
-        states = [BufferState(n) for n in nodes if isinstance(n, Call) and n.spec.buffers]
         nodes += states
         self._submit(nodes)
         if wait or states:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from taskgrad.graph.nodes import Node, label_of
+from taskgrad.graph.layers import Model, owner_of
+from taskgrad.graph.nodes import Node, label_of, new_key
 from taskgrad.graph.torch_settings import settings_now
 
 
@@ -43,6 +44,29 @@ class Shard:
     def home(self, parameter: str) -> Shard:
         """The shard where a parameter of this one lives."""
         return self.homes.get(parameter, self)
+
+
+def shards_of(chain: ChainRef, model: Model, workers: Sequence[str]) -> list[Shard]:
+    """The shard of each layer, given its worker; one shard a worker."""
+    shards = {w: Shard(chain, new_key("shard", chain.title), w) for w in dict.fromkeys(workers)}
+    by_name = {layer.name: layer for layer in reversed(model.layers)}
+    for info in model.tensors.values():
+        home, *others = [shards[workers[owner_of(n, by_name).index]] for n in info.names]
+        for shard in others:
+            if shard is not home:
+                shard.homes[info.name] = home
+        if info.hooked:
+            home.hooked.add(info.name)
+    return [shards[worker] for worker in workers]
+
+
+def copied_names(shards: Iterable[Shard]) -> dict[Shard, list[str]]:
+    """For each shard the parameters that live there and of which others have copies, sorted."""
+    found: dict[Shard, set[str]] = {}
+    for shard in shards:
+        for name, home in shard.homes.items():
+            found.setdefault(home, set()).add(name)
+    return {home: sorted(names) for home, names in found.items()}
 
 
 class ShardCall(Node):

@@ -13,7 +13,7 @@ from taskgrad.cluster.session import check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.executors.deploy import copy_tied
 from taskgrad.graph.nodes import Node, new_key
-from taskgrad.graph.shards import Shard, ShardCall
+from taskgrad.graph.shards import Shard, ShardCall, copied_names
 from taskgrad.train.factories import attributes_of, example_of
 from taskgrad.train.owner import acquire_ownership, check_owner
 from taskgrad.worker import optimizing, shard_ops
@@ -129,13 +129,10 @@ class Optimizer:
             self._unsettled = False
 
     def _targets(self, number: int) -> list[Node]:
-        copies: dict[Shard, set[str]] = {}
-        for shard in self._chain._shards.values():
-            for name, home in shard.homes.items():
-                copies.setdefault(home, set()).add(name)
+        copied = copied_names(self._chain._shards.values())
         updates = {
             shard: self._on(
-                shard, optimizing.update, {"number": number, "send": sorted(copies.get(shard, ()))}
+                shard, optimizing.update, {"number": number, "send": copied.get(shard, [])}
             )
             for shard in self._shards
         }

@@ -17,7 +17,7 @@ from taskgrad.graph.calls import LOSS, Call, Draw, LayerStep, LossSpec, StepCont
 from taskgrad.graph.nodes import Node, ancestors, new_key
 from taskgrad.graph.pullback import Pullback
 from taskgrad.graph.pytree import Slot
-from taskgrad.graph.shards import Shard, ShardCall
+from taskgrad.graph.shards import Shard, ShardCall, copied_names
 from taskgrad.graph.templates import template
 from taskgrad.plan.schedule import NAMES, Pipeline, Schedule, check
 from taskgrad.plan.schedule import schedule as named_schedule
@@ -125,10 +125,7 @@ def _finish(
 
     And what tells each shard that all have committed.
     """
-    copies: dict[Shard, set[str]] = {}
-    for shard in chain._shards.values():
-        for name, home in shard.homes.items():
-            copies.setdefault(home, set()).add(name)
+    copied = copied_names(chain._shards.values())
     arguments = {
         "step": number,
         "update": update,
@@ -141,7 +138,7 @@ def _finish(
             chain,
             shard,
             training.commit,
-            {**arguments, "send": sorted(copies.get(shard, ()))},
+            {**arguments, "send": copied.get(shard, [])},
             prepares,
         )
         for shard in chain._shards.values()
