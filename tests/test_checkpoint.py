@@ -120,7 +120,7 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*list(RECIPES)[:2], *long(*list(RECIPES)[2:])])
 def test_ten_steps_after_a_restore_are_the_same_bits(client, elsewhere, tmp_path, recipe):
     optimizer, options = RECIPES[recipe]
     chain = tg.GraphChain(net(), client=client)

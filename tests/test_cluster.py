@@ -20,7 +20,7 @@ def run_script(body: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", textwrap.dedent(body)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
         check=False,
     )
 

@@ -163,11 +163,14 @@ def test_a_slow_consumer_stops_the_input(client: Client) -> None:
     source = (pulled.append(i) or i for i in itertools.count())
     results = tg.imap(double, source, chunksize=1, client=client)
     next(results)
-    assert wait_until(lambda: len(pulled) >= 8)
-    time.sleep(0.3)
-    before = len(pulled)
-    time.sleep(0.3)
-    assert len(pulled) == before <= 17  # eight chunks a thread
+
+    def has_stopped() -> bool:
+        before = len(pulled)
+        time.sleep(0.3)
+        return len(pulled) == before >= 8
+
+    assert wait_until(has_stopped)
+    assert len(pulled) <= 17  # eight chunks a thread
     results.close()
 
 

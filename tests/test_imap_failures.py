@@ -17,10 +17,11 @@ from distributed import Client
 
 import taskgrad as tg
 from conftest import wait_until
+from helpers import long
 from test_imap import double, nothing_left, results_into
 
 
-@pytest.mark.parametrize("size", [10, 200_000])
+@pytest.mark.parametrize("size", [10, *long(200_000)])
 def test_a_worker_that_dies_in_the_middle(
     fresh: Callable[..., Client], tmp_path: Any, size: int
 ) -> None:

@@ -55,6 +55,7 @@ print(fn.explain().kernels[0].compiled_here)
 """
 
 
+@pytest.mark.long
 def test_compiled_once_for_all_processes(tmp_path):
     code = COUNT.format(constant=2.5)
     found = [run(code, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]
@@ -94,6 +95,7 @@ def test_a_layer_of_a_chain(client):
     assert torch.equal(chain.to_module()(x), expected)
 
 
+@pytest.mark.long
 def test_a_forked_child_has_threads_of_its_own():
     code = """
 import os, torch, taskgrad as tg
@@ -112,6 +114,7 @@ print(os.waitpid(child, 0)[1])
     assert run(code) == "0"
 
 
+@pytest.mark.long
 def test_threads_of_our_own_where_torch_has_no_openmp():
     code = """
 import math, torch, taskgrad as tg

@@ -18,6 +18,7 @@ from distributed.comm import utils as comm_utils
 from distributed.utils import open_port
 
 from conftest import about_workers, wait_until
+from helpers import long_rows
 from lending import (
     COUNT,
     acquaint,
@@ -267,12 +268,14 @@ SPILL_ALL_BUT_ONE = {
     ("config", "options"),
     [
         ({}, {"security": True}),
-        ({"distributed.comm.compression": "zlib"}, {}),
-        (SPILL_ALL_BUT_ONE, {"memory_limit": "2GiB"}),
-        ({"distributed.comm.offload": False}, {}),
         ({}, {"processes": False, "protocol": "tcp"}),
+        *long_rows(
+            ({"distributed.comm.compression": "zlib"}, {}),
+            (SPILL_ALL_BUT_ONE, {"memory_limit": "2GiB"}),
+            ({"distributed.comm.offload": False}, {}),
+        ),
     ],
-    ids=["tls", "compressed", "spilling", "not_offloaded", "one_process"],
+    ids=["tls", "one_process", "compressed", "spilling", "not_offloaded"],
 )
 def test_on_another_kind_of_cluster(config, options):
     maker = partial(make, count=2_000_000)  # 8 MB
@@ -288,7 +291,7 @@ def test_on_another_kind_of_cluster(config, options):
         before = borrowed(client)[b]
         # Where workers spill, each goes to disk while another comes from there to be sent.
         there = [client.submit(maker, seed, workers=[a], pure=False) for seed in range(6)]
-        assert wait_until(lambda: all(t.done() for t in there), 60)
+        assert wait_until(lambda: all(t.done() for t in there), 200)
         for seed, t in enumerate(there):
             same = client.submit(equal, t, seed, maker, workers=[b], pure=False)
             assert same.result(timeout=200)

@@ -128,7 +128,7 @@ def freeze(client, worker):
 
 @pytest.mark.parametrize("end", [kill, *long(close, remove, freeze)])
 def test_a_worker_that_goes_while_it_computes(fresh, end):
-    ttl = "10s" if end is freeze else None
+    ttl = "30s" if end is freeze else None
     with dask.config.set({"distributed.scheduler.worker-ttl": ttl}):
         client = fresh(n_workers=2)
 
@@ -144,7 +144,7 @@ def test_a_worker_that_goes_while_it_computes(fresh, end):
     start = time.monotonic()
     with pytest.raises(tg.WorkerLostError, match="Make the chain again"):
         tg.collect(y)
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 200
 
 
 def test_a_restarted_worker_never_goes_on_with_the_first_weights(fresh):

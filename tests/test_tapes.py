@@ -18,7 +18,7 @@ from torch import nn
 
 import taskgrad as tg
 from conftest import total_held, wait_until
-from helpers import assert_same, future_of, long
+from helpers import assert_same, future_of
 from taskgrad.cluster.plugins import store_of
 from taskgrad.worker import shard_ops, training
 from taskgrad.worker.actions import OnShard
@@ -44,7 +44,8 @@ def fails(chain):
         tg.collect(bad)
 
 
-@pytest.mark.parametrize("what", [forward_and_backward, *long(dropped, fails)])
+@pytest.mark.long
+@pytest.mark.parametrize("what", [forward_and_backward, dropped, fails])
 def test_300_rounds_leave_memory_flat(client, what):
     chain = tg.GraphChain(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), client=client)
 
@@ -149,6 +150,7 @@ def test_a_client_that_closes_leaves_nothing(client):
     assert grads is not None
 
 
+@pytest.mark.long
 def test_a_driver_that_is_killed_while_it_trains_leaves_nothing(fresh):
     client = fresh(n_workers=2)
     chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client)  # plugins are there

@@ -14,7 +14,7 @@ from torch import nn
 
 import taskgrad as tg
 from conftest import total_held, wait_until
-from helpers import assert_same
+from helpers import assert_same, long
 from plain import PlainTrainer, assert_same_training
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -144,7 +144,10 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("how", CALLS)
+@pytest.mark.parametrize(
+    "how",
+    ["step", "fit in a thread", *long("wait", "fit", "evaluate", "predict", "in a thread")],
+)
 def test_a_callback_that_calls_the_trainer(client, how):
     calls = Calls(CALLS[how])
     chain, trainer = made(client, callbacks=[calls])
