@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -158,19 +158,25 @@ def test_nothing_is_pulled_before_the_first_result_is_asked_for(client: Client) 
     assert list(results) == [4, 6]
 
 
+def settled(count: Callable[[], int]) -> int:
+    """What it counts once that stands still, however slow the machine."""
+
+    def stands_still() -> bool:
+        before = count()
+        time.sleep(0.3)
+        return count() == before
+
+    assert wait_until(stands_still)
+    return count()
+
+
 def test_a_slow_consumer_stops_the_input(client: Client) -> None:
     pulled: list[int] = []
     source = (pulled.append(i) or i for i in itertools.count())
     results = tg.imap(double, source, chunksize=1, client=client)
     next(results)
-
-    def has_stopped() -> bool:
-        before = len(pulled)
-        time.sleep(0.3)
-        return len(pulled) == before >= 8
-
-    assert wait_until(has_stopped)
-    assert len(pulled) <= 17  # eight chunks a thread
+    assert wait_until(lambda: len(pulled) >= 8)
+    assert settled(lambda: len(pulled)) <= 17  # eight chunks a thread
     results.close()
 
 
@@ -287,10 +293,7 @@ def test_a_cancelled_chunk_stops_between_its_items(client: Client, tmp_path: Any
     assert wait_until(lambda: len(list(tmp_path.iterdir())) > 2)
     results.close()
     assert wait_until(lambda: nothing_left(client))
-    time.sleep(0.05)
-    before = len(list(tmp_path.iterdir()))
-    time.sleep(0.3)
-    assert len(list(tmp_path.iterdir())) == before < 50
+    assert settled(lambda: len(list(tmp_path.iterdir()))) < 50
 
 
 # Functions.
