@@ -118,15 +118,15 @@ print(os.waitpid(child, 0)[1])
 def test_threads_of_our_own_where_torch_has_no_openmp():
     code = """
 import math, torch, taskgrad as tg
-from taskgrad.kernels import threads
+from taskgrad.kernels.runtime import thread_team
 torch.set_num_threads(3)
 fn = tg.vectorize(lambda x, y: math.exp(x) * y)
 add = tg.vectorize(lambda a, b: a + b)
 x, y = torch.randn(999, 301), torch.randn(301)
 found = [fn(x, y), add.reduce(x), add.scan(x)]
-threads._openmp = lambda: None
+thread_team._openmp = lambda: None
 again = [fn(x, y), add.reduce(x), add.scan(x)]
-print(all(torch.equal(a, b) for a, b in zip(found, again)), threads._pool is not None)
+print(all(torch.equal(a, b) for a, b in zip(found, again)), thread_team._pool is not None)
 print(fn.explain().calls[0].threads)
 """
     assert run(code).split() == ["True", "True", "3"]

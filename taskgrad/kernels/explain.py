@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields
 
-from taskgrad.kernels.folding import Folder
-from taskgrad.kernels.formula import expanded, text_of
-from taskgrad.kernels.launch import Plan
-from taskgrad.kernels.operation import Operation
-from taskgrad.kernels.threads import LastCall
+from taskgrad.kernels.autograd.operation import Operation
+from taskgrad.kernels.ir.expression import expanded, text_of
+from taskgrad.kernels.runtime.launch import Plan
+from taskgrad.kernels.runtime.reduce import Folder
+from taskgrad.kernels.runtime.thread_team import LastCall
 
 
 @dataclass(frozen=True)

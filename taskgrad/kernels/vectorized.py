@@ -9,7 +9,6 @@ from uuid import uuid4
 
 import torch
 
-from taskgrad.kernels import opaque, reading
 from taskgrad.kernels.arguments import (
     check_derivative,
     check_start,
@@ -19,14 +18,16 @@ from taskgrad.kernels.arguments import (
     signature_of,
     without,
 )
-from taskgrad.kernels.dtypes import name_of
+from taskgrad.kernels.autograd import custom_op
+from taskgrad.kernels.autograd.operation import Operation, differentiates
+from taskgrad.kernels.autograd.reduction import Reduction
 from taskgrad.kernels.explain import Explanation, explain
-from taskgrad.kernels.formula import Function, called
-from taskgrad.kernels.inputs import unreadable
-from taskgrad.kernels.into import Into
-from taskgrad.kernels.operation import Operation, differentiates
-from taskgrad.kernels.reduction import Reduction
-from taskgrad.kernels.symbols import Symbol
+from taskgrad.kernels.ir import tracing
+from taskgrad.kernels.ir.dtypes import name_of
+from taskgrad.kernels.ir.expression import Function, called
+from taskgrad.kernels.ir.symbols import Symbol
+from taskgrad.kernels.out_argument import Into
+from taskgrad.kernels.runtime.memory import unreadable
 
 # Tensors of other types, torch's fake ones among them, go through torch's own dispatch.
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
@@ -310,7 +311,7 @@ class Vectorized:
         if any(type(x) not in _PLAIN or x.is_meta for x in tensors):
             # A tensor subclass, or no values at all: torch's own dispatch knows what to do.
             tensors = self._on_one_device(tensors)
-            result = opaque.elementwise(self._key, tensors, weak)[0]
+            result = custom_op.elementwise(self._key, tensors, weak)[0]
             return result if out is None else copied(self.__name__, result, out)
         if out is not None:
             return self._into(out, tensors, weak)
@@ -357,7 +358,7 @@ class Vectorized:
             else torch.tensor(x)
             for x in args
         ]
-        result = opaque.elementwise(self._key, tensors, weak)[0]
+        result = custom_op.elementwise(self._key, tensors, weak)[0]
         return result if out is None else copied(self.__name__, result, out)
 
 
@@ -394,8 +395,8 @@ def _inlined(operation: Operation, args: tuple[Any, ...]) -> Symbol:
 def _read(
     fn: Callable[..., Any], derivative: Callable[..., Any] | None, arity: int, name: str
 ) -> Function:
-    found = reading.read(fn, arity, name)
+    found = tracing.read(fn, arity, name)
     if derivative is None:
         return found
-    given = reading.read_derivative(derivative, arity, f"the derivative of {name}")
+    given = tracing.read_derivative(derivative, arity, f"the derivative of {name}")
     return Function(name, found.formula, found.plain, found.obstacle, given)

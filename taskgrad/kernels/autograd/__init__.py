@@ -1,0 +1,1 @@
+"""Kernels in torch's autograd, `torch.func` and `torch.compile`."""

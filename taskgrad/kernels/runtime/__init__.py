@@ -1,0 +1,1 @@
+"""Calls of kernels on CPU tensors: compiling, planning, threads, memory. No gradients."""
