@@ -1,26 +1,26 @@
 """Compiled scalar functions against torch, torch.compile, numexpr, NumPy and a loop in Numba.
 
-Ten million float32, two threads. Everybody makes its own result, on a heap that keeps what is
-freed, as in a worker. All are called in turns. torch, Numba and numexpr have threads of their own,
-which stay awake for some milliseconds after a call and take the cores of whoever is next; so a turn
-is a pause in which they fall asleep, a call that is not measured, and one that is. The loop is the
-one that a user would write by hand: `@njit(parallel=True, fastmath=True)`, a `prange`, `math.exp`,
-gradients by hand. NumPy and numexpr have no gradients, so they take part in the forward only. For
-`_latency` there are 1,000 elements.
+Ten million float32, two threads. Each contestant allocates its result, on a heap that keeps freed
+memory, as in a worker. The contestants are called alternately. torch, Numba and numexpr have thread
+pools that spin for some milliseconds after a call and slow down the next contestant; so each
+measurement is a pause in which they fall asleep, a call that is not measured, and one that is. The
+loop is the one that a user would write by hand: `@njit(parallel=True, fastmath=True)`, a `prange`,
+`math.exp`, gradients by hand. NumPy and numexpr have no gradients, so they take part in the forward
+only. `_latency` uses 1,000 elements.
 
-A sum of ours begins at the end of the memory if whoever was there last went forwards, and at the
-start if it was one of ours that did not: part of what was read last is still in the caches. As all
-are called twice, `sum_forward` shows the second case; `sum_after_copy`, where what goes before is a
-copy of the same tensor by torch, the first.
+Our sums read the memory backwards if its last reader went forwards, and forwards if that was one of
+our sums that went backwards: part of what was read last is still in the caches. As each contestant
+is called twice, `sum_forward` shows the second case. `sum_after_copy` shows the first: the call
+before it is a copy of the same tensor by torch.
 
-`_into_vs_copy` is our time for a byte over that of `torch.Tensor.copy_`, with out=, without the
-making of a result; the loop's bytes stand beside it. What is transposed is compared with a copy of
-the transposed tensor, too, which takes torch several times as long.
+`_into_vs_copy` is our time for a byte over that of `torch.Tensor.copy_`, with out=, so without
+allocating a result; the loop's is given for comparison. Transposed operands are also compared with
+a copy of the transposed tensor, which takes torch several times as long.
 `_sum_backward` of torch and ours is an expanded view, for which no memory is written; the loop
 writes it.
 
-`matmul_vs_torch` is a product of two 256 x 256 matrices as an outer product and a sum of ours: why
-matrix products stay torch's.
+`matmul_vs_torch` computes a product of two 256 x 256 matrices as an outer product and a sum of
+ours: it shows why matrix products stay torch's.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ COUNT = 10_000_000
 ROWS, COLUMNS = 4_000, 2_500
 THREADS = 2
 ROUNDS = 31
-PAUSE = 0.01  # seconds in which the threads of whoever was before fall asleep
+PAUSE = 0.01  # seconds in which the threads of the contestant before fall asleep
 CALLS = 2_000
 CUBE, SCALE = 0.044715, 0.7978845608
 
@@ -221,7 +221,7 @@ LOOPS_INTO = {
 
 
 class Case:
-    """One expression, everybody's way of it, and its inputs."""
+    """One expression, as each contestant computes it, and its inputs."""
 
     def __init__(
         self,
@@ -237,7 +237,7 @@ class Case:
         self.arrays = [x.numpy() for x in inputs]
 
     def forward(self) -> dict[str, Call]:
-        """Everybody's forward."""
+        """The forward of each contestant."""
         compiled = torch.compile(self.eager, dynamic=False)
         names = dict(zip("xyz", self.arrays, strict=False))
         calls = {
@@ -266,9 +266,9 @@ class Case:
 
 
 def cases(count: int, rows: int, columns: int) -> dict[str, Case]:
-    """All of them, with inputs of these sizes."""
+    """All cases, with inputs of these sizes."""
     x, y, z = (torch.randn(count) for _ in range(3))
-    table, across = torch.randn(rows, columns), torch.randn(columns, rows).t()
+    table, columnwise = torch.randn(rows, columns), torch.randn(columns, rows).t()
     transposed = loop_transposed, loop_transposed_backward
     broadcast = loop_broadcast, loop_broadcast_backward
     times = lambda x, y: x * y  # noqa: E731
@@ -292,7 +292,7 @@ def cases(count: int, rows: int, columns: int) -> dict[str, Case]:
         ),
         "gelu8": Case(gelu8, torch_gelu8, gelu, numpy_gelu8, (loop_gelu8, loop_gelu8_backward), x),
         "sum": Case(add.reduce, torch.sum, "sum(x)", np.sum, (loop_sum, loop_sum_backward), x),
-        "transposed": Case(product, times, "x * y", times, transposed, table, across),
+        "transposed": Case(product, times, "x * y", times, transposed, table, columnwise),
         "broadcast": Case(product, times, "x * y", times, broadcast, table, table[0].clone()),
     }
 
@@ -335,7 +335,7 @@ def compare(
 
 
 def bandwidth(report: Report, found: dict[str, Case]) -> None:
-    """The loops that only wait for memory, by their bytes, against a copy."""
+    """The memory-bound loops, by their bytes, against a copy."""
     source = torch.randn(COUNT)
     target, table = torch.empty_like(source), torch.empty(ROWS, COLUMNS)
     for name, streams in (("fma", 4), ("broadcast", 2), ("transposed", 3)):

@@ -126,7 +126,7 @@ def test_vectors_and_the_elements_left_are_alike(dtype, tables):
 
 
 def test_past_the_caches_and_in_threads(monkeypatch, tables):
-    monkeypatch.setattr(nontemporal, "last_cache", lambda: 1 << 16)
+    monkeypatch.setattr(nontemporal, "last_level_cache", lambda: 1 << 16)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

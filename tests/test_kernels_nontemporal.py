@@ -1,4 +1,4 @@
-"""Results that go past the caches: the bits of those that do not, wherever they begin and end."""
+"""Non-temporal stores: the same bits as ordinary ones, wherever a result begins and ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def past(monkeypatch):
     """Makes functions whose results all count as larger than the caches."""
 
     def make(fn) -> tg.Vectorized:
-        monkeypatch.setattr(nontemporal, "last_cache", lambda: 0)
+        monkeypatch.setattr(nontemporal, "last_level_cache", lambda: 0)
         return tg.vectorize(fn)
 
     return make
@@ -72,7 +72,7 @@ def test_rows_that_do_not_end_with_a_line(past):
     assert set(along(times)) == {"uup", "zup"}
 
 
-def test_what_is_not_one_row_after_the_other_goes_the_ordinary_way(past):
+def test_strided_results_and_those_in_place_use_ordinary_stores(past):
     plus = past(lambda x, y: x + y)
     x, y = torch.randn(300, 300), torch.randn(300, 300)
     assert torch.equal(plus(x[:, :100], y[:, :100]), x[:, :100] + y[:, :100])
@@ -83,7 +83,7 @@ def test_what_is_not_one_row_after_the_other_goes_the_ordinary_way(past):
     assert not any("p" in letters for letters in along(plus))
 
 
-def test_gradients_go_past_the_caches_together(past):
+def test_several_gradients_with_nontemporal_stores(past):
     fn = past(lambda x, y: x * y * y)
     x = torch.randn(40_000, requires_grad=True)
     y = torch.randn(40_000, requires_grad=True)
@@ -101,7 +101,7 @@ def test_gradients_go_past_the_caches_together(past):
     assert along(fn, "pullback(0,1)")[1:] == ["uuupu"]
 
 
-def test_gradients_that_are_summed_beside_one_that_is_not(past):
+def test_a_summed_gradient_beside_one_that_is_not(past):
     fn = past(lambda x, y: x * y)
     x, y = (torch.randn(size, requires_grad=True) for size in ((200, 1_001), (1_001,)))
     ours = torch.autograd.grad(fn(x, y).sum(), (x, y))
@@ -111,7 +111,7 @@ def test_gradients_that_are_summed_beside_one_that_is_not(past):
 
 
 def test_outputs_whose_lines_begin_elsewhere(past):
-    """Nobody makes such memory here, so the kernel is called with it."""
+    """Launches never allocate such memory, so the kernel is called directly."""
     fn = past(lambda x, y: x * y)
     x, y = torch.randn(5_000, requires_grad=True), torch.randn(5_000, requires_grad=True)
     g = torch.randn(5_000)
@@ -122,7 +122,7 @@ def test_outputs_whose_lines_begin_elsewhere(past):
     operands = (g, x, y, *results)
     thread_team.run(
         plan.kernel,
-        plan.layout.items,
+        plan.loops.items,
         [t.data_ptr() for t in operands],
         meta=plan.meta_address,
         scratch=plan.scratch,
@@ -131,10 +131,17 @@ def test_outputs_whose_lines_begin_elsewhere(past):
     assert torch.equal(results[1], (g * x).detach())
 
 
+def test_integer_divisions_in_a_branch(past):
+    fn = past(lambda x, y: x // y if y else 0)
+    x, y = torch.arange(5_000), torch.arange(5_000) % 3
+    assert torch.equal(fn(x, y), torch.where(y != 0, x // y.clamp(min=1), 0))
+    assert along(fn) == ["uup"]
+
+
 def test_small_results_stay_in_the_caches():
     fn = tg.vectorize(lambda x: x + 1)
     fn(torch.zeros(100_000))
     assert along(fn) == ["uu"]
-    count = nontemporal.last_cache() // 8 + 1_000  # read and written, a little more than fits
+    count = nontemporal.last_level_cache() // 8 + 1_000  # read and written, a little more than fits
     assert torch.equal(fn(torch.zeros(count)), torch.ones(count))
     assert along(fn) == ["uu", "up"]

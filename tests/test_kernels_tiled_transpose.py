@@ -1,4 +1,4 @@
-"""Operands that lie across: the same bits as torch, whatever the tile; the next one's lines."""
+"""Tiled transposition: the same bits as torch for every tile; the next tile is prefetched."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -8,6 +8,7 @@ import torch
 
 import taskgrad as tg
 from taskgrad.kernels.codegen import nontemporal, tiled_transpose
+from taskgrad.kernels.codegen.access import CACHE_LINE, Access
 
 minus_twice = tg.vectorize(lambda x, y: x - y * 2)
 SHAPES = [(1, 7), (7, 9), (8, 8), (64, 128), (65, 129), (127, 300), (513, 70), (3, 66, 131)]
@@ -36,12 +37,12 @@ def test_two_operands_across_the_result():
     x, out = torch.randn(301, 200), torch.empty(301, 200)
     expected = across[0] * across[1] - x
     torch.testing.assert_close(fn(*across, x, out=out), expected)
-    assert fn.explain().kernels[-1].along.count(tiled_transpose.LETTER) == 2
+    assert fn.explain().kernels[-1].along.count("t") == 2
 
 
-def test_results_that_go_past_the_caches(monkeypatch):
+def test_results_with_nontemporal_stores(monkeypatch):
     """Tiles begin and end with the lines of each row of the result, wherever those lie."""
-    monkeypatch.setattr(nontemporal, "last_cache", lambda: 0)
+    monkeypatch.setattr(nontemporal, "last_level_cache", lambda: 0)
     fn = tg.vectorize(lambda x, y: x - y * 2)
     shapes = [(7, 256), (64, 512), (65, 513), (70, 777), (3, 66, 1_031), (33, 2_049)]
     for dtype in DTYPES:
@@ -54,15 +55,14 @@ def test_results_that_go_past_the_caches(monkeypatch):
                 assert torch.equal(fn(x, y, out=out), x - y * 2)
                 out.fill_(99)
                 assert held.eq(99).all()  # nothing was written beside it
-    made = [plan.layout for plan in fn._operation.launcher.plans.values()]
-    assert {one.letters for one in made} == {"utp", "usp"}  # 7 rows are too few for tiles
-    assert {one.block for one in made if tiled_transpose.LETTER in one.letters} == {
-        64 * tiled_transpose.WIDE
-    }
+    made = [plan.loops for plan in fn._operation.launcher.plans.values()]
+    assert {"".join(one.accesses) for one in made} == {"utp", "usp"}  # 7 rows are too few for tiles
+    wide = 64 * tiled_transpose.NONTEMPORAL_COLUMNS
+    assert {one.block for one in made if "t" in one.accesses} == {wide}
 
 
 def test_results_at_odd_addresses_and_of_another_size(monkeypatch):
-    monkeypatch.setattr(nontemporal, "last_cache", lambda: 0)
+    monkeypatch.setattr(nontemporal, "last_level_cache", lambda: 0)
     fn = tg.vectorize(lambda x, y: x * y)
     x, y = torch.randn(100, 600), torch.randn(600, 100).t()
     out = torch.frombuffer(bytearray(4 * 60_000 + 64), dtype=torch.float32, count=60_000, offset=3)
@@ -77,7 +77,7 @@ def test_results_at_odd_addresses_and_of_another_size(monkeypatch):
 
 
 def test_gradients_that_are_summed_in_tiles_stay_in_the_caches(monkeypatch):
-    monkeypatch.setattr(nontemporal, "last_cache", lambda: 0)
+    monkeypatch.setattr(nontemporal, "last_level_cache", lambda: 0)
     fn = tg.vectorize(lambda x, y, b: x * y * b)
     x, b = (torch.randn(size, requires_grad=True) for size in ((300, 700), (700,)))
     y = torch.randn(700, 300).t()
@@ -88,25 +88,26 @@ def test_gradients_that_are_summed_in_tiles_stay_in_the_caches(monkeypatch):
     assert {"t", "r"} < set(letters) <= set("utrz")
 
 
-def _lines_of_tiles(rows, columns, size, past, apart=None):
-    """What a kernel of an operand across, one that lies straight and a result touches and asks for.
+def _cache_lines(rows, columns, size, past, apart=None):
+    """The cache lines that each tile touches and prefetches, as sets.
 
-    The lines that `Tiles` writes run here as Python. The result goes past the caches, if so said,
-    and each tile's rows end half a line later than its columns. The columns of the operand across
-    lie so many elements apart.
+    A transposed operand, one with unit stride and a result; the code that `TransposeCode` generates
+    runs here as Python. If the result is `past` the caches, each tile's rows end half a line later
+    than its columns. The transposed operand's columns are `apart` elements from each other.
     """
-    beyond = tiled_transpose.LINE // size if past else 0
+    beyond = CACHE_LINE // size if past else 0
     name = "float32" if size == 4 else "float64"
-    tiles = tiled_transpose.Tiles("tup" if past else "tuu", [name] * 3, 2, beyond)
+    accesses = [Access(letter) for letter in ("tup" if past else "tuu")]
+    tiles = tiled_transpose.TransposeCode(accesses, [name] * 3, 2, beyond)
     names = "m, cb, col_blocks, col_block, row_block, r0, r1, c0, n, cols, scratch, places"
     lines = [f"def tile({names}):"]
     for k in range(3):
         lines.append(f"    start{k}, rs{k}, cs{k} = places[{k}]")
         lines.append(f"    q{k} = start{k} + (r0 * rs{k} + c0 * cs{k}) * {size}")
-    lines += [line[4:] for line in tiles.block()]
+    lines += [line[4:] for line in tiles.before_block()]
     lines.append("    for r in range(r1 - r0):")
     lines += [f"        o{k} = q{k} + r * rs{k} * {size}" for k in range(3)]
-    lines += [line[4:] for line in tiles.row()]
+    lines += [line[4:] for line in tiles.before_row()]
     scope: dict = {}
     exec("\n".join(lines), scope)
 
@@ -115,31 +116,21 @@ def _lines_of_tiles(rows, columns, size, past, apart=None):
     for r0 in range(0, rows, tiled_transpose.ROWS):
         for cb, c0 in enumerate(range(0, columns, tiled_transpose.COLUMNS)):
             r1, n = min(rows, r0 + tiled_transpose.ROWS), min(tiled_transpose.COLUMNS, columns - c0)
-            asked: set = set()
+            fetched: set = set()
 
-            def column(at, asked=asked):
-                asked.update(at // 64 + k for k in range(tiled_transpose.ROWS * size // 64))
+            def column(at, fetched=fetched):
+                fetched.update(at // 64 + k for k in range(tiled_transpose.ROWS * size // 64))
 
             m = SimpleNamespace(
-                ahead_read=lambda at, asked=asked: asked.add(at // 64),
-                ahead_write=lambda at, asked=asked: asked.add(at // 64),
+                prefetch_read=lambda at, fetched=fetched: fetched.add(at // 64),
+                prefetch_write=lambda at, fetched=fetched: fetched.add(at // 64),
             )
-            setattr(m, f"ahead_column_{name}", column)
-            setattr(m, f"turn_{name}", lambda *_: None)
+            setattr(m, f"prefetch_column_{name}", column)
+            setattr(m, f"transpose_{name}", lambda *_: None)
             setattr(m, f"load_{name}", lambda *_: 0)
             setattr(m, f"put_{name}", lambda *_: None)
             blocks = -(-columns // tiled_transpose.COLUMNS)
-            tile = (
-                cb,
-                blocks,
-                tiled_transpose.COLUMNS,
-                tiled_transpose.ROWS,
-                r0,
-                r1,
-                c0,
-                n,
-                columns,
-            )
+            tile = cb, blocks, tiled_transpose.COLUMNS, tiled_transpose.ROWS, r0, r1, c0, n, columns
             scope["tile"](m, *tile, 0, places)
             half = beyond // 2
             begin, end = c0 + half * (cb > 0), c0 + n + half * (cb + 1 < blocks)
@@ -149,21 +140,21 @@ def _lines_of_tiles(rows, columns, size, past, apart=None):
                 for r in range(r0, r1)
                 for c in range(begin, end)
             }
-            found.append((touched, asked))
+            found.append((touched, fetched))
     return found
 
 
 @pytest.mark.parametrize("size", [4, 8])
-def test_a_tile_asks_for_the_lines_of_the_next(size):
-    found = _lines_of_tiles(2 * tiled_transpose.ROWS, 3 * tiled_transpose.COLUMNS, size, past=False)
+def test_a_tile_prefetches_the_lines_of_the_next(size):
+    found = _cache_lines(2 * tiled_transpose.ROWS, 3 * tiled_transpose.COLUMNS, size, past=False)
     assert len(found) == 6
-    for (_, asked), (touched, _) in pairwise(found):
-        assert asked == touched
+    for (_, fetched), (touched, _) in pairwise(found):
+        assert fetched == touched
 
 
 @pytest.mark.parametrize("size", [4, 8])
-def test_and_for_those_of_rows_that_go_on_beyond_it(size):
-    found = _lines_of_tiles(tiled_transpose.ROWS, 4 * tiled_transpose.COLUMNS, size, past=True)
+def test_and_those_of_rows_that_extend_beyond_it(size):
+    found = _cache_lines(tiled_transpose.ROWS, 4 * tiled_transpose.COLUMNS, size, past=True)
     assert len(found) == 4
     for first, second, third in zip(found, found[1:], found[2:], strict=False):
         there = first[1] | second[0] | second[1]
@@ -172,7 +163,7 @@ def test_and_for_those_of_rows_that_go_on_beyond_it(size):
         assert len(second[1] - touched) <= 3 * tiled_transpose.ROWS  # a line a row, 8 or 16 columns
 
 
-def test_a_tile_of_few_rows_asks_for_all_columns():
-    found = _lines_of_tiles(24, 2 * tiled_transpose.COLUMNS, 4, past=False, apart=320)
-    (_, asked), (touched, _) = found
-    assert touched <= asked
+def test_a_tile_of_few_rows_prefetches_all_columns():
+    found = _cache_lines(24, 2 * tiled_transpose.COLUMNS, 4, past=False, apart=320)
+    (_, fetched), (touched, _) = found
+    assert touched <= fetched

@@ -1,4 +1,4 @@
-"""Checks of the arguments of vectorized functions and of their reductions."""
+"""Arguments of vectorized functions and of their reductions: checks and conversions."""
 
 from __future__ import annotations
 
@@ -8,37 +8,49 @@ from typing import Any
 
 import torch
 
-
-def copied(name: str, result: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Copy a result of torch's own dispatch into ``out=``."""
-    if not isinstance(out, torch.Tensor):
-        raise TypeError(f"{name}: out= must be a tensor; got {type(out).__name__}")
-    if torch.is_grad_enabled() and (result.requires_grad or out.requires_grad):
-        raise RuntimeError(f"{name}: out= has no gradients; call it without, or in torch.no_grad()")
-    if out.shape != result.shape:
-        raise ValueError(
-            f"out= has the shape {tuple(out.shape)}; the result's is {tuple(result.shape)}"
-        )
-    if not torch.can_cast(result.dtype, out.dtype):
-        raise TypeError(f"out= is {out.dtype}, which a result of {result.dtype} does not fit in")
-    if out.device != result.device:
-        raise ValueError(f"{name}: out= is on {out.device}; the result is on {result.device}")
-    return out.copy_(result)
+from taskgrad.kernels.runtime.memory import unreadable
 
 
-def without(x: torch.Tensor, dims: tuple[int, ...], keepdim: bool) -> torch.Tensor:
-    """An empty result for a reduction of a tensor without values, as on the meta device."""
+def as_tensor(name: str, value: Any) -> torch.Tensor:
+    """An argument of the function of this name as a dense tensor of the CPU or meta device."""
+    if isinstance(value, torch.Tensor):
+        if value.device.type not in ("cpu", "meta"):
+            raise ValueError(
+                f"{name} runs on the CPU; got a tensor on {value.device}: "
+                "use x.cpu(), or torch's own operations there"
+            )
+        if value.layout is not torch.strided or value.is_nested:
+            raise unreadable(name, [value])
+        return value.resolve_neg()
+    if isinstance(value, bool | int | float):
+        if not (isinstance(value, float) or -(2**63) <= value < 2**63):
+            raise ValueError(f"{name} got {value}, which does not fit into 64 bits: pass a float")
+        return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+    raise TypeError(f"{name} takes tensors and numbers; got {type(value).__name__}")
+
+
+def on_one_device(name: str, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """As torch: beside tensors on meta only 0-d tensors may be on another device."""
+    if not any(x.is_meta for x in tensors):
+        return tensors
+    if any(not x.is_meta and x.dim() for x in tensors):
+        raise ValueError(f"{name} got tensors on meta and on the CPU: they must be on one device")
+    return [x.to("meta") for x in tensors]
+
+
+def empty_reduced(x: torch.Tensor, dims: tuple[int, ...], keepdim: bool) -> torch.Tensor:
+    """An uninitialized tensor for the result of a reduction."""
     sizes = [1 if d in dims else size for d, size in enumerate(x.shape) if keepdim or d not in dims]
     return x.new_empty(sizes)
 
 
 def is_integer(value: Any) -> bool:
-    """Whether this can be the number of a dimension."""
+    """True if this can be the index of a dimension."""
     return not isinstance(value, bool) and hasattr(type(value), "__index__")
 
 
 def dimensions(dim: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
-    """The dimensions as sorted non-negative numbers; raises if one is given twice."""
+    """The dimensions as sorted non-negative indices; raises if one is given twice."""
     if dim is None:
         return tuple(range(rank))
     given: Any = [dim] if is_integer(dim) else dim
@@ -56,11 +68,11 @@ def dimensions(dim: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
 
 
 def signature_of(fn: Callable[..., Any]) -> tuple[int, tuple[Any, ...]]:
-    """How many arguments a function takes, and the defaults of the last of them."""
+    """The number of a function's arguments, and the defaults of the last ones."""
     name = getattr(fn, "__name__", repr(fn))
     try:
         parameters = inspect.signature(fn).parameters.values()
-    except ValueError as error:  # one of C
+    except ValueError as error:  # implemented in C
         raise TypeError(f"{name} does not say how many arguments it takes: wrap it") from error
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     for p in parameters:
@@ -72,11 +84,12 @@ def signature_of(fn: Callable[..., Any]) -> tuple[int, tuple[Any, ...]]:
 
 
 def check_derivative(derivative: Any, arity: int) -> None:
+    """Raise TypeError if this does not take the function's arguments."""
     if not callable(derivative):
         raise TypeError(f"derivative= must be a function; got {type(derivative).__name__}")
     try:
         signature = inspect.signature(derivative)
-    except ValueError:  # one of C
+    except ValueError:  # implemented in C
         return
     try:
         signature.bind(*[0.0] * arity)

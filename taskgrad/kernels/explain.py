@@ -1,15 +1,16 @@
-"""What was compiled for a function, how its last calls went through memory, and how fast."""
+"""`Vectorized.explain`: compiled kernels, their access patterns, statistics of the last calls."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields
+from textwrap import indent
 
 from taskgrad.kernels.autograd.operation import Operation
-from taskgrad.kernels.ir.expression import expanded, text_of
-from taskgrad.kernels.runtime.launch import Plan
-from taskgrad.kernels.runtime.reduce import Folder
-from taskgrad.kernels.runtime.thread_team import LastCall
+from taskgrad.kernels.ir.expression import format_expression, inlined
+from taskgrad.kernels.runtime.kernel_cache import Kernel
+from taskgrad.kernels.runtime.reduce import Reducer
+from taskgrad.kernels.runtime.thread_team import CallStats
 
 
 @dataclass(frozen=True)
@@ -19,17 +20,18 @@ class KernelRow:
     Attributes
     ----------
     part : str
-        ``forward``, a derivative (``pullback(0)``), or the way of a reduction.
+        ``forward``, a derivative (``pullback(0)``), or the variant of a reduction.
     signature : str
     aligned : bool
-        Whether every operand lay in one row, or was one number: the fast path.
+        True if every operand was contiguous or one number: the fast path.
     along : str
-        How the operands lay along the loop: u unit stride, z one element, s strided, t turned
-        round in blocks first, p a result of unit stride that goes past the caches.
+        How each operand was accessed along a row: u unit stride, z one element, s strided, t
+        transposed in tiles, p unit stride with non-temporal stores, r, c or b summed over a block's
+        rows, columns or both.
     vector_bits : int
-        The widest registers of the loop as LLVM vectorised it; 0 where it did not.
+        The widest vector registers that the loop uses; 0 if LLVM did not vectorise it.
     compiled_here : bool
-        False where the machine code was on disk already.
+        False if the machine code was in the cache.
     seconds : float
         That compiling, or loading it, took.
     source : str
@@ -48,7 +50,7 @@ class KernelRow:
 
 @dataclass(frozen=True)
 class CallRow:
-    """The last call of one part, reductions and scans too; `gb_per_s` is 1e9 bytes a second."""
+    """The last call of one part (of a reduction, too); `gb_per_s` is in 1e9 bytes a second."""
 
     part: str
     threads: int
@@ -60,13 +62,13 @@ class CallRow:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `Vectorized.explain` gives; prints as text.
+    """The result of `Vectorized.explain`; prints as text.
 
     Attributes
     ----------
     name : str
     formula : str
-        What was read of the function, a line a step; where it could not be read, why.
+        The function's expression, a line an op; if it could not be traced, why.
     kernels : tuple of KernelRow
     calls : tuple of CallRow
     """
@@ -77,32 +79,32 @@ class Explanation:
     calls: tuple[CallRow, ...]
 
     def __str__(self) -> str:
-        parts = [self.name, _indented(self.formula)]
+        parts = [self.name, indent(self.formula, "  ")]
         for title, rows in (("compiled", self.kernels), ("last calls", self.calls)):
-            parts += [title, _indented(_table(rows))]
+            parts += [title, indent(_table(rows), "  ")]
         return "\n".join(parts)
 
     __repr__ = __str__
 
 
-def explain(operation: Operation, folder: Folder | None, name: str, obstacle: str) -> Explanation:
+def explain(
+    operation: Operation, reducer: Reducer | None, name: str, unsupported: str
+) -> Explanation:
     """The explanation of an operation, its derivatives and its reductions so far."""
     kernels: list[KernelRow] = []
     calls: list[CallRow] = []
     for part, inner in _parts(operation):
         shown = {}
         for plan in list(inner.launcher.plans.values()):
-            shown[plan.signature, plan.layout.letters, _aligned(plan)] = plan
-        kernels += [_row(part, plan) for plan in shown.values()]
+            shown[plan.signature, plan.aligned, "".join(plan.loops.accesses)] = plan.kernel
+        kernels += [_row(part, *known, kernel) for known, kernel in shown.items()]
         if inner.launcher.last is not None:
             calls.append(_call(part, inner.launcher.last))
-    for (way, dtype), kernel in (folder.kernels if folder else {}).items():
-        bits, here, seconds = kernel.vector_bits, kernel.compiled_here, kernel.seconds
-        kernels.append(
-            KernelRow(way, dtype, way != "columns", "u", bits, here, seconds, str(kernel.path))
-        )
-    calls += [_call(way, last) for way, last in (folder.last if folder else {}).items()]
-    formula = obstacle or text_of(expanded(operation.formula))
+    if reducer is not None:
+        for (variant, dtype), kernel in reducer.kernels.items():
+            kernels.append(_row(variant, dtype, variant != "columns", "u", kernel))
+        calls += [_call(part, last) for part, last in reducer.last.items()]
+    formula = unsupported or format_expression(inlined(operation.expression))
     return Explanation(name, formula, tuple(kernels), tuple(calls))
 
 
@@ -112,32 +114,14 @@ def _parts(operation: Operation, name: str = "forward") -> Iterator[tuple[str, O
         yield from _parts(inner, part if name == "forward" else f"{name}.{part}")
 
 
-def _aligned(plan: Plan) -> bool:
-    rows = plan.layout.meta[1]
-    return rows == 1 and set(plan.layout.letters) <= {"u", "z", "p"}
+def _row(part: str, signature: str, aligned: bool, along: str, kernel: Kernel) -> KernelRow:
+    compiled = kernel.vector_bits, kernel.compiled_here, round(kernel.seconds, 3), str(kernel.path)
+    return KernelRow(part, signature, aligned, along, *compiled)
 
 
-def _row(part: str, plan: Plan) -> KernelRow:
-    kernel = plan.kernel
-    return KernelRow(
-        part,
-        plan.signature,
-        _aligned(plan),
-        plan.layout.letters,
-        kernel.vector_bits,
-        kernel.compiled_here,
-        round(kernel.seconds, 3),
-        str(kernel.path),
-    )
-
-
-def _call(part: str, last: LastCall) -> CallRow:
+def _call(part: str, last: CallStats) -> CallRow:
     rate = round(last.bytes / last.seconds / 1e9, 2)
     return CallRow(part, last.threads, last.items, last.bytes, round(last.seconds, 9), rate)
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.splitlines())
 
 
 def _table(rows: tuple[KernelRow, ...] | tuple[CallRow, ...]) -> str:

@@ -22,10 +22,10 @@ def vectorize(
     fn : callable
         Of numbers, with a fixed number of arguments. Arithmetic, functions of `math`, comparisons,
         conditionals, local variables, constants from outside, and calls of other functions,
-        vectorized or not, give a derivative by themselves. Any other function that Numba compiles,
-        a loop whose end depends on an argument say, needs `derivative` for its gradient.
+        vectorized or not, are differentiated automatically. Any other function that Numba compiles,
+        such as a loop whose end depends on an argument, needs `derivative` for its gradient.
     derivative : callable or None
-        Of the same arguments: the derivative, or for several arguments a tuple of one for each.
+        Of the same arguments: the derivative, or for several arguments a tuple with one for each.
 
     Returns
     -------
@@ -35,8 +35,8 @@ def vectorize(
     Raises
     ------
     TypeError
-        The number of arguments is not fixed. At the first call: compiled, the function would not
-        mean what it means in Python (random numbers, a counter, `try`); the message says where.
+        The number of arguments is not fixed. At the first call: compiling would change the
+        function's meaning (random numbers, a counter, `try`); the message says where.
     ModuleNotFoundError
         At the first call: Numba is not installed.
     DerivativeError
@@ -64,7 +64,7 @@ def vectorize(
 
 
 def fuse(fn: Callable[..., Any]) -> Vectorized:
-    """Make one loop of an expression of vectorized functions: memory is read once.
+    """Fuse an expression of vectorized functions into one loop, which reads memory once.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def fuse(fn: Callable[..., Any]) -> Vectorized:
     Raises
     ------
     TypeError
-        A part is not elementwise, or is not known here; the message says which.
+        A part is not elementwise, or has no rule; the message says which.
 
     Examples
     --------
@@ -93,7 +93,6 @@ def fuse(fn: Callable[..., Any]) -> Vectorized:
     if not callable(fn):
         raise TypeError(f"fuse takes a function; got {type(fn).__name__}")
     fused = Vectorized(fn)
-    obstacle = fused.obstacle
-    if obstacle:
-        raise TypeError(f"{fused.__name__} cannot be fused: {obstacle}")
+    if fused.unsupported:
+        raise TypeError(f"{fused.__name__} cannot be fused: {fused.unsupported}")
     return fused

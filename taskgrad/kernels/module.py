@@ -39,8 +39,7 @@ class Elementwise(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         """The function of the tensors."""
-        result: torch.Tensor = self.fn(*tensors)
-        return result
+        return self.fn(*tensors)
 
     def extra_repr(self) -> str:
         """The function's name."""

@@ -1,4 +1,4 @@
-"""Operations as torch.compile sees them: one opaque operator that is told which operation it is."""
+"""A custom operator of torch for all operations, opaque to `torch.compile`; a key tells which."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from taskgrad.kernels.autograd.operation import batched_first, operation_of
+from taskgrad.kernels.autograd.operation import operation_of
+from taskgrad.kernels.autograd.transforms import batched_first
 from taskgrad.kernels.codegen.loop_nest import strides_of_result
 from taskgrad.kernels.ir.dtypes import torch_dtype
 

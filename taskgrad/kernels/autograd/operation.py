@@ -1,4 +1,4 @@
-"""An elementwise operation on tensors, and its derivatives: operations again."""
+"""Elementwise operations on tensors; their derivatives are operations, too."""
 
 from __future__ import annotations
 
@@ -8,63 +8,62 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch.autograd import forward_ad
 
-from taskgrad.kernels.autograd.sums import sum_to
+from taskgrad.kernels.autograd.reduction import sum_to
+from taskgrad.kernels.autograd.transforms import Tensors, batched_first, differentiates
 from taskgrad.kernels.ir import dtypes
 from taskgrad.kernels.ir.derivative import pullback, pushforward
-from taskgrad.kernels.ir.expression import Formula
+from taskgrad.kernels.ir.expression import Expression
 from taskgrad.kernels.runtime.launch import Launcher
 
-Tensors = Sequence[torch.Tensor]
 Weak = tuple[bool, ...]
 
 _operations: WeakValueDictionary[str, Operation] = WeakValueDictionary()
 
 
 class Operation:
-    """A formula on tensors, differentiable as often as it can be derived.
+    """An expression on tensors, differentiable any number of times.
 
     Parameters
     ----------
-    formula : Formula
+    expression : Expression
     name : str
     key : str
-        Of its own in this process; an opaque operation of torch finds this one by it.
+        Unique in this process; `custom_op` finds the operation by it.
     """
 
-    def __init__(self, formula: Formula, name: str, key: str, results: Any = None) -> None:
-        self.formula, self.key = formula, key
-        self.launcher = Launcher(formula, name, results)
+    def __init__(self, expression: Expression, name: str, key: str, results: Any = None) -> None:
+        self.expression, self.key = expression, key
+        self.launcher = Launcher(expression, name, results)
         self.derivatives: dict[str, Operation] = {}
         _operations[key] = self
 
     def __call__(self, tensors: Tensors, weak: Weak | None = None) -> tuple[torch.Tensor, ...]:
-        """The outputs; part of autograd's graph where an input is."""
+        """The outputs, recorded by autograd if an input requires gradients."""
         if differentiates(tensors):
             return Apply.apply(self, weak, *tensors)
         return tuple(self.launcher.run(tensors, weak))
 
     def pullback(self, wanted: tuple[int, ...]) -> Operation:
-        """From cotangents and arguments to the cotangents of the arguments wanted."""
+        """From cotangents and arguments to the cotangents of the wanted arguments."""
         return self.derived("pullback", wanted)
 
     def pushforward(self, moving: tuple[int, ...]) -> Operation:
         """From tangents of the moving arguments and all arguments to the outputs' tangents."""
         return self.derived("pushforward", moving)
 
-    def derived(self, way: str, which: tuple[int, ...]) -> Operation:
-        """One of the two above, by its name."""
-        part = f"{way}({','.join(map(str, which))})"
+    def derived(self, kind: str, which: tuple[int, ...]) -> Operation:
+        """The pullback or pushforward, by name."""
+        part = f"{kind}({','.join(map(str, which))})"
         if part not in self.derivatives:
-            if way == "pullback":
-                formula = pullback(self.formula, which)
-                results = partial(_as, which, len(self.formula.outputs))
+            if kind == "pullback":
+                expression = pullback(self.expression, which)
+                results = partial(_dtypes_of, which, len(self.expression.outputs))
             else:
-                formula = pushforward(self.formula, which)
+                expression = pushforward(self.expression, which)
                 results = partial(self._results_of, len(which))
             name = f"{self.launcher.name}.{part}"
-            self.derivatives[part] = Operation(formula, name, f"{self.key}.{part}", results)
+            self.derivatives[part] = Operation(expression, name, f"{self.key}.{part}", results)
         return self.derivatives[part]
 
     def _results_of(self, shift: int, tensors: Tensors, weak: Sequence[bool]) -> list[str]:
@@ -73,12 +72,12 @@ class Operation:
     def cotangents(
         self, wanted: tuple[int, ...], cotangents: Tensors, tensors: Tensors, weak: Weak | None
     ) -> list[torch.Tensor]:
-        """Those of the arguments wanted, in their shapes and dtypes."""
-        derived = self.pullback(wanted).formula
+        """The cotangents of the wanted arguments, in the arguments' shapes and dtypes."""
+        derived = self.pullback(wanted).expression
         found: dict[int, torch.Tensor] = {}
-        for argument, place in zip(wanted, derived.outputs, strict=True):
-            if place < len(cotangents):  # the cotangent itself: nothing to compute
-                found[argument] = cotangents[place].to(tensors[argument].dtype)
+        for argument, index in zip(wanted, derived.outputs, strict=True):
+            if index < len(cotangents):  # the cotangent itself
+                found[argument] = cotangents[index].to(tensors[argument].dtype)
         rest = tuple(argument for argument in wanted if argument not in found)
         if rest:
             known = None if weak is None else (*[False] * len(cotangents), *weak)
@@ -90,7 +89,7 @@ class Operation:
     def _pulled_back(
         self, rest: tuple[int, ...], inputs: Tensors, weak: Weak | None, shapes: list[torch.Size]
     ) -> Tensors:
-        """Those of the arguments, summed to these shapes already where that needs no graph."""
+        """The cotangents, summed to these shapes in the same pass if that needs no graph."""
         pullback, common = self.pullback(rest), inputs[0].shape
         if all(shape == common for shape in shapes) or differentiates(inputs) or 0 in common:
             return pullback(inputs, weak)
@@ -98,29 +97,20 @@ class Operation:
         return pullback.launcher.run(inputs, weak, sums=sums)
 
 
-def _as(which: tuple[int, ...], shift: int, tensors: Tensors, weak: Sequence[bool]) -> list[str]:
-    return [dtypes.name_of(tensors[shift + k].dtype) for k in which]
+def _dtypes_of(
+    which: tuple[int, ...], shift: int, tensors: Tensors, weak: Sequence[bool]
+) -> list[str]:
+    return [dtypes.dtype_name(tensors[shift + k].dtype) for k in which]
 
 
 def operation_of(key: str) -> Operation:
-    """The operation with this key, a derived one too."""
+    """The operation with this key, which may be a derived one."""
     base, *parts = key.split(".")
     operation = _operations[base]
     for part in parts:
-        way, _, which = part.rstrip(")").partition("(")
-        operation = operation.derived(way, tuple(map(int, which.split(","))))
+        kind, _, which = part.rstrip(")").partition("(")
+        operation = operation.derived(kind, tuple(map(int, which.split(","))))
     return operation
-
-
-def differentiates(tensors: Tensors) -> bool:
-    """Whether a call has to be part of autograd's graph, or is inside a transform of torch.func."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return True
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t.requires_grad:
-                return True
-    return False
 
 
 class Apply(torch.autograd.Function):
@@ -160,17 +150,3 @@ class Apply(torch.autograd.Function):
     ) -> Any:
         outputs = operation(batched_first(tensors, in_dims[2:]), weak)
         return outputs, (0,) * len(outputs)
-
-
-def batched_first(tensors: Tensors, in_dims: Sequence[int | None]) -> list[torch.Tensor]:
-    """Tensors whose batch dimension is the first, and which broadcast as the single ones did."""
-    pairs = list(zip(tensors, in_dims, strict=True))
-    rank = max(t.dim() - (d is not None) for t, d in pairs)
-    moved = []
-    for tensor, dim in pairs:
-        if dim is not None:
-            first = tensor.movedim(dim, 0)
-            missing = (1,) * (rank - first.dim() + 1)
-            tensor = first.reshape(first.shape[0], *missing, *first.shape[1:])
-        moved.append(tensor)
-    return moved

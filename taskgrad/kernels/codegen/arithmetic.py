@@ -1,7 +1,7 @@
-"""torch's arithmetic where Numba's is another: integers, floor division, shifts, powers.
+"""torch's arithmetic where Numba's differs: integers, floor division, shifts, powers.
 
-Nothing here traps, whatever the operands, as both branches of a conditional are computed. Integer
-division by 0 is detected by the loop itself (`body.Body.zero_division`).
+Nothing here traps, whatever the operands, since both branches of a conditional are computed. The
+loop itself detects integer division by 0 (`ScalarCode.zero_division`).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def divisor(y: Any) -> Any:
 
 @_inline
 def floordiv_int(x: Any, y: Any) -> Any:
-    """The quotient rounded down; of the smallest integer and -1, the smallest integer."""
+    """The quotient rounded down; the smallest integer divided by -1 is itself."""
     x, y = int64(x), int64(y)
     d = divisor(y)
-    q = m.quotient(x, d)
+    q = m.sdiv(x, d)
     r = x - q * d
     q = q - 1 if (r != 0) & ((r < 0) != (d < 0)) else q
     return -q if y == -1 else q
@@ -41,19 +41,19 @@ def floordiv_int(x: Any, y: Any) -> Any:
 def mod_int(x: Any, y: Any) -> Any:
     """The remainder with the divisor's sign."""
     d = divisor(int64(y))
-    r = m.rest(int64(x), d)
+    r = m.srem(int64(x), d)
     return r + d if (r != 0) & ((r < 0) != (d < 0)) else r
 
 
 @_inline
 def fmod_int(x: Any, y: Any) -> Any:
     """The remainder with the dividend's sign."""
-    return m.rest(int64(x), divisor(int64(y)))
+    return m.srem(int64(x), divisor(int64(y)))
 
 
 @_inline
 def lshift(x: Any, y: Any, bits: Any) -> Any:
-    """0 where the distance is negative, or as wide as the type or wider."""
+    """0 if the distance is negative or not below the type's width."""
     fits = (y >= 0) & (y < bits)
     shifted = int64(x) << (int64(y) if fits else int64(0))
     return shifted if fits else int64(0)
@@ -61,7 +61,7 @@ def lshift(x: Any, y: Any, bits: Any) -> Any:
 
 @_inline
 def rshift(x: Any, y: Any, last: Any) -> Any:
-    """A negative or larger distance counts as `last`, which leaves only the sign."""
+    """A distance that is negative or not below `last` counts as `last`: only the sign is left."""
     return int64(x) >> (int64(y) if (y >= 0) & (y < last) else int64(last))
 
 
@@ -82,7 +82,7 @@ def pow_int(x: Any, y: Any) -> Any:
 
 @_inline
 def to_int64(x: Any) -> Any:
-    """Rounded towards 0; the smallest integer where it is not a number or out of range."""
+    """Rounded towards 0; the smallest integer for NaN and out of range."""
     fits = (x >= _BELOW) & (x < _BEYOND)
     return int64(x if fits else _ZERO) if fits else int64(_LOWEST)
 

@@ -1,8 +1,8 @@
-"""In which order a kernel goes through memory: broadcasting, the order of dimensions, blocks. Pure.
+"""The loop nest of an elementwise kernel: broadcasting, the order of dimensions, blocks.
 
-As torch's own iterator does, dimensions are ordered by the strides of the operands, the first
-operand counting first, and those that lie in one row are joined into one. A result that is made
-gets its strides in that order.
+As in torch's TensorIterator, dimensions are ordered by the operands' strides, the first operand
+first, and adjacent ones are coalesced where their memory is. A new result gets strides in that
+order.
 """
 
 from __future__ import annotations
@@ -12,44 +12,47 @@ from dataclasses import dataclass
 from math import prod
 
 from taskgrad.kernels.codegen import tiled_transpose
-from taskgrad.kernels.codegen.elementwise_source import BLOCK, HEADER
+from taskgrad.kernels.codegen.access import Access
 from taskgrad.kernels.codegen.partial_sums import Partial, block_of, partial_of
 
 Ints = tuple[int, ...]
 
+_BLOCK = 8192  # elements, without transposed operands
+_SHORTEST_COLUMN = 16  # below that a transposed operand is read with its strides
+
 
 @dataclass(frozen=True)
-class Layout:
-    """How a kernel goes through its operands.
+class LoopNest:
+    """How a kernel iterates over its operands.
 
     Attributes
     ----------
     shape, out_strides : tuple of int
         Of the result.
-    letters : str
-        How each operand lies along the columns; see `taskgrad.kernels.codegen.elementwise_source`.
+    accesses : tuple of Access
+        Of inputs and outputs.
     meta : tuple of int
-        What the kernel reads.
+        The parameters that the kernel reads: `elementwise_source.HEADER`, strides, outer
+        dimensions.
     items : int
-        How many blocks there are.
+        Blocks.
+    rows, columns : int
+        Sizes of the two innermost dimensions.
     block : int
         Elements of a block.
     partials : tuple of (Partial or None)
-        For each output: how it is summed, if it is.
+        For each output its partial sums, if it is summed.
     """
 
     shape: Ints
     out_strides: Ints
-    letters: str
+    accesses: tuple[Access, ...]
     meta: Ints
     items: int
+    rows: int
+    columns: int
     block: int
     partials: tuple[Partial | None, ...]
-
-    @property
-    def columns(self) -> int:
-        """Elements of a row."""
-        return self.meta[HEADER.index("cols")]
 
 
 def broadcast(shapes: Sequence[Ints]) -> Ints:
@@ -58,7 +61,7 @@ def broadcast(shapes: Sequence[Ints]) -> Ints:
     Raises
     ------
     ValueError
-        The shapes do not fit; the message names the dimension.
+        The shapes differ; the message names the dimension.
     """
     rank = max(map(len, shapes), default=0)
     common = [1] * rank
@@ -76,7 +79,7 @@ def broadcast(shapes: Sequence[Ints]) -> Ints:
 
 
 def aligned(shape: Ints, own: Ints, strides: Ints) -> Ints:
-    """Strides of a tensor as if it had the common shape: 0 where it is repeated."""
+    """Strides of a tensor expanded to the common shape: 0 where it is broadcast."""
     missing = len(shape) - len(own)
     return (0,) * missing + tuple(
         0 if size == 1 != whole else stride
@@ -84,26 +87,26 @@ def aligned(shape: Ints, own: Ints, strides: Ints) -> Ints:
     )
 
 
-def layout(
+def loop_nest(
     operands: Sequence[tuple[Ints, Ints]],
     out: tuple[Ints, Ints] | None,
     outputs: int,
     sums: Sequence[Ints | None] = (),
     tile_columns: int = tiled_transpose.COLUMNS,
-) -> Layout:
-    """The layout for inputs of these shapes and strides.
+) -> LoopNest:
+    """The loop nest for inputs of these shapes and strides.
 
     Parameters
     ----------
     operands : sequence of (shape, strides)
     out : (shape, strides) or None
-        Of the result, if there is one already.
+        Of an existing tensor for the result.
     outputs : int
-        How many there are.
+        Their number.
     sums : sequence of (shape or None)
         For each output the shape to which it is summed, if it is.
     tile_columns : int
-        Of a block, where operands lie across.
+        Of a block with transposed operands.
 
     Raises
     ------
@@ -111,33 +114,70 @@ def layout(
         The shapes do not broadcast together.
     """
     shape = broadcast([s for s, _ in operands])
-    strides = [aligned(shape, own, given) for own, given in operands]
-    known = [*([out[1]] if out else []), *strides]
-    order = _order(shape, known)
+    inputs = [aligned(shape, own, given) for own, given in operands]
+    order = _order(shape, [*([out[1]] if out else []), *inputs])
     out_strides = out[1] if out else _dense(shape, order)
     sums = sums or [None] * outputs
-    rows = [
-        *strides,
-        *(out_strides if own is None else aligned(shape, own, contiguous(own)) for own in sums),
+    results = [out_strides if own is None else aligned(shape, own, contiguous(own)) for own in sums]
+    sizes, strides = _coalesce(
+        [shape[d] for d in order], [[s[d] for d in order] for s in (*inputs, *results)]
+    )
+    if not sizes or 0 in sizes:
+        sizes, strides = [1], [[1] for _ in strides]
+    transposed = _move_rows(sizes, strides, len(inputs))
+    if len(sizes) == 1:
+        sizes, strides = [*sizes, 1], [[*s, 0] for s in strides]
+    cols, rows, *outer = sizes
+    row_block, col_block = tiled_transpose.ROWS, tile_columns
+    if not transposed:
+        row_block, col_block = _block(cols, rows, sums, strides[len(inputs) :])
+    row_blocks, col_blocks = -(-rows // row_block), -(-cols // col_block)
+    accesses = [
+        Access.TRANSPOSED if k in transposed else _access(s[0])
+        for k, s in enumerate(strides[: len(inputs)])
     ]
-    sizes, joined = _join([shape[d] for d in order], [[s[d] for d in order] for s in rows])
-    return _blocks(shape, out_strides, sizes, joined, sums, tile_columns)
+    partials: list[Partial | None] = []
+    for k, own in enumerate(sums, start=len(inputs)):
+        if own is None:
+            # A result of one element that is written repeatedly is not scalar over a row.
+            accesses.append(Access.UNIT if strides[k][0] == 1 else Access.STRIDED)
+            partials.append(None)
+        else:
+            blocks = col_blocks, row_blocks
+            partial, strides[k], access = partial_of(own, sizes, strides[k], blocks)
+            accesses.append(access)
+            partials.append(partial)
+    meta = [len(outer), rows, cols, row_block, col_block, row_blocks, col_blocks]
+    meta += [*(s[1] for s in strides), *(s[0] for s in strides)]
+    for d, size in enumerate(outer, start=2):
+        meta += [size, *(s[d] for s in strides)]
+    return LoopNest(
+        shape,
+        out_strides,
+        tuple(accesses),
+        tuple(meta),
+        0 if 0 in shape else prod(outer) * row_blocks * col_blocks,
+        rows,
+        cols,
+        row_block * col_block,
+        tuple(partials),
+    )
 
 
 def strides_of_result(operands: Sequence[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
-    """Shape and strides of the result that `layout` makes."""
+    """Shape and strides of a new result."""
     shape = broadcast([s for s, _ in operands])
     strides = [aligned(shape, own, given) for own, given in operands]
     return shape, _dense(shape, _order(shape, strides))
 
 
 def contiguous(shape: Ints) -> Ints:
-    """The strides of a tensor that lies in memory row by row."""
+    """The strides of a contiguous tensor."""
     return _dense(shape, list(reversed(range(len(shape)))))
 
 
 def _order(shape: Ints, operands: Sequence[Ints]) -> list[int]:
-    """Dimensions from the innermost to the outermost: an insertion sort, since ties say nothing."""
+    """Dimensions, innermost first: an insertion sort, since ambiguous pairs are not transitive."""
     order = list(reversed(range(len(shape))))
     for i in range(1, len(order)):
         at = i
@@ -171,8 +211,8 @@ def _dense(shape: Ints, order: list[int]) -> Ints:
     return tuple(strides)
 
 
-def _join(sizes: list[int], rows: list[list[int]]) -> tuple[list[int], list[list[int]]]:
-    """Leave out dimensions of size 1 and join neighbours that are one row for every operand."""
+def _coalesce(sizes: list[int], rows: list[list[int]]) -> tuple[list[int], list[list[int]]]:
+    """Drop dimensions of size 1 and join adjacent ones that are one dimension for every operand."""
     kept: list[int] = []
     joined: list[list[int]] = [[] for _ in rows]
     for d, size in enumerate(sizes):
@@ -187,74 +227,34 @@ def _join(sizes: list[int], rows: list[list[int]]) -> tuple[list[int], list[list
     return kept, joined
 
 
-def _blocks(
-    shape: Ints,
-    out_strides: Ints,
-    sizes: list[int],
-    strides: list[list[int]],
-    sums: Sequence[Ints | None],
-    tile_columns: int,
-) -> Layout:
-    inputs = len(strides) - len(sums)
-    if not sizes or 0 in sizes:
-        sizes, strides = [1], [[1] for _ in strides]
-    across = [k for k in range(inputs) if _lies_across(sizes, strides[k])]
-    if across:
-        # The rows: where the first such operand has stride 1.
-        d = strides[across[0]].index(1)
-        for row in (sizes, *strides):
-            row.insert(1, row.pop(d))
-        across = [k for k in across if strides[k][1] == 1]
-    if len(sizes) == 1:
-        sizes, strides = [*sizes, 1], [[*s, 0] for s in strides]
-    cols, rows, *outer = sizes
-    if across:
-        row_block, col_block = tiled_transpose.ROWS, tile_columns
-    elif any(own is not None for own in sums):
-        over_rows = any(
-            own is not None and not s[1] for own, s in zip(sums, strides[inputs:], strict=True)
-        )
-        col_block, row_block = block_of(cols, rows, over_rows)
-    else:
-        col_block = min(cols, BLOCK)
-        row_block = max(1, min(rows, BLOCK // col_block))
-    row_blocks, col_blocks = -(-rows // row_block), -(-cols // col_block)
-    partials: list[Partial | None] = []
-    summed: dict[int, str] = {}
-    for k, own in enumerate(sums, start=inputs):
-        partial = None
-        if own is not None:
-            blocks = col_blocks, row_blocks
-            partial, strides[k], summed[k] = partial_of(own, sizes, strides[k], blocks)
-        partials.append(partial)
-    header = dict(
-        zip(
-            HEADER,
-            (len(outer), rows, cols, row_block, col_block, row_blocks, col_blocks),
-            strict=True,
-        )
-    )
-    meta = [*header.values(), *(s[1] for s in strides), *(s[0] for s in strides)]
-    for d, size in enumerate(outer, start=2):
-        meta += [size, *(s[d] for s in strides)]
-    letters = "".join(
-        tiled_transpose.LETTER if k in across else summed.get(k) or {1: "u", 0: "z"}.get(s[0], "s")
-        for k, s in enumerate(strides)
-    )
-    # A result of one element that is written over and over has no place in a row.
-    letters = letters[:inputs] + letters[inputs:].replace("z", "s")
-    return Layout(
-        shape,
-        out_strides,
-        letters,
-        tuple(meta),
-        0 if 0 in shape else prod(outer) * row_blocks * col_blocks,
-        row_block * col_block,
-        tuple(partials),
-    )
+def _move_rows(sizes: list[int], strides: list[list[int]], inputs: int) -> list[int]:
+    """Make the rows the dimension with stride 1 of the first transposed input; all such inputs."""
+    transposed = [k for k in range(inputs) if _is_transposed(sizes, strides[k])]
+    if not transposed:
+        return []
+    d = strides[transposed[0]].index(1)
+    for values in (sizes, *strides):
+        values.insert(1, values.pop(d))
+    return [k for k in transposed if strides[k][1] == 1]
 
 
-def _lies_across(sizes: list[int], strides: list[int]) -> bool:
+def _is_transposed(sizes: list[int], strides: list[int]) -> bool:
     return strides[0] not in (0, 1) and any(
-        stride == 1 and size >= 16 for size, stride in zip(sizes[1:], strides[1:], strict=True)
+        stride == 1 and size >= _SHORTEST_COLUMN
+        for size, stride in zip(sizes[1:], strides[1:], strict=True)
     )
+
+
+def _block(
+    cols: int, rows: int, sums: Sequence[Ints | None], results: list[list[int]]
+) -> tuple[int, int]:
+    """Rows and columns of a block without transposed operands."""
+    summed = [strides for own, strides in zip(sums, results, strict=True) if own is not None]
+    if summed:
+        return block_of(cols, rows, any(not strides[1] for strides in summed))
+    col_block = min(cols, _BLOCK)
+    return max(1, min(rows, _BLOCK // col_block)), col_block
+
+
+def _access(stride: int) -> Access:
+    return {1: Access.UNIT, 0: Access.SCALAR}.get(stride, Access.STRIDED)

@@ -1,8 +1,8 @@
-"""Compile functions that have no formula, with Python's meaning and torch's arithmetic.
+"""Numba pipeline for functions without an expression: Python's semantics, torch's arithmetic.
 
-Numba's integer division ends the process if the quotient overflows; its `max` drops NaN; it uses 0
-for a variable without a value, and reads past the end of an array. So its representation of the
-function is changed before types are inferred, and variables are checked.
+Plain Numba traps if an integer quotient overflows, drops NaN in `max`, uses 0 for an unassigned
+variable, and reads past the end of an array. A pass over Numba's IR, before type inference,
+replaces the arithmetic and refuses variables that may be unassigned; bounds checks are on.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def dispatcher(fn: Callable[..., Any]) -> Any:
     """The Numba dispatcher of this function."""
     if fn not in _dispatchers:  # one per function, so that Numba recognizes recursion
         make = numba.njit(error_model="numpy", boundscheck=True, pipeline_class=_Pipeline)
-        _dispatchers[fn] = make(_here(fn))
+        _dispatchers[fn] = make(_in_this_module(fn))
     return _dispatchers[fn]
 
 
-def _here(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function as one of this module, which every process that loads it can import."""
+def _in_this_module(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy that belongs to this module, which any process that loads it can import."""
     if not isinstance(fn, FunctionType):
         return fn
     copy = FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
@@ -51,68 +51,32 @@ def _here(fn: Callable[..., Any]) -> Callable[..., Any]:
     return copy
 
 
-def _is_integer(kind: Any) -> bool:
-    return isinstance(kind, types.Integer | types.Boolean)
+def _integers(*arguments: Any) -> bool:
+    return all(isinstance(a, types.Integer | types.Boolean) for a in arguments)
 
 
-def _single(*kinds: Any) -> bool:
-    return all(isinstance(kind, types.Float) and kind.bitwidth == 32 for kind in kinds)
+def _float32s(*arguments: Any) -> bool:
+    return all(isinstance(a, types.Float) and a.bitwidth == 32 for a in arguments)
 
 
-def _numbers(*kinds: Any) -> bool:
-    return all(isinstance(kind, types.Integer | types.Boolean | types.Float) for kind in kinds)
+def _numbers(*arguments: Any) -> bool:
+    return all(isinstance(a, types.Integer | types.Boolean | types.Float) for a in arguments)
 
 
-def floordiv(x: Any, y: Any) -> Any:
-    """``x // y``."""
+def _declare(name: str, arity: int) -> Any:
+    """A function without a body, for which `overload` below registers implementations."""
+    fn: Any = (lambda x: None) if arity == 1 else (lambda x, y: None)
+    fn.__name__ = fn.__qualname__ = name
+    return fn
 
 
-def mod(x: Any, y: Any) -> Any:
-    """``x % y``."""
-
-
-def divide(x: Any, y: Any) -> Any:
-    """``divmod(x, y)``."""
-
-
-def power(x: Any, y: Any) -> Any:
-    """``x ** y``."""
-
-
-def lshift(x: Any, y: Any) -> Any:
-    """``x << y``."""
-
-
-def rshift(x: Any, y: Any) -> Any:
-    """``x >> y``."""
-
-
-def larger(x: Any, y: Any) -> Any:
-    """``max(x, y)``."""
-
-
-def smaller(x: Any, y: Any) -> Any:
-    """``min(x, y)``."""
-
-
-def integer(x: Any) -> Any:
-    """``int(x)``."""
-
-
-def floor(x: Any) -> Any:
-    """``math.floor(x)``."""
-
-
-def ceil(x: Any) -> Any:
-    """``math.ceil(x)``."""
-
-
-def trunc(x: Any) -> Any:
-    """``math.trunc(x)``."""
-
-
-def rint(x: Any) -> Any:
-    """``round(x)``."""
+floordiv, mod, divide, power, lshift, rshift, maximum, minimum = (
+    _declare(name, 2)
+    for name in ("floordiv", "mod", "divide", "power", "lshift", "rshift", "maximum", "minimum")
+)
+integer, floor, ceil, trunc, rint = (
+    _declare(name, 1) for name in ("integer", "floor", "ceil", "trunc", "rint")
+)
 
 
 def _divides(name: str) -> Callable[..., Any]:
@@ -122,7 +86,7 @@ def _divides(name: str) -> Callable[..., Any]:
     def typed(x: Any, y: Any) -> Any:
         if not _numbers(x, y):
             return None
-        if _is_integer(x) and _is_integer(y):
+        if _integers(x, y):
 
             def whole(x: Any, y: Any) -> Any:
                 if y == 0:
@@ -130,27 +94,15 @@ def _divides(name: str) -> Callable[..., Any]:
                 return of_integers(x, y)
 
             return whole
-        number = np.float32 if _single(x, y) else np.float64
+        number = np.float32 if _float32s(x, y) else np.float64
         inner = of_floats[number.__name__]
         return lambda x, y: inner(number(x), number(y))
 
     return typed
 
 
-def _shifts(inner: Callable[..., Any], width: int) -> Callable[..., Any]:
-    def typed(x: Any, y: Any) -> Any:
-        if _is_integer(x) and _is_integer(y):
-            return lambda x, y: inner(x, y, width)
-        return None
-
-    return typed
-
-
-def _extreme(inner: Callable[..., Any]) -> Callable[..., Any]:
-    def typed(x: Any, y: Any) -> Any:
-        return (lambda x, y: inner(x, y)) if _numbers(x, y) else None
-
-    return typed
+def _when(test: Callable[..., bool], implementation: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, y: implementation if test(x, y) else None
 
 
 def _rounds(name: str) -> Callable[..., Any]:
@@ -159,23 +111,18 @@ def _rounds(name: str) -> Callable[..., Any]:
     def typed(x: Any) -> Any:
         if isinstance(x, types.Float):
             return lambda x: inner(x)
-        return (lambda x: np.int64(x)) if _is_integer(x) else None
+        return (lambda x: np.int64(x)) if _integers(x) else None
 
     return typed
-
-
-@overload(divide, strict=False)
-def _divide(x: Any, y: Any) -> Any:
-    return (lambda x, y: (floordiv(x, y), mod(x, y))) if _numbers(x, y) else None
 
 
 @overload(power, strict=False)
 def _power(x: Any, y: Any) -> Any:
     if not _numbers(x, y):
         return None
-    if _is_integer(x) and _is_integer(y):
+    if _integers(x, y):
         return lambda x, y: ar.pow_int(x, y)
-    number = np.float32 if _single(x, y) else np.float64
+    number = np.float32 if _float32s(x, y) else np.float64
     return lambda x, y: number(x) ** number(y)
 
 
@@ -183,23 +130,24 @@ def _power(x: Any, y: Any) -> Any:
 def _integer(x: Any) -> Any:
     if isinstance(x, types.Float):
         return lambda x: ar.to_int64(x)
-    return (lambda x: np.int64(x)) if _is_integer(x) else None
+    return (lambda x: np.int64(x)) if _integers(x) else None
 
 
 for _divided in (floordiv, mod):
     overload(_divided, strict=False)(_divides(_divided.__name__))
 for _rounded in (floor, ceil, trunc, rint):
     overload(_rounded, strict=False)(_rounds(_rounded.__name__))
-overload(lshift, strict=False)(_shifts(ar.lshift, 64))
-overload(rshift, strict=False)(_shifts(ar.rshift, 63))
-overload(larger, strict=False)(_extreme(ar.maximum))
-overload(smaller, strict=False)(_extreme(ar.minimum))
+overload(lshift, strict=False)(_when(_integers, lambda x, y: ar.lshift(x, y, 64)))
+overload(rshift, strict=False)(_when(_integers, lambda x, y: ar.rshift(x, y, 63)))
+overload(maximum, strict=False)(_when(_numbers, lambda x, y: ar.maximum(x, y)))
+overload(minimum, strict=False)(_when(_numbers, lambda x, y: ar.minimum(x, y)))
+overload(divide, strict=False)(_when(_numbers, lambda x, y: (floordiv(x, y), mod(x, y))))
 
 _OPERATORS = {
     **{operator.floordiv: floordiv, operator.mod: mod, operator.pow: power},
     **{operator.lshift: lshift, operator.rshift: rshift},
 }
-# What stands in the place of a function that is called with this many arguments.
+# Replacements, by the function called and the number of arguments.
 _FUNCTIONS: dict[tuple[Any, int], Any] = {
     **{(fn, 2): ours for fn, ours in _OPERATORS.items()},
     **{(np.floor_divide, 2): floordiv, (np.remainder, 2): mod, (np.power, 2): power},
@@ -208,12 +156,12 @@ _FUNCTIONS: dict[tuple[Any, int], Any] = {
     **{(builtins.int, 1): integer, (builtins.round, 1): rint},
     **{(math.floor, 1): floor, (math.ceil, 1): ceil, (math.trunc, 1): trunc},
 }
-_EXTREMES: dict[Any, Any] = {max: larger, min: smaller}
+_EXTREMES: dict[Any, Any] = {max: maximum, min: minimum}
 
 
 @register_pass(mutates_CFG=False, analysis_only=False)
 class _Arithmetic(FunctionPass):
-    """Puts torch's arithmetic in the place of Numba's."""
+    """Replaces Numba's arithmetic by torch's."""
 
     _name = "taskgrad_arithmetic"
 
@@ -221,21 +169,21 @@ class _Arithmetic(FunctionPass):
         FunctionPass.__init__(self)
 
     def run_pass(self, state: Any) -> bool:
-        found = state.func_ir
-        _refuse_unassigned(found)
-        for block in found.blocks.values():
+        func_ir = state.func_ir
+        _refuse_unassigned(func_ir)
+        for block in func_ir.blocks.values():
             body: list[Any] = []
             for statement in block.body:
                 if isinstance(statement, ir.Assign) and isinstance(statement.value, ir.Expr):
-                    statement.value = _replaced(found, block.scope, statement.value, body)
+                    statement.value = _replaced(func_ir, block.scope, statement.value, body)
                 body.append(statement)
             block.body = body
-        found._definitions = build_definitions(found.blocks)
+        func_ir._definitions = build_definitions(func_ir.blocks)
         return True
 
 
-def _replaced(found: Any, scope: Any, value: Any, body: list[Any]) -> Any:
-    """An expression with torch's arithmetic; what it needs before goes to the end of the body."""
+def _replaced(func_ir: Any, scope: Any, value: Any, body: list[Any]) -> Any:
+    """An expression with torch's arithmetic; assignments that it needs are appended to `body`."""
 
     def call(function: Any, *arguments: Any) -> Any:
         name = scope.redefine("$taskgrad", value.loc)
@@ -247,7 +195,7 @@ def _replaced(found: Any, scope: Any, value: Any, body: list[Any]) -> Any:
         return call(_OPERATORS[fn], value.lhs, value.rhs) if fn in _OPERATORS else value
     if value.op != "call" or value.kws or value.vararg is not None:
         return value
-    function = _called(found, value.func)
+    function = _called(func_ir, value.func)
     count = len(value.args)
     if isinstance(function, numba.core.registry.CPUDispatcher):
         return call(dispatcher(function.py_func), *value.args)
@@ -274,27 +222,30 @@ def _replaced(found: Any, scope: Any, value: Any, body: list[Any]) -> Any:
     return value
 
 
-def _called(found: Any, name: Any) -> Any:
-    """The function that a variable holds, where that is known; else None."""
-    definition = guard(found.get_definition, name)
+def _called(func_ir: Any, name: Any) -> Any:
+    """The function that a variable refers to, if known."""
+    definition = guard(func_ir.get_definition, name)
     if isinstance(definition, ir.Global | ir.FreeVar):
         return definition.value
     if isinstance(definition, ir.Expr) and definition.op == "getattr":
-        owner = _called(found, definition.value)
+        owner = _called(func_ir, definition.value)
         if owner in (math, np, operator):
             return getattr(owner, definition.attr, None)
     return None
 
 
-def _refuse_unassigned(found: Any) -> None:
-    """Refuse a variable that a way through the function uses before it has a value."""
-    blocks = found.blocks
+def _refuse_unassigned(func_ir: Any) -> None:
+    """Refuse variables that a path through the function uses unassigned (definite assignment)."""
+    blocks = func_ir.blocks
     graph = compute_cfg_from_blocks(blocks)
-    every = {s.target.name for b in blocks.values() for s in b.body if isinstance(s, ir.Assign)}
-    back = {
-        (latch, loop.header) for loop in graph.loops().values() for latch in _latches(graph, loop)
+    assigned = {label: _assigned(block) for label, block in blocks.items()}
+    every: set[str] = set().union(*assigned.values())
+    # Loops that run at least once are left only after an iteration, that is after a latch.
+    latches = {
+        loop.header: [a for a, _ in graph.predecessors(loop.header) if a in loop.body]
+        for loop in graph.loops().values()
+        if _runs(func_ir, blocks[loop.header])
     }
-    runs = {loop.header for loop in graph.loops().values() if _runs(found, blocks[loop.header])}
     after = {label: set(every) for label in blocks}
     before: dict[int, set[str]] = {}
     changed = True
@@ -304,14 +255,12 @@ def _refuse_unassigned(found: Any) -> None:
             known: set[str] | None = None
             for origin, _ in graph.predecessors(label):
                 values = after[origin]
-                if origin in runs and not _enters(graph, origin, label):
-                    # A loop that runs at least once is left after a turn, not before the first.
-                    latches = [after[a] for a, header in back if header == origin]
-                    turned = set.intersection(*latches) if latches else set(every)
-                    values = values | turned
+                if origin in latches and label not in graph.loops()[origin].body:
+                    ends = [after[latch] for latch in latches[origin]]
+                    values = values | (set.intersection(*ends) if ends else every)
                 known = set(values) if known is None else known & values
             before[label] = known or set()
-            values = before[label] | _assigned(blocks[label])
+            values = before[label] | assigned[label]
             if values != after[label]:
                 after[label], changed = values, True
     for label, block in blocks.items():
@@ -347,31 +296,22 @@ def _assigned(block: Any) -> set[str]:
     return {s.target.name for s in block.body if isinstance(s, ir.Assign)}
 
 
-def _latches(graph: Any, loop: Any) -> list[int]:
-    return [label for label, _ in graph.predecessors(loop.header) if label in loop.body]
-
-
-def _enters(graph: Any, header: int, label: int) -> bool:
-    loops = graph.loops()
-    return header in loops and label in loops[header].body
-
-
-def _runs(found: Any, block: Any) -> bool:
-    """Whether this is the head of a loop over a `range` of constants that is not empty."""
+def _runs(func_ir: Any, block: Any) -> bool:
+    """True for the header of a loop over a non-empty `range` of constants."""
     for statement in block.body:
         value = getattr(statement, "value", None)
         if isinstance(value, ir.Expr) and value.op == "iternext":
-            iterator = guard(found.get_definition, value.value)
+            iterator = guard(func_ir.get_definition, value.value)
             while isinstance(iterator, ir.Var):
-                iterator = guard(found.get_definition, iterator)
+                iterator = guard(func_ir.get_definition, iterator)
             if not isinstance(iterator, ir.Expr) or iterator.op != "getiter":
                 return False
-            made = guard(found.get_definition, iterator.value)
+            made = guard(func_ir.get_definition, iterator.value)
             if not isinstance(made, ir.Expr) or made.op != "call":
                 return False
-            if _called(found, made.func) is not range:
+            if _called(func_ir, made.func) is not range:
                 return False
-            bounds = [guard(find_const, found, argument) for argument in made.args]
+            bounds = [guard(find_const, func_ir, argument) for argument in made.args]
             return all(isinstance(b, int) for b in bounds) and len(range(*bounds)) > 0
     return False
 

@@ -1,4 +1,4 @@
-"""What functions give that have no formula, as Numba finds it."""
+"""Return types of functions without an expression, inferred by Numba."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from types import ModuleType
 from typing import Any
 
 from taskgrad.kernels.ir import dtypes
-from taskgrad.kernels.ir.dtypes import Kind
-from taskgrad.kernels.ir.expression import Function, Step
+from taskgrad.kernels.ir.dtypes import ValueType
+from taskgrad.kernels.ir.expression import Op, ScalarFunction
 
 
 def require_numba() -> ModuleType:
@@ -16,7 +16,7 @@ def require_numba() -> ModuleType:
     Raises
     ------
     ModuleNotFoundError
-        It is not installed; the message says how to.
+        It is not installed; the message says how to install it.
     """
     try:
         import numba
@@ -26,35 +26,33 @@ def require_numba() -> ModuleType:
             "pip install 'taskgrad[kernels]', on every machine that has a worker",
             name="numba",
         ) from error
-    found: ModuleType = numba
-    return found
+    return numba
 
 
-def kind_of_call(step: Step, operands: list[Kind]) -> Kind:
-    """What Numba finds a function without a formula to give.
+def type_of_call(op: Op, operands: list[ValueType]) -> ValueType:
+    """The type that Numba infers for a call of a function without an expression.
 
     Raises
     ------
     TypeError
-        It cannot be compiled, or gives something that is not always a number; the message says
-        what stands in the way.
+        It cannot be compiled, or may return something other than a number; the message says why.
     """
     numba = require_numba()
-    function, which = step.value
-    if function.plain is None:
-        raise TypeError(f"{function.name} cannot be compiled: {function.obstacle}")
+    function, which = op.value
+    if function.python is None:
+        raise TypeError(f"{function.name} cannot be compiled: {function.unsupported}")
     from taskgrad.kernels.codegen.numba_pipeline import dispatcher
 
     types = {"bool": numba.types.boolean}
     signature = tuple(
-        types.get(kind.dtype) or getattr(numba.types, argument_dtype(kind)) for kind in operands
+        types.get(vtype.dtype) or getattr(numba.types, argument_dtype(vtype)) for vtype in operands
     )
-    compiler = dispatcher(function.plain)
+    compiler = dispatcher(function.python)
     try:
         compiler.compile(signature)
     except numba.core.errors.NumbaError as error:
         raise TypeError(
-            f"{function.name} can be neither read as a formula ({function.obstacle}) "
+            f"{function.name} can be neither read as a formula ({function.unsupported}) "
             f"nor compiled by Numba: {error}"
         ) from error
     found = compiler.overloads[signature].signature.return_type
@@ -63,26 +61,28 @@ def kind_of_call(step: Step, operands: list[Kind]) -> Kind:
         if which >= len(parts):
             raise TypeError(f"{function.name} must give a tuple of numbers; it gives {found}")
         found = parts[which]
-    return _kind_of(function, getattr(found, "literal_type", found), operands)
+    return _value_type(function, getattr(found, "literal_type", found), operands)
 
 
-def argument_dtype(kind: Kind) -> str:
-    """As what such a function gets an argument: every integer as Python's, of 64 bits."""
-    return kind.computed if kind.is_float or kind.dtype == "bool" else "int64"
+def argument_dtype(vtype: ValueType) -> str:
+    """The dtype in which such a function gets an argument: integers as int64, like Python's."""
+    return vtype.computed if vtype.is_float or vtype.dtype == "bool" else "int64"
 
 
-def _kind_of(function: Function, found: Any, operands: list[Kind]) -> Kind:
+def _value_type(function: ScalarFunction, found: Any, operands: list[ValueType]) -> ValueType:
     name = str(found)
     if name == "bool":
-        return Kind("bool")
+        return ValueType("bool")
     if name in dtypes.SIZES and "float" not in name:
-        return Kind(name)
+        return ValueType(name)
     if name not in ("float32", "float64"):
         what = "may give None" if name.startswith(("Optional", "none")) else f"gives {name}"
-        raise TypeError(f"{function.name} {what}, where a number is wanted ({function.obstacle})")
-    # Numba computes with Python's floats in float64; as in torch, they do not widen a float32.
+        raise TypeError(
+            f"{function.name} {what}, where a number is wanted ({function.unsupported})"
+        )
+    # Numba promotes float32 to float64 with Python floats; torch does not.
     floats = [k for k in operands if k.is_float]
-    joined = floats[0] if floats else Kind(dtypes.default_float())
-    for kind in floats[1:]:
-        joined = dtypes.promote(joined, kind, dtypes.default_float())
+    joined = floats[0] if floats else ValueType(dtypes.default_float())
+    for vtype in floats[1:]:
+        joined = dtypes.promote(joined, vtype, dtypes.default_float())
     return joined

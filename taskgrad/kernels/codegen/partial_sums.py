@@ -1,16 +1,8 @@
-"""Outputs that are summed over dimensions while they are computed: gradients of what was broadcast.
+"""Outputs that a kernel sums over dimensions as it computes them: gradients of broadcast inputs.
 
-A block adds its elements up in a row of scratch memory and leaves one partial sum; the partial sums
-are a small tensor, which is reduced afterwards. So the elements themselves are never written to
-memory, and the shapes alone decide the bits. An output's letter says what a block leaves:
-
-====== =======================================================================================
-letter meaning
-====== =======================================================================================
-r      one row: the sum over its rows
-c      one column: the sum over its columns
-b      one number
-====== =======================================================================================
+The elements are never written to memory. Each block leaves a row, a column or one number (see
+`Access`); these partial sums form a small tensor, which is reduced afterwards. The shapes alone
+determine the order of the additions, hence the bits.
 """
 
 from __future__ import annotations
@@ -21,65 +13,70 @@ from math import prod
 
 import torch
 
-LETTERS = "rcb"
+from taskgrad.kernels.codegen.access import Access
+
 COLUMNS = 2_048  # of a block, at most
-_GROUP = 16  # rows added up one after another before they are added to the total
+_GROUP = 16  # rows that are added up before they are added to the total
 _ROW = COLUMNS * 8
-SCRATCH = 2 * _ROW  # bytes an output: a group's row and the total's
+SCRATCH = 2 * _ROW  # bytes an output: the group's row and the total's
+_ACCESS = {
+    (False, False): Access.SUM_BLOCK,
+    (False, True): Access.SUM_COLUMNS,
+    (True, False): Access.SUM_ROWS,
+    (True, True): Access.UNIT,  # only outer dimensions are summed
+}
 
 
 @dataclass(frozen=True)
 class Partial:
-    """The partial sums of one output, and what becomes of them.
+    """The tensor of partial sums of one output.
 
     Attributes
     ----------
     shape : tuple of int
-        Dimensions of the loop, the outermost first; those summed have one element a block.
+        Of the loop, the outermost dimension first; a summed dimension has one element a block.
     summed : tuple of int
-        Which of them are still to be reduced.
+        Dimensions that are still to be reduced.
     strides : tuple of int
-        Of the others, in the output.
-    own : tuple of int
-        The output's shape.
+        Of the other dimensions, in the output.
+    out_shape : tuple of int
     """
 
     shape: tuple[int, ...]
     summed: tuple[int, ...]
     strides: tuple[int, ...]
-    own: tuple[int, ...]
+    out_shape: tuple[int, ...]
 
-    def placed(self, sums: torch.Tensor) -> torch.Tensor:
+    def to_output(self, sums: torch.Tensor) -> torch.Tensor:
         """The reduced partial sums in the output's shape."""
         if sums.is_contiguous() and self.strides == sums.stride():
-            return sums.view(self.own)
-        out = sums.new_empty(self.own)
+            return sums.view(self.out_shape)
+        out = sums.new_empty(self.out_shape)
         out.as_strided(sums.shape, self.strides).copy_(sums)
         return out
 
 
 def block_of(cols: int, rows: int, rows_summed: bool) -> tuple[int, int]:
-    """Columns and rows of a block: blocks of one width, and rows enough for few partial sums."""
+    """Rows and columns of a block: equal widths, and enough rows for few partial sums."""
     width = -(-cols // -(-cols // COLUMNS))
     width = min(cols, COLUMNS, -(-width // 16) * 16)
     most = min(max(16_384 // width, 64), 256) if rows_summed else max(1, 8_192 // width)
-    return width, min(rows, most)
+    return min(rows, most), width
 
 
 def partial_of(
-    own: tuple[int, ...],
+    out_shape: tuple[int, ...],
     sizes: Sequence[int],
     strides: Sequence[int],
     blocks: tuple[int, int],
-) -> tuple[Partial, list[int], str]:
-    """The partial sums, their strides in the loop's dimensions (columns, rows, ...), the letter.
+) -> tuple[Partial, list[int], Access]:
+    """The partial sums, their strides in the loop's dimensions, and their access.
 
     Parameters
     ----------
-    own : tuple of int
-        The output's shape.
+    out_shape : tuple of int
     sizes, strides : sequences of int
-        Of the loop's dimensions; an output's stride is 0 where it is summed.
+        Of the loop's dimensions (columns, rows, ...); an output's stride is 0 where it is summed.
     blocks : tuple of int
         How many there are along the columns and along the rows.
     """
@@ -93,68 +90,67 @@ def partial_of(
         tuple(reversed(counts)),
         tuple(sorted(last - d for d, s in enumerate(strides) if not s)),
         tuple(s for s in reversed(strides) if s),
-        own,
+        out_shape,
     )
-    letter = {(False, False): "b", (False, True): "c", (True, False): "r"}
-    return partial, steps, letter.get((bool(strides[0]), bool(strides[1])), "u")
+    return partial, steps, _ACCESS[bool(strides[0]), bool(strides[1])]
 
 
-class Lines:
-    """Writes what a kernel does for the summed outputs.
+class PartialSumCode:
+    """Generates the lines that accumulate summed outputs.
 
     Parameters
     ----------
-    letters : sequence of (int, str, str)
-        Of each summed output: the number of its operand, its letter, its dtype.
+    outputs : sequence of (int, Access, str)
+        The index, access and dtype of each summed operand.
     scratch : int
-        Where their scratch memory begins.
+        The offset of their scratch memory.
     """
 
-    def __init__(self, outputs: Sequence[tuple[int, str, str]], scratch: int) -> None:
-        self._outputs = [
-            (k, letter, name, scratch + SCRATCH * i) for i, (k, letter, name) in enumerate(outputs)
-        ]
+    def __init__(self, outputs: Sequence[tuple[int, Access, str]], scratch: int) -> None:
+        self._accesses = {k: (access, name) for k, access, name in outputs}
+        self._scratch = scratch
 
-    def start(self) -> list[str]:
-        """Before a block."""
+    def before_block(self) -> list[str]:
+        """Set the addresses of scratch memory, and clear it."""
         lines = []
-        for k, letter, name, place in self._outputs:
-            lines.append(f"        group{k} = scratch + {place}")
-            lines.append(f"        total{k} = scratch + {place + _ROW}")
-            if letter in "rb":
+        for i, (k, (access, name)) in enumerate(self._accesses.items()):
+            offset = self._scratch + SCRATCH * i
+            lines.append(f"        group{k} = scratch + {offset}")
+            lines.append(f"        total{k} = scratch + {offset + _ROW}")
+            if access != Access.SUM_COLUMNS:
                 lines.append("        for i in range(n):")
                 lines.append(f"            m.put_{name}(group{k}, i, {name}(0))")
                 lines.append(f"            m.put_{name}(total{k}, i, {name}(0))")
         return lines
 
     def element(self, k: int, value: str) -> str:
-        """For each element."""
-        letter, name = next((letter, name) for j, letter, name, _ in self._outputs if j == k)
-        if letter == "c":
-            return f"m.keep_{name}(total{k}, i, {value})"
-        return f"m.grow_{name}(group{k}, i, {value})"
+        """Accumulate element ``i``."""
+        access, name = self._accesses[k]
+        if access == Access.SUM_COLUMNS:
+            return f"m.put_sum_{name}(total{k}, i, {value})"
+        return f"m.add_to_{name}(group{k}, i, {value})"
 
-    def row(self) -> list[str]:
-        """After each row."""
+    def after_row(self) -> list[str]:
+        """Reduce the row, or add a complete group to the total."""
         lines = []
-        for k, letter, name, _ in self._outputs:
-            if letter == "c":
-                lines += [f"            {line}" for line in _folded(k, name)]
+        for k, (access, name) in self._accesses.items():
+            if access == Access.SUM_COLUMNS:
+                lines += [f"            {line}" for line in _halve(k, name)]
                 lines.append(f"            m.put_{name}(o{k}, 0, m.get_{name}(total{k}, 0))")
             else:
                 lines.append(f"            if r % {_GROUP} == {_GROUP - 1}:")
-                lines += [f"                {line}" for line in _moved(k, name)]
+                lines += [f"                {line}" for line in _flush(k, name)]
         return lines
 
-    def end(self) -> list[str]:
-        """After a block."""
+    def after_block(self) -> list[str]:
+        """Write the block's partial sums."""
         lines = []
-        for k, letter, name, _ in self._outputs:
-            if letter == "c":
+        for k, (access, name) in self._accesses.items():
+            if access == Access.SUM_COLUMNS:
                 continue
-            lines += [f"        {line}" for line in _moved(k, name)]
-            if letter == "b":
-                lines += [f"        {line}" for line in _folded(k, name)]
+            lines += [f"        {line}" for line in _flush(k, name)]
+            if access == Access.SUM_BLOCK:
+                lines += [f"        {line}" for line in _halve(k, name)]
                 lines.append(f"        m.put_{name}(q{k}, 0, m.get_{name}(total{k}, 0))")
             else:
                 lines.append("        for i in range(n):")
@@ -162,8 +158,8 @@ class Lines:
         return lines
 
 
-def _moved(k: int, name: str) -> list[str]:
-    """The group's row added to the total's, and empty again."""
+def _flush(k: int, name: str) -> list[str]:
+    """Add the group's row to the total's, and clear it."""
     return [
         "for i in range(n):",
         f"    m.put_{name}(total{k}, i, m.get_{name}(total{k}, i) + m.get_{name}(group{k}, i))",
@@ -171,8 +167,8 @@ def _moved(k: int, name: str) -> list[str]:
     ]
 
 
-def _folded(k: int, name: str) -> list[str]:
-    """The total's row added up in halves."""
+def _halve(k: int, name: str) -> list[str]:
+    """Reduce the total's row pairwise: its second half is added to its first until one is left."""
     upper = f"m.get_{name}(total{k}, left - half + i)"
     return [
         "left = n",

@@ -1,12 +1,13 @@
-"""The sources of the kernels that reduce and scan one dimension with a function of two arguments.
+"""Sources of the kernels that reduce or scan one dimension with a function of two arguments.
 
-A reduction is a tree: neighbours are combined, then neighbours of the results, in the order of the
-elements. So the function need be associative only, rounding errors grow with the logarithm of the
-length, and the shape alone decides the bits. The dimension is cut into segments of a fixed length;
-(row, segment) pairs are the items that threads share, and the segments' results are reduced again.
+A reduction is a tree: adjacent elements are combined, then adjacent results, in the order of the
+elements. So the function need only be associative, rounding errors grow with the logarithm of the
+length, and the shape alone determines the bits. The dimension is divided into segments of a fixed
+length; the items that threads share are (row, segment) pairs, and the segments' results are reduced
+again.
 
-A function that also commutes may combine elements that are far apart, so that vector registers need
-not be turned round: a dense row is then read as a table (`lanes_source`).
+A commutative function may combine elements that are far apart, so that vector registers need no
+shuffles: `lanes_source` reads a dense row as a table with a column for each vector lane.
 """
 
 from __future__ import annotations
@@ -16,128 +17,129 @@ from collections.abc import Mapping, Sequence
 from textwrap import indent
 
 from taskgrad.kernels.codegen.elementwise_source import HEAD
-from taskgrad.kernels.codegen.scalar_code import Body
-from taskgrad.kernels.codegen.work_stealing import DONE, FAILED, ITEMS, ZERO_DIVISION, entry
-from taskgrad.kernels.ir.dtypes import SIZES, Kind
+from taskgrad.kernels.codegen.scalar_code import ScalarCode
+from taskgrad.kernels.codegen.work_stealing import DONE, FAILED, ITEM_LOOP, ZERO_DIVISION, prologue
+from taskgrad.kernels.ir.dtypes import SIZES, ValueType
 
-HEADER = ("depth", "length", "stride", "segment", "segments", "cols", "col_stride", "col_blocks")
-SEGMENT = 65_536  # along rows
-COLUMN_SEGMENT = 512  # with columns side by side
+SEGMENT = 65_536  # elements of a row
+COLUMN_SEGMENT = 512  # elements of a column, if columns are adjacent in memory
+SCAN_SEGMENT = 256
 BLOCK = 2_048  # elements whose tree fits into scratch memory
 COLUMNS = 256
-_BASE = 8  # rows of columns added up one after another
+# Bytes by which a row larger than the caches is prefetched ahead. Smaller ones are not prefetched:
+# that costs a tenth of the time.
+PREFETCH_DISTANCE = 4096
+_BASE = 8  # rows of adjacent columns that are combined sequentially
 _LANES = 16  # columns of the table as which a dense row is read
-_TREE = 16  # its rows that are combined in registers, and so many of their results again
-# Bytes after what is read now that a row larger than the caches has fetched; 0 where it is not, as
-# to ask costs a tenth of what it takes to read from there.
-AHEAD = 4096
+_TREE = 16  # rows of the table that are combined in registers, and as many of their results again
 _LEVELS = 40
-SCRATCH = max(2 * BLOCK * 8, (_LEVELS + 1) * COLUMNS * 8) + _LEVELS * 8
-SCAN_SEGMENT = 256
+_STACK = max(2 * BLOCK * 8, (_LEVELS + 1) * COLUMNS * 8)  # offset in scratch memory
+SCRATCH = _STACK + _LEVELS * 8
 
 
-def fold_source(body: Body, dtype: str, columns: bool, title: str) -> str:
+def reduce_source(code: ScalarCode, dtype: str, columns: bool, title: str) -> str:
     """A module whose ``kernel`` reduces each segment of one dimension.
 
     Parameters
     ----------
-    body : Body
-        Of the function, for two values of the dtype in which is computed.
+    code : ScalarCode
+        Combines two values of the dtype's computed dtype, in which results are stored.
     dtype : str
-        Of the tensor; the results are in the dtype in which is computed.
+        Of the tensor.
     columns : bool
-        Whether elements of different results lie side by side, rather than those of one.
+        True if adjacent elements belong to different results.
     title : str
     """
-    held = Kind(dtype).computed
-    names = {"T": held, "X": dtype, "size": SIZES[dtype], "held": SIZES[held]}
-    names |= {"half": BLOCK * 8, "block": BLOCK, "columns": COLUMNS, "base": _BASE}
-    names |= {"row": COLUMNS * 8, "stack": SCRATCH - _LEVELS * 8}
+    names = {"half": BLOCK * 8, "block": BLOCK, "columns": COLUMNS, "base": _BASE}
+    names |= {"row": COLUMNS * 8, "stack": _STACK}
     template = _SEGMENTS + (_COLUMNS if columns else _ROWS)
-    return HEAD.format(title=title) + _made(template, ("x", "out"), names, body)
+    return _source(template, ("x", "out"), dtype, code, title, names)
 
 
-def lanes_source(body: Body, dtype: str, title: str) -> str:
-    """As `fold_source` for neighbours in memory, with a function that commutes.
+def lanes_source(code: ScalarCode, dtype: str, title: str) -> str:
+    """As `reduce_source`, for contiguous rows and commutative functions.
 
-    Where there are several segments, whoever is the last to end joins what they gave, so that one
-    call does it all, in memory that the threads share.
+    With several segments, the thread that completes the last item combines their results, from
+    memory that the threads share, so one call does everything.
     """
-    held = Kind(dtype).computed
-    names = {"T": held, "X": dtype, "size": SIZES[dtype], "held": SIZES[held]}
-    names |= {"columns": COLUMNS, "row": COLUMNS * 8, "stack": SCRATCH - _LEVELS * 8}
+    held = ValueType(dtype).computed
+    names: dict[str, object] = {"columns": COLUMNS, "row": COLUMNS * 8, "stack": _STACK}
     names |= {"levels": _LEVELS, "lanes": _LANES, "group": _TREE * _LANES, "groups": _TREE}
-    names |= {"chunk": _TREE * _TREE * _LANES}
+    names |= {"chunk": _TREE * _TREE * _LANES, "done": DONE}
     names |= {"chain": _chain(f"m.load_{dtype}(p, i + <k>)")}
     names |= {"tree": _tree(f"m.get_{held}(groups, i + <k>)")}
-    names |= {"done": DONE}
-    template = _SEGMENTS + _ROWS_AS_TABLE
-    addresses = ("x", "out", "between")
-    return HEAD.format(title=title) + _made(template, addresses, names, body)
+    return _source(_SEGMENTS + _TABLE, ("x", "out", "between"), dtype, code, title, names)
 
 
-def _rows(element: str) -> list[str]:
-    """What is at column ``i`` of each row of a table; ``<k>`` is where a row begins."""
+def _table_rows(element: str) -> list[str]:
+    """The text for column ``i`` of each row of a table; ``<k>`` is where the row begins."""
     return [element.replace("<k>", str(k * _LANES)) for k in range(_TREE)]
 
 
 def _chain(element: str) -> str:
-    """Rows combined one after another, as they come out of memory."""
-    return functools.reduce(lambda a, b: f"combine({a}, {b})", _rows(element))
+    """Rows combined sequentially, as they arrive from memory."""
+    return functools.reduce(lambda a, b: f"combine({a}, {b})", _table_rows(element))
 
 
 def _tree(element: str) -> str:
-    """Rows combined in pairs, and these in pairs."""
-    values = _rows(element)
+    """Rows combined pairwise."""
+    values = _table_rows(element)
     while len(values) > 1:
         values = [f"combine({a}, {b})" for a, b in zip(values[::2], values[1::2], strict=True)]
     return values[0]
 
 
-def scan_source(body: Body, dtype: str, title: str) -> str:
+def scan_source(code: ScalarCode, dtype: str, title: str) -> str:
     """A module whose ``kernel`` writes the running results of each segment of a dense row."""
-    held = Kind(dtype).computed
-    names = {"T": held, "X": dtype, "size": SIZES[dtype], "held": SIZES[held]}
-    return HEAD.format(title=title) + _made(_SCAN, ("x", "before", "out"), names, body)
+    return _source(_SCAN, ("x", "before", "out"), dtype, code, title, {})
 
 
 def recurrence_source(dtype: str, title: str) -> str:
     """A module whose ``kernel`` computes h[i] = g[i] + a[i] h[i - 1] along each dense row."""
-    names = {"T": dtype, "size": SIZES[dtype]}
-    return HEAD.format(title=title) + _filled(_RECURRENCE, ("a", "g", "out"), names)
+    return _source(_RECURRENCE, ("a", "g", "out"), dtype, None, title, {})
 
 
-def _made(template: str, addresses: Sequence[str], names: Mapping[str, object], body: Body) -> str:
-    """A template with the function that it combines two values with."""
-    held = str(names["T"])
-    before, divides = body.zero_division()
-    lines = body.lines()
-    if divides:
-        lines += [*before, f"if {divides}:"]
-        lines += [f"    m.store_int64(call, {FAILED}, {ZERO_DIVISION})"]
-    combine = (
-        "@njit(forceinline=True, error_model='numpy')\n"
-        "def combine(a0, a1):\n"
-        + "".join(f"    {line}\n" for line in lines)
-        + f"    return {body.result(0, held)}\n\n\n"
-    )
-    source = combine + _filled(template, addresses, names)
-    return source.replace("combine(", "combine(call, ") if divides else source
-
-
-def _filled(template: str, addresses: Sequence[str], names: Mapping[str, object]) -> str:
-    names = {"entry": "\n".join(entry(addresses)), "items": "\n".join(ITEMS), **names}
-    names = {"join": _JOIN.rstrip(), "collect": _COLLECT.rstrip(), **names}
-    names = {"collect_here": indent(_COLLECT.rstrip(), 4 * " "), **names}
-    names = {"halved": _HALVED.rstrip(), **names}
-    names = {"halved_there": indent(_HALVED.rstrip(), 4 * " "), **names}
-    for name, value in names.items():
+def _source(
+    template: str,
+    operands: Sequence[str],
+    dtype: str,
+    code: ScalarCode | None,
+    title: str,
+    names: Mapping[str, object],
+) -> str:
+    """Fill in a template, and define the function ``combine`` that it calls."""
+    held = ValueType(dtype).computed
+    blocks = {"join": _JOIN, "collect": _COLLECT, "halve": _HALVE}
+    fields = {
+        "prologue": "\n".join(prologue(operands)),
+        "item_loop": "\n".join(ITEM_LOOP),
+        **{name: text.rstrip() for name, text in blocks.items()},
+        **{f"indented {name}": indent(text.rstrip(), "    ") for name, text in blocks.items()},
+        **{"T": held, "X": dtype, "size": SIZES[dtype], "held": SIZES[held]},
+        **names,
+    }
+    for name, value in fields.items():
         template = template.replace(f"<{name}>", str(value))
-    return template
+    combine = ""
+    if code is not None:
+        before, divides = code.zero_division()
+        lines = code.lines()
+        if divides:
+            template = template.replace("combine(", "combine(call, ")
+            lines += [*before, f"if {divides}:"]
+            lines += [f"    m.store_int64(call, {FAILED}, {ZERO_DIVISION})"]
+        body = [*lines, f"return {code.result(0, held)}"]
+        combine = (
+            "@njit(forceinline=True, error_model='numpy')\n"
+            f"def combine({'call, ' if divides else ''}a0, a1):\n"
+            + "".join(f"    {line}\n" for line in body)
+            + "\n\n"
+        )
+    return HEAD.format(title=title) + combine + template
 
 
 _SEGMENTS = """\
-<entry>
+<prologue>
     depth = m.load_int64(meta, 0)
     length = m.load_int64(meta, 1)
     stride = m.load_int64(meta, 2)
@@ -147,8 +149,8 @@ _SEGMENTS = """\
     col_stride = m.load_int64(meta, 6)
     col_blocks = m.load_int64(meta, 7)
     stack = scratch + <stack>
-    mine = 0
-<items>
+    completed = 0
+<item_loop>
         rest = item // col_blocks
         c0 = (item - rest * col_blocks) * <columns>
         row = rest // segments
@@ -200,7 +202,7 @@ _ROWS = """\
                 left = half + left % 2
                 here, there = there, here
             v = m.get_<T>(here, 0)
-            # Blocks are joined as a binary number counts: two of a size make one of the next.
+            # A binary counter of subtrees: two of one size are combined to one of the next.
             level, k = 0, done
             while k % 2:
                 v = combine(m.get_<T>(stack, level), v)
@@ -222,7 +224,7 @@ _ROWS = """\
 """
 
 _JOIN = """\
-            # Blocks are joined as a binary number counts: two of a size make one of the next.
+            # A binary counter of subtrees: two of one size are combined to one of the next.
             level, k = 1, done
             while k % 2:
                 other = scratch + level * <row>
@@ -274,7 +276,7 @@ _COLUMNS = """\
             m.put_<T>(o, j, m.get_<T>(here, j))
 """
 
-_HALVED = """\
+_HALVE = """\
         while left > 1:
             half = left // 2
             for j in range(half):
@@ -283,7 +285,7 @@ _HALVED = """\
             left -= half
 """
 
-_ROWS_AS_TABLE = """\
+_TABLE = """\
         done, b0, w = 0, 0, min(<lanes>, n)
         if segments > 1:
             o = between + item * <held>
@@ -294,7 +296,7 @@ _ROWS_AS_TABLE = """\
                 p, here = q + b0 * <size>, groups + g * <lanes> * <held>
                 if ahead > 0:
                     for i in range(0, <group> * <size>, 64):
-                        m.ahead_read(p + ahead + i)
+                        m.prefetch_read(p + ahead + i)
                 for i in range(<lanes>):
                     m.store_<T>(here, i, <chain>)
                 b0 += <group>
@@ -305,8 +307,8 @@ _ROWS_AS_TABLE = """\
         some = done > 0
         here = scratch + <row>
         if some:
-<collect_here>
-        # Less than a chunk is left: its groups, and then its rows, come on top of that.
+<indented collect>
+        # The rest, less than a chunk: first its groups, then its rows.
         while b0 + <group> <= n:
             p = q + b0 * <size>
             for i in range(<lanes>):
@@ -322,22 +324,22 @@ _ROWS_AS_TABLE = """\
                 m.put_<T>(here, i, combine(m.get_<T>(here, i), v) if some else v)
             b0, some = b0 + <lanes>, True
         left = w
-<halved>
+<halve>
         m.put_<T>(o, 0, m.get_<T>(here, 0))
-        mine += 1
-    if segments > 1 and mine > 0 and m.take(call, <done>, mine) + mine == items:
+        completed += 1
+    if segments > 1 and completed > 0 and m.fetch_add(call, <done>, completed) + completed == items:
         for row in range(items // segments):
             here, left = between + row * segments * <held>, segments
-<halved_there>
+<indented halve>
             m.put_<T>(out, row, m.get_<T>(here, 0))
 """
 
 _SCAN = """\
-<entry>
+<prologue>
     length = m.load_int64(meta, 1)
     segment = m.load_int64(meta, 3)
     segments = m.load_int64(meta, 4)
-<items>
+<item_loop>
         row = item // segments
         number = item - row * segments
         first = row * length + number * segment
@@ -352,9 +354,9 @@ _SCAN = """\
 """
 
 _RECURRENCE = """\
-<entry>
+<prologue>
     length = m.load_int64(meta, 1)
-<items>
+<item_loop>
         first = item * length
         h = m.load_<T>(g, first)
         m.store_<T>(out, first, h)

@@ -1,4 +1,4 @@
-"""The steps of a formula as typed lines of Python that Numba compiles."""
+"""The ops of an expression as typed lines of Python, for Numba."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from taskgrad.kernels.codegen.numba_typing import argument_dtype
-from taskgrad.kernels.ir.dtypes import SIZES, Kind, promote
+from taskgrad.kernels.ir.dtypes import SIZES, ValueType, promote
 from taskgrad.kernels.ir.expression import (
     ARITHMETIC,
     BINARY,
@@ -16,208 +16,198 @@ from taskgrad.kernels.ir.expression import (
     EXTREMES,
     ROUNDING,
     UNARY,
-    Formula,
-    Step,
+    Expression,
+    Op,
 )
 
-# Those that Numba would call once an element, and that scalar_math has in a form without calls.
+# Functions for which scalar_math has a vectorisable form; Numba's are one call an element.
 VECTORISED = {
-    *(f"{name}_{kind}" for name in ("exp", "expm1", "log", "log1p", "tanh")
-      for kind in ("float32", "float64")),
+    *(f"{name}_{dtype}" for name in ("exp", "expm1", "log", "log1p", "tanh")
+      for dtype in ("float32", "float64")),
     "erf_float32",
 }  # fmt: skip
-_NUMPY = ("cbrt", "exp2")
 _LONGEST_POWER = 16
 _DIVISIONS = ("floordiv", "mod", "fmod")
+# Over the dtype t and the operands x and y.
+_TEMPLATES = {
+    **{name: f"{{t}}(math.{name}({{x}}))" for name in UNARY},
+    **{name: f"{{t}}(math.{name}({{x}}, {{y}}))" for name in BINARY},
+    **{name: f"{{t}}(np.{name}({{x}}))" for name in ("cbrt", "exp2")},
+    **{name: f"m.{name}({{x}})" for name in ROUNDING},
+    **{name: f"ar.{name}({{x}}, {{y}})" for name in EXTREMES},
+    **{name: f"{{t}}({{x}} {sign} {{y}})" for name, sign in {**ARITHMETIC, **BITWISE}.items()},
+    **{"floordiv": "ar.floordiv_{t}({x}, {y})", "mod": "ar.mod_{t}({x}, {y})"},
+    **{"fmod": "m.fmod({x}, {y})", "truediv": "{t}({x} / {y})"},
+    **{"neg": "{t}(-{x})", "abs": "{t}(abs({x}))", "invert": "{t}(~{x})"},
+    **{"float": "{x}", "int": "{x}"},
+    "sign": "({t}(1) if {x} > {t}(0) else ({t}(-1) if {x} < {t}(0) else {t}(0)))",
+}
+_BOOL_TEMPLATES = {
+    **{"add": "({x} | {y})", "mul": "({x} & {y})", "invert": "(not {x})"},
+    **{name: f"({{x}} {BITWISE[name]} {{y}})" for name in ("and", "or", "xor")},
+}
 
 
-class Body:
-    """Writes a formula's lines.
+class ScalarCode:
+    """Generates the lines that compute one element.
 
     Parameters
     ----------
-    formula : Formula
-        Expanded: its calls are of functions without a formula.
-    kinds : sequence of Kind
-        Of its steps.
+    expression : Expression
+        Inlined: its calls are of functions without an expression.
+    types : sequence of ValueType
+        Of its ops.
     default : str
-        The dtype of floats that come from whole numbers.
+        The dtype of float functions of integers.
 
     Attributes
     ----------
-    calls : list of Function
+    types : sequence of ValueType
+    calls : list of ScalarFunction
         What the lines call as ``call0``, ``call1``, ...
     """
 
-    def __init__(self, formula: Formula, kinds: Sequence[Kind], default: str) -> None:
-        self._formula, self._kinds, self._default = formula, kinds, default
+    def __init__(self, expression: Expression, types: Sequence[ValueType], default: str) -> None:
+        self._ops, self._outputs = expression.ops, expression.outputs
+        self.types, self._default = types, default
         self.calls: list[Any] = []
 
     def lines(self) -> list[str]:
-        """A line for each step that is neither an argument (``a0``, ...) nor a constant."""
-        steps = enumerate(self._formula.steps)
+        """A line ``v... = ...`` for each op but arguments (``a0``, ...) and constants."""
         return [
-            f"v{i} = {self._expression(i, step)}"
-            for i, step in steps
-            if step.op not in ("arg", "const")
+            f"v{i} = {self._op(i, op)}"
+            for i, op in enumerate(self._ops)
+            if op.name not in ("arg", "const")
         ]
 
     def zero_division(self) -> tuple[list[str], str]:
-        """Lines, and what is true after them where an integer is divided by 0; empty if nowhere.
+        """Lines, and a condition after them: True if an integer is divided by 0; empty if never.
 
-        Only divisions count that the result depends on, through the branches that are taken.
+        A division counts only if the result depends on it through the branches that are taken.
         """
-        steps = self._formula.steps
-        risky: set[int] = set()
-        above: set[int] = set()
-        for i, step in enumerate(steps):
-            if self._divides_integers(i, step):
-                risky.add(i)
-            if i in risky or above.intersection(step.operands):
-                above.add(i)
+        risky = {i for i, op in enumerate(self._ops) if self._divides_integers(i, op)}
+        dependent: set[int] = set()
+        for i, op in enumerate(self._ops):
+            if i in risky or dependent.intersection(op.operands):
+                dependent.add(i)
         lines: list[str] = []
         found: list[str] = []
-        live = dict.fromkeys(self._formula.outputs, "True")
-        for i in sorted(above, reverse=True):
-            where = live.get(i)
-            if where is None:
+        used = dict.fromkeys(self._outputs, "True")  # the condition under which an op is used
+        for i in sorted(dependent, reverse=True):
+            condition = used.get(i)
+            if condition is None:
                 continue
-            if where != "True":
-                lines.append(f"w{i} = {where}")
-                where = f"w{i}"
-            step = steps[i]
-            conditions = [where] * len(step.operands)
+            if condition != "True":
+                lines.append(f"used{i} = {condition}")
+                condition = f"used{i}"
+            op = self._ops[i]
+            conditions = [condition] * len(op.operands)
             if i in risky:
-                found.append(_both(where, f"({self._as(step.operands[1], 'int64')} == 0)"))
-            if step.op == "select":
-                condition = self._as(step.operands[0], "bool")
-                conditions[1:] = _both(where, condition), _both(where, f"(not {condition})")
-            for place, condition in zip(step.operands, conditions, strict=True):
-                known = live.get(place)
-                live[place] = condition if known is None else _either(known, condition)
+                found.append(_both(condition, f"({self._as(op.operands[1], 'int64')} == 0)"))
+            if op.name == "select":
+                chosen = self._as(op.operands[0], "bool")
+                conditions[1:] = _both(condition, chosen), _both(condition, f"(not {chosen})")
+            for operand, condition in zip(op.operands, conditions, strict=True):
+                known = used.get(operand)
+                used[operand] = condition if known is None else _either(known, condition)
         return lines, " | ".join(found)
 
-    def _divides_integers(self, i: int, step: Step) -> bool:
-        if step.op not in _DIVISIONS or self._kinds[i].is_float:
+    def _divides_integers(self, i: int, op: Op) -> bool:
+        if op.name not in _DIVISIONS or self.types[i].is_float:
             return False
-        divisor = self._formula.steps[step.operands[1]]
-        return divisor.op != "const" or divisor.value == 0
+        divisor = self._ops[op.operands[1]]
+        return divisor.name != "const" or divisor.value == 0
 
     def result(self, k: int, dtype: str) -> str:
-        """Output k, as the dtype in which it is stored."""
-        return self._as(self._formula.outputs[k], Kind(dtype).computed)
+        """Output k, converted to the dtype of the tensor that stores it."""
+        return self._as(self._outputs[k], ValueType(dtype).computed)
 
-    def _as(self, place: int, dtype: str) -> str:
-        step, kind = self._formula.steps[place], self._kinds[place]
-        if step.op == "const":
-            return _literal(step.value, dtype)
-        name = f"a{step.value}" if step.op == "arg" else f"v{place}"
-        return cast(name, kind.computed, dtype)
+    def _as(self, index: int, dtype: str) -> str:
+        op, vtype = self._ops[index], self.types[index]
+        if op.name == "const":
+            return _literal(op.value, dtype)
+        return cast(f"a{op.value}" if op.name == "arg" else f"v{index}", vtype.computed, dtype)
 
-    def _expression(self, i: int, step: Step) -> str:
-        op, own = step.op, self._kinds[i].computed
-        if op in COMPARISONS:
-            a, b = self._alike(step)
-            return f"{a} {COMPARISONS[op]} {b}"
-        if op == "select":
-            condition = self._as(step.operands[0], "bool")
-            a, b = (self._as(j, own) for j in step.operands[1:])
+    def _op(self, i: int, op: Op) -> str:
+        name, dtype = op.name, self.types[i].computed
+        if name in COMPARISONS:
+            a, b = self._promoted(op)
+            return f"{a} {COMPARISONS[name]} {b}"
+        if name == "select":
+            condition = self._as(op.operands[0], "bool")
+            a, b = (self._as(j, dtype) for j in op.operands[1:])
             return f"({a} if {condition} else {b})"
-        if op == "call":
-            return self._call(step)
-        if op in ("isnan", "isinf", "isfinite"):
-            x = self._as(step.operands[0], self._float_of(step.operands[0]))
+        if name == "call":
+            return self._call(op)
+        if name in ("isnan", "isinf", "isfinite"):
+            x = self._as(op.operands[0], self._float_of(op.operands[0]))
             tests = {"isnan": f"{x} != {x}", "isinf": f"abs({x}) == inf"}
-            return tests.get(op, f"abs({x}) < inf")
-        if op == "zero":
-            return f"{own}(0)"
-        operands = [self._as(j, own) for j in step.operands]
-        if op == "pow":
-            return self._power(step, own, *operands)
-        return _operation(op, own, operands)
+            return tests.get(name, f"abs({x}) < inf")
+        if name == "zero":
+            return f"{dtype}(0)"
+        operands = [self._as(j, dtype) for j in op.operands]
+        if name == "pow":
+            return self._power(op, dtype, *operands)
+        return _simple(name, dtype, operands)
 
-    def _alike(self, step: Step) -> list[str]:
-        a, b = (self._kinds[j] for j in step.operands)
-        kind = promote(a, b, self._default)
-        return [self._as(j, kind.computed) for j in step.operands]
+    def _promoted(self, op: Op) -> list[str]:
+        a, b = (self.types[j] for j in op.operands)
+        vtype = promote(a, b, self._default)
+        return [self._as(j, vtype.computed) for j in op.operands]
 
-    def _float_of(self, place: int) -> str:
-        kind = self._kinds[place]
-        return kind.computed if kind.is_float else self._default
+    def _float_of(self, index: int) -> str:
+        vtype = self.types[index]
+        return vtype.computed if vtype.is_float else self._default
 
-    def _call(self, step: Step) -> str:
-        function, which = step.value
+    def _call(self, op: Op) -> str:
+        function, which = op.value
         if function not in self.calls:
             self.calls.append(function)
-        arguments = ", ".join(self._as(j, argument_dtype(self._kinds[j])) for j in step.operands)
+        arguments = ", ".join(self._as(j, argument_dtype(self.types[j])) for j in op.operands)
         part = "" if which is None else f"[{which}]"
         return f"call{self.calls.index(function)}({arguments}){part}"
 
-    def _power(self, step: Step, own: str, x: str, y: str) -> str:
-        exponent = self._formula.steps[step.operands[1]]
-        n = exponent.value if exponent.op == "const" else math.nan
+    def _power(self, op: Op, dtype: str, x: str, y: str) -> str:
+        exponent = self._ops[op.operands[1]]
+        n = exponent.value if exponent.name == "const" else math.nan
         if n in (0.5, -0.5):
-            root = f"{own}(math.sqrt({x}))"
-            return root if n > 0 else f"{own}({own}(1) / {root})"
+            root = f"{dtype}(math.sqrt({x}))"
+            return root if n > 0 else f"{dtype}({dtype}(1) / {root})"
         if not 1 <= abs(n) <= _LONGEST_POWER or n != int(n):
-            return f"{own}({x} ** {y})" if "float" in own else f"{own}(ar.pow_int({x}, {y}))"
-        # By squaring: x**5 is x (x x)(x x), with no call.
-        power = _product(x, int(abs(n)), own)
-        return f"{own}({power})" if n > 0 else f"{own}({own}(1) / {power})"
+            return f"{dtype}({x} ** {y})" if "float" in dtype else f"{dtype}(ar.pow_int({x}, {y}))"
+        # By squaring, without a call: x**5 is x (x x)(x x).
+        power = _product(x, int(abs(n)), dtype)
+        return f"{dtype}({power})" if n > 0 else f"{dtype}({dtype}(1) / {power})"
 
 
-def _product(x: str, n: int, own: str) -> str:
+def _product(x: str, n: int, dtype: str) -> str:
     if n == 1:
         return x
-    half = _product(x, n // 2, own)
-    square = f"{own}({half} * {half})"
-    return square if n % 2 == 0 else f"{own}({square} * {x})"
+    half = _product(x, n // 2, dtype)
+    square = f"{dtype}({half} * {half})"
+    return square if n % 2 == 0 else f"{dtype}({square} * {x})"
 
 
-def _operation(op: str, own: str, operands: list[str]) -> str:
+def _simple(name: str, dtype: str, operands: list[str]) -> str:
     x, y = operands[0], operands[-1]
-    if op in _DIVISIONS and "float" not in own:
-        return f"{own}(ar.{op}_int({x}, {y}))"
-    if op == "fmod":
-        return f"m.fmod({x}, {y})"
-    if op in ("floordiv", "mod"):
-        return f"ar.{op}_{own}({x}, {y})"
-    if op in ("add", "mul") and own == "bool":
-        return f"({x} {'|' if op == 'add' else '&'} {y})"
-    if op in ARITHMETIC:
-        return f"{own}({x} {ARITHMETIC[op]} {y})"
-    if op in EXTREMES:
-        return f"ar.{op}({x}, {y})"
-    if op in ("lshift", "rshift"):
-        bits = 8 * SIZES[own]
-        # Shifted to the right by one less, a negative number is -1 already.
-        return f"{own}(ar.{op}({x}, {y}, {bits - (op == 'rshift' and own != 'uint8')}))"
-    if op == "truediv":
-        return f"{own}({x} / {y})"
-    if op in BITWISE:
-        return f"({x} {BITWISE[op]} {y})" if own == "bool" else f"{own}({x} {BITWISE[op]} {y})"
-    if op == "invert":
-        return f"(not {x})" if own == "bool" else f"{own}(~{x})"
-    if op == "neg":
-        return f"{own}(-{x})"
-    if op == "abs":
-        return f"{own}(abs({x}))"
-    if op == "sign":
-        return f"({own}(1) if {x} > {own}(0) else ({own}(-1) if {x} < {own}(0) else {own}(0)))"
-    if op in ("float", "int"):
+    if name in _DIVISIONS and "float" not in dtype:
+        return f"{dtype}(ar.{name}_int({x}, {y}))"
+    if name in ("lshift", "rshift"):
+        bits = 8 * SIZES[dtype]
+        # A right shift by one bit less already gives 0 or -1.
+        return f"{dtype}(ar.{name}({x}, {y}, {bits - (name == 'rshift' and dtype != 'uint8')}))"
+    if name in ROUNDING and "float" not in dtype:
         return x
-    if op in ROUNDING:
-        return f"m.{op}({x})" if "float" in own else x
-    if f"{op}_{own}" in VECTORISED:
-        return f"s.{op}_{own}({x})"
-    if op in UNARY or op in BINARY:
-        home = "np" if op in _NUMPY else "math"
-        return f"{own}({home}.{op}({', '.join(operands)}))"
-    raise AssertionError(op)
+    if f"{name}_{dtype}" in VECTORISED:
+        return f"s.{name}_{dtype}({x})"
+    template = _TEMPLATES[name]
+    if dtype == "bool":
+        template = _BOOL_TEMPLATES.get(name, template)
+    return template.format(t=dtype, x=x, y=y)
 
 
 def cast(name: str, held: str, wanted: str) -> str:
-    """A value of one computed dtype as another."""
+    """A value converted from one computed dtype to another."""
     if held == wanted:
         return name
     if wanted == "bool":

@@ -1,9 +1,9 @@
-"""How the threads of a call share its items.
+"""How the threads of a call divide its items: a queue for each thread, and work stealing.
 
-All of them get the address of one row of whole numbers, which says what to do, and count there what
-they took. Each begins with a range of the items that is its own, as torch's operations divide them:
-what the operation before wrote, or read, is in the caches of the core that did it. Whoever is done
-helps the next, so that one that is held up does not hold up all.
+All threads get the address of the same call descriptor, an array of int64 with the parameters, the
+operands' addresses and the shared counters. A thread first takes chunks of its own queue, which is
+the range that torch's operations would give it, so its core's cache may hold that memory already.
+When its queue is empty it steals from the next one.
 """
 
 from __future__ import annotations
@@ -11,69 +11,69 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-# What the row has; then the operands' addresses, then for each thread what is taken of its range.
+# Then follow the operands' addresses and, for each thread, how many items of its queue are taken.
 CALL = (
-    *("ticket", "threads", "who", "ranges", "step", "items"),
-    *("meta", "scratch", "scratch_size", "from_end", "failed", "done"),
+    *("next_thread", "threads", "thread_id", "queues", "chunk", "items"),
+    *("meta", "scratch", "scratch_size", "backwards", "failed", "done"),
 )
-_WHERE = {name: i for i, name in enumerate(CALL)}
-# What each thread reads; the others are counted in, where they lie.
-_READ = [name for name in CALL if name not in ("ticket", "failed", "done")]
-TICKET, THREADS, RANGES = (_WHERE[name] for name in ("ticket", "threads", "ranges"))
-FROM_END, FAILED, DONE = (_WHERE[name] for name in ("from_end", "failed", "done"))
-# What is under FAILED where no function raised: an integer was divided by 0.
+_FIELD = {name: i for i, name in enumerate(CALL)}
+# Counters stay in memory; each thread reads the other fields once.
+_READ_ONCE = [name for name in CALL if name not in ("next_thread", "failed", "done")]
+NEXT_THREAD, THREADS, QUEUES = (_FIELD[name] for name in ("next_thread", "threads", "queues"))
+BACKWARDS, FAILED, DONE = (_FIELD[name] for name in ("backwards", "failed", "done"))
+# The value of "failed" if an integer was divided by 0; 1 if a function raised.
 ZERO_DIVISION = 2
-_PIECES = 32  # of a range
+_CHUNKS = 32  # of a queue
 
 
-def entry(addresses: Sequence[str]) -> list[str]:
-    """The first lines of a kernel: what each thread reads of the call whose address it gets."""
+def prologue(operands: Sequence[str]) -> list[str]:
+    """The first lines of a kernel: the descriptor's fields and the operands' addresses."""
     lines = ["def kernel(call):"]
-    lines += [f"    {name} = m.load_int64(call, {_WHERE[name]})" for name in _READ]
-    addressed = enumerate(addresses, start=len(CALL))
+    lines += [f"    {name} = m.load_int64(call, {_FIELD[name]})" for name in _READ_ONCE]
+    addressed = enumerate(operands, start=len(CALL))
     lines += [f"    {name} = m.load_int64(call, {i})" for i, name in addressed]
     return [
         *lines,
-        f"    ticket = m.take(call, {TICKET}, 1)",
-        "    scratch += ticket * scratch_size",
-        # A team of OpenMP numbers its threads; others are numbered as they come.
-        "    home = (m.answer(who) if who != 0 else ticket) % threads",
-        "    item, last, helped = -1, 0, 0",
+        f"    thread = m.fetch_add(call, {NEXT_THREAD}, 1)",
+        "    scratch += thread * scratch_size",
+        # OpenMP numbers the threads of a team; others are numbered in the order of their arrival.
+        "    queue = (m.call_int(thread_id) if thread_id != 0 else thread) % threads",
+        "    item, last, empty = -1, 0, 0",
     ]
 
 
-# A thread goes over the items it took, and takes the next ones until there are none; the last ones
-# first, if so called, but always forwards among those it took, as processors read ahead.
-ITEMS = (
+# The loop over items. `backwards` takes the last chunk of a queue first, but goes forwards within
+# a chunk, as hardware prefetchers do.
+ITEM_LOOP = (
     "    while True:",
     "        item += 1",
     "        if item >= last:",
-    "            while helped < threads:",
-    "                low, high = items * home // threads, items * (home + 1) // threads",
-    "                item = low + m.take(call, ranges + home, step)",
+    "            while empty < threads:",
+    "                low, high = items * queue // threads, items * (queue + 1) // threads",
+    "                item = low + m.fetch_add(call, queues + queue, chunk)",
     "                if item < high:",
     "                    break",
-    "                home, helped = (home + 1) % threads, helped + 1",
-    "            if helped == threads:",
+    "                queue, empty = (queue + 1) % threads, empty + 1",
+    "            if empty == threads:",
     "                break",
-    "            last = min(high, item + step)",
-    "            if from_end:",
+    "            last = min(high, item + chunk)",
+    "            if backwards:",
     "                item, last = low + high - last, low + high - item",
 )
 
 
-def row_of(
+def call_descriptor(
     items: int,
     addresses: Sequence[int],
     *,
     meta: int,
-    place: int,
     scratch: int,
+    scratch_size: int,
     threads: int,
-    who: int,
-    turns: bool,
+    thread_id: int,
+    chunked: bool,
 ) -> array[int]:
-    """The row of a call.
+    """The descriptor of a call.
 
     Parameters
     ----------
@@ -81,23 +81,24 @@ def row_of(
     addresses : sequence of int
         Of its operands.
     meta : int
-        The address of the numbers that its layout passes.
-    place : int
-        Where the memory begins that `scratch` bytes of are each thread's; what they need together
-        lies behind it, and its address is one more operand, the last.
-    scratch, threads : int
-    who : int
-        The address of a C function that tells a thread its number in the team, or 0.
-    turns : bool
-        Whether it may begin with the last items, so that even one thread takes pieces of them.
+        The address of the loop nest's parameters.
+    scratch : int
+        The address of the threads' scratch memory, `scratch_size` bytes each. Memory that they
+        share follows; its address is passed as the last operand.
+    scratch_size, threads : int
+    thread_id : int
+        The address of a C function that returns a thread's number in its team, or 0.
+    chunked : bool
+        Divide the queue into chunks even for one thread; `backwards` needs that.
     """
-    step = -(-items // (threads * _PIECES)) if threads > 1 or turns else items
-    ranges = len(CALL) + len(addresses) + 1
-    numbers = (0, threads, who, ranges, step, items, meta, place, scratch, 0, 0, 0)
-    return array("q", (*numbers, *addresses, place + scratch * threads, *[0] * threads))
+    chunk = -(-items // (threads * _CHUNKS)) if threads > 1 or chunked else items
+    queues = len(CALL) + len(addresses) + 1
+    fields = (0, threads, thread_id, queues, chunk, items, meta, scratch, scratch_size, 0, 0, 0)
+    shared = scratch + scratch_size * threads
+    return array("q", (*fields, *addresses, shared, *[0] * threads))
 
 
-def begin_again(row: array[int]) -> None:
-    """As if nothing had been done yet."""
-    row[TICKET] = row[DONE] = 0
-    row[row[RANGES] :] = array("q", bytes(8 * row[THREADS]))
+def reset(call: array[int]) -> None:
+    """Set the counters back to the state before the call."""
+    call[NEXT_THREAD] = call[DONE] = 0
+    call[call[QUEUES] :] = array("q", bytes(8 * call[THREADS]))

@@ -1,8 +1,8 @@
-"""Derivatives of formulas, exact and themselves formulas: so they have derivatives, too.
+"""Derivatives of expressions: exact, and expressions themselves, so they have derivatives, too.
 
-A tangent is carried forward from one argument through the steps, with None for "is zero". Each
-branch of a conditional is derived by itself and the condition then selects, so that an infinity in
-the branch not taken never meets a zero.
+Tangents are propagated forward through the ops (forward mode); None is a zero tangent. Each branch
+of a conditional is differentiated by itself and the condition selects one of the tangents, so an
+infinite tangent in the branch not taken is never multiplied by 0.
 """
 
 from __future__ import annotations
@@ -11,248 +11,187 @@ import math
 from collections.abc import Callable, Sequence
 
 from taskgrad.errors import DerivativeError
-from taskgrad.kernels.ir.expression import BITWISE, COMPARISONS, EXTREMES, Formula, Step, Writer
+from taskgrad.kernels.ir.expression import BITWISE, COMPARISONS, EXTREMES, Builder, Expression, Op
+from taskgrad.kernels.ir.symbols import Symbol
 
-# Where the result is flat, or not a number of the argument's kind.
-_FLAT = {*COMPARISONS, *BITWISE, "isnan", "isinf", "isfinite", "invert", "int", "zero"}
-_FLAT |= {"floor", "ceil", "trunc", "rint", "floordiv", "sign"}
+# Ops whose result is piecewise constant.
+_ZERO_TANGENT = {*COMPARISONS, *BITWISE, "isnan", "isinf", "isfinite", "invert", "int", "zero"}
+_ZERO_TANGENT |= {"floor", "ceil", "trunc", "rint", "floordiv", "sign"}
 
 
-def pullback(formula: Formula, wanted: Sequence[int]) -> Formula:
+def pullback(expression: Expression, wanted: Sequence[int]) -> Expression:
     """From the cotangents of the outputs, then the arguments, to the cotangents of those wanted.
 
     Raises
     ------
     DerivativeError
-        A step has no derivative; the message says which.
+        An op has no derivative; the message says which.
     """
-    count = len(formula.outputs)
-    writer = Writer(count + formula.arity)
-    places = _copy(writer, formula, shift=count)
+    count = len(expression.outputs)
+    builder, indices = _primal(expression, count)
     results = []
     for argument in wanted:
-        tangents = _tangents(writer, formula, places, {argument: writer.const(1.0)})
+        tangents = _tangents(builder, expression, indices, {argument: builder.const(1.0)})
         total: int | None = None
-        for k, output in enumerate(formula.outputs):
-            total = _add(writer, total, _mul(writer, k, tangents[output]))
-        results.append(writer.add("zero", count + argument) if total is None else total)
-    return Formula(count + formula.arity, tuple(writer.steps), tuple(results))
+        for k, output in enumerate(expression.outputs):
+            total = _add(builder, total, _mul(builder, k, tangents[output]))
+        results.append(builder.add("zero", count + argument) if total is None else total)
+    return builder.build(*results)
 
 
-def pushforward(formula: Formula, moving: Sequence[int]) -> Formula:
+def pushforward(expression: Expression, moving: Sequence[int]) -> Expression:
     """From the tangents of the moving arguments, then all arguments, to those of the outputs."""
-    count = len(moving)
-    writer = Writer(count + formula.arity)
-    places = _copy(writer, formula, shift=count)
+    builder, indices = _primal(expression, len(moving))
     seeds = {argument: k for k, argument in enumerate(moving)}
-    tangents = _tangents(writer, formula, places, seeds)
+    tangents = _tangents(builder, expression, indices, seeds)
     results = []
-    for output in formula.outputs:
+    for output in expression.outputs:
         tangent = tangents[output]
-        results.append(writer.add("zero", places[output]) if tangent is None else tangent)
-    return Formula(count + formula.arity, tuple(writer.steps), tuple(results))
+        results.append(builder.add("zero", indices[output]) if tangent is None else tangent)
+    return builder.build(*results)
 
 
-def partials(formula: Formula) -> list[float | None]:
-    """Each argument's derivative of the first output where it is the same everywhere, else None."""
-    writer = Writer(formula.arity)
-    places = _copy(writer, formula, shift=0)
+def constant_partials(expression: Expression) -> list[float | None]:
+    """The partial derivatives of the first output that are constants; None for each other."""
+    builder, indices = _primal(expression, 0)
     found: list[float | None] = []
-    for argument in range(formula.arity):
-        tangents = _tangents(writer, formula, places, {argument: writer.const(1.0)})
-        place = tangents[formula.outputs[0]]
-        step = None if place is None else writer.steps[place]
-        flat = 0.0 if step is None else step.value if step.op == "const" else None
-        found.append(flat)
+    for argument in range(expression.arity):
+        tangents = _tangents(builder, expression, indices, {argument: builder.const(1.0)})
+        tangent = tangents[expression.outputs[0]]
+        op = None if tangent is None else builder.ops[tangent]
+        found.append(0.0 if op is None else op.value if op.name == "const" else None)
     return found
 
 
-def _copy(writer: Writer, formula: Formula, shift: int) -> list[int]:
-    places: list[int] = []
-    for step in formula.steps:
-        if step.op == "arg":
-            places.append(step.value + shift)
-        else:
-            operands = [places[i] for i in step.operands]
-            places.append(writer.add(step.op, *operands, value=step.value))
-    return places
+def _primal(expression: Expression, extra: int) -> tuple[Builder, list[int]]:
+    """A builder with a copy of the expression, whose arguments follow `extra` other ones."""
+    arity = extra + expression.arity
+    builder = Builder(arity)
+    return builder, builder.copy(expression, range(extra, arity))
 
 
 def _tangents(
-    writer: Writer, formula: Formula, places: list[int], seeds: dict[int, int]
+    builder: Builder, expression: Expression, indices: list[int], seeds: dict[int, int]
 ) -> list[int | None]:
-    """The tangent of every step, given those of some arguments; None where it is zero."""
+    """The tangent of every op, given those of some arguments; None where it is zero."""
     tangents: list[int | None] = []
-    for step, place in zip(formula.steps, places, strict=True):
-        if step.op == "arg":
-            tangents.append(seeds.get(step.value))
-        elif step.op in _FLAT or all(tangents[i] is None for i in step.operands):
+    for op, index in zip(expression.ops, indices, strict=True):
+        if op.name == "arg":
+            tangents.append(seeds.get(op.value))
+        elif op.name in _ZERO_TANGENT or all(tangents[i] is None for i in op.operands):
             tangents.append(None)
-        elif step.op in EXTREMES:
-            tangents.append(_extreme(writer, step, places, tangents))
-        elif step.op == "select":
-            condition = places[step.operands[0]]
-            a, b = (tangents[i] for i in step.operands[1:])
-            tangents.append(_select(writer, condition, a, b))
+        elif op.name in EXTREMES:
+            tangents.append(_extreme(builder, op, indices, tangents))
+        elif op.name == "select":
+            condition = indices[op.operands[0]]
+            a, b = (tangents[i] for i in op.operands[1:])
+            tangents.append(_select(builder, condition, a, b))
         else:
             total: int | None = None
-            operands = [places[i] for i in step.operands]
-            for k, i in enumerate(step.operands):
+            operands = [indices[i] for i in op.operands]
+            for k, i in enumerate(op.operands):
                 if tangents[i] is not None:
-                    slope = _slope(writer, step, operands, place, k)
-                    total = _add(writer, total, _mul(writer, tangents[i], slope))
+                    partial = _partial(builder, op, operands, index, k)
+                    total = _add(builder, total, _mul(builder, tangents[i], partial))
             tangents.append(total)
     return tangents
 
 
 def _extreme(
-    writer: Writer, step: Step, places: list[int], tangents: list[int | None]
+    builder: Builder, op: Op, indices: list[int], tangents: list[int | None]
 ) -> int | None:
-    """That of the operand taken; half of each where they are equal, both where one is NaN."""
-    loses = "lt" if step.op == "maximum" else "gt"
-    x, y = (places[i] for i in step.operands)
+    """The tangent of the operand taken; half of each where they are equal, both if one is NaN."""
+    loses = "lt" if op.name == "maximum" else "gt"
+    x, y = (indices[i] for i in op.operands)
     total: int | None = None
     for k, (own, other) in enumerate(((x, y), (y, x))):
-        tangent = tangents[step.operands[k]]
+        tangent = tangents[op.operands[k]]
         if tangent is not None:
-            half = writer.add("mul", tangent, writer.const(0.5))
-            share = writer.add("select", writer.add("eq", x, y), half, tangent)
-            lost = writer.add(loses, own, other)
-            total = _add(writer, total, writer.add("select", lost, writer.const(0.0), share))
+            half = builder.add("mul", tangent, builder.const(0.5))
+            share = builder.add("select", builder.add("eq", x, y), half, tangent)
+            lost = builder.add(loses, own, other)
+            total = _add(builder, total, builder.add("select", lost, builder.const(0.0), share))
     return total
 
 
-def _slope(writer: Writer, step: Step, operands: list[int], place: int, k: int) -> int | None:
-    """The derivative of one step by its operand k."""
-    if step.op == "call":
-        return _slope_of_call(writer, step, operands, k)
-    rules = _RULES.get(step.op)
-    if rules is None:
-        raise DerivativeError(f"{step.op} has no derivative here: give derivative=")
-    return rules[k](writer, operands, place)
-
-
-def _slope_of_call(writer: Writer, step: Step, operands: list[int], k: int) -> int:
-    function = step.value[0]
+def _partial(builder: Builder, op: Op, operands: list[int], index: int, k: int) -> int:
+    """The partial derivative of one op by its operand k."""
+    if op.name != "call":
+        rules = _RULES.get(op.name)
+        if rules is None:
+            raise DerivativeError(f"{op.name} has no derivative here: give derivative=")
+        return rules[k](builder, operands, index)
+    function = op.value[0]
     if function.derivative is None:
         raise DerivativeError(
-            f"the derivative of {function.name} cannot be derived: {function.obstacle}. "
+            f"the derivative of {function.name} cannot be derived: {function.unsupported}. "
             "Give tg.vectorize the derivative= (a function of the same arguments)"
         )
-    return writer.insert(function.derivative, operands)[k]
+    return builder.call(function.derivative, operands)[k]
 
 
-def _is(writer: Writer, place: int | None, number: float) -> bool:
-    step = None if place is None else writer.steps[place]
-    return step is not None and step.op == "const" and step.value == number
-
-
-def _add(writer: Writer, a: int | None, b: int | None) -> int | None:
+def _add(builder: Builder, a: int | None, b: int | None) -> int | None:
     if a is None or b is None:
         return b if a is None else a
-    return writer.add("add", a, b)
+    return builder.add("add", a, b)
 
 
-def _mul(writer: Writer, a: int | None, b: int | None) -> int | None:
+def _mul(builder: Builder, a: int | None, b: int | None) -> int | None:
     if a is None or b is None:
         return None
-    if _is(writer, a, 1.0):
+    x, y = (op.value if op.name == "const" else None for op in (builder.ops[a], builder.ops[b]))
+    if x == 1.0:
         return b
-    if _is(writer, b, 1.0):
+    if y == 1.0:
         return a
-    if _is(writer, b, -1.0):
-        return writer.add("neg", a)
-    return writer.add("mul", a, b)
+    return builder.add("neg", a) if y == -1.0 else builder.add("mul", a, b)
 
 
-def _select(writer: Writer, condition: int, a: int | None, b: int | None) -> int | None:
+def _select(builder: Builder, condition: int, a: int | None, b: int | None) -> int | None:
     if a == b:
         return a
-    zero = writer.const(0.0)
-    return writer.add("select", condition, zero if a is None else a, zero if b is None else b)
+    zero = builder.const(0.0)
+    return builder.add("select", condition, zero if a is None else a, zero if b is None else b)
 
 
-Rule = Callable[[Writer, list[int], int], "int | None"]
+# Appends a partial derivative, given the indices of the operands and of the result.
+Rule = Callable[[Builder, list[int], int], int]
+
+
+class _Ops:
+    """``f.exp(x)`` appends an op."""
+
+    def __getattr__(self, name: str) -> Callable[..., Symbol]:
+        return lambda first, *others: first.op(name, first, *others)
 
 
 def _rule(text: str) -> Rule:
-    """A rule from arithmetic text over the operands x and y and the result z."""
+    """A rule from Python text over the operands x and y and the result z."""
     code = compile(text, "<rule>", "eval")
 
-    def slope(writer: Writer, operands: list[int], place: int) -> int | None:
-        names = dict(zip("xy", operands, strict=False)) | {"z": place}
-        shown = {name: _Written(writer, i) for name, i in names.items()}
-        result = eval(code, {"f": _Functions(writer)}, shown)
-        return result.place if isinstance(result, _Written) else writer.const(float(result))
+    def rule(builder: Builder, operands: list[int], index: int) -> int:
+        names = dict(zip("xy", operands, strict=False)) | {"z": index}
+        symbols = {name: Symbol(builder, i, bool) for name, i in names.items()}
+        result = eval(code, {"f": _Ops()}, symbols)
+        return result.index if isinstance(result, Symbol) else builder.const(float(result))
 
-    return slope
-
-
-class _Written:
-    """A step that arithmetic can be done on."""
-
-    def __init__(self, writer: Writer, place: int) -> None:
-        self.writer, self.place = writer, place
-
-    def _with(self, op: str, *others: object, swapped: bool = False) -> _Written:
-        operands = [o.place if isinstance(o, _Written) else self.writer.const(o) for o in others]  # type: ignore[arg-type]
-        row = [*operands, self.place] if swapped else [self.place, *operands]
-        return _Written(self.writer, self.writer.add(op, *row))
-
-    def __add__(self, other: object) -> _Written:
-        return self._with("add", other)
-
-    def __radd__(self, other: object) -> _Written:
-        return self._with("add", other, swapped=True)
-
-    def __sub__(self, other: object) -> _Written:
-        return self._with("sub", other)
-
-    def __rsub__(self, other: object) -> _Written:
-        return self._with("sub", other, swapped=True)
-
-    def __mul__(self, other: object) -> _Written:
-        return self._with("mul", other)
-
-    def __rmul__(self, other: object) -> _Written:
-        return self._with("mul", other, swapped=True)
-
-    def __truediv__(self, other: object) -> _Written:
-        return self._with("truediv", other)
-
-    def __rtruediv__(self, other: object) -> _Written:
-        return self._with("truediv", other, swapped=True)
-
-    def __neg__(self) -> _Written:
-        return self._with("neg")
+    return rule
 
 
-class _Functions:
-    """``f.exp(x)`` writes that operation."""
-
-    def __init__(self, writer: Writer) -> None:
-        self._writer = writer
-
-    def __getattr__(self, op: str) -> Callable[..., _Written]:
-        def apply(first: _Written, *others: object) -> _Written:
-            return first._with(op, *others)
-
-        return apply
+_POWER_BY_BASE = _rule("f.select(f.eq(y, 0), 0.0, y * f.pow(x, y - 1))")
 
 
-def _power_slope(writer: Writer, operands: list[int], place: int) -> int | None:
-    """y x**(y - 1), with the exponent's own number where it is one."""
+def _power_by_base(builder: Builder, operands: list[int], index: int) -> int:
+    """y x**(y - 1), simplified if the exponent is a constant."""
     x, y = operands
-    exponent = writer.steps[y]
-    if exponent.op != "const":
-        return _rule("f.select(f.eq(y, 0), 0.0, y * f.pow(x, y - 1))")(writer, operands, place)
+    exponent = builder.ops[y]
+    if exponent.name != "const":
+        return _POWER_BY_BASE(builder, operands, index)
     n = exponent.value
-    if n == 0:
-        return writer.const(0.0)
-    if n == 1:
-        return writer.const(1.0)
-    lower = x if n == 2 else writer.add("pow", x, writer.const(n - 1))
-    return writer.add("mul", writer.const(float(n)), lower)
+    if n in (0, 1):
+        return builder.const(float(n))
+    lower = x if n == 2 else builder.add("pow", x, builder.const(n - 1))
+    return builder.add("mul", builder.const(float(n)), lower)
 
 
 _RULES: dict[str, tuple[Rule, ...]] = {
@@ -298,6 +237,6 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         "fmod": ("1", "-f.trunc(x / y)"),
     }.items()
 }
-# At a base of 0 the logarithm is infinite and the power's own zero wins, as in torch.
-_BY_EXPONENT = "f.select(f.eq(x, 0), f.select(f.ge(y, 0), 0.0, z * f.log(x)), z * f.log(x))"
-_RULES["pow"] = (_power_slope, _rule(_BY_EXPONENT))
+# At a base of 0 the logarithm is infinite and the power's own zero counts, as in torch.
+_POWER_BY_EXPONENT = "f.select(f.eq(x, 0), f.select(f.ge(y, 0), 0.0, z * f.log(x)), z * f.log(x))"
+_RULES["pow"] = (_power_by_base, _rule(_POWER_BY_EXPONENT))

@@ -1,7 +1,7 @@
-"""Which dtype each step of a formula has: torch's promotion, with Python's numbers giving way.
+"""Type inference: the dtype of each op of an expression, by torch's promotion rules.
 
-A dtype is written by its torch name (``"float32"``). Half precision is computed in float32, and
-rounded once, when a result is stored.
+A dtype is its torch name (``"float32"``). Half precision is computed in float32 and rounded once,
+when a result is stored.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from taskgrad.kernels.ir.expression import COMPARISONS, EXTREMES, ROUNDING, Formula, Step
+from taskgrad.kernels.ir.expression import COMPARISONS, EXTREMES, ROUNDING, Expression, Op
 
 SIZES = {
     **dict.fromkeys(("bool", "uint8", "int8"), 1),
@@ -25,13 +25,13 @@ _TRUTHS = {*COMPARISONS, "isnan", "isinf", "isfinite"}
 _SAME = {"neg", "abs", "sign", "add", "sub", "mul", "floordiv", "mod", "fmod", "pow"}
 _SAME |= {*EXTREMES, *ROUNDING}
 _WHOLE = {"and", "or", "xor", "invert", "lshift", "rshift"}
-# What torch does with two bools: of "+" and "*" one comes, too, and the rest is refused.
+# What torch does with two bools: these give a bool, others are refused.
 _OF_BOOLS = {"add", "mul", "and", "or", "xor", "invert", "sign", *EXTREMES}
 
 
 @dataclass(frozen=True)
-class Kind:
-    """The dtype of a step; a weak one is a Python number's, and takes that of what it meets."""
+class ValueType:
+    """The dtype of a result; a weak one, of Python numbers, adopts that of the other operand."""
 
     dtype: str
     weak: bool = False
@@ -42,11 +42,11 @@ class Kind:
 
     @property
     def computed(self) -> str:
-        """The dtype that a processor computes in."""
+        """The dtype of the arithmetic."""
         return "float32" if self.dtype in HALVES else self.dtype
 
 
-def name_of(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """``"float32"`` of ``torch.float32``.
 
     Raises
@@ -63,121 +63,126 @@ def name_of(dtype: torch.dtype) -> str:
 @cache
 def torch_dtype(name: str) -> torch.dtype:
     """``torch.float32`` of ``"float32"``."""
-    found: torch.dtype = getattr(torch, name)
-    return found
+    return getattr(torch, name)
+
+
+def computed_dtype(name: str) -> torch.dtype:
+    """The dtype in which arithmetic on this one is done."""
+    return torch_dtype(ValueType(name).computed)
 
 
 def default_float() -> str:
-    """What integers become where a float comes out: torch's default dtype."""
-    return name_of(torch.get_default_dtype())
+    """torch's default dtype: the result of a float function of integers."""
+    return dtype_name(torch.get_default_dtype())
 
 
 @cache
 def _promoted(a: str, b: str) -> str:
-    return name_of(torch.promote_types(torch_dtype(a), torch_dtype(b)))
+    return dtype_name(torch.promote_types(torch_dtype(a), torch_dtype(b)))
 
 
-def promote(a: Kind, b: Kind, default: str) -> Kind:
-    """The kind of what comes of two."""
+def promote(a: ValueType, b: ValueType, default: str) -> ValueType:
+    """The common type of two operands."""
     if a.weak and b.weak:
         return a if a.is_float or b.dtype == "bool" else b
     if not a.weak and not b.weak:
-        return Kind(_promoted(a.dtype, b.dtype))
+        return ValueType(_promoted(a.dtype, b.dtype))
     weak, strong = (a, b) if a.weak else (b, a)
     if weak.is_float and not strong.is_float:
-        return Kind(default)
+        return ValueType(default)
     if weak.dtype != "bool" and strong.dtype == "bool":
-        return Kind("int64")
+        return ValueType("int64")
     return strong
 
 
-def kinds_of(
-    formula: Formula,
+def infer_types(
+    expression: Expression,
     inputs: Sequence[str],
     default: str,
-    kind_of_call: Callable[[Step, list[Kind]], Kind],
-) -> list[Kind]:
-    """The kind of every step, given the dtypes of the arguments.
+    type_of_call: Callable[[Op, list[ValueType]], ValueType],
+) -> list[ValueType]:
+    """The type of every op, given the dtypes of the arguments.
 
     Raises
     ------
     TypeError
-        An operation of whole numbers (``&``, ``<<``) is given floats.
+        An integer operation (``&``, ``<<``) is given floats.
     """
-    kinds: list[Kind] = []
-    for step in formula.steps:
-        operands = [kinds[i] for i in step.operands]
-        kind = _kind(step, operands, inputs, default, kind_of_call)
-        if not kind.is_float:
-            _check_numbers(step, kind, [formula.steps[i] for i in step.operands])
-        kinds.append(kind)
-    return kinds
+    vtypes: list[ValueType] = []
+    for op in expression.ops:
+        operands = [vtypes[i] for i in op.operands]
+        vtype = _type(op, operands, inputs, default, type_of_call)
+        if not vtype.is_float:
+            _check_numbers(op, vtype, [expression.ops[i] for i in op.operands])
+        vtypes.append(vtype)
+    return vtypes
 
 
-def _check_numbers(step: Step, kind: Kind, operands: list[Step]) -> None:
-    """Refuse, as torch does, a number with which an operation has no integer result."""
-    if step.op == "pow" and operands[1].op == "const" and operands[1].value < 0:
+def _check_numbers(op: Op, vtype: ValueType, operands: list[Op]) -> None:
+    """Refuse, as torch does, constants for which an op has no integer result."""
+    if op.name == "pow" and operands[1].name == "const" and operands[1].value < 0:
         raise TypeError(
-            f"{kind.dtype} to the power of {operands[1].value} is no integer, as in torch: "
+            f"{vtype.dtype} to the power of {operands[1].value} is no integer, as in torch: "
             "use float(...) of the base"
         )
-    if step.op in ("select", *EXTREMES) and kind.dtype != "bool":
-        info = torch.iinfo(torch_dtype(kind.dtype))
+    if op.name in ("select", *EXTREMES) and vtype.dtype != "bool":
+        info = torch.iinfo(torch_dtype(vtype.dtype))
         for operand in operands:
-            if operand.op == "const" and not info.min <= operand.value <= info.max:
-                raise TypeError(f"{operand.value} does not fit into {kind.dtype}")
+            if operand.name == "const" and not info.min <= operand.value <= info.max:
+                raise TypeError(f"{operand.value} does not fit into {vtype.dtype}")
 
 
-def _kind(
-    step: Step,
-    operands: list[Kind],
+def _type(
+    op: Op,
+    operands: list[ValueType],
     inputs: Sequence[str],
     default: str,
-    kind_of_call: Callable[[Step, list[Kind]], Kind],
-) -> Kind:
-    if step.op == "arg":
-        return Kind(inputs[step.value])
-    if step.op == "const":
-        value = step.value
+    type_of_call: Callable[[Op, list[ValueType]], ValueType],
+) -> ValueType:
+    if op.name == "arg":
+        return ValueType(inputs[op.value])
+    if op.name == "const":
+        value = op.value
         number = "bool" if isinstance(value, bool) else "int64"
-        return Kind("float64" if isinstance(value, float) else number, weak=True)
-    if step.op == "call":
-        return kind_of_call(step, operands)
-    if step.op in _TRUTHS:
-        return Kind("bool")
-    if step.op == "int":
-        return Kind("int64") if operands[0].is_float or operands[0].dtype == "bool" else operands[0]
-    if step.op == "select":
+        return ValueType("float64" if isinstance(value, float) else number, weak=True)
+    if op.name == "call":
+        return type_of_call(op, operands)
+    if op.name in _TRUTHS:
+        return ValueType("bool")
+    if op.name == "int":
+        (x,) = operands
+        return ValueType("int64") if x.is_float or x.dtype == "bool" else x
+    if op.name == "select":
         return promote(operands[1], operands[2], default)
     joined = operands[0]
     for other in operands[1:]:
         joined = promote(joined, other, default)
-    if step.op in _WHOLE and joined.is_float:
-        raise TypeError(f"{step.op} takes whole numbers, not {joined.dtype}")
-    if step.op in _WHOLE or step.op in _SAME:
-        if joined.dtype == "bool" and step.op not in _OF_BOOLS:
+    if op.name in _WHOLE and joined.is_float:
+        raise TypeError(f"{op.name} takes whole numbers, not {joined.dtype}")
+    if op.name in _WHOLE or op.name in _SAME:
+        if joined.dtype == "bool" and op.name not in _OF_BOOLS:
             raise TypeError(
-                f"{step.op} does not take bool, as in torch: use int(...) of it, or &, | and ^"
+                f"{op.name} does not take bool, as in torch: use int(...) of it, or &, | and ^"
             )
         return joined
-    return joined if joined.is_float else Kind(default, joined.weak)
+    return joined if joined.is_float else ValueType(default, joined.weak)
 
 
-def settled(kind: Kind, inputs: Sequence[Kind], default: str) -> str:
-    """The dtype of a result: a Python float takes that of the inputs, as ``torch.where`` does."""
-    if not kind.weak or not kind.is_float:
-        return kind.dtype
+def result_dtype(vtype: ValueType, inputs: Sequence[ValueType], default: str) -> str:
+    """The dtype of a result; a weak float adopts that of the inputs, as in ``torch.where``."""
+    if not vtype.weak or not vtype.is_float:
+        return vtype.dtype
     for other in inputs:
-        kind = promote(kind, other, default)
-    return default if kind.weak else kind.dtype
+        vtype = promote(vtype, other, default)
+    return default if vtype.weak else vtype.dtype
 
 
 def input_dtypes(tensors: Sequence[torch.Tensor], weak: Sequence[bool]) -> list[str]:
-    """The dtypes in which the arguments take part: numbers and 0-d tensors give way, as in torch.
+    """The arguments' dtypes for promotion: numbers and 0-d tensors adopt those of the others.
 
     `weak` says which arguments were Python numbers.
     """
-    names = [name_of(t.dtype) for t in tensors]
+    names = [dtype_name(t.dtype) for t in tensors]
     ranks = [0 if w else 1 if t.dim() == 0 else 2 for t, w in zip(tensors, weak, strict=True)]
     strong: dict[int, str] = {}
     for rank in sorted(set(ranks), reverse=True):

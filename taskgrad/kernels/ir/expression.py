@@ -1,4 +1,4 @@
-"""A scalar function as data: steps in a row, each an operation on earlier ones."""
+"""Scalar functions as expressions in SSA form: a list of ops, each on results of earlier ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 ARITHMETIC = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%"}
 BITWISE = {"and": "&", "or": "|", "xor": "^", "lshift": "<<", "rshift": ">>"}
-# Functions of floats that give a float, by their names in `math`.
+# Functions of floats that return a float, by their names in `math`.
 UNARY = {
     *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "cbrt"),
     *("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh"),
@@ -17,168 +17,172 @@ UNARY = {
     "rint",
 }
 BINARY = {"atan2", "hypot", "copysign", "fmod"}
-# Not a number where one of two is not, as torch has it.
+# They propagate NaN, as torch's do.
 EXTREMES = {"maximum": ">=", "minimum": "<="}
 ROUNDING = {"floor", "ceil", "trunc", "rint"}
 
 
 @dataclass(frozen=True)
-class Step:
+class Op:
     """One operation.
 
     Attributes
     ----------
-    op : str
+    name : str
         ``arg`` (an argument), ``const`` (a number), ``call`` (of another function), ``select`` (the
-        second operand where the first is true, else the third), or an operation by its name.
+        second operand where the first is true, else the third), or the operation's name.
     operands : tuple of int
-        Places of earlier steps.
+        Indices of earlier ops.
     value : object
-        The number of the argument; the constant; for ``call`` a `Function` and which output.
+        For ``arg`` its position, for ``const`` the number, for ``call`` the `ScalarFunction` and
+        which of its outputs (None: it returns one number).
     """
 
-    op: str
+    name: str
     operands: tuple[int, ...] = ()
     value: Any = None
 
 
 @dataclass(frozen=True)
-class Formula:
-    """Steps whose first `arity` are the arguments, and the places of those that are the results."""
+class Expression:
+    """Ops, of which the first `arity` are the arguments, and the indices of the results."""
 
     arity: int
-    steps: tuple[Step, ...]
+    ops: tuple[Op, ...]
     outputs: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Function:
-    """A scalar function with all that is known of it.
+class ScalarFunction:
+    """A scalar function, traced.
 
     Attributes
     ----------
     name : str
-    formula : Formula or None
-        Of one output; None where the function could not be read as one.
-    plain : callable or None
-        The Python function, where there is no formula.
-    obstacle : str
-        Why it could not, else empty.
-    derivative : Formula or None
-        Given by the user: an output for each argument.
+    expression : Expression or None
+        With one output; None if tracing failed.
+    python : callable or None
+        If there is no expression, the Python function, unless it may not be compiled either.
+    unsupported : str
+        Why there is no expression; empty if there is one.
+    derivative : Expression or None
+        Given by the user: one output for each argument.
     """
 
     name: str
-    formula: Formula | None
-    plain: Callable[..., Any] | None = None
-    obstacle: str = ""
-    derivative: Formula | None = None
+    expression: Expression | None
+    python: Callable[..., Any] | None = None
+    unsupported: str = ""
+    derivative: Expression | None = None
 
 
-class Writer:
-    """Writes steps down, each different one once."""
+class Builder:
+    """Appends ops to a list; an op that is there already is reused (value numbering)."""
 
-    def __init__(self, arity: int = 0, steps: Sequence[Step] = ()) -> None:
-        self.steps = list(steps)
-        self._places = {_identity(step): i for i, step in enumerate(self.steps)}
+    def __init__(self, arity: int) -> None:
+        self.ops: list[Op] = []
+        self._indices: dict[tuple[Any, ...], int] = {}
         for i in range(arity):
             self.add("arg", value=i)
 
-    def add(self, op: str, *operands: int, value: Any = None) -> int:
-        """The place of this operation, which is new if nothing like it was there."""
-        step = Step(op, operands, value)
-        key = _identity(step)
-        if key not in self._places:
-            self._places[key] = len(self.steps)
-            self.steps.append(step)
-        return self._places[key]
+    def add(self, name: str, *operands: int, value: Any = None) -> int:
+        """The index of this op."""
+        # 1, 1.0 and True are equal but different constants; so are 0.0 and -0.0.
+        key = name, operands, type(value), repr(value) if name == "const" else value
+        if key not in self._indices:
+            self._indices[key] = len(self.ops)
+            self.ops.append(Op(name, operands, value))
+        return self._indices[key]
 
     def const(self, value: float) -> int:
-        """The place of a number."""
+        """The index of a constant."""
         return self.add("const", value=value)
 
-    def insert(self, formula: Formula, arguments: Sequence[int]) -> list[int]:
-        """Write a whole formula with these steps as its arguments; the places of its outputs."""
-        places: list[int] = []
-        for step in formula.steps:
-            if step.op == "arg":
-                places.append(arguments[step.value])
+    def copy(self, expression: Expression, arguments: Sequence[int]) -> list[int]:
+        """Append an expression applied to these arguments; the indices of all of its ops."""
+        indices: list[int] = []
+        for op in expression.ops:
+            if op.name == "arg":
+                indices.append(arguments[op.value])
             else:
-                operands = [places[i] for i in step.operands]
-                places.append(self.add(step.op, *operands, value=step.value))
-        return [places[i] for i in formula.outputs]
+                operands = [indices[i] for i in op.operands]
+                indices.append(self.add(op.name, *operands, value=op.value))
+        return indices
+
+    def call(self, expression: Expression, arguments: Sequence[int]) -> list[int]:
+        """As `copy`, but the indices of the expression's outputs."""
+        indices = self.copy(expression, arguments)
+        return [indices[i] for i in expression.outputs]
+
+    def build(self, *outputs: int) -> Expression:
+        """The expression of the ops so far with these outputs."""
+        arity = sum(op.name == "arg" for op in self.ops)
+        return Expression(arity, tuple(self.ops), outputs)
 
 
-def _identity(step: Step) -> tuple[Any, ...]:
-    # 1, 1.0 and True are equal and not the same constant, and so are 0.0 and -0.0.
-    value = step.value
-    return step.op, step.operands, type(value), repr(value) if step.op == "const" else value
+def call_of(function: ScalarFunction, arity: int) -> Expression:
+    """A function's expression, or a ``call`` op if there is none or it has its own derivative."""
+    if function.expression is not None and function.derivative is None:
+        return function.expression
+    builder = Builder(arity)
+    return builder.build(builder.add("call", *range(arity), value=(function, None)))
 
 
-def called(function: Function, arity: int) -> Formula:
-    """A function's formula; one call of it where that or a given derivative has to be kept."""
-    if function.formula is not None and function.derivative is None:
-        return function.formula
-    steps = [Step("arg", (), i) for i in range(arity)]
-    call = Step("call", tuple(range(arity)), (function, None))
-    return Formula(arity, (*steps, call), (arity,))
+def pruned(expression: Expression) -> Expression:
+    """The same without dead code."""
+    return _rebuilt(expression, inline=False)
 
 
-def pruned(formula: Formula) -> Formula:
-    """The same formula without the steps that no output needs."""
-    return _rewritten(formula, expand=False)
+def inlined(expression: Expression) -> Expression:
+    """The same without dead code, and with calls replaced by the expressions of their functions."""
+    return _rebuilt(expression, inline=True)
 
 
-def expanded(formula: Formula) -> Formula:
-    """The same, and with the steps of the functions that it calls in the place of the calls."""
-    return _rewritten(formula, expand=True)
-
-
-def _rewritten(formula: Formula, expand: bool) -> Formula:
-    writer = Writer(formula.arity)
-    places: dict[int, int] = {}
-    for i in _needed(formula):
-        step = formula.steps[i]
-        operands = [places[j] for j in step.operands]
-        inner = step.value[0].formula if expand and step.op == "call" else None
-        if inner is not None:
-            places[i] = writer.insert(expanded(inner), operands)[0]
+def _rebuilt(expression: Expression, inline: bool) -> Expression:
+    builder = Builder(expression.arity)
+    indices: dict[int, int] = {}
+    for i in _live(expression):
+        op = expression.ops[i]
+        operands = [indices[j] for j in op.operands]
+        callee = op.value[0].expression if inline and op.name == "call" else None
+        if callee is not None:
+            indices[i] = builder.call(inlined(callee), operands)[0]
         else:
-            places[i] = writer.add(step.op, *operands, value=step.value)
-    return Formula(formula.arity, tuple(writer.steps), tuple(places[i] for i in formula.outputs))
+            indices[i] = builder.add(op.name, *operands, value=op.value)
+    return builder.build(*(indices[i] for i in expression.outputs))
 
 
-def _needed(formula: Formula) -> list[int]:
-    wanted = set(formula.outputs)
-    for i in range(len(formula.steps) - 1, -1, -1):
-        if i in wanted:
-            wanted.update(formula.steps[i].operands)
-    return sorted(wanted)
+def _live(expression: Expression) -> list[int]:
+    """The indices of the ops that the outputs depend on."""
+    live = set(expression.outputs)
+    for i in range(len(expression.ops) - 1, -1, -1):
+        if i in live:
+            live.update(expression.ops[i].operands)
+    return sorted(live)
 
 
-def text_of(formula: Formula, names: Sequence[str] | None = None) -> str:
-    """The formula for a reader: one line a step.
+def format_expression(expression: Expression) -> str:
+    """The expression as text, one line an op.
 
     Examples
     --------
-    >>> writer = Writer(1)
-    >>> place = writer.add("mul", 0, writer.const(2.0))
-    >>> print(text_of(Formula(1, tuple(writer.steps), (place,))))
+    >>> builder = Builder(1)
+    >>> print(format_expression(builder.build(builder.add("mul", 0, builder.const(2.0)))))
     v2 = mul(a0, 2.0)
     return v2
     """
 
     def name(i: int) -> str:
-        step = formula.steps[i]
-        if step.op == "arg":
-            return names[step.value] if names else f"a{step.value}"
-        return repr(step.value) if step.op == "const" else f"v{i}"
+        op = expression.ops[i]
+        if op.name == "arg":
+            return f"a{op.value}"
+        return repr(op.value) if op.name == "const" else f"v{i}"
 
     lines = []
-    for i in _needed(formula):
-        step = formula.steps[i]
-        if step.op not in ("arg", "const"):
-            called = step.value[0].name if step.op == "call" else step.op
-            lines.append(f"v{i} = {called}({', '.join(map(name, step.operands))})")
-    lines.append(f"return {', '.join(map(name, formula.outputs))}")
+    for i in _live(expression):
+        op = expression.ops[i]
+        if op.name not in ("arg", "const"):
+            callee = op.value[0].name if op.name == "call" else op.name
+            lines.append(f"v{i} = {callee}({', '.join(map(name, op.operands))})")
+    lines.append(f"return {', '.join(map(name, expression.outputs))}")
     return "\n".join(lines)

@@ -1,9 +1,8 @@
-"""Find code that a scalar function must not contain, as its compiled form would do something else.
+"""Check a scalar function's bytecode for purity: no side effects, no hidden state.
 
-A kernel computes an element from other elements and constants. Code that reads or changes anything
-else (a clock, random numbers, a counter, a list outside) would run once, when the function is
-compiled, instead of once for each element. Error handlers would never run, as torch's arithmetic
-does not raise. Both are found in the bytecode, before the function is called.
+Code that reads or changes state (a clock, random numbers, a counter, a list outside) would run
+once, when the function is compiled, instead of once for each element. Error handlers would never
+run, as torch's arithmetic does not raise.
 """
 
 from __future__ import annotations
@@ -18,31 +17,46 @@ from typing import Any
 
 import numpy as np
 
+from taskgrad.kernels.ir.bytecode import nested_codes
+
 _BUILTINS = {
     *("abs", "all", "any", "bool", "dict", "divmod", "enumerate", "filter", "float", "frozenset"),
     *("int", "isinstance", "iter", "len", "list", "map", "max", "min", "next", "pow", "range"),
     *("reversed", "round", "set", "slice", "sorted", "sum", "tuple", "type", "zip", "complex"),
 }
-# Modules of the standard library without state.
+# Stateless modules of the standard library.
 _MODULES = {
     *("math", "cmath", "operator", "functools", "itertools", "numbers", "collections", "types"),
     *("typing", "enum", "dataclasses", "builtins", "_operator", "_functools", "fractions"),
     *("decimal", "statistics", "abc", "argparse", "__future__", "__main__"),
 }
-_CHANGES = {
+_MUTATORS = {
     *("append", "extend", "insert", "remove", "pop", "clear", "sort", "reverse", "update", "add"),
     *("discard", "setdefault", "popitem", "popleft", "appendleft", "rotate", "write", "fill"),
 }
 _LOADS = {"LOAD_GLOBAL", "LOAD_DEREF", "LOAD_NAME", "LOAD_CLASSDEREF"}
 
 
-def objection(fn: Any) -> str:
-    """Why the function cannot be compiled to what it means in Python; empty if it can."""
-    return next(_objections(fn, set()), "")
+_ONCE = "once and not for each element"
+_REJECTED = {
+    **dict.fromkeys(("STORE_GLOBAL", "DELETE_GLOBAL"), f"it sets the global {{}}, {_ONCE}"),
+    **dict.fromkeys(("STORE_ATTR", "DELETE_ATTR"), f"it sets the attribute {{}}, {_ONCE}"),
+    **dict.fromkeys(
+        ("PUSH_EXC_INFO", "SETUP_FINALLY"),
+        "it handles errors (try, with), of which torch's arithmetic raises none",
+    ),
+    **dict.fromkeys(("IMPORT_NAME", "LOAD_BUILD_CLASS"), "it imports or defines a class"),
+    "MATCH_CLASS": "it matches a class, and what kind of number an argument is, is known later",
+}
 
 
-def _objections(fn: Any, seen: set[int]) -> Iterator[str]:
-    fn = _function(fn)
+def rejection(fn: Any) -> str:
+    """Why compiling the function would change its meaning; empty if it would not."""
+    return next(_rejections(fn, set()), "")
+
+
+def _rejections(fn: Any, seen: set[int]) -> Iterator[str]:
+    fn = _python_function(fn)
     if fn is None or id(fn) in seen or (fn.__module__ or "").startswith(("torch", "numpy")):
         return
     seen.add(id(fn))
@@ -53,23 +67,23 @@ def _objections(fn: Any, seen: set[int]) -> Iterator[str]:
             values[name] = cell.cell_contents
         except ValueError:  # a function that refers to one defined later
             continue
-    for code in _codes(fn.__code__):
+    for code in nested_codes(fn.__code__):
         yield from _in_code(code, set(outside), fn.__globals__, values)
         for name in code.co_names:
             if name in fn.__globals__:
                 values[name] = fn.__globals__[name]
     for name, value in values.items():
         yield from _about(name, value)
-        yield from _objections(value, seen)
+        yield from _rejections(value, seen)
         if isinstance(value, types.ModuleType) or _is_instance(value):
             for attribute in fn.__code__.co_names:
                 found = getattr(type(value) if _is_instance(value) else value, attribute, None)
                 if isinstance(found, types.FunctionType):
-                    yield from _objections(found, seen)
+                    yield from _rejections(found, seen)
 
 
-def _function(value: Any) -> types.FunctionType | None:
-    """The Python function that a call of this runs, where there is one."""
+def _python_function(value: Any) -> types.FunctionType | None:
+    """The Python function that calling this value runs, if any."""
     while True:
         if isinstance(value, types.FunctionType):
             return value
@@ -78,7 +92,7 @@ def _function(value: Any) -> types.FunctionType | None:
         elif isinstance(value, types.MethodType):
             value = value.__func__
         elif isinstance(getattr(value, "py_func", None), types.FunctionType):
-            value = value.py_func  # Numba's own decorator made it
+            value = value.py_func  # decorated by Numba
         elif _is_instance(value) and not hasattr(value, "__torch_function__"):
             value = vars(type(value)).get("__call__")
         else:
@@ -86,7 +100,7 @@ def _function(value: Any) -> types.FunctionType | None:
 
 
 def _is_instance(value: Any) -> bool:
-    """Whether it is an object of a class that a user wrote."""
+    """True for an instance of a class that a user wrote."""
     kind = type(value)
     return (
         kind.__module__.partition(".")[0]
@@ -95,15 +109,8 @@ def _is_instance(value: Any) -> bool:
     ) and not kind.__module__.startswith("taskgrad")
 
 
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
-
-
 def _about(name: str, value: Any) -> Iterator[str]:
-    """Why a value from outside the function cannot be used."""
+    """Why the function may not use this value from outside."""
     if isinstance(value, types.ModuleType):
         first = value.__name__.partition(".")[0]
         if first in sys.stdlib_module_names and first not in _MODULES:
@@ -127,41 +134,33 @@ def _in_code(
     if code.co_flags & (0x20 | 0x80 | 0x200) and code.co_name != "<genexpr>":
         yield f"line {code.co_firstlineno}: a generator or coroutine gives no number"
     raised = [
-        (step.positions.lineno, step.positions.end_lineno)
-        for step in dis.get_instructions(code)
-        if step.opname == "RAISE_VARARGS" and step.positions is not None
+        (instruction.positions.lineno, instruction.positions.end_lineno)
+        for instruction in dis.get_instructions(code)
+        if instruction.opname == "RAISE_VARARGS" and instruction.positions is not None
     ]
     before = None
     line = code.co_firstlineno
-    for step in dis.get_instructions(code):
-        if step.positions is not None and step.positions.lineno is not None:
-            line = step.positions.lineno
-        if step.opname in ("FORMAT_VALUE", "FORMAT_SIMPLE", "FORMAT_WITH_SPEC") and not any(
+    for instruction in dis.get_instructions(code):
+        if instruction.positions is not None and instruction.positions.lineno is not None:
+            line = instruction.positions.lineno
+        if instruction.opname in ("FORMAT_VALUE", "FORMAT_SIMPLE", "FORMAT_WITH_SPEC") and not any(
             first <= line <= last for first, last in raised if first and last
         ):
             yield f"line {line}: it writes a number as text"
-        for reason in _in_step(step, before, outside, names, values):
+        for reason in _in_instruction(instruction, before, outside, names, values):
             yield f"line {line}: {reason}"
-        if step.opname not in ("PUSH_NULL", "COPY", "SWAP", "CACHE"):
-            before = step
+        if instruction.opname not in ("PUSH_NULL", "COPY", "SWAP", "CACHE"):
+            before = instruction
 
 
-def _in_step(
-    step: Any, before: Any, outside: set[str], names: dict[str, Any], values: dict[str, Any]
+def _in_instruction(
+    instruction: Any, before: Any, outside: set[str], names: dict[str, Any], values: dict[str, Any]
 ) -> Iterator[str]:
-    op, argument = step.opname, step.argval
-    if op in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-        yield f"it sets the global {argument}, once and not for each element"
+    op, argument = instruction.opname, instruction.argval
+    if op in _REJECTED:
+        yield _REJECTED[op].format(argument)
     elif op in ("STORE_DEREF", "DELETE_DEREF") and argument in outside:
-        yield f"it sets {argument} of the function around it, once and not for each element"
-    elif op in ("STORE_ATTR", "DELETE_ATTR"):
-        yield f"it sets the attribute {argument}, once and not for each element"
-    elif op in ("PUSH_EXC_INFO", "SETUP_FINALLY"):
-        yield "it handles errors (try, with), of which torch's arithmetic raises none"
-    elif op in ("IMPORT_NAME", "LOAD_BUILD_CLASS"):
-        yield "it imports or defines a class"
-    elif op == "MATCH_CLASS":
-        yield "it matches a class, and what kind of number an argument is, is known later"
+        yield f"it sets {argument} of the function around it, {_ONCE}"
     elif op == "IS_OP" and before is not None:
         is_number = before.opname == "LOAD_CONST" and before.argval is not None
         if is_number or before.opname.startswith("LOAD_FAST"):
@@ -175,7 +174,7 @@ def _in_step(
         owner = values.get(before.argval, names.get(before.argval))
         if owner is np and argument == "random":
             yield "numpy.random is no part of arithmetic"
-        if argument in _CHANGES and not isinstance(owner, types.ModuleType):
+        if argument in _MUTATORS and not isinstance(owner, types.ModuleType):
             yield f"{before.argval}.{argument} changes something outside"
 
 
@@ -185,12 +184,12 @@ def _allowed(name: str) -> bool:
     return name in _BUILTINS or is_error or name in ("True", "False", "None", "__debug__")
 
 
-def frozen(value: Any) -> Any:
-    """A container from outside as one that cannot be changed; everything else as it is."""
+def read_only(value: Any) -> Any:
+    """A read-only copy or view of a container; any other value unchanged."""
     if type(value) is list:
-        return _List(map(frozen, value))
+        return _List(map(read_only, value))
     if type(value) is dict:
-        return types.MappingProxyType({k: frozen(v) for k, v in value.items()})
+        return types.MappingProxyType({k: read_only(v) for k, v in value.items()})
     if type(value) is set:
         return frozenset(value)
     if isinstance(value, np.ndarray):
@@ -200,7 +199,7 @@ def frozen(value: Any) -> Any:
 
 
 class _List(list[Any]):
-    """A list that cannot be changed."""
+    """A read-only list."""
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise TypeError("a list from outside is changed")

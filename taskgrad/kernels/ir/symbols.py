@@ -1,4 +1,4 @@
-"""Stand-ins for numbers: what is done with them is written down as steps of a formula."""
+"""Symbolic numbers for tracing: operations on them become ops of an expression."""
 
 from __future__ import annotations
 
@@ -14,104 +14,75 @@ from taskgrad.kernels.ir.expression import (
     COMPARISONS,
     EXTREMES,
     UNARY,
-    Writer,
+    Builder,
+    Expression,
 )
 
 
-class ObstacleError(Exception):
-    """Something that cannot be written down as a step."""
+class UnsupportedError(Exception):
+    """Tracing met something that no op expresses."""
 
 
-class RefusedError(ObstacleError):
-    """Something that Numba would not do as Python does, either."""
+class RejectedError(UnsupportedError):
+    """Tracing met something that Numba would compile to another meaning than Python's."""
 
 
 class Symbol:
-    """A number that is not known yet.
+    """A number that is not known yet; operations on it append ops to an expression (a tracer).
 
     Parameters
     ----------
-    writer : Writer
-        Where the steps go.
-    place : int
-        Of the step whose result this is.
+    builder : Builder
+        Gets the ops.
+    index : int
+        Of the op whose result this is.
     decide : callable
-        Is asked when Python wants to know whether this is true.
+        Called with the index when Python asks for the symbol's truth value.
     """
 
-    __slots__ = ("decide", "place", "writer")
+    __slots__ = ("builder", "decide", "index")
     __array_priority__ = 1000
 
-    def __init__(self, writer: Writer, place: int, decide: Callable[[int], bool]) -> None:
-        self.writer, self.place, self.decide = writer, place, decide
+    def __init__(self, builder: Builder, index: int, decide: Callable[[int], bool]) -> None:
+        self.builder, self.index, self.decide = builder, index, decide
 
-    def step(self, op: str, *operands: Any) -> Symbol:
-        """The result of an operation on these, of which this need not be one."""
-        places = [self.place_of(o) for o in operands]
-        return Symbol(self.writer, self.writer.add(op, *places), self.decide)
+    def op(self, name: str, *operands: Any) -> Symbol:
+        """The result of an op on symbols or numbers; `self` is an operand only if given as one."""
+        indices = [self.index_of(o) for o in operands]
+        return Symbol(self.builder, self.builder.add(name, *indices), self.decide)
 
-    def place_of(self, value: Any) -> int:
-        """The place of a symbol or of a number."""
+    def index_of(self, value: Any) -> int:
+        """The index of a symbol or of a number, which becomes a constant."""
         if isinstance(value, Symbol):
-            return value.place
+            return value.index
         value = _number(value)
         if not isinstance(value, bool | int | float):
-            raise ObstacleError(f"a {type(value).__name__} is not a number")
+            raise UnsupportedError(f"a {type(value).__name__} is not a number")
         if not (isinstance(value, float) or -(2**63) <= value < 2**63):
-            raise RefusedError(f"{value} does not fit into 64 bits: write it as a float")
-        return self.writer.const(value)
+            raise RejectedError(f"{value} does not fit into 64 bits: write it as a float")
+        return self.builder.const(value)
 
     def __bool__(self) -> bool:
-        return self.decide(self.place)
-
-    def __pow__(self, other: Any, modulus: None = None) -> Symbol:
-        return self.step("pow", self, other)
-
-    def __rpow__(self, other: Any) -> Symbol:
-        return self.step("pow", other, self)
-
-    def __truediv__(self, other: Any) -> Symbol:
-        return self.step("truediv", self, other)
-
-    def __rtruediv__(self, other: Any) -> Symbol:
-        return self.step("truediv", other, self)
+        return self.decide(self.index)
 
     def __divmod__(self, other: Any) -> tuple[Symbol, Symbol]:
-        return self.step("floordiv", self, other), self.step("mod", self, other)
-
-    def __neg__(self) -> Symbol:
-        return self.step("neg", self)
+        return self.op("floordiv", self, other), self.op("mod", self, other)
 
     def __pos__(self) -> Symbol:
         return self
 
-    def __abs__(self) -> Symbol:
-        return self.step("abs", self)
-
-    def __invert__(self) -> Symbol:
-        return self.step("invert", self)
-
     def __round__(self, digits: int | None = None) -> Symbol:
         if digits:
-            raise ObstacleError("round to a number of digits")
-        return self.step("rint", self)
-
-    def __floor__(self) -> Symbol:
-        return self.step("floor", self)
-
-    def __ceil__(self) -> Symbol:
-        return self.step("ceil", self)
-
-    def __trunc__(self) -> Symbol:
-        return self.step("trunc", self)
+            raise UnsupportedError("round to a number of digits")
+        return self.op("rint", self)
 
     def __float__(self) -> float:
-        raise ObstacleError("a number is wanted here that is known only when the loop runs")
+        raise UnsupportedError("a number is wanted here that is known only when the loop runs")
 
     __int__ = __index__ = __complex__ = __float__
 
     def __str__(self) -> str:
-        raise ObstacleError("a number is written as text that is known only when the loop runs")
+        raise UnsupportedError("a number is written as text that is known only when the loop runs")
 
     __repr__ = __str__
 
@@ -119,38 +90,43 @@ class Symbol:
         return str(self)
 
     def __iter__(self) -> Any:
-        raise ObstacleError("an argument is a number, and a number has no parts")
+        raise UnsupportedError("an argument is a number, and a number has no parts")
 
     __len__ = __getitem__ = __iter__
     __hash__ = None  # type: ignore[assignment]
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         if method != "__call__" or options:
-            raise ObstacleError(f"numpy.{ufunc.__name__}.{method}")
+            raise UnsupportedError(f"numpy.{ufunc.__name__}.{method}")
         return apply(ufunc.__name__, inputs, "numpy")
 
     @classmethod
     def __torch_function__(cls, fn: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if kwargs:
-            raise ObstacleError(f"options of torch.{fn.__name__}")
+            raise UnsupportedError(f"options of torch.{fn.__name__}")
         return apply(fn.__name__, args, "torch")
 
 
-def _operator(op: str, swapped: bool) -> Callable[[Symbol, Any], Symbol]:
+def _binary(name: str, swapped: bool = False) -> Callable[[Symbol, Any], Symbol]:
     if swapped:
-        return lambda self, other: self.step(op, other, self)
-    return lambda self, other: self.step(op, self, other)
+        return lambda self, other: self.op(name, other, self)
+    return lambda self, other: self.op(name, self, other)
 
 
-for _op in (*ARITHMETIC, *BITWISE):
-    setattr(Symbol, f"__{_op}__", _operator(_op, swapped=False))
-    setattr(Symbol, f"__r{_op}__", _operator(_op, swapped=True))
-for _op in COMPARISONS:
-    setattr(Symbol, f"__{_op}__", _operator(_op, swapped=False))
+def _unary(name: str) -> Callable[[Symbol], Symbol]:
+    return lambda self: self.op(name, self)
+
+
+for _name in ("neg", "abs", "invert", "floor", "ceil", "trunc"):
+    setattr(Symbol, f"__{_name}__", _unary(_name))
+for _name in (*ARITHMETIC, *BITWISE, *COMPARISONS, "truediv", "pow"):
+    setattr(Symbol, f"__{_name}__", _binary(_name))
+for _name in (*ARITHMETIC, *BITWISE, "truediv", "pow"):
+    setattr(Symbol, f"__r{_name}__", _binary(_name, swapped=True))
 
 
 def _number(value: Any) -> Any:
-    """What a tensor or an array without dimensions holds; everything else as it is."""
+    """The number in a 0-d tensor or array; any other value unchanged."""
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
 
 
@@ -159,60 +135,41 @@ def _symbol_in(values: Any) -> Symbol:
 
 
 def _where(condition: Any, a: Any, b: Any) -> Any:
-    return _symbol_in((condition, a, b)).step("select", condition, a, b)
-
-
-def _log(x: Any, base: Any = None) -> Any:
-    if base is None:
-        return apply("log", (x,))
-    return apply("log", (x,)) / apply("log", (base,))
+    return _symbol_in((condition, a, b)).op("select", condition, a, b)
 
 
 def _sigmoid(x: Any) -> Any:
-    x = x.step("float", x)
-    grown = apply("exp", (x,))  # infinite where the other one is taken
-    return _where(x >= 0, 1 / (1 + apply("exp", (-x,))), grown / (1 + grown))
+    x = x.op("float", x)
+    exp = apply("exp", (x,))  # may overflow only where the other branch is selected
+    return _where(x >= 0, 1 / (1 + apply("exp", (-x,))), exp / (1 + exp))
 
 
-# What is not one step, by its names in math, numpy and torch.
+# Functions that are several ops, by their names in math, numpy and torch.
 _COMPOSED: dict[str, Callable[..., Any]] = {
-    "log": _log,
-    "where": _where,
-    "sigmoid": _sigmoid,
+    **{"where": _where, "sigmoid": _sigmoid},
+    **dict.fromkeys(("abs", "fabs", "absolute"), abs),
+    **dict.fromkeys(("pow", "power"), operator.pow),
+    **dict.fromkeys(("sub", "subtract"), operator.sub),
+    **dict.fromkeys(("mul", "multiply"), operator.mul),
+    **dict.fromkeys(("div", "divide", "true_divide"), operator.truediv),
+    **{"add": operator.add, "remainder": operator.mod, "negative": operator.neg},
+    **{name: _unary(name) for name in ("isnan", "isinf", "isfinite")},
+    "log": lambda x, base: apply("log", (x,)) / apply("log", (base,)),
     "relu": lambda x: _where(x <= 0, 0, x),
     "square": lambda x: x**2,
     "reciprocal": lambda x: 1 / x,
     "rsqrt": lambda x: 1 / apply("sqrt", (x,)),
-    "fabs": abs,
-    "absolute": abs,
     "fma": lambda x, y, z: x * y + z,
     "degrees": lambda x: x * (180 / math.pi),
     "radians": lambda x: x * (math.pi / 180),
-    "isnan": lambda x: x.step("isnan", x),
-    "isinf": lambda x: x.step("isinf", x),
-    "isfinite": lambda x: x.step("isfinite", x),
-    "pow": operator.pow,
-    "power": operator.pow,
-    "abs": abs,
-    "round": round,
-    "negative": operator.neg,
-    "add": operator.add,
-    "subtract": operator.sub,
-    "sub": operator.sub,
-    "multiply": operator.mul,
-    "mul": operator.mul,
-    "divide": operator.truediv,
-    "div": operator.truediv,
-    "true_divide": operator.truediv,
-    "remainder": operator.mod,
 }
 _ALIASES = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "arctan2": "atan2"}
 _ALIASES |= {"arcsinh": "asinh", "arccosh": "acosh", "arctanh": "atanh"}
 _ALIASES |= {"round": "rint", "special_erf": "erf", "special_expit": "sigmoid"}
 
 
-def knows(name: str) -> bool:
-    """Whether `apply` knows a function of `math` by this name; its `remainder` is another one."""
+def supports(name: str) -> bool:
+    """True if `apply` has this function of `math`; `math.remainder` differs from torch's."""
     return name != "remainder" and (name in UNARY or name in BINARY or name in _COMPOSED)
 
 
@@ -221,8 +178,8 @@ def apply(name: str, arguments: tuple[Any, ...], package: str = "math") -> Any:
 
     Raises
     ------
-    ObstacleError
-        It is not an elementwise function that is known here.
+    UnsupportedError
+        The function is not elementwise or has no rule here.
     """
     op = _ALIASES.get(name, name)
     count = 1 if op in UNARY else 2 if op in BINARY or op in EXTREMES else 0
@@ -232,7 +189,14 @@ def apply(name: str, arguments: tuple[Any, ...], package: str = "math") -> Any:
         return getattr(math, name)(*arguments)
     arguments = tuple(a if isinstance(a, Symbol) else _number(a) for a in arguments)
     if count and len(arguments) == count:
-        return _symbol_in(arguments).step(op, *arguments)
+        return _symbol_in(arguments).op(op, *arguments)
     if not count and op in _COMPOSED:
         return _COMPOSED[op](*arguments)
-    raise ObstacleError(f"{package}.{name} cannot be written as a formula")
+    raise UnsupportedError(f"{package}.{name} cannot be written as a formula")
+
+
+def inline(expression: Expression, arguments: tuple[Any, ...]) -> Symbol:
+    """An expression with one output, applied to symbols and numbers."""
+    symbol = _symbol_in(arguments)
+    (index,) = symbol.builder.call(expression, [symbol.index_of(x) for x in arguments])
+    return Symbol(symbol.builder, index, symbol.decide)

@@ -1,8 +1,8 @@
-"""Kernels from their sources: compiled once a machine, kept on disk, loaded by every other process.
+"""On-disk cache of kernels: compiled once a machine, loaded by every other process.
 
-A source is written to a file of its own, whose name is a hash of it, of taskgrad's part in it and
-of the versions of Numba and Python; Numba keeps the machine code beside it. A lock on a file makes
-processes that want the same kernel at the same time wait for the first.
+Each source is a file whose name contains a hash of the source, of the modules that it imports and
+of the versions of Numba and Python. Numba's own cache keeps the machine code beside it. Processes
+that need the same kernel at the same time wait for the first, by a file lock.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from taskgrad.kernels import codegen
 from taskgrad.kernels.codegen.numba_typing import require_numba
 from taskgrad.kernels.codegen.work_stealing import FAILED
-from taskgrad.kernels.ir.expression import Function
+from taskgrad.kernels.ir.bytecode import fingerprint
+from taskgrad.kernels.ir.expression import ScalarFunction
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Machine code.
+    """A compiled kernel.
 
     Attributes
     ----------
     run : callable
-        Takes the address of a call (`codegen.work_stealing.CALL`) and releases the GIL.
+        Takes the address of a call descriptor (`codegen.work_stealing`) and releases the GIL.
     address : int
-        Of the machine code, a C function of that address.
+        Of the machine code: a C function that takes the same.
     fail : callable or None
-        Runs the same call with Python's own errors, where there are functions without a formula.
+        Runs the same call as Python, raising the functions' errors; None if it calls none.
     name : str
     path : Path
         Of the source.
     compiled_here : bool
-        False where another process had compiled it already.
+        False if the machine code was in the cache.
     vector_bits : int
-        The widest vector registers that its loop works with; 0 where LLVM vectorised nothing.
+        The widest vector registers that its loop uses; 0 if LLVM vectorised nothing.
     seconds : float
-        What compiling took, whoever did it.
+        That compiling took, in whichever process.
     """
 
     run: Callable[[int], None]
@@ -65,7 +65,7 @@ class Kernel:
     seconds: float
 
 
-# A C function cannot raise Python's errors: it leaves a mark, and `Kernel.fail` does it again.
+# A C function cannot raise: it sets a flag, and `Kernel.fail` runs the call again.
 _GUARD = f"""
 
 kernel = njit(error_model="numpy")(kernel)
@@ -78,7 +78,7 @@ def guarded(call):
         m.store_int64(call, {FAILED}, 1)
 """
 
-_PARTS = (
+_IMPORTED = (
     "intrinsics",
     "tiled_transpose",
     "nontemporal",
@@ -90,7 +90,9 @@ _kernels: dict[Path, Kernel] = {}
 _lock = threading.RLock()
 
 
-def compiled(source: str, name: str, calls: Sequence[Function] = (), way: str = "") -> Kernel:
+def compile_kernel(
+    source: str, name: str, calls: Sequence[ScalarFunction] = (), part: str = ""
+) -> Kernel:
     """The kernel of a source that defines ``kernel``.
 
     Parameters
@@ -98,31 +100,36 @@ def compiled(source: str, name: str, calls: Sequence[Function] = (), way: str = 
     source : str
     name : str
         Of the function.
-    way : str
-        What the kernel does with it, for the name of its file.
-    calls : sequence of Function
-        Those without a formula, which the source calls as ``call0``, ``call1``, ...
+    part : str
+        Of its operation, for the file's name.
+    calls : sequence of ScalarFunction
+        Those without an expression, which the source calls as ``call0``, ``call1``, ...
     """
     numba = require_numba()
     if calls:
         source += _GUARD
-    content = "\n".join([source, _foundations(), *(fingerprint(c.plain) for c in calls)])
+    content = "\n".join([source, _foundations(), *(fingerprint(c.python) for c in calls)])
     digest = hashlib.sha256(content.encode()).hexdigest()[:24]
-    path = cache_folder() / f"{re.sub(r'[^a-zA-Z0-9]+', '_', name + way)[:40]}_{digest}.py"
+    path = cache_folder() / f"{re.sub(r'[^a-zA-Z0-9]+', '_', name + part)[:40]}_{digest}.py"
     with _lock:
         if path not in _kernels:
-            with _locked(path.with_suffix(".lock")):
+            with path.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
                 _kernels[path] = _compile(numba, path, name, source, calls)
         return _kernels[path]
 
 
 def _compile(
-    numba: ModuleType, path: Path, name: str, source: str, calls: Sequence[Function]
+    numba: ModuleType, path: Path, name: str, source: str, calls: Sequence[ScalarFunction]
 ) -> Kernel:
     _write(path, source)
     module = _load(path)
-    for k, function in enumerate(calls):
-        setattr(module, f"call{k}", _dispatcher(function))
+    if calls:
+        from taskgrad.kernels.codegen.numba_pipeline import dispatcher  # needs Numba
+
+        for k, function in enumerate(calls):
+            assert function.python is not None
+            setattr(module, f"call{k}", dispatcher(function.python))
     signature = numba.void(numba.int64)
     start = time.perf_counter()
     code = numba.cfunc(signature, cache=True, error_model="numpy")(
@@ -135,28 +142,12 @@ def _compile(
         notes = {"vector_bits": _vector_bits(code) if fresh else 0, "seconds": seconds}
         _write(notes_path, json.dumps(notes))
     notes = json.loads(notes_path.read_text())
-
-    return Kernel(
-        code.ctypes,
-        code.address,
-        module.kernel if calls else None,
-        name,
-        path,
-        fresh,
-        notes["vector_bits"],
-        notes["seconds"],
-    )
-
-
-def _dispatcher(function: Function) -> Any:
-    from taskgrad.kernels.codegen.numba_pipeline import dispatcher  # needs Numba
-
-    assert function.plain is not None
-    return dispatcher(function.plain)
+    fail = module.kernel if calls else None
+    return Kernel(code.ctypes, code.address, fail, name, path, fresh, **notes)
 
 
 def _vector_bits(code: Any) -> int:
-    """From LLVM's own mark on the loops that it vectorised, and the registers in the assembly."""
+    """From LLVM's metadata of vectorised loops and the registers in the assembly."""
     if "llvm.loop.isvectorized" not in code.inspect_llvm():
         return 0
     assembly = code._library.get_asm_str()
@@ -171,13 +162,13 @@ def _load(path: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # Numba looks it up by its name when it loads from its cache
+    sys.modules[name] = module  # Numba's cache looks it up by name
     spec.loader.exec_module(module)
     return module
 
 
 def _write(path: Path, text: str) -> None:
-    """All of it or nothing; a file that is right stays, since Numba's cache goes by its date."""
+    """Write a file atomically; an equal one is kept, since Numba's cache checks its date."""
     try:
         if path.read_text() == text:
             return
@@ -188,55 +179,22 @@ def _write(path: Path, text: str) -> None:
     os.replace(file.name, path)
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # let go of when the file is closed
-        yield
-
-
 @cache
 def cache_folder() -> Path:
-    """Where sources and machine code are: below NUMBA_CACHE_DIR, else below the user's cache."""
+    """The folder of sources and machine code: in NUMBA_CACHE_DIR, else in the user's cache."""
     chosen = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
     folder = Path(chosen or Path.home() / ".cache") / "taskgrad-kernels"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except OSError:  # a home that cannot be written to: a cache for this process
+    except OSError:  # not writable: a cache for this process only
         return Path(tempfile.mkdtemp(prefix="taskgrad-kernels-"))
 
 
 @cache
 def _foundations() -> str:
-    """What a kernel's machine code depends on beside its source."""
+    """Everything but its source that a kernel's machine code depends on."""
     folder = Path(codegen.__path__[0])
-    ours = [(folder / f"{name}.py").read_text() for name in _PARTS]
+    ours = [(folder / f"{name}.py").read_text() for name in _IMPORTED]
     return "\n".join([*ours, sys.version, version("numba"), version("llvmlite"), version("numpy")])
-
-
-def fingerprint(value: Any) -> str:
-    """A text that differs where a function, or what it refers to, does."""
-    if isinstance(value, FunctionType):
-        closed = [fingerprint(cell.cell_contents) for cell in value.__closure__ or ()]
-        used = [
-            f"{name}={fingerprint(value.__globals__[name])}"
-            for name in _names_in(value.__code__)
-            if name in value.__globals__ and value.__globals__[name] is not value
-        ]
-        return " ".join([_code(value.__code__), *closed, *used, repr(value.__defaults__)])
-    if isinstance(value, ModuleType):
-        return value.__name__
-    inner = getattr(value, "py_func", None)  # of a function that Numba's own decorator made
-    return fingerprint(inner) if inner is not None else f"{type(value).__name__} {value!r}"
-
-
-def _names_in(code: CodeType) -> list[str]:
-    inner = [c for c in code.co_consts if isinstance(c, CodeType)]
-    return sorted({*code.co_names}.union(*map(_names_in, inner)))
-
-
-def _code(code: CodeType) -> str:
-    constants = [_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
-    return " ".join([code.co_code.hex(), *constants, *code.co_names, *code.co_varnames])

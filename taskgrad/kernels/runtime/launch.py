@@ -1,4 +1,4 @@
-"""Calls of a formula on tensors: plans by signature, memory for the results, the kernel."""
+"""Launches of elementwise kernels on CPU tensors: a plan for each signature, results, the call."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from typing import Any
 
 import torch
 
-from taskgrad.kernels.codegen import nontemporal, tiled_transpose
-from taskgrad.kernels.codegen.elementwise_source import elementwise_source, scratch_of
-from taskgrad.kernels.codegen.loop_nest import Layout, contiguous, layout
-from taskgrad.kernels.codegen.numba_typing import kind_of_call, require_numba
-from taskgrad.kernels.codegen.scalar_code import Body
+from taskgrad.kernels.codegen import tiled_transpose
+from taskgrad.kernels.codegen.access import Access
+from taskgrad.kernels.codegen.elementwise_source import elementwise_source, scratch_bytes
+from taskgrad.kernels.codegen.loop_nest import LoopNest, contiguous, loop_nest
+from taskgrad.kernels.codegen.nontemporal import with_nontemporal
+from taskgrad.kernels.codegen.numba_typing import require_numba, type_of_call
+from taskgrad.kernels.codegen.scalar_code import ScalarCode
 from taskgrad.kernels.ir import dtypes
-from taskgrad.kernels.ir.dtypes import Kind
-from taskgrad.kernels.ir.expression import Formula, expanded
+from taskgrad.kernels.ir.dtypes import ValueType
+from taskgrad.kernels.ir.expression import Expression, inlined
 from taskgrad.kernels.runtime import thread_team
-from taskgrad.kernels.runtime.kernel_cache import Kernel, compiled
+from taskgrad.kernels.runtime.kernel_cache import Kernel, compile_kernel
 from taskgrad.kernels.runtime.memory import unreadable
 from taskgrad.kernels.runtime.reduce import sum_over
 
@@ -30,39 +32,45 @@ Results = Callable[[Sequence[torch.Tensor], Sequence[bool]], list[str]]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All that is decided before a kernel is called, for inputs of one signature."""
+class LaunchPlan:
+    """Everything about a launch that depends only on the signature of the inputs."""
 
     kernel: Kernel
-    layout: Layout
+    loops: LoopNest
     signature: str
     out_dtypes: tuple[torch.dtype, ...]
-    made_dtypes: tuple[torch.dtype, ...]  # of what the kernel writes: partial sums are float32
-    contiguous: bool
+    kernel_dtypes: tuple[torch.dtype, ...]  # of what it writes: partial sums of halves are float32
+    contiguous: bool  # all results are, and none is summed
     meta: torch.Tensor
     meta_address: int
     scratch: int
     bytes: int
-    alone: bool
+    one_thread: bool
+
+    @property
+    def aligned(self) -> bool:
+        """True if every operand is contiguous or one number."""
+        fast = {Access.UNIT, Access.SCALAR, Access.NONTEMPORAL}
+        return self.loops.rows == 1 and fast.issuperset(self.loops.accesses)
 
 
 class Launcher:
-    """Runs one formula.
+    """Launches one expression.
 
     Parameters
     ----------
-    formula : Formula
+    expression : Expression
     name : str
     results : callable or None
-        Gives the dtypes of the outputs for tensors and which of them are weak; without it they are
-        what the formula makes of the arguments'.
+        Gives the dtypes of the outputs, for tensors and which of them are weak. Without it they are
+        inferred from the expression.
     """
 
-    def __init__(self, formula: Formula, name: str, results: Results | None = None) -> None:
-        self.formula, self.name, self._results = formula, name, results
-        self.plans: dict[Any, Plan] = {}
-        self.last: thread_team.LastCall | None = None
-        self._expanded = expanded(formula)
+    def __init__(self, expression: Expression, name: str, results: Results | None = None) -> None:
+        self.expression, self.name, self._results = expression, name, results
+        self.plans: dict[Any, LaunchPlan] = {}
+        self.last: thread_team.CallStats | None = None
+        self._inlined = inlined(expression)
         self._lock = threading.Lock()
 
     def run(
@@ -72,25 +80,24 @@ class Launcher:
         out: torch.Tensor | None = None,
         sums: tuple[torch.Size | None, ...] = (),
     ) -> list[torch.Tensor]:
-        """The outputs, for tensors of the CPU; no gradients.
+        """The outputs, for CPU tensors; no gradients.
 
         Parameters
         ----------
         tensors : sequence of tensors
         weak : tuple of bool or None
-            Which of them stand for Python numbers.
+            Which of them are Python numbers.
         out : tensor or None
-            Where to write the one output; of its shape and dtype.
+            For the only output, with its shape and dtype.
         sums : tuple of (shape or None)
-            For each output the shape to which it is summed, as broadcasting back would; those are
-            floats. Empty: none is.
+            For each output the shape to which it is summed (the reverse of broadcasting), floats
+            only. Empty: none is.
         """
-        # torch's default dtype is what whole numbers become where a float comes out.
         try:
             key: Any = tuple([(t.dtype, t.shape, t.stride()) for t in tensors])
-        except RuntimeError as error:  # no strides
+        except RuntimeError as error:  # it has no strides
             raise unreadable(self.name, tensors) from error
-        key = torch.get_default_dtype(), key
+        key = torch.get_default_dtype(), key  # which float functions of integers have
         in_place = False
         if weak is not None or out is not None or sums:
             in_place = out is not None and any(t.data_ptr() == out.data_ptr() for t in tensors)
@@ -102,47 +109,45 @@ class Launcher:
                 if len(self.plans) >= _PLANS:
                     self.plans.clear()
                 self.plans[key] = plan
-        made = plan.layout
-        results = _empty(plan) if out is None else [out]
+        items = plan.loops.items
+        results = _allocate(plan) if out is None else [out]
         try:
             addresses = [t.data_ptr() for t in (*tensors, *results)]
         except RuntimeError as error:
             raise unreadable(self.name, tensors) from error
-        if 0 in addresses and made.items:
+        if 0 in addresses and items:
             raise unreadable(self.name, (*tensors, *results))
         start = time.perf_counter()
         count = thread_team.run(
             plan.kernel,
-            made.items,
+            items,
             addresses,
             meta=plan.meta_address,
             scratch=plan.scratch,
-            threads=1 if plan.alone else torch.get_num_threads(),
+            threads=1 if plan.one_thread else torch.get_num_threads(),
         )
         if sums:
-            results = _summed(plan, results)
+            results = _add_partials(plan, results)
         seconds = time.perf_counter() - start
-        self.last = thread_team.LastCall(count, made.items, plan.bytes, seconds)
+        self.last = thread_team.CallStats(count, items, plan.bytes, seconds)
         return results
 
     def dtypes_for(self, tensors: Sequence[torch.Tensor], weak: Sequence[bool]) -> list[str]:
         """The dtypes of the outputs."""
-        return self._typed(tensors, weak)[2]
+        return self._infer(tensors, weak)[1]
 
-    def _typed(
+    def _infer(
         self, tensors: Sequence[torch.Tensor], weak: Sequence[bool]
-    ) -> tuple[list[str], list[Kind], list[str]]:
-        """The dtypes of the arguments, the kinds of the steps, the dtypes of the outputs."""
+    ) -> tuple[list[ValueType], list[str]]:
+        """The types of the ops, the dtypes of the outputs."""
         inputs = dtypes.input_dtypes(tensors, weak)
         default = dtypes.default_float()
-        kinds = dtypes.kinds_of(self._expanded, inputs, default, kind_of_call)
-        given = [Kind(name) for name in inputs]
-        if self._results is None:
-            found = [kinds[place] for place in self._expanded.outputs]
-            results = [dtypes.settled(kind, given, default) for kind in found]
-        else:
-            results = self._results(tensors, weak)
-        return inputs, kinds, results
+        types = dtypes.infer_types(self._inlined, inputs, default, type_of_call)
+        if self._results is not None:
+            return types, self._results(tensors, weak)
+        given = [ValueType(name) for name in inputs]
+        outputs = self._inlined.outputs
+        return types, [dtypes.result_dtype(types[i], given, default) for i in outputs]
 
     def _plan(
         self,
@@ -151,79 +156,76 @@ class Launcher:
         out: torch.Tensor | None,
         in_place: bool,
         sums: tuple[torch.Size | None, ...],
-    ) -> Plan:
+    ) -> LaunchPlan:
         require_numba()
-        weak = weak or (False,) * len(tensors)
-        _, kinds, results = self._typed(tensors, weak)
-        stored = [dtypes.name_of(t.dtype) for t in tensors]
+        types, results = self._infer(tensors, weak or (False,) * len(tensors))
+        inputs = [dtypes.dtype_name(t.dtype) for t in tensors]
         target = None if out is None else (tuple(out.shape), out.stride())
         operands = [(tuple(t.shape), t.stride()) for t in tensors]
-        made = layout(operands, target, len(results), sums)
-        stay = [
-            name if partial is None else Kind(name).computed
-            for name, partial in zip(results, made.partials, strict=True)
+        loops = loop_nest(operands, target, len(results), sums)
+        outputs = [
+            name if partial is None else ValueType(name).computed
+            for name, partial in zip(results, loops.partials, strict=True)
         ]
-        count = prod(made.shape)
+        count = prod(loops.shape)
         written = sum(
             dtypes.SIZES[name] * (count if partial is None else prod(partial.shape))
-            for name, partial in zip(stay, made.partials, strict=True)
+            for name, partial in zip(outputs, loops.partials, strict=True)
         )
         touched = sum(_distinct(t) * t.element_size() for t in tensors) + written
-        if not in_place:  # else its lines are in the caches already
-            outputs = list(enumerate(stay, start=len(tensors)))
-            letters = nontemporal.past_caches(made.letters, outputs, made.columns, touched)
-            if nontemporal.LETTER in letters and tiled_transpose.LETTER in letters:
-                made = layout(operands, target, len(results), sums, tiled_transpose.WIDE)
-            made = replace(made, letters=letters)
-        body = Body(self._expanded, kinds, dtypes.default_float())
-        signature = f"({', '.join(stored)}) -> {', '.join(results)}"
-        title = f"{self.name}: {signature}, {made.letters}"
-        source = elementwise_source(self._expanded, body, kinds, stored, stay, made.letters, title)
-        kernel = compiled(source, self.name, body.calls)
-        alone = made.items <= 1 or count <= thread_team.ALONE
-        dense = not any(made.partials)
-        meta = torch.tensor(made.meta, dtype=torch.int64)
-        out_dtypes = tuple(dtypes.torch_dtype(name) for name in results)
-        return Plan(
-            kernel=kernel,
-            layout=made,
+        if not in_place:  # then the output's lines are in the caches
+            stored = list(enumerate(outputs, start=len(tensors)))
+            accesses = with_nontemporal(loops.accesses, stored, loops.columns, touched)
+            if Access.NONTEMPORAL in accesses and Access.TRANSPOSED in accesses:
+                wide = tiled_transpose.NONTEMPORAL_COLUMNS
+                loops = loop_nest(operands, target, len(results), sums, wide)
+            loops = replace(loops, accesses=accesses)
+        code = ScalarCode(self._inlined, types, dtypes.default_float())
+        signature = f"({', '.join(inputs)}) -> {', '.join(results)}"
+        title = f"{self.name}: {signature}, {''.join(loops.accesses)}"
+        source = elementwise_source(code, inputs, outputs, loops.accesses, title)
+        dense = not any(loops.partials) and loops.out_strides == contiguous(loops.shape)
+        meta = torch.tensor(loops.meta, dtype=torch.int64)
+        return LaunchPlan(
+            kernel=compile_kernel(source, self.name, code.calls),
+            loops=loops,
             signature=signature,
-            out_dtypes=out_dtypes,
-            made_dtypes=tuple(dtypes.torch_dtype(name) for name in stay),
-            contiguous=dense and made.out_strides == contiguous(made.shape),
+            out_dtypes=tuple(dtypes.torch_dtype(name) for name in results),
+            kernel_dtypes=tuple(dtypes.torch_dtype(name) for name in outputs),
+            contiguous=dense,
             meta=meta,
             meta_address=meta.data_ptr(),
-            scratch=scratch_of(made.letters),
+            scratch=scratch_bytes(loops.accesses),
             bytes=touched,
-            alone=alone,
+            one_thread=loops.items <= 1 or count <= thread_team.ONE_THREAD,
         )
 
 
-def _empty(plan: Plan) -> list[torch.Tensor]:
-    """Memory for what the kernel writes."""
-    made = plan.layout
+def _allocate(plan: LaunchPlan) -> list[torch.Tensor]:
+    """Uninitialized tensors for the kernel's outputs."""
+    loops = plan.loops
     if plan.contiguous:
-        return [torch.empty(made.shape, dtype=d) for d in plan.made_dtypes]
+        return [torch.empty(loops.shape, dtype=d) for d in plan.kernel_dtypes]
     return [
-        torch.empty_strided(made.shape, made.out_strides, dtype=d)
+        torch.empty_strided(loops.shape, loops.out_strides, dtype=d)
         if partial is None
         else torch.empty(partial.shape, dtype=d)
-        for d, partial in zip(plan.made_dtypes, made.partials, strict=True)
+        for d, partial in zip(plan.kernel_dtypes, loops.partials, strict=True)
     ]
 
 
-def _summed(plan: Plan, results: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The partial sums among the results added up."""
+def _add_partials(plan: LaunchPlan, results: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The results, partial sums reduced."""
     return [
-        result if partial is None else partial.placed(sum_over(result, partial.summed)).to(dtype)
+        result if partial is None else partial.to_output(sum_over(result, partial.summed)).to(dtype)
         for result, partial, dtype in zip(
-            results, plan.layout.partials, plan.out_dtypes, strict=True
+            results, plan.loops.partials, plan.out_dtypes, strict=True
         )
     ]
 
 
 def _distinct(tensor: torch.Tensor) -> int:
-    """Elements in memory: repeated ones count once."""
+    """Elements in memory; broadcast ones count once."""
     count = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= size if stride else min(size, 1)

@@ -1,4 +1,4 @@
-"""Errors for tensors whose memory a kernel cannot read."""
+"""Addresses: scratch memory, and errors for tensors whose memory a kernel cannot read."""
 
 from __future__ import annotations
 
@@ -6,14 +6,22 @@ from collections.abc import Iterable
 
 import torch
 
+from taskgrad.kernels.codegen.access import CACHE_LINE
+
+
+def aligned_buffer(size: int) -> tuple[torch.Tensor, int]:
+    """A tensor with this many bytes from a cache line on, and the address of that line."""
+    buffer = torch.empty(size + CACHE_LINE, dtype=torch.uint8)
+    return buffer, -(-buffer.data_ptr() // CACHE_LINE) * CACHE_LINE
+
 
 def unreadable(name: str, tensors: Iterable[torch.Tensor]) -> RuntimeError:
     """The error for a call with these tensors, one of which has no readable memory."""
-    what = next(filter(None, map(_kind_of, tensors)), "a tensor without memory of its own")
+    what = next(filter(None, map(_description, tensors)), "a tensor without memory of its own")
     return RuntimeError(f"{name} got {what}")
 
 
-def _kind_of(x: torch.Tensor) -> str:
+def _description(x: torch.Tensor) -> str:
     if x.is_nested:
         return "a nested tensor: use its parts (x.unbind()) or x.to_padded_tensor(0.0)"
     if x.layout is not torch.strided:

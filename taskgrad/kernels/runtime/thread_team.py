@@ -1,9 +1,9 @@
-"""Calls of kernels whose items several threads share, as many as torch uses.
+"""Calls of kernels by a team of threads, as many as torch uses.
 
-Where torch's threads are OpenMP's, the kernel runs on those: they are awake when an operation of
-torch has just ended, each on a core of its own, and each Python thread has its own team of them.
-Elsewhere, and in a forked child, whose parent's team is not there, they are our own. Who computes
-which item does not matter to the bits: no item depends on another.
+Where torch's threads are OpenMP's, kernels run on those: just after an operation of torch they are
+still spinning, each on its own core, and each Python thread has its own team. Elsewhere, and in a
+forked child, where the parent's team does not exist, a thread pool is used. The bits do not depend
+on which thread computes which item, as items are independent.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ from typing import NamedTuple
 import torch
 
 from taskgrad.kernels.codegen.work_stealing import (
+    BACKWARDS,
     FAILED,
-    FROM_END,
     ZERO_DIVISION,
-    begin_again,
-    row_of,
+    call_descriptor,
+    reset,
 )
 from taskgrad.kernels.runtime.kernel_cache import Kernel
+from taskgrad.kernels.runtime.memory import aligned_buffer
 
-# Elements below which waking a thread costs more than it saves.
-ALONE = 65_536
+# Elements up to which waking a second thread costs more than it saves.
+ONE_THREAD = 65_536
 
 _pool: ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()
 _forked = False
-_scratch = threading.local()
+_local = threading.local()
 
 
 @dataclass(slots=True)
-class LastCall:
-    """What the last call did, for `explain`: threads, items that they shared, bytes, seconds."""
+class CallStats:
+    """The last call, for `explain`: threads, items, bytes read and written, seconds."""
 
     threads: int
     items: int
@@ -60,96 +61,72 @@ def run(
     scratch: int = 0,
     shared: int = 0,
     threads: int = 1,
-    from_end: bool = False,
+    backwards: bool = False,
 ) -> int:
-    """Call a kernel for all its items; how many threads took part.
+    """Call a kernel for all items; returns how many threads took part, at most `threads`.
 
-    Parameters
-    ----------
-    kernel : Kernel
-    items : int
-    addresses : sequence of int
-        Of its operands.
-    meta : int
-        The address of the numbers that its layout passes.
-    scratch : int
-        Bytes of memory that each thread needs.
-    shared : int
-        Bytes of memory that they need together, where they need any; its address is one more
-        operand, the last.
-    threads : int
-        At most so many.
-    from_end : bool
-        Whether the last items come first.
+    Each gets `scratch` bytes of memory; `shared` bytes for all of them are the last operand. The
+    other parameters are those of `call_descriptor`; `backwards` begins with the last items.
     """
     threads = max(1, min(threads, items))
-    place = _scratch_of(scratch * threads + shared) if scratch else 0
-    call = row_of(
+    call = call_descriptor(
         items,
         addresses,
         meta=meta,
-        place=place,
-        scratch=scratch,
+        scratch=_scratch(scratch * threads + shared) if scratch else 0,
+        scratch_size=scratch,
         threads=threads,
-        who=who(),
-        turns=from_end,
+        thread_id=thread_id_function(),
+        chunked=backwards,
     )
-    call[FROM_END] = from_end
-    address = call.buffer_info()[0]
-    start_of(kernel, address, threads)()
+    call[BACKWARDS] = backwards
+    prepare(kernel, call.buffer_info()[0], threads)()
     if call[FAILED]:
         _fail(kernel, call)
     return threads
 
 
 def _fail(kernel: Kernel, call: array[int]) -> None:
-    """Raise what a call could not."""
+    """Raise the error of a call that failed."""
     if call[FAILED] == ZERO_DIVISION:
-        # torch's own error and type; the name, since its stack ends here.
+        # The type that torch raises; the name, since the traceback ends here.
         raise RuntimeError(f"ZeroDivisionError: an integer is divided by 0 in {kernel.name}")
-    begin_again(call)
+    reset(call)
     if kernel.fail is not None:
         kernel.fail(call.buffer_info()[0])
     raise RuntimeError(f"{kernel.name} failed, and did not when it was called again")
 
 
-def start_of(kernel: Kernel, address: int, threads: int) -> Callable[[], None]:
-    """What has so many threads make the call at this address."""
+def prepare(kernel: Kernel, call: int, threads: int) -> Callable[[], None]:
+    """A callable that makes the call whose descriptor has this address."""
     if threads == 1:
-        return functools.partial(kernel.run, address)
+        return functools.partial(kernel.run, call)
     team = _openmp()
     if team is None:
-        return functools.partial(_share, kernel, address, threads)
-    return functools.partial(team.start, kernel.address, address, threads, 0)
+        return functools.partial(_run_in_pool, kernel, call, threads)
+    return functools.partial(team.start, kernel.address, call, threads, 0)
 
 
-def _scratch_of(size: int) -> int:
-    """The address of this thread's own memory of at least this many bytes, on a cache line."""
-    held: torch.Tensor | None = getattr(_scratch, "held", None)
-    if held is None or held.numel() < size + 64:
-        held = _scratch.held = torch.empty(size + 64, dtype=torch.uint8)
-    return -(-held.data_ptr() // 64) * 64
+def _scratch(size: int) -> int:
+    """The address of this thread's scratch memory, of at least this many bytes."""
+    held: tuple[torch.Tensor, int] | None = getattr(_local, "scratch", None)
+    if held is None or _local.size < size:
+        held, _local.size = aligned_buffer(size), size
+        _local.scratch = held
+    return held[1]
 
 
-def who() -> int:
-    """The address of a C function that tells a thread its number in its team; 0 for our own."""
+def thread_id_function() -> int:
+    """The address of a C function that returns a thread's number in its team; 0 for our pool."""
     team = _openmp()
-    return 0 if team is None else team.number
+    return 0 if team is None else team.thread_id
 
 
 class _Team(NamedTuple):
-    """The OpenMP that torch uses.
+    """The OpenMP that torch uses."""
 
-    Attributes
-    ----------
-    start : callable
-        Starts a team: function, argument, threads, flags.
-    number : int
-        The address of a C function that tells a thread its number.
-    """
-
-    start: Callable[[int, int, int, int], None]
-    number: int
+    start: Callable[[int, int, int, int], None]  # function, argument, threads, flags
+    thread_id: int  # the address of omp_get_thread_num
 
 
 @cache
@@ -157,7 +134,7 @@ def _openmp() -> _Team | None:
     is_openmp = "OpenMP" in torch.__config__.parallel_info()
     if _forked or not is_openmp or not sys.platform.startswith("linux"):
         return None
-    try:  # found in the library itself or in what it is linked with
+    try:  # found in the library itself or in those that it is linked with
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         start, number = library.GOMP_parallel, library.omp_get_thread_num
     except (OSError, AttributeError):
@@ -167,18 +144,18 @@ def _openmp() -> _Team | None:
     return _Team(start, ctypes.cast(number, ctypes.c_void_p).value or 0)
 
 
-def _share(kernel: Kernel, address: int, threads: int) -> None:
+def _run_in_pool(kernel: Kernel, call: int, threads: int) -> None:
     others: list[Future[None]] = [
-        _own_threads().submit(kernel.run, address) for _ in range(threads - 1)
+        _thread_pool().submit(kernel.run, call) for _ in range(threads - 1)
     ]
-    kernel.run(address)
+    kernel.run(call)
     for other in others:
-        # One that has not started yet is not needed any more: all items are taken.
+        # All items are taken, so a thread that has not started need not.
         if not other.cancel():
             other.result()
 
 
-def _own_threads() -> ThreadPoolExecutor:
+def _thread_pool() -> ThreadPoolExecutor:
     global _pool
     with _pool_lock:
         if _pool is None:
@@ -187,7 +164,7 @@ def _own_threads() -> ThreadPoolExecutor:
 
 
 def _after_fork() -> None:
-    """A forked child has no threads but the one that forked."""
+    """A forked child has only the thread that forked."""
     global _pool, _pool_lock, _forked
     _pool, _pool_lock, _forked = None, threading.Lock(), True
     _openmp.cache_clear()
