@@ -32,6 +32,7 @@ def test_two_linears_equal_torch(client, placement):
     assert_vjp_equals_torch(chain, model, torch.randn(4, 2))
 
 
+@pytest.mark.long
 def test_resnet50_equals_torch(client):
     from resnet import resnet
 

@@ -15,6 +15,7 @@ from torch import nn
 
 import taskgrad as tg
 from conftest import total_held, wait_until
+from helpers import long_rows
 from taskgrad.cluster.tasks import mail
 
 
@@ -71,7 +72,10 @@ EXITS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "args"), [(k, a) for k, *a in EXITS])
+KINDS = [(kind, args) for kind, *args in EXITS]
+
+
+@pytest.mark.parametrize(("kind", "args"), [*KINDS[:2], *long_rows(*KINDS[2:])])
 def test_what_is_no_exception_is_an_error_of_its_call(survives, kind, args):
     def raises(i):
         raise kind(*args)

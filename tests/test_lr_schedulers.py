@@ -12,6 +12,7 @@ from torch.optim import lr_scheduler as torchs
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
 import taskgrad as tg
+from helpers import long
 from taskgrad.cluster.plugins import store_of
 
 SGD = partial(torch.optim.SGD, lr=1.0, momentum=0.5)
@@ -148,7 +149,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*list(KINDS)[:2], *long(*list(KINDS)[2:])])
 def test_schedulers_are_plain_torchs_also_from_a_checkpoint(client, tmp_path, kind):
     factory = KINDS[kind]
     groups = {"*.bias": {"lr": 0.3}}
@@ -211,7 +212,7 @@ class Mine:
         vars(self).update(state)
 
 
-@pytest.mark.parametrize("factory", [PLATEAU, partial(Warmer, patience=0), Mine])
+@pytest.mark.parametrize("factory", [PLATEAU, *long(partial(Warmer, patience=0), Mine)])
 def test_a_scheduler_that_needs_a_metric_gets_the_validation_loss(client, tmp_path, factory):
     train, val = [batch(0), batch(1)], [batch(2, 5), batch(3, 2)]
     model = make()

@@ -250,7 +250,7 @@ def test_a_start_that_fails_sends_the_other_ranks_home(script):
     ("before", "message"),
     [
         ("", "2 processes were started, but MPI knows of 1"),
-        ("sys.modules['mpi4py'] = None", "pip install 'taskgrad[mpi]'"),
+        *long_rows(("sys.modules['mpi4py'] = None", "pip install 'taskgrad[mpi]'")),
     ],
 )
 def test_an_mpi_that_is_not_the_launchers_is_an_error(script, before, message):
@@ -260,6 +260,7 @@ def test_an_mpi_that_is_not_the_launchers_is_an_error(script, before, message):
     assert message in err
 
 
+@pytest.mark.long
 def test_a_second_call_keeps_the_cluster_if_it_can(script):
     text = """
     assert (tg.rank(), tg.size()) == (0, 1)

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import taskgrad as tg
 from beside import assert_backward_equals_torch, assert_same_state, assert_trains_as_torch
-from helpers import assert_same
+from helpers import assert_same, long
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -128,7 +128,7 @@ def x():
     return torch.randn(8, 6)
 
 
-@pytest.mark.parametrize("layers", [norms, own, tied, old_norms, pruned, others])
+@pytest.mark.parametrize("layers", [norms, tied, *long(own, old_norms, pruned, others)])
 def test_gradients_buffers_and_training_are_plain_torchs(client, x, layers):
     make = functools.partial(made, layers)
     assert_backward_equals_torch(make, x, placement=[0, 0, 1], repeat=2)

@@ -8,6 +8,7 @@ from torch import nn
 
 import taskgrad as tg
 from conftest import ran_on
+from helpers import long
 
 CUT = 256 * 1024 * 4  # bytes of the one activation at the cut
 
@@ -24,7 +25,7 @@ def wide():
     return model, torch.randn(256, 1024)
 
 
-@pytest.mark.parametrize("how", ["vjp", "backward", "bridge"])
+@pytest.mark.parametrize("how", ["vjp", *long("backward", "bridge")])
 def test_only_the_cut_travels(client, wide, how):
     model, x = wide
     chain = tg.GraphChain(model, client=client, placement=[0, 0, 1, 1])

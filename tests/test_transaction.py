@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR, SequentialLR, StepLR
 
 import taskgrad as tg
 from conftest import total_held, wait_until
-from helpers import assert_same
+from helpers import assert_same, long, long_rows
 from plain import PlainTrainer, assert_same_training, next_token, tokens, transformer
 from taskgrad.cluster.plugins import store_of
 
@@ -128,7 +128,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("case", "worker"), [(case, i % 2) for i, case in enumerate(CASES)])
+ON_WORKERS = [(case, i % 2) for i, case in enumerate(CASES)]
+
+
+@pytest.mark.parametrize(("case", "worker"), [*ON_WORKERS[:3], *long_rows(*ON_WORKERS[3:])])
 def test_a_step_whose_update_raises_on_one_worker_was_not(client, case, worker):
     optimizer, options, trap, at = CASES[case]
     chain = tg.GraphChain(net(), client=client, placement=[0, 0, 0, 1, 1])
@@ -300,7 +303,7 @@ def loops(model, optimizer):
 
 
 @pytest.mark.parametrize("factory", [Adam, Changed, hooked])
-@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize("at", [2, *long(0)])
 def test_optimizer_takes_a_step_everywhere_or_nowhere(client, factory, at):
     """And keeps the gradients, so that the step can be tried again."""
     torch.manual_seed(0)
