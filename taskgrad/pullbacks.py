@@ -13,7 +13,7 @@ from taskgrad.graph.adjoint import Adjoint, adjoint, calls_behind
 from taskgrad.graph.calls import Call
 from taskgrad.graph.layers import kind_of
 from taskgrad.graph.leaves import Leaf, Primal
-from taskgrad.graph.nodes import Node, Sum, new_key
+from taskgrad.graph.nodes import Node, new_key, sum_of
 from taskgrad.graph.pytree import Structure, carries_gradient, flatten
 from taskgrad.graph.shards import Shard, ShardCall
 from taskgrad.thunk import Thunk, cotangent_node, spawn
@@ -188,7 +188,7 @@ def _parameter_grads(found: Adjoint, reachable: list[Call]) -> dict[str, Node | 
             if isinstance(given, Leaf) and given.owner is not None and given.needs_grad:
                 _, grads = owners.setdefault(id(given.owner), (kind_of(given.owner), {}))
                 if given.name not in grads:
-                    grads[given.name] = _sum(parts_of.get(id(given.value), ()), given.name, None)
+                    grads[given.name] = sum_of(parts_of.get(id(given.value), ()), given.name)
     if len(owners) == 1:
         return next(iter(owners.values()))[1]
     seen: dict[str, int] = {}
@@ -207,11 +207,4 @@ def _parameter_grad(parts: Sequence[Node], name: str, home: Shard) -> Node | Non
         return ShardCall(
             home, shard_ops.hooked, {"name": name}, key=new_key("grad", name), after=parts
         )
-    return _sum(parts, name, home.worker)
-
-
-def _sum(parts: Sequence[Node], name: str, worker: str | None) -> Node | None:
-    """One node for gradients that are to be summed, where there are any."""
-    if len(parts) > 1:
-        return Sum(parts, name, worker or parts[0].worker)
-    return parts[0] if parts else None
+    return sum_of(parts, name, home.worker)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from taskgrad.errors import TapeError
 from taskgrad.graph.calls import Call
 from taskgrad.graph.leaves import Leaf, Primal
-from taskgrad.graph.nodes import Element, Node, Sum, ancestors, new_key, walk
+from taskgrad.graph.nodes import Element, Node, ancestors, new_key, sum_of, walk
 from taskgrad.graph.pullback import CotangentCheck, Pullback
 from taskgrad.graph.reads import ParameterGrad
 from taskgrad.graph.shards import Shard
@@ -41,10 +41,7 @@ class Adjoint:
 
     def leaf_grad(self, leaf: Leaf | Primal) -> Node | None:
         """One node for a leaf's gradient; None if no cotangent reaches it."""
-        parts = self.leaves.get(leaf, ())
-        if len(parts) > 1:
-            return Sum(parts, leaf.name if isinstance(leaf, Leaf) else "", parts[0].worker)
-        return parts[0] if parts else None
+        return sum_of(self.leaves.get(leaf, ()), leaf.name if isinstance(leaf, Leaf) else "")
 
 
 def calls_behind(outputs: Iterable[Node]) -> list[Call]:

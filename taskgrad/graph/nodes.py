@@ -98,6 +98,13 @@ class Sum(Node):
         return self.parts
 
 
+def sum_of(parts: Sequence[Node], name: str, worker: str | None = None) -> Node | None:
+    """One node for cotangents that are to be summed; None if there are none."""
+    if len(parts) > 1:
+        return Sum(parts, name, worker or parts[0].worker)
+    return parts[0] if parts else None
+
+
 def walk(starts: Iterable[N], onward: Callable[[N], Iterable[N]]) -> list[N]:
     """Each node that can be reached from these, once, users before inputs of one path."""
     found: dict[N, None] = {}
