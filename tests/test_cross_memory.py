@@ -17,9 +17,11 @@ import torch
 from distributed.protocol import serialize_bytes, to_serialize
 from distributed.protocol.core import dumps, loads
 
-from lending import HERE, THERE, lending, needs_call, needs_others
+from leasing import HERE, THERE, leasing, needs_call, needs_others
 from taskgrad.cluster.wire import message_leases, process_memory, thresholds
 from taskgrad.cluster.wire import serialize as _family  # noqa: F401  registers it
+from taskgrad.cluster.wire.message_leases import MessageLease
+from taskgrad.cluster.wire.peers import PeerRegistry
 
 MIB = 2**20
 COUNT = 8_000_000  # floats: 32 MB
@@ -135,8 +137,8 @@ def nbytes(frames: list[Any]) -> int:
 @needs_call
 def test_lent_buffers_are_not_in_the_message():
     value = {"a": torch.randn(COUNT), "b": [torch.randn(300, 700).T, torch.ones(3)], "n": 1}
-    before = message_leases.bytes_borrowed()
-    with lending():
+    before = message_leases.bytes_read()
+    with leasing():
         frames = written(value)
         back = loads(frames)["data"]
     assert nbytes(frames) < 2000
@@ -144,7 +146,7 @@ def test_lent_buffers_are_not_in_the_message():
     assert torch.equal(back["b"][0], value["b"][0])
     assert back["b"][0].stride() == value["b"][0].stride()
     assert torch.equal(back["b"][1], value["b"][1])
-    assert message_leases.bytes_borrowed() - before == 4 * (COUNT + 300 * 700)
+    assert message_leases.bytes_read() - before == 4 * (COUNT + 300 * 700)
     back["a"].add_(1)
 
 
@@ -152,7 +154,7 @@ def test_lent_buffers_are_not_in_the_message():
 def test_read_only_buffers_arrive_read_only():
     array = np.ones(MIB)
     array.flags.writeable = False
-    with lending():
+    with leasing():
         array_back, t = loads(written((array, torch.ones(MIB))))["data"]
     assert not array_back.flags.writeable
     assert np.array_equal(array_back, array)
@@ -162,7 +164,7 @@ def test_read_only_buffers_arrive_read_only():
 def test_what_was_made_for_the_message_is_kept_until_the_receiver_has_it():
     t = torch.randn(COUNT, 2)[:, 0]  # is packed into memory of its own
     want = t.clone()
-    with lending():
+    with leasing():
         frames = written(t)
         gc.collect()
         others = [torch.zeros(COUNT) for _ in range(3)]  # take any memory that is free
@@ -172,27 +174,27 @@ def test_what_was_made_for_the_message_is_kept_until_the_receiver_has_it():
 
 @needs_call
 @pytest.mark.parametrize("answered", [True, False])
-def test_a_loan_that_has_ended_is_refused(answered):
+def test_a_lease_that_has_ended_is_refused(answered):
     t = torch.randn(MIB)
-    with lending() as loan:
+    with leasing() as lease:
         frames = written(t)
         assert torch.equal(loads(frames)["data"], t)
-        loan.answered(answered)
+        lease.finish(answered)
         with pytest.raises(OSError, match="ended"):
             loads(frames)
         assert nbytes(written(t)) > t.nbytes  # nor is more lent
-    assert loan._buffers == []
+    assert lease._buffers == []
 
 
 @needs_call
-def test_a_loan_that_ends_while_it_is_read_is_refused(monkeypatch):
+def test_a_lease_that_ends_while_it_is_read_is_refused(monkeypatch):
     read = process_memory.read
 
     def and_end(pid, pieces):
         read(pid, pieces)
-        loan.answered(False)
+        lease.finish(False)
 
-    with lending() as loan:
+    with leasing() as lease:
         frames = written(torch.randn(MIB))
         monkeypatch.setattr(process_memory, "read", and_end)
         with pytest.raises(OSError, match="ended"):
@@ -203,7 +205,7 @@ def test_a_loan_that_ends_while_it_is_read_is_refused(monkeypatch):
 def test_small_buffers_and_those_beyond_the_limit_are_sent(monkeypatch):
     monkeypatch.setattr(thresholds, "LEASE_MESSAGE_MAX", 6 * MIB)
     value = [torch.randn(n) for n in (MIB, MIB // 2 + 1, MIB // 2, 100)]  # 4, 2 and a bit, 2 MiB
-    with lending():
+    with leasing():
         frames = written((1, value))
         for back, t in zip(loads(frames)["data"][1], value, strict=True):
             assert torch.equal(back, t)
@@ -212,43 +214,50 @@ def test_small_buffers_and_those_beyond_the_limit_are_sent(monkeypatch):
 
 def test_what_goes_to_disk_meanwhile_is_whole():
     t = torch.randn(MIB)
-    with lending():
+    with leasing():
         assert len(serialize_bytes((1, t))) > t.nbytes
 
 
 def test_an_offer_goes_with_a_message_that_is_whole():
     t = torch.randn(MIB)
-    with lending(known=False) as loan:
+    with leasing(known=False) as lease:
         frames = written((1, t))
         assert nbytes(frames) > t.nbytes
         assert torch.equal(loads(frames)["data"][1], t)
-        assert loan._lender.offers[THERE] == 1
+        asked = lease._registry.readers.attempts
+        assert asked[THERE] == 1
         written((2, t))
-        assert loan._lender.offers[THERE] == 1  # one a message
+        assert asked[THERE] == 1  # one a message
 
 
-def test_who_is_not_on_this_host_gets_no_loan():
-    lender = message_leases.Lender("tls://10.0.0.1:1234")
-    assert lender.loan(None) is None
-    assert lender.loan("tls://10.0.0.2:1234") is None
-    assert lender.loan("tls://10.0.0.1:99") is not None
+def test_who_is_not_on_this_host_gets_no_lease():
+    registry = PeerRegistry("tls://10.0.0.1:1234")
+    assert not registry.may_read(None)
+    assert not registry.may_read("tls://10.0.0.2:1234")
+    assert registry.may_read("tls://10.0.0.1:99")
 
 
-def test_offers_are_few_until_a_loan_comes_to_something():
-    lender = message_leases.Lender(HERE)
+def test_offers_are_few_until_a_lease_succeeds():
+    registry = PeerRegistry(HERE)
+    buffer = memoryview(bytearray(thresholds.LEASE_MESSAGE_MIN))
+
+    def is_offered():
+        packed, _ = MessageLease(registry, THERE).pack(b"", [buffer])
+        return packed != b""
 
     def lend(answered):
-        lender.readers.add(THERE)
-        loan = lender.loan(THERE)
-        loan.pack(b"", [memoryview(bytearray(thresholds.LEASE_MESSAGE_MIN))])
-        loan.answered(answered)
-        return THERE in lender.readers
+        registry.readers.add(THERE)
+        lease = MessageLease(registry, THERE)
+        lease.pack(b"", [buffer])
+        lease.finish(answered)
+        return THERE in registry.readers
 
-    assert [lender.offer(THERE) is not None for _ in range(5)] == [True] * 3 + [False] * 2
+    assert [is_offered() for _ in range(5)] == [True] * 3 + [False] * 2
     assert not lend(answered=False)
-    assert lender.offer(THERE) is None
+    assert not is_offered()
     assert lend(answered=True)
-    assert lender.offer(THERE) is not None
+    registry.readers.discard(THERE)
+    assert is_offered()
 
 
 @needs_others
@@ -261,7 +270,7 @@ def test_a_process_that_has_not_imported_it_reads_what_was_lent(tmp_path):
         assert torch.equal(t, torch.arange({MIB}, dtype=torch.int32))
         assert "taskgrad.cluster.wire.serialize" not in sys.modules
         """
-    with lending():
+    with leasing():
         frames = written((1, t))
         assert nbytes(frames) < 2000
         (tmp_path / "message").write_bytes(pickle.dumps(frames))

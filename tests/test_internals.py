@@ -238,7 +238,7 @@ def test_a_worker_takes_samples_as_often_as_it_is_told(plain):
 
 
 def test_a_scheduler_retires_workers_as_we_know_it(plain):
-    """That a wrapped one is called, and by whom, is seen in test_retiring.py."""
+    """That a wrapped one is called, and by whom, is seen in test_retirement.py."""
 
     def look(dask_scheduler):
         async def wrapper(retire, *args, **kwargs):

@@ -34,7 +34,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import taskgrad as tg
-from lending import lending, needs_call
+from leasing import leasing, needs_call
 from taskgrad.cluster.wire import message_leases, process_memory, thresholds
 from taskgrad.cluster.wire import serialize as _family  # noqa: F401  registers it
 from taskgrad.cluster.wire.picklable import refuse_untravelable
@@ -103,7 +103,7 @@ def through(value: Any) -> Any:
 @contextmanager
 def everything_lent() -> Iterator[None]:
     """In this block messages leave every buffer where it is, and the reader takes it from there."""
-    with pytest.MonkeyPatch.context() as patch, lending():
+    with pytest.MonkeyPatch.context() as patch, leasing():
         patch.setattr(thresholds, "LEASE_MESSAGE_MIN", 1)
         patch.setattr(thresholds, "LEASE_BUFFER_MIN", 1)
         yield
@@ -175,10 +175,10 @@ def test_any_tensor_anywhere_arrives_bit_for_bit(dtype, shape, layout, container
         t = t.detach().requires_grad_()
     elif leaf == "parameter":
         t = nn.Parameter(t.detach(), requires_grad=differentiable)
-    before = message_leases.bytes_borrowed()
+    before = message_leases.bytes_read()
     with everything_lent() if lent else nullcontext():
         back = unwrap(container, through(wrap(container, t)))
-    assert (message_leases.bytes_borrowed() > before) == (lent and t.numel() > 0)
+    assert (message_leases.bytes_read() > before) == (lent and t.numel() > 0)
     assert_arrived(back, t)
     if layout in ("plain", "reversed", "channels_last", "expanded"):
         assert back.stride() == t.stride()

@@ -68,7 +68,7 @@ class _Counts:
 
 def _borrowed(worker: Worker) -> int:
     """Another: bytes that the worker's process has read from the memory of others."""
-    return message_leases.bytes_borrowed()
+    return message_leases.bytes_read()
 
 
 class StorePlugin(WorkerPlugin):
@@ -80,14 +80,14 @@ class StorePlugin(WorkerPlugin):
     def setup(self, worker: Worker) -> None:
         """Called once on each worker, those that join later too."""
         store = store_of(worker)
-        self._shelf: result_table.Shelf | None = None
+        self._results: result_table.ResultTable | None = None
 
         def release(keys: list[str]) -> None:
             store.release(keys)
 
         def change(**settings: Any) -> None:
             _change(worker, Settings(**settings))
-            self._shelf = result_table.shelf_of(worker)
+            self._results = result_table.table_of(worker)
 
         def gone(address: str) -> None:
             store.mail.gone(address)
@@ -105,13 +105,13 @@ class StorePlugin(WorkerPlugin):
 
     def transition(self, key: Any, start: str, finish: str, **kwargs: Any) -> None:
         """What was computed can be read by others from now on, what is released no more."""
-        if self._shelf is not None:
-            self._shelf.moved(key, start, finish)
+        if self._results is not None:
+            self._results.task_moved(key, start, finish)
 
     def teardown(self, worker: Worker) -> None:
         """Called when the worker closes."""
         _change(worker, Settings())
-        self._shelf = None
+        self._results = None
         self._reporter.stop()
         self._post.stop()
         # Messages may still be on their way to a worker that closes.

@@ -1,21 +1,21 @@
-"""Results on a worker's shelf: who can read its memory takes them, and does not ask.
+"""Worker: a table of its recent results in its memory, which others of the host read unasked.
 
-To ask for a result and be answered takes longer than to copy it: two processes wake, twice each. So
-a worker that has readers (see `taskgrad.cluster.wire.message_leases`) shows them what it computed:
+To ask a worker for a result and be answered takes longer than to copy the result: two processes
+wake up, twice each. So a worker that others can read publishes what it computed:
 
-    a table in its memory              an item
-    ┌─────────┬──────┬────────────┐    ┌──────┬───────────────────────────────────┐
-    │ a key's │ seal │ where its  │ ─▶ │ seal │ a pickle that says where its      │
-    │ digest  │      │ item lies  │    │      │ tensors lie in the same memory    │
-    └─────────┴──────┴────────────┘    └──────┴───────────────────────────────────┘
+    table                               entry
+    ┌────────┬───────┬─────────────┐    ┌───────┬──────────────────────────────────┐
+    │ digest │ token │ address and │ ─▶ │ token │ pickle, with the addresses of    │
+    │ of key │       │ size        │    │       │ large tensors in the same memory │
+    └────────┴───────┴─────────────┘    └───────┴──────────────────────────────────┘
 
-A reader looks into the table, reads the item, then the tensors, then the seal again: if that is
-whole still, all else was there all the time. The seal is broken before any of it goes: when a
-tensor of the result dies, as its key was released or it was spilled to disk. Whatever is not found,
-or not whole, is asked for as ever.
+A reader looks up the key, reads the entry, then the tensors, each under the entry's token (see
+`taskgrad.cluster.wire.leases`). The token becomes invalid before any of that memory is freed or
+changed: when a tensor of the result dies, as its key was released or it was spilled to disk. A
+reader that does not find a result, or finds it invalid, asks for it as always.
 
-Only tensors as they leave a task are shown, and lists and tuples of them: what is sent without a
-copy, and owns no more than its memory.
+Only tensors that own no more than their memory and are sent without a copy are published, and lists
+and tuples of them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import torch
 from distributed import Worker
 
 from taskgrad.cluster import internals
-from taskgrad.cluster.wire import message_leases, process_memory, thresholds
+from taskgrad.cluster.wire import peers, process_memory, thresholds
 from taskgrad.cluster.wire.leases import (
     TOKEN_BYTES,
     BufferLease,
@@ -45,37 +45,38 @@ from taskgrad.cluster.wire.leases import (
     ValidityToken,
     read_leased,
 )
-from taskgrad.cluster.wire.message_leases import Lender, receive
+from taskgrad.cluster.wire.message_leases import unpack
+from taskgrad.cluster.wire.peers import PeerRegistry
 from taskgrad.cluster.wire.serialize import TensorPickler, pickle_with
-from taskgrad.cluster.wire.tensors import lies_ready
+from taskgrad.cluster.wire.tensors import is_ready_to_send
 
 logger = logging.getLogger("taskgrad")
 
 SLOTS = 64
-"""Results that a shelf holds; the oldest makes room. Each costs a few hundred bytes."""
-# The message that a result is there goes out first. Then it is a millisecond until somebody is told
-# to take it, and to make an item would hold it up.
+"""Results in a table; a new one replaces the oldest. Each costs a few hundred bytes."""
+# Event-loop turns before a result is published. The message that it is there goes out first; it is
+# a millisecond until another worker is told to fetch it, and pickling an entry would delay that.
 _TURNS = 4
-_RECORD = struct.Struct("16s16sQQ")  # digest, seal, address and bytes of the item
-_TABLE = SLOTS * _RECORD.size
+_RECORD = struct.Struct("16s16sQQ")  # digest, token, address and bytes of the entry's pickle
+_TABLE_BYTES = SLOTS * _RECORD.size
 
-_shelves: weakref.WeakKeyDictionary[Worker, Shelf] = weakref.WeakKeyDictionary()
+_tables: weakref.WeakKeyDictionary[Worker, ResultTable] = weakref.WeakKeyDictionary()
 
 
-class Place(NamedTuple):
-    """Where a shelf's table lies, and what the digests of its keys begin with."""
+class TableLocation(NamedTuple):
+    """Where a table lies, and the salt of its digests."""
 
     pid: int
     address: int
     salt: bytes
 
     def digest(self, key: Any) -> bytes:
-        """What stands for a key; in other memory than this shelf's it does not come up."""
-        return hashlib.blake2b(repr(key).encode(), digest_size=TOKEN_BYTES, key=self.salt).digest()
+        """A hash of the key that occurs by chance in no other memory."""
+        return hashlib.blake2b(repr(key).encode(), digest_size=16, key=self.salt).digest()
 
 
-class _Item:
-    """A result that is shown, for as long as all of its tensors live."""
+class _Entry:
+    """A published result; becomes invalid when any of its tensors dies."""
 
     def __init__(self, slot: int, tensors: list[torch.Tensor], pickled: bytes) -> None:
         self.slot = slot
@@ -83,20 +84,22 @@ class _Item:
         self._watched = [weakref.ref(t, lambda _died: lease.end()) for t in tensors]
 
 
-class Shelf:
-    """What one worker shows to its readers."""
+class ResultTable:
+    """What one worker publishes, while `readers` is not empty."""
 
     def __init__(self, worker: Worker, readers: Collection[str]) -> None:
         self._worker = weakref.proxy(worker)
         self._readers = readers
-        self._table = ctypes.create_string_buffer(_TABLE)
-        self.place = Place(os.getpid(), ctypes.addressof(self._table), os.urandom(TOKEN_BYTES))
-        self._items: OrderedDict[Any, _Item] = OrderedDict()
+        self._table = ctypes.create_string_buffer(_TABLE_BYTES)
+        self.location = TableLocation(
+            os.getpid(), ctypes.addressof(self._table), os.urandom(TOKEN_BYTES)
+        )
+        self._entries: OrderedDict[Any, _Entry] = OrderedDict()
         self._free = list(range(SLOTS))
         self._closed = False
 
-    def show(self, key: Any, value: Any) -> None:
-        """Show a result under its key, if it is of those that can be."""
+    def publish(self, key: Any, value: Any) -> None:
+        """Publish a result under its key if it qualifies: CPU tensors only, at most 64."""
         self.remove(key)
         tensors = _tensors_of(value)
         if (
@@ -105,50 +108,48 @@ class Shelf:
         ):
             return
         if not self._free:
-            self.remove(next(iter(self._items)))
-        pickled = _where(value)
-        item = self._items[key] = _Item(self._free.pop(), tensors, pickled)
-        token = item.lease.token
-        where = token.address, len(pickled)
-        self._write(item.slot, self.place.digest(key), token.content, *where)
+            self.remove(next(iter(self._entries)))
+        pickled = _pickle(value)
+        entry = self._entries[key] = _Entry(self._free.pop(), tensors, pickled)
+        token, digest = entry.lease.token, self.location.digest(key)
+        self._write(entry.slot, digest, token.content, token.address, len(pickled))
 
-    def moved(self, key: Any, start: str, finish: str) -> None:
-        """A task of the worker went from one state to another: show its result, or no more."""
+    def task_moved(self, key: Any, start: str, finish: str) -> None:
+        """Publish or remove the result of a task that went from one state to another."""
         if start == "memory":
             self.remove(key)
         elif finish == "memory" and start != "flight" and self._readers:
-            self._show(key, _TURNS)
+            self._publish_later(key, _TURNS)
 
-    def _show(self, key: Any, turns: int) -> None:
-        """After so many turns of the event loop."""
+    def _publish_later(self, key: Any, turns: int) -> None:
         if turns:
-            asyncio.get_running_loop().call_soon(self._show, key, turns - 1)
+            asyncio.get_running_loop().call_soon(self._publish_later, key, turns - 1)
         elif not self._closed:
             for value in internals.held_in_memory(self._worker, [key]):
-                self.show(key, value)
+                self.publish(key, value)
 
     def remove(self, key: Any) -> None:
-        """Show it no more, if it is shown."""
-        item = self._items.pop(key, None)
-        if item is not None:
-            item.lease.end()
-            self._write(item.slot, b"", b"", 0, 0)
-            self._free.append(item.slot)
+        """Remove a result, if it is published."""
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            entry.lease.end()
+            self._write(entry.slot, b"", b"", 0, 0)
+            self._free.append(entry.slot)
 
     def _write(self, slot: int, *record: Any) -> None:
         _RECORD.pack_into(self._table, slot * _RECORD.size, *record)
 
     def close(self) -> None:
-        """Show nothing any more."""
+        """Remove all results, and publish no more."""
         self._closed = True
-        for key in list(self._items):
+        for key in list(self._entries):
             self.remove(key)
 
 
 def _tensors_of(value: Any) -> list[torch.Tensor]:
-    """The tensors of a value that is nothing but those; else none of them."""
-    tensors = list(_walk(value)) if lies_ready(value) else []
-    # A gradient may be exchanged for another at any time.
+    """The tensors of a value that consists of such as can be published; else none."""
+    tensors = list(_walk(value)) if is_ready_to_send(value) else []
+    # A gradient may be replaced at any time.
     if any(type(t) is not torch.Tensor or t.requires_grad or t.grad is not None for t in tensors):
         return []
     return tensors
@@ -162,66 +163,64 @@ def _walk(value: Any) -> Iterator[torch.Tensor]:
             yield from _walk(part)
 
 
-def _where(value: Any) -> bytes:
-    """A pickle of a value: of what is large in it, where it lies."""
+def _pickle(value: Any) -> bytes:
+    """A pickle with the addresses of large tensors, and copies of small ones."""
     pickled, buffers, _ = pickle_with(TensorPickler, value)
-    return pickle.dumps((pickled, [_piece(b) for b in buffers]), 5)
+    parts = [
+        bytes(b) if b.nbytes < thresholds.LEASE_BUFFER_MIN else RemoteBuffer.of(b) for b in buffers
+    ]
+    return pickle.dumps((pickled, parts), 5)
 
 
-def _piece(buffer: memoryview) -> RemoteBuffer | bytes:
-    small = buffer.nbytes < thresholds.LEASE_BUFFER_MIN
-    return bytes(buffer) if small else RemoteBuffer.of(buffer)
-
-
-def take(place: Place, keys: Collection[Any]) -> dict[Any, Any]:
-    """Those of the results with these keys that lie on a shelf of another process.
+def lookup(location: TableLocation, keys: Collection[Any]) -> dict[Any, Any]:
+    """Those of the results with these keys that are in another process's table.
 
     Raises
     ------
     OSError
         The process is gone, or may not be read.
     """
-    table = bytearray(_TABLE)
-    process_memory.read(place.pid, [(place.address, memoryview(table))])
+    table = bytearray(_TABLE_BYTES)
+    process_memory.read(location.pid, [(location.address, memoryview(table))])
     records = {digest: record for digest, *record in _RECORD.iter_unpack(table)}
     found = {}
     for key in keys:
-        record = records.get(place.digest(key))
+        record = records.get(location.digest(key))
         if record is not None:
             try:
-                found[key] = _take(place.pid, *record)
-            except OSError:  # it went before it was read
-                logger.debug("%r was on the shelf of process %d", key, place.pid, exc_info=True)
+                found[key] = _read(location.pid, *record)
+            except OSError:  # it was removed before it was read
+                logger.debug("%r was published by process %d", key, location.pid, exc_info=True)
     return found
 
 
-def _take(pid: int, content: bytes, address: int, nbytes: int) -> Any:
+def _read(pid: int, content: bytes, address: int, nbytes: int) -> Any:
     token = ValidityToken(pid, address, content)
-    # A record may be half written: what is unpickled lay behind a valid token.
-    [item] = read_leased(token, [RemoteBuffer(address + TOKEN_BYTES, nbytes)])
-    pickled, pieces = pickle.loads(item)
-    return receive(pickled, pieces, token, None)
+    # A record may be half written; only what lies behind its valid token is unpickled.
+    [entry] = read_leased(token, [RemoteBuffer(address + TOKEN_BYTES, nbytes)])
+    pickled, parts = pickle.loads(entry)
+    return unpack(pickled, parts, token, None)
 
 
-def look(lender: Lender, worker: str, keys: Collection[Any]) -> dict[Any, Any]:
-    """What a worker finds of these keys on another's shelf, if it knows where that is."""
-    place = lender.shelves.get(worker)
-    if place is None:
+def lookup_at(registry: PeerRegistry, worker: str, keys: Collection[Any]) -> dict[Any, Any]:
+    """`lookup` in the table of another worker, if its location is known."""
+    location = registry.tables.get(worker)
+    if location is None:
         return {}
     try:
-        return take(Place(*place), keys)
+        return lookup(TableLocation(*location), keys)
     except OSError:
-        lender.shelves.pop(worker, None)
+        registry.tables.pop(worker, None)
         return {}
 
 
-def _gather(stock: Any) -> Any:
-    """Dask's function that asks a worker for results: what lies on its shelf is not asked for."""
+def _wrap_gather(stock: Any) -> Any:
+    """Wrap the function by which Dask's workers ask each other for results: look them up first."""
 
     @functools.wraps(stock)
     async def gather(rpc: Any, keys: Any, worker: str, *, who: Any = None, **options: Any) -> Any:
-        lender = message_leases.lender_at(who)
-        found = {} if lender is None else look(lender, worker, keys)
+        registry = peers.registry_at(who)
+        found = {} if registry is None else lookup_at(registry, worker, keys)
         rest = [key for key in keys if key not in found]
         if found and not rest:
             return {"status": "OK", "data": found}
@@ -233,24 +232,24 @@ def _gather(stock: Any) -> Any:
     return gather
 
 
-def shelf_of(worker: Worker) -> Shelf | None:
-    """This worker's, if it shows its results."""
-    return _shelves.get(worker)
+def table_of(worker: Worker) -> ResultTable | None:
+    """This worker's, if it publishes results."""
+    return _tables.get(worker)
 
 
 def apply(worker: Worker) -> None:
-    """Have a worker that lends show its results, and look on others' shelves."""
-    lender = message_leases.lender_at(worker.address)
-    if worker in _shelves or lender is None or not internals.wrap_gathering(_gather):
+    """Have a worker that leases memory publish its results, and look up those of others."""
+    registry = peers.registry_at(worker.address)
+    if worker in _tables or registry is None or not internals.wrap_gathering(_wrap_gather):
         return
-    shelf = _shelves[worker] = Shelf(worker, lender.readers)
-    lender.shelf = shelf.place
+    table = _tables[worker] = ResultTable(worker, registry.readers)
+    registry.table = table.location
 
 
 def restore(worker: Worker) -> None:
     """Undo `apply`."""
-    shelf = _shelves.pop(worker, None)
-    if shelf is not None:
-        shelf.close()
-        if not _shelves:
+    table = _tables.pop(worker, None)
+    if table is not None:
+        table.close()
+        if not _tables:
             internals.unwrap_gathering()

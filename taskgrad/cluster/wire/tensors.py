@@ -63,7 +63,7 @@ def reduce_tensor(t: torch.Tensor) -> Any:
         return _reduce(t, cls)
 
 
-def lies_ready(value: Any) -> bool:
+def is_ready_to_send(value: Any) -> bool:
     """Whether a message of this value is made without a copy, and without looking at many things.
 
     A tensor whose memory is as it is sent, or a few.
@@ -73,7 +73,7 @@ def lies_ready(value: Any) -> bool:
         ready = value.layout is torch.strided and value.device.type == "cpu"
         return ready and value.is_contiguous() and not value.__dict__
     if kind is tuple or kind is list:
-        return len(value) <= thresholds.INSPECTED_VALUES_MAX and all(map(lies_ready, value))
+        return len(value) <= thresholds.INSPECTED_VALUES_MAX and all(map(is_ready_to_send, value))
     return value is None
 
 

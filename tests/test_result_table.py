@@ -1,4 +1,4 @@
-"""Large results that a worker shows are read by others of its host, and not asked for."""
+"""Large results that a worker publishes are read by others of its host, and not asked for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distributed import Client, LocalCluster, Worker
 from torch.utils import _pytree as pytree
 
 from conftest import wait_until
-from lending import (
+from leasing import (
     THERE,
     acquaint,
     borrowed,
@@ -26,8 +26,9 @@ from lending import (
     readers,
     use,
 )
-from taskgrad.cluster.wire import message_leases, process_memory, result_table
-from taskgrad.cluster.wire.result_table import Shelf, take
+from taskgrad.cluster.wire import process_memory, result_table
+from taskgrad.cluster.wire.peers import PeerRegistry
+from taskgrad.cluster.wire.result_table import ResultTable, lookup
 
 COUNT = 200_000  # floats: 0.8 MB
 
@@ -67,18 +68,18 @@ def pair() -> Iterator[tuple[Client, list[str]]]:
         yield client, [a, b]
 
 
-def shown(client: Client, worker: str) -> list[Any]:
+def published(client: Client, worker: str) -> list[Any]:
     def look(dask_worker: Worker) -> list[Any]:
-        return list(result_table._shelves[dask_worker]._items)
+        return list(result_table._tables[dask_worker]._entries)
 
     found: list[Any] = client.run(look, workers=[worker])[worker]
     return found
 
 
-def show(client: Client, worker: str, function: Any, *arguments: Any) -> Any:
-    """A result that lies on a worker's shelf."""
+def publish(client: Client, worker: str, function: Any, *arguments: Any) -> Any:
+    """A result that a worker has published."""
     future = client.submit(function, *arguments, workers=[worker], pure=False)
-    assert wait_until(lambda: future.key in shown(client, worker))
+    assert wait_until(lambda: future.key in published(client, worker))
     return future
 
 
@@ -93,11 +94,11 @@ def asked(client: Client, worker: str) -> int:
 
 @needs_others
 @pytest.mark.parametrize("maker", [make, nested, small])
-def test_what_is_shown_is_read_and_not_asked_for(pair, maker):
+def test_what_is_published_is_read_and_not_asked_for(pair, maker):
     client, (a, b) = pair
     before = asked(client, a), borrowed(client)[b]
     for seed in range(3):
-        there = show(client, a, maker, seed)
+        there = publish(client, a, maker, seed)
         assert client.submit(equals, there, seed, maker, workers=[b], pure=False).result(30)
     large = sum(t.nbytes for t in pytree.tree_leaves(maker(0)) if t is not None and t.numel() > 3)
     assert (asked(client, a), borrowed(client)[b]) == (before[0], before[1] + 3 * large)
@@ -108,11 +109,11 @@ def test_what_else_a_task_takes_is_asked_for(pair):
     client, (a, b) = pair
     before = asked(client, a)
     small = client.submit(int, 7, workers=[a], pure=False)
-    large = show(client, a, make, 7)
+    large = publish(client, a, make, 7)
     taken = client.submit(equal_and_small, large, 7, small, workers=[b], pure=False)
     assert taken.result(timeout=200)
     assert asked(client, a) == before + 1
-    assert small.key not in shown(client, a)
+    assert small.key not in published(client, a)
 
 
 @needs_others
@@ -125,39 +126,39 @@ def test_workers_get_to_know_each_other_by_small_tensors():
         assert pass_one(client, a, b, 1, small)
         assert wait_until(lambda: readers(client, a) == [b])
         before = asked(client, a)
-        there = show(client, a, small, 2)
+        there = publish(client, a, small, 2)
         assert client.submit(equals, there, 2, small, workers=[b], pure=False).result(timeout=200)
         assert asked(client, a) == before
 
 
 @needs_others
-def test_what_is_released_is_on_no_shelf(pair):
+def test_what_is_released_is_in_no_table(pair):
     client, (a, _) = pair
-    key = show(client, a, make, 1).key
-    assert wait_until(lambda: key not in shown(client, a))
+    key = publish(client, a, make, 1).key
+    assert wait_until(lambda: key not in published(client, a))
 
 
 @needs_others
-def test_what_came_from_another_worker_is_not_shown(pair):
+def test_what_came_from_another_worker_is_not_published(pair):
     client, (a, b) = pair
-    there = show(client, a, make, 1)
+    there = publish(client, a, make, 1)
     assert client.submit(equal, there, 1, workers=[b], pure=False).result(timeout=200)
     assert set(client.who_has(there)[there.key]) == {a, b}
-    assert there.key not in shown(client, b)
+    assert there.key not in published(client, b)
 
 
 # From here on the reader is the process itself: to its own memory it can do anything in between.
 
 
 class Nobody:
-    """A shelf looks at its worker only when it is told of a task."""
+    """A table looks at its worker only when it is told of a task."""
 
 
 NOBODY = Nobody()
 
 
-def make_shelf() -> Shelf:
-    return Shelf(NOBODY, set())
+def make_table() -> ResultTable:
+    return ResultTable(NOBODY, set())
 
 
 def values() -> dict[str, torch.Tensor]:
@@ -165,62 +166,62 @@ def values() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def filled() -> tuple[Shelf, dict[str, torch.Tensor]]:
-    """A shelf, and what lies on it."""
-    found, on_it = make_shelf(), values()
-    for key, value in on_it.items():
-        found.show(key, value)
-    return found, on_it
+def filled() -> tuple[ResultTable, dict[str, torch.Tensor]]:
+    """A table, and what is in it."""
+    found, in_it = make_table(), values()
+    for key, value in in_it.items():
+        found.publish(key, value)
+    return found, in_it
 
 
 @needs_call
 def test_a_reader_finds_values_of_its_own(filled):
-    found, on_it = filled
-    got = take(found.place, ["x", "elsewhere", "y"])
+    found, in_it = filled
+    got = lookup(found.location, ["x", "elsewhere", "y"])
     assert list(got) == ["x", "y"]
-    assert all(torch.equal(got[key], on_it[key]) for key in on_it)
-    on_it["x"].zero_()
+    assert all(torch.equal(got[key], in_it[key]) for key in in_it)
+    in_it["x"].zero_()
     assert torch.equal(got["x"], make(1, COUNT))
 
 
 @needs_call
 def test_a_tensor_that_dies_is_found_no_more(filled):
-    found, on_it = filled
-    del on_it["x"]
-    assert list(take(found.place, ["x", "y"])) == ["y"]
+    found, in_it = filled
+    del in_it["x"]
+    assert list(lookup(found.location, ["x", "y"])) == ["y"]
 
 
 @needs_call
 def test_a_part_that_dies_takes_the_whole_away():
-    found, parts = make_shelf(), [make(1, COUNT), make(2, COUNT)]
-    found.show("x", parts)
-    assert same_values(take(found.place, ["x"])["x"], parts)
+    found, parts = make_table(), [make(1, COUNT), make(2, COUNT)]
+    found.publish("x", parts)
+    assert same_values(lookup(found.location, ["x"])["x"], parts)
     parts.pop()
-    assert take(found.place, ["x"]) == {}
+    assert lookup(found.location, ["x"]) == {}
 
 
 @needs_call
 def test_a_key_that_is_made_again_has_its_new_value(filled):
-    found, on_it = filled
+    found, in_it = filled
     new = make(3, COUNT)
-    found.show("x", new)
-    assert torch.equal(take(found.place, ["x"])["x"], new)
-    found.show("x", 3)  # not of those that are shown; and the old value is not it
-    assert list(take(found.place, list(on_it))) == ["y"]
+    found.publish("x", new)
+    assert torch.equal(lookup(found.location, ["x"])["x"], new)
+    found.publish("x", 3)  # not of those that are published; and the old value is not it
+    assert list(lookup(found.location, list(in_it))) == ["y"]
 
 
 @needs_call
 def test_the_oldest_makes_room(filled):
-    found, on_it = filled
+    found, in_it = filled
     more = {i: make(i, COUNT // 2) for i in range(result_table.SLOTS - 1)}
     for key, value in more.items():
-        found.show(key, value)
-    assert list(take(found.place, ["x", "y", *more])) == ["y", *more]
+        found.publish(key, value)
+    assert list(lookup(found.location, ["x", "y", *more])) == ["y", *more]
     found.close()
-    assert take(found.place, ["y", *more]) == {}
-    for key, value in on_it.items():
-        found.show(key, value)
-    assert list(take(found.place, list(on_it))) == list(on_it)
+    assert lookup(found.location, ["y", *more]) == {}
+    for key, value in in_it.items():
+        found.publish(key, value)
+    assert list(lookup(found.location, list(in_it))) == list(in_it)
 
 
 @pytest.mark.parametrize(
@@ -239,17 +240,17 @@ def test_the_oldest_makes_room(filled):
     ],
     ids=["none", "parameter", "leaf", "strided", "dict", "many", "mixed", "sparse", "meta", "int"],
 )
-def test_what_is_not_shown(value):
-    found = make_shelf()
-    found.show("x", value)
-    assert not found._items
+def test_what_is_not_published(value):
+    found = make_table()
+    found.publish("x", value)
+    assert not found._entries
 
 
 @needs_call
 @pytest.mark.parametrize("reads", [1, 2, 3, 4])
 def test_what_dies_while_it_is_read_is_not_taken(filled, monkeypatch, reads):
     """The table, an item, its seal, its tensor, the seal again: after any of these."""
-    found, on_it = filled
+    found, in_it = filled
     stock, count = process_memory.read, 0
 
     def read(pid, pieces):
@@ -257,38 +258,38 @@ def test_what_dies_while_it_is_read_is_not_taken(filled, monkeypatch, reads):
         stock(pid, pieces)
         count += 1
         if count == reads:
-            del on_it["x"]
+            del in_it["x"]
 
     monkeypatch.setattr(process_memory, "read", read)
-    assert take(found.place, ["x"]) == {}
-    assert "x" not in on_it
+    assert lookup(found.location, ["x"]) == {}
+    assert "x" not in in_it
 
 
 @needs_call
 def test_records_that_are_half_written_lead_to_nothing(filled):
     found, _ = filled
     size = result_table._RECORD.size
-    slots = [found._items[key].slot * size for key in ("x", "y")]
+    slots = [found._entries[key].slot * size for key in ("x", "y")]
     (x, y) = (list(result_table._RECORD.unpack_from(found._table, at)) for at in slots)
     result_table._RECORD.pack_into(found._table, slots[0], *x[:2], *y[2:])
-    assert list(take(found.place, ["x", "y"])) == ["y"]
+    assert list(lookup(found.location, ["x", "y"])) == ["y"]
     result_table._RECORD.pack_into(found._table, slots[0], x[0], bytes(16), *x[2:])
-    assert list(take(found.place, ["x", "y"])) == ["y"]
+    assert list(lookup(found.location, ["x", "y"])) == ["y"]
     result_table._RECORD.pack_into(found._table, slots[0], *x[:2], 8, 100)  # no memory at all
-    assert list(take(found.place, ["x", "y"])) == ["y"]
+    assert list(lookup(found.location, ["x", "y"])) == ["y"]
 
 
 @needs_call
-def test_a_shelf_that_is_gone_is_forgotten(filled):
+def test_a_table_that_is_gone_is_forgotten(filled):
     found, _ = filled
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait(30)
-    lender = message_leases.Lender("tcp://127.0.0.1:3")
-    lender.shelves[THERE] = found.place._replace(pid=ended.pid)
-    assert result_table.look(lender, THERE, ["x"]) == {}
-    assert lender.shelves == {}
-    lender.shelves[THERE] = tuple(found.place)
-    assert list(result_table.look(lender, THERE, ["x"])) == ["x"]
+    registry = PeerRegistry("tcp://127.0.0.1:3")
+    registry.tables[THERE] = found.location._replace(pid=ended.pid)
+    assert result_table.lookup_at(registry, THERE, ["x"]) == {}
+    assert registry.tables == {}
+    registry.tables[THERE] = tuple(found.location)
+    assert list(result_table.lookup_at(registry, THERE, ["x"])) == ["x"]
 
 
 def test_a_worker_that_is_too_busy_for_the_rest_is_asked_for_all_of_it_again(monkeypatch):
@@ -299,8 +300,8 @@ def test_a_worker_that_is_too_busy_for_the_rest_is_asked_for_all_of_it_again(mon
         asked_for.append(keys)
         return {"status": "busy"}
 
-    monkeypatch.setattr(result_table.message_leases, "lender_at", lambda address: address)
-    monkeypatch.setattr(result_table, "look", lambda lender, worker, keys: {"x": 1})
-    gather = result_table._gather(busy)
+    monkeypatch.setattr(result_table.peers, "registry_at", lambda address: address)
+    monkeypatch.setattr(result_table, "lookup_at", lambda registry, worker, keys: {"x": 1})
+    gather = result_table._wrap_gather(busy)
     answer = asyncio.run(gather(None, ["x", "y"], "there", who="here"))
     assert (answer, asked_for) == ({"status": "busy"}, [["y"]])

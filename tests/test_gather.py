@@ -9,10 +9,10 @@ import torch
 from distributed import Client, LocalCluster
 
 import taskgrad as tg
-from lending import needs_others, without_handler
+from leasing import needs_others, without_handler
 from taskgrad.cluster import client_calls, internals
 from taskgrad.cluster.session import session
-from taskgrad.cluster.wire import gather, message_leases, process_memory
+from taskgrad.cluster.wire import message_leases, peers, process_memory
 
 COUNT = 500_000  # floats: 2 MB
 
@@ -20,7 +20,7 @@ COUNT = 500_000  # floats: 2 MB
 @pytest.fixture
 def ours(client) -> tuple[Client, list[str]]:
     """A client that has not asked its workers yet, and they."""
-    gather._lenders.pop(client, None)
+    peers._registries.pop(client, None)
     return client, [worker.address for worker in session(client).workers()]
 
 
@@ -41,9 +41,9 @@ def fetch(client: Client, futures: list[Any], workers: list[str]) -> list[Any]:
 def test_results_are_read_from_the_workers_memory(ours):
     client, workers = ours
     futures = [make(client, w, torch.full, (COUNT,), float(i)) for i, w in enumerate(workers)]
-    before = message_leases.bytes_borrowed()
+    before = message_leases.bytes_read()
     found = fetch(client, futures, workers)
-    assert message_leases.bytes_borrowed() - before == 2 * COUNT * 4
+    assert message_leases.bytes_read() - before == 2 * COUNT * 4
     del futures  # what the workers do with their memory from now on
     refill = [make(client, w, torch.full, (COUNT,), -1.0) for w in workers]
     assert [t.unique().tolist() for t in found] == [[0], [1]]
@@ -54,13 +54,13 @@ def test_results_are_read_from_the_workers_memory(ours):
 def test_a_driver_asks_each_worker_once_whether_it_lends(ours, monkeypatch):
     client, workers = ours
     asked = []
-    stock = gather._lends
+    stock = peers.probe
 
-    async def lends(client, worker):
+    async def probe(client, worker):
         asked.append(worker)
-        return await stock(client, worker)
+        await stock(client, worker)
 
-    monkeypatch.setattr(gather, "_lends", lends)
+    monkeypatch.setattr(peers, "probe", probe)
     for _ in range(2):
         fetch(client, [make(client, w) for w in workers], workers)
     assert sorted(asked) == sorted(workers)
@@ -70,7 +70,7 @@ def test_a_driver_asks_each_worker_once_whether_it_lends(ours, monkeypatch):
 def test_what_cannot_be_read_comes_by_the_wire(ours, monkeypatch):
     client, (a, _) = ours
     assert torch.equal(fetch(client, [make(client, a)], [a])[0], torch.arange(COUNT))
-    stock, before = process_memory.read, message_leases.bytes_borrowed()
+    stock, before = process_memory.read, message_leases.bytes_read()
 
     def read(pid, pieces):
         if sum(view.nbytes for _, view in pieces) > 16:
@@ -78,9 +78,9 @@ def test_what_cannot_be_read_comes_by_the_wire(ours, monkeypatch):
         stock(pid, pieces)
 
     monkeypatch.setattr(process_memory, "read", read)
-    for _ in range(message_leases.OFFERS + 1):
+    for _ in range(peers.ATTEMPTS + 1):
         assert torch.equal(fetch(client, [make(client, a)], [a])[0], torch.arange(COUNT))
-    assert message_leases.bytes_borrowed() == before
+    assert message_leases.bytes_read() == before
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def asked(monkeypatch) -> list[Any]:
 
 def test_a_worker_that_does_not_lend_is_not_asked_for_results(ours, asked):
     client, (a, _) = ours
-    with without_handler(client, a, message_leases.LENDS):
+    with without_handler(client, a, peers.PROBE):
         assert torch.equal(fetch(client, [make(client, a)], [a])[0], torch.arange(COUNT))
     assert not asked
 
@@ -141,12 +141,12 @@ def test_what_is_collected_comes_so(ours):
     client, _ = ours
     net = torch.nn.Sequential(torch.nn.Linear(8, COUNT // 8, bias=False))
     chain = tg.GraphChain(net, placement=[0], client=client)
-    x, before = torch.randn(8, 8), message_leases.bytes_borrowed()
+    x, before = torch.randn(8, 8), message_leases.bytes_read()
     assert torch.equal(tg.collect(chain(x)), net(x))
-    between = message_leases.bytes_borrowed()
+    between = message_leases.bytes_read()
     assert between - before == COUNT * 4
     assert torch.equal(chain.to_module()[0].weight, net[0].weight)
-    assert message_leases.bytes_borrowed() - between == COUNT * 4
+    assert message_leases.bytes_read() - between == COUNT * 4
 
 
 @needs_others

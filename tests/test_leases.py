@@ -19,7 +19,7 @@ from distributed.utils import open_port
 
 from conftest import about_workers, wait_until
 from helpers import long_rows
-from lending import (
+from leasing import (
     COUNT,
     acquaint,
     borrowed,
@@ -32,7 +32,7 @@ from lending import (
     readers,
     use,
 )
-from taskgrad.cluster.wire import message_leases, process_memory, result_table
+from taskgrad.cluster.wire import peers, process_memory, result_table
 
 
 def same(t: torch.Tensor) -> torch.Tensor:
@@ -41,8 +41,8 @@ def same(t: torch.Tensor) -> torch.Tensor:
 
 def forget(dask_worker: Worker) -> None:
     """What this worker knows of others, and what a test did to it."""
-    message_leases._lenders[dask_worker].readers.clear()
-    message_leases._lenders[dask_worker].offers.clear()
+    peers._registries[dask_worker].readers.clear()
+    peers._registries[dask_worker].readers.attempts.clear()
     refuse(2**40)
 
 
@@ -193,12 +193,10 @@ def lends(client: Client) -> set[bool]:
 
     def look(dask_worker):
         handler = dask_worker.handlers["get_data"]
-        known = "taskgrad_reader" in dask_worker.handlers
-        assert (
-            known == (handler != dask_worker.get_data) == (dask_worker in message_leases._lenders)
-        )
+        known = peers.PROBE in dask_worker.handlers
+        assert known == (handler != dask_worker.get_data) == (dask_worker in peers._registries)
         looks = hasattr(distributed.worker.get_data_from_worker, "taskgrad")
-        assert known == looks == (dask_worker in result_table._shelves)
+        assert known == looks == (dask_worker in result_table._tables)
         return known
 
     return set(client.run(look).values())
@@ -215,7 +213,7 @@ def put_another_over_it(dask_worker: Worker) -> None:
 
 def another_stayed(dask_worker: Worker) -> bool:
     stays = dask_worker.handlers["get_data"] is dask_worker.theirs
-    return stays and dask_worker not in message_leases._lenders
+    return stays and dask_worker not in peers._registries
 
 
 def borrowed_in_three(client: Client) -> int:

@@ -1,4 +1,4 @@
-"""Messages that lend what is large in them; where this system cannot do that, tests are skipped."""
+"""Messages whose large buffers are leased; where this system cannot do that, tests are skipped."""
 
 from __future__ import annotations
 
@@ -14,33 +14,30 @@ from distributed import Client
 
 from conftest import wait_until
 from taskgrad.cluster.session import session
-from taskgrad.cluster.wire import message_leases, process_memory
+from taskgrad.cluster.wire import message_leases, peers, process_memory
+from taskgrad.cluster.wire.message_leases import MessageLease
+from taskgrad.cluster.wire.peers import PeerRegistry
 
 HERE, THERE = "tcp://127.0.0.1:1", "tcp://127.0.0.1:2"
 
 
 @contextmanager
-def lending(known: bool = True) -> Iterator[message_leases.Loan]:
-    """A loan for the messages of this block; whether the receiver has shown that it can read."""
-    lender = message_leases.Lender(HERE)
+def leasing(known: bool = True) -> Iterator[MessageLease]:
+    """A lease for the messages of this block; whether the receiver has shown that it can read."""
+    registry = PeerRegistry(HERE)
     if known:
-        lender.readers.add(THERE)
-    loan = lender.loan(THERE)
-    assert loan is not None
-    message_leases._current.set(loan)
-    try:
-        yield loan
-    finally:
-        message_leases._current.set(None)
-        loan.answered(True)
+        registry.readers.add(THERE)
+    lease = MessageLease(registry, THERE)
+    with lease.attached():
+        yield lease
 
 
 def _can_read_others() -> bool:
     """Whether processes here can read each other: a child its parent no easier than a sibling."""
-    with lending() as loan:
+    with leasing() as lease:
         script = (
             "from taskgrad.cluster.wire.leases import ValidityToken; "
-            f"assert ValidityToken{tuple(loan.token)}.is_valid()"
+            f"assert ValidityToken{tuple(lease.token)}.is_valid()"
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     return done.returncode == 0
@@ -66,12 +63,12 @@ def equal(t: torch.Tensor, seed: int, maker: Any = make) -> bool:
 
 def borrowed(client: Client) -> dict[str, int]:
     """Bytes that each worker has read from another's memory."""
-    return client.run(message_leases.bytes_borrowed)
+    return client.run(message_leases.bytes_read)
 
 
 def readers(client: Client, lender: str) -> list[str]:
     def look(dask_worker):
-        return sorted(message_leases._lenders[dask_worker].readers)
+        return sorted(peers._registries[dask_worker].readers)
 
     return client.run(look, workers=[lender])[lender]
 

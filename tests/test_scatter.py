@@ -10,9 +10,9 @@ from distributed import Client, LocalCluster
 
 import taskgrad as tg
 from conftest import wait_until
-from lending import needs_others, without_handler
+from leasing import needs_others, without_handler
 from taskgrad.cluster.session import session
-from taskgrad.cluster.wire import message_leases, process_memory, scatter
+from taskgrad.cluster.wire import message_leases, peers, process_memory, scatter
 
 COUNT = 500_000  # floats: 2 MB
 
@@ -20,7 +20,7 @@ COUNT = 500_000  # floats: 2 MB
 @pytest.fixture
 def ours(client) -> tuple[Client, list[str]]:
     """A client whose workers have not been asked yet, and they."""
-    scatter._lenders.pop(client, None)
+    peers._registries.pop(client, None)
     return client, [worker.address for worker in session(client).workers()]
 
 
@@ -31,7 +31,7 @@ def send(client: Client, worker: str, value):
 
 
 def borrowed(client: Client, worker: str) -> int:
-    return client.run(message_leases.bytes_borrowed, workers=[worker])[worker]
+    return client.run(message_leases.bytes_read, workers=[worker])[worker]
 
 
 def refuse_reads() -> None:
@@ -124,16 +124,17 @@ def test_a_worker_is_asked_once_whether_it_can(ours, can):
 
     def count(dask_worker) -> None:
         dask_worker.asked = 0
-        dask_worker.stock = dask_worker.handlers[message_leases.READS]
+        dask_worker.stock = dask_worker.handlers[peers.PROBE]
 
-        def reads(seal):
+        def probe(client, token):
             dask_worker.asked += 1
-            return can and dask_worker.stock(seal)
+            reads, its_token = dask_worker.stock(client, token)
+            return can and reads, its_token
 
-        dask_worker.handlers[message_leases.READS] = reads
+        dask_worker.handlers[peers.PROBE] = probe
 
     def restore(dask_worker) -> int:
-        dask_worker.handlers[message_leases.READS] = dask_worker.stock
+        dask_worker.handlers[peers.PROBE] = dask_worker.stock
         return dask_worker.asked
 
     client.run(count, workers=[a])
@@ -150,10 +151,10 @@ def test_a_read_that_fails_is_a_transfer_by_the_wire(ours):
     before = borrowed(client, a)
     client.run(refuse_reads, workers=[a])
     try:
-        for i in range(message_leases.OFFERS + 2):
+        for i in range(peers.ATTEMPTS + 2):
             there = send(client, a, torch.full((COUNT,), float(i)))
             assert there.result()[0] == i
-        assert scatter._lenders[client].readers == set()  # it was asked again, but not for ever
+        assert peers._registries[client].readers == set()  # it was asked again, but not for ever
     finally:
         client.run(allow_reads, workers=[a])
     assert borrowed(client, a) == before
@@ -162,7 +163,7 @@ def test_a_read_that_fails_is_a_transfer_by_the_wire(ours):
 def test_a_worker_that_does_not_borrow_gets_it_by_the_wire(ours):
     client, (a, _) = ours
     before = borrowed(client, a)
-    with without_handler(client, a, message_leases.READS):
+    with without_handler(client, a, peers.PROBE):
         there = send(client, a, [torch.ones(COUNT)])
         assert torch.equal(there.result()[0], torch.ones(COUNT))
     assert borrowed(client, a) == before
