@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import taskgrad as tg
-from taskgrad.cluster.plugins import store_of
+from taskgrad.cluster.worker_plugin import store_of
 from taskgrad.worker.store import ResidentShard
 
 

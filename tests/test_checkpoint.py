@@ -53,7 +53,7 @@ def train(trainer, first, last):
 
 def optimizer_state(dask_worker, tokens):
     """Every number that optimizers and trainers hold on these stages of a worker."""
-    from taskgrad.cluster.plugins import store_of
+    from taskgrad.cluster.worker_plugin import store_of
 
     found = {}
     for token, stage in store_of(dask_worker).entries().items():

@@ -31,12 +31,12 @@ def indexed(i: int, x: Any) -> tuple[int, Any]:
 
 
 def nothing_left(client: Client) -> bool:
-    """Whether no task, no function and no letter box of any map is left."""
+    """Whether no task, no function and no receiver of any map is left."""
     return (
         not client.run_on_scheduler(_tasks)
-        and not client.run_on_scheduler(_left)
-        and not any(client.run(_taken).values())
-        and not task_messages._boxes
+        and not client.run_on_scheduler(_broadcast)
+        and not any(client.run(_received).values())
+        and not task_messages._receivers
     )
 
 
@@ -44,13 +44,13 @@ def _tasks(dask_scheduler: Any) -> list[str]:
     return [str(key) for key in dask_scheduler.tasks if "imap" in str(key)]
 
 
-def _left(dask_scheduler: Any) -> int:
-    plugin = dask_scheduler.plugins["taskgrad-letters"]
-    return len(plugin._left) + len(plugin._takers)
+def _broadcast(dask_scheduler: Any) -> int:
+    plugin = dask_scheduler.plugins["taskgrad-messages"]
+    return len(plugin._values) + len(plugin._holders)
 
 
-def _taken(dask_worker: Any) -> list[str]:
-    return list(task_messages.taken(dask_worker))
+def _received(dask_worker: Any) -> list[str]:
+    return list(task_messages.broadcast_values(dask_worker))
 
 
 # What deepdish documents.

@@ -281,7 +281,7 @@ def test_a_key_is_let_go_of_though_its_future_lives(plain):
     follower = plain.submit(lambda x, y: y, future, 2, pure=False)
     keys = {future.key, follower.key}
     assert follower.result() == 2
-    internals.let_go(plain, [future.key, follower.key])
+    internals.release(plain, [future.key, follower.key])
 
     def known(dask_scheduler):
         return keys & dask_scheduler.tasks.keys()

@@ -18,7 +18,7 @@ from torch import nn
 import taskgrad as tg
 from conftest import wait_until
 from taskgrad.cluster import internals
-from taskgrad.cluster.config import Settings, Users, together
+from taskgrad.cluster.config import ClientSettings, Settings
 
 STOCK = {"workers": {0.005}, "clients": {0.002}, "from workers": {0.002}}
 FAST = {"workers": {0}, "clients": {0}, "from workers": {0}}
@@ -202,7 +202,7 @@ wishes = st.builds(
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.none() | wishes)))
 def test_what_holds_is_what_those_want_who_are_there(events):
-    users, there = Users(), {}
+    users, there = ClientSettings(), {}
     for name, wish in events:
         if wish is None:
             assert users.leave(name) == (there.pop(name, None) is not None)
@@ -210,10 +210,10 @@ def test_what_holds_is_what_those_want_who_are_there(events):
             users.join(name, wish)
             there[name] = wish
         assert len(users) == len(there)
-        assert users.settings == together(there.values())
+        assert users.settings == ClientSettings.merge(there.values())
         assert users.settings.allocator == any(w.allocator for w in there.values())
         assert users.settings.cross_memory == any(w.cross_memory for w in there.values())
         asked = [w.latency for w in there.values() if w.latency is not None]
         assert users.settings.latency == (min(asked) if asked else None)
         assert Settings(**users.settings.message()) == users.settings
-    assert Users().settings == Settings()
+    assert ClientSettings().settings == Settings()

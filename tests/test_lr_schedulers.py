@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
 import taskgrad as tg
 from helpers import long
-from taskgrad.cluster.plugins import store_of
+from taskgrad.cluster.worker_plugin import store_of
 
 SGD = partial(torch.optim.SGD, lr=1.0, momentum=0.5)
 DECAY = partial(StepLR, step_size=1, gamma=0.1)

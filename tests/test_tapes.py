@@ -19,7 +19,7 @@ from torch import nn
 import taskgrad as tg
 from conftest import total_held, wait_until
 from helpers import assert_same, future_of
-from taskgrad.cluster.plugins import store_of
+from taskgrad.cluster.worker_plugin import store_of
 from taskgrad.worker import shard_ops, training
 from taskgrad.worker.actions import OnShard
 from taskgrad.worker.backward import Backward

@@ -21,7 +21,7 @@ from torch import nn
 import taskgrad as tg
 from conftest import total_held, wait_until
 from plain import ConvNet, PlainTrainer, assert_same_training, images
-from taskgrad.cluster.plugins import store_of
+from taskgrad.cluster.worker_plugin import store_of
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 

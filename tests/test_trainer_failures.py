@@ -27,7 +27,7 @@ from plain import (
     tokens,
     transformer,
 )
-from taskgrad.cluster.plugins import store_of
+from taskgrad.cluster.worker_plugin import store_of
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)
 STAGES = [0] * 5 + [1] * 5

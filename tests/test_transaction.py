@@ -21,7 +21,7 @@ import taskgrad as tg
 from conftest import total_held, wait_until
 from helpers import assert_same, long, long_rows
 from plain import PlainTrainer, assert_same_training, next_token, tokens, transformer
-from taskgrad.cluster.plugins import store_of
+from taskgrad.cluster.worker_plugin import store_of
 
 
 def spring(here: str) -> None:

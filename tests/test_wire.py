@@ -37,7 +37,7 @@ import taskgrad as tg
 from leasing import leasing, needs_call
 from taskgrad.cluster.wire import message_leases, process_memory, thresholds
 from taskgrad.cluster.wire import serialize as _family  # noqa: F401  registers it
-from taskgrad.cluster.wire.picklable import refuse_untravelable
+from taskgrad.cluster.wire.picklable import check_picklable
 
 DTYPES = sorted(
     {
@@ -184,7 +184,7 @@ def test_any_tensor_anywhere_arrives_bit_for_bit(dtype, shape, layout, container
         assert back.stride() == t.stride()
     spilled = unwrap(container, deserialize_bytes(serialize_bytes(wrap(container, t))))
     assert_arrived(spilled, t)
-    refuse_untravelable(wrap(container, t))
+    check_picklable(wrap(container, t))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -257,7 +257,7 @@ def test_sparse_layouts(way):
         warnings.simplefilter("ignore")
         others = [dense.to_sparse_csr(), dense.to_sparse_csc(), dense.to_sparse_bsr((2, 2))]
     for t in (coo, loose, *others, coo.detach().requires_grad_()):
-        refuse_untravelable((1, t))
+        check_picklable((1, t))
         back = through((1, t))[1]
         assert (back.layout, back.dtype, back.requires_grad) == (t.layout, t.dtype, t.requires_grad)
         assert torch.equal(back.detach().to_dense(), t.detach().to_dense())
@@ -395,18 +395,18 @@ def test_a_process_without_our_family_reads_what_it_wrote(tmp_path):
 )
 def test_what_cannot_travel_is_named(value, named):
     with pytest.raises(tg.TravelError, match=named):
-        refuse_untravelable(value)
+        check_picklable(value)
 
 
 def test_what_lives_only_inside_a_transform_cannot_travel():
     with pytest.raises(tg.TravelError, match="torch.func"):
-        torch.func.vmap(lambda x: (refuse_untravelable((1, x)), x)[1])(torch.ones(2))
+        torch.func.vmap(lambda x: (check_picklable((1, x)), x)[1])(torch.ones(2))
 
 
 def test_the_check_takes_all_that_travels():
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
     for value in (None, 1, model, {"m": (model, lambda: 1)}, np.ones(3), range(3), Batch("n", [])):
-        refuse_untravelable(value)
+        check_picklable(value)
 
 
 # Between two real workers.

@@ -1,8 +1,8 @@
-"""Waiting: for futures, a moment at a time and without raising; for answers, with a deadline.
+"""Driver: coroutines in a client's event loop, waited for from other threads.
 
-``distributed.wait`` goes through the default client, which need not be ours, and its TimeoutError
-leaves a cycle through the frames of everybody above it: futures would live until the next garbage
-collection, and with them tapes.
+``distributed.wait`` uses the default client, which need not be ours. Its TimeoutError is part of a
+reference cycle with the frames of all its callers, so futures, and with them tapes, would live
+until the next garbage collection.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from taskgrad.errors import TaskgradError
 T = TypeVar("T")
 
 
-class Pending:
-    """Something that runs in a client's event loop until it is done or `cancel` is called."""
+class LoopFuture:
+    """The result of a coroutine that runs in a client's event loop."""
 
     def __init__(self, client: Client, start: Callable[[], Awaitable[Any]]) -> None:
         async def run() -> Any:
@@ -34,36 +34,36 @@ class Pending:
         self._future = asyncio.run_coroutine_threadsafe(run(), loop.asyncio_loop)
 
     def done(self, seconds: float) -> bool:
-        """Whether it is done, after waiting for so long at most."""
+        """True if it is done, after waiting for at most so long."""
         return bool(concurrent.futures.wait([self._future], seconds).done)
 
     def result(self) -> Any:
-        """What it gave, once it is done; raises what it raised."""
+        """The result, or its exception raised, once it is done."""
         return self._future.result()
 
     def cancel(self) -> None:
-        """Stop it, if it still runs."""
+        """Stop the coroutine if it still runs."""
         self._future.cancel()
 
 
-def all_of(client: Client, futures: Sequence[Future]) -> Pending:
+def all_of(client: Client, futures: Sequence[Future]) -> LoopFuture:
     """Done once each of these futures has a result, an error, or was cancelled."""
 
     async def settle() -> None:
-        # Where one was cancelled, whoever waits finds out by looking at each.
+        # The caller finds cancelled ones by looking at each.
         with contextlib.suppress(asyncio.CancelledError, CancelledError):
             await internals.settle(futures)
 
-    return Pending(client, settle)
+    return LoopFuture(client, settle)
 
 
-def values(client: Client, futures: Sequence[Future], workers: Sequence[str]) -> Pending:
+def values(client: Client, futures: Sequence[Future], workers: Sequence[str]) -> LoopFuture:
     """Done once the values of these futures, which ran on these workers, are here."""
-    return Pending(client, lambda: gather.values(client, futures, workers))
+    return LoopFuture(client, lambda: gather.values(client, futures, workers))
 
 
-def answer(client: Client, ask: Callable[[], Awaitable[T]], what: str) -> T:
-    """What the scheduler and the workers answer to a question, asked in the client's event loop.
+def call_with_deadline(client: Client, call: Callable[[], Awaitable[T]], what: str) -> T:
+    """What the scheduler and the workers answer to a call; `what` they are asked, for messages.
 
     Raises
     ------
@@ -71,7 +71,7 @@ def answer(client: Client, ask: Callable[[], Awaitable[T]], what: str) -> T:
         They cannot be reached, or have not answered within ``taskgrad.answer-deadline``.
     """
     seconds = deadline("answer")
-    pending = Pending(client, ask)
+    pending = LoopFuture(client, call)
     try:
         if pending.done(seconds):
             found: T = pending.result()

@@ -1,7 +1,6 @@
-"""taskgrad's settings, and whose of them hold on a cluster.
+"""Driver, scheduler, worker: taskgrad's settings in Dask's configuration; which hold on a cluster.
 
-The settings live in Dask's own configuration; ``taskgrad.yaml`` beside this file has the defaults
-and says what each is for.
+``taskgrad.yaml`` beside this file has the defaults and says what each is for.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ dask.config.update_defaults(_defaults)
 
 @dataclass(frozen=True)
 class Settings:
-    """What somebody wants changed on a cluster; by default nothing."""
+    """What one client wants changed on a cluster; by default nothing."""
 
     latency: float | None = None
-    """Seconds for which messages are collected; None leaves it to Dask."""
+    """Seconds for which streams collect messages; None leaves it to Dask."""
     allocator: bool = False
-    """Whether workers keep the memory that they free."""
+    """Whether the allocator of workers keeps freed memory."""
     cross_memory: bool = False
     """Whether workers of one host read large tensors from each other's memory."""
     pause: float | None = None
-    """From which part of its memory limit on a worker is paused; None leaves it to Dask."""
+    """Fraction of the memory limit at which a worker is paused; None leaves it to Dask."""
     profile: float | None = None
     """Seconds between two samples of a worker's profiler, at least; None leaves it to Dask."""
     tick: float | None = None
-    """Seconds between two looks of an event loop at itself, at least; None leaves it to Dask."""
+    """Seconds between an event loop's checks for delays, at least; None leaves it to Dask."""
 
     @classmethod
     def from_config(cls) -> Settings:
@@ -42,7 +41,7 @@ class Settings:
         Raises
         ------
         ValueError
-            A setting makes no sense; the message names it.
+            A setting has no valid value; the message names it.
         """
         fast = _flag("taskgrad.latency.enabled")
         return cls(
@@ -59,44 +58,44 @@ class Settings:
         return asdict(self)
 
 
-class Users:
-    """Who uses taskgrad on a scheduler, by client id, and what they want there together.
+class ClientSettings:
+    """Scheduler: the settings of each client that uses taskgrad, by client id.
 
-    Only what the scheduler itself sees decides who is a user: a client joins with a message and
-    leaves when its connection is gone. So a driver that was killed leaves like any other.
+    A client joins with a message and leaves when the scheduler sees its connection close, so a
+    driver that was killed leaves like any other.
     """
 
     def __init__(self) -> None:
-        self._wishes: dict[str, Settings] = {}
+        self._settings: dict[str, Settings] = {}
 
     def join(self, client: str, settings: Settings) -> None:
-        """Count this client; if it is counted already, with these settings from now on."""
-        self._wishes[client] = settings
+        """Add a client, or replace its settings."""
+        self._settings[client] = settings
 
     def leave(self, client: str) -> bool:
-        """Count this client no more; returns whether it was."""
-        return self._wishes.pop(client, None) is not None
+        """Remove a client; returns whether it was there."""
+        return self._settings.pop(client, None) is not None
 
     def __len__(self) -> int:
-        return len(self._wishes)
+        return len(self._settings)
 
     @property
     def settings(self) -> Settings:
-        """What holds now; with no users, nothing is changed."""
-        return together(self._wishes.values())
+        """What holds now; without clients, nothing is changed."""
+        return self.merge(self._settings.values())
 
-
-def together(wishes: Iterable[Settings]) -> Settings:
-    """All of these at once: what any wants, and the shortest interval."""
-    wishes = list(wishes)
-    return Settings(
-        latency=min((w.latency for w in wishes if w.latency is not None), default=None),
-        allocator=any(w.allocator for w in wishes),
-        cross_memory=any(w.cross_memory for w in wishes),
-        pause=max((w.pause for w in wishes if w.pause is not None), default=None),
-        profile=max((w.profile for w in wishes if w.profile is not None), default=None),
-        tick=max((w.tick for w in wishes if w.tick is not None), default=None),
-    )
+    @staticmethod
+    def merge(settings: Iterable[Settings]) -> Settings:
+        """Settings that satisfy all of these: the shortest latency, the highest lower bounds."""
+        every = list(settings)
+        return Settings(
+            latency=min((s.latency for s in every if s.latency is not None), default=None),
+            allocator=any(s.allocator for s in every),
+            cross_memory=any(s.cross_memory for s in every),
+            pause=max((s.pause for s in every if s.pause is not None), default=None),
+            profile=max((s.profile for s in every if s.profile is not None), default=None),
+            tick=max((s.tick for s in every if s.tick is not None), default=None),
+        )
 
 
 def _get(key: str) -> Any:

@@ -48,7 +48,7 @@ def check(client: Client) -> dict[str, int]:
         workers = client.run(tasks.torch_threads, on_error="return")
         return await asyncio.gather(versions, scheduler(), workers)
 
-    versions, on_scheduler, threads = client_calls.answer(
+    versions, on_scheduler, threads = client_calls.call_with_deadline(
         client, questions, "which versions they run"
     )
     answers = {"scheduler": on_scheduler, **{f"worker {a}": v for a, v in threads.items()}}

@@ -35,7 +35,7 @@ class _Interval(float):
         return interval
 
 
-class _AtOnce(_Interval):
+class ZeroInterval(_Interval):
     """An interval of 0 that costs nothing.
 
     After each message a stream computes ``next_deadline = time() + interval``. With a plain 0 it
@@ -61,7 +61,7 @@ _DEADLINE_LINES = [
 
 @functools.cache
 def streams_take_none() -> bool:
-    """Whether streams treat deadlines as we know it, so that `_AtOnce` is safe with them."""
+    """Whether streams treat deadlines as we know it, so that `ZeroInterval` is safe with them."""
     try:
         lines = inspect.getsource(BatchedSend).splitlines()
     except (OSError, TypeError):
@@ -100,7 +100,7 @@ def set_interval(stream: Any, seconds: float) -> bool:
     current = interval_of(stream)
     if current is None:
         return False
-    kind = _AtOnce if seconds == 0 and streams_take_none() else _Interval
+    kind = ZeroInterval if seconds == 0 and streams_take_none() else _Interval
     before = current.before if isinstance(current, _Interval) else current
     stream.interval = kind.over(before, seconds)
     return True
@@ -293,7 +293,7 @@ async def results_of(
     return found
 
 
-def let_go(client: Client, keys: Sequence[str]) -> None:
+def release(client: Client, keys: Sequence[str]) -> None:
     """Tell the scheduler that a client wants these keys no more, though somebody has their futures.
 
     ``Client.cancel`` is not for this: it also cancels the tasks that depend on a key, and on one of

@@ -1,13 +1,13 @@
-"""A worker that holds layers or tapes is not retired: nothing of ours is lost without a word.
+"""Scheduler, worker: workers that hold layers or tapes are not retired, so nothing of ours is lost.
 
-Before Dask retires a worker it moves the results there to other workers; where it cannot, the
-worker stays, is missing from what `retire_workers` returns, and the log says so. What our stores
-hold cannot be moved at all, so workers with something in theirs are treated in that way. They go on
-as before, and can be retired once the driver has let go of what they hold.
+Before Dask retires a worker it moves its results to other workers; where it cannot, the worker
+stays, is missing from what `retire_workers` returns, and a warning is logged. What our stores hold
+cannot be moved at all, so workers whose store is not empty are treated like that. They go on as
+before, and can be retired once the driver has released what they hold.
 
-A worker that wants to leave of its own accord (its ``lifetime`` is over) asks to be retired, and
-then closes whatever the answer: here the answer is an error, which keeps it open. It leaves as soon
-as it holds nothing.
+A worker that closes of its own accord (its ``lifetime`` is over) asks to be retired, and then
+closes whatever the answer: here the answer is an error, which keeps it open. It closes as soon as
+it holds nothing.
 """
 
 from __future__ import annotations
@@ -25,118 +25,113 @@ from taskgrad.cluster import internals
 from taskgrad.errors import TaskgradError
 from taskgrad.worker.store import Store
 
-# Below the scheduler's own, so that what it is told stands in the scheduler's log and dashboard.
+# A child of the scheduler's logger: its messages are in the scheduler's log and on the dashboard.
 logger = logging.getLogger("distributed.scheduler.taskgrad")
 
 TOPIC = "taskgrad"
 """Under which the scheduler logs an event for each worker that was not retired."""
 
-_FILLED = "taskgrad-filled"
+_OCCUPIED = "taskgrad-occupied"
 _HELD = "taskgrad_held"
-_LEAVE = "taskgrad-leave"
-
-# Seconds that a worker may take to say what it holds; without its answer the log says less.
-_ANSWER = 10
+_CLOSE = "taskgrad-close-worker"
+_ANSWER_S = 10  # a worker's time to say what it holds; without its answer the log says less
 
 
-class Reporter:
-    """Tells the scheduler when a worker's store gets its first entry and when it loses its last.
+class OccupancyReporter:
+    """Worker: tells the scheduler when its store gets a first entry, and when it loses its last.
 
-    Whoever puts something there is a task, and its message that it is done comes after this one: a
-    driver that knows of an entry can rely on the scheduler to know of it.
+    Entries are made by tasks, whose messages that they are done follow this one. So when a driver
+    knows of an entry, the scheduler does too.
     """
 
     def __init__(self, worker: Worker, store: Store) -> None:
         self._worker = worker
         self._store = store
-        self._said = False
-        store.changed = self._later
-        worker.handlers[_HELD] = self._held
-        worker.stream_handlers[_LEAVE] = self._leave
+        self._reported = False
+        store.changed = self._report_later
+        worker.handlers[_HELD] = store.held
+        worker.stream_handlers[_CLOSE] = self._close
 
     def stop(self) -> None:
-        """The worker closes."""
+        """Called when the worker closes."""
         self._worker.handlers.pop(_HELD, None)
 
-    def _later(self) -> None:
+    def _report_later(self) -> None:
         self._worker.loop.add_callback(self._report)  # from a task's thread
 
     def _report(self) -> None:
-        filled = not self._store.is_empty()
-        if filled != self._said:
-            self._said = filled
-            self._worker.batched_send({"op": _FILLED, "filled": filled})
+        occupied = not self._store.is_empty()
+        if occupied != self._reported:
+            self._reported = occupied
+            self._worker.batched_send({"op": _OCCUPIED, "occupied": occupied})
 
-    def _held(self) -> dict[str, int]:
-        return self._store.held()
-
-    def _leave(self) -> None:
+    def _close(self) -> None:
         self._worker.loop.add_callback(
             self._worker.close_gracefully, reason="taskgrad-holds-nothing-any-more"
         )
 
 
-class Holders:
-    """Which workers hold something of ours, and the guard that keeps them; on the scheduler.
+class RetirementGuard:
+    """Scheduler: which workers hold something of ours; keeps them from being retired.
 
-    A worker holds something if its store is not empty, and a key of those that ran there is still
-    wanted: once it is not, the store is being emptied. So does one that is running a task of ours.
+    A worker holds something if its store is not empty and a key that ran there is still wanted:
+    once none is, the store is being emptied. So does one that is running a task of ours.
     """
 
     def __init__(self, scheduler: Scheduler, is_ours: Callable[[Any], bool]) -> None:
         self._scheduler = scheduler
         self._is_ours = is_ours
         self._ran_on: dict[str, str] = {}
-        self._keys: Counter[str] = Counter()  # how many of those, by worker
-        self._filled: set[str] = set()
-        self._told: set[str] = set()  # of which workers the log has told since they hold something
-        self._leaving: set[str] = set()
-        scheduler.stream_handlers[_FILLED] = self._fill
+        self._key_counts: Counter[str] = Counter()  # of those, by worker
+        self._occupied: set[str] = set()
+        self._logged: set[str] = set()  # workers that were logged since they hold something
+        self._closing: set[str] = set()
+        scheduler.stream_handlers[_OCCUPIED] = self._set_occupied
         internals.wrap_retirement(scheduler, self._retire)
 
-    def ran(self, key: str, address: str) -> None:
-        """A task of ours is running there."""
-        self.forget(key)
+    def task_started(self, key: str, address: str) -> None:
+        """A task of ours runs on this worker."""
+        self.key_forgotten(key)
         self._ran_on[key] = address
-        self._keys[address] += 1
+        self._key_counts[address] += 1
 
-    def forget(self, key: str) -> str | None:
-        """This key is not wanted any more; gives the worker that ran it."""
+    def key_forgotten(self, key: str) -> str | None:
+        """This key is not wanted any more; returns the worker that ran it."""
         address = self._ran_on.pop(key, None)
         if address is not None:
-            self._keys[address] -= 1
-            if not self._keys[address]:
-                del self._keys[address]
+            self._key_counts[address] -= 1
+            if not self._key_counts[address]:
+                del self._key_counts[address]
         return address
 
-    def gone(self, address: str) -> None:
+    def worker_removed(self, address: str) -> None:
         """This worker has left."""
-        for workers in (self._filled, self._told, self._leaving):
+        for workers in (self._occupied, self._logged, self._closing):
             workers.discard(address)
 
-    def look(self, address: str) -> None:
-        """Something of a worker's has gone: it may hold nothing now."""
-        if address in self._told and not self._holds(address):
-            self._told.discard(address)
-            if address in self._leaving and address in self._scheduler.stream_comms:
-                self._leaving.discard(address)
-                self._scheduler.worker_send(address, {"op": _LEAVE})
+    def released(self, address: str) -> None:
+        """Something of a worker's was released: if that was all, it may be retired or close."""
+        if address in self._logged and not self._holds(address):
+            self._logged.discard(address)
+            if address in self._closing and address in self._scheduler.stream_comms:
+                self._closing.discard(address)
+                self._scheduler.worker_send(address, {"op": _CLOSE})
 
-    def without(self, workers: list[WorkerState]) -> list[WorkerState]:
+    def retirable(self, workers: list[WorkerState]) -> list[WorkerState]:
         """Those of these workers that hold nothing."""
         kept = {w.address for w in workers if self._holds(w.address)}
-        self._tell(kept - self._told)
+        self._log_later(kept - self._logged)
         return [w for w in workers if w.address not in kept]
 
-    def _fill(self, worker: str, filled: bool) -> None:
-        if filled:
-            self._filled.add(worker)
+    def _set_occupied(self, worker: str, occupied: bool) -> None:
+        if occupied:
+            self._occupied.add(worker)
         else:
-            self._filled.discard(worker)
-            self.look(worker)
+            self._occupied.discard(worker)
+            self.released(worker)
 
     def _holds(self, address: str) -> bool:
-        if address in self._filled and address in self._keys:
+        if address in self._occupied and address in self._key_counts:
             return True
         worker = self._scheduler.workers.get(address)
         return worker is not None and any(map(self._is_ours, worker.processing))
@@ -161,21 +156,21 @@ class Holders:
         kept = {address for address in asked if self._holds(address)}
         if not kept:
             return await retire(workers, names=names, **arguments)
-        self._tell(kept)
+        self._log_later(kept)
         if internals.is_closing_itself(arguments.get("stimulus_id")):
-            self._leaving |= kept
+            self._closing |= kept
             raise TaskgradError(
                 f"worker {', '.join(kept)} holds layers or tapes, which cannot be moved; it stays "
                 "until they are let go of, and then closes"
             )
         return await retire(list(asked - kept), **arguments)
 
-    def _tell(self, addresses: Collection[str]) -> None:
-        self._told |= set(addresses)
+    def _log_later(self, addresses: Collection[str]) -> None:
+        self._logged |= set(addresses)
         if addresses:
-            self._scheduler.loop.add_callback(self._tell_now, sorted(addresses))
+            self._scheduler.loop.add_callback(self._log, sorted(addresses))
 
-    async def _tell_now(self, addresses: list[str]) -> None:
+    async def _log(self, addresses: list[str]) -> None:
         for address, held in (await self._what_is_held(addresses)).items():
             counts = ", ".join(f"{kind}: {count}" for kind, count in held.items() if count)
             logger.warning(
@@ -193,7 +188,7 @@ class Holders:
         message = {"op": _HELD}
         asking = self._scheduler.broadcast(msg=message, workers=addresses, on_error="ignore")
         try:
-            found: dict[str, dict[str, int]] = await asyncio.wait_for(asking, _ANSWER)
+            found: dict[str, dict[str, int]] = await asyncio.wait_for(asking, _ANSWER_S)
         except TimeoutError:
             found = {}
         return {address: found.get(address, {}) for address in addresses}

@@ -17,9 +17,10 @@ from taskgrad.cluster import client_calls, environment, internals
 from taskgrad.cluster.config import Settings
 from taskgrad.cluster.exits import close_at_exit
 from taskgrad.cluster.local import local_cluster, refuse_in_starting_process
-from taskgrad.cluster.plugins import JOIN, SchedulerSide, StorePlugin
-from taskgrad.cluster.tasks import introduce, memory
+from taskgrad.cluster.scheduler_plugin import JOIN, TaskgradSchedulerPlugin
+from taskgrad.cluster.tasks import memory, worker_info
 from taskgrad.cluster.tuning import intervals
+from taskgrad.cluster.worker_plugin import TaskgradWorkerPlugin
 from taskgrad.errors import PlacementError, TaskgradError
 
 logger = logging.getLogger("taskgrad")
@@ -55,12 +56,12 @@ class Session:
         self._threads.add(environment.check(client))
 
         async def load() -> None:
-            await client.register_plugin(SchedulerSide())
-            await client.register_plugin(StorePlugin())
+            await client.register_plugin(TaskgradSchedulerPlugin())
+            await client.register_plugin(TaskgradWorkerPlugin())
             join = getattr(client.scheduler, JOIN)
             await join(client=client.id, settings=settings.message())
 
-        client_calls.answer(client, load, "to load taskgrad")
+        client_calls.call_with_deadline(client, load, "to load taskgrad")
         close_at_exit(client)
         intervals.apply_client(client, settings.latency)
 
@@ -84,9 +85,9 @@ class Session:
         """Which store each of these workers has now; another one after a restart."""
 
         async def ask() -> dict[str, tuple[str, int]]:
-            return await self.client.run(introduce, workers=addresses)
+            return await self.client.run(worker_info, workers=addresses)
 
-        found = client_calls.answer(self.client, ask, "what their stores are")
+        found = client_calls.call_with_deadline(self.client, ask, "what their stores are")
         self._threads.add({address: threads for address, (_, threads) in found.items()})
         return {address: store for address, (store, _) in found.items()}
 
@@ -96,7 +97,7 @@ class Session:
         async def ask() -> dict[str, tuple[int, int] | None]:
             return await self.client.run(memory, workers=addresses)
 
-        return client_calls.answer(self.client, ask, "how much memory they use")
+        return client_calls.call_with_deadline(self.client, ask, "how much memory they use")
 
     def out_of_order(self, addresses: set[str]) -> dict[str, str]:
         """Which of these workers run nothing that is pinned to them, and why.
@@ -125,7 +126,9 @@ class Session:
             return await scheduler.events(topic=address)
 
         found: set[str] = set()
-        for _, event in client_calls.answer(self.client, ask, "what a lost worker had to do"):
+        for _, event in client_calls.call_with_deadline(
+            self.client, ask, "what a lost worker had to do"
+        ):
             if isinstance(event, dict) and event.get("action") == "remove-worker":
                 found.update(map(str, event.get("processing-tasks", ())))
         return found
@@ -148,7 +151,7 @@ class Session:
             scheduler: Any = self.client.scheduler
             return (await scheduler.identity(n_workers=-1))["workers"]
 
-        info = client_calls.answer(self.client, ask, "which workers there are")
+        info = client_calls.call_with_deadline(self.client, ask, "which workers there are")
         self.names |= {address: w.get("name", address) for address, w in info.items()}
         return {address: w for address, w in info.items() if w["status"] not in _ENDING}
 

@@ -1,10 +1,10 @@
-"""True sizes of tensors for Dask, which otherwise takes each for 80 bytes.
+"""Everywhere: true sizes of tensors for Dask's `sizeof`, which takes each for 80 bytes otherwise.
 
 The scheduler weighs transfers, and workers their memory, by these numbers. A tensor counts the
-bytes that it would put on the wire: a view what it shows, an expanded one what is there once, a
-sparse one its indices and values. A module counts each of its parameters and buffers once, and once
-more for a gradient. A container is added up as Dask does it, except that views of one storage never
-count more than that storage holds. (Of long lists Dask looks at a few elements only.)
+bytes that it takes in a message: a view its own elements, an expanded one its distinct elements, a
+sparse one its indices and values. A module counts each parameter and buffer once, and gradients. A
+container counts as in Dask (which samples long lists), except that views of one storage never count
+more than the storage.
 
 The ``dask.sizeof`` entry point calls `register` while dask itself is being imported, so this
 module imports neither dask nor torch.
@@ -19,22 +19,17 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from taskgrad.graph.sparse import components
+
 if TYPE_CHECKING:
     import torch
 
-_SPARSE_PARTS = {
-    "torch.sparse_coo": ("_indices", "_values"),
-    "torch.sparse_csr": ("crow_indices", "col_indices", "values"),
-    "torch.sparse_bsr": ("crow_indices", "col_indices", "values"),
-    "torch.sparse_csc": ("ccol_indices", "row_indices", "values"),
-    "torch.sparse_bsc": ("ccol_indices", "row_indices", "values"),
-}
 _counted: ContextVar[dict[int, int] | None] = ContextVar("taskgrad_counted", default=None)
-"""Bytes counted so far by the address of their storage, while a container is looked through."""
+"""Bytes counted so far, by address of their storage, while `sizeof` of a container runs."""
 
 
 def register(sizeof: Any) -> None:
-    """Teach Dask's `sizeof` tensors and modules, once torch is there, and containers of them."""
+    """Register tensors and modules, once torch is imported, and containers of them."""
     for kind in (list, tuple, set, frozenset, dict):
         sizeof.register(kind, _each_storage_once(sizeof.dispatch(kind)))
 
@@ -57,7 +52,7 @@ def _each_storage_once(stock: Callable[[Any], int]) -> Callable[[Any], int]:
 
 @contextmanager
 def _container() -> Iterator[None]:
-    """Views of one storage that are met in this block are counted together."""
+    """Count views of one storage in this block together."""
     if _counted.get() is not None:  # inside another container
         yield
         return
@@ -69,7 +64,7 @@ def _container() -> Iterator[None]:
 
 
 def tensor_bytes(t: torch.Tensor) -> int:
-    """A tensor's bytes and its gradient's; those of Python's own object are in it too."""
+    """The bytes of a tensor and its gradient, with the Python object's own."""
     size = sys.getsizeof(t) + _data_bytes(t)
     if t.is_leaf and t.grad is not None:
         size += _data_bytes(t.grad)
@@ -77,21 +72,19 @@ def tensor_bytes(t: torch.Tensor) -> int:
 
 
 def module_bytes(module: torch.nn.Module) -> int:
-    """A module's tensors, tied ones once. Its other attributes are small beside them."""
+    """The bytes of a module's tensors, tied ones once; other attributes are small beside them."""
     tensors = [*module.parameters(), *module.buffers()]
     with _container():
         return sys.getsizeof(module) + sum(map(tensor_bytes, tensors))
 
 
 def _data_bytes(t: torch.Tensor) -> int:
-    if t.device.type == "meta":
+    if t.device.type == "meta" or t.is_nested:
         return 0
-    layout = str(t.layout)
-    if layout in _SPARSE_PARTS:
-        t = t.detach()
-        return sum(_data_bytes(getattr(t, part)()) for part in _SPARSE_PARTS[layout])
-    if layout != "torch.strided" or t.is_nested:
-        return 0
+    return sum(map(_dense_bytes, components(t)))
+
+
+def _dense_bytes(t: torch.Tensor) -> int:
     count = t.numel()
     if count and 0 in t.stride():
         for size, stride in zip(t.shape, t.stride(), strict=True):
@@ -100,7 +93,7 @@ def _data_bytes(t: torch.Tensor) -> int:
 
 
 def _not_yet_counted(t: torch.Tensor, nbytes: int) -> int:
-    """How many more bytes a container has with this tensor, which shows so many of its storage."""
+    """The bytes that a tensor adds to its container, of `nbytes` that it has of its storage."""
     counted = _counted.get()
     if counted is None:
         return nbytes

@@ -12,9 +12,9 @@ from distributed import get_worker
 
 from taskgrad.cluster import internals
 from taskgrad.cluster.nested import give_thread_back
-from taskgrad.cluster.plugins import store_of
 from taskgrad.cluster.tuning import malloc
-from taskgrad.cluster.wire.picklable import refuse_untravelable
+from taskgrad.cluster.wire.picklable import check_picklable
+from taskgrad.cluster.worker_plugin import store_of
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.remote_errors import RemoteError
 from taskgrad.worker.actions import OnShard
@@ -65,7 +65,7 @@ def _run(action: Any, settings: TorchSettings | None, inputs: list[Any]) -> Any:
     store = _store()
     with nullcontext() if settings is None else applied(settings, store.address, give_thread_back):
         result = action.run(store, *inputs)
-    refuse_untravelable(result)
+    check_picklable(result)
     return result
 
 
@@ -77,7 +77,7 @@ def _title(action: Any) -> str:
     return repr(getattr(called, "title", type(action).__name__))
 
 
-def introduce(dask_worker: Any = None) -> tuple[str, int]:
+def worker_info(dask_worker: Any = None) -> tuple[str, int]:
     """Which store a worker has, and how many threads torch uses there: for ``client.run``."""
     return store_of(dask_worker).id, torch.get_num_threads()
 

@@ -261,7 +261,7 @@ class FuturesExecutor:
 
     def cancel(self, nodes: Sequence[Node]) -> None:
         """Cancel these nodes even if something else, such as a traceback, still refers to them."""
-        internals.let_go(self.session.client, [node.key for node in nodes])
+        internals.release(self.session.client, [node.key for node in nodes])
         self.forget(nodes)
 
     def forget(self, nodes: Iterable[Node]) -> None:

@@ -11,7 +11,7 @@ import torch
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from dask.task_spec import DataNode, Task, TaskRef
 
-from taskgrad.cluster.plugins import ANNOTATION
+from taskgrad.cluster.scheduler_plugin import ANNOTATION
 from taskgrad.cluster.tasks import run_action
 from taskgrad.cluster.wire.serialize import dumps_whole
 from taskgrad.executors.table import Order, TaskTable

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from distributed import get_worker
 
-from taskgrad.cluster.plugins import store_of
+from taskgrad.cluster.worker_plugin import store_of
 from taskgrad.errors import TaskgradError
 from taskgrad.executors.lowering import action_of
 from taskgrad.graph import pack

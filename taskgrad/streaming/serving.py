@@ -84,7 +84,7 @@ def run_batch(task: BatchTask, items: Batch) -> Any:
 
 def _run_batch(worker: Worker, task: BatchTask, items: Batch) -> Any:
     try:
-        fn = task_messages.take(worker, task.token, _load)
+        fn = task_messages.broadcast_get(worker, task.token, _load)
     except Exception as error:
         unloaded = Failure(portable(error), of_item=False)
         _tell(worker, task, failure=unloaded, whole=True)
@@ -99,7 +99,7 @@ def _run_batch(worker: Worker, task: BatchTask, items: Batch) -> Any:
     try:
         with applied(task.settings, worker.address, give_thread_back):
             started = time.perf_counter()
-            encoder, failure = _run(fn, items, task.star, task_messages.taken(worker), task.token)
+            encoder, failure = _run(fn, items, task.star, task_messages.broadcast_values(worker), task.token)
             seconds = time.perf_counter() - started
     except TaskgradError as error:
         _tell(worker, task, failure=Failure(error, of_item=False), whole=True)
@@ -171,4 +171,4 @@ def _tell(worker: Worker, task: BatchTask, **message: Any) -> None:
         message["results"] = to_serialize(message["results"])
     if message.get("failure") is not None:
         message["failure"] = to_serialize(message["failure"])
-    task_messages.write(worker, task.client, task.token, {"number": task.number, **message})
+    task_messages.send(worker, task.client, task.token, {"number": task.number, **message})

@@ -75,8 +75,8 @@ class Stream:
     def results(self) -> Iterator[Any]:
         """The results; ends the map when it is closed, fails, or is garbage."""
         try:
-            task_messages.receive(self._client, self._token, self)
-            task_messages.leave(self._client, self._token, self._packed)
+            task_messages.subscribe(self._client, self._token, self)
+            task_messages.broadcast_put(self._client, self._token, self._packed)
             self._feeder.start()
             while (batch := self._next_answered()) is not None:
                 results = self._fetched(batch)
@@ -224,7 +224,7 @@ class Stream:
     def _stop(self) -> None:
         """Release everything. May be called by the garbage collector, in any thread."""
         self._window.stop()
-        task_messages.drop(self._client, self._token)
+        task_messages.broadcast_delete(self._client, self._token)
         self._feeder.stop(wait=not _in_loop(self._client))
 
     # In the client's event loop.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from taskgrad.graph.sparse import components
 from taskgrad.worker.store import ResidentShard, Tape
 
 
@@ -38,17 +39,10 @@ def storages(tensors: Iterable[Any]) -> dict[int, int]:
     for t in tensors:
         if not isinstance(t, torch.Tensor) or t.is_meta:
             continue
-        parts = [t] if t.layout is torch.strided else _sparse_parts(t)
-        for part in parts:
+        for part in components(t):
             storage = part.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return found
-
-
-def _sparse_parts(t: torch.Tensor) -> list[torch.Tensor]:
-    if t.layout is torch.sparse_coo:
-        return [t._indices(), t._values()]
-    return [t.values()]
 
 
 def shard_bytes(shard: ResidentShard) -> Held:

@@ -1,19 +1,18 @@
-"""Messages between the ranks of a parallel call, over Dask's own connections.
+"""Worker: messages between the ranks of a parallel call, over Dask's RPC.
 
-Each worker has three handlers more, which others call as they call Dask's:
+Each worker has three more handlers, which others call as they call Dask's:
 
-    taskgrad_mail      a message for a task: its tensors are frames of their own
-    taskgrad_fail      the error with which a task is to fail
-    taskgrad_attend    how did a task end? Answered when it has, or after some seconds
+    taskgrad_rank_message   a message for a task: its tensors are frames of their own
+    taskgrad_rank_fail      the error with which a task is to fail
+    taskgrad_rank_outcome   how did a task end? Answered when it has, or after some seconds
 
-While it waits for an answer to the last one, a rank notices at once when the other's process goes:
+While it waits for an answer to the last one, a rank notices at once when the other's process dies:
 the connection breaks.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Coroutine
 from concurrent.futures import Future
@@ -27,57 +26,55 @@ from taskgrad.cluster.config import deadline
 from taskgrad.cluster.nested import give_thread_back
 from taskgrad.worker.mailbox import End, Mail, Message
 
-logger = logging.getLogger("taskgrad")
-
-_MAIL, _FAIL, _ATTEND = "taskgrad_mail", "taskgrad_fail", "taskgrad_attend"
-# Seconds for which a question after a task waits for its end, and between two looks at it.
-_ATTENTION = 5.0
-_LOOK = 0.05
+_MESSAGE, _FAIL = "taskgrad_rank_message", "taskgrad_rank_fail"
+_OUTCOME = "taskgrad_rank_outcome"
+_LONG_POLL_S = 5.0
+_CHECK_S = 0.05
 
 
-class Post:
-    """What carries one worker's messages (a `taskgrad.worker.mailbox.Carrier`)."""
+class DaskTransport:
+    """One worker's messages to others (a `taskgrad.worker.mailbox.Carrier`)."""
 
     def __init__(self, worker: Worker, mail: Mail) -> None:
         self._worker = worker
         self._mail = mail
-        self._cleaned = time.monotonic()
-        worker.handlers[_MAIL] = self._take
-        worker.handlers[_FAIL] = self._take_error
-        worker.handlers[_ATTEND] = self._tell_end
+        self._expired = time.monotonic()
+        worker.handlers[_MESSAGE] = self._receive
+        worker.handlers[_FAIL] = self._receive_error
+        worker.handlers[_OUTCOME] = self._answer_outcome
         mail.carrier = self
 
     def stop(self) -> None:
-        """The worker closes."""
+        """Called when the worker closes."""
         self._mail.carrier = None
         self._mail.close()
-        for name in (_MAIL, _FAIL, _ATTEND):
+        for name in (_MESSAGE, _FAIL, _OUTCOME):
             self._worker.handlers.pop(name, None)
 
     def send(self, worker: str, key: str, message: Message) -> Future[End | None]:
         """Deliver a message; see `Carrier`."""
         head, parcel = message._replace(parcel=[]), message.parcel
         return self._start(
-            self._ask(worker, _MAIL, key=key, head=tuple(head), parcel=to_serialize(parcel))
+            self._call(worker, _MESSAGE, key=key, head=tuple(head), parcel=to_serialize(parcel))
         )
 
     def tell(self, worker: str, key: str, error: BaseException) -> Future[None]:
         """Have a task fail with this error; see `Carrier`."""
-        return self._start(self._ask(worker, _FAIL, key=key, error=remote_errors.dumps(error)))
+        return self._start(self._call(worker, _FAIL, key=key, error=remote_errors.dumps(error)))
 
     def attend(self, worker: str, key: str) -> Future[End | None]:
         """How a task ended; see `Carrier`."""
-        return self._start(self._ask(worker, _ATTEND, key=key))
+        return self._start(self._call(worker, _OUTCOME, key=key))
 
     def give_thread_back(self) -> None:
         """Let the worker run another task in place of the one in this thread."""
         give_thread_back()
 
-    def _start(self, sending: Coroutine[Any, Any, Any]) -> Future[Any]:
+    def _start(self, call: Coroutine[Any, Any, Any]) -> Future[Any]:
         loop: Any = self._worker.loop
-        return asyncio.run_coroutine_threadsafe(sending, loop.asyncio_loop)
+        return asyncio.run_coroutine_threadsafe(call, loop.asyncio_loop)
 
-    async def _ask(self, worker: str, handler: str, **message: Any) -> End | None:
+    async def _call(self, worker: str, handler: str, **message: Any) -> End | None:
         try:
             answer = await getattr(self._worker.rpc(worker), handler)(**message)
         except OSError:
@@ -88,29 +85,30 @@ class Post:
             return None
         return End(answer["count"], answer["error"] and remote_errors.loads(answer["error"]))
 
-    def _take(self, key: str, head: tuple[Any, ...], parcel: Any) -> dict[str, Any] | None:
-        self._clean()
+    def _receive(self, key: str, head: tuple[Any, ...], parcel: Any) -> dict[str, Any] | None:
+        self._expire()
         message = Message(*head)._replace(parcel=parcel)
-        return _end(self._mail.deliver(key, message))
+        return _plain(self._mail.deliver(key, message))
 
-    def _take_error(self, key: str, error: bytes) -> None:
+    def _receive_error(self, key: str, error: bytes) -> None:
         self._mail.fail(key, remote_errors.loads(error))
 
-    async def _tell_end(self, key: str) -> dict[str, Any] | None:
-        until = time.monotonic() + _ATTENTION
+    async def _answer_outcome(self, key: str) -> dict[str, Any] | None:
+        until = time.monotonic() + _LONG_POLL_S
         while self._mail.ended(key) is None and time.monotonic() < until:
-            await asyncio.sleep(_LOOK)
-        return _end(self._mail.ended(key))
+            await asyncio.sleep(_CHECK_S)
+        return _plain(self._mail.ended(key))
 
-    def _clean(self) -> None:
-        """Now and then drop what came for tasks that have never begun."""
+    def _expire(self) -> None:
+        """Once per deadline, drop messages for tasks that have never begun."""
         seconds = deadline("collective")
-        if time.monotonic() - self._cleaned > seconds:
-            self._cleaned = time.monotonic()
+        if time.monotonic() - self._expired > seconds:
+            self._expired = time.monotonic()
             self._mail.expire(seconds)
 
 
-def _end(end: End | None) -> dict[str, Any] | None:
+def _plain(end: End | None) -> dict[str, Any] | None:
+    """An outcome as msgpack can send it."""
     if end is None:
         return None
     return {"count": end.count, "error": end.error and remote_errors.dumps(end.error)}

@@ -1,14 +1,16 @@
-"""Letters from a running task to its driver, and functions that the scheduler keeps for tasks.
+"""Driver, scheduler, worker: messages from running tasks to their client; broadcast to workers.
 
-A Dask task says nothing before it has ended, and then its driver has to fetch what it gave: two
-more messages each way. A letter goes with the worker's own stream to the scheduler and with the
-scheduler's to the client, unopened:
+    task ── message ──▶ scheduler ── message ──▶ client
 
-    task ── letter ──▶ scheduler ── letter ──▶ driver
+A Dask task's result is known only when it has ended, and then takes two more messages each way to
+fetch. These messages carry results to the client, with the streams that worker and client keep open
+to the scheduler, which does not deserialize them. Dask's own way, ``Worker.log_event`` with
+``Client.subscribe_topic``, cannot: it sends only what msgpack can, no tensors, and the scheduler
+keeps every event in its log.
 
-A function is left with the scheduler once, under a token. The first task on a worker that needs it
-takes it from there. When the driver lets go of the token, or is gone, the scheduler forgets it and
-tells those workers to.
+A broadcast value is put on the scheduler once, under a token. The first task on a worker that needs
+it gets it there, for all others. When the client deletes it, or is gone, so do the scheduler and
+those workers.
 """
 
 from __future__ import annotations
@@ -29,139 +31,140 @@ from taskgrad.cluster import client_calls, internals
 from taskgrad.cluster.config import deadline
 from taskgrad.errors import TaskgradError
 
-_LETTER = "taskgrad-letter"
-_DROP = "taskgrad-drop"
-_LEAVE = "taskgrad_leave"
-_TAKE = "taskgrad_take"
-
-_boxes: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
-_known: weakref.WeakSet[Client] = weakref.WeakSet()
+_MESSAGE = "taskgrad-message"
+_PUT = "taskgrad_broadcast_put"
+_GET = "taskgrad_broadcast_get"
+_DELETE = "taskgrad-broadcast-delete"
 
 
-class Letters(SchedulerPlugin):
-    """The scheduler's part: passes letters on, keeps what was left with it."""
+class TaskMessages(SchedulerPlugin):
+    """Scheduler: forwards messages, and keeps broadcast values."""
 
-    name = "taskgrad-letters"
+    name = "taskgrad-messages"
     idempotent = True
 
     def __init__(self) -> None:
-        self._left: dict[str, tuple[str, Any]] = {}
-        self._takers: dict[str, set[str]] = defaultdict(set)
+        self._values: dict[str, tuple[str, Any]] = {}  # client and value, by token
+        self._holders: dict[str, set[str]] = defaultdict(set)  # workers, by token
 
     async def start(self, scheduler: Scheduler) -> None:
         """Called once on the scheduler."""
         self._scheduler = scheduler
-        scheduler.handlers[_LEAVE] = self._leave
-        scheduler.handlers[_TAKE] = self._take
-        scheduler.stream_handlers[_LETTER] = self._pass_on
-        scheduler.stream_handlers[_DROP] = self._drop
+        scheduler.handlers[_PUT] = self._put
+        scheduler.handlers[_GET] = self._get
+        scheduler.stream_handlers[_MESSAGE] = self._forward
+        scheduler.stream_handlers[_DELETE] = self._delete
 
-    def _leave(self, client: str, token: str, thing: Any) -> None:
+    def _put(self, client: str, token: str, value: Any) -> None:
         if client in self._scheduler.clients:
-            self._left[token] = client, thing
+            self._values[token] = client, value
 
-    def _take(self, worker: str, token: str) -> dict[str, Any]:
+    def _get(self, worker: str, token: str) -> dict[str, Any]:
         # In a dictionary: between threads of one process, Dask opens only what lies in a container.
-        if token not in self._left:
-            return {"thing": None}
-        self._takers[token].add(worker)
-        return {"thing": self._left[token][1]}
+        if token not in self._values:
+            return {"value": None}
+        self._holders[token].add(worker)
+        return {"value": self._values[token][1]}
 
-    def _pass_on(self, client: str, token: str, letter: Any, worker: str) -> None:
+    def _forward(self, client: str, token: str, message: Any, worker: str) -> None:
         stream = self._scheduler.client_comms.get(client)
         if stream is not None:
-            stream.send({"op": _LETTER, "token": token, "letter": letter, "worker": worker})
+            stream.send({"op": _MESSAGE, "token": token, "message": message, "worker": worker})
 
-    def _drop(self, client: str, token: str) -> None:
-        self._left.pop(token, None)
-        for worker in self._takers.pop(token, ()):
+    def _delete(self, client: str, token: str) -> None:
+        self._values.pop(token, None)
+        for worker in self._holders.pop(token, ()):
             if worker in self._scheduler.stream_comms:
-                self._scheduler.worker_send(worker, {"op": _DROP, "token": token})
+                self._scheduler.worker_send(worker, {"op": _DELETE, "token": token})
 
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
-        """What it left is nobody's now."""
-        for token in [t for t, (owner, _) in self._left.items() if owner == client]:
-            self._drop(client, token)
+        """Delete what this client has broadcast."""
+        for token in [t for t, (owner, _) in self._values.items() if owner == client]:
+            self._delete(client, token)
 
 
-# On the driver.
+# Driver.
+
+_receivers: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_subscribed: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
-def receive(client: Client, token: str, box: Any) -> None:
-    """From now on call ``box.receive(letter, worker)`` in the client's loop for each letter.
+def subscribe(client: Client, token: str, receiver: Any) -> None:
+    """Have ``receiver.receive(message, worker)`` called for each message with this token.
 
-    The box is not kept alive.
+    It is called in the client's loop, and referenced weakly.
     """
-    _boxes[token] = box
-    if client not in _known:
-        client_calls.answer(client, lambda: client.register_plugin(Letters()), "to pass letters on")
-        if not internals.add_client_handler(client, _LETTER, _receive):
-            raise TaskgradError("this version of Dask has no place for letters from tasks")
-        _known.add(client)
+    _receivers[token] = receiver
+    if client not in _subscribed:
+        client_calls.call_with_deadline(
+            client, lambda: client.register_plugin(TaskMessages()), "to forward messages of tasks"
+        )
+        if not internals.add_client_handler(client, _MESSAGE, _receive):
+            raise TaskgradError("this version of Dask has no place for messages from tasks")
+        _subscribed.add(client)
 
 
-def _receive(token: str, letter: Any, worker: str) -> None:
-    box = _boxes.get(token)
-    if box is not None:
-        box.receive(letter, worker)
+def _receive(token: str, message: Any, worker: str) -> None:
+    receiver = _receivers.get(token)
+    if receiver is not None:
+        receiver.receive(message, worker)
 
 
-def leave(client: Client, token: str, thing: Any) -> None:
-    """Leave something with the scheduler, for `take`; it must be serializable for Dask."""
+def broadcast_put(client: Client, token: str, value: Any) -> None:
+    """Put a value on the scheduler, for `broadcast_get`; Dask must be able to serialize it."""
 
-    async def send() -> None:
-        call = getattr(client.scheduler, _LEAVE)
-        await call(client=client.id, token=token, thing=to_serialize(thing))
+    async def put() -> None:
+        call = getattr(client.scheduler, _PUT)
+        await call(client=client.id, token=token, value=to_serialize(value))
 
-    client_calls.answer(client, send, "to keep a function")
-
-
-def drop(client: Client, token: str) -> None:
-    """Have the scheduler and the workers forget this token; waits for nobody."""
-    _boxes.pop(token, None)
-    internals.tell_scheduler(client, {"op": _DROP, "token": token})
+    client_calls.call_with_deadline(client, put, "to keep a function")
 
 
-# On a worker, in a task's thread.
+def broadcast_delete(client: Client, token: str) -> None:
+    """Delete the value on the scheduler and workers, and end the subscription; does not wait."""
+    _receivers.pop(token, None)
+    internals.tell_scheduler(client, {"op": _DELETE, "token": token})
 
-_taken: weakref.WeakKeyDictionary[Worker, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+# Worker, in the threads of tasks.
+
+_values: weakref.WeakKeyDictionary[Worker, dict[str, Any]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def write(worker: Worker, client: str, token: str, letter: dict[str, Any]) -> None:
-    """Send a letter. It arrives before the end of the task that wrote it is known."""
-    message = {"op": _LETTER, "client": client, "token": token, "letter": letter}
+def send(worker: Worker, client: str, token: str, message: dict[str, Any]) -> None:
+    """Send a message. It arrives before the end of the task that sent it is known."""
     stream: Any = worker.batched_stream
-    worker.loop.add_callback(stream.send, message)
+    whole = {"op": _MESSAGE, "client": client, "token": token, "message": message}
+    worker.loop.add_callback(stream.send, whole)
 
 
-def taken(worker: Worker) -> dict[str, Any]:
-    """What this worker has taken and not been told to forget, by token."""
-    return _taken.setdefault(worker, {})
+def broadcast_values(worker: Worker) -> dict[str, Any]:
+    """The values that this worker has got and that are not deleted, by token."""
+    return _values.setdefault(worker, {})
 
 
-def take(worker: Worker, token: str, load: Callable[[Any], Any]) -> Any:
-    """What was left under a token, loaded once a worker; None if it is not there any more."""
-    mine = taken(worker)
+def broadcast_get(worker: Worker, token: str, load: Callable[[Any], Any]) -> Any:
+    """The value under a token, loaded once a worker; None if it has been deleted."""
+    values = broadcast_values(worker)
     with _lock:
-        if token in mine:
-            return mine[token]
-        mine[token] = None  # taken out again, should the word to forget it come first
-        worker.stream_handlers[_DROP] = functools.partial(_forget, mine)
-        ask = functools.partial(getattr(worker.scheduler, _TAKE), worker=worker.address)
+        if token in values:
+            return values[token]
+        values[token] = None  # removed again if the deletion arrives first
+        worker.stream_handlers[_DELETE] = functools.partial(_forget, values)
+        ask = functools.partial(getattr(worker.scheduler, _GET), worker=worker.address)
         try:
             answer = sync(worker.loop, ask, token=token, callback_timeout=deadline("answer"))
-            thing = answer["thing"]
-            loaded = None if thing is None else load(thing)
+            loaded = None if answer["value"] is None else load(answer["value"])
         except BaseException:
-            mine.pop(token, None)
+            values.pop(token, None)
             raise
-        if loaded is None or token not in mine:
-            mine.pop(token, None)
+        if loaded is None or token not in values:
+            values.pop(token, None)
             return None
-        mine[token] = loaded
+        values[token] = loaded
         return loaded
 
 
-def _forget(mine: dict[str, Any], token: str) -> None:
-    mine.pop(token, None)
+def _forget(values: dict[str, Any], token: str) -> None:
+    values.pop(token, None)

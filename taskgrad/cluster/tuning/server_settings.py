@@ -1,17 +1,16 @@
-"""Numbers of Dask's servers that are at least so large while taskgrad is used, then as before.
+"""Scheduler, worker: lower bounds on three Dask server settings, restored with the last client.
 
-`PAUSE`: the part of its memory limit from which on Dask pauses a worker, so that results can be
-spilled or sent away before it starts more. Parameters and optimizer state stay where they are:
+`PAUSE`: the fraction of its memory limit at which Dask pauses a worker, so that results can be
+spilled or moved before more tasks start. Parameters and optimizer state stay where they are:
 nothing becomes free while the worker is paused, and the step that would free its gradients does not
 run.
 
-`PROFILE`: the seconds between two samples of Dask's profiler, which looks from the worker's event
-loop at the stacks of running tasks, and takes Python's lock from them each time. A task that is all
-Python gets up to a quarter more done without, and a worker of one core has that core taken from it
-where the lock is free.
+`PROFILE`: the seconds between two samples of Dask's profiler, which reads the stacks of running
+tasks from the worker's event loop and takes the GIL for each. Without it a task in pure Python is
+up to a quarter faster, and a worker of one core keeps that core even where the GIL is free.
 
-`TICK`: the seconds between two looks of an event loop at whether it is late. Each wakes a process,
-of which a `LocalCluster` has one more than workers, and takes the lock, too.
+`TICK`: the seconds between an event loop's checks for delays. Each wakes a process, of which a
+`LocalCluster` has one more than workers, and takes the GIL.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from distributed.core import Server
 from taskgrad.cluster import internals
 
 
-class Minimum:
-    """One such number: how to read it (None where it has no meaning), and how to write it."""
+class LowerBound:
+    """A lower bound on one setting: how to read it (None where it does not exist), and set it."""
 
     def __init__(
         self, read: Callable[[Any], float | None], write: Callable[[Any, float], None]
@@ -36,8 +35,8 @@ class Minimum:
         self._write = write
         self._before: weakref.WeakKeyDictionary[Server, float] = weakref.WeakKeyDictionary()
 
-    def hold(self, server: Server, least: float | None) -> None:
-        """Make it at least so large on this server; None sets it back to what it was."""
+    def apply(self, server: Server, least: float | None) -> None:
+        """Raise the setting to at least this value on a server; None restores it."""
         if least is None:
             before = self._before.pop(server, None)
             if before is not None:
@@ -49,13 +48,13 @@ class Minimum:
             self._write(server, least)
 
 
-def _of_timer(name: str) -> Minimum:
-    return Minimum(
+def _of_timer(name: str) -> LowerBound:
+    return LowerBound(
         partial(internals.timer_interval, name=name),
         lambda server, seconds: internals.set_timer_interval(server, name, seconds),
     )
 
 
-PAUSE = Minimum(internals.pause_fraction, internals.set_pause_fraction)
+PAUSE = LowerBound(internals.pause_fraction, internals.set_pause_fraction)
 PROFILE = _of_timer("profile")
 TICK = _of_timer("tick")

@@ -33,7 +33,7 @@ _LAYOUTS = frozenset(
 )
 
 
-def refuse_untravelable(value: Any) -> None:
+def check_picklable(value: Any) -> None:
     """Raise if this value could not be sent to another worker.
 
     Raises

@@ -56,7 +56,7 @@ def send(client: Client, parts: Sequence[Part]) -> dict[str, Future]:
             found |= sent
         return found
 
-    return client_calls.answer(client, send_all, "to take an input")
+    return client_calls.call_with_deadline(client, send_all, "to take an input")
 
 
 async def _reader(client: Client, worker: str) -> str | None:

@@ -1,22 +1,22 @@
-"""What a tensor is on the wire: a few words about it, and its bits where they lie.
+"""Driver, worker: a tensor as its metadata and its memory, which is not copied.
 
-Dask's own way with a tensor goes through numpy, which knows no bfloat16 and no float8. Here a
-tensor becomes what pickle's protocol 5 calls an out-of-band buffer: the bytes of its memory, not
-copied, plus dtype, shape and strides. `reduce_tensor` takes it apart, for the picklers of
-`taskgrad.cluster.wire.serialize`; nothing here changes how plain ``pickle`` treats a tensor.
+Dask's own way with a tensor goes through numpy, which has no bfloat16 and no float8. Here a tensor
+becomes an out-of-band buffer of pickle protocol 5, the bytes of its memory, with dtype, shape and
+strides. `reduce_tensor` does that for the picklers of `taskgrad.cluster.wire.serialize`; plain
+``pickle`` is unaffected.
 
 What arrives:
 
-- Values, bit for bit, under the same dtype, shape and type. Strides too, where the tensor fills its
+- Values, bit for bit, with the same dtype, shape and type. Strides too, where the tensor fills its
   memory in some order of its dimensions (channels_last, transposes) or repeats it (`expand`): then
-  only what is there once is sent. Else the values are packed first, in the tensor's own order.
+  only distinct elements are sent. Other values are packed first, in the tensor's own order.
 - A leaf as a leaf with its ``requires_grad`` and its ``grad``. A tensor *inside* an autograd graph
-  cannot take its graph along: its value arrives, with ``requires_grad`` off. Dask's own family
-  makes a fresh leaf of it, whose gradients then silently go nowhere.
+  cannot take its graph along: its value arrives, with ``requires_grad`` off. (Dask's own family
+  makes a new leaf of it, whose gradients are silently lost.)
 - Each tensor with memory of its own: two views of one storage arrive as two tensors. One tensor
   object that a value holds twice (tied weights) arrives as one.
 - A tensor from an accelerator goes through host memory to the receiver's current device of that
-  type; where there is none, it stays on the host. Not tested on more than one kind of device.
+  type; where there is none, it stays on the host. Not tested with several kinds of device.
 """
 
 from __future__ import annotations
@@ -28,16 +28,12 @@ from typing import Any
 import torch
 
 from taskgrad.cluster.wire import thresholds
+from taskgrad.graph.sparse import components
 
-# What a buffer's address must be a multiple of: vector instructions are slow across cache lines.
+# Of a buffer's address: vector instructions are slow across cache lines.
 _ALIGNMENT = 16
 
-_SPARSE_COMPRESSED = {
-    torch.sparse_csr: ("crow_indices", "col_indices"),
-    torch.sparse_bsr: ("crow_indices", "col_indices"),
-    torch.sparse_csc: ("ccol_indices", "row_indices"),
-    torch.sparse_bsc: ("ccol_indices", "row_indices"),
-}
+_COMPRESSED = (torch.sparse_csr, torch.sparse_bsr, torch.sparse_csc, torch.sparse_bsc)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _OWN_REDUCES = (torch.Tensor.__reduce_ex__, torch.nn.Parameter.__reduce_ex__)
 
@@ -45,9 +41,8 @@ _OWN_REDUCES = (torch.Tensor.__reduce_ex__, torch.nn.Parameter.__reduce_ex__)
 def reduce_tensor(t: torch.Tensor) -> Any:
     """A tensor as pickle's (function, arguments); NotImplemented: as torch itself pickles it.
 
-    That is what happens to the kinds that have no memory of their own to show (meta, wrapper
-    subclasses, nested: their parts come back here), to quantized ones, and to subclasses that say
-    themselves how they are pickled.
+    torch pickles tensors without memory of their own (meta, wrapper subclasses, nested: their parts
+    come back here), quantized ones, and subclasses that define how they are pickled.
     """
     cls = type(t)
     if cls is torch.Tensor or cls is torch.nn.Parameter:
@@ -64,10 +59,7 @@ def reduce_tensor(t: torch.Tensor) -> Any:
 
 
 def is_ready_to_send(value: Any) -> bool:
-    """Whether a message of this value is made without a copy, and without looking at many things.
-
-    A tensor whose memory is as it is sent, or a few.
-    """
+    """True for a contiguous CPU tensor or a few of them, which are serialized without a copy."""
     kind = type(value)
     if kind is torch.Tensor or kind is torch.nn.Parameter:
         ready = value.layout is torch.strided and value.device.type == "cpu"
@@ -83,12 +75,9 @@ def _reduce(t: torch.Tensor, cls: type) -> Any:
             return NotImplemented
         bare: Any = _reduce_dense(t)
     elif t.layout is torch.sparse_coo:
-        s = t.detach()
-        bare = _build_coo, (s._indices(), s._values(), t.shape, s.is_coalesced())
-    elif t.layout in _SPARSE_COMPRESSED:
-        s = t.detach()
-        indices = [getattr(s, name)() for name in _SPARSE_COMPRESSED[t.layout]]
-        bare = _build_compressed, (t.layout, *indices, s.values(), t.shape)
+        bare = _build_coo, (*components(t), t.shape, t.is_coalesced())
+    elif t.layout in _COMPRESSED:
+        bare = _build_compressed, (t.layout, *components(t), t.shape)
     else:
         return NotImplemented
     leaf = t.is_leaf
@@ -97,10 +86,10 @@ def _reduce(t: torch.Tensor, cls: type) -> Any:
     requires_grad = leaf and t.requires_grad
     if cls is torch.Tensor and not requires_grad and grad is None and state is None:
         return bare
-    return _dress, (*bare, cls, requires_grad, grad, state)
+    return _restore, (*bare, cls, requires_grad, grad, state)
 
 
-def _dress(
+def _restore(
     build: Any,
     arguments: tuple[Any, ...],
     cls: type,
@@ -108,7 +97,7 @@ def _dress(
     grad: torch.Tensor | None,
     state: dict[str, Any] | None,
 ) -> torch.Tensor:
-    """The bare values, made again what they were."""
+    """The tensor of these values, with its type, gradient and attributes."""
     bare = build(*arguments)
     t: torch.Tensor
     if cls is torch.nn.Parameter:
@@ -126,7 +115,7 @@ def _reduce_dense(t: torch.Tensor) -> tuple[Any, tuple[Any, ...]]:
     conj, neg, device = t.is_conj(), t.is_neg(), t.device.type
     physical = t.detach()
     if conj:
-        physical = physical.conj()  # takes the mark off again: no copy
+        physical = physical.conj()  # removes the conj bit: no copy
     if neg:
         physical = torch._neg_view(physical)
     if device != "cpu":
@@ -135,15 +124,15 @@ def _reduce_dense(t: torch.Tensor) -> tuple[Any, tuple[Any, ...]]:
     if not flat.numel():
         return _build_empty, (t.dtype, tuple(t.shape), strides, device)
     buffer = pickle.PickleBuffer(flat.view(torch.uint8).numpy().data)
-    # Dask reads the first buffer of a message together with the words before it: the tensor would
-    # lie there at some odd address for the rest of its life. So an empty buffer goes first.
+    # Dask reads the first buffer of a message together with the header before it, so the tensor
+    # would stay at an unaligned address. An empty buffer goes first.
     large = flat.numel() * t.itemsize >= thresholds.OWN_FRAME_MIN
     first = pickle.PickleBuffer(bytearray()) if large else None
     return _build_dense, (first, buffer, t.dtype, tuple(t.shape), strides, conj, neg, device)
 
 
 def _flatten(t: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """The distinct elements in one dimension, a view if they lie so, and the strides over them."""
+    """The distinct elements as one dimension, a view if possible, and the strides over them."""
     shape, strides = t.shape, t.stride()
     if t.is_contiguous():
         return t.as_strided((t.numel(),), (1,), t.storage_offset()), strides
@@ -196,7 +185,7 @@ def _build_empty(
 
 
 def _to_device(t: torch.Tensor, device: str) -> torch.Tensor:
-    """To this process's own device of that type; left on the host where it has none."""
+    """Move to this process's device of that type; stays on the host where it has none."""
     module = getattr(torch, device, None)
     return t.to(device) if module is not None and module.is_available() else t
 
@@ -217,7 +206,7 @@ def _build_compressed(
     shape: tuple[int, ...],
 ) -> torch.Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that the layout is in beta: the sender knew
+        warnings.simplefilter("ignore", UserWarning)  # that the layout is in beta
         return torch.sparse_compressed_tensor(
             compressed, plain, values, shape, layout=layout, check_invariants=False
         )
