@@ -142,7 +142,7 @@ def test_the_last_worker_of_a_process_restores(observer):
 
 def test_elsewhere_than_on_glibc_nothing_happens_and_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr(malloc, "_glibc", lambda: None)
-    malloc._say_that_nothing_happens.cache_clear()
+    malloc._log_that_nothing_happens.cache_clear()
     worker = SimpleNamespace(periodic_callbacks={})
     with caplog.at_level(logging.WARNING, logger="taskgrad"):
         assert not malloc.apply(worker)

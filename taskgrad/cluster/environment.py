@@ -1,8 +1,8 @@
-"""Whether client, scheduler and workers fit together: one round of questions at first use.
+"""Driver: check once that client, scheduler and workers run the same versions.
 
-Other versions are an error. Another number of torch threads is not: machines differ, and a laptop
-may drive a cluster. But it gives other bits, as sums are cut into other parts. So where workers
-differ among themselves a warning lists who has how many.
+Different versions are an error. Different numbers of torch threads are not: machines differ, and a
+laptop may drive a cluster. But sums are then split into other parts, which gives other bits. So a
+warning lists the numbers where workers differ among themselves.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _PACKAGES = ("taskgrad", "torch", "dask", "distributed", "python")
 
 
 def check(client: Client) -> dict[str, int]:
-    """Compare versions everywhere; returns the number of torch threads on each worker.
+    """Compare versions; returns the number of torch threads on each worker.
 
     The scheduler's threads do not matter: it runs no torch.
 
     Raises
     ------
     ClusterMismatchError
-        Versions differ, or taskgrad cannot be imported somewhere; the message lists who has what.
+        Versions differ, or taskgrad cannot be imported somewhere; the message lists which where.
     """
 
     async def scheduler() -> Any:
@@ -64,7 +64,7 @@ def check(client: Client) -> dict[str, int]:
 
 
 def _not_importable(answers: Mapping[str, Any]) -> list[str]:
-    """Where taskgrad, or what it needs, is not installed or broken."""
+    """Processes in which taskgrad cannot be imported."""
     failed = {place: a for place, a in answers.items() if isinstance(a, BaseException)}
     return [f"  taskgrad cannot be imported by {place}: {e}" for place, e in failed.items()]
 
@@ -84,7 +84,7 @@ def _different_versions(versions: Any) -> list[str]:
 
 
 def _comparable(package: str, version: str | None) -> str | None:
-    """What of a version must agree: for torch its release, for Python its minor version."""
+    """The part of a version that must agree: torch's release, Python's minor version."""
     if version is None:
         return None
     if package == "torch":
@@ -95,14 +95,14 @@ def _comparable(package: str, version: str | None) -> str | None:
 
 
 class Threads:
-    """How many threads torch uses on each worker seen so far."""
+    """The number of torch threads on each worker seen so far."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
         self._warned = False
 
     def add(self, counts: Mapping[str, int]) -> None:
-        """Note more workers; where they differ, say so, once."""
+        """Add workers; warn once if their numbers differ."""
         self._counts |= counts
         if len(set(self._counts.values())) > 1 and not self._warned:
             self._warned = True

@@ -1,7 +1,7 @@
-"""Close clients when Python exits, while threads and connections can still be started.
+"""Driver: close clients when Python exits, while threads and connections can still be started.
 
-Dask's own exit handlers run later than that, and close clusters before their clients, as if all
-workers had been lost. A program that does not close its client would end with errors in its log.
+Dask's own exit handlers run later, and close clusters before their clients, as if all workers had
+been lost. A program that does not close its client would end with errors in its log.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LOOP_THREADS = ("asyncio_", "Dask-Offload")
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
 _before_clients: dict[Callable[[], Any], int] = {}
-"""Functions to call before clients are closed, each with the id of the process that added it."""
+"""Functions to call before clients are closed, with the ids of the processes that added them."""
 
 
 def close_at_exit(client: Client) -> None:
@@ -52,7 +52,7 @@ def _register() -> None:
 
 
 def _early(process: int) -> None:
-    """Close all when the main thread has ended, unless other threads may still use the clients."""
+    """Close all after the main thread's end, unless other threads may still use the clients."""
     here = (threading.main_thread(), threading.current_thread())
     others = [t for t in threading.enumerate() if not t.daemon and t not in here]
     if all(t.name.startswith(_LOOP_THREADS) for t in others):
@@ -60,7 +60,7 @@ def _early(process: int) -> None:
 
 
 def _close_all(process: int) -> None:
-    """Close what this process has opened, but not what the one it was forked from has opened."""
+    """Close what this process, not one it was forked from, has opened."""
     for close, its in list(_before_clients.items()):
         not_at_exit(close)
         if its == os.getpid():

@@ -1,8 +1,7 @@
-"""The one place where taskgrad touches what Dask keeps to itself.
+"""Driver, scheduler, worker: the only module that uses private parts of Dask.
 
-Each function here looks whether what it needs is there, and has an answer for when it is not: then
-taskgrad runs on as it would without, only slower. ``tests/test_internals.py`` fails when a new
-version of Dask moves something, so that we notice before users do.
+Each function checks that what it needs is there, and has a fallback: taskgrad then runs without it,
+only slower. ``tests/test_internals.py`` fails when a new version of Dask changes one of them.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from distributed.core import Server
 
 
 class _Interval(float):
-    """An interval that we set, with the one that was there before."""
+    """An interval set by taskgrad, and the one it replaced."""
 
     before: float
 
@@ -36,19 +35,19 @@ class _Interval(float):
 
 
 class ZeroInterval(_Interval):
-    """An interval of 0 that costs nothing.
+    """An interval of 0 without a timer.
 
     After each message a stream computes ``next_deadline = time() + interval``. With a plain 0 it
-    then makes a timer that has already run out, and waits for it, before it looks at the next
-    message. For a stream that has sent nothing yet ``next_deadline`` is None, and so it is here: a
-    message wakes the stream directly. A hop over a worker takes a fifth less time for it.
+    then starts a timer that has already expired, and waits for it, before the next message. Here
+    the sum is None, as in a stream that has sent nothing yet: a message wakes the stream directly.
+    A hop over a worker takes a fifth less time for it.
     """
 
     def __radd__(self, now: float) -> Any:
         return None
 
 
-# Every line of BatchedSend that says `next_deadline`: among them nothing that cannot take a None.
+# Every line of BatchedSend with `next_deadline`: all of them accept None.
 _DEADLINE_LINES = [
     "self.next_deadline = None",
     "yield self.waker.wait(self.next_deadline)",
@@ -61,7 +60,7 @@ _DEADLINE_LINES = [
 
 @functools.cache
 def streams_take_none() -> bool:
-    """Whether streams treat deadlines as we know it, so that `ZeroInterval` is safe with them."""
+    """True if this version's streams are known to be safe with `ZeroInterval`."""
     try:
         lines = inspect.getsource(BatchedSend).splitlines()
     except (OSError, TypeError):
@@ -88,7 +87,7 @@ def client_streams(client: Client) -> Iterator[Any]:
 
 
 def interval_of(stream: Any) -> float | None:
-    """For how many seconds a stream collects messages; None if it does not say."""
+    """The seconds for which a stream collects messages; None if unknown."""
     interval = getattr(stream, "interval", None)
     if isinstance(interval, bool) or not isinstance(interval, int | float):
         return None
@@ -96,7 +95,7 @@ def interval_of(stream: Any) -> float | None:
 
 
 def set_interval(stream: Any, seconds: float) -> bool:
-    """Make a stream collect messages for so long; returns whether it can be told."""
+    """Set how long a stream collects messages; returns whether that is possible."""
     current = interval_of(stream)
     if current is None:
         return False
@@ -107,7 +106,7 @@ def set_interval(stream: Any, seconds: float) -> bool:
 
 
 def restore_interval(stream: Any) -> None:
-    """Give a stream back the interval that it had; leaves alone what somebody else set since."""
+    """Undo `set_interval`, unless something else has set the interval since."""
     current = interval_of(stream)
     if isinstance(current, _Interval):
         stream.interval = current.before
@@ -120,30 +119,30 @@ def memory_limit(worker: Worker) -> int | None:
 
 
 def memory_used(worker: Worker) -> int | None:
-    """What Dask takes for the memory of a worker's process, in bytes, or None."""
+    """The memory of a worker's process in bytes, as Dask measures it, or None."""
     measure = getattr(getattr(worker, "monitor", None), "get_process_memory", None)
     return int(measure()) if callable(measure) else None
 
 
 def pause_fraction(worker: Worker) -> float | None:
-    """The part of its memory limit from which on a worker is paused; None if it never is."""
+    """The fraction of its memory limit at which a worker is paused; None if it never is."""
     found = getattr(getattr(worker, "memory_manager", None), "memory_pause_fraction", None)
     return float(found) if isinstance(found, int | float) and found else None
 
 
 def set_pause_fraction(worker: Worker, fraction: float) -> None:
-    """Have a worker be paused from this part of its memory limit on."""
+    """Set the fraction of its memory limit at which a worker is paused."""
     worker.memory_manager.memory_pause_fraction = fraction
 
 
 def timer_interval(server: Server, name: str) -> float | None:
-    """Seconds between two runs of one of a server's timers; None if it has none of this name."""
+    """The period of a server's timer in seconds; None if it has none of this name."""
     found = _timer(server, name)
     return None if found is None else found.callback_time / 1000
 
 
 def set_timer_interval(server: Server, name: str, seconds: float) -> None:
-    """Have a timer run every so many seconds, from the next time on."""
+    """Set the period of a timer, from its next run on."""
     found = _timer(server, name)
     if found is not None:
         found.callback_time = seconds * 1000
@@ -157,13 +156,13 @@ def _timer(server: Server, name: str) -> Any:
 
 
 def nannies_beside(scheduler: Scheduler) -> list[Server]:
-    """Those of a scheduler's nannies that are in its process, as in a `LocalCluster`."""
+    """The nannies in a scheduler's process, as in a `LocalCluster`."""
     here = list(getattr(Nanny, "_instances", ()))
     return [n for n in here if getattr(n, "scheduler_addr", None) == scheduler.address]
 
 
 def nanny_that_records(ended: list[int]) -> type[Nanny]:
-    """A nanny that adds to `ended` the exit status of each of its worker processes."""
+    """A nanny class that appends the exit status of each worker process to `ended`."""
 
     class Recording(Nanny):
         def _on_worker_exit_sync(self, exitcode: int) -> None:
@@ -180,8 +179,8 @@ def threads(worker: Worker) -> int:
     return count if isinstance(count, int) else 1
 
 
-# Every line of a worker's handler for results that deals with the receiver. It ends only when the
-# receiver has all of the data, not before: so long may what was sent lie in this worker's memory.
+# Every line of a worker's `get_data` that deals with the receiver. It returns when the receiver has
+# all of the data, so leased memory stays valid until then.
 _HANDSHAKE_LINES = [
     "if get_address_host(comm.peer_address) == get_address_host(self.address):",
     "compressed = await comm.write(msg, serializers=serializers)",
@@ -192,7 +191,7 @@ _HANDSHAKE_LINES = [
 
 
 def results_handler(worker: Worker) -> Any:
-    """The handler that gives a worker's results to who asks, if it is as we know it, else None."""
+    """The worker's `get_data` handler if its source is the version that we wrap, else None."""
     handlers = getattr(worker, "handlers", None)
     handler: Any = handlers.get("get_data") if isinstance(handlers, dict) else None
     try:
@@ -205,12 +204,12 @@ def results_handler(worker: Worker) -> Any:
 
 
 def set_results_handler(worker: Worker, handler: Any) -> None:
-    """Have a worker give its results away by this handler from now on."""
+    """Replace the worker's `get_data` handler."""
     worker.handlers["get_data"] = handler
 
 
 def held_in_memory(worker: Worker, keys: Sequence[str]) -> list[Any]:
-    """The results with these keys that a worker has, but for those that it spilled to disk."""
+    """The results with these keys in a worker's memory; not those spilled to disk."""
     data = getattr(worker, "data", {})
     memory = getattr(data, "memory", data)
     return [memory[key] for key in keys if key in memory]
@@ -221,10 +220,10 @@ _GATHER_TAKES = ["rpc", "keys", "worker", "who", "serializers", "deserializers"]
 
 
 def wrap_gathering(wrapper: Callable[[Any], Any]) -> bool:
-    """Have ``wrapper(gather)`` ask other workers for results, in place of Dask's ``gather``.
+    """Replace the function by which workers ask each other for results by ``wrapper(function)``.
 
-    That is one function for all workers of a process; it is wrapped once. Returns whether it is,
-    which takes that it is as we know it.
+    All workers of a process share the function; it is wrapped once. Returns whether it is wrapped,
+    which requires the signature that we know.
     """
     gather = getattr(distributed.worker, _GATHER, None)
     if hasattr(gather, "taskgrad"):
@@ -238,7 +237,7 @@ def wrap_gathering(wrapper: Callable[[Any], Any]) -> bool:
 
 
 def unwrap_gathering() -> None:
-    """Undo `wrap_gathering`, unless somebody has put another over it."""
+    """Undo `wrap_gathering`, unless the function was replaced since."""
     stock = getattr(getattr(distributed.worker, _GATHER, None), "taskgrad", None)
     if stock is not None:
         setattr(distributed.worker, _GATHER, stock)
@@ -246,9 +245,9 @@ def unwrap_gathering() -> None:
 
 @contextlib.contextmanager
 def writing_at_once(comm: Any) -> Iterator[None]:
-    """Have a connection make its messages where it is, in the event loop.
+    """Serialize messages of a connection in the event loop.
 
-    Those of more than 10 MB it makes in a thread beside it, as some are a second's work.
+    By default those of more than 10 MB are serialized in a thread.
     """
     before = getattr(comm, "allow_offload", None)
     if before is not None:
@@ -267,7 +266,7 @@ def _attribute(owner: Any, name: str) -> Iterator[Any]:
 
 
 def host_of(client: Client) -> str | None:
-    """The host of this end of a client's connection to the scheduler."""
+    """The local host of a client's connection to the scheduler."""
     stream = getattr(getattr(client, "scheduler_comm", None), "comm", None)
     address = getattr(stream, "local_address", "")
     return get_address_host(address) if "://" in address else None
@@ -276,12 +275,12 @@ def host_of(client: Client) -> str | None:
 async def results_of(
     client: Client, worker: str, keys: Sequence[Any], *, seconds: float
 ) -> dict[Any, Any]:
-    """Those of the results that a worker has and gives, asked for by the client in its own name.
+    """Those of the results that a worker has and sends, requested with the client's id.
 
     Raises
     ------
     OSError, TimeoutError
-        It is gone, or has not taken a connection within so many seconds. Dask itself tries for 30.
+        It is gone, or has not accepted a connection in this time. Dask itself tries for 30 s.
     """
     ask = getattr(distributed.worker, "get_data_from_worker", None)
     if ask is None:
@@ -294,23 +293,23 @@ async def results_of(
 
 
 def release(client: Client, keys: Sequence[str]) -> None:
-    """Tell the scheduler that a client wants these keys no more, though somebody has their futures.
+    """Release a client's keys on the scheduler even if their futures are still referenced.
 
-    ``Client.cancel`` is not for this: it also cancels the tasks that depend on a key, and on one of
-    those that nobody wants by itself the scheduler stumbles, and drops the client.
+    ``Client.cancel`` also cancels dependents; if one of them is not wanted by any client, the
+    scheduler raises, and drops the client.
     """
     tell_scheduler(client, {"op": "client-releases-keys", "keys": list(keys), "client": client.id})
 
 
 def tell_scheduler(client: Client, message: dict[str, Any]) -> None:
-    """Send a message with the client's stream to the scheduler, and wait for nothing."""
+    """Send a message on the client's stream to the scheduler, without waiting."""
     send = getattr(client, "_send_to_scheduler", None)
     if send is not None and client.status == "running":
         send(message)
 
 
 def add_client_handler(client: Client, op: str, handler: Callable[..., None]) -> bool:
-    """Have a client call ``handler(**message)`` for messages of this kind from the scheduler."""
+    """Have a client call ``handler(**message)`` for scheduler messages with this op."""
     handlers = getattr(client, "_stream_handlers", None)
     if not isinstance(handlers, dict):
         return False
@@ -325,9 +324,9 @@ _RETIRE_TAKES = ["workers", "names", "close_workers", "remove", "stimulus_id", "
 def wrap_retirement(scheduler: Scheduler, wrapper: Callable[..., Awaitable[Any]]) -> bool:
     """Have ``wrapper(retire, *args, **kwargs)`` called in place of Dask's ``retire``.
 
-    So for messages (of clients, adaptive clusters, workers that close themselves) and for those who
-    call the scheduler's method (its HTTP API). Returns whether the scheduler has that as we know
-    it; if not, nothing is changed.
+    That covers messages (of clients, adaptive clusters, workers that close themselves) and calls of
+    the scheduler's method (its HTTP API). Returns whether the signature is the one that we know; if
+    not, nothing is changed.
     """
     retire = getattr(scheduler, "handlers", {}).get(_RETIRE)
     if not callable(retire) or list(inspect.signature(retire).parameters) != _RETIRE_TAKES:
@@ -343,7 +342,7 @@ def wrap_retirement(scheduler: Scheduler, wrapper: Callable[..., Awaitable[Any]]
 
 
 def is_closing_itself(stimulus_id: str | None) -> bool:
-    """Whether a retirement with this id is that of a worker which closes in any case then."""
+    """True if this retirement was requested by a worker that closes whatever the answer."""
     return (stimulus_id or "").startswith("worker-close-gracefully")
 
 
@@ -358,7 +357,7 @@ async def settle(futures: Sequence[Future]) -> None:
 
 
 def loop_runs(client: Client) -> bool:
-    """Whether the thread of a client's event loop is in this process; a fork leaves it behind."""
+    """True if a client's event loop runs in this process; its thread does not survive a fork."""
     loop: Any = client.loop
     thread = getattr(loop.asyncio_loop, "_thread_id", None)
     return any(thread == known.ident for known in threading.enumerate())

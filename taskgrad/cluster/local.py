@@ -1,4 +1,4 @@
-"""A cluster on this machine."""
+"""Driver: start a cluster on this machine."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _DASHBOARD = 8787
 _LAST_PORT = 65535
 _LEAST_MEMORY = 128 << 20
 
-# The exit status of a worker process whose script has no guard. It prints nothing if the process
-# that started it, whose id is in the environment variable, will raise the error.
+# The exit status of a worker process whose script has no guard. It prints nothing if its parent,
+# whose process id is in the environment variable, raises the error.
 _UNGUARDED_STATUS = 86
 _STARTED_BY = "TASKGRAD_STARTED_BY"
 
@@ -100,7 +100,7 @@ def local_cluster(
 
 
 def refuse_in_starting_process() -> None:
-    """Raise if this is a process that has just been started, and is importing the main script."""
+    """Raise if this process is a child that is importing the main script while it starts."""
     process = multiprocessing.current_process()
     if not getattr(process, "_inheriting", False):
         return
@@ -112,7 +112,7 @@ def refuse_in_starting_process() -> None:
 
 
 def _why(error: BaseException, ended: list[int]) -> str | None:
-    """Why the workers did not start; None if that is not known."""
+    """The reason why workers did not start, or None if unknown."""
     if _UNGUARDED_STATUS in ended:
         return _GUARD_NEEDED
     if ended:
@@ -145,7 +145,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _check_names(options: dict[str, Any]) -> None:
-    """Raise TypeError for an unknown argument: Dask's worker processes would fail one by one."""
+    """Raise TypeError for an unknown argument, on which each worker process would fail."""
     if options.get("worker_class") is not None:
         return  # it may have other arguments
     known: set[str] = set()
@@ -161,7 +161,7 @@ def _check_names(options: dict[str, Any]) -> None:
 
 
 def _check_values(options: dict[str, Any]) -> None:
-    """With these, worker processes would be started and killed again, without end."""
+    """Raise for values with which worker processes would be killed and restarted without end."""
     port = options.get("scheduler_port")
     if isinstance(port, int) and not 0 <= port <= _LAST_PORT:
         raise ValueError(f"scheduler_port is a number from 0 to {_LAST_PORT}; got {port}")
@@ -189,7 +189,7 @@ def _is_free(port: int) -> bool:
 
 
 def _hide_missing_script() -> None:
-    """Remove the file name of a program from standard input, which cannot be imported by it."""
+    """Remove `__main__`'s file name if it is <stdin>, which worker processes cannot import."""
     main = sys.modules.get("__main__")
     if getattr(main, "__file__", None) == "<stdin>":
         del main.__file__  # type: ignore[union-attr]

@@ -1,8 +1,8 @@
-"""Tasks that wait for other tasks.
+"""Worker: tasks that wait for other tasks.
 
-A task that waits occupies a thread of its worker, and the task that it waits for may have to run in
-that thread. So it gives the thread back, and Dask starts another task in its place. That is not
-enough for a layer, which also holds its shard until it returns.
+A waiting task occupies a thread of its worker that the other task may need. So it secedes, and Dask
+starts another task in its place. That is not enough for a layer, which also holds its shard's lock
+until it returns.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def waiting() -> Iterator[None]:
 
 
 def give_thread_back() -> None:
-    """Let the worker run another task in place of the one in this thread, if there is one."""
+    """Have the task in this thread secede, if there is one: the worker starts another."""
     if _in_task_thread():
-        with contextlib.suppress(KeyError):  # it was given back before, or the task was let go of
+        with contextlib.suppress(KeyError):  # it has seceded before, or was released
             distributed.secede()
 
 

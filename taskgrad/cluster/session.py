@@ -1,4 +1,4 @@
-"""A cluster as taskgrad uses it: found or opened, checked once, its workers in a fixed order."""
+"""Driver: one session per Dask client: versions checked, plugins registered, workers in order."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ logger = logging.getLogger("taskgrad")
 
 WorkerSpec = int | str
 
-# Workers that close, or could not load taskgrad when they joined: they answer nothing.
+# Workers that are closing, or could not import taskgrad when they joined: they do not answer.
 _ENDING = ("closing", "closed", "failed")
 
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """One worker of the cluster: its address, the name that it was given, its threads."""
+    """One worker of the cluster."""
 
     address: str
     name: Any
@@ -44,7 +44,7 @@ class WorkerInfo:
 
 
 class Session:
-    """One client, with our plugins on its scheduler and workers."""
+    """One client with taskgrad's plugins on its scheduler and workers."""
 
     def __init__(self, client: Client) -> None:
         refuse_in_starting_process()
@@ -66,7 +66,7 @@ class Session:
         intervals.apply_client(client, settings.latency)
 
     def workers(self) -> list[WorkerInfo]:
-        """All workers there are now, by name where names are numbers, else by address.
+        """The current workers, by name where names are numbers, else by address.
 
         Raises
         ------
@@ -82,7 +82,7 @@ class Session:
         return sorted(found, key=_worker_order)
 
     def store_ids(self, addresses: list[str]) -> dict[str, str]:
-        """Which store each of these workers has now; another one after a restart."""
+        """The id of each worker's store, which changes with a restart."""
 
         async def ask() -> dict[str, tuple[str, int]]:
             return await self.client.run(worker_info, workers=addresses)
@@ -92,7 +92,7 @@ class Session:
         return {address: store for address, (store, _) in found.items()}
 
     def memory(self, addresses: list[str]) -> dict[str, tuple[int, int] | None]:
-        """Bytes that each of these workers uses now, and may use; None where it has no limit."""
+        """Bytes that each of these workers uses, and may use; None for one without a limit."""
 
         async def ask() -> dict[str, tuple[int, int] | None]:
             return await self.client.run(memory, workers=addresses)
@@ -100,12 +100,11 @@ class Session:
         return client_calls.call_with_deadline(self.client, ask, "how much memory they use")
 
     def out_of_order(self, addresses: set[str]) -> dict[str, str]:
-        """Which of these workers run nothing that is pinned to them, and why.
+        """Those of these workers that run no task pinned to them, each with the reason.
 
-        "gone" are those that are there no more, nor came back under their names; "restarted" those
-        that did, and have lost what they kept. "paused" ones start no
-        tasks; they count only while none of these workers runs anything, as they may have nothing
-        to do yet.
+        "gone": it has left, and none with its name has come since. "restarted": one with its name
+        has, without what it held. "paused": it starts no tasks; reported only while none of these
+        workers runs anything, since it may have nothing to do yet.
         """
         info = self._info()
         names = {self.names[a] for a in info}
@@ -119,7 +118,7 @@ class Session:
         return absent | dict.fromkeys(paused, "paused")
 
     def unfinished(self, address: str) -> set[str]:
-        """Keys of the tasks that a worker had been given, and not finished, when it was lost."""
+        """Keys of the tasks that were assigned to a lost worker and not finished."""
 
         async def ask() -> Any:
             scheduler: Any = self.client.scheduler
@@ -134,16 +133,16 @@ class Session:
         return found
 
     def describe(self, address: str) -> str:
-        """A worker, for a message: its name and address."""
+        """A worker's name and address, for messages."""
         name = self.names.get(address, address)
         return f"worker {name} at {address}" if name != address else f"worker {name}"
 
     def known(self) -> list[WorkerInfo]:
-        """All workers there are now, in no order; perhaps none."""
+        """The current workers, in no order; perhaps none."""
         return _workers_in(self._info())
 
     def _info(self) -> dict[str, Any]:
-        """What the scheduler knows of each worker that runs or will, by address."""
+        """The scheduler's information on each worker that does not close, by address."""
         check_open(self.client)
 
         async def ask() -> dict[str, Any]:
@@ -183,7 +182,7 @@ class Session:
 
 
 def in_order(info: dict[str, Any]) -> list[WorkerInfo]:
-    """The workers in what the scheduler says of them, in the order of their indices."""
+    """The workers in the scheduler's information, in the order of their indices."""
     return sorted(_workers_in(info), key=_worker_order)
 
 
@@ -196,7 +195,7 @@ def _worker_order(worker: WorkerInfo) -> tuple[bool, int, str]:
     return (not name.isdigit(), int(name) if name.isdigit() else 0, worker.address)
 
 
-# Open clients only. Holding them also keeps alive a cluster that nobody but us has a handle on.
+# Open clients only. The reference also keeps a cluster alive that was started implicitly.
 _sessions: dict[Client, Session] = {}
 _lock = threading.RLock()
 _forked = False
@@ -204,7 +203,7 @@ _forked = False
 
 def _after_fork() -> None:
     global _lock, _forked
-    _lock = threading.RLock()  # a thread that is not here may have held it
+    _lock = threading.RLock()  # a thread of the parent may have held it
     _forked = True
 
 
@@ -212,7 +211,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def session(client: Client | None = None) -> Session:
-    """The session of this client; with none, of the current client; with none, of a new cluster.
+    """The session of this client, else of the current client, else of a new local cluster.
 
     Raises
     ------
@@ -233,7 +232,7 @@ def session(client: Client | None = None) -> Session:
 
 
 def current_session() -> Session | None:
-    """The session of the current client, if there is one; opens nothing."""
+    """The session of the current client, or None; starts no cluster."""
     try:
         return session(distributed.get_client())
     except ValueError:

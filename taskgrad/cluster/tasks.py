@@ -1,4 +1,4 @@
-"""The functions that our Dask tasks call, inside a worker."""
+"""Worker: the functions that our Dask tasks and ``client.run`` call."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from taskgrad.worker.store import Store
 
 T = TypeVar("T")
 
-# Where Dask's nanny restarts a worker, by default.
+# The fraction of its memory limit at which Dask's nanny restarts a worker, by default.
 _TERMINATE = 0.95
 
 
@@ -33,10 +33,10 @@ def _store() -> Store:
 
 
 def contained(what: str, run: Callable[..., T], *args: Any) -> T:
-    """``run(*args)`` in a task; any exception becomes an error of this task.
+    """``run(*args)`` in a task; any exception becomes this task's error.
 
-    Dask would end the worker on SystemExit and KeyboardInterrupt, and send many other exceptions as
-    a bare Exception. Messages say that `what` raised.
+    On SystemExit and KeyboardInterrupt Dask would close the worker; many other exceptions it would
+    send as a bare Exception. Messages say that `what` raised.
     """
     try:
         return run(*args)
@@ -44,16 +44,16 @@ def contained(what: str, run: Callable[..., T], *args: Any) -> T:
         failed = RemoteError(error)
     except BaseException as error:
         failed = RemoteError(exit_error(error, get_worker().address, what))
-    raise failed  # here it has no context, whose frames would keep tensors alive
+    raise failed  # outside of except: a context's frames would keep tensors alive
 
 
 def run_action(payload: bytes, *values: Any) -> Any:
     """Run an action on this worker's store.
 
-    The payload is the action, the settings of torch to run it with, how many inputs it takes and,
-    by position, those that came with it; the values are the others, then whatever the task had to
-    wait for. It is pickled before Dask pickles the graph, so that the scheduler passes it on
-    unopened.
+    The payload is a pickle of the action, the torch settings to run it with, the number of its
+    inputs, and literal inputs by position. The values are the other inputs, then results that the
+    task only depends on. The payload is pickled before Dask pickles the graph, so that the
+    scheduler does not unpickle it.
     """
     action, settings, total, literals = contained("the unpickling of a call", pickle.loads, payload)
     given = iter(values)
@@ -70,7 +70,7 @@ def _run(action: Any, settings: TorchSettings | None, inputs: list[Any]) -> Any:
 
 
 def _title(action: Any) -> str:
-    """What an action runs, for messages."""
+    """The name of what an action runs, for messages."""
     if isinstance(action, OnShard):
         return f"{action.function.__name__!r} of {action.token.partition('-')[0]!r}"
     called = getattr(action, "work", action)
@@ -78,20 +78,20 @@ def _title(action: Any) -> str:
 
 
 def worker_info(dask_worker: Any = None) -> tuple[str, int]:
-    """Which store a worker has, and how many threads torch uses there: for ``client.run``."""
+    """The id of a worker's store, and torch's number of threads: for ``client.run``."""
     return store_of(dask_worker).id, torch.get_num_threads()
 
 
 def torch_threads() -> int:
-    """How many threads torch uses in this process: a question that needs taskgrad and torch."""
+    """The number of torch's threads; fails where taskgrad or torch cannot be imported."""
     return torch.get_num_threads()
 
 
 def memory(dask_worker: Any = None) -> tuple[int, int] | None:
     """Bytes that a worker's process uses, and may use: for ``client.run``.
 
-    What an optimizer loads with it, which is more than 100 MB, is loaded first; memory that is free
-    and kept is given back. None for a worker without a limit.
+    Modules that an optimizer imports, more than 100 MB, are imported first, and free memory is
+    returned to the system. None for a worker without a limit.
     """
     import torch._dynamo  # noqa: F401
 
@@ -105,10 +105,10 @@ def memory(dask_worker: Any = None) -> tuple[int, int] | None:
 
 
 def held(dask_worker: Any = None) -> dict[str, int]:
-    """What a worker's store holds now: for ``client.run(taskgrad.cluster.tasks.held)``."""
+    """Counts of what a worker's store holds: for ``client.run(taskgrad.cluster.tasks.held)``."""
     return store_of(dask_worker).held()
 
 
 def mail(dask_worker: Any = None) -> dict[str, int]:
-    """How many mailboxes and messages of ranks a worker has now: for ``client.run``."""
+    """Counts of a worker's mailboxes and messages of ranks: for ``client.run``."""
     return store_of(dask_worker).mail.held()

@@ -1,11 +1,10 @@
-"""Short intervals on the streams between clients, scheduler and workers.
+"""Driver, scheduler, worker: shorter batching intervals on the streams between them.
 
-Every message of Dask's goes through a stream that collects for some milliseconds before it sends:
-10 from a client, 5 to a worker, 2 on the other ways. A chain of tasks that wait for each other pays
-this at every hop, about 6 ms, where the work of a hop takes less than 2.
+Dask's streams batch messages for some milliseconds: 10 from a client, 5 to a worker, 2 otherwise. A
+chain of dependent tasks pays about 6 ms for this at every hop, whose work takes less than 2.
 
-Each function is called where its streams are: in the scheduler, in a worker, in a client. Each may
-be called again, with the same or another interval: streams that are new since get it then.
+Each function runs where its streams are. It may be called again, with the same or another interval,
+and then covers new streams too.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ from taskgrad.cluster import internals
 
 
 def apply_scheduler(scheduler: Scheduler, interval: float | None) -> None:
-    """Set what the scheduler sends; None restores it.
+    """Set the intervals of the scheduler's streams; None restores them.
 
-    Its plugins hear of a worker after the stream to it was made, of a client before: for a new
-    client call this from the event loop's next turn.
+    Its plugins are told of a worker after its stream was made, but of a client before: for a new
+    client call this in the event loop's next turn.
     """
     _apply(internals.scheduler_streams(scheduler), interval)
 
 
 def apply_worker(worker: Worker, interval: float | None) -> None:
-    """Set what a worker sends to the scheduler; None restores it."""
+    """Set the interval of a worker's stream to the scheduler; None restores it."""
     _apply(internals.worker_streams(worker), interval)
 
 
 def apply_client(client: Client, interval: float | None) -> None:
-    """Set what a client sends; None restores it."""
+    """Set the interval of a client's stream to the scheduler; None restores it."""
     _apply(internals.client_streams(client), interval)
 
 

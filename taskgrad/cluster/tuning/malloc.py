@@ -1,13 +1,12 @@
-"""glibc keeps freed memory in worker processes; and a word on threads.
+"""Worker: have glibc keep freed memory; warn of too many threads.
 
-Dask's nanny starts workers with ``MALLOC_TRIM_THRESHOLD_=65536``, so that memory that is freed goes
-back to the system at once, and Dask can tell what a worker uses. A training step takes and frees
-the same few hundred megabytes each time; with every page mapped anew, ResNet-50 spends more than a
+Dask's nanny starts workers with ``MALLOC_TRIM_THRESHOLD_=65536``, so that freed memory is returned
+to the system at once, and Dask can tell what a worker uses. A training step allocates and frees the
+same few hundred megabytes each time; with every page mapped anew, ResNet-50 spends more than a
 quarter of its time in the kernel. ``mallopt`` changes this in a running process, so it works on
 clusters that we did not start.
 
-These settings are the process's, and a process may hold several workers: they hold as long as any
-of its workers wants them.
+The settings are the process's: they stay while any of its workers wants them.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ logger = logging.getLogger("taskgrad")
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 
 _MIB = 2**20
-# Free memory at the end of a heap stays up to the first; the heaps of threads, 64 MiB each, are
-# kept because of the second; blocks below the third come from heaps and not from the system.
+# Free memory at the end of a heap is kept up to the first; the heaps of threads, 64 MiB each, are
+# kept because of the second; blocks below the third are allocated on heaps, not mapped.
 _KEPT = {_TRIM_THRESHOLD: 1024 * _MIB, _TOP_PAD: 64 * _MIB, _MMAP_THRESHOLD: 1024 * _MIB}
 # Older versions of glibc refuse a larger value than this.
 _LARGEST_MMAP_THRESHOLD = 32 * _MIB
 
 # What glibc starts with if the environment sets any of them.
 _FIXED = {_TRIM_THRESHOLD: 128 * 1024, _TOP_PAD: 128 * 1024, _MMAP_THRESHOLD: 128 * 1024}
-# If it sets none, glibc raises two of them while a process runs, up to these. It stops that once a
-# program has set one, and cannot be told to resume: this is where it would have come to.
+# If it sets none, glibc raises two of them while a process runs, up to these, until a program sets
+# one. That cannot be undone, so restoring sets the values that it would have reached.
 _RAISED = {**_FIXED, _TRIM_THRESHOLD: 64 * _MIB, _MMAP_THRESHOLD: 32 * _MIB}
 
 _VARIABLES = {
@@ -56,7 +55,7 @@ _TUNABLES = {
     "glibc.malloc.mmap_threshold": _MMAP_THRESHOLD,
 }
 
-# Below what Dask's worker starts to spill (70 %) and to pause (80 %).
+# Fractions of the memory limit, below those at which Dask spills (70 %) and pauses (80 %).
 _RELIEF = 0.6
 _RELIEF_EVERY = 1000  # ms
 _RELIEF_NAME = "taskgrad-relief"
@@ -68,12 +67,11 @@ _wanted_by: weakref.WeakSet[Worker] = weakref.WeakSet()
 def apply(worker: Worker) -> bool:
     """Have this worker's process keep the memory that it frees; returns whether it does.
 
-    Called in the worker's event loop. Elsewhere than on glibc nothing happens, and the log says so
-    once.
+    Called in the worker's event loop. Without glibc nothing happens, which is logged once.
     """
     libc = _glibc()
     if libc is None:
-        _say_that_nothing_happens()
+        _log_that_nothing_happens()
         return False
     with _lock:
         _wanted_by.add(worker)
@@ -86,7 +84,7 @@ def apply(worker: Worker) -> bool:
 
 
 def restore(worker: Worker) -> None:
-    """Undo `apply` for this worker; with the last of a process, give back what it kept."""
+    """Undo `apply` for this worker; with the last of a process, return kept memory."""
     relief = worker.periodic_callbacks.pop(_RELIEF_NAME, None)
     if relief is not None:
         relief.stop()
@@ -101,11 +99,10 @@ def restore(worker: Worker) -> None:
 
 
 def relieve(worker: Worker) -> bool:
-    """Give back kept memory if the worker is short of it; returns whether it was.
+    """Return kept memory to the system if the worker is short of it; returns whether it was.
 
     Dask spills and pauses by the size of the process, and could wait forever for memory that is
-    free but kept. What glibc cannot give back is the end of the last heap of each thread, 64 MiB at
-    most.
+    free but kept. glibc cannot return the end of each thread's last heap, 64 MiB at most.
     """
     libc, used = _glibc(), internals.memory_used(worker)
     limit = internals.memory_limit(worker)
@@ -116,7 +113,7 @@ def relieve(worker: Worker) -> bool:
 
 
 def give_back() -> None:
-    """Give all memory that is free and kept back to the system, where the C library is glibc."""
+    """Return all memory that is free and kept to the system, if the C library is glibc."""
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
@@ -127,9 +124,9 @@ def _relieve(worker: Worker) -> None:
 
 
 def values_before(environment: Any) -> dict[int, int]:
-    """What ``mallopt`` has to be given to undo ours, in a process with these variables.
+    """The ``mallopt`` values that restore a process with these environment variables.
 
-    glibc cannot be asked for its values, so they are worked out the way it did when it started.
+    glibc cannot be asked for its values, so they are derived as it does when it starts.
     """
     found: dict[int, int] = {}
     for setting in environment.get("GLIBC_TUNABLES", "").split(":"):
@@ -142,11 +139,11 @@ def values_before(environment: Any) -> dict[int, int]:
 
 
 def check_threads(worker: Worker) -> str | None:
-    """Whether a worker would run more threads than its machine has cores; says so, in the log too.
+    """The warning that a worker runs more threads than its machine has cores, also logged; or None.
 
-    taskgrad sets no threads itself: another number gives other bits, and Dask's nanny already
-    starts workers with ``OMP_NUM_THREADS=1``. But workers that were started otherwise let torch use
-    every core in each of their tasks.
+    taskgrad sets no number of threads: another one gives other bits, and Dask's nanny starts
+    workers with ``OMP_NUM_THREADS=1``. In workers started otherwise torch uses every core in each
+    task.
     """
     tasks, each = internals.threads(worker), torch.get_num_threads()
     if each == 1 or tasks * each <= CPU_COUNT:
@@ -188,7 +185,7 @@ def _glibc() -> Any:
 
 
 @cache
-def _say_that_nothing_happens() -> None:
+def _log_that_nothing_happens() -> None:
     logger.warning(
         "taskgrad leaves the memory allocator of this process as it is: the C library is not "
         "glibc, so nothing is known to be gained"

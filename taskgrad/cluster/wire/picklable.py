@@ -1,9 +1,9 @@
-"""What cannot travel between workers is refused while somebody can still be told.
+"""Worker: check that a task's result can be pickled, before the task ends.
 
-When a value turns out to be unpicklable only as another worker asks for it, the task that waits for
-it hangs, and later transfers between the two workers may go wrong. So a task's result is looked at
-before it becomes one. The look must cost next to nothing: tensors and small tuples of them are
-known by their types; anything else is pickled once into the void, tensors left out.
+If pickling fails only when another worker asks for the result, the task that depends on it hangs,
+and later transfers between the two workers may fail. The check must cost next to nothing: tensors
+and small containers of them are accepted by type; anything else is pickled once without its
+tensors, and the pickle discarded.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ _LAYOUTS = frozenset(
 
 
 def check_picklable(value: Any) -> None:
-    """Raise if this value could not be sent to another worker.
+    """Raise if this value cannot be sent to another worker.
 
     Raises
     ------
     TravelError
-        It names the part that cannot travel, by its place in the value and its type.
+        It names the part that cannot be sent, by its place in the value and its type.
     """
-    if _plainly_travels(value):
+    if _is_plain(value):
         return
-    trouble = _trouble(value)
-    if trouble is None:
-        _refuse_unreadable(value)
+    problem = _problem(value)
+    if problem is None:
+        _check_unpickling(value)
         return
-    place, part, why = _culprit(value, trouble)
+    place, part, why = _culprit(value, problem)
     where = f"its part {place}, " if place else ""
     raise TravelError(
         f"this result cannot be sent to another worker: {where}"
@@ -56,7 +56,7 @@ def check_picklable(value: Any) -> None:
     )
 
 
-def _refuse_unreadable(value: Any) -> None:
+def _check_unpickling(value: Any) -> None:
     """Raise if a value can be pickled but not unpickled: its receiver would wait forever."""
     for kind in (_Checker, _CloudChecker):
         file, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
@@ -76,24 +76,24 @@ def _refuse_unreadable(value: Any) -> None:
         return
 
 
-def _plainly_travels(value: Any) -> bool:
-    """Whether types alone say so; False means only that one has to look closer."""
+def _is_plain(value: Any) -> bool:
+    """True if types alone show that a value can be pickled; False decides nothing."""
     kind = type(value)
     if kind in _ATOMS:
         return True
     if kind is torch.Tensor or kind is torch.nn.Parameter:
-        return tensor_trouble(value) is None and not value.__dict__
+        return tensor_problem(value) is None and not value.__dict__
     if kind is tuple or kind is list:
-        return len(value) <= INSPECTED_VALUES_MAX and all(map(_plainly_travels, value))
+        return len(value) <= INSPECTED_VALUES_MAX and all(map(_is_plain, value))
     if kind is dict:
         return len(value) <= INSPECTED_VALUES_MAX and all(
-            type(k) in _ATOMS and _plainly_travels(v) for k, v in value.items()
+            type(k) in _ATOMS and _is_plain(v) for k, v in value.items()
         )
     return False
 
 
-def tensor_trouble(t: torch.Tensor) -> str | None:
-    """Why this tensor cannot travel, if so."""
+def tensor_problem(t: torch.Tensor) -> str | None:
+    """The reason why this tensor cannot be sent, or None."""
     if t.layout not in _LAYOUTS:
         return f"its layout is {t.layout}; .to_dense() makes it one that can"
     if t.device.type not in _DEVICES:
@@ -104,7 +104,7 @@ def tensor_trouble(t: torch.Tensor) -> str | None:
 
 
 class _Checked:
-    """Pickles tensors as numbers: only everything else is checked."""
+    """Pickles tensors as numbers, so that only everything else is checked."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -113,7 +113,7 @@ class _Checked:
     def reducer_override(self, obj: Any) -> Any:
         if not isinstance(obj, torch.Tensor):
             return super().reducer_override(obj)  # type: ignore[misc]
-        why = tensor_trouble(obj)
+        why = tensor_problem(obj)
         if why is not None:
             raise pickle.PicklingError(why)
         if type(obj) is torch.Tensor or type(obj) is torch.nn.Parameter:
@@ -153,7 +153,7 @@ class _Unchecker(pickle.Unpickler):
 
 
 class _DaskChecker(_Checker):
-    """The same, and takes Dask's word for the classes that Dask sends in its own way."""
+    """The same, and accepts classes that Dask serializes in its own way."""
 
     def reducer_override(self, obj: Any) -> Any:
         if not isinstance(obj, torch.Tensor | torch.nn.Module | type):
@@ -171,8 +171,8 @@ class _Void:
         return len(data)
 
 
-def _trouble(value: Any) -> str | None:
-    """Why this value cannot be serialized, if so; looks as Dask does, from the fastest way on."""
+def _problem(value: Any) -> str | None:
+    """The reason why this value cannot be serialized, or None; tries what Dask does."""
     why = None
     for kind in (_Checker, _CloudChecker, _DaskChecker):
         try:
@@ -184,11 +184,11 @@ def _trouble(value: Any) -> str | None:
 
 
 def _culprit(value: Any, why: str) -> tuple[str, Any, str]:
-    """The innermost part that is in trouble: its place in the value, itself, and its trouble."""
+    """The innermost part that cannot be serialized: its place in the value, the part, and why."""
     for place, part in _parts(value):
-        trouble = _trouble(part)
-        if trouble is not None:
-            inner, found, reason = _culprit(part, trouble)
+        problem = _problem(part)
+        if problem is not None:
+            inner, found, reason = _culprit(part, problem)
             return place + inner, found, reason
     return "", value, why
 

@@ -1,11 +1,12 @@
-"""Reading another process's memory, with Linux's ``process_vm_readv``: "cross-memory attach".
+"""Driver, worker: read another process's memory, with Linux's ``process_vm_readv``.
 
-TCP within a host copies every byte twice, a few hundred kilobytes at a time, and wakes both
-processes for each piece. Here the kernel copies once, straight to where the bytes shall be.
+Also called cross-memory attach. TCP within a host copies every byte twice, a few hundred kilobytes
+at a time, and wakes both processes for each piece. Here the kernel copies once, directly to the
+destination.
 
-It lets a process read where it would let it trace (``man 2 ptrace``): processes of the same user,
-unless something forbids it: Yama, a seccomp profile, another pid namespace. So whoever relies on
-this tries it first. Elsewhere than on Linux there is nothing to try.
+A process may read those that it may trace (``man 2 ptrace``): of the same user, unless Yama, a
+seccomp profile or another pid namespace forbids it. So callers probe first (see
+`taskgrad.cluster.wire.peers`).
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from taskgrad.cluster.wire import thresholds
 
 _THREADS = min(CPU_COUNT, 4)
 _ALIGNMENT = 64
-# How many pieces one call takes (IOV_MAX).
+# Pieces per call (IOV_MAX).
 _PIECES = 1024
 
-_Part = tuple[int, int, int]  # address there, address here, bytes
+_Part = tuple[int, int, int]  # remote address, local address, bytes
 
 
 class _Iovec(ctypes.Structure):
@@ -36,20 +37,20 @@ class _Iovec(ctypes.Structure):
 
 
 def available() -> bool:
-    """Whether this system has the call at all; not whether it allows a certain read."""
+    """True if this system has the call, which may still forbid a read."""
     return _call(ctypes.CDLL) is not None
 
 
 def address_of(buffer: memoryview) -> int:
-    """Where the bytes of a buffer lie; read-only ones too."""
+    """The address of a buffer, also of a read-only one."""
     address: int = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]
     return address
 
 
 def allocate(nbytes: int) -> memoryview:
-    """Memory to read into: aligned as torch's own, warm if the process keeps what it frees.
+    """Memory to read into, aligned like torch's.
 
-    From NumPy, which asks the kernel for huge pages (from 4 MiB on). There are 512 times fewer of
+    From NumPy, which asks the kernel for huge pages from 4 MiB on. There are 512 times fewer of
     them to map, and for `read` to look up: it takes half as long.
     """
     some = np.empty(nbytes + _ALIGNMENT - 1, np.uint8)
@@ -58,7 +59,7 @@ def allocate(nbytes: int) -> memoryview:
 
 
 def read(pid: int, pieces: Sequence[tuple[int, memoryview]]) -> None:
-    """Fill each view with what lies in that process at the address beside it.
+    """Fill each view with that process's memory at the address that comes with it.
 
     Raises
     ------
@@ -70,14 +71,14 @@ def read(pid: int, pieces: Sequence[tuple[int, memoryview]]) -> None:
     if total <= thresholds.READ_WITH_GIL_MAX:
         _read(ctypes.PyDLL, pid, parts)
         return
-    # One share a thread, one call a share: for each call one waits for the GIL once.
+    # One share a thread, one call a share: each call waits for the GIL once.
     mine, *others = _shares(
         parts, total, _THREADS if total >= thresholds.READ_IN_THREADS_MIN else 1
     )
     helpers = [_helpers().submit(_read, ctypes.CDLL, pid, share) for share in others]
     try:
         _read(ctypes.CDLL, pid, mine)
-    finally:  # on an error too: what they write to must not go before they are done
+    finally:  # on an error too: they must not write to freed memory
         errors = [helper.exception() for helper in helpers]
     for error in errors:
         if error is not None:
@@ -85,7 +86,7 @@ def read(pid: int, pieces: Sequence[tuple[int, memoryview]]) -> None:
 
 
 def _shares(parts: list[_Part], total: int, count: int) -> list[list[_Part]]:
-    """The same bytes in so many lists, each as long as the next."""
+    """Split the same bytes into `count` lists of equal size."""
     size = -(-total // count)
     shares: list[list[_Part]] = [[]]
     room = size
@@ -119,7 +120,7 @@ def _read(library: Any, pid: int, parts: list[_Part]) -> None:
 
 
 def _after(parts: list[_Part], got: int) -> list[_Part]:
-    """What is left to read when this many bytes are done: the kernel may stop early."""
+    """The parts that remain after a read of `got` bytes: the kernel may stop early."""
     for i, (there, here, length) in enumerate(parts):
         if got < length:
             return [(there + got, here + got, length - got), *parts[i + 1 :]]
@@ -134,7 +135,7 @@ def _helpers() -> ThreadPoolExecutor:
 
 @cache
 def _call(library: Any) -> Any:
-    """``process_vm_readv``; a call keeps the GIL with ``PyDLL`` and not with ``CDLL``."""
+    """``process_vm_readv``; with ``PyDLL`` a call keeps the GIL, with ``CDLL`` it does not."""
     try:
         call = library(None, use_errno=True).process_vm_readv
     except (OSError, AttributeError, TypeError):

@@ -1,15 +1,14 @@
-"""Values with tensors in them on Dask's wire: every tensor a frame of its own, never copied.
+"""Everywhere: Dask's serialization of values with tensors: each tensor a frame, without a copy.
 
-Dask judges a container by its first element, and pickles the rest with the tensors inside it
-copied in. It has one place, though, that sees whatever is pickled: the family named ``pickle`` in
-its table of serialization families. Importing this module puts one there that takes tensors apart
-as `taskgrad.cluster.wire.tensors` says, wherever in a value they are: in a tuple, a dataclass, a
-module, an optimizer. It also tells Dask to send tensors and modules by that family, so that there
-is one way and not two.
+Dask chooses how to serialize a container by its first element, and pickles the others with their
+tensors copied into the pickle. But all pickling goes through the serialization family ``pickle``.
+Importing this module replaces it by one that reduces tensors as in
+`taskgrad.cluster.wire.tensors`, wherever in a value they are: in a tuple, a dataclass, a module, an
+optimizer. Tensors and modules themselves are registered with it too.
 
-What is written stays an ordinary pickle with out-of-band buffers: any process that can import
-taskgrad reads it, whether or not it has imported this module. Plain ``pickle``, ``copy`` and
-``torch.save`` do not notice.
+The result is an ordinary pickle with out-of-band buffers, which any process reads that can import
+taskgrad, even if it has not imported this module. Plain ``pickle``, ``copy`` and ``torch.save`` are
+unaffected.
 """
 
 from __future__ import annotations
@@ -67,11 +66,11 @@ class TensorCloudPickler(cloudpickle.Pickler):
 
 
 def dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str, Any], list[Any]]:
-    """Header and frames: what Dask's own function gives, but for tensors.
+    """Header and frames, as from Dask's own function except for tensors.
 
-    As there, pickle is tried first, then cloudpickle. On its way through the scheduler, as to a
-    client, Dask pickles without out-of-band buffers for the sake of very old Pythons; tensors take
-    them there too.
+    Like that, it tries pickle first, then cloudpickle. On the way through the scheduler, as to a
+    client, Dask uses no out-of-band buffers for the sake of very old Pythons; tensors use them
+    there too.
     """
     if type(value) in _PLAIN:
         return _stock(value, context)
@@ -79,14 +78,14 @@ def dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str, 
         pickled, buffers, found = pickle_with(TensorPickler, value)
         by_value = b"__main__" in pickled or _module_by_value(value)
     except Exception:
-        found, by_value = -1, True  # not all of it was looked through
+        found, by_value = -1, True  # pickled in part only
     if not found and (by_value or (context or {}).get("pickle-protocol", 5) < 5):
         return _stock(value, context)
     if by_value:
         try:
             pickled, buffers, found = pickle_with(TensorCloudPickler, value)
         except Exception:
-            return _stock(value, context)  # its error is the one to tell
+            return _stock(value, context)  # raises the error to report
     loan = message_leases.current(context)
     if loan is not None:
         pickled, buffers = loan.pack(pickled, buffers)
@@ -102,7 +101,7 @@ def dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str, 
 
 
 def pickle_with(kind: Any, value: Any) -> tuple[bytes, list[memoryview], int]:
-    """A value's pickle by one of these picklers, the memory of its tensors, and how many it has."""
+    """A value's pickle by one of these picklers, its out-of-band buffers, its number of tensors."""
     buffers: list[pickle.PickleBuffer] = []
     file = io.BytesIO()
     pickler = kind(file, protocol=5, buffer_callback=buffers.append)
@@ -111,7 +110,7 @@ def pickle_with(kind: Any, value: Any) -> tuple[bytes, list[memoryview], int]:
 
 
 def dumps_whole(value: Any) -> bytes:
-    """A value's pickle with its tensors inside, of whatever dtype.
+    """A value's pickle with its tensors in-band, of any dtype.
 
     Plain pickle cannot read what it writes for some of torch's newer dtypes, such as uint16.
     """
@@ -121,7 +120,7 @@ def dumps_whole(value: Any) -> bytes:
 
 
 def _module_by_value(value: Any) -> bool:
-    """Whether somebody asked cloudpickle to pickle all of this value's module."""
+    """True if this value's module is registered with cloudpickle to be pickled by value."""
     by_value = cloudpickle.list_registry_pickle_by_value()
     return bool(by_value) and getattr(inspect.getmodule(value), "__name__", None) in by_value
 
@@ -132,12 +131,12 @@ def _stock(value: Any, context: dict[str, Any] | None) -> tuple[dict[str, Any], 
 
 
 def _not_by_class(value: Any) -> NoReturn:
-    """Send Dask on from its table of classes to the family ``pickle``."""
+    """Have Dask fall back from its table of classes to the family ``pickle``."""
     raise NotImplementedError(type(value).__name__)
 
 
 def loads(header: dict[str, Any], frames: list[Any]) -> Any:
-    """Unpickle a value. Dask does that in its event loops, which a SystemExit would end."""
+    """Unpickle a value; a SystemExit, which would end Dask's event loop, becomes an error."""
     try:
         return pickle_loads(header, frames)
     except Exception:
