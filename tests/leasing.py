@@ -22,12 +22,9 @@ HERE, THERE = "tcp://127.0.0.1:1", "tcp://127.0.0.1:2"
 
 
 @contextmanager
-def leasing(known: bool = True) -> Iterator[MessageLease]:
-    """A lease for the messages of this block; whether the receiver has shown that it can read."""
-    registry = PeerRegistry(HERE)
-    if known:
-        registry.readers.add(THERE)
-    lease = MessageLease(registry, THERE)
+def leasing() -> Iterator[MessageLease]:
+    """A lease for the messages of this block."""
+    lease = MessageLease(PeerRegistry(HERE), THERE)
     with lease.attached():
         yield lease
 

@@ -17,7 +17,7 @@ import torch
 from distributed.protocol import serialize_bytes, to_serialize
 from distributed.protocol.core import dumps, loads
 
-from leasing import HERE, THERE, leasing, needs_call, needs_others
+from leasing import HERE, leasing, needs_call, needs_others
 from taskgrad.cluster.wire import message_leases, process_memory, thresholds
 from taskgrad.cluster.wire import serialize as _family  # noqa: F401  registers it
 from taskgrad.cluster.wire.message_leases import MessageLease
@@ -218,46 +218,30 @@ def test_what_goes_to_disk_meanwhile_is_whole():
         assert len(serialize_bytes((1, t))) > t.nbytes
 
 
-def test_an_offer_goes_with_a_message_that_is_whole():
-    t = torch.randn(MIB)
-    with leasing(known=False) as lease:
-        frames = written((1, t))
-        assert nbytes(frames) > t.nbytes
-        assert torch.equal(loads(frames)["data"][1], t)
-        asked = lease._registry.readers.attempts
-        assert asked[THERE] == 1
-        written((2, t))
-        assert asked[THERE] == 1  # one a message
-
-
-def test_who_is_not_on_this_host_gets_no_lease():
+def test_who_is_not_on_this_host_is_not_probed():
     registry = PeerRegistry("tls://10.0.0.1:1234")
-    assert not registry.may_read(None)
-    assert not registry.may_read("tls://10.0.0.2:1234")
-    assert registry.may_read("tls://10.0.0.1:99")
+    assert not registry.is_due(None)
+    assert not registry.is_due("tls://10.0.0.2:1234")
+    assert registry.is_due("tls://10.0.0.1:99")
 
 
-def test_offers_are_few_until_a_lease_succeeds():
-    registry = PeerRegistry(HERE)
-    buffer = memoryview(bytearray(thresholds.LEASE_MESSAGE_MIN))
-
-    def is_offered():
-        packed, _ = MessageLease(registry, THERE).pack(b"", [buffer])
-        return packed != b""
+def test_probes_are_few_until_a_lease_succeeds():
+    registry, there = PeerRegistry(HERE), f"{HERE}0"  # on the same host
 
     def lend(answered):
-        registry.readers.add(THERE)
-        lease = MessageLease(registry, THERE)
-        lease.pack(b"", [buffer])
+        registry.readers.add(there)
+        lease = MessageLease(registry, there)
+        lease.pack(b"", [memoryview(bytearray(thresholds.LEASE_MESSAGE_MIN))])
         lease.finish(answered)
-        return THERE in registry.readers
+        return registry.reads(there)
 
-    assert [is_offered() for _ in range(5)] == [True] * 3 + [False] * 2
+    assert [registry.is_due(there) for _ in range(5)] == [True] * 3 + [False] * 2
     assert not lend(answered=False)
-    assert not is_offered()
+    assert not registry.is_due(there)
     assert lend(answered=True)
-    registry.readers.discard(THERE)
-    assert is_offered()
+    assert not registry.is_due(there)
+    registry.readers.discard(there)
+    assert registry.is_due(there)
 
 
 @needs_others

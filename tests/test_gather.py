@@ -56,9 +56,9 @@ def test_a_driver_asks_each_worker_once_whether_it_lends(ours, monkeypatch):
     asked = []
     stock = peers.probe
 
-    async def probe(client, worker):
+    async def probe(client, worker, seconds):
         asked.append(worker)
-        await stock(client, worker)
+        await stock(client, worker, seconds)
 
     monkeypatch.setattr(peers, "probe", probe)
     for _ in range(2):

@@ -58,7 +58,7 @@ def _of_worker(dask_worker):
 
 
 def sending(client: Client) -> float | None:
-    [stream] = internals.client_streams(client)
+    [stream] = internals.streams(client)
     return internals.interval_of(stream)
 
 

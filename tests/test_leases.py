@@ -177,6 +177,18 @@ def test_a_read_that_fails_is_a_transfer_by_the_wire(pair):
     assert borrowed(client) == {**before, a: before[a] + 4 * COUNT}
 
 
+@needs_others
+def test_the_first_message_is_whole(strangers):
+    """The receiver is probed meanwhile, once."""
+    client, (a, b) = strangers
+    before = borrowed(client)
+    assert pass_one(client, a, b, 0)
+    assert borrowed(client) == before
+    assert wait_until(lambda: readers(client, a) == [b])
+    look = lambda dask_worker: peers._registries[dask_worker].readers.attempts[b]  # noqa: E731
+    assert client.run(look, workers=[a]) == {a: 1}
+
+
 @needs_call
 def test_who_cannot_read_is_lent_nothing(strangers):
     client, (a, b) = strangers

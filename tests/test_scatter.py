@@ -126,10 +126,10 @@ def test_a_worker_is_asked_once_whether_it_can(ours, can):
         dask_worker.asked = 0
         dask_worker.stock = dask_worker.handlers[peers.PROBE]
 
-        def probe(client, token):
+        def probe(peer, token, table):
             dask_worker.asked += 1
-            reads, its_token = dask_worker.stock(client, token)
-            return can and reads, its_token
+            able, its_token = dask_worker.stock(peer, token, table)
+            return can and able, its_token
 
         dask_worker.handlers[peers.PROBE] = probe
 

@@ -68,22 +68,15 @@ def streams_take_none() -> bool:
     return [line.strip() for line in lines if "next_deadline" in line] == _DEADLINE_LINES
 
 
-def scheduler_streams(scheduler: Scheduler) -> Iterator[Any]:
-    """The scheduler's streams to its workers and clients."""
-    for name in ("stream_comms", "client_comms"):
-        streams = getattr(scheduler, name, None)
-        if isinstance(streams, dict):
-            yield from streams.values()
-
-
-def worker_streams(worker: Worker) -> Iterator[Any]:
-    """A worker's stream to the scheduler."""
-    yield from _attribute(worker, "batched_stream")
-
-
-def client_streams(client: Client) -> Iterator[Any]:
-    """A client's stream to the scheduler."""
-    yield from _attribute(client, "scheduler_comm")
+def streams(server: Scheduler | Worker | Client) -> Iterator[Any]:
+    """The streams from a scheduler to its workers and clients, or from one of them to it."""
+    if isinstance(server, Scheduler):
+        for name in ("stream_comms", "client_comms"):
+            yield from getattr(server, name, {}).values()
+    for name in ("batched_stream", "scheduler_comm"):  # of a worker, of a client
+        stream = getattr(server, name, None)
+        if stream is not None:
+            yield stream
 
 
 def interval_of(stream: Any) -> float | None:
@@ -257,12 +250,6 @@ def writing_at_once(comm: Any) -> Iterator[None]:
     finally:
         if before is not None:
             comm.allow_offload = before
-
-
-def _attribute(owner: Any, name: str) -> Iterator[Any]:
-    found = getattr(owner, name, None)
-    if found is not None:
-        yield found
 
 
 def host_of(client: Client) -> str | None:

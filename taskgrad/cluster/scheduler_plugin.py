@@ -51,7 +51,7 @@ class TaskgradSchedulerPlugin(SchedulerPlugin):
     def _apply(self, workers: Iterable[str] = ()) -> None:
         """Apply the settings of now to the scheduler, and send them to these workers."""
         settings = self._clients.settings
-        intervals.apply_scheduler(self._scheduler, settings.latency)
+        intervals.apply(self._scheduler, settings.latency)
         for server in (self._scheduler, *internals.nannies_beside(self._scheduler)):
             server_settings.TICK.apply(server, settings.tick)
         for address in workers:

@@ -63,7 +63,7 @@ class Session:
 
         client_calls.call_with_deadline(client, load, "to load taskgrad")
         close_at_exit(client)
-        intervals.apply_client(client, settings.latency)
+        intervals.apply(client, settings.latency)
 
     def workers(self) -> list[WorkerInfo]:
         """The current workers, by name where names are numbers, else by address.

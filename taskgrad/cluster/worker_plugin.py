@@ -107,7 +107,7 @@ def _ignore(**message: Any) -> None:
 
 
 def _apply(worker: Worker, settings: Settings) -> None:
-    intervals.apply_worker(worker, settings.latency)
+    intervals.apply(worker, settings.latency)
     if settings.allocator:
         malloc.apply(worker)
     else:

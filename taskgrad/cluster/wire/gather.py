@@ -42,9 +42,7 @@ async def _read(client: Client, worker: str, keys: list[Any]) -> dict[Any, Any]:
     if worker.startswith("inproc:") or get_address_host(worker) != internals.host_of(client):
         return {}
     readable = peers.registry_of(client).readable
-    if readable.ask(worker):
-        await peers.probe(client, worker)
-    if worker not in readable:
+    if not await peers.belongs(readable, client, worker):
         return {}
     try:
         found = await internals.results_of(client, worker, keys, seconds=peers.ANSWER_S)

@@ -30,7 +30,7 @@ from distributed import Worker
 from taskgrad.cluster import internals
 from taskgrad.cluster.wire import peers, process_memory, thresholds
 from taskgrad.cluster.wire.leases import BufferLease, RemoteBuffer, ValidityToken, read_leased
-from taskgrad.cluster.wire.peers import Offer, PeerRegistry
+from taskgrad.cluster.wire.peers import PeerRegistry
 from taskgrad.cluster.wire.tensors import is_ready_to_send
 
 logger = logging.getLogger("taskgrad")
@@ -48,14 +48,7 @@ class MessageLease(BufferLease):
         super().__init__()
         self._registry = registry
         self._to = to
-        self._offered = False
         self._room = thresholds.LEASE_MESSAGE_MAX
-
-    def can_hold(self, values: Sequence[Any]) -> bool:
-        """True if all of these values can be leased without a copy."""
-        if not self._registry.reads(self._to) or not all(map(is_ready_to_send, values)):
-            return False
-        return sum(map(sizeof, values)) <= thresholds.LEASE_MESSAGE_MAX
 
     def pack(self, pickled: bytes, buffers: list[memoryview]) -> tuple[bytes, list[memoryview]]:
         """Replace leasable buffers by their addresses: the new pickle, and those still to be sent.
@@ -63,22 +56,12 @@ class MessageLease(BufferLease):
         The new pickle calls `unpack` with the old one. Any process that can import taskgrad reads
         it, as all that taskgrad sends.
         """
-        reads = self._registry.reads(self._to)
-        offer = self._offer() if buffers and not reads else None
         large = sum(b.nbytes for b in buffers if b.nbytes >= thresholds.LEASE_BUFFER_MIN)
-        if offer is None and not (reads and large >= thresholds.LEASE_MESSAGE_MIN):
+        if large < thresholds.LEASE_MESSAGE_MIN:
             return pickled, buffers
-        parts = [self._part(b) if reads else pickle.PickleBuffer(b) for b in buffers]
         rest: list[pickle.PickleBuffer] = []
-        packed = _Packed(pickle.PickleBuffer(pickled), parts, self.token, offer)
+        packed = _Packed(pickle.PickleBuffer(pickled), [self._part(b) for b in buffers], self.token)
         return pickle.dumps(packed, 5, buffer_callback=rest.append), [b.raw() for b in rest]
-
-    def _offer(self) -> Offer | None:
-        """At most one a message, with its first buffers."""
-        offered, self._offered = self._offered, True
-        if offered or not self._registry.readers.ask(self._to):
-            return None
-        return Offer(self._registry.name, self._to)
 
     def _part(self, buffer: memoryview) -> RemoteBuffer | bytes | pickle.PickleBuffer:
         if not buffer.nbytes:
@@ -128,7 +111,7 @@ def current(context: dict[str, Any] | None) -> MessageLease | None:
     return lease
 
 
-def unpack(pickled: Any, parts: list[Any], token: ValidityToken, offer: Offer | None) -> Any:
+def unpack(pickled: Any, parts: list[Any], token: ValidityToken) -> Any:
     """Unpickle a value after reading its leased buffers.
 
     Raises
@@ -136,8 +119,6 @@ def unpack(pickled: Any, parts: list[Any], token: ValidityToken, offer: Offer | 
     OSError
         They cannot be read, or might have changed while they were read.
     """
-    if offer is not None:
-        peers.consider(offer, token)
     buffers = read_leased(token, parts)
     _count(sum(part.nbytes for part in parts if isinstance(part, RemoteBuffer)))
     return pickle.loads(pickled, buffers=buffers)
@@ -154,6 +135,13 @@ def _count(nbytes: int) -> None:
         _bytes_read += nbytes
 
 
+def _lease_whole(values: Sequence[Any]) -> bool:
+    """True if all of these values can be leased without a copy."""
+    if not all(map(is_ready_to_send, values)):
+        return False
+    return sum(map(sizeof, values)) <= thresholds.LEASE_MESSAGE_MAX
+
+
 def apply(worker: Worker) -> bool:
     """Have this worker lease the results that it is asked for; returns whether it does."""
     if peers.registry_at(worker.address) is not None:
@@ -165,15 +153,17 @@ def apply(worker: Worker) -> bool:
     registry = peers.register(worker)
 
     @functools.wraps(stock)
-    async def get_data(comm: Any, keys: Any, who: str | None = None, **kwargs: Any) -> Any:
-        if who is None or not registry.may_read(who):
+    async def get_data(comm: Any, keys: Any, who: Any = None, **kwargs: Any) -> Any:
+        if not registry.reads(who):
+            if registry.is_due(who):
+                worker.loop.add_callback(peers.probe, worker, who)
             return await stock(comm, keys, who=who, **kwargs)
-        lease = MessageLease(registry, who)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(lease.attached())
+            stack.enter_context(MessageLease(registry, who).attached())
             # Serializing in a thread costs a millisecond, and pays only where bytes are copied;
             # reading 32 MB takes two or three.
-            if lease.can_hold(internals.held_in_memory(worker, keys)):
+            values = internals.held_in_memory(worker, keys)
+            if _lease_whole(values):
                 stack.enter_context(internals.writing_at_once(comm))
             return await stock(comm, keys, who=who, **kwargs)
 

@@ -1,13 +1,9 @@
 """Driver, worker: which processes of this host can read which others' memory.
 
-Each pair finds out once, in a handshake: one sends the token of a lease, the other tries to read
-it. Dask's connections force two of them:
-
-- Two workers. With the first tensors of a message goes an `Offer`: the sender's address and token.
-  A receiver that can read the token accepts with a call, and is told where the sender's result
-  table lies (`taskgrad.cluster.wire.result_table`).
-- A driver and a worker. A driver cannot be called back, so it asks, and sends its own token: can
-  the worker read that? The answer has a token of the worker's, for the other direction.
+One handshake finds that out for a pair, once. A process that wants to lease sends the token of a
+lease to a worker, which tries to read it. Between two workers the one that is asked for a result
+does so in the background, and also says where its result table lies. A driver, which cannot be
+called back, starts it for both directions: the answer has a token of the worker's.
 """
 
 from __future__ import annotations
@@ -16,7 +12,7 @@ import asyncio
 import logging
 import weakref
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any
 
 from distributed import Client, Worker
 from distributed.comm.addressing import get_address_host
@@ -28,18 +24,10 @@ logger = logging.getLogger("taskgrad")
 ATTEMPTS = 3
 """How often a peer is asked, or trusted, without a single transfer that succeeds."""
 ANSWER_S = 2
-"""Seconds that a worker may take to be reached and to answer, before its values go by the wire."""
-_ACCEPT = "taskgrad_accept"
+"""Seconds that a worker may take to answer a driver, before values go by the wire."""
 PROBE = "taskgrad_probe"
 
 _registries: weakref.WeakKeyDictionary[Worker | Client, PeerRegistry] = weakref.WeakKeyDictionary()
-
-
-class Offer(NamedTuple):
-    """To the worker ``to``: tell ``lender`` if you can read the token that comes with this."""
-
-    lender: str
-    to: str
 
 
 class PeerSet(set[str]):
@@ -50,7 +38,7 @@ class PeerSet(set[str]):
         self.attempts: Counter[str] = Counter()
 
     def ask(self, peer: str) -> bool:
-        """True if it is unknown whether this peer belongs here, and it should be asked: counted."""
+        """True if it is open whether this peer belongs here, and it shall be asked: counted."""
         if peer in self or self.attempts[peer] >= ATTEMPTS:
             return False
         self.attempts[peer] += 1
@@ -72,35 +60,30 @@ class PeerSet(set[str]):
 
 
 class PeerRegistry:
-    """What one worker or driver knows of its peers: workers by address, drivers by client id."""
+    """What a worker or driver knows of its peers: workers by address, drivers by client id."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.readers = PeerSet()
-        """Workers that can read this process."""
-        self.readable = PeerSet()
-        """Workers that this driver can read."""
-        self.drivers: set[str] = set()
-        """Drivers that read this worker."""
-        self.table: Any = None
-        """The location of this worker's result table."""
-        self.tables: dict[str, Any] = {}
-        """The locations of other workers' result tables, by address."""
+        self.readers = PeerSet()  # workers that can read this process
+        self.readable = PeerSet()  # workers that this driver can read
+        self.drivers: set[str] = set()  # that read this worker
+        self.table: Any = None  # the location of this worker's result table
+        self.tables: dict[str, Any] = {}  # of other workers' tables, by address
         self.closed = False
 
-    def may_read(self, peer: str | None) -> bool:
-        """True for a driver that reads this worker, and for any worker with an address here."""
-        if self.closed or peer is None:
-            return False
-        same_host = "://" in peer and get_address_host(peer) == get_address_host(self.name)
-        return same_host or peer in self.drivers
+    def reads(self, peer: str | None) -> bool:
+        """True if this worker or driver is known to be able to read this process."""
+        return not self.closed and (peer in self.readers or peer in self.drivers)
 
-    def reads(self, peer: str) -> bool:
-        """True if this worker or driver has been found able to read this process."""
-        return peer in self.readers or peer in self.drivers
+    def is_due(self, peer: str | None) -> bool:
+        """True if this worker may be on this host, and is to be probed: counted."""
+        if self.closed or peer is None or "://" not in peer:
+            return False
+        same_host = get_address_host(peer) == get_address_host(self.name)
+        return same_host and self.readers.ask(peer)
 
     def used(self, peer: str, succeeded: bool) -> None:
-        """Record whether a peer read what was leased to it."""
+        """Record whether a peer has read what was leased to it."""
         self.readers.used(peer, succeeded)
         if not succeeded:
             self.drivers.discard(peer)
@@ -117,60 +100,48 @@ def registry_at(address: str | None) -> PeerRegistry | None:
 
 
 def register(worker: Worker) -> PeerRegistry:
-    """Start a worker's registry, and have it answer both handshakes."""
-    registry = _registries[worker] = PeerRegistry(worker.address)
-    lease = BufferLease()
+    """Start a worker's registry, and have it answer probes."""
+    registry, lease = PeerRegistry(worker.address), BufferLease()
 
-    def accept(address: str) -> Any:
-        registry.readers.add(address)
-        return registry.table
+    def answer(peer: str, token: Any, table: Any) -> tuple[bool, tuple[Any, ...]]:
+        able = ValidityToken(*token).is_readable()
+        if "://" not in peer:
+            registry.drivers.add(peer)
+        elif able and table is not None:
+            registry.tables[peer] = table
+        return able, tuple(lease.token)
 
-    def probe(client: str, token: Any) -> tuple[bool, tuple[Any, ...]]:
-        registry.drivers.add(client)
-        return ValidityToken(*token).is_readable(), tuple(lease.token)
-
-    worker.handlers[_ACCEPT] = accept
-    worker.handlers[PROBE] = probe
+    worker.handlers[PROBE] = answer
+    _registries[worker] = registry
     return registry
 
 
 def unregister(worker: Worker) -> bool:
     """Undo `register`; returns whether there was anything to undo."""
     registry = _registries.pop(worker, None)
-    if registry is None:
-        return False
-    registry.closed = True
-    for name in (_ACCEPT, PROBE):
-        worker.handlers.pop(name, None)
-    return True
+    if registry is not None:
+        registry.closed = True
+        worker.handlers.pop(PROBE, None)
+    return registry is not None
 
 
-def consider(offer: Offer, token: ValidityToken) -> None:
-    """On a worker: accept an offer if this process can read its token."""
-    known = list(_registries.items())
-    worker: Any = next((owner for owner, peers in known if peers.name == offer.to), None)
-    if worker is not None and token.is_readable():
-        worker.loop.add_callback(_accept, worker, offer.lender)
-
-
-async def _accept(worker: Worker, lender: str) -> None:
+async def probe(owner: Client | Worker, worker: str, seconds: float | None = None) -> None:
+    """Find out whether a worker can read the owner of a registry, and the owner the worker."""
+    lease = BufferLease()
     try:
-        table = await getattr(worker.rpc(lender), _ACCEPT)(address=worker.address)
-    except Exception:  # it is gone, or no longer leases memory
-        logger.debug("%s cannot accept the offer of %s", worker.address, lender, exc_info=True)
-        return
-    if table is not None and worker in _registries:
-        _registries[worker].tables[lender] = table
-
-
-async def probe(client: Client, worker: str) -> None:
-    """The handshake of driver and worker: find out for both directions who can read whom."""
-    registry, lease = registry_of(client), BufferLease()
-    try:
-        asked = getattr(client.rpc(worker), PROBE)(client=client.id, token=tuple(lease.token))
-        reads, token = await asyncio.wait_for(asked, ANSWER_S)
+        registry = _registries[owner]
+        ask = getattr(owner.rpc(worker), PROBE)
+        asked = ask(peer=registry.name, token=tuple(lease.token), table=registry.table)
+        able, token = await asyncio.wait_for(asked, seconds)
     except Exception:  # it is gone, or leases no memory, at least not yet
         logger.debug("%s does not answer a probe", worker, exc_info=True)
         return
-    registry.readers.answered(worker, reads)
+    registry.readers.answered(worker, able)
     registry.readable.answered(worker, ValidityToken(*token).is_readable())
+
+
+async def belongs(known: PeerSet, client: Client, worker: str) -> bool:
+    """True if a worker belongs to this set of a driver's registry, after a probe if one is due."""
+    if known.ask(worker):
+        await probe(client, worker, ANSWER_S)
+    return worker in known

@@ -199,7 +199,7 @@ def _read(pid: int, content: bytes, address: int, nbytes: int) -> Any:
     # A record may be half written; only what lies behind its valid token is unpickled.
     [entry] = read_leased(token, [RemoteBuffer(address + TOKEN_BYTES, nbytes)])
     pickled, parts = pickle.loads(entry)
-    return unpack(pickled, parts, token, None)
+    return unpack(pickled, parts, token)
 
 
 def lookup_at(registry: PeerRegistry, worker: str, keys: Collection[Any]) -> dict[Any, Any]:

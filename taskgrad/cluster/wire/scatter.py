@@ -64,9 +64,7 @@ async def _reader(client: Client, worker: str) -> str | None:
     if worker.startswith("inproc:"):
         return None
     readers = peers.registry_of(client).readers
-    if readers.ask(worker):
-        await peers.probe(client, worker)
-    return worker if worker in readers else None
+    return worker if await peers.belongs(readers, client, worker) else None
 
 
 async def _lease(client: Client, parts: Sequence[Part]) -> dict[str, Future]:
