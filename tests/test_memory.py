@@ -19,9 +19,16 @@ from conftest import about_workers, wait_until
 from helpers import assert_same, future_of, long
 from taskgrad.graph.pytree import flatten
 from taskgrad.worker.backward import Backward
-from taskgrad.worker.memory import total_bytes
+from taskgrad.worker.memory import storages, total_bytes
 from taskgrad.worker.shard_lock import turn
 from taskgrad.worker.store import ResidentShard, Store, Tape
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_csc])
+def test_memory_of_a_sparse_tensor_is_that_of_all_its_parts(layout):
+    parts = torch.arange(5), torch.arange(4), torch.ones(4)
+    t = torch.sparse_compressed_tensor(*parts, layout=layout)
+    assert sum(storages([t]).values()) == 5 * 8 + 4 * 8 + 4 * 4
 
 
 def test_memory_of_a_chain(client):

@@ -1,1 +1,1 @@
-"""All that knows the insides of Dask."""
+"""All code that depends on Dask's internals. Each file says first which processes run it."""

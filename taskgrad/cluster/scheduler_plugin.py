@@ -1,8 +1,8 @@
 """Scheduler: the Dask plugin that tells workers what to release and which settings hold.
 
-The scheduler knows when a key is forgotten: nobody holds its future, no task depends on it, or its
-client is gone. The plugin then tells the worker that ran the task to release what its store holds
-under the key. So nothing is left behind however a driver ends.
+The scheduler knows when a key is forgotten: no client holds its future and no task depends on it,
+or its client is gone. The plugin then tells the worker that ran the task to release what its store
+holds under the key. So nothing is left behind however a driver ends.
 """
 
 from __future__ import annotations

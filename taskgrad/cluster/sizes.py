@@ -72,7 +72,7 @@ def tensor_bytes(t: torch.Tensor) -> int:
 
 
 def module_bytes(module: torch.nn.Module) -> int:
-    """The bytes of a module's tensors, tied ones once; other attributes are small beside them."""
+    """The bytes of a module's tensors, tied ones once; other attributes are negligible."""
     tensors = [*module.parameters(), *module.buffers()]
     with _container():
         return sys.getsizeof(module) + sum(map(tensor_bytes, tensors))

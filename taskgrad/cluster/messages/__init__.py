@@ -1,1 +1,1 @@
-"""What processes tell each other beside Dask's own messages."""
+"""Messages between processes in addition to Dask's own."""

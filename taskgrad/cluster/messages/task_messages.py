@@ -60,7 +60,7 @@ class TaskMessages(SchedulerPlugin):
             self._values[token] = client, value
 
     def _get(self, worker: str, token: str) -> dict[str, Any]:
-        # In a dictionary: between threads of one process, Dask opens only what lies in a container.
+        # Between threads of one process, Dask deserializes only what is in a container.
         if token not in self._values:
             return {"value": None}
         self._holders[token].add(worker)

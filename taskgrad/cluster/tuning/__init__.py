@@ -1,1 +1,1 @@
-"""Dask's processes made fit for torch: memory, intervals, limits."""
+"""Settings of Dask's processes that suit torch: memory, intervals, limits."""

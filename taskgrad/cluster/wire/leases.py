@@ -1,4 +1,4 @@
-"""Driver, worker: memory that other processes of the host read in place, and how they know it held.
+"""Driver, worker: buffers that other processes of the host read in place, valid for a time.
 
 A lease keeps buffers in memory, and some random bytes, its token:
 
@@ -9,10 +9,9 @@ A lease keeps buffers in memory, and some random bytes, its token:
     end(): the token is overwritten,       else: OSError
     then the buffers may be freed
 
-So an owner need not wait for its readers: whoever reads too late finds out. What is read, and how a
-failed read is made up for, is the caller's business: messages between workers
-(`taskgrad.cluster.wire.message_leases`), results (`taskgrad.cluster.wire.result_table`), batches of
-`imap` (`taskgrad.streaming.batch_codec`).
+So an owner need not wait for its readers: one that reads too late finds out. What is leased, and
+what follows a failed read, is up to the users: `taskgrad.cluster.wire.message_leases`,
+`taskgrad.cluster.wire.result_table`, `taskgrad.streaming.batch_codec`.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ TOKEN_BYTES = 16
 
 
 class RemoteBuffer(NamedTuple):
-    """Where a buffer lies in its owner's memory."""
+    """The address of a buffer in its owner's memory."""
 
     address: int
     nbytes: int
 
     @classmethod
     def of(cls, buffer: memoryview) -> RemoteBuffer:
-        """The place of a buffer of this process."""
+        """The address of a buffer of this process."""
         return cls(process_memory.address_of(buffer), buffer.nbytes)
 
 
 class ValidityToken(NamedTuple):
-    """Random bytes of a lease, and where they lie until it ends."""
+    """Random bytes that are at an address of a process until its lease ends."""
 
     pid: int
     address: int
@@ -81,7 +80,7 @@ class BufferLease:
         self.active = True
 
     def add(self, buffer: memoryview) -> RemoteBuffer:
-        """Keep this buffer too; returns where it lies."""
+        """Keep this buffer too; returns its address."""
         self._buffers.append(buffer)
         return RemoteBuffer.of(buffer)
 

@@ -102,8 +102,8 @@ class _Packed:
 def current(context: dict[str, Any] | None) -> MessageLease | None:
     """The lease of the message that is being serialized.
 
-    Only messages to somebody have a context with a recipient. Results that a worker meanwhile
-    spills to its disk have none, and must be whole.
+    Only messages have a context with a recipient. Results that a worker meanwhile spills to its
+    disk have none, and must be whole.
     """
     lease = _current.get()
     if lease is None or not lease.active or "recipient" not in (context or {}):
@@ -131,7 +131,7 @@ def bytes_read() -> int:
 
 def _count(nbytes: int) -> None:
     global _bytes_read
-    with _lock:  # messages are also read in a thread beside the event loop
+    with _lock:  # large messages are deserialized in a thread
         _bytes_read += nbytes
 
 
@@ -176,5 +176,5 @@ def restore(worker: Worker) -> None:
     """Undo `apply`."""
     if peers.unregister(worker):
         handler = internals.results_handler(worker)
-        if handler in _handlers:  # else somebody has put another over it
+        if handler in _handlers:  # else it was replaced since
             internals.set_results_handler(worker, handler.__wrapped__)

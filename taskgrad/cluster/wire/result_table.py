@@ -64,7 +64,7 @@ _tables: weakref.WeakKeyDictionary[Worker, ResultTable] = weakref.WeakKeyDiction
 
 
 class TableLocation(NamedTuple):
-    """Where a table lies, and the salt of its digests."""
+    """The address of a table, and the salt of its digests."""
 
     pid: int
     address: int
@@ -196,7 +196,7 @@ def lookup(location: TableLocation, keys: Collection[Any]) -> dict[Any, Any]:
 
 def _read(pid: int, content: bytes, address: int, nbytes: int) -> Any:
     token = ValidityToken(pid, address, content)
-    # A record may be half written; only what lies behind its valid token is unpickled.
+    # A record may be half written; only what follows a valid token is unpickled.
     [entry] = read_leased(token, [RemoteBuffer(address + TOKEN_BYTES, nbytes)])
     pickled, parts = pickle.loads(entry)
     return unpack(pickled, parts, token)

@@ -43,8 +43,8 @@ def _identity(value: Any) -> Any:
 def send(client: Client, parts: Sequence[Part]) -> dict[str, Future]:
     """Put values on workers, by their keys, all at once.
 
-    Values whose workers are gone or paused are missing from what this returns. They travel with the
-    graph instead; whoever waits for the call then says what is wrong with its worker.
+    Values whose workers are gone or paused are missing from what this returns. They go with the
+    graph instead, and the wait for their calls reports what is wrong with the worker.
     """
 
     async def send_all() -> dict[str, Future]:

@@ -86,9 +86,9 @@ def dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str, 
             pickled, buffers, found = pickle_with(TensorCloudPickler, value)
         except Exception:
             return _stock(value, context)  # raises the error to report
-    loan = message_leases.current(context)
-    if loan is not None:
-        pickled, buffers = loan.pack(pickled, buffers)
+    lease = message_leases.current(context)
+    if lease is not None:
+        pickled, buffers = lease.pack(pickled, buffers)
     # Frames marked False are sent as they are. Dask would cut those over 64 MiB into pieces, and
     # put them together again with a copy. The user's compression, if any, still sees them.
     whole = None if (context or {}).get("compression") else False

@@ -1,4 +1,4 @@
-"""Driver, worker: at which sizes values change their way between processes, all in one table.
+"""Driver, worker: the sizes at which values take another way between processes.
 
 Bytes, unless a name says otherwise. Measured on two to eight cores, over TCP within a host.
 """
@@ -12,7 +12,7 @@ LEASE_BUFFER_MIN = 16 << 10
 """A buffer that is leased, or published by address; smaller ones are copied into the message."""
 LEASE_MESSAGE_MAX = 256 << 20
 """Buffers that one message leases. The receiver reads them in its event loop, which is blocked
-meanwhile: 30 ms for so many. The others are sent, piece by piece."""
+meanwhile, 30 ms for so many. The others are sent, piece by piece."""
 OWN_FRAME_MIN = 64 << 10
 """A buffer with a frame of its own, aligned for vector instructions; smaller ones share a frame,
 which costs a copy and saves a read."""
