@@ -20,6 +20,7 @@ from taskgrad.cluster import internals
 from taskgrad.cluster.nested import refuse_deadlock
 from taskgrad.cluster.session import Session, check_open
 from taskgrad.cluster.wire import scatter
+from taskgrad.cluster.wire.thresholds import PREFETCH_MIN, SCATTER_MIN
 from taskgrad.errors import CotangentError, TaskgradError
 from taskgrad.executors.base import Launch, Submitted
 from taskgrad.executors.between_steps import between_steps
@@ -33,11 +34,6 @@ from taskgrad.graph.nodes import Node, new_key
 from taskgrad.graph.pullback import CotangentCheck, Pullback
 from taskgrad.graph.pytree import plain, tensors
 from taskgrad.graph.shards import Shard, ShardCall
-
-# Inputs from this size on go straight to their worker; smaller ones travel inside the graph.
-_SCATTER_BYTES = 1 << 20
-# The same for inputs of a graph that is launched ahead of time.
-_PREFETCH_BYTES = 1 << 16
 
 _turn = itertools.count()
 
@@ -137,7 +133,7 @@ class FuturesExecutor:
         _assign(nodes, self.table, self.session)
         try:
             with between_steps(nodes):
-                self._scatter(nodes, _SCATTER_BYTES)
+                self._scatter(nodes, SCATTER_MIN)
                 work = [n for n in nodes if not isinstance(n, Leaf | Primal)]
                 futures = self._persist(work, work, {}, ordered=False)
                 self.table.futures.update(zip(work, futures, strict=True))
@@ -179,7 +175,7 @@ class FuturesExecutor:
         nodes = table.missing(targets, order)
         _assign(nodes, table, self.session)
         try:
-            self._scatter(nodes, _PREFETCH_BYTES)
+            self._scatter(nodes, PREFETCH_MIN)
             work = [n for n in nodes if not isinstance(n, Leaf | Primal)]
             futures = self._persist(work, targets, order, ordered=True)
         finally:

@@ -65,7 +65,7 @@ class PeerRegistry:
     def __init__(self, name: str) -> None:
         self.name = name
         self.readers = PeerSet()  # workers that can read this process
-        self.readable = PeerSet()  # workers that this driver can read
+        self.readable = PeerSet()  # workers that this process can read
         self.drivers: set[str] = set()  # that read this worker
         self.table: Any = None  # the location of this worker's result table
         self.tables: dict[str, Any] = {}  # of other workers' tables, by address
@@ -77,7 +77,7 @@ class PeerRegistry:
 
     def is_due(self, peer: str | None) -> bool:
         """True if this worker may be on this host, and is to be probed: counted."""
-        if self.closed or peer is None or "://" not in peer:
+        if self.closed or peer is None or "://" not in peer or peer.startswith("inproc:"):
             return False
         same_host = get_address_host(peer) == get_address_host(self.name)
         return same_host and self.readers.ask(peer)

@@ -23,5 +23,7 @@ READ_IN_THREADS_MIN = 4 << 20
 """A read that several threads share; below, one core copies about as fast as two."""
 SCATTER_MIN = 1 << 20
 """Inputs that go straight to a worker, and not with the task through the scheduler."""
+PREFETCH_MIN = 64 << 10
+"""The same where the graph has several steps of training: what is sent is there ahead of time."""
 INSPECTED_VALUES_MAX = 64
 """Values of a container that are looked at one by one; pickle looks through longer ones faster."""
