@@ -103,3 +103,21 @@ def without_handler(client: Client, worker: str, name: str) -> Iterator[None]:
         yield
     finally:
         client.run(remember, workers=[worker])
+
+
+def refuse_reads(least: int = 16) -> None:
+    """Have all reads of this process fail that are for more bytes: by default than a token has."""
+    stock = getattr(process_memory.read, "stock", process_memory.read)
+
+    def read(pid, pieces):
+        if sum(view.nbytes for _, view in pieces) > least:
+            raise PermissionError("not today")
+        stock(pid, pieces)
+
+    read.stock = stock
+    process_memory.read = read
+
+
+def allow_reads() -> None:
+    """Undo `refuse_reads`, if it was called."""
+    process_memory.read = getattr(process_memory.read, "stock", process_memory.read)

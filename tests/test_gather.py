@@ -9,7 +9,7 @@ import torch
 from distributed import Client, LocalCluster
 
 import taskgrad as tg
-from leasing import needs_others, without_handler
+from leasing import needs_others, refuse_reads, without_handler
 from taskgrad.cluster import client_calls, internals
 from taskgrad.cluster.session import session
 from taskgrad.cluster.wire import message_leases, peers, process_memory
@@ -70,14 +70,9 @@ def test_a_driver_asks_each_worker_once_whether_it_lends(ours, monkeypatch):
 def test_what_cannot_be_read_comes_by_the_wire(ours, monkeypatch):
     client, (a, _) = ours
     assert torch.equal(fetch(client, [make(client, a)], [a])[0], torch.arange(COUNT))
-    stock, before = process_memory.read, message_leases.bytes_read()
-
-    def read(pid, pieces):
-        if sum(view.nbytes for _, view in pieces) > 16:
-            raise PermissionError("not today")
-        stock(pid, pieces)
-
-    monkeypatch.setattr(process_memory, "read", read)
+    before = message_leases.bytes_read()
+    monkeypatch.setattr(process_memory, "read", process_memory.read)  # sets it back
+    refuse_reads()
     for _ in range(peers.ATTEMPTS + 1):
         assert torch.equal(fetch(client, [make(client, a)], [a])[0], torch.arange(COUNT))
     assert message_leases.bytes_read() == before

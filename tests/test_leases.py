@@ -22,6 +22,7 @@ from helpers import long_rows
 from leasing import (
     COUNT,
     acquaint,
+    allow_reads,
     borrowed,
     equal,
     make,
@@ -30,9 +31,10 @@ from leasing import (
     needs_others,
     pass_one,
     readers,
+    refuse_reads,
     use,
 )
-from taskgrad.cluster.wire import peers, process_memory, result_table
+from taskgrad.cluster.wire import peers, result_table
 
 
 def same(t: torch.Tensor) -> torch.Tensor:
@@ -43,20 +45,7 @@ def forget(dask_worker: Worker) -> None:
     """What this worker knows of others, and what a test did to it."""
     peers._registries[dask_worker].readers.clear()
     peers._registries[dask_worker].readers.attempts.clear()
-    refuse(2**40)
-
-
-def refuse(limit: int) -> None:
-    """Have all reads of this process fail that are for more bytes."""
-    stock = getattr(process_memory.read, "stock", process_memory.read)
-
-    def read(pid, pieces):
-        if sum(view.nbytes for _, view in pieces) > limit:
-            raise PermissionError("not today")
-        stock(pid, pieces)
-
-    read.stock = stock
-    process_memory.read = read
+    allow_reads()
 
 
 @pytest.fixture(scope="module")
@@ -166,12 +155,12 @@ def test_what_was_borrowed_is_among_the_workers_metrics(pair):
 @needs_others
 def test_a_read_that_fails_is_a_transfer_by_the_wire(pair):
     client, (a, b) = pair
-    client.run(refuse, 16, workers=[b])  # a seal, no more
+    client.run(refuse_reads, workers=[b])
     before = borrowed(client)
     for seed in range(7):
         assert pass_one(client, a, b, seed)
     assert borrowed(client) == before
-    # Since it can read a seal it was offered loans again, but not for ever.
+    # Since it can read a token it was probed again, but not for ever.
     assert readers(client, a) == []
     assert pass_one(client, b, a, 1)  # the other way nothing is wrong
     assert borrowed(client) == {**before, a: before[a] + 4 * COUNT}
@@ -192,7 +181,7 @@ def test_the_first_message_is_whole(strangers):
 @needs_call
 def test_who_cannot_read_is_lent_nothing(strangers):
     client, (a, b) = strangers
-    client.run(refuse, 0)
+    client.run(refuse_reads, 0)
     before = borrowed(client)
     for seed in range(5):
         assert pass_one(client, a, b, seed)

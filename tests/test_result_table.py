@@ -249,7 +249,7 @@ def test_what_is_not_published(value):
 @needs_call
 @pytest.mark.parametrize("reads", [1, 2, 3, 4])
 def test_what_dies_while_it_is_read_is_not_taken(filled, monkeypatch, reads):
-    """The table, an item, its seal, its tensor, the seal again: after any of these."""
+    """The table, an item, its token, its tensor, the token again: after any of these."""
     found, in_it = filled
     stock, count = process_memory.read, 0
 

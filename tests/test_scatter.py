@@ -10,9 +10,9 @@ from distributed import Client, LocalCluster
 
 import taskgrad as tg
 from conftest import wait_until
-from leasing import needs_others, without_handler
+from leasing import allow_reads, needs_others, refuse_reads, without_handler
 from taskgrad.cluster.session import session
-from taskgrad.cluster.wire import message_leases, peers, process_memory, scatter
+from taskgrad.cluster.wire import message_leases, peers, scatter
 
 COUNT = 500_000  # floats: 2 MB
 
@@ -32,23 +32,6 @@ def send(client: Client, worker: str, value):
 
 def borrowed(client: Client, worker: str) -> int:
     return client.run(message_leases.bytes_read, workers=[worker])[worker]
-
-
-def refuse_reads() -> None:
-    """Have all reads of this process fail that are for more than a seal."""
-    stock = process_memory.read
-
-    def read(pid, pieces):
-        if sum(view.nbytes for _, view in pieces) > 16:
-            raise PermissionError("not today")
-        stock(pid, pieces)
-
-    read.stock = stock
-    process_memory.read = read
-
-
-def allow_reads() -> None:
-    process_memory.read = process_memory.read.stock
 
 
 @needs_others

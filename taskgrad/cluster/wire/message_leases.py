@@ -20,7 +20,7 @@ import logging
 import pickle
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -60,7 +60,8 @@ class MessageLease(BufferLease):
         if large < thresholds.LEASE_MESSAGE_MIN:
             return pickled, buffers
         rest: list[pickle.PickleBuffer] = []
-        packed = _Packed(pickle.PickleBuffer(pickled), [self._part(b) for b in buffers], self.token)
+        parts = [self._part(b) for b in buffers]
+        packed = PickledCall(unpack, pickle.PickleBuffer(pickled), parts, self.token)
         return pickle.dumps(packed, 5, buffer_callback=rest.append), [b.raw() for b in rest]
 
     def _part(self, buffer: memoryview) -> RemoteBuffer | bytes | pickle.PickleBuffer:
@@ -89,14 +90,14 @@ class MessageLease(BufferLease):
         self.end()
 
 
-class _Packed:
-    """Is pickled as a call of `unpack`."""
+class PickledCall:
+    """Is pickled as a call: ``function(*arguments)`` arrives in its place."""
 
-    def __init__(self, *arguments: Any) -> None:
-        self._arguments = arguments
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self._call = function, arguments
 
     def __reduce__(self) -> Any:
-        return unpack, self._arguments
+        return self._call
 
 
 def current(context: dict[str, Any] | None) -> MessageLease | None:

@@ -17,7 +17,7 @@ from distributed.protocol.serialize import to_serialize
 
 from taskgrad.cluster import client_calls
 from taskgrad.cluster.wire import peers
-from taskgrad.cluster.wire.message_leases import MessageLease
+from taskgrad.cluster.wire.message_leases import MessageLease, PickledCall
 from taskgrad.graph.copies import own_copy
 
 logger = logging.getLogger("taskgrad")
@@ -26,18 +26,13 @@ Part = tuple[dict[str, Any], list[str]]
 """Values by their keys, and the workers that take them."""
 
 
-class _Whole:
-    """Is pickled as the value in it; Dask would pickle each element of a list by itself."""
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-
-    def __reduce__(self) -> Any:
-        return _identity, (self._value,)
-
-
 def _identity(value: Any) -> Any:
     return value
+
+
+def _whole(value: Any) -> PickledCall:
+    """To pickle a value as one; of a list Dask would pickle each element by itself."""
+    return PickledCall(_identity, value)
 
 
 def send(client: Client, parts: Sequence[Part]) -> dict[str, Future]:
@@ -100,7 +95,7 @@ async def _lease_to(client: Client, worker: str, values: dict[str, Any]) -> dict
     lease = MessageLease(peers.registry_of(client), worker)
     try:
         with lease.attached():
-            wrapped = {key: to_serialize(_Whole(value)) for key, value in values.items()}
+            wrapped = {key: to_serialize(_whole(value)) for key, value in values.items()}
             answer = await client.rpc(worker).update_data(data=wrapped)
             sizes: dict[str, int] = answer["nbytes"]
             return sizes
@@ -113,7 +108,7 @@ async def _send(client: Client, values: dict[str, Any], workers: list[str]) -> d
     if any(worker.startswith("inproc:") for worker in workers):  # there, nothing is pickled
         values = {key: own_copy(value) for key, value in values.items()}
     else:
-        values = {key: _Whole(value) for key, value in values.items()}
+        values = {key: _whole(value) for key, value in values.items()}
     for direct in (True, False):  # where the client cannot reach them, by way of the scheduler
         try:
             sent: Any = client.scatter(
