@@ -1,29 +1,26 @@
-"""Driver, worker: the sizes at which values take another way between processes.
-
-Bytes, unless a name says otherwise. Measured on two to eight cores, over TCP within a host.
-"""
+"""Driver, worker: the sizes, in bytes, at which values take another way between processes."""
 
 from __future__ import annotations
 
 LEASE_MESSAGE_MIN = 256 << 10
-"""Large buffers of a message, or a batch of items, from which on they are leased. A lease of fewer
-costs more than sending them; up to a megabyte it is about the same."""
-LEASE_BUFFER_MIN = 16 << 10
-"""A buffer that is leased, or published by address; smaller ones are copied into the message."""
+"""From here on large buffers of a message, or a batch of items, are leased. Fewer cost more to
+lease than to send; up to a megabyte it is about the same."""
 LEASE_MESSAGE_MAX = 256 << 20
-"""Buffers that one message leases. The receiver reads them in its event loop, which is blocked
-meanwhile, 30 ms for so many. The others are sent, piece by piece."""
+"""Up to here one message leases; the rest is sent. The receiver reads in its event loop, which is
+blocked meanwhile: for 30 ms with so many."""
+LEASE_BUFFER_MIN = 16 << 10
+"""From here on a buffer counts as large: it is leased, or published by its address."""
 OWN_FRAME_MIN = 64 << 10
-"""A buffer with a frame of its own, aligned for vector instructions; smaller ones share a frame,
-which costs a copy and saves a read."""
+"""From here on a buffer is worth a read of its own on the other side, to aligned memory."""
 READ_WITH_GIL_MAX = 1 << 20
-"""A read of another process's memory that keeps the GIL: it takes less than 0.1 ms, and to get the
-GIL back from a thread that runs Python code takes 5 ms."""
+"""Up to here a read of another process's memory keeps the GIL. It takes less than 0.1 ms; to get
+the GIL back from a thread that runs Python code takes 5 ms."""
 READ_IN_THREADS_MIN = 4 << 20
-"""A read that several threads share; below, one core copies about as fast as two."""
+"""From here on several threads share a read. Below, one core copies about as fast as two."""
 SCATTER_MIN = 1 << 20
-"""Inputs that go straight to a worker, and not with the task through the scheduler."""
+"""From here on inputs go straight to a worker, and not with the task through the scheduler."""
 PREFETCH_MIN = 64 << 10
-"""The same where the graph has several steps of training: what is sent is there ahead of time."""
+"""The same for inputs of a whole training step, which are to be there before they are needed."""
 INSPECTED_VALUES_MAX = 64
-"""Values of a container that are looked at one by one; pickle looks through longer ones faster."""
+"""Not bytes: up to so many values of a container are looked at one by one; pickle is faster for
+more."""
