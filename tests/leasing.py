@@ -16,7 +16,7 @@ from conftest import wait_until
 from taskgrad.cluster.session import session
 from taskgrad.cluster.wire import message_leases, peers, process_memory
 from taskgrad.cluster.wire.message_leases import MessageLease
-from taskgrad.cluster.wire.peers import PeerRegistry
+from taskgrad.cluster.wire.peers import PeerSet
 
 HERE, THERE = "tcp://127.0.0.1:1", "tcp://127.0.0.1:2"
 
@@ -24,7 +24,7 @@ HERE, THERE = "tcp://127.0.0.1:1", "tcp://127.0.0.1:2"
 @contextmanager
 def leasing() -> Iterator[MessageLease]:
     """A lease for the messages of this block."""
-    lease = MessageLease(PeerRegistry(HERE), THERE)
+    lease = MessageLease(PeerSet(), THERE)
     with lease.attached():
         yield lease
 

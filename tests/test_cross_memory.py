@@ -230,10 +230,10 @@ def test_probes_are_few_until_a_lease_succeeds():
 
     def lend(answered):
         registry.readers.add(there)
-        lease = MessageLease(registry, there)
+        lease = MessageLease(registry.readers, there)
         lease.pack(b"", [memoryview(bytearray(thresholds.LEASE_MESSAGE_MIN))])
         lease.finish(answered)
-        return registry.reads(there)
+        return there in registry.readers
 
     assert [registry.is_due(there) for _ in range(5)] == [True] * 3 + [False] * 2
     assert not lend(answered=False)

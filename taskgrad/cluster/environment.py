@@ -52,7 +52,10 @@ def check(client: Client) -> dict[str, int]:
         client, questions, "which versions they run"
     )
     answers = {"scheduler": on_scheduler, **{f"worker {a}": v for a, v in threads.items()}}
-    problems = _different_versions(versions) + _not_importable(answers)
+    problems = _different_versions(versions)
+    for place, found in answers.items():  # taskgrad, or what it needs, is missing or broken there
+        if isinstance(found, BaseException):
+            problems.append(f"  taskgrad cannot be imported by {place}: {found}")
     if problems:
         raise ClusterMismatchError(
             "client, scheduler and workers must run the same versions; they differ in:\n"
@@ -61,12 +64,6 @@ def check(client: Client) -> dict[str, int]:
             "and restart what differs"
         )
     return threads
-
-
-def _not_importable(answers: Mapping[str, Any]) -> list[str]:
-    """Processes in which taskgrad cannot be imported."""
-    failed = {place: a for place, a in answers.items() if isinstance(a, BaseException)}
-    return [f"  taskgrad cannot be imported by {place}: {e}" for place, e in failed.items()]
 
 
 def _different_versions(versions: Any) -> list[str]:

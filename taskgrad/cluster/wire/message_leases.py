@@ -30,7 +30,7 @@ from distributed import Worker
 from taskgrad.cluster import internals
 from taskgrad.cluster.wire import peers, process_memory, thresholds
 from taskgrad.cluster.wire.leases import BufferLease, RemoteBuffer, ValidityToken, read_leased
-from taskgrad.cluster.wire.peers import PeerRegistry
+from taskgrad.cluster.wire.peers import PeerSet
 from taskgrad.cluster.wire.tensors import is_ready_to_send
 
 logger = logging.getLogger("taskgrad")
@@ -44,9 +44,9 @@ _bytes_read = 0
 class MessageLease(BufferLease):
     """The buffers of one message, leased to its receiver."""
 
-    def __init__(self, registry: PeerRegistry, to: str) -> None:
+    def __init__(self, readers: PeerSet, to: str) -> None:
         super().__init__()
-        self._registry = registry
+        self._readers = readers
         self._to = to
         self._room = thresholds.LEASE_MESSAGE_MAX
 
@@ -86,7 +86,7 @@ class MessageLease(BufferLease):
     def finish(self, answered: bool) -> None:
         """End the lease; record whether the receiver has read what was leased."""
         if self._buffers:
-            self._registry.used(self._to, answered)
+            self._readers.used(self._to, answered)
         self.end()
 
 
@@ -155,12 +155,12 @@ def apply(worker: Worker) -> bool:
 
     @functools.wraps(stock)
     async def get_data(comm: Any, keys: Any, who: Any = None, **kwargs: Any) -> Any:
-        if not registry.reads(who):
+        if who not in registry.readers:
             if registry.is_due(who):
                 worker.loop.add_callback(peers.probe, worker, who)
             return await stock(comm, keys, who=who, **kwargs)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(MessageLease(registry, who).attached())
+            stack.enter_context(MessageLease(registry.readers, who).attached())
             # Serializing in a thread costs a millisecond, and pays only where bytes are copied;
             # reading 32 MB takes two or three.
             values = internals.held_in_memory(worker, keys)

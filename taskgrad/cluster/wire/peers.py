@@ -64,16 +64,11 @@ class PeerRegistry:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.readers = PeerSet()  # workers that can read this process
+        self.readers = PeerSet()  # that can read this process
         self.readable = PeerSet()  # workers that this process can read
-        self.drivers: set[str] = set()  # that read this worker
         self.table: Any = None  # the location of this worker's result table
         self.tables: dict[str, Any] = {}  # of other workers' tables, by address
         self.closed = False
-
-    def reads(self, peer: str | None) -> bool:
-        """True if this worker or driver is known to be able to read this process."""
-        return not self.closed and (peer in self.readers or peer in self.drivers)
 
     def is_due(self, peer: str | None) -> bool:
         """True if this worker may be on this host, and is to be probed: counted."""
@@ -81,12 +76,6 @@ class PeerRegistry:
             return False
         same_host = get_address_host(peer) == get_address_host(self.name)
         return same_host and self.readers.ask(peer)
-
-    def used(self, peer: str, succeeded: bool) -> None:
-        """Record whether a peer has read what was leased to it."""
-        self.readers.used(peer, succeeded)
-        if not succeeded:
-            self.drivers.discard(peer)
 
 
 def registry_of(client: Client) -> PeerRegistry:
@@ -105,8 +94,8 @@ def register(worker: Worker) -> PeerRegistry:
 
     def answer(peer: str, token: Any, table: Any) -> tuple[bool, tuple[Any, ...]]:
         able = ValidityToken(*token).is_readable()
-        if "://" not in peer:
-            registry.drivers.add(peer)
+        if "://" not in peer:  # a driver, which reads this worker if it asks for results
+            registry.readers.add(peer)
         elif able and table is not None:
             registry.tables[peer] = table
         return able, tuple(lease.token)
@@ -121,6 +110,7 @@ def unregister(worker: Worker) -> bool:
     registry = _registries.pop(worker, None)
     if registry is not None:
         registry.closed = True
+        registry.readers.clear()
         worker.handlers.pop(PROBE, None)
     return registry is not None
 

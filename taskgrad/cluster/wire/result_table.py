@@ -85,7 +85,7 @@ class _Entry:
 
 
 class ResultTable:
-    """What one worker publishes, while `readers` is not empty."""
+    """What one worker publishes, while there is another worker among its `readers`."""
 
     def __init__(self, worker: Worker, readers: Collection[str]) -> None:
         self._worker = weakref.proxy(worker)
@@ -118,8 +118,11 @@ class ResultTable:
         """Publish or remove the result of a task that went from one state to another."""
         if start == "memory":
             self.remove(key)
-        elif finish == "memory" and start != "flight" and self._readers:
+        elif finish == "memory" and start != "flight" and self._is_read():
             self._publish_later(key, _TURNS)
+
+    def _is_read(self) -> bool:
+        return any("://" in reader for reader in self._readers)  # drivers look nothing up
 
     def _publish_later(self, key: Any, turns: int) -> None:
         if turns:

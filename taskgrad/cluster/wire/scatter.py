@@ -92,7 +92,7 @@ async def _lease(client: Client, parts: Sequence[Part]) -> dict[str, Future]:
 
 async def _lease_to(client: Client, worker: str, values: dict[str, Any]) -> dict[str, int] | None:
     """The bytes that each value has on the worker, or None if it did not get them."""
-    lease = MessageLease(peers.registry_of(client), worker)
+    lease = MessageLease(peers.registry_of(client).readers, worker)
     try:
         with lease.attached():
             wrapped = {key: to_serialize(_whole(value)) for key, value in values.items()}
