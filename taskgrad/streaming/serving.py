@@ -99,7 +99,9 @@ def _run_batch(worker: Worker, task: BatchTask, items: Batch) -> Any:
     try:
         with applied(task.settings, worker.address, give_thread_back):
             started = time.perf_counter()
-            encoder, failure = _run(fn, items, task.star, task_messages.broadcast_values(worker), task.token)
+            encoder, failure = _run(
+                fn, items, task.star, task_messages.broadcast_values(worker), task.token
+            )
             seconds = time.perf_counter() - started
     except TaskgradError as error:
         _tell(worker, task, failure=Failure(error, of_item=False), whole=True)
