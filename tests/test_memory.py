@@ -24,6 +24,7 @@ from taskgrad.worker.shard_lock import turn
 from taskgrad.worker.store import ResidentShard, Store, Tape
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")
 @pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_csc])
 def test_memory_of_a_sparse_tensor_is_that_of_all_its_parts(layout):
     parts = torch.arange(5), torch.arange(4), torch.ones(4)
