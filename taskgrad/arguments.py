@@ -1,8 +1,9 @@
-"""Checks of arguments that many functions have: whole numbers and booleans."""
+"""Checks of arguments that many functions have: numbers, booleans, iterables."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,23 @@ def flag(name: str, given: Any) -> bool:
     if not isinstance(given, bool | np.bool_):
         raise TypeError(f"{name} is True or False; got {shown(given)}")
     return bool(given)
+
+
+def iterator(name: str, place: int, given: Any) -> Iterator[Any]:
+    """An iterator over the items that were given to a function `name` at this place.
+
+    Raises
+    ------
+    TypeError
+        It is not iterable.
+    """
+    try:
+        return iter(given)
+    except TypeError:
+        raise TypeError(
+            f"{name}: argument {place + 1} after the function is a {type(given).__name__}, "
+            "which is not iterable"
+        ) from None
 
 
 def shown(given: Any) -> str:

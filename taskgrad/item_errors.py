@@ -1,10 +1,9 @@
-"""Exceptions that items of a map raise, with a note of the item and its worker.
+"""Exceptions of items of `map` and `imap`, with a note of the item and its worker.
 
-Both maps raise what the user's function raised, with its own type, so that ``except ValueError``
-works as around a loop. The item and its worker are in a note (``error.__notes__``, shown under the
-traceback). What is no Exception, such as SystemExit, and
-StopIteration are not raised but are the cause of a LayerError: an item shall end neither the driver
-nor an iteration over results.
+What the user's function raised is raised with its own type, so that ``except ValueError`` works as
+around a loop. The note (``error.__notes__``) is shown under the traceback. StopIteration, and what
+is not an Exception, such as SystemExit, are instead the cause of a LayerError: an item must end
+neither the driver nor an iteration over results.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from taskgrad.remote_errors import is_portable, message_of, text_of
 def item_error(
     error: BaseException, index: int, fn: Callable[..., Any], worker: str, frames: str = ""
 ) -> Exception:
-    """What a map raises when an item has raised.
+    """The exception that a map raises when an item has raised.
 
-    To be called on the driver: there are exceptions that lose their notes when they are pickled.
+    To be called on the driver, as some exceptions lose their notes when they are pickled.
 
     Parameters
     ----------
@@ -36,7 +35,7 @@ def item_error(
     worker
         The address of the worker that ran it, or another name for where it ran.
     frames
-        What `own_frames` gave there.
+        Its traceback there, from `own_frames`.
     """
     what = f"item {index} of the map of {kind_of(fn)!r}"
     ends_iteration = isinstance(error, StopIteration | StopAsyncIteration)
@@ -57,7 +56,7 @@ def item_error(
 
 
 def is_ctrl_c(error: BaseException) -> bool:
-    """Whether this is the user's own Ctrl-C, which is raised in the main thread, not an item's."""
+    """True for the user's Ctrl-C, which is raised in the main thread, and not by an item."""
     return (
         isinstance(error, KeyboardInterrupt)
         and threading.current_thread() is threading.main_thread()
@@ -65,9 +64,9 @@ def is_ctrl_c(error: BaseException) -> bool:
 
 
 def portable(error: BaseException) -> BaseException:
-    """The exception, if it can be pickled and made again; else a TravelError with its text.
+    """The exception, if it can be pickled and unpickled; else a TravelError with its text.
 
-    Its cause is what can be kept of the exception.
+    The cause of that is what can be kept of the exception.
     """
     if is_portable(error):
         return error

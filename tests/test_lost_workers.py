@@ -122,4 +122,5 @@ def test_functions_that_end_every_process_they_run_in(fresh):
         lost(lambda: tg.collect(tg.spawn(ends, 1)), "'forward:ends'.*1 worker.*worker [01] at tcp")
         lost(lambda: tg.map(ends, range(4)), r"items [02] to [13] of the map of 'ends'")
         lost(lambda: list(tg.imap(ends, range(4))), r"items 0 to 0 of the map of 'ends'")
+        client.wait_for_workers(1, timeout=60)  # the nannies start others
         assert tg.map(len, ["a", "bc"]) == [1, 2]

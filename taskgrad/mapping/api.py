@@ -1,7 +1,7 @@
-"""`map`: a function over many items, in processes, threads or both, differentiated where it ran.
+"""`map`: a differentiable function over many items, in processes, threads or both.
 
 The idea is ParallelGradient.jl's (``dpmap``, ``dtmap``, ``dptmap``, and the scalar variants): what
-a backward needs stays where the forward ran, and only gradients come home.
+a backward needs stays where the forward ran, and only gradients are sent to the driver.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def map(
     ``tg.map(fn, xs, ys)`` gives what ``[fn(x, y) for x, y in zip(xs, ys)]`` gives, and is as
     much a part of torch's autograd: ``.backward()`` gives gradients of the items and of the tensors
     that `fn` closes over (parameters of modules, too). Over processes the graphs stay on the
-    workers, the backward runs there, and what comes home is one gradient for each closed-over
-    tensor from each worker, and the items' own.
+    workers, the backward runs there, and each worker sends one gradient for each closed-over
+    tensor, and its items' own.
 
     Parameters
     ----------
@@ -62,8 +62,8 @@ def map(
         which takes results that are 0-d or tuples led by a 0-d loss. By default where that pays.
     seed
         Item i draws its random numbers from ``tg.random_stream(seed, 0, i, "map")``, whatever the
-        chunks. Items that do so take turns within a process. By default they draw from whatever
-        there is.
+        chunks. Seeded items run one at a time per process. Without `seed`, torch's global
+        generator is used.
     client
         By default the current client; with none, a local cluster is started. Not used over threads.
 
@@ -111,7 +111,7 @@ def map(
             raise ValueError(f"reduce={reduce!r} of a map over no items")
         return []
     if over == "threads" or worker_here() is not None:
-        # In a task, other workers may be waiting for this one: it does all of it.
+        # In a task: the other workers may be waiting for this one.
         threads = 1 if over == "processes" else threads_here()
         results = map_local(
             fn, rows, threads=threads, chunksize=chunksize, reduce=reduce is not None, seed=seed

@@ -1,4 +1,4 @@
-"""What a mapped function closes over: found, and packed apart from the function."""
+"""The tensors that a mapped function closes over: found, and packed apart from the function."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from taskgrad.graph.functions import PackedFunction, pack_function
 from taskgrad.graph.layers import kind_of
 from taskgrad.thunk import Lazy, Thunk
 
-# What lies in these holds no tensor of the user's.
+# Objects of these packages hold no tensor of the user's.
 _LIBRARIES = frozenset(
     {"torch", "numpy", "scipy", "dask", "distributed", "taskgrad", "cloudpickle"}
 )
@@ -29,7 +29,7 @@ def title_of(fn: Callable[..., Any]) -> str:
 
 
 def pack_mapped(fn: Callable[..., Any]) -> PackedFunction:
-    """A function as it is sent to workers.
+    """Pack a function, to be sent to workers.
 
     Raises
     ------

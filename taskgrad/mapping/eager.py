@@ -1,9 +1,19 @@
-"""Eager gradients: the backward of a chunk's losses, right after its forward."""
+"""Eager gradients: the backward of a chunk's losses, right after its forward.
+
+A training loop maps the same function step after step, and goes back through the sum of its losses
+each time. After two such maps in a row the driver predicts a third (`BackwardPredictor`), and the
+workers differentiate each chunk as soon as it has run, whatever its size. Without a prediction they
+do where that costs little.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,10 +23,11 @@ from taskgrad.mapping.reducing import Widened
 from taskgrad.mapping.segments import Segment, differentiate, on_host, total
 from taskgrad.worker.failures import backward_error
 
-# It pays where it takes less than a round trip...
-_SECONDS = 0.02
-# ... and where the gradients are small beside one.
-_BYTES = 1 << 20
+# Without a prediction: if the backward takes less than a round trip, and gradients are small.
+_MOST_S = 0.02
+_MOST_BYTES = 1 << 20
+# Two in a row: where every other map is for evaluation, none is differentiated in vain.
+_IN_A_ROW = 2
 _TUPLES = ("tuple", "namedtuple")
 
 
@@ -48,8 +59,8 @@ class EagerGradients:
     leads
         The positions of the losses among the outputs of all segments.
     shared, items
-        Of the closed-over tensors, summed, and of the items' tensors. None of the former where the
-        worker sums those of several chunks.
+        Of the closed-over tensors, summed, and of the items' tensors. The former are None where
+        the worker sums those of several chunks.
     """
 
     leads: list[int]
@@ -65,7 +76,7 @@ def differentiate_eagerly(
     title: str,
     address: str,
 ) -> EagerGradients | None:
-    """Gradients, if they were asked for, or if they pay after a forward of so many seconds.
+    """Gradients, if they were asked for, or pay after a forward that took `seconds`.
 
     Raises
     ------
@@ -84,7 +95,7 @@ def differentiate_eagerly(
                 "0-d tensor that requires grad nor a tuple led by one"
             )
         return None
-    pays = options.predicted or (seconds <= _SECONDS and _size(segments) <= _BYTES)
+    pays = options.predicted or (seconds <= _MOST_S and _size(segments) <= _MOST_BYTES)
     if not (options.asked or pays):
         return None
     leads = [set(found or ()) for found in losses]
@@ -125,3 +136,69 @@ def _losses(segment: Segment) -> list[int] | None:
     outputs = [i for i, flag in enumerate(results.flags) if flag]
     positions = [outputs.index(lead) for lead in leads]
     return positions if all(segment.outputs[i].dim() == 0 for i in positions) else None
+
+
+@dataclass
+class _History:
+    """How many maps in a row had a backward with the same cotangent for all losses, and which."""
+
+    cotangent: float = 1.0
+    in_a_row: int = 0
+
+
+# By the function's code, so that a lambda in a loop is one function; or by the module.
+_histories: weakref.WeakKeyDictionary[Any, _History] = weakref.WeakKeyDictionary()
+
+
+class BackwardPredictor:
+    """Predicts the backward of one map of a function.
+
+    Attributes
+    ----------
+    cotangent
+        That of all its losses; None if no backward is predicted.
+    """
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self._history = _history_of(fn)
+        self._observed = False
+        predicted = self._history.in_a_row >= _IN_A_ROW
+        self.cotangent = self._history.cotangent if predicted else None
+
+    def observe(self, entries: Sequence[int], cotangents: Sequence[torch.Tensor | None]) -> None:
+        """The map's backward is run, with these cotangents of its outputs.
+
+        `entries` has for each output the position of the result that it belongs to.
+        """
+        self._observed = True
+        found, history = _of_losses(entries, cotangents), self._history
+        if found is None:
+            history.in_a_row = 0
+        elif found == history.cotangent:
+            history.in_a_row += 1
+        else:
+            history.cotangent, history.in_a_row = found, 1
+
+    def __del__(self) -> None:
+        if not self._observed:  # the results are garbage, so no backward can come
+            self._history.in_a_row = 0
+
+
+def _history_of(fn: Any) -> _History:
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    fn = getattr(fn, "__func__", fn)
+    with contextlib.suppress(TypeError):  # it cannot be hashed, or referred to weakly
+        return _histories.setdefault(getattr(fn, "__code__", fn), _History())
+    return _History()
+
+
+def _of_losses(entries: Sequence[int], cotangents: Sequence[torch.Tensor | None]) -> float | None:
+    """The cotangent of all first outputs, if it is one number and no other output has one."""
+    firsts = {entry: at for at, entry in reversed(list(enumerate(entries)))}
+    given = {at: c for at, c in enumerate(cotangents) if c is not None}
+    if given.keys() != set(firsts.values()) or any(c.dim() for c in given.values()):
+        return None
+    values = {c.item() for c in given.values()}
+    value = values.pop()
+    return value if not values and isinstance(value, float) else None

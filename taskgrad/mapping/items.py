@@ -1,4 +1,4 @@
-"""The items of a map, as rows of arguments, and how they are cut into chunks. Runs nothing."""
+"""The items of a map as rows of arguments, and how they are divided among workers and threads."""
 
 from __future__ import annotations
 
@@ -9,42 +9,37 @@ from typing import Any
 import numpy as np
 import torch
 
+from taskgrad.arguments import iterator
 from taskgrad.graph.copies import Pulled
 
 _END = object()
-# Iterating over these runs no code that could change an item.
-_HELD = (list, tuple, range, dict, str, np.ndarray, torch.Tensor, torch.nn.Parameter)
+# Containers whose iteration runs no code that could change an item.
+_CONTAINERS = (list, tuple, range, dict, str, np.ndarray, torch.Tensor, torch.nn.Parameter)
 
 Row = tuple[Any, ...]
 
 
 def read_rows(iterables: Sequence[Iterable[Any]]) -> list[Row]:
-    """The n-th items of all iterables, as row n: each is the arguments of one call.
+    """Zip the iterables: row n has the n-th item of each, the arguments of one call.
 
     Items keep the values that they had when they were pulled.
 
     Raises
     ------
     TypeError
-        One cannot be iterated over, or there is none.
+        One is not iterable, or there is none.
     ValueError
         One ends before another.
     """
     if not iterables:
         raise TypeError("a map takes a function and at least one iterable of items")
-    for place, given in enumerate(iterables):
-        if not hasattr(given, "__iter__") and not hasattr(given, "__getitem__"):
-            raise TypeError(
-                f"argument {place + 1} of a map, after the function, is a {type(given).__name__}, "
-                "which is not iterable"
-            )
-    iterators = [iter(given) for given in iterables]
-    columns = [_Kept() if type(given) in _HELD else Pulled() for given in iterables]
+    iterators = [iterator("map", place, given) for place, given in enumerate(iterables)]
+    columns = [_Uncopied() if type(given) in _CONTAINERS else Pulled() for given in iterables]
     count = 0
     while True:
         row = []
-        for iterator, column in zip(iterators, columns, strict=True):
-            row.append(next(iterator, _END))
+        for items, column in zip(iterators, columns, strict=True):
+            row.append(next(items, _END))
             if row[-1] is not _END:
                 column.add(row[-1])  # before the next one is pulled, which may refill it
         ended = [k for k, item in enumerate(row) if item is _END]
@@ -60,8 +55,8 @@ def read_rows(iterables: Sequence[Iterable[Any]]) -> list[Row]:
             )
 
 
-class _Kept(Pulled):
-    """Items of a container that holds all of them, which need no copies."""
+class _Uncopied(Pulled):
+    """Items of a container, which need no copies."""
 
     def add(self, value: Any) -> None:
         self._values.append(value)
@@ -73,9 +68,9 @@ def cut(count: int, size: int) -> list[range]:
 
 
 def share(count: int, weights: Sequence[int]) -> list[range]:
-    """`count` items in a row over takers with these weights, as evenly as whole items allow.
+    """Divide `count` items in proportion to these weights, as evenly as whole items allow.
 
-    One range for each taker, in order, those at the end empty where there are fewer items.
+    One range for each weight, in order; with few items those at the end are empty.
     """
     total = sum(weights)
     edges, so_far = [0], 0

@@ -1,4 +1,4 @@
-"""A map over threads of this process."""
+"""The backend of a map over threads of this process."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def map_local(
     else:
         ranges = cut(len(rows), chunksize)
     taped = torch.is_grad_enabled()
-    function, originals = _cut_off(fn) if taped else (fn, {})
+    function, originals = _detached(fn) if taped else (fn, {})
     mapped = ItemFunction(function, taped, taped, seed, reduce)
     parts = [input_of(r.start, [rows[i] for i in r]) for r in ranges]
     try:
@@ -85,16 +85,16 @@ def _attach(
         if wanted
     ]
     inputs = [*(originals.get(id(t), t) for t in shared), *items]
-    recording = _Recorded(title_of(fn), results.entries, segments, threads)
+    recording = LocalRecording(title_of(fn), results.entries, segments, threads)
     return join(recording, results, outputs, inputs)
 
 
-def _cut_off(fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[int, torch.Tensor]]:
-    """The function, cut off from the graph behind what it closes over, where there is one.
+def _detached(fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[int, torch.Tensor]]:
+    """The function, detached from the autograd graph behind the tensors that it closes over.
 
-    Otherwise each segment would go back through that graph, and call a tensor's hooks. Such tensors
-    are replaced, in a copy of the function, by leaves; returned with it are the originals by the
-    leaves' identities.
+    Otherwise the backward of each segment would go through that graph, and call a tensor's hooks.
+    Tensors with a history or hooks are replaced, in a copy of the function, by leaves; returned
+    with it are the originals by the leaves' identities.
     """
     if all(t.is_leaf and not t._backward_hooks for t in closed_over_tensors(fn)):
         return fn, {}
@@ -131,8 +131,8 @@ def leaves_behind(outputs: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return list(found.values())
 
 
-class _Recorded(Recording):
-    """Segments in this process. Inputs are what they share, then what each one took."""
+class LocalRecording(Recording):
+    """Segments in this process. Inputs: the closed-over tensors, then those of each one's items."""
 
     def __init__(
         self, title: str, entries: Sequence[int], segments: Sequence[Segment], threads: int
@@ -140,14 +140,14 @@ class _Recorded(Recording):
         super().__init__(title, entries)
         self.segments = segments
         self.threads = threads
-        # A second derivative goes through the graphs of the first as well: none frees them then.
-        self.lasts = False
+        # A second derivative goes through the graphs of the first, too, which then must be kept.
+        self.retains = False
 
     def backward(self, cotangents: Sequence[Gradient], retain: bool) -> list[Gradient]:
         """Every segment's in a thread."""
         self.claim(cotangents, retain)
         shared, taken = self._differentiate(
-            self._by_segment(cotangents), retain=retain or self.lasts
+            self._by_segment(cotangents), retain=retain or self.retains
         )
         return [*total(shared), *(grad for grads in taken for grad in grads)]
 
@@ -156,7 +156,7 @@ class _Recorded(Recording):
     ) -> list[Gradient]:
         """The backward, recorded in its turn: more segments, joined to the caller's graph."""
         self.claim(cotangents, True)
-        self.lasts = True
+        self.retains = True
         given = self._by_segment(cotangents)
         seeds = [[None if c is None else c.detach().requires_grad_() for c in cs] for cs in given]
         found = self._differentiate(seeds, retain=True, create=True)
@@ -174,8 +174,8 @@ class _Recorded(Recording):
             joined += [c for c in cs if c is not None]
         results = Results.joined(segment.results for segment in segments)
         title = f"the backward of {self.title}"
-        recording = _Recorded(title, results.entries, segments, self.threads)
-        recording.lasts = True
+        recording = LocalRecording(title, results.entries, segments, self.threads)
+        recording.retains = True
         detached = [output.detach() for segment in segments for output in segment.outputs]
         gradients = join(recording, results, detached, joined)
         count = len(self.segments[0].shared)

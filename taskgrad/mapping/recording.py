@@ -1,7 +1,7 @@
 """The results of a map as part of the caller's autograd graph.
 
-One autograd Function a map: its inputs are the tensors that take a gradient, its outputs those of
-the results that give one. Its backward is handed to a `Recording`, wherever that is.
+A map is one autograd Function. Its inputs are the tensors that take a gradient, its outputs those
+of the results that give one; its backward is that of a `Recording`, on workers or in threads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from taskgrad.mapping.segments import Results
 
 
 class Recording:
-    """What a map recorded for its backward.
+    """The backward of one map.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ class Recording:
         The function's name, for messages.
     entries
         For each output the position of the result that it belongs to. Each result can be
-        differentiated once, as if each had a graph of its own.
+        differentiated once, as if it had a graph of its own.
     """
 
     def __init__(self, title: str, entries: Sequence[int]) -> None:
@@ -35,7 +35,7 @@ class Recording:
         self.used: set[int] = set()
 
     def claim(self, cotangents: Sequence[Gradient], retain: bool) -> None:
-        """Count the results with a cotangent as used, unless retained.
+        """Mark the results with a cotangent as used, unless the graph is retained.
 
         Raises
         ------
@@ -55,17 +55,17 @@ class Recording:
 
     @property
     def is_used_up(self) -> bool:
-        """Whether no result is left to be differentiated."""
+        """True if no result is left to be differentiated."""
         return self.used.issuperset(self.entries)
 
     def backward(self, cotangents: Sequence[Gradient], retain: bool) -> list[Gradient]:
-        """Gradients of the inputs, given those of the outputs; the results are claimed."""
+        """Gradients of the inputs, given those of the outputs."""
         raise NotImplementedError
 
     def differentiable(
         self, inputs: Sequence[torch.Tensor], cotangents: Sequence[Gradient]
     ) -> list[Gradient]:
-        """The same, as part of a graph by which they depend on inputs and cotangents."""
+        """The same for ``create_graph=True``: as functions of inputs and cotangents."""
         raise NotImplementedError
 
 

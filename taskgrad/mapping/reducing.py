@@ -1,4 +1,4 @@
-"""Results of a map added up, leaf by leaf and in order."""
+"""`reduce=` of a map: sums of results, leaf by leaf and in order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WIDER = {
 
 
 class Widened(NamedTuple):
-    """A sum in wider dtypes, and those to which its leaves are rounded at the end, or None."""
+    """A sum in wider dtypes, and for each leaf the dtype to round it to at the end, or None."""
 
     total: Any
     dtypes: tuple[torch.dtype | None, ...]
@@ -56,7 +56,7 @@ def fold(results: Sequence[Any]) -> Any:
 
 
 def rounded(total: Any) -> Any:
-    """A sum in the dtypes of the results."""
+    """A sum, rounded to the dtypes of the results."""
     if not isinstance(total, Widened):
         return total
     leaves, structure = flatten(total.total)

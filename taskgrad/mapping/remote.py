@@ -1,4 +1,4 @@
-"""A map over worker processes: chunks as calls, run there, joined to the driver's graph."""
+"""The backend of a map over worker processes: chunks as calls, in the driver's autograd graph."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from taskgrad.cluster.session import WorkerInfo, session
 from taskgrad.errors import LayerError, TaskgradError
 from taskgrad.executors.base import Executor
 from taskgrad.executors.registry import executor_of
+from taskgrad.graph.calls import Call
 from taskgrad.graph.cotangents import Gradient
 from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import Node
@@ -26,17 +27,15 @@ from taskgrad.mapping.backward import ChunksPullback
 from taskgrad.mapping.chunk import (
     Chunk,
     ChunkResult,
-    ChunkValue,
     MapSpec,
     Shared,
     sum_on_worker,
 )
 from taskgrad.mapping.closed_over import pack_mapped, title_of
-from taskgrad.mapping.eager import EagerOptions
+from taskgrad.mapping.eager import BackwardPredictor, EagerOptions
 from taskgrad.mapping.items import Row, cut, share
 from taskgrad.mapping.recording import Recording, join
 from taskgrad.mapping.segments import ItemError, Results, total
-from taskgrad.mapping.speculation import BackwardPredictor
 
 
 def map_remote(
@@ -76,23 +75,17 @@ def map_remote(
         ),
     )
     leaf = Leaf([packed.data, *packed.tensors], needs_grad=any(wanted))
-    groups = []
+    parts = []
     for some, (_, worker) in zip(items, placed, strict=True):
         shared = leaf if len(some) == 1 else Shared(leaf, worker)
-        groups.append([_chunk(spec, chunk, shared, worker) for chunk in some])
+        parts.append(_WorkerChunks(spec, [_chunk(spec, chunk, shared, worker) for chunk in some]))
     executor = executor_of(owner)
-    found = _run(fn, groups, taped and eager is not False, executor)
-    values = [value for values, _ in found for value in values]
-    results = Results.joined(result.results for _, result in values)
-    outputs = [output for some, _ in values for output in some]
+    outputs = _run(fn, parts, executor)
+    results = Results.joined(r.results for part in parts for r in part.results)
     if not outputs:
-        executor.forget(chunk for group in groups for chunk in group)
+        executor.forget(chunk for part in parts for chunk in part.chunks)
         return results.build(())
-    parts = [
-        _WorkerChunks(spec, group, [r for _, r in values], shared)
-        for group, (values, shared) in zip(groups, found, strict=True)
-    ]
-    recording = _Recorded(title, results.entries, parts, sum(wanted), predictor, executor)
+    recording = RemoteRecording(title, results.entries, parts, sum(wanted), predictor, executor)
     return join(recording, results, outputs, takers)
 
 
@@ -160,29 +153,19 @@ def _chunk(spec: MapSpec, items: _ChunkItems, shared: Node, worker: str) -> Chun
     return Chunk(spec, items.rows, shared, given, len(items.takers), worker)
 
 
-_Found = tuple[list[ChunkValue], list[Gradient] | None]
-"""The values of the chunks on one worker, and the sum of their eager gradients, if there is one."""
-
-
 def _run(
-    fn: Callable[..., Any], groups: Sequence[Sequence[Chunk]], summed: bool, executor: Executor
-) -> list[_Found]:
-    """Run all chunks; `summed` says whether they may be differentiated eagerly."""
-    chunks = [chunk for group in groups for chunk in group]
-    sums = [sum_on_worker(group) for group in groups if len(group) > 1 and summed]
+    fn: Callable[..., Any], parts: Sequence[_WorkerChunks], executor: Executor
+) -> list[torch.Tensor]:
+    """Run all chunks; returns the outputs of their results."""
+    chunks = [chunk for part in parts for chunk in part.chunks]
+    sums = [part.sum for part in parts if part.sum is not None]
     nodes = executor.run([*chunks, *sums], wait=False)
     try:
         error = _wait(chunks, sums, executor)
         if error is None:
-            by_worker = {call.worker: call for call in sums}
-            reads = [[by_worker[g[0].worker]] if g[0].worker in by_worker else g for g in groups]
-            values = iter(executor.values([node for read in reads for node in read]))
-            found = [[next(values) for _ in read] for read in reads]
+            values = iter(executor.values([node for part in parts for node in part.reads]))
             executor.forget([n for n in nodes if not isinstance(n, Chunk)])
-            return [
-                f[0] if r[0] in sums else (f, _eager_shared(f))
-                for r, f in zip(reads, found, strict=True)
-            ]
+            return [t for part in parts for t in part.take([next(values) for _ in part.reads])]
     except BaseException:
         executor.forget(nodes)
         raise
@@ -217,12 +200,7 @@ def _wait(
     return found or executor.wait(sums)
 
 
-def _eager_shared(values: Sequence[ChunkValue]) -> list[Gradient] | None:
-    eager = values[0][1].eager if len(values) == 1 else None
-    return eager.shared if eager is not None else None
-
-
-class _Recorded(Recording):
+class RemoteRecording(Recording):
     """Chunks on workers. Inputs are the closed-over tensors, then those of each chunk's items."""
 
     def __init__(
@@ -241,7 +219,7 @@ class _Recorded(Recording):
         self.executor = executor
 
     def backward(self, cotangents: Sequence[Gradient], retain: bool) -> list[Gradient]:
-        """Each worker's where its tapes are, all at once; the last worker's are added first."""
+        """Gradients from all workers at once, summed from the last worker to the first."""
         self.claim(cotangents, retain)
         if self.predictor is not None:
             self.predictor.observe(self.entries, cotangents)
@@ -301,35 +279,49 @@ _Gradients = tuple[list[Gradient], Sequence[list[Gradient] | None]]
 
 
 class _WorkerChunks:
-    """The chunks on one worker, and the gradients that came along with their results."""
+    """The chunks on one worker, their results, and the gradients that came along with those.
 
-    def __init__(
-        self,
-        spec: MapSpec,
-        chunks: Sequence[Chunk],
-        results: Sequence[ChunkResult],
-        eager_shared: list[Gradient] | None,
-    ) -> None:
+    `sum` is the node that sums the eager gradients of several chunks; None where there is no need.
+    """
+
+    def __init__(self, spec: MapSpec, chunks: Sequence[Chunk]) -> None:
         self.chunks = list(chunks)
-        self.results = list(results)
+        eager = spec.taped and spec.eager.asked is not False
+        self.sum = sum_on_worker(chunks) if eager and len(chunks) > 1 else None
+        self.results: list[ChunkResult] = []
         self._spec = spec
         assert chunks[0].settings is not None
         self._settings = chunks[0].settings.outside_autocast().without_grad()
         self._leads: set[int] = set()
         self._eager: _Gradients | None = None
-        if eager_shared is not None:
-            eager = [r.eager for r in results if r.eager is not None]
-            self._eager = eager_shared, [e.items for e in eager]
+
+    @property
+    def reads(self) -> list[Call]:
+        """The nodes whose values have the results."""
+        return [*self.chunks] if self.sum is None else [self.sum]
+
+    def take(self, values: list[Any]) -> list[torch.Tensor]:
+        """Keep what came back in these values of `reads`, but for the outputs, which it returns."""
+        shared: list[Gradient] | None = None
+        if self.sum is not None:
+            [(values, shared)] = values
+        self.results = [result for _, result in values]
+        eager = [r.eager for r in self.results if r.eager is not None]
+        if len(self.chunks) == 1 and eager:
+            shared = eager[0].shared
+        if shared is not None:
+            self._eager = shared, [e.items for e in eager]
             before = 0
-            for result, gradients in zip(results, eager, strict=True):
+            for result, gradients in zip(self.results, eager, strict=True):
                 self._leads.update(before + i for i in gradients.leads)
                 before += len(result.results.entries)
+        return [output for outputs, _ in values for output in outputs]
 
     def from_eager(self, cotangents: Sequence[Gradient]) -> _Gradients | None:
-        """The gradients that there are, scaled, if these cotangents are one factor of theirs.
+        """The eager gradients, scaled, if the cotangents of all losses are one multiple of theirs.
 
-        Only under the settings of torch that they were made with; and where nobody asked for them,
-        if that gives the bits that a backward would.
+        Only under the settings of torch that they were made with. Without ``eager_grad=True`` only
+        if a backward would give the same bits, as it does for a factor that is a power of two.
         """
         if self._eager is None or settings_now().without_grad() != self._settings:
             return None

@@ -1,7 +1,7 @@
 """Run the items of a map in threads, and their backward; torch and threads, no Dask.
 
-A segment is items that run in a row in one thread. What autograd recorded of them stays one graph a
-segment, so that the backward of each segment can run in a thread of its own as well.
+A segment is items that run one after the other in one thread. Each segment has an autograd graph of
+its own, so that its backward can run in a thread of its own as well.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from taskgrad.worker.randomness import random_stream
 
 
 class ItemError(Exception):
-    """An item raised: its place in the input, what it raised, and the frames below ours."""
+    """An item raised: its place in the input, its exception, and the frames of its traceback."""
 
     def __init__(self, index: int, error: BaseException, frames: str) -> None:
         super().__init__(index, error, frames)
@@ -111,7 +111,7 @@ class Segment:
     outputs
         The tensors of the results that give one, in order, with their graph.
     shared
-        What the function closes over that takes a gradient, the same for every segment of a map.
+        The closed-over tensors that take a gradient, the same for every segment of a map.
     """
 
     results: Results
@@ -168,34 +168,34 @@ def run_segments(
     threads: int,
     is_wanted: Callable[[], bool] = lambda: True,
 ) -> list[Segment]:
-    """Run these items, each part as a segment, so many at once.
+    """Run these items, each part as a segment, in this many threads.
 
     Parameters
     ----------
     is_wanted
-        Asked before each item; once it says no, nothing more is run.
+        Called before each item; once it is False, no more items are run.
 
     Raises
     ------
     ItemError
-        An item raised: the first one, in the order of the items, that did.
+        An item raised; of several that did, the first in the order of the items.
     """
 
-    def job(rows: SegmentInput) -> Callable[[CancelToken], Segment]:
-        return lambda token: _run_segment(function, rows, lambda: token.is_wanted() and is_wanted())
+    def run(rows: SegmentInput, token: CancelToken) -> Segment:
+        return _run_segment(function, rows, lambda: is_wanted() and not token.is_cancelled())
 
-    return run_all([job(rows) for rows in parts], threads)
+    return run_all(run, parts, threads)
 
 
 def _run_segment(
-    function: ItemFunction, rows: SegmentInput, goes_on: Callable[[], bool]
+    function: ItemFunction, rows: SegmentInput, is_wanted: Callable[[], bool]
 ) -> Segment:
     given, taken = rows.fed(function.taped)
     results = []
     with torch.set_grad_enabled(function.grad):
         for offset, row in enumerate(given):
-            if not goes_on():
-                break  # nobody will look at what there is
+            if not is_wanted():
+                break  # the results will not be used
             index = rows.start + offset
             try:
                 with _stream(function.seed, index):
@@ -252,7 +252,7 @@ def differentiate(
     retain: bool,
     create: bool = False,
 ) -> tuple[list[list[Gradient]], list[list[Gradient]]]:
-    """Take cotangents back through these segments, so many at once.
+    """Take cotangents back through these segments, in this many threads.
 
     Parameters
     ----------
@@ -264,23 +264,19 @@ def differentiate(
     Returns
     -------
     tuple
-        For each segment the gradients of what it shares, and those of its items' tensors.
+        For each segment the gradients of the closed-over tensors, and of its items' tensors.
     """
-
-    def job(segment: Segment, given: Sequence[Gradient]) -> Callable[[CancelToken], list[Gradient]]:
-        return lambda token: _grad(segment, given, retain, create)
-
-    jobs = [job(segment, given) for segment, given in zip(segments, seeds, strict=True)]
-    found = run_all(jobs[::-1], threads)[::-1]
+    pairs = list(zip(segments, seeds, strict=True))[::-1]
+    found = run_all(lambda pair, token: _grad(*pair, retain, create), pairs, threads)[::-1]
     shared = [grads[: len(segment.shared)] for segment, grads in zip(segments, found, strict=True)]
     taken = [grads[len(segment.shared) :] for segment, grads in zip(segments, found, strict=True)]
     return shared, taken
 
 
 def total(parts: Sequence[Sequence[Gradient]]) -> list[Gradient]:
-    """Gradients of the same tensors from several segments, added up; None counts as zero.
+    """Sum gradients of the same tensors from several segments; None counts as zero.
 
-    The last segment's come first, as one graph of all items would add them.
+    From the last segment to the first, as one graph of all items would add them.
     """
     found = list(parts[-1])
     for part in parts[-2::-1]:

@@ -1,7 +1,6 @@
-"""Jobs in threads of this process, under what holds in the caller's thread.
+"""Run jobs in threads of this process, with the settings of the caller's thread.
 
-torch's grad mode, autocast, default device and the context variables belong to a thread; a function
-that is mapped over threads is to see those of the caller.
+Those are torch's grad mode, autocast and default device, and the context variables.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ import torch
 from taskgrad.graph.torch_settings import refuse_modes, thread_settings
 from taskgrad.worker.settings import in_thread
 
+S = TypeVar("S")
 T = TypeVar("T")
 
-# How many threads a map may start from here; None: nobody has said.
+# How many threads a map may start in a thread of another map.
 _allowance: contextvars.ContextVar[int | None] = contextvars.ContextVar("allowance", default=None)
 
 
@@ -35,9 +35,9 @@ def worker_here() -> distributed.Worker | None:
 
 
 def threads_here() -> int:
-    """How many threads a map may use: a worker's own number in a task, else the cores there are.
+    """How many threads a map may use: a worker's number in a task, else the number of cores.
 
-    In a thread of a map it is what that leaves.
+    In a thread of another map it is its share of those.
     """
     allowed = _allowance.get()
     if allowed is not None:
@@ -51,40 +51,40 @@ def threads_here() -> int:
 
 
 class CancelToken:
-    """Tells one of several jobs whether it shall go on: not once one before it has failed."""
+    """Cancels one of several jobs once a job before it has failed."""
 
     def __init__(self, position: int, failed: list[int]) -> None:
         self._position = position
         self._failed = failed
 
-    def is_wanted(self) -> bool:
-        """Whether what this job makes is still of use."""
-        return all(self._position <= other for other in self._failed)
+    def is_cancelled(self) -> bool:
+        """True if the job's result will not be used."""
+        return any(other < self._position for other in self._failed)
 
 
-def run_all(jobs: Sequence[Callable[[CancelToken], T]], threads: int) -> list[T]:
-    """What the jobs give, in order, so many at a time.
+def run_all(job: Callable[[S, CancelToken], T], items: Sequence[S], threads: int) -> list[T]:
+    """Call `job` with each item, in this many threads; the results in order.
 
-    If some raise, the error of the first of them in order is raised, whatever the threads did:
-    those before it end, those after it are told to stop.
+    If calls raise, the error of the first of them in the order of the items is raised: those before
+    it run to their end, those after it are cancelled.
     """
     failed: list[int] = []
-    tokens = [CancelToken(position, failed) for position in range(len(jobs))]
-    threads = min(threads, len(jobs))
+    tokens = [CancelToken(position, failed) for position in range(len(items))]
+    threads = min(threads, len(items))
     if threads < 2:
-        return [job(token) for job, token in zip(jobs, tokens, strict=True)]
+        return [job(item, token) for item, token in zip(items, tokens, strict=True)]
     refuse_modes("tg.map over threads", process=False)
     carry = _carrier(max(1, threads_here() // threads))
 
     def work(position: int) -> T:
         try:
-            return carry(lambda: jobs[position](tokens[position]))
+            return carry(lambda: job(items[position], tokens[position]))
         except BaseException:
             failed.append(position)
             raise
 
     with fewer_torch_threads(threads), ThreadPoolExecutor(threads, "taskgrad-map") as pool:
-        futures: list[Future[T]] = [pool.submit(work, p) for p in range(len(jobs))]
+        futures: list[Future[T]] = [pool.submit(work, p) for p in range(len(items))]
         try:
             return [future.result() for future in futures]
         except BaseException:
@@ -95,7 +95,7 @@ def run_all(jobs: Sequence[Callable[[CancelToken], T]], threads: int) -> list[T]
 
 
 def _carrier(allowance: int) -> Callable[[Callable[[], T]], T]:
-    """A function that calls another one, in any thread, as if in this one."""
+    """A function that calls another one, in any thread, with this thread's settings."""
     context = contextvars.copy_context()
     context.run(_allowance.set, allowance)
     settings, inference = thread_settings(), torch.is_inference_mode_enabled()
@@ -114,9 +114,9 @@ _before = 0
 
 @contextlib.contextmanager
 def fewer_torch_threads(threads: int) -> Iterator[None]:
-    """Meanwhile torch uses so many times fewer threads in each operation.
+    """Divide the number of threads that torch uses in each operation by `threads` meanwhile.
 
-    The number is the process's: the first who comes sets it, the last who goes sets it back.
+    It is a setting of the process: the first user changes it, the last one restores it.
     """
     global _before
     with _torch_threads:

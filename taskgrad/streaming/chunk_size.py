@@ -1,9 +1,9 @@
-"""How many items to a chunk: few while nothing is known of them, then by their measured time.
+"""The number of items in a batch: one at first, then from the measured time of an item.
 
-A chunk costs a few milliseconds beside its items, so it shall take many times that. In a long map
-chunks become longer: nobody waits at its end for more than a small part of the time that it took.
-At the end of an input whose length is known they become smaller, so that the workers end together:
-guided self-scheduling (Polychronopoulos and Kuck, 1987).
+A batch has an overhead of a few milliseconds, so it should run for many times that. Batches grow
+with the time that the map has run, as waiting for the last one is then a small part of it. At the
+end of an input of known length they shrink, so that the workers end together: guided
+self-scheduling (Polychronopoulos and Kuck, 1987).
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from __future__ import annotations
 import math
 
 SECONDS = 0.3
-"""What a chunk shall take at first."""
+"""Target duration of a batch at first."""
 MOST_SECONDS = 0.5
-"""What it shall take at most, in a long map."""
+"""Longest target duration, in a long map."""
 _SHARE = 1 / 16
-"""What part of the time of the map so far."""
+"""Target duration as a part of the time that the map has run."""
 LEAST_SECONDS = 0.01
-"""What the smaller ones at the end shall take at least."""
+"""Shortest target duration of the small batches at the end."""
 NBYTES = 4 << 20
-"""Bytes of items, or of results, from which on a chunk is not made larger."""
+"""Bytes of items, or of results, that a batch should not exceed."""
 _GROWTH = 8
 _WEIGHT = 0.5  # of the newest measurement
 
 
 class Sizing:
-    """The next chunk's size, from what earlier ones took.
+    """The next batch's size, from the duration of earlier ones.
 
     Parameters
     ----------
     chunksize
-        The size, if it is not ours to choose.
+        A fixed size, or None to choose it.
     threads
-        How many chunks run at a time.
+        How many batches run at a time.
 
     Examples
     --------
@@ -55,7 +55,7 @@ class Sizing:
         self._nbytes = 0.0
 
     def next(self, remaining: int | None) -> int:
-        """A size, for an input that has so many items left, if that is known."""
+        """The size of the next batch; `remaining` items are left in the input, if that is known."""
         if self._fixed is not None:
             return self._fixed
         if self._seconds is None:
@@ -75,7 +75,7 @@ class Sizing:
         return seconds / max(self._seconds, 1e-9)
 
     def ran(self, items: int, seconds: float, nbytes: int) -> None:
-        """A chunk of so many items took so long, and so many bytes one way or the other."""
+        """A batch has run; `nbytes` is the size of its items or its results, the larger."""
         if not items:
             return
         self._largest = max(self._largest, items)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from distributed import Client
 
-from taskgrad.arguments import flag
+from taskgrad.arguments import flag, iterator
 from taskgrad.cluster.nested import give_thread_back, refuse_deadlock
 from taskgrad.cluster.session import session
 from taskgrad.errors import TravelError
@@ -66,8 +66,8 @@ def imap(
     Returns
     -------
     Generator
-        Of results. When it is closed, fails, or is let go (``break``), the input is closed if it is
-        a generator, and what has not run is cancelled.
+        Of results. When it is closed, fails, or is garbage (after ``break``), what has not run is
+        cancelled, and the input is closed if it is a generator.
 
     Raises
     ------
@@ -141,7 +141,7 @@ def _map(
     if not callable(fn):
         raise TypeError(f"{name} maps a function; got {type(fn).__name__}")
     unordered, progress = flag("unordered", unordered), flag("progress", progress)
-    inputs = [_iterator(name, place, given) for place, given in enumerate(iterables)]
+    inputs = [iterator(name, place, given) for place, given in enumerate(iterables)]
     auto = isinstance(chunksize, str) and chunksize == "auto"
     size = None if auto else _count(name, "chunksize", chunksize)
     if buffersize is not None:
@@ -165,7 +165,7 @@ def _map(
 
     def start() -> Iterator[Any]:
         refuse_deadlock()
-        give_thread_back()  # in a task: others run on it, as this one is going to wait for them
+        give_thread_back()  # in a task: this thread will wait for other tasks, which may need it
         threads = sum(worker.threads for worker in owner.known())
         window = Window(
             threads=max(1, threads),
@@ -196,16 +196,6 @@ def _results(
             results.close()
 
 
-def _iterator(name: str, place: int, given: Any) -> Iterator[Any]:
-    try:
-        return iter(given)
-    except TypeError:
-        raise TypeError(
-            f"{name}: argument {place + 1} after the function is a {type(given).__name__}, "
-            "which is not iterable"
-        ) from None
-
-
 def _count(name: str, what: str, given: Any) -> int:
     try:
         number = operator.index(given)
@@ -217,7 +207,7 @@ def _count(name: str, what: str, given: Any) -> int:
 
 
 def _length(iterables: Iterable[Any]) -> int | None:
-    """How many items there will be, if somebody knows."""
+    """How many items there will be, if that is known."""
     hints = [operator.length_hint(one, -1) for one in iterables]
     return min((hint for hint in hints if hint >= 0), default=None)
 
