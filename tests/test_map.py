@@ -41,7 +41,7 @@ def unhurried(client: Client) -> Iterator[Client]:
     def patience(seconds: float) -> float:
         from taskgrad.mapping import eager
 
-        before, eager._SECONDS = eager._SECONDS, seconds
+        before, eager._MOST_S = eager._MOST_S, seconds
         return before
 
     [before] = set(client.run(patience, 60).values())

@@ -33,7 +33,7 @@ def refuse_deadlock() -> None:
             "wait forever. Call the function itself, or tg.map, which runs it where the layer is; "
             "or collect before, and give the value to the chain as an argument"
         )
-    if not _in_task_thread() and _in_task():
+    if not _in_task_thread() and current_worker() is not None:
         raise TaskgradError(
             "a thread of a map in a task waits for tasks here (tg.collect, say): the task cannot "
             "give its own thread back meanwhile, so this might wait forever. Map over processes, "
@@ -63,9 +63,9 @@ def _in_task_thread() -> bool:
     return getattr(thread_state, "key", None) is not None
 
 
-def _in_task() -> bool:
+def current_worker() -> distributed.Worker | None:
+    """The worker in whose task this runs; None outside of tasks."""
     try:
-        distributed.get_worker()
+        return distributed.get_worker()
     except ValueError:
-        return False
-    return True
+        return None

@@ -15,13 +15,13 @@ import os
 import weakref
 from typing import Any
 
-import distributed
 from dask.system import CPU_COUNT
 from distributed import Client, Worker
 
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.exits import at_exit, not_at_exit
 from taskgrad.cluster.local import local_cluster
+from taskgrad.cluster.nested import current_worker
 from taskgrad.cluster.session import current_session, in_order
 from taskgrad.errors import TaskgradError
 from taskgrad.launch import messages
@@ -102,7 +102,7 @@ def rank() -> int:
     """
     if messages.launched():
         return messages.numbers()[0]
-    worker = _worker()
+    worker = current_worker()
     if worker is None or _is_here(worker.address):
         return 0
     if worker not in _ranks:
@@ -125,7 +125,7 @@ def size() -> int:
     """
     if messages.launched():
         return messages.numbers()[1]
-    worker = _worker()
+    worker = current_worker()
     if worker is not None:
         addresses = list(_ask(worker))
     else:
@@ -196,14 +196,6 @@ def _check(name: Any, workers: Any, threads: Any, interface: Any) -> None:
             raise ValueError(f"{what} is a whole number from {least} on; got {count!r}")
     if interface is not None and not isinstance(interface, str):
         raise TypeError(f"interface is the name of a network interface; got {interface!r}")
-
-
-def _worker() -> Worker | None:
-    """The worker whose task this is, if it is one's."""
-    try:
-        return distributed.get_worker()
-    except ValueError:
-        return None
 
 
 def _is_here(address: str) -> bool:

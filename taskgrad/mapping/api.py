@@ -12,12 +12,13 @@ from typing import Any, Literal
 from distributed import Client
 
 from taskgrad.arguments import whole
+from taskgrad.cluster.nested import current_worker
 from taskgrad.graph.pytree import flatten
 from taskgrad.mapping.items import read_rows
 from taskgrad.mapping.local import map_local
 from taskgrad.mapping.reducing import fold, mean, rounded
 from taskgrad.mapping.remote import map_remote
-from taskgrad.mapping.threads import threads_here, worker_here
+from taskgrad.mapping.threads import threads_here
 from taskgrad.thunk import Lazy, Thunk, collect
 
 
@@ -110,7 +111,7 @@ def map(
         if reduce is not None:
             raise ValueError(f"reduce={reduce!r} of a map over no items")
         return []
-    if over == "threads" or worker_here() is not None:
+    if over == "threads" or current_worker() is not None:
         # In a task: the other workers may be waiting for this one.
         threads = 1 if over == "processes" else threads_here()
         results = map_local(

@@ -51,18 +51,9 @@ from taskgrad.worker.settings import in_thread
 class MapSpec(Opaque):
     """What all chunks of a map have in common.
 
-    Attributes
-    ----------
-    title
-        The function's name.
-    threads
-        Whether a chunk is run by as many threads as its worker has.
-    taped, seed, reduce
-        As in `taskgrad.mapping.segments.ItemFunction`.
-    wanted, is_buffer
-        Which of the closed-over tensors take a gradient, and which are buffers of modules.
-    eager
-        Whether the backward is run right after the forward.
+    `threads` says whether a chunk is run by as many threads as its worker has; `taped`, `seed` and
+    `reduce` are those of `ItemFunction`; `wanted` and `is_buffer` say which of the closed-over
+    tensors take a gradient, and which are buffers of modules.
     """
 
     title: str
@@ -79,17 +70,9 @@ class MapSpec(Opaque):
 class ChunkResult(Opaque):
     """What comes back of a chunk, beside the outputs.
 
-    Attributes
-    ----------
-    attempt
-        Id of this execution. A chunk that is run again after a worker was lost gets another one,
-        so that a tape that does not fit the results is rejected.
-    results
-        The items' results, without the outputs.
-    segments
-        What ran, with its autograd graphs. They stay in the worker's process.
-    eager
-        The gradients, if the chunk was differentiated eagerly.
+    `attempt` is the id of this execution: a chunk that is run again after a worker was lost gets
+    another one, so that a tape that does not fit the results is rejected. The segments, with their
+    autograd graphs, stay in the worker's process.
     """
 
     attempt: str
@@ -185,11 +168,8 @@ def run_items(shared: list[Any], items: list[Any], spec: MapSpec, start: int) ->
         t.detach().requires_grad_() if wanted and spec.taped else t.clone() if buffer else t
         for t, wanted, buffer in zip(tensors, spec.wanted, spec.is_buffer, strict=True)
     ]
-    function = ItemFunction(
-        pack.unpack(data, leaves, own=False),
-        *(torch.is_grad_enabled(), spec.taped, spec.seed, spec.reduce),
-        shared=leaves,
-    )
+    fn = pack.unpack(data, leaves, own=False)
+    function = ItemFunction(fn, spec.taped, spec.seed, spec.reduce, leaves)
     threads = threads_here() if spec.threads else 1
     parts = _by_thread(items, start, threads)
     began = time.perf_counter()
@@ -266,7 +246,7 @@ def _with_sum(*values: ChunkValue) -> tuple[list[ChunkValue], list[Gradient] | N
     """
     found = [r.eager.shared for _, r in values if r.eager and r.eager.shared is not None]
     plain = [
-        (outputs, replace(r, segments=(), eager=r.eager and replace(r.eager, shared=None)))
+        (outputs, replace(r, segments=(), eager=r.eager and r.eager._replace(shared=None)))
         for outputs, r in values
     ]
     return plain, total(found) if len(found) == len(values) else None

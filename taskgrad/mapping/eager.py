@@ -13,12 +13,11 @@ import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from taskgrad.graph.cotangents import Gradient
-from taskgrad.graph.objects import Opaque
 from taskgrad.mapping.reducing import Widened
 from taskgrad.mapping.segments import Segment, differentiate, on_host, total
 from taskgrad.worker.failures import backward_error
@@ -31,18 +30,11 @@ _IN_A_ROW = 2
 _TUPLES = ("tuple", "namedtuple")
 
 
-@dataclass(frozen=True)
-class EagerOptions(Opaque):
-    """Whether a chunk's losses are differentiated as soon as it has run.
+class EagerOptions(NamedTuple):
+    """Whether a chunk's losses are differentiated as soon as it has run: if asked, or if it pays.
 
-    Attributes
-    ----------
-    asked
-        Yes, no, or where it pays (None).
-    seed
-        The cotangent of all losses that the backward is run with.
-    predicted
-        Whether a backward with that cotangent will likely be asked for, so that it always pays.
+    `asked` is the user's ``eager_grad``; `seed` the cotangent of all losses. It always pays if a
+    backward with that cotangent is predicted.
     """
 
     asked: bool | None
@@ -50,17 +42,11 @@ class EagerOptions(Opaque):
     predicted: bool
 
 
-@dataclass(frozen=True)
-class EagerGradients:
-    """Gradients for one cotangent of all losses.
+class EagerGradients(NamedTuple):
+    """Gradients of the closed-over tensors, summed, and of the items' tensors.
 
-    Attributes
-    ----------
-    leads
-        The positions of the losses among the outputs of all segments.
-    shared, items
-        Of the closed-over tensors, summed, and of the items' tensors. The former are None where
-        the worker sums those of several chunks.
+    They are for one cotangent of all losses, whose positions among the outputs are `leads`.
+    `shared` is None where the worker sums those of several chunks.
     """
 
     leads: list[int]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from taskgrad.cluster.nested import current_worker
 from taskgrad.graph import pack
 from taskgrad.graph.cotangents import Gradient
 from taskgrad.graph.pytree import flatten
@@ -25,7 +26,6 @@ from taskgrad.mapping.segments import (
     run_segments,
     total,
 )
-from taskgrad.mapping.threads import worker_here
 from taskgrad.worker.failures import backward_error
 
 
@@ -45,7 +45,7 @@ def map_local(
         ranges = cut(len(rows), chunksize)
     taped = torch.is_grad_enabled()
     function, originals = _detached(fn) if taped else (fn, {})
-    mapped = ItemFunction(function, taped, taped, seed, reduce)
+    mapped = ItemFunction(function, taped, seed, reduce)
     parts = [input_of(r.start, [rows[i] for i in r]) for r in ranges]
     try:
         segments = run_segments(mapped, parts, threads)
@@ -57,7 +57,7 @@ def map_local(
 
 
 def _where() -> str:
-    worker = worker_here()
+    worker = current_worker()
     return worker.address if worker else "none: a thread of this process"
 
 

@@ -7,9 +7,9 @@ its own, so that its backward can run in a thread of its own as well.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -34,28 +34,15 @@ class ItemError(Exception):
         self.frames = frames
 
 
-@dataclass(frozen=True)
-class ItemFunction:
+class ItemFunction(NamedTuple):
     """The mapped function, and how it is called with every item.
 
-    Attributes
-    ----------
-    fn
-        Called with each row.
-    grad
-        Torch's grad mode while it runs.
-    taped
-        Whether gradients are to flow back out of it.
-    seed
-        Of the items' random streams; without it they draw from torch's generator as it is.
-    reduce
-        Whether the results of a segment are added up to one.
-    shared
-        What `fn` closes over and takes a gradient, where that is a copy made for this task.
+    With `taped` gradients are to flow back out of it, also into those of the closed-over tensors
+    that were copied for it, `shared`. Without a `seed` items draw from torch's generator as it is.
+    With `reduce` the results of a segment are added up to one.
     """
 
     fn: Callable[..., Any]
-    grad: bool
     taped: bool
     seed: int | None
     reduce: bool
@@ -64,16 +51,10 @@ class ItemFunction:
 
 @dataclass
 class Results:
-    """Results of items, in order.
+    """Results of items, in order: the leaves of all of them, and the structure of each.
 
-    Attributes
-    ----------
-    leaves, structures
-        The leaves of all of them, and the structure of each.
-    flags
-        For every leaf, whether it is an output: a gradient can flow into it. It is None here.
-    entries
-        For each output the position among the results of the one that it belongs to.
+    `flags` has for every leaf whether it is an output, into which a gradient can flow; it is None
+    here. `entries` has for each output the position of its result.
     """
 
     leaves: list[Any]
@@ -100,18 +81,10 @@ class Results:
 
 @dataclass
 class Segment:
-    """Items that ran in a row, and the graph that autograd made of them.
+    """Items that ran one after the other, and the autograd graph of that.
 
-    Attributes
-    ----------
-    results
-        One for each item, or one of all.
-    taken
-        The items' tensors that take a gradient, in order.
-    outputs
-        The tensors of the results that give one, in order, with their graph.
-    shared
-        The closed-over tensors that take a gradient, the same for every segment of a map.
+    `taken` are the items' tensors that take a gradient, `outputs` the tensors of the results that
+    give one, `shared` the closed-over tensors that take one, the same for every segment of a map.
     """
 
     results: Results
@@ -120,16 +93,17 @@ class Segment:
     shared: Sequence[torch.Tensor] = ()
 
 
-@dataclass
-class SegmentInput:
-    """Rows to run, as leaves, and which of those are to take a gradient."""
+class SegmentInput(NamedTuple):
+    """Rows from item `start` on, as leaves, of which those at `wanted` are to take a gradient.
+
+    If `copied` the function gets copies: the memory is also used by others.
+    """
 
     start: int
     leaves: list[Any]
-    structure: Any
+    structure: Structure
     wanted: list[bool]
     copied: bool = False
-    """Whether the function gets copies, as the memory is not its to write in."""
 
     def fed(self, taped: bool) -> tuple[list[Row], list[torch.Tensor]]:
         """The rows as the function gets them, and the leaves of autograd that were put in."""
@@ -192,20 +166,18 @@ def _run_segment(
 ) -> Segment:
     given, taken = rows.fed(function.taped)
     results = []
-    with torch.set_grad_enabled(function.grad):
-        for offset, row in enumerate(given):
-            if not is_wanted():
-                break  # the results will not be used
-            index = rows.start + offset
-            try:
-                with _stream(function.seed, index):
-                    results.append(function.fn(*row))
-            except BaseException as error:
-                if is_ctrl_c(error):
-                    raise
-                raise ItemError(index, error, own_frames(error)) from error
-        if function.reduce and results:
-            results = [fold(results)]
+    for index, row in enumerate(given, rows.start):
+        if not is_wanted():
+            break  # the results will not be used
+        try:
+            with _stream(function.seed, index):
+                results.append(function.fn(*row))
+        except BaseException as error:
+            if is_ctrl_c(error):
+                raise
+            raise ItemError(index, error, own_frames(error)) from error
+    if function.reduce and results:
+        results = [fold(results)]
     found = Results([], [], [], [])
     outputs: list[torch.Tensor] = []
     inside = {id(t) for t in (*taken, *function.shared)}
@@ -235,13 +207,8 @@ def _is_trained(leaf: torch.Tensor) -> bool:
     return isinstance(leaf, nn.Parameter) and leaf._version > 0
 
 
-@contextlib.contextmanager
-def _stream(seed: int | None, index: int) -> Iterator[None]:
-    if seed is None:
-        yield
-    else:
-        with random_stream(seed, 0, index, "map"):
-            yield
+def _stream(seed: int | None, index: int) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if seed is None else random_stream(seed, 0, index, "map")
 
 
 def differentiate(

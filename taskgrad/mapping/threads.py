@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-import distributed
 import torch
 
+from taskgrad.cluster.nested import current_worker
 from taskgrad.graph.torch_settings import refuse_modes, thread_settings
 from taskgrad.worker.settings import in_thread
 
@@ -26,14 +26,6 @@ T = TypeVar("T")
 _allowance: contextvars.ContextVar[int | None] = contextvars.ContextVar("allowance", default=None)
 
 
-def worker_here() -> distributed.Worker | None:
-    """The Dask worker in whose task this runs, if it does."""
-    try:
-        return distributed.get_worker()
-    except ValueError:
-        return None
-
-
 def threads_here() -> int:
     """How many threads a map may use: a worker's number in a task, else the number of cores.
 
@@ -42,7 +34,7 @@ def threads_here() -> int:
     allowed = _allowance.get()
     if allowed is not None:
         return allowed
-    worker = worker_here()
+    worker = current_worker()
     if worker is not None:
         return int(worker.state.nthreads)
     if hasattr(os, "sched_getaffinity"):

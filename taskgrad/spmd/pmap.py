@@ -7,11 +7,12 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from distributed import Client, get_worker
+from distributed import Client
 
 from taskgrad import autograd
 from taskgrad.arguments import shown
 from taskgrad.cluster.config import deadline
+from taskgrad.cluster.nested import current_worker
 from taskgrad.cluster.session import Session, session
 from taskgrad.errors import TaskgradError
 from taskgrad.executors.registry import executor_of
@@ -179,14 +180,11 @@ def _refuse_inside(title: str) -> None:
             f"pmap of {title!r} inside a function that tg.pmap runs: maps are not nested. Map one "
             "axis, and use torch.vmap for the other"
         )
-    try:
-        get_worker()
-    except ValueError:
-        return
-    raise TaskgradError(
-        f"pmap of {title!r} is called inside a task, such as a chain's layer or a function given "
-        "to tg.spawn: call it on the driver"
-    )
+    if current_worker() is not None:
+        raise TaskgradError(
+            f"pmap of {title!r} is called inside a task, such as a chain's layer or a function "
+            "given to tg.spawn: call it on the driver"
+        )
 
 
 def _split(title: str, args: Any, kwargs: Any, in_axes: Any) -> _Split:
