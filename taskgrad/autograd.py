@@ -20,7 +20,7 @@ from taskgrad.executors.backward import accumulations, run_backward
 from taskgrad.executors.base import Executor
 from taskgrad.graph.adjoint import Adjoint, adjoint, calls_behind
 from taskgrad.graph.calls import Call
-from taskgrad.graph.cotangents import add
+from taskgrad.graph.cotangents import Gradient, add
 from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import Node
 from taskgrad.graph.pytree import carries_gradient, cotangents, flatten
@@ -45,7 +45,54 @@ class _Claim:
         self.end()
 
 
-class _Group:
+class Recording:
+    """What was recorded of a computation on workers or in threads, for its backward there."""
+
+    takes_create_graph = False
+    """Whether ``create_graph=True`` calls `differentiable`; else torch's error says it cannot."""
+
+    def backward(self, grads: Sequence[Gradient], retain: bool) -> Sequence[Gradient]:
+        """Gradients of the inputs, given those of the outputs."""
+        raise NotImplementedError
+
+    def differentiable(
+        self, inputs: Sequence[torch.Tensor], grads: Sequence[Gradient]
+    ) -> Sequence[Gradient]:
+        """The same, as functions of the inputs and of the gradients of the outputs."""
+        raise NotImplementedError
+
+
+class _Recorded(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, recording: Recording, outputs: Sequence[torch.Tensor], *inputs: torch.Tensor
+    ) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.recording = recording
+        ctx.save_for_backward(*inputs)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Gradient) -> Any:
+        if torch.is_grad_enabled() and ctx.recording.takes_create_graph:
+            return None, None, *ctx.recording.differentiable(ctx.saved_tensors, grads)
+        return _backward_once(ctx, *grads)
+
+
+@torch.autograd.function.once_differentiable
+def _backward_once(ctx: Any, *grads: Gradient) -> Any:
+    return None, None, *ctx.recording.backward(grads, _keeps_graph())
+
+
+def record(
+    recording: Recording, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """The same outputs, as functions of these inputs in the driver's autograd graph."""
+    found: tuple[torch.Tensor, ...] = _Recorded.apply(recording, outputs, *inputs)
+    return found
+
+
+class _Group(Recording):
     """Collected values that share calls, and what one backward through them needs."""
 
     def __init__(self, nodes: list[Node], values: list[Any], executor: Executor) -> None:
@@ -70,8 +117,9 @@ class _Group:
                     leaves[i] = _TENSOR
         return taken
 
-    def backward(self, grads: Sequence[torch.Tensor | None], retain: bool) -> list[Any]:
-        """Gradients of `inputs`."""
+    def backward(self, grads: Sequence[Gradient], retain: bool) -> list[Gradient]:
+        """Gradients of an anchor and of `inputs`."""
+        self.waiting.clear()
         if self.spent:
             raise TapeError(
                 "backward a second time through a collected value: its tapes were used by the "
@@ -96,7 +144,7 @@ class _Group:
             self.spent = True
             self.claim.end()
         self.waiting.append(found)
-        return [by_tensor.get(id(value)) for value in self.inputs]
+        return [_anchor(), *(by_tensor.get(id(value)) for value in self.inputs)]
 
     def accumulate(self, anchor: torch.Tensor) -> None:
         """Autograd's accumulation has reached us: so do the workers' parameters'."""
@@ -148,27 +196,12 @@ def _is_attached(leaf: Any) -> bool:
 _TENSOR = object()  # stands for a tensor that was handed to autograd
 
 
-class _Bridge(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: _Group, anchor: torch.Tensor, *inputs: torch.Tensor) -> Any:
-        ctx.set_materialize_grads(False)
-        ctx.group = group
-        return tuple(group.take_tensors())
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        group: _Group = ctx.group
-        group.waiting.clear()
-        return None, _anchor(), *group.backward(grads, keeps_graph())
-
-
 def _anchor() -> torch.Tensor:
     """Independent of the default dtype and device, which may be others in the backward."""
     return torch.zeros(0, dtype=torch.float32, device="cpu")
 
 
-def keeps_graph() -> bool:
+def _keeps_graph() -> bool:
     """Whether the running backward has retain_graph=True.
 
     Torch has no public name for it; without this one tapes are kept until the graph goes.
@@ -187,7 +220,7 @@ def attach(nodes: Sequence[Node], values: Sequence[Any], executor: Executor) -> 
         anchor = _anchor().requires_grad_()
         anchor.register_post_accumulate_grad_hook(group.accumulate)
         structures = list(group.flat)
-        outputs = iter(_Bridge.apply(group, anchor, *group.inputs))
+        outputs = iter(record(group, group.take_tensors(), [anchor, *group.inputs]))
         for i, (leaves, structure) in zip(members, structures, strict=True):
             attached[i] = structure.build(
                 [next(outputs) if leaf is _TENSOR else leaf for leaf in leaves]

@@ -14,7 +14,7 @@ from taskgrad.graph.pytree import flatten
 from taskgrad.item_errors import is_ctrl_c, item_error
 from taskgrad.mapping.closed_over import closed_over_tensors, title_of
 from taskgrad.mapping.items import Row, cut, share
-from taskgrad.mapping.recording import Recording, join
+from taskgrad.mapping.recording import MapRecording, join
 from taskgrad.mapping.segments import (
     ItemError,
     ItemFunction,
@@ -68,25 +68,23 @@ def _attach(
     originals: dict[int, torch.Tensor],
     threads: int,
 ) -> list[Any]:
-    results = Results.joined(segment.results for segment in segments)
-    outputs = [output.detach() for segment in segments for output in segment.outputs]
-    if not outputs:
-        return results.build(())
     taken = {id(t) for segment in segments for t in segment.taken}
-    shared = [
-        t for t in leaves_behind(o for p in segments for o in p.outputs) if id(t) not in taken
-    ]
+    behind = leaves_behind(o for segment in segments for o in segment.outputs)
+    shared = [t for t in behind if id(t) not in taken]
     for segment in segments:
         segment.shared = shared
-    items = [
-        leaf
-        for part in parts
-        for leaf, wanted in zip(part.leaves, part.wanted, strict=True)
-        if wanted
-    ]
-    inputs = [*(originals.get(id(t), t) for t in shared), *items]
-    recording = LocalRecording(title_of(fn), results.entries, segments, threads)
-    return join(recording, results, outputs, inputs)
+    inputs = [originals.get(id(t), t) for t in shared]
+    inputs += [t for p in parts for t, wanted in zip(p.leaves, p.wanted, strict=True) if wanted]
+    return _joined(title_of(fn), segments, inputs, threads, retains=False)
+
+
+def _joined(
+    title: str, segments: list[Segment], inputs: list[Any], threads: int, *, retains: bool
+) -> list[Any]:
+    """The results of segments, as functions of these inputs in the caller's autograd graph."""
+    results = Results.joined(segment.results for segment in segments)
+    recording = LocalRecording(title, results.entries, segments, threads, retains)
+    return join(recording, results, [o for s in segments for o in s.outputs], inputs)
 
 
 def _detached(fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[int, torch.Tensor]]:
@@ -131,20 +129,27 @@ def leaves_behind(outputs: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return list(found.values())
 
 
-class LocalRecording(Recording):
-    """Segments in this process. Inputs: the closed-over tensors, then those of each one's items."""
+class LocalRecording(MapRecording):
+    """Segments in this process. Inputs: the closed-over tensors, then those of each one's items.
+
+    A second derivative goes through the graphs of the first, too: with `retains` they are kept.
+    """
 
     def __init__(
-        self, title: str, entries: Sequence[int], segments: Sequence[Segment], threads: int
+        self,
+        title: str,
+        entries: Sequence[int],
+        segments: Sequence[Segment],
+        threads: int,
+        retains: bool,
     ) -> None:
         super().__init__(title, entries)
         self.segments = segments
         self.threads = threads
-        # A second derivative goes through the graphs of the first, too, which then must be kept.
-        self.retains = False
+        self.retains = retains
 
     def backward(self, cotangents: Sequence[Gradient], retain: bool) -> list[Gradient]:
-        """Every segment's in a thread."""
+        """Gradients from the segments' graphs, each in a thread."""
         self.claim(cotangents, retain)
         shared, taken = self._differentiate(
             self._by_segment(cotangents), retain=retain or self.retains
@@ -154,7 +159,7 @@ class LocalRecording(Recording):
     def differentiable(
         self, inputs: Sequence[torch.Tensor], cotangents: Sequence[Gradient]
     ) -> list[Gradient]:
-        """The backward, recorded in its turn: more segments, joined to the caller's graph."""
+        """The backward, recorded as segments of another map."""
         self.claim(cotangents, True)
         self.retains = True
         given = self._by_segment(cotangents)
@@ -172,12 +177,8 @@ class LocalRecording(Recording):
             segments.append(Segment(results, takers, outputs, segment.shared))
             joined += [next(rest) for _ in segment.taken]
             joined += [c for c in cs if c is not None]
-        results = Results.joined(segment.results for segment in segments)
         title = f"the backward of {self.title}"
-        recording = LocalRecording(title, results.entries, segments, self.threads)
-        recording.retains = True
-        detached = [output.detach() for segment in segments for output in segment.outputs]
-        gradients = join(recording, results, detached, joined)
+        gradients = _joined(title, segments, joined, self.threads, retains=True)
         count = len(self.segments[0].shared)
         return [
             *total([grads[:count] for grads in gradients]),

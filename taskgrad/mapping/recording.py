@@ -1,7 +1,7 @@
 """The results of a map as part of the caller's autograd graph.
 
-A map is one autograd Function. Its inputs are the tensors that take a gradient, its outputs those
-of the results that give one; its backward is that of a `Recording`, on workers or in threads.
+A map is one autograd function, whose inputs are the tensors that take a gradient, and whose outputs
+are those of the results that give one. Its backward runs on workers or in threads.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from taskgrad.autograd import keeps_graph
+from taskgrad.autograd import Recording, record
 from taskgrad.errors import TapeError
 from taskgrad.graph.cotangents import Gradient
 from taskgrad.mapping.segments import Results
 
 
-class Recording:
+class MapRecording(Recording):
     """The backward of one map.
 
     Parameters
@@ -28,6 +28,8 @@ class Recording:
         For each output the position of the result that it belongs to. Each result can be
         differentiated once, as if it had a graph of its own.
     """
+
+    takes_create_graph = True
 
     def __init__(self, title: str, entries: Sequence[int]) -> None:
         self.title = title
@@ -58,41 +60,15 @@ class Recording:
         """True if no result is left to be differentiated."""
         return self.used.issuperset(self.entries)
 
-    def backward(self, cotangents: Sequence[Gradient], retain: bool) -> list[Gradient]:
-        """Gradients of the inputs, given those of the outputs."""
-        raise NotImplementedError
-
-    def differentiable(
-        self, inputs: Sequence[torch.Tensor], cotangents: Sequence[Gradient]
-    ) -> list[Gradient]:
-        """The same for ``create_graph=True``: as functions of inputs and cotangents."""
-        raise NotImplementedError
-
-
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, recording: Recording, outputs: list[torch.Tensor], *inputs: torch.Tensor
-    ) -> Any:
-        ctx.set_materialize_grads(False)
-        ctx.recording = recording
-        ctx.save_for_backward(*inputs)
-        return tuple(output.detach() for output in outputs)  # no views: users write in place
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Gradient) -> Any:
-        recording: Recording = ctx.recording
-        if torch.is_grad_enabled():  # create_graph=True
-            found = recording.differentiable(ctx.saved_tensors, cotangents)
-        else:
-            found = recording.backward(cotangents, keeps_graph())
-        return None, None, *found
-
 
 def join(
-    recording: Recording, results: Results, outputs: list[torch.Tensor], inputs: list[torch.Tensor]
+    recording: MapRecording,
+    results: Results,
+    outputs: list[torch.Tensor],
+    inputs: list[torch.Tensor],
 ) -> list[Any]:
     """The results, with their outputs attached to autograd's graph."""
+    outputs = [output.detach() for output in outputs]  # no views: users write in place
     if not outputs or not inputs:
         return results.build(outputs)
-    return results.build(_Join.apply(recording, outputs, *inputs))
+    return results.build(record(recording, outputs, inputs))

@@ -34,7 +34,7 @@ from taskgrad.mapping.chunk import (
 from taskgrad.mapping.closed_over import pack_mapped, title_of
 from taskgrad.mapping.eager import BackwardPredictor, EagerOptions
 from taskgrad.mapping.items import Row, cut, share
-from taskgrad.mapping.recording import Recording, join
+from taskgrad.mapping.recording import MapRecording, join
 from taskgrad.mapping.segments import ItemError, Results, total
 
 
@@ -200,7 +200,7 @@ def _wait(
     return found or executor.wait(sums)
 
 
-class RemoteRecording(Recording):
+class RemoteRecording(MapRecording):
     """Chunks on workers. Inputs are the closed-over tensors, then those of each chunk's items."""
 
     def __init__(
