@@ -30,21 +30,11 @@ Runs = tuple[tuple[int, int], ...]
 
 
 class ChunksPullback(Pullback):
-    """The pullback of chunks on one worker.
+    """The pullback of chunks on one worker; `given` are the cotangents of their outputs, in order.
 
     Its value are the gradients of the closed-over tensors, summed, and for each chunk those of its
-    items' tensors; None for a chunk without cotangents.
-
-    Parameters
-    ----------
-    chunks
-        The calls whose tapes it uses.
-    results
-        Their results: a tape is used only if it is of the same attempt.
-    given
-        For each chunk a cotangent, or None, for each of its outputs.
-    threads
-        Whether it uses as many threads as the worker has.
+    items' tensors; None for a chunk without cotangents. A tape is used only if it is of the same
+    attempt as the chunk's result. `threads` allows it as many threads as the worker has.
     """
 
     __slots__ = ("chunks", "results", "runs", "threads")
@@ -79,12 +69,8 @@ class PullBackChunks:
     ) -> tuple[list[Gradient], list[list[Gradient] | None]]:
         """The gradients.
 
-        Raises
-        ------
-        LayerError
-            Autograd raised.
-        WorkerLostError
-            A tape is not here, or of another attempt: the worker was restarted.
+        Raises LayerError if autograd raised; WorkerLostError if a tape is not here, or of another
+        attempt, as the worker was restarted.
         """
         cotangents = iter(decode(self.runs, distinct))
         used: dict[str, Sequence[Segment]] = {}

@@ -7,9 +7,10 @@ backward runs in as many threads (`taskgrad.mapping.backward`).
 
 from __future__ import annotations
 
+import functools
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,6 +89,11 @@ ChunkValue = tuple[list[torch.Tensor], ChunkResult]
 """The outputs, and the rest."""
 
 
+@functools.cache
+def _packed(fn: Callable[..., Any]) -> bytes:
+    return pack.pack(fn).data
+
+
 class Shared(Node):
     """A leaf's value as the result of a task, which several chunks on one worker take."""
 
@@ -138,7 +144,7 @@ class Chunk(Call):
             steps=((0, spec.title, "map"),),
             inputs=(shared, items),
             template=template(((Slot(0), Slot(1), spec, rows.start), {})),
-            function=pack.pack(run_items).data,
+            function=_packed(run_items),
             worker=worker,
             key=new_key("map", spec.title),
             raw=True,
@@ -232,7 +238,7 @@ def sum_on_worker(chunks: Sequence[Chunk]) -> Call:
             steps=((0, title, "sum"),),
             inputs=chunks,
             template=template((tuple(map(Slot, range(len(chunks)))), {})),
-            function=pack.pack(_with_sum).data,
+            function=_packed(_with_sum),
             worker=chunks[0].worker,
             key=new_key("grad", title),
             raw=True,

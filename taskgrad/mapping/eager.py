@@ -119,8 +119,9 @@ def _losses(segment: Segment) -> list[int] | None:
             return None
         leads.append(before)
         before += structure.count
-    outputs = [i for i, flag in enumerate(results.flags) if flag]
-    positions = [outputs.index(lead) for lead in leads]
+    outputs = (i for i, flag in enumerate(results.flags) if flag)
+    position = {leaf: i for i, leaf in enumerate(outputs)}
+    positions = [position[lead] for lead in leads]
     return positions if all(segment.outputs[i].dim() == 0 for i in positions) else None
 
 

@@ -78,7 +78,7 @@ def map_remote(
     parts = []
     for some, (_, worker) in zip(items, placed, strict=True):
         shared = leaf if len(some) == 1 else Shared(leaf, worker)
-        parts.append(_WorkerChunks(spec, [_chunk(spec, chunk, shared, worker) for chunk in some]))
+        parts.append(_WorkerChunks(spec, [chunk.chunk(spec, shared, worker) for chunk in some]))
     executor = executor_of(owner)
     outputs = _run(fn, parts, executor)
     results = Results.joined(r.results for part in parts for r in part.results)
@@ -114,14 +114,12 @@ class _ChunkItems:
         self.takers = [t for t, w in zip(self.tensors, wanted, strict=True) if w]
         self._template = with_slots(leaves), structure, wanted
 
-    def pickled(self, title: str) -> bytes:
-        """All but the tensors.
+    def chunk(self, spec: MapSpec, shared: Node, worker: str) -> Chunk:
+        """The call of the chunk; TypeError if an item cannot be pickled."""
+        given = Leaf([self._pickled(spec.title), *self.tensors], needs_grad=bool(self.takers))
+        return Chunk(spec, self.rows, shared, given, len(self.takers), worker)
 
-        Raises
-        ------
-        TypeError
-            An item cannot be pickled.
-        """
+    def _pickled(self, title: str) -> bytes:
         return pickle_or_explain(
             lambda: bytes(cloudpickle.dumps(self._template)),
             lambda: f"item {self._unpicklable()} of the map of {title!r}",
@@ -146,11 +144,6 @@ def _picklable(row: Row) -> bool:
     except Exception:
         return False
     return True
-
-
-def _chunk(spec: MapSpec, items: _ChunkItems, shared: Node, worker: str) -> Chunk:
-    given = Leaf([items.pickled(spec.title), *items.tensors], needs_grad=bool(items.takers))
-    return Chunk(spec, items.rows, shared, given, len(items.takers), worker)
 
 
 def _run(

@@ -22,14 +22,8 @@ _JOIN_S = 1.0
 class Feeder:
     """Pulls items while the window has room.
 
-    It is a thread of its own so that an input that blocks does not hold back results.
-
-    Parameters
-    ----------
-    inputs
-        Iterators; with several an item is a tuple, and the shortest ends the stream.
-    title
-        The mapped function's name, for messages.
+    It is a thread of its own so that an input that blocks does not hold back results. With several
+    inputs an item is a tuple, and the shortest ends the stream. `title` is the mapped function's.
     """
 
     def __init__(
@@ -133,7 +127,7 @@ class Feeder:
         first = self._window.pulled - len(items)
         batch = InFlight(self._numbers, first, len(items), items, items.nbytes)
         self._numbers += 1
-        self._window.add(batch)
+        self._window.batches[batch.number] = batch
         return batch
 
     def _close_inputs(self) -> None:

@@ -146,7 +146,7 @@ class Stream:
                 found = window.next()
                 if found is not None:
                     return found
-                if feeder.is_done() and window.is_empty():
+                if feeder.is_done() and not window.batches:
                     if feeder.error is not None:
                         raise feeder.error
                     return None
@@ -233,7 +233,7 @@ class Stream:
         """A message came from the task of a batch."""
         window = self._window
         with window.changed:
-            batch = window.get(message["number"])
+            batch = window.batches.get(message["number"])
             self._last_message = time.monotonic()
             if batch is None or batch.answered:
                 return  # its task ran twice

@@ -20,16 +20,8 @@ class Window:
     It belongs to two threads: the feeder adds batches while there is room, the consumer takes them
     out; and to the client's event loop, where answers come. All hold `changed` meanwhile.
 
-    Parameters
-    ----------
-    threads
-        How many batches run at a time.
-    chunksize, buffersize
-        As in `taskgrad.imap`; None to choose them.
-    length
-        How many items there will be, if that is known.
-    unordered
-        Whether batches are taken out as they are answered.
+    `threads` batches run at a time; `length` is the number of items, if that is known. The rest is
+    as in `taskgrad.imap`; sizes that are None are chosen here.
     """
 
     def __init__(
@@ -49,7 +41,8 @@ class Window:
         self.resend: deque[InFlight] = deque()
         """Batches that have to be sent once more."""
         self.sizing = Sizing(chunksize, threads)
-        self._batches: dict[int, InFlight] = {}
+        self.batches: dict[int, InFlight] = {}
+        """Those that were sent and not yielded, by number."""
         self._answered: deque[int] = deque()
         self._next = 0
         self._length = length
@@ -71,7 +64,7 @@ class Window:
             return 0
 
     def _room(self) -> int:
-        batches, threads = self._batches.values(), self.sizing.threads
+        batches, threads = self.batches.values(), self.sizing.threads
         if len(self.unanswered()) >= _RUNNING * threads or len(batches) >= _HELD * threads:
             return 0
         nbytes = sum(b.nbytes for b in batches)
@@ -89,17 +82,9 @@ class Window:
             self.sizing.threads = threads
             self.changed.notify_all()
 
-    def add(self, batch: InFlight) -> None:
-        """A batch is about to be sent."""
-        self._batches[batch.number] = batch
-
-    def get(self, number: int) -> InFlight | None:
-        """The batch of this number, unless it was taken out."""
-        return self._batches.get(number)
-
     def unanswered(self) -> list[InFlight]:
         """The batches whose results are not here."""
-        return [b for b in self._batches.values() if not b.answered]
+        return [b for b in self.batches.values() if not b.answered]
 
     def answered(self, batch: InFlight) -> None:
         """A batch has run."""
@@ -119,8 +104,8 @@ class Window:
     def next(self) -> InFlight | None:
         """The batch whose results are to be yielded next, if it was answered."""
         if self._unordered:
-            return self._batches[self._answered.popleft()] if self._answered else None
-        batch = self._batches.get(self._next)
+            return self.batches[self._answered.popleft()] if self._answered else None
+        batch = self.batches.get(self._next)
         if batch is None or not batch.answered:
             return None
         self._next += 1
@@ -129,19 +114,15 @@ class Window:
     def remove(self, batch: InFlight) -> None:
         """The results of a batch were yielded."""
         with self.changed:
-            del self._batches[batch.number]
+            del self.batches[batch.number]
             self.changed.notify_all()
-
-    def is_empty(self) -> bool:
-        """True if nothing is in flight."""
-        return not self._batches
 
     def stop(self) -> None:
         """Release all batches; nothing is sent any more."""
         with self.changed:
             self.stopped = True
             self.changed.notify_all()
-            batches = list(self._batches.values())
-            self._batches.clear()
+            batches = list(self.batches.values())
+            self.batches.clear()
         for batch in batches:
             batch.release()

@@ -83,7 +83,8 @@ class Forward:
             leaves, structure = flatten(value)
             own = {0} if slot in arguments.parameters else structure.parameters
             if call.raw:
-                taken, given = leaves, leaves
+                taken = [leaf if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+                given = leaves
             else:
                 taken, given = _feed(leaves, self.taped and wanted, device, own)
             takes.append(taken)
