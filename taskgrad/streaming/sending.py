@@ -34,7 +34,7 @@ class InFlight:
     future: Future | None = None
     results: Batch | None = None
     failure: Failure | None = None
-    worker: str = ""
+    ran_on: str = ""
     answered: bool = False
 
     def label(self, title: str) -> str:

@@ -101,7 +101,7 @@ class Stream:
             failure = Failure(error)
         if failure is not None:
             if failure.of_item:
-                raise item_error(failure.error, index, self._fn, batch.worker, failure.frames)
+                raise item_error(failure.error, index, self._fn, batch.ran_on, failure.frames)
             raise failure.error
 
     def _fetched(self, batch: InFlight) -> Batch | None:
@@ -131,7 +131,7 @@ class Stream:
     def _send_again(self, batch: InFlight) -> None:
         if batch.attempts >= _ATTEMPTS:
             raise WorkerLostError(
-                f"the results of {batch.label(self._title)} were on worker {batch.worker}, and are "
+                f"the results of {batch.label(self._title)} were on worker {batch.ran_on}, and are "
                 f"lost, for the {_ATTEMPTS}rd time. Look at the workers' logs"
             )
         with self._window.changed:
@@ -241,7 +241,7 @@ class Stream:
                 self._sender.lease = False
                 window.send_again(batch, answered=False)
                 return
-            batch.worker = worker
+            batch.ran_on = worker
             batch.results = message.get("results")
             batch.failure = message.get("failure")
             if message["whole"]:  # else its task may have to run again
