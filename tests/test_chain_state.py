@@ -160,6 +160,19 @@ def test_zero_grad_and_grads_are_copies(client):
     assert tg.collect(chain.grads()["0.weight"]) is None
 
 
+def test_gradients_that_were_read_together_stay_as_they_were_read(client):
+    chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 1)), client=client)
+    x = torch.ones(1, 2)
+    chain(x).backward(torch.ones(1, 1))
+    grads = chain.grads()
+    first = tg.collect(grads)
+    chain(x).backward(torch.ones(1, 1))
+    for name, grad in grads.items():
+        assert_same(tg.collect(grad), first[name], name)
+        assert_same(tg.collect(grad * 1), first[name], name)
+    assert_same(tg.collect(chain.grads())["0.bias"], 2 * first["0.bias"])
+
+
 def test_an_output_that_is_a_parameter_does_not_change_under_an_update(client):
     class Weight(nn.Module):
         def __init__(self):

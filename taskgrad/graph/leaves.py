@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from taskgrad.graph.nodes import Node, new_key
 from taskgrad.graph.pytree import carries_gradient, map_leaves, tensors
 
 
-def _versions(value: Any) -> list[int | None]:
+def _versions(found: Iterable[torch.Tensor]) -> list[int | None]:
     """How often each tensor was written in place; inference tensors do not count it."""
-    return [None if t.is_inference() else t._version for t in tensors(value)]
+    return [None if t.is_inference() else t._version for t in found]
 
 
 class Leaf(Node):
@@ -49,7 +49,7 @@ class Leaf(Node):
         if needs_grad is None:
             needs_grad = any(t.requires_grad for t in found)
         self.needs_grad = needs_grad and any(map(carries_gradient, found))
-        self._version = _versions(value)
+        self._version = _versions(found)
         self._sent = unwatched_copy(value) if kept and has_unwatched(value) else value
 
     def sent(self) -> Any:
@@ -60,7 +60,7 @@ class Leaf(Node):
         TaskgradError
             A tensor was written in place after the call that it is an input of was made.
         """
-        if _versions(self.value) != self._version:
+        if _versions(tensors(self.value)) != self._version:
             raise TaskgradError(
                 "an input was modified in place after the call that it was given to was made, and "
                 "before that ran: calls are lazy. Collect first, or give the call a .clone()"
@@ -71,7 +71,7 @@ class Leaf(Node):
         """Give the leaf's tensor, in place, the value that a call gave a buffer."""
         with torch.no_grad():
             self.value.copy_(value)
-        self._version = _versions(self.value)
+        self._version = _versions(tensors(self.value))
 
 
 class External(Node):
