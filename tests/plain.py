@@ -11,7 +11,7 @@ from torch import nn
 
 import taskgrad as tg
 from taskgrad.cluster.worker_plugin import store_of
-from taskgrad.worker.store import ResidentShard
+from taskgrad.worker.shard import ResidentShard
 
 
 class ConvNet(nn.Sequential):
@@ -184,7 +184,7 @@ def assert_same_training(chain: tg.GraphChain, plain: PlainTrainer, client: Any)
 
 def optimizer_state(client: Any, chain: tg.GraphChain) -> dict[str, dict[str, Any]]:
     """What the chain's optimizers keep on the workers, by parameter."""
-    tokens = {stage.token for stage in chain._shards.values()}
+    tokens = {stage.token for stage in chain.layout.shards}
     found: dict[str, dict[str, Any]] = {}
     for states in client.run(_optimizer_state, tokens).values():
         found |= states

@@ -77,8 +77,8 @@ def optimizer_state(dask_worker, tokens):
 def everything(trainer):
     trainer.wait()
     found = trainer.chain.state_dict()
-    tokens = {stage.token for stage in trainer.chain._shards.values()}
-    states = trainer.chain._session.client.run(optimizer_state, tokens=tokens)
+    tokens = {stage.token for stage in trainer.chain.layout.shards}
+    states = trainer.chain.layout.session.client.run(optimizer_state, tokens=tokens)
     for state in states.values():
         found |= state
     return found
@@ -368,7 +368,7 @@ DRIVER = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 from distributed import Client
-from taskgrad.train import saving
+from taskgrad.train.checkpoints import write
 from test_checkpoint import F, SGD, net, tg, train
 
 def die(*args, **kwargs):
@@ -379,7 +379,7 @@ with Client({address!r}) as client:
     train(trainer, 0, 3)
     trainer.save({run!r})
     train(trainer, 3, 5)
-    saving.{moment} = die
+    write.{moment} = die
     trainer.save({run!r})
 """
 

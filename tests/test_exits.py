@@ -16,7 +16,7 @@ from torch import nn
 import taskgrad as tg
 from conftest import total_held, wait_until
 from helpers import long_rows
-from taskgrad.cluster.tasks import mail
+from taskgrad.cluster.tasks import mailboxes
 
 
 def in_worker() -> bool:
@@ -34,7 +34,9 @@ def survives(client):
     yield client
     assert client.run(os.getpid) == before
     assert wait_until(lambda: not any(total_held(client).values()))
-    assert wait_until(lambda: not any(n for m in client.run(mail).values() for n in m.values()))
+    assert wait_until(
+        lambda: not any(n for m in client.run(mailboxes).values() for n in m.values())
+    )
 
 
 def caught(call, match="SystemExit", kind=tg.LayerError, cause=SystemExit):

@@ -48,8 +48,8 @@ def _rates(tokens, dask_worker):
 def rates(trainer):
     """(learning rates, the scheduler's count of steps), the same on both stages."""
     trainer.wait()
-    tokens = {stage.token for stage in trainer.chain._shards.values()}
-    found = trainer.chain._session.client.run(_rates, tokens)
+    tokens = {stage.token for stage in trainer.chain.layout.shards}
+    found = trainer.chain.layout.session.client.run(_rates, tokens)
     [first], [second] = found.values()
     assert first == second
     return first

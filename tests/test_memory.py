@@ -20,8 +20,10 @@ from helpers import assert_same, future_of, long
 from taskgrad.graph.pytree import flatten
 from taskgrad.worker.backward import Backward
 from taskgrad.worker.memory import storages, total_bytes
-from taskgrad.worker.shard_lock import turn
-from taskgrad.worker.store import ResidentShard, Store, Tape
+from taskgrad.worker.shard import ResidentShard
+from taskgrad.worker.shard_lock import exclusive
+from taskgrad.worker.store import Store
+from taskgrad.worker.tape import Tape
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")
@@ -239,7 +241,7 @@ def test_nobody_reads_gradients_while_a_task_has_the_stage():
     made, asked = threading.Event(), threading.Event()
 
     def task():
-        with turn(stage):
+        with exclusive(stage):
             parameter.grad = torch.ones(100)
             made.set()
             asked.wait(30)

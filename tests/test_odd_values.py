@@ -15,7 +15,7 @@ from torch import nn
 
 import taskgrad as tg
 from conftest import total_held, wait_until
-from taskgrad.cluster.tasks import mail
+from taskgrad.cluster.tasks import mailboxes
 
 ODD = [
     *(None, True, False, 0, 1, -1, 2**70, 0.0, 1.5, -1.0, math.nan, math.inf, 1j),
@@ -177,4 +177,4 @@ def test_odd_values_end_in_a_value_or_a_sentence(client, name):
     feed()
     assert tg.collect(tg.spawn(torch.neg, torch.ones(2))).tolist() == [-1.0, -1.0]
     assert wait_until(lambda: not any(total_held(client).values()))
-    assert all(not any(boxes.values()) for boxes in client.run(mail).values())
+    assert all(not any(boxes.values()) for boxes in client.run(mailboxes).values())

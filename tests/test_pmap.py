@@ -13,7 +13,7 @@ from torch import nn
 
 import taskgrad as tg
 from conftest import ran_on, total_held, wait_until
-from taskgrad.cluster.tasks import mail
+from taskgrad.cluster.tasks import mailboxes
 
 
 @dataclass
@@ -23,8 +23,8 @@ class Pair:
 
 
 def empty(client) -> bool:
-    """Whether no worker holds anything of ours, mail included."""
-    counts = [*client.run(mail).values(), total_held(client)]
+    """Whether no worker holds anything of ours, mailboxes included."""
+    counts = [*client.run(mailboxes).values(), total_held(client)]
     return not any(value for count in counts for value in count.values())
 
 

@@ -14,15 +14,15 @@ from distributed import Client
 
 import taskgrad as tg
 from conftest import total_held, wait_until
-from taskgrad.cluster.tasks import mail
-from taskgrad.worker.mailbox import End, GangFailed, Mail, Message
+from taskgrad.cluster.tasks import mailboxes
+from taskgrad.worker.mailbox import GroupAborted, Mailboxes, Message, TaskOutcome
 
 X = torch.randn(4, 3)
 
 
 def empty(client) -> bool:
-    """Whether no worker holds anything of ours, mail included."""
-    counts = [*client.run(mail).values(), total_held(client)]
+    """Whether no worker holds anything of ours, mailboxes included."""
+    counts = [*client.run(mailboxes).values(), total_held(client)]
     return not any(value for count in counts for value in count.values())
 
 
@@ -188,7 +188,7 @@ def test_a_rank_that_waits_gives_its_thread_and_its_random_stream_away(client, t
     def beside(work, flag):
         thread = threading.Thread(target=work)
         thread.start()
-        assert wait_until(lambda: any(c["mailboxes"] for c in client.run(mail).values()))
+        assert wait_until(lambda: any(c["mailboxes"] for c in client.run(mailboxes).values()))
         tg.pmap(make, in_axes=(0, None), client=client)(X[:1], flag)
         thread.join()
 
@@ -239,45 +239,45 @@ def message(source=1, number=0, store="a"):
 
 
 def test_a_mailbox_takes_what_comes_early_and_refuses_what_comes_late():
-    mail = Mail()
+    mail = Mailboxes()
     assert mail.deliver("task", message()) is None  # before it has begun
     mail.open("task", lost)
     assert mail.wait("task", 0, [1, 2], 0) == {2}
     mail.deliver("task", message(source=2))
     assert [m.source for m in mail.take("task", 0, [1, 2])] == [1, 2]
-    mail.end("task", End(1, None))
-    assert mail.deliver("task", message(number=1)) == End(1, None)
+    mail.end("task", TaskOutcome(1, None))
+    assert mail.deliver("task", message(number=1)) == TaskOutcome(1, None)
     assert mail.held() == {"mailboxes": 0, "messages": 0}
 
 
 def test_a_task_that_is_let_go_of_ends():
     gone = set()
-    mail = Mail(gone.__contains__)
+    mail = Mailboxes(is_released=gone.__contains__)
     mail.deliver("early", message())
     mail.open("waits", lost)
     gone |= {"early", "waits"}
     timer = threading.Timer(0.05, mail.release, [["early", "waits"]])
     timer.start()
-    with pytest.raises(GangFailed, match="let go of"):
+    with pytest.raises(GroupAborted, match="let go of"):
         mail.wait("waits", 0, [1], 10)
     timer.join()
     assert mail.deliver("early", message()).error is not None
     assert mail.held() == {"mailboxes": 1, "messages": 0}
-    mail.end("waits", End(0, None))
+    mail.end("waits", TaskOutcome(0, None))
     assert mail.held() == {"mailboxes": 0, "messages": 0}
 
 
 def test_a_rank_that_begins_again_elsewhere_is_refused():
-    mail = Mail()
+    mail = Mailboxes()
     mail.open("task", lost)
     mail.deliver("task", message(store="a"))
     mail.deliver("task", message(store="b"))
-    with pytest.raises(GangFailed, match="rank 1 has begun a second time"):
+    with pytest.raises(GroupAborted, match="rank 1 has begun a second time"):
         mail.wait("task", 0, [1], 0)
 
 
 def test_mail_for_a_task_that_never_begins_is_dropped_in_time():
-    mail = Mail()
+    mail = Mailboxes()
     mail.deliver("never", message())
     mail.open("runs", lost)
     mail.expire(60)
@@ -287,11 +287,11 @@ def test_mail_for_a_task_that_never_begins_is_dropped_in_time():
 
 
 def test_a_task_fails_when_a_worker_of_its_gang_is_gone():
-    mail = Mail()
+    mail = Mailboxes()
     mail.open("task", lost)
     mail.gone("another")
     assert mail.wait("task", 0, [1], 0) == {1}
     mail.gone("theirs")
-    with pytest.raises(GangFailed, match="theirs is gone"):
+    with pytest.raises(GroupAborted, match="theirs is gone"):
         mail.wait("task", 0, [1], 0)
     assert mail.is_gone("task", "theirs")

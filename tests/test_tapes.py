@@ -193,7 +193,7 @@ def test_late_messages_of_an_old_run_are_refused(client):
         chain = tg.GraphChain(model, client=client, placement=[0])
         y = chain(x)
         tg.collect(y)
-        [stage] = chain._shards.values()
+        [stage] = chain.layout.shards
         return chain, y, stage.token, y._node.key
 
     *old, old_token, old_key = run()
@@ -268,6 +268,6 @@ def test_layers_that_dask_installs_again_stay_as_they_are(fresh):
     chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=client, placement=workers[:1])
     trained = {"0.weight": torch.zeros(2, 2), "0.bias": torch.zeros(2)}
     chain.load_state_dict(trained)
-    lose(client, [future_of(shard, client) for shard in chain._shards.values()])
+    lose(client, [future_of(shard, client) for shard in chain.layout.shards])
     for name, value in chain.state_dict().items():
         assert_same(value, trained[name], name)

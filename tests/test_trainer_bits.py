@@ -83,7 +83,7 @@ def test_tied_weights_over_two_workers(four, workers, microbatches):
     tied = partial(transformer, tied=True)
     options = {"microbatches": microbatches, "clip_norm": 0.2}
     chain, _ = compare(four, tied, next_token, tokens(8), workers, ADAMW, **options)
-    copies = [n for stage in chain._shards.values() for n in stage.homes]
+    copies = [n for stage in chain.layout.shards for n in stage.homes]
     assert copies == ([] if workers == 1 else ["0.token.weight"])
     state = chain.state_dict()
     assert torch.equal(state["0.token.weight"], state["3.weight"])

@@ -156,8 +156,12 @@ def undone_bytes(client):
 
 
 def _kept(dask_worker):
-    stages = [e for e in store_of(dask_worker).entries().values() if hasattr(e, "training")]
-    return sum(s.training is not None and s.training.committed is not None for s in stages)
+    stages = [
+        e
+        for e in store_of(dask_worker).entries().values()
+        if hasattr(e, "update") and hasattr(e, "layers")
+    ]
+    return sum(s.update is not None and s.update.before is not None for s in stages)
 
 
 def test_fp16_and_deferred_batch_norm(client):

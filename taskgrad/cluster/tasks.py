@@ -109,6 +109,6 @@ def held(dask_worker: Any = None) -> dict[str, int]:
     return store_of(dask_worker).held()
 
 
-def mail(dask_worker: Any = None) -> dict[str, int]:
+def mailboxes(dask_worker: Any = None) -> dict[str, int]:
     """Counts of a worker's mailboxes and messages of ranks: for ``client.run``."""
-    return store_of(dask_worker).mail.held()
+    return store_of(dask_worker).mailboxes.held()

@@ -16,7 +16,7 @@ from taskgrad.cluster.retirement import OccupancyReporter
 from taskgrad.cluster.tuning import intervals, malloc, server_settings
 from taskgrad.cluster.wire import message_leases, result_table
 from taskgrad.cluster.wire import serialize as _serialize  # noqa: F401  registers the tensor family
-from taskgrad.worker.memory import Held, total_bytes
+from taskgrad.worker.memory import MemoryUsage, total_bytes
 from taskgrad.worker.store import Store
 
 NAME = "taskgrad"
@@ -36,7 +36,7 @@ def store_of(worker: Worker) -> Store:
     return _stores.setdefault(worker, Store(worker.address, worker.local_directory))
 
 
-_METRICS = tuple(field.name for field in fields(Held))
+_METRICS = tuple(field.name for field in fields(MemoryUsage))
 _BYTES_READ = f"{NAME}_cross_memory"
 
 
@@ -72,10 +72,10 @@ class TaskgradWorkerPlugin(WorkerPlugin):
             self._results = result_table.table_of(worker)
 
         worker.stream_handlers[RELEASE] = store.release
-        worker.stream_handlers[WORKER_LOST] = lambda address: store.mail.gone(address)
+        worker.stream_handlers[WORKER_LOST] = lambda address: store.mailboxes.gone(address)
         worker.stream_handlers[SETTINGS] = change
         self._reporter = OccupancyReporter(worker, store)
-        self._transport = DaskTransport(worker, store.mail)
+        self._transport = DaskTransport(worker, store.mailboxes)
         malloc.check_threads(worker)
         counts = _Counts(store)
         for name in _METRICS:  # columns of the dashboard's table of workers

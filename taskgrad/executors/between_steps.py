@@ -32,8 +32,8 @@ def between_steps(nodes: Sequence[Node], chains: Iterable[ChainRef] = ()) -> Ite
     with ExitStack() as entered:
         for chain, users in used.items():
             trainer: Any = chain.trained_by()
-            if hasattr(trainer, "_between_steps"):
-                entered.enter_context(trainer._between_steps(users))
+            if hasattr(trainer, "between_steps"):
+                entered.enter_context(trainer.between_steps(users))
         yield
 
 

@@ -58,7 +58,7 @@ def encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def decode(value: Any, tensor: Callable[[str], Any]) -> Any:
-    """Undo `encode`; `tensor` gives what stands where a tensor of that name was."""
+    """Inverse of `encode`; ``tensor(name)`` returns the tensor saved under that name."""
     if isinstance(value, list):
         return [decode(v, tensor) for v in value]
     if not isinstance(value, dict):

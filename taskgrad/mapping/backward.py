@@ -24,7 +24,8 @@ from taskgrad.mapping.chunk import Chunk, ChunkResult
 from taskgrad.mapping.segments import Segment, differentiate, on_host, total
 from taskgrad.mapping.threads import threads_here
 from taskgrad.worker.failures import backward_error
-from taskgrad.worker.store import Store, Tape
+from taskgrad.worker.store import Store
+from taskgrad.worker.tape import Tape
 
 Runs = tuple[tuple[int, int], ...]
 

@@ -180,7 +180,7 @@ def run_items(shared: list[Any], items: list[Any], spec: MapSpec, start: int) ->
     parts = _by_thread(items, start, threads)
     began = time.perf_counter()
     try:
-        segments = run_segments(function, parts, threads, lambda: not store.is_let_go(key))
+        segments = run_segments(function, parts, threads, lambda: not store.is_released(key))
     except ItemError as failed:
         raise ItemError(failed.index, portable(failed.error), failed.frames) from None
     seconds = time.perf_counter() - began

@@ -2,9 +2,9 @@
 
 A pipeline is a graph of stages, each on a worker. A step takes every microbatch forward and
 backward through all of them; a schedule fixes for each worker the order of those actions. It is
-made by running the step in the mind with nominal costs, each worker taking whatever its rule
-prefers of what is ready. So every schedule can be carried out, whatever the graph: skips, branches,
-several stages on one worker.
+made by simulating a step with nominal costs: each worker takes whatever its rule prefers of what is
+ready. So every schedule can be carried out, whatever the graph: skips, branches, several stages on
+one worker.
 
 References: GPipe (Huang et al., 2019); 1F1B, PipeDream-Flush (Narayanan et al., 2021).
 """
@@ -16,20 +16,38 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-Kind = Literal["F", "B"]
-# What an action costs in the mind: a backward does about twice the work of its forward.
+Kind = Literal["F", "B", "W", "BW", "U"]
+"""What an action does.
+
+F
+    Forward of a stage for a microbatch.
+B
+    Its backward: for the inputs alone if the schedule has a W for the same stage and microbatch,
+    else for inputs and weights at once.
+W
+    Its backward for the weights, any time after B. No executor runs it yet.
+BW
+    Its backward for inputs and weights at once, explicitly; as plans write it.
+U
+    The update of all that a worker holds, at the end of a step; in plans only.
+"""
+# Nominal costs in a simulated step: a backward does about twice the work of its forward.
 _COSTS: dict[Kind, int] = {"F": 1, "B": 2}
 
 
 class Action(NamedTuple):
-    """A microbatch forward (F) or backward (B) through one stage."""
+    """A microbatch through one stage, forward or backward; or an update (U)."""
 
     kind: Kind
     stage: int
     microbatch: int
 
     def __str__(self) -> str:
-        return f"{self.kind}{self.stage}.{self.microbatch}"
+        return "U" if self.kind == "U" else f"{self.kind}{self.stage}.{self.microbatch}"
+
+
+UPDATE = Action("U", -1, -1)
+"""The update of all stages of a worker: of no single stage or microbatch."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +97,15 @@ class Schedule:
 
     def peak_tapes(self) -> tuple[int, ...]:
         """The most tapes that each worker holds at a time."""
+        split = {a[1:] for order in self.orders for a in order if a.kind == "W"}
         peaks = []
         for order in self.orders:
             held = peak = 0
             for action in order:
-                held += 1 if action.kind == "F" else -1
+                if action.kind == "F":
+                    held += 1
+                elif action.kind != "B" or action[1:] not in split:
+                    held -= 1  # a tape is used up by W where there is one
                 peak = max(peak, held)
             peaks.append(peak)
         return tuple(peaks)
@@ -136,7 +158,7 @@ def schedule(name: str, pipeline: Pipeline, microbatches: int) -> Schedule:
 def _carry_out(
     rule: _Rule, pipeline: Pipeline, microbatches: int
 ) -> tuple[tuple[Action, ...], ...]:
-    """Run a step in the mind; returns what each worker did."""
+    """Simulate a step with nominal costs; returns each worker's order of actions."""
     stages = len(pipeline.workers)
     users = pipeline.users
     orders: list[list[Action]] = [[] for _ in range(max(pipeline.workers) + 1)]
@@ -187,9 +209,9 @@ def _done(actions: Iterator[Action], done_at: dict[Action, int], now: int) -> bo
 
 
 def check(found: Schedule) -> None:
-    """Raise unless every action stands there once, and the orders can be carried out together.
+    """Raise unless every action occurs once, and the orders can be executed together.
 
-    For schedules that come from elsewhere than `schedule`.
+    For schedules that `schedule` did not make.
 
     Raises
     ------
@@ -197,19 +219,21 @@ def check(found: Schedule) -> None:
         Says which action is missing, stands twice, is on the wrong worker, or waits for ever.
     """
     pipeline = found.pipeline
-    wanted = {
+    split = {a[1:] for order in found.orders for a in order if a.kind == "W"}
+    wanted: set[Action] = {
         Action(kind, stage, m)
-        for kind in _COSTS
         for stage in range(len(pipeline.workers))
         for m in range(found.microbatches)
+        for kind in (*_COSTS, *(("W",) if (stage, m) in split else ()))
     }
     for worker, order in enumerate(found.orders):
-        for action in order:
+        for given in order:
+            action = _either(given) if given[1:] not in split else given
             if action not in wanted:
-                raise ValueError(f"action {action} of worker {worker} is unknown, or stands twice")
+                raise ValueError(f"action {given} of worker {worker} is unknown, or stands twice")
             wanted.remove(action)
             if pipeline.workers[action.stage] != worker:
-                raise ValueError(f"action {action} stands in the order of worker {worker}")
+                raise ValueError(f"action {given} stands in the order of worker {worker}")
     if wanted:
         raise ValueError(f"action {min(wanted)} is missing")
     users = pipeline.users
@@ -219,7 +243,7 @@ def check(found: Schedule) -> None:
         moved = False
         for worker, order in enumerate(found.orders):
             while at[worker] < len(order) and _before(order[at[worker]], pipeline, users) <= done:
-                done.add(order[at[worker]])
+                done.add(_either(order[at[worker]]))
                 at[worker] += 1
                 moved = True
         if not moved:
@@ -227,8 +251,15 @@ def check(found: Schedule) -> None:
             raise ValueError(f"this schedule waits for ever at {', '.join(stuck)}")
 
 
+def _either(action: Action) -> Action:
+    """B for BW: which backward it is matters to no other action."""
+    return action._replace(kind="B") if action.kind == "BW" else action
+
+
 def _before(action: Action, pipeline: Pipeline, users: Sequence[Sequence[int]]) -> set[Action]:
     kind, stage, m = action
     if kind == "F":
         return {Action("F", s, m) for s in pipeline.needs[stage]}
+    if kind == "W":
+        return {Action("B", stage, m)}
     return {Action("F", stage, m), *(Action("B", s, m) for s in users[stage])}

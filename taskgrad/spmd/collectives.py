@@ -24,7 +24,7 @@ from taskgrad.worker.collectives import (
     Scatter,
     Sum,
 )
-from taskgrad.worker.communicator import Member, current
+from taskgrad.worker.communicator import Communicator, current
 
 
 def psum(x: Any, axis_name: Hashable) -> Any:
@@ -274,49 +274,49 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        member: Member,
+        comm: Communicator,
         operation: Operation,
         results: list[torch.Tensor] | None,
         token: torch.Tensor,
         *xs: torch.Tensor,
     ) -> Any:
         if results is None:
-            results, _ = operation.run(member, xs, True)
+            results, _ = operation.run(comm, xs, True)
         return (token.clone(), *results)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.member, ctx.operation, _, _, *xs = inputs
+        ctx.communicator, ctx.operation, _, _, *xs = inputs
         ctx.metas = [torch.empty_like(x, device="meta") for x in xs]
 
     @staticmethod
     def backward(ctx: Any, token: torch.Tensor, *cotangents: torch.Tensor) -> Any:
         operation, given = ctx.operation.transpose(ctx.metas, cotangents)
-        found = _exchange(ctx.member, operation, given)
+        found = _exchange(ctx.communicator, operation, given)
         if isinstance(ctx.operation, Extreme):
             shares = ctx.operation.shares
             found = [g * mine / count for g, (mine, count) in zip(found, shares, strict=True)]
         return None, None, None, token, *found
 
 
-def _exchange(member: Member, operation: Operation, xs: list[torch.Tensor]) -> list[torch.Tensor]:
+def _exchange(
+    comm: Communicator, operation: Operation, xs: list[torch.Tensor]
+) -> list[torch.Tensor]:
     """The results of an operation, recorded where that is wanted."""
     at = [i for i, x in enumerate(xs) if carries_gradient(x)]
     if any(is_functorch_wrapped_tensor(x) for x in xs):
         if len(at) < len(xs):
             raise TypeError("inside torch.func, a collective takes floating-point tensors only")
-        return list(_Recorded.apply(member, operation, None, member.start.detach(), *xs))[1:]
+        return list(_Recorded.apply(comm, operation, None, comm.start.detach(), *xs))[1:]
     wants = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
     with torch.no_grad():
-        results, wanted = operation.run(member, xs, wants)
+        results, wanted = operation.run(comm, xs, wants)
     if not wanted or not torch.is_grad_enabled():
         return results
     if isinstance(operation, Extreme):
         operation.shares = [operation.shares[i] for i in at]
     floats = [results[i] for i in at]
-    member.token, *floats = _Recorded.apply(
-        member, operation, floats, member.token, *(xs[i] for i in at)
-    )
+    comm.token, *floats = _Recorded.apply(comm, operation, floats, comm.token, *(xs[i] for i in at))
     for i, value in zip(at, floats, strict=True):
         results[i] = value
     return results
@@ -335,16 +335,16 @@ def _reduce(operation: Operation, tree: Any, axis_name: Hashable, title: str = "
 
 
 def _collective(operation: Operation, tree: Any, axis_name: Hashable, title: str = "") -> Any:
-    member = current(axis_name)
+    comm = current(axis_name)
     name = title or operation.name
     leaves, structure = flatten(tree)
     at = [i for i, leaf in enumerate(leaves) if leaf is not None]
     given = [_tensor(leaves[i], name) for i in at]
     for x in given:
-        operation.check(x, member.size)
+        operation.check(x, comm.size)
     if isinstance(operation, Sum):
         given = [x.to(torch.int64) if x.dtype is torch.bool else x for x in given]
-    for i, value in zip(at, _exchange(member, operation, given), strict=True):
+    for i, value in zip(at, _exchange(comm, operation, given), strict=True):
         leaves[i] = value
     return structure.build(leaves)
 

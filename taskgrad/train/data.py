@@ -1,4 +1,4 @@
-"""Batches as the user gives them, cut into microbatches."""
+"""Split the batches of the user into microbatches."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Cutter:
-    """How batches are cut.
+class MicrobatchSplitter:
+    """How batches are split into microbatches.
 
     `weighted` is false for a loss that is a sum over samples: its microbatches just add up. `first`
     and `last` are the workers that take inputs and targets.
@@ -54,7 +54,7 @@ class Cutter:
     last: str
     loss_kind: str
 
-    def cut(self, x: Any, y: Any) -> Batch:
+    def split(self, x: Any, y: Any) -> Batch:
         """Inputs and targets of one batch, in microbatches.
 
         Raises
@@ -79,7 +79,7 @@ class Cutter:
                     "inputs and targets are both on the driver, or both Dask collections; got "
                     f"{describe(x)} and {describe(y)}"
                 )
-            return self._cut_there(_node_of(x), _node_of(y))
+            return self._split_there(_node_of(x), _node_of(y))
         x, y = as_tensors(x), as_tensors(y)
         if not tensors(x):
             raise ValueError(f"the inputs of a batch hold tensors or arrays; got {describe(x)}")
@@ -104,7 +104,7 @@ class Cutter:
             weights.append(own / size if self.weighted else 1.0)
         return Batch(list(inputs), list(targets), list(weights), size, self.loss_kind)
 
-    def _cut_there(self, x: Node, y: Node) -> Batch:
+    def _split_there(self, x: Node, y: Node) -> Batch:
         count = self.microbatches
         inputs: list[Node] = [
             Slice(x, self.in_dims, m, count, "the inputs", self.first) for m in range(count)
@@ -131,7 +131,7 @@ def check_size(size: int | None, batch: Any) -> int:
 
 
 def on_workers(value: Any) -> bool:
-    """Whether any of it is a Dask collection."""
+    """True if any leaf is a Dask collection."""
     return any(is_dask_collection(leaf) for leaf in flatten(value)[0])
 
 

@@ -7,58 +7,33 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from taskgrad.graph.slices import as_tensors, batch_size
+from taskgrad.layout import Layout
 from taskgrad.thunk import Thunk, collect, spawn
-from taskgrad.train.data import check_size, on_workers, pair
+from taskgrad.train.data import MicrobatchSplitter, check_size, on_workers, pair
+from taskgrad.train.loss import StepLoss
+from taskgrad.train.steps import Steps
 
-if TYPE_CHECKING:
-    from taskgrad.train.loss import StepLoss
-    from taskgrad.train.trainer import Trainer
-
-Metrics = Mapping[str, Callable[..., Any]]
-
-# How many batches are on the way at a time where nothing is trained: the shards' work overlaps.
-_ON_THE_WAY = 4
+# How many batches are in flight at a time where nothing is trained: the shards' work overlaps.
+_IN_FLIGHT = 4
 
 
-def fit(
-    trainer: Trainer,
+def train_epoch(
+    step: Callable[[Any, Any], StepLoss],
+    steps: Steps,
     loader: Iterable[Any],
-    epochs: int,
-    val_loader: Iterable[Any] | None,
-    metrics: Metrics,
+    title: str,
+    *,
+    weighted: bool,
     progress: bool,
-) -> list[dict[str, float]]:
-    """Train for some epochs; see `Trainer.fit`."""
-    if trainer._metric_for is not None and val_loader is None:
-        raise ValueError(
-            f"the lr_scheduler is a {trainer._metric_for}, which needs a metric: it is given the "
-            "validation loss after each epoch, so fit needs a val_loader"
-        )
-    history = []
-    for epoch in range(epochs):
-        trainer._in_fit = True
-        try:
-            results = _epoch(trainer, loader, f"epoch {epoch + 1}/{epochs}", progress)
-        finally:
-            trainer._in_fit = False
-        if val_loader is not None:
-            found = evaluate(trainer, val_loader, metrics)
-            results |= {f"val_{name}": value for name, value in found.items()}
-            if trainer._metric_for is not None:
-                trainer._advance(results["val_loss"])
-        history.append(results)
-        for callback in trainer.callbacks:
-            callback.on_epoch(trainer, epoch, results)
-    return history
-
-
-def _epoch(trainer: Trainer, loader: Iterable[Any], title: str, progress: bool) -> dict[str, float]:
+) -> float:
+    """Train on every batch of a loader; the mean loss, over samples if it is `weighted`."""
     means: list[tuple[float, int | None]] = []
     samples = 0
     waiting: deque[StepLoss] = deque()
@@ -80,16 +55,16 @@ def _epoch(trainer: Trainer, loader: Iterable[Any], title: str, progress: bool) 
         try:
             for item in loader:
                 x, y = pair(item, "the loader")
-                waiting.append(trainer.step(x, y))
+                waiting.append(step(x, y))
                 while waiting and waiting[0].done:
                     note(waiting.popleft())
         except Exception:
-            trainer.wait()  # what was given to it before is trained on
+            steps.wait()  # what was given to it before is trained on
             raise
         except BaseException as error:  # Ctrl-C
-            trainer._give_up(error)
+            steps.abort(error)
             raise
-        trainer.wait()
+        steps.wait()
         for loss in waiting:
             note(loss)
     if not means:
@@ -100,7 +75,7 @@ def _epoch(trainer: Trainer, loader: Iterable[Any], title: str, progress: bool) 
     sizes = [size for _, size in means]
     known = [size for size in sizes if size is not None]
     weights = known if len(known) == len(sizes) else [1] * len(sizes)
-    return {"loss": _mean([of for of, _ in means], weights, trainer._cutter.weighted)}
+    return _mean([of for of, _ in means], weights, weighted)
 
 
 def _bar(loader: Iterable[Any], title: str) -> Any:
@@ -118,7 +93,7 @@ def _measure(
     output: Any,
     targets: Any,
 ) -> tuple[dict[str, float], int]:
-    """What each function gives for a batch, and how many samples that has.
+    """The value of each function for a batch, and its number of samples.
 
     That is `size` where the targets do not say.
     """
@@ -136,69 +111,71 @@ def _inputs_size(dims: Any, x: Any) -> int | None:
         return None
 
 
-def evaluate(trainer: Trainer, loader: Iterable[Any], metrics: Metrics) -> dict[str, float]:
-    """Mean loss and metrics over a loader; see `Trainer.evaluate`."""
-    functions = {"loss": trainer._loss_fn, **metrics}
-    cutter = trainer._cutter
-    measure = partial(_measure, functions, cutter.target_dims)
-    count = partial(_inputs_size, cutter.in_dims)
+@dataclass(frozen=True)
+class Forwards:
+    """The model in evaluation mode over the batches of a loader, whatever mode the chain is in."""
 
-    def start(item: Any) -> Thunk:
-        x, y = pair(item, "the loader")
-        there = on_workers(x)
-        size = spawn(count, x, worker=cutter.first) if there else count(x)
-        return spawn(measure, size, _forward(trainer, x), y, worker=cutter.last)
+    layout: Layout
+    steps: Steps
+    splitter: MicrobatchSplitter
+    autocast: tuple[tuple[str, torch.dtype], ...]
 
-    values: dict[str, list[float]] = {name: [] for name in functions}
-    sizes: list[int] = []
-    for found, size in _stream(trainer, loader, start):
-        sizes.append(size)
-        for name, value in found.items():
-            values[name].append(value)
-    if not sizes:
-        raise ValueError("the loader yielded no batches to evaluate on")
-    return {
-        name: _mean(of, sizes, name != "loss" or cutter.weighted) for name, of in values.items()
-    }
+    def evaluate(
+        self, loader: Iterable[Any], functions: Mapping[str, Callable[..., Any]]
+    ) -> dict[str, float]:
+        """The mean of each function of (output, targets); "loss" may be a sum over samples."""
+        splitter = self.splitter
+        measure = partial(_measure, functions, splitter.target_dims)
+        count = partial(_inputs_size, splitter.in_dims)
+
+        def start(item: Any) -> Thunk:
+            x, y = pair(item, "the loader")
+            size = spawn(count, x, worker=splitter.first) if on_workers(x) else count(x)
+            return spawn(measure, size, self._forward(x), y, worker=splitter.last)
+
+        values: dict[str, list[float]] = {name: [] for name in functions}
+        sizes: list[int] = []
+        for found, size in self._stream(loader, start):
+            sizes.append(size)
+            for name, value in found.items():
+                values[name].append(value)
+        if not sizes:
+            raise ValueError("the loader yielded no batches to evaluate on")
+        return {
+            name: _mean(of, sizes, name != "loss" or splitter.weighted)
+            for name, of in values.items()
+        }
+
+    def predict(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """Outputs for the batches of inputs, in order."""
+        return self._stream(loader, self._forward)
+
+    def _forward(self, x: Any) -> Thunk:
+        args = (x if isinstance(x, Thunk) else as_tensors(x),)
+        calls = self.layout.calls(args, {}, mode=False, autocast=self.autocast)
+        return Thunk(calls[-1], self.layout.session)
+
+    def _stream(self, loader: Iterable[Any], start: Callable[[Any], Thunk]) -> Iterator[Any]:
+        """Values of the thunks that are started for the items, in order, a few in flight."""
+        self.steps.wait()
+        running: deque[Thunk] = deque()
+        items = iter(loader)
+        while True:
+            # Not around the yield: the caller is in its own grad mode there.
+            with torch.no_grad():
+                for item in itertools.islice(items, _IN_FLIGHT - len(running)):
+                    with self.steps.held():
+                        self.steps.wait()  # for steps that were taken meanwhile
+                        running.append(start(item).persist())
+                        self.steps.add_reader(running[-1]._node)
+                if not running:
+                    return
+                value = collect(running[0])
+            running.popleft()
+            yield value
 
 
 def _mean(values: list[float], sizes: list[int], means: bool) -> float:
     """The mean over samples of what are means over the samples of each batch, or else sums."""
     total = sum(v * n if means else v for v, n in zip(values, sizes, strict=True))
     return total / sum(sizes)
-
-
-def predict(trainer: Trainer, loader: Iterable[Any]) -> Iterator[Any]:
-    """Outputs for the batches of a loader, in order; see `Trainer.predict`."""
-    return _stream(trainer, loader, partial(_forward, trainer))
-
-
-def _forward(trainer: Trainer, x: Any) -> Thunk:
-    """The model in evaluation mode, whatever mode the chain is in."""
-    if not isinstance(x, Thunk):
-        x = as_tensors(x)
-    chain = trainer.chain
-    calls = chain._calls((x,), {}, mode=False, autocast=trainer._settings.autocast)
-    return Thunk(calls[-1], chain._session)
-
-
-def _stream(
-    trainer: Trainer, loader: Iterable[Any], start: Callable[[Any], Thunk]
-) -> Iterator[Any]:
-    """Values of the thunks that are started for the items, in order, some at a time on the way."""
-    trainer.wait()
-    running: deque[Thunk] = deque()
-    items = iter(loader)
-    while True:
-        # Not around the yield: the caller is in its own grad mode there.
-        with torch.no_grad():
-            for item in itertools.islice(items, _ON_THE_WAY - len(running)):
-                with trainer._turn():
-                    trainer.wait()  # for steps that were taken meanwhile
-                    running.append(start(item).persist())
-                    trainer._reading.add(running[-1]._node)
-            if not running:
-                return
-            value = collect(running[0])
-        running.popleft()
-        yield value

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-if TYPE_CHECKING:
-    from taskgrad.train.step import Step
-    from taskgrad.train.trainer import Trainer
+from taskgrad.train.step import Step
 
 
 class StepLoss:
-    """What `Trainer.step` gives: the batch's loss, once somebody reads it.
+    """What `Trainer.step` returns: the loss of the batch, which is fetched when it is read.
 
     ``float(loss)``, ``loss.item()`` and ``f"{loss:.3f}"`` wait for the step; ``loss.done`` and
     printing do not.
     """
 
-    def __init__(self, trainer: Trainer, made: Step, size: int | None) -> None:
+    def __init__(self, finish: Callable[[StepLoss], None], made: Step, size: int | None) -> None:
         self.step = made.number
         """The number of the step, counted from 0."""
         self.size = size
         """How many samples the batch had; None where it lies on a worker."""
         self.made = made
-        self._trainer = trainer
+        self._finish = finish  # waits for this step
         self._report: dict[str, Any] | None = None
         self._error: BaseException | None = None
 
     @property
     def done(self) -> bool:
-        """Whether reading it does not wait."""
+        """True if reading it does not wait."""
         return self._report is not None
 
     def item(self) -> float:
@@ -45,7 +44,7 @@ class StepLoss:
         """
         if self._report is None:
             self.raise_error()
-            self._trainer._read(self)
+            self._finish(self)
         assert self._report is not None
         return self._report
 

@@ -1,4 +1,4 @@
-"""Whether what training needs fits the workers, before it starts."""
+"""Check, before training starts, that the workers have memory for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dask.utils import format_bytes
 
 from taskgrad.chain import GraphChain
 from taskgrad.errors import MemoryLimitError
-from taskgrad.train.factories import attributes_of, example_of, state_per_parameter
+from taskgrad.train.optimizer_factory import attributes_of, example_of, state_per_parameter
 from taskgrad.worker.offload import CHUNK
 
 logger = logging.getLogger("taskgrad")
@@ -22,7 +22,7 @@ InFiles = dict[str, frozenset[str]]
 def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate: int) -> InFiles:
     """What has to lie in files, on which workers; raise if that is not enough.
 
-    Counted is what each worker's process uses now, whoever's it is, and what training adds: the
+    Counted are the memory that each worker's process uses now, and what training adds: the
     gradients, those of a microbatch until they are added to the others, what accumulating keeps to
     take a step back, the optimizer's state and working space, and copies of state and parameters
     while it takes a step. Activations come on top, and depend on the batch: they are not counted.
@@ -34,35 +34,36 @@ def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate:
     MemoryLimitError
         Says for each worker that is too small what it needs and how much is missing.
     """
-    attributes = attributes_of(chain._tensors.values())
+    layout = chain.layout
+    attributes = attributes_of(layout.tensors.values())
     kept = state_per_parameter(optimizer, attributes) or 0
     # One parameter after the other: torch's own optimizers do that, others may look at all.
     by_parameter = type(example_of(optimizer, attributes)[0]).__module__.startswith("torch.optim")
     sets_of_gradients = 1 + (microbatches > 1 or accumulate > 1) + (accumulate > 1)
-    room = chain._session.memory([shard.worker for shard in chain._shards.values()])
+    room = layout.session.memory([shard.worker for shard in layout.shards])
     if not any(room.values()):
         return {}
     in_files: InFiles = {}
     problems = []
     held = {row.worker: row for row in chain.memory()}
-    for shard in chain._shards.values():
+    for shard in layout.shards:
         worker, found = shard.worker, room[shard.worker]
         if found is None:
             continue
         used, limit = found
         used -= held[worker].gradients + held[worker].optimizer  # made anew
         trained = {
-            name: info.nbytes
-            for name, info in chain.named_parameters_info()
-            if info.requires_grad and any(chain._home(n) is shard for n in info.names)
+            name: layout.tensors[name].nbytes
+            for name in layout.trainable
+            if any(layout.home(n) is shard for n in layout.tensors[name].names)
         }
         largest = max(trained.values(), default=0)
         gradients = sets_of_gradients * sum(trained.values())
-        state = int(kept * sum(n for name, n in trained.items() if chain._home(name) is shard))
+        state = int(kept * sum(n for name, n in trained.items() if layout.home(name) is shard))
         work = 2 * largest
         needed = used + gradients + state + work
         least = used + gradients + work + min(state, int(kept * max(CHUNK, largest)))
-        copies = state + sum(n for name, n in trained.items() if chain._home(name) is shard)
+        copies = state + sum(n for name, n in trained.items() if layout.home(name) is shard)
         if needed + copies <= limit:
             continue
         if needed <= limit:

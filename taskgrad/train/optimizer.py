@@ -11,12 +11,11 @@ import torch
 from taskgrad.chain import GraphChain
 from taskgrad.cluster.session import check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
-from taskgrad.executors.deploy import copy_tied
-from taskgrad.graph.nodes import Node, new_key
-from taskgrad.graph.shards import Shard, ShardCall, copied_names
-from taskgrad.train.factories import attributes_of, example_of
-from taskgrad.train.owner import acquire_ownership, check_owner
-from taskgrad.worker import optimizing, shard_ops
+from taskgrad.graph.nodes import Node
+from taskgrad.graph.shards import ShardCall, copied_names
+from taskgrad.train.optimizer_factory import attributes_of, example_of, optimizers_on
+from taskgrad.train.owner import check_owner, take_over
+from taskgrad.worker import optimizing
 
 
 class Optimizer:
@@ -57,43 +56,23 @@ class Optimizer:
     def __init__(self, chain: GraphChain, factory: Callable[..., torch.optim.Optimizer]) -> None:
         if not isinstance(chain, GraphChain):
             raise TypeError(f"an Optimizer updates a GraphChain; got {type(chain).__name__}")
-        check_open(chain._session.client)
-        example_of(factory, attributes_of(chain._tensors.values()))
-        self._chain = chain
-        by_shard: dict[Shard, list[str]] = {}
-        for name, info in chain.named_parameters_info():
-            if info.requires_grad:
-                by_shard.setdefault(chain._home(name), []).append(name)
-        if not by_shard:
+        layout = chain.layout
+        check_open(layout.session.client)
+        example_of(factory, attributes_of(layout.tensors.values()))
+        if not layout.trainable:
             raise ValueError("the chain has no trainable parameters to optimize")
-        self._shards = list(by_shard)
+        self._chain = chain
+        homes = {layout.home(name) for name in layout.trainable}
+        self._shards = [shard for shard in layout.shards if shard in homes]
         self._number = 0
         self._unsettled = False  # a step was interrupted, and is yet to be taken back
         self._lock = threading.RLock()
-        with acquire_ownership(chain, self):
-            makes = [
-                self._on(
-                    shard, optimizing.make, {"factory": factory, "names": by_shard.get(shard, [])}
-                )
-                for shard in chain._shards.values()
-            ]
-            uses = [
-                self._on(shard, optimizing.use, {}, awaits=makes)
-                for shard in chain._shards.values()
-            ]
-            chain._executor.run(uses)
+        take_over(chain, self, optimizers_on(layout, factory, [(layout.trainable, {})]))
 
-    def _on(
-        self,
-        shard: Shard,
-        function: Callable[..., Any],
-        arguments: dict[str, Any],
-        *,
-        awaits: Sequence[Node] = (),
-    ) -> ShardCall:
-        word = "optimizer" if function is optimizing.make else function.__name__
-        key = new_key(word, self._chain._title)
-        return ShardCall(shard, function, arguments, key=key, awaits=awaits)
+    def _tasks(self, function: Callable[..., Any], awaits: Sequence[Node] = ()) -> list[ShardCall]:
+        """A task of the step under way on every shard with parameters to train."""
+        layout, number = self._chain.layout, {"number": self._number}
+        return [layout.task(s, function, number, awaits=awaits) for s in self._shards]
 
     def step(self) -> None:
         """One step on every shard, side by side; returns when all are done.
@@ -112,51 +91,42 @@ class Optimizer:
             A worker is gone, and with it its layers.
         """
         with self._lock:
-            check_owner(self._chain, self)
+            check_owner(self._chain, self, "Optimizer")
             if self._unsettled:
-                self._take_back()
+                self._roll_back()
             self._number += 1
             self._unsettled = True
             try:
-                self._chain._executor.run(self._targets(self._number))
+                self._chain.layout.run(self._targets())
             except BaseException as error:
                 try:
-                    self._take_back()
+                    self._roll_back()
                 except TaskgradError as broken:
                     if not isinstance(error, WorkerLostError):
                         error.add_note(f"The step could not be taken back: {broken}")
                 raise
             self._unsettled = False
 
-    def _targets(self, number: int) -> list[Node]:
-        copied = copied_names(self._chain._shards.values())
+    def _targets(self) -> list[ShardCall]:
+        layout = self._chain.layout
+        copied = copied_names(layout.shards)
         updates = {
-            shard: self._on(
-                shard, optimizing.update, {"number": number, "send": copied.get(shard, [])}
+            shard: layout.task(
+                shard,
+                optimizing.update,
+                {"number": self._number, "send": copied.get(shard, [])},
             )
             for shard in self._shards
         }
-        targets: list[Node] = []
-        for shard in self._chain._shards.values():
-            homes = [updates[h] for h in dict.fromkeys(shard.homes.values()) if h in updates]
-            if homes:
-                key = new_key("update", f"{self._chain._title} copies")
-                targets.append(ShardCall(shard, shard_ops.set_parameters, {}, key=key, after=homes))
-        done = list(updates.values())
-        for shard in self._shards:
-            settle = self._on(shard, optimizing.settle, {"number": number}, awaits=done)
-            targets.append(settle)
-        return targets
+        settles = self._tasks(optimizing.settle, awaits=list(updates.values()))
+        return [*layout.refreshes(updates).values(), *settles]
 
-    def _take_back(self) -> None:
+    def _roll_back(self) -> None:
         """Undo a step that some shards have not made, or keep one that all have."""
-        executor, number = self._chain._executor, {"number": self._number}
-        asked = [self._on(shard, optimizing.settled, number) for shard in self._shards]
-        executor.run(asked)
-        made = any(executor.values(asked))
-        end = optimizing.settle if made else optimizing.take_back
-        executor.run([self._on(shard, end, number) for shard in self._shards])
-        copy_tied(list(self._chain._shards.values()), executor)
+        layout = self._chain.layout
+        made = any(layout.results(self._tasks(optimizing.settled)))
+        layout.run(self._tasks(optimizing.settle if made else optimizing.revert))
+        layout.copy_tied()
         self._unsettled = False
 
     def zero_grad(self) -> None:

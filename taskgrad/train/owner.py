@@ -4,51 +4,54 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from taskgrad.chain import GraphChain
 from taskgrad.errors import TaskgradError
+from taskgrad.graph.shards import ShardCall
 from taskgrad.train.recovery import recover
+from taskgrad.worker import optimizing
 
 
-@contextlib.contextmanager
-def acquire_ownership(chain: GraphChain, owner: Any) -> Iterator[None]:
-    """Make `owner` the owner of a chain, unless the block raises.
+def take_over(chain: GraphChain, owner: Any, makes: Sequence[ShardCall]) -> list[Any]:
+    """Make `owner` the owner of a chain, once what it needs is made on all shards.
 
     The steps of the owner before are finished first. If that one no longer exists, a step that it
-    left unfinished is taken back.
+    left unfinished is taken back. Returns what the tasks that make it gave.
     """
+    layout = chain.layout
     before = _owner_of(chain)
     if hasattr(before, "wait"):
         with contextlib.suppress(TaskgradError):  # a failed step's: raised when its loss is read
             before.wait()
-    elif before is None and isinstance(chain._ref.trained_by, weakref.ref):
-        recover(chain)
-    yield
-    chain._ref.trained_by = weakref.ref(owner)
+    elif before is None and isinstance(layout.ref.trained_by, weakref.ref):
+        recover(layout)
+    layout.run(layout.tasks(optimizing.use, awaits=makes))
+    layout.ref.trained_by = weakref.ref(owner)
+    return layout.results(makes)
 
 
 @contextlib.contextmanager
-def keeping_owner(chain: GraphChain) -> Iterator[None]:
-    """If what is done meanwhile raises, the one that trains the chain is the one from before."""
-    before = chain._ref.trained_by
+def restored_owner(chain: GraphChain) -> Iterator[None]:
+    """Give the chain the owner that it had before if the block raises."""
+    before = chain.layout.ref.trained_by
     try:
         yield
     except BaseException:
-        chain._ref.trained_by = before
+        chain.layout.ref.trained_by = before
         raise
 
 
 def _owner_of(chain: GraphChain) -> Any:
-    return chain._ref.trained_by()
+    return chain.layout.ref.trained_by()
 
 
-def check_owner(chain: GraphChain, owner: Any) -> None:
+def check_owner(chain: GraphChain, owner: Any, kind: str) -> None:
     """Raise TaskgradError if something else trains the chain now."""
     if _owner_of(chain) is not owner:
         raise TaskgradError(
-            f"{chain!r} has another Trainer or Optimizer since this {type(owner).__name__} was "
+            f"{chain!r} has another Trainer or Optimizer since this {kind} was "
             "made, whose optimizers have taken the place of this one's on the workers: use that "
             "one, or make a new one"
         )

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from taskgrad.train.step import Recompute
 
-Checkpoint = Literal["never", "always", "except_last"] | Callable[[str], bool]
+RecomputeOption = Literal["never", "always", "except_last"] | Callable[[str], bool]
 
 
-def recompute_rule(checkpoint: Checkpoint) -> Recompute:
+def recompute_rule(checkpoint: RecomputeOption) -> Recompute:
     """A rule for every call of a step.
 
     Raises

@@ -2,69 +2,64 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections import deque
+import inspect
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
-from weakref import WeakSet
+from functools import partial
+from typing import Any, Self
 
 import torch
 
 from taskgrad.arguments import flag, whole
 from taskgrad.chain import GraphChain
 from taskgrad.cluster.session import check_open
-from taskgrad.errors import TaskgradError, WorkerLostError
-from taskgrad.graph.leaves import Leaf
-from taskgrad.graph.nodes import Node, new_key
-from taskgrad.graph.shards import Shard, ShardCall
+from taskgrad.errors import TaskgradError
+from taskgrad.formats.weights import path_of
 from taskgrad.graph.slices import Dims
+from taskgrad.plan.plan import Plan
 from taskgrad.plan.schedule import Schedule
-from taskgrad.train import loops
-from taskgrad.train.call_lock import CallLock
-from taskgrad.train.callbacks import Callback
-from taskgrad.train.checking import (
+from taskgrad.train.arguments import (
     check_callbacks,
-    check_chooser,
-    check_compile,
-    check_dims,
     check_epochs,
-    check_limits,
     check_loader,
     check_metrics,
-    check_param_groups,
+    check_trainer,
 )
-from taskgrad.train.checkpoint import Resumable, options_of
-from taskgrad.train.data import Cutter
-from taskgrad.train.factories import (
-    OptimizerFactory,
-    adds_up,
-    attributes_of,
-    check_counts,
-    check_group_options,
-    check_scheduler,
-    example_of,
-    packed_loss,
-    parameter_groups,
-    precision,
-)
+from taskgrad.train.checkpoints.read import restore
+from taskgrad.train.checkpoints.write import save
+from taskgrad.train.loops import Forwards, train_epoch
 from taskgrad.train.loss import StepLoss
-from taskgrad.train.memory import InFiles, check_fits
-from taskgrad.train.owner import acquire_ownership, check_owner
-from taskgrad.train.recompute import Checkpoint, recompute_rule
-from taskgrad.train.recovery import recover
-from taskgrad.train.step import Settings, Step, build, maker_of
-from taskgrad.worker import optimizing, training
-
-# A step is submitted while the one before still runs: its inputs are there when that is done.
-_AHEAD = 2
-# Dask remembers how to compute again all that a task depended on: steps that wait for each other
-# pile up on the scheduler. So after this many the workers are let run dry.
-_CHAINED = 16
-# How long Ctrl-C may wait for the workers to take back a step, in seconds.
-_INTERRUPT = 0.5
+from taskgrad.train.optimizer_factory import (
+    OptimizerFactory,
+    optimizers_on,
+)
+from taskgrad.train.owner import take_over
+from taskgrad.train.recompute import RecomputeOption
+from taskgrad.train.steps import Steps
+from taskgrad.worker import training
 
 
-class Trainer(Resumable):
+class Callback:
+    """Base of callbacks: override what you need. They run on the driver, between steps.
+
+    Examples
+    --------
+    >>> import taskgrad as tg
+    >>> class Losses(tg.Callback):
+    ...     def __init__(self):
+    ...         self.values = []
+    ...     def on_step(self, trainer, loss):
+    ...         self.values.append(loss.item())
+    """
+
+    def on_step(self, trainer: Trainer, loss: StepLoss) -> None:
+        """A step is done; its loss is there. The next one already runs."""
+
+    def on_epoch(self, trainer: Trainer, epoch: int, results: dict[str, float]) -> None:
+        """An epoch of `Trainer.fit` is done, counted from 0; no step runs."""
+
+
+class Trainer:
     """Trains a chain; what one process of plain torch would do with the same microbatches.
 
     Each batch is cut into microbatches, which pass the stages in the order of a schedule. The loss
@@ -105,8 +100,9 @@ class Trainer(Resumable):
         Of dropout and all else that draws random numbers in a layer; see `random_stream`.
     callbacks : sequence of Callback
     checkpoint : {"never", "always", "except_last"} or callable
-        Which forwards keep only the input of each stage and run again in the backward: none, all,
-        all but the last microbatch's. A function of a layer's name says which layers do.
+        Activation checkpointing: which forwards keep only the input of each stage and run again in
+        the backward: none, all, all but the last microbatch's. A function of a layer's name says
+        which layers do. (Checkpoints in files are written by `save`.)
     param_groups : mapping, optional
         Options by name pattern: ``{"*.bias": {"weight_decay": 0.0}}``. The first pattern to match a
         parameter's name takes it.
@@ -161,7 +157,7 @@ class Trainer(Resumable):
         amp: str | None = None,
         seed: int = 0,
         callbacks: Sequence[Callback] = (),
-        checkpoint: Checkpoint = "never",
+        checkpoint: RecomputeOption = "never",
         param_groups: Mapping[str, Mapping[str, Any]] | None = None,
         in_dims: Dims = 0,
         target_dims: Dims = 0,
@@ -169,122 +165,45 @@ class Trainer(Resumable):
         compile: bool | Mapping[str, Any] = False,
         check_finite: bool = False,
     ) -> None:
-        arguments = dict(locals())
+        given = {name: value for name, value in locals().items() if name in _OPTIONS}
+        given["seed"] = whole("seed", seed)
         if not isinstance(chain, GraphChain):
             raise TypeError(f"a Trainer trains a GraphChain; got {type(chain).__name__}")
-        check_open(chain._session.client)
-        check_counts(microbatches=microbatches, accumulate=accumulate)
-        check_limits(clip_norm=clip_norm, clip_value=clip_value)
-        check_scheduler(lr_scheduler)
+        check_open(chain.layout.session.client)
         check_callbacks(callbacks)
-        check_param_groups(param_groups)
-        check_dims(in_dims=in_dims, target_dims=target_dims)
-        check_compile(compile)
-        flag("deferred_batch_norm", deferred_batch_norm)
-        flag("check_finite", check_finite)
-        seed = whole("seed", seed)
-        arguments["seed"] = seed
-        make_schedule, recompute = maker_of(schedule), recompute_rule(checkpoint)
-        check_chooser(checkpoint, chain.placement.column("layer"))
-        dtype = precision(amp)
-        example, _ = example_of(optimizer, attributes_of(chain._tensors.values()))
-        check_group_options(param_groups or {}, example)
-        loss, loss_kind = packed_loss(loss_fn)
-        trainable = [n for n, info in chain.named_parameters_info() if info.requires_grad]
-        if not trainable:
-            raise ValueError("the chain has no trainable parameters: all of them are frozen")
-        in_files = check_fits(chain, optimizer, microbatches, accumulate)
+        checked = check_trainer(chain, loss_fn, optimizer, given)
         self.chain = chain
         self.callbacks = tuple(callbacks)
-        self.steps = 0
-        """How many batches were taken, or are being taken."""
-        self._options = options_of(type(self), arguments)
+        self._given = given
         self._loss_fn = loss_fn
-        self._arguments = {
-            "optimizer": optimizer,
-            "scheduler": lr_scheduler,
-            "scaled": amp == "fp16",
-            "deferred": deferred_batch_norm,
-            "compiled": None if compile is False else dict({} if compile is True else compile),
-        }
-        self._groups = parameter_groups(trainable, param_groups or {})
-        kinds = {row.device.partition(":")[0] for row in chain.placement}
-        self._settings = Settings(
-            schedule=make_schedule,
-            seed=seed,
-            accumulate=accumulate,
-            clip_norm=clip_norm,
-            clip_value=clip_value,
-            autocast=tuple((kind, dtype) for kind in sorted(kinds)) if dtype else (),
-            recompute=recompute,
-            check_finite=check_finite,
-            order=trainable,
+        self._splitter = checked.splitter
+        self._plan = checked.settings.plan
+        self._steps = Steps(chain, checked.settings, self._notify)
+        self._forwards = Forwards(
+            chain.layout, self._steps, self._splitter, checked.settings.autocast
         )
-        self._call_lock = CallLock(self._notify)
-        self._running: deque[StepLoss] = deque()
-        self._reading: WeakSet[Node] = WeakSet()  # what uses the model, not in a step
-        self._last: Step | None = None  # the next step waits for it on the workers
-        self._chained = 0
-        self._unsettled = False  # a step was interrupted, and is yet to be taken back
-        self._broken: BaseException | None = None
-        self._metric_for: str | None = None  # the scheduler's class, if it needs a metric
-        self._in_fit = False  # and will get one
-        workers = [row.worker for row in chain.placement]
-        self._cutter = Cutter(
-            chain._session.client,
-            microbatches,
-            in_dims,
-            target_dims,
-            weighted=not adds_up(loss_fn),
-            first=workers[0],
-            last=workers[-1],
-            loss_kind=loss_kind,
-        )
-        with acquire_ownership(chain, self):
-            self._start(loss.data, loss.tensors, in_files)
+        makes = optimizers_on(chain.layout, optimizer, *checked.optimizers)
+        needing = [name for name in take_over(chain, self._steps, makes) if name is not None]
+        # The class of the scheduler, if that needs a metric; whether `fit`, which has one, runs.
+        self._metric_for: str | None = next(iter(needing), None)
+        self._in_fit = False
 
-    def _start(self, data: bytes, tensors: list[torch.Tensor], in_files: InFiles) -> None:
-        """Make optimizers and schedulers on the workers, and send the loss to the last shard."""
-        chain = self.chain
-        calls = []
-        for shard in chain._shards.values():
-            mine = {n for n in self._settings.order if chain._home(n) is shard}
-            groups = [([n for n in names if n in mine], kw) for names, kw in self._groups]
-            arguments = {
-                **self._arguments,
-                "names": [n for n in self._settings.order if n in mine],
-                "groups": groups,
-                "done": self.steps,
-                "in_files": in_files.get(shard.worker, frozenset()),
-            }
-            calls.append(self._on(shard, training.start, arguments))
-        last = chain._shards[self._cutter.last]
-        set_loss = self._on(
-            last,
-            training.set_loss,
-            {"data": data},
-            after=[Leaf(tensors, needs_grad=False)],
-            awaits=calls,
-        )
-        uses = [
-            self._on(shard, optimizing.use, {}, awaits=[set_loss])
-            for shard in chain._shards.values()
-        ]
-        chain._executor.run(uses)
-        answers = chain._executor.values(calls)
-        self._metric_for = next((name for name in answers if name is not None), None)
+    @property
+    def steps(self) -> int:
+        """How many batches were taken, or are being taken."""
+        return self._steps.taken
 
-    def _on(
-        self,
-        shard: Shard,
-        function: Callable[..., Any],
-        arguments: dict[str, Any],
-        *,
-        after: Sequence[Node] = (),
-        awaits: Sequence[Node] = (),
-    ) -> ShardCall:
-        key = new_key(function.__name__, self.chain._title)
-        return ShardCall(shard, function, arguments, key=key, after=after, awaits=awaits)
+    @property
+    def plan(self) -> Plan:
+        """What a step does where and in which order; it prints.
+
+        A batch with fewer samples than microbatches takes a step of as many microbatches.
+        """
+        return self._plan(self._splitter.microbatches)
+
+    def _notify(self, loss: StepLoss) -> None:
+        for callback in self.callbacks:
+            callback.on_step(self, loss)
 
     # -- steps -------------------------------------------------------------------------------------
 
@@ -317,34 +236,7 @@ class Trainer(Resumable):
                 "none to give: fit(loader, epochs, val_loader) gives it the validation loss after "
                 "each epoch"
             )
-        with self._turn():
-            self._check_usable()
-            batch = self._cutter.cut(x, y)
-            while len(self._running) >= _AHEAD:
-                self._finish(self._running[0])
-            if self._chained == _CHAINED:
-                self.wait()
-            self._let_reads_end()
-            made = build(self.chain, batch, self.steps, self._settings, self._last)
-            loss = StepLoss(self, made, batch.size)
-            self._running.append(loss)
-            try:
-                launch = self.chain._executor.launch(made.targets, made.order)
-            except BaseException as error:
-                if isinstance(error, Exception) and not isinstance(error, TaskgradError | OSError):
-                    self._running.pop()  # it was not submitted; the steps before it go on
-                    error.add_note(
-                        f"The batch of step {self.steps} cannot be sent to the workers; nothing "
-                        "of this step was submitted, and steps before it are not affected."
-                    )
-                    raise
-                self._give_up(error)
-                raise
-            made.launched(launch)
-            self._last = made
-            self._chained += 1
-            self.steps += 1
-            return loss
+        return self._steps.take(partial(self._splitter.split, x, y))
 
     def wait(self) -> None:
         """Return when every step so far is done.
@@ -354,117 +246,7 @@ class Trainer(Resumable):
         LayerError, WorkerLostError
             As `step`.
         """
-        with self._turn():
-            self._check_usable()
-            while self._running:
-                self._finish(self._running[0])
-            if self._last is not None:
-                self.chain._executor.forget(self._last.targets)
-                self._last, self._chained = None, 0
-
-    @contextlib.contextmanager
-    def _between_steps(self, users: Iterable[Node]) -> Iterator[None]:
-        """Let these nodes, which use the chain's layers, run after this step and before the next.
-
-        They are submitted in this.
-        """
-        with self._turn():
-            if self._broken is None and (self._running or self._unsettled):
-                self.wait()
-            yield
-            self._reading.update(users)
-
-    def _turn(self) -> contextlib.AbstractContextManager[None]:
-        """Let one thread at a time do this."""
-        return self._call_lock.held()
-
-    def _notify(self, loss: StepLoss) -> None:
-        for callback in self.callbacks:
-            callback.on_step(self, loss)
-
-    def _read(self, loss: StepLoss) -> None:
-        """Wait for a step whose loss somebody reads."""
-        with self._turn():
-            self._finish(loss)
-
-    def _finish(self, loss: StepLoss) -> None:
-        """Wait for the steps up to this one."""
-        while not loss.done:
-            loss.raise_error()  # another thread may have found it
-            first = self._running[0]
-            try:
-                made = first.made
-                executor = self.chain._executor
-                error = executor.wait(made.targets, behind=made.behind, labels=made.labels)
-                if error is not None:
-                    raise error
-                [report] = executor.values([made.report])
-            except BaseException as error:
-                self._give_up(error)
-                raise
-            self._running.popleft()
-            first.settle(report)
-            if first.made is not self._last:
-                executor.forget(first.made.targets)
-            self._call_lock.notify_later(first)
-
-    def _let_reads_end(self) -> None:
-        """Have what uses the model, as an evaluation does, pass it before it changes."""
-        executor = self.chain._executor
-        reading = [node for node in self._reading if executor.is_submitted(node)]
-        if reading:
-            executor.wait(reading)  # who takes the values hears of errors
-        self._reading.clear()
-
-    def _give_up(self, error: BaseException) -> None:
-        """Cancel all steps that run, and go back to before the first of them."""
-        with self._turn():
-            self._cancel_all(error)
-
-    def _cancel_all(self, error: BaseException) -> None:
-        for loss in self._running:
-            self.chain._executor.cancel(loss.made.targets)
-            loss.fail(error)
-        self._running.clear()
-        self._last, self._chained = None, 0
-        self._unsettled = True
-        interrupted = not isinstance(error, Exception)
-        try:
-            self._take_back(_INTERRUPT if interrupted else None)
-        except TaskgradError as broken:
-            if not isinstance(error, WorkerLostError):
-                error.add_note(f"The step could not be taken back: {broken}")
-
-    def _take_back(self, seconds: float | None = None) -> None:
-        try:
-            done = recover(self.chain, seconds=seconds)
-        except TaskgradError as error:
-            self._broken = error
-            raise
-        if done is not None:
-            self.steps = done
-            self._unsettled = False
-
-    def _check_usable(self) -> None:
-        if self._broken is not None:
-            raise TaskgradError(
-                f"this trainer lost part of its model: {self._broken}"
-            ) from self._broken
-        check_open(self.chain._session.client)
-        check_owner(self.chain, self)
-        if self._unsettled:
-            self._take_back()
-
-    def _advance(self, metric: float) -> None:
-        """Step schedulers that need a metric, on all shards or on none."""
-        shards = self.chain._shards.values()
-        done = {"done": self.steps}
-        try:
-            steps = [self._on(s, training.advance, {**done, "metric": metric}) for s in shards]
-            self.chain._executor.run(steps)
-        except BaseException:
-            self.chain._executor.run([self._on(s, training.retreat, done) for s in shards])
-            raise
+        self._steps.wait()
 
     # -- loops -------------------------------------------------------------------------------------
 
@@ -512,7 +294,45 @@ class Trainer(Resumable):
         epochs = whole("epochs", epochs, least=0)
         check_epochs(epochs, loader=loader, val_loader=val_loader)
         flag("progress", progress)
-        return loops.fit(self, loader, epochs, val_loader, check_metrics(metrics), progress)
+        functions = check_metrics(metrics)
+        if self._metric_for is not None and val_loader is None:
+            raise ValueError(
+                f"the lr_scheduler is a {self._metric_for}, which needs a metric: it is given the "
+                "validation loss after each epoch, so fit needs a val_loader"
+            )
+        history = []
+        for epoch in range(epochs):
+            self._in_fit = True
+            try:
+                loss = train_epoch(
+                    self.step,
+                    self._steps,
+                    loader,
+                    f"epoch {epoch + 1}/{epochs}",
+                    weighted=self._splitter.weighted,
+                    progress=progress,
+                )
+            finally:
+                self._in_fit = False
+            results = {"loss": loss}
+            if val_loader is not None:
+                found = self._forwards.evaluate(val_loader, {"loss": self._loss_fn, **functions})
+                results |= {f"val_{name}": value for name, value in found.items()}
+                if self._metric_for is not None:
+                    self._advance(results["val_loss"])
+            history.append(results)
+            for callback in self.callbacks:
+                callback.on_epoch(self, epoch, results)
+        return history
+
+    def _advance(self, metric: float) -> None:
+        """Step schedulers that need a metric, on all shards or on none."""
+        layout, done = self.chain.layout, self.steps
+        try:
+            layout.run(layout.tasks(training.advance, done=done, metric=metric))
+        except BaseException:
+            layout.run(layout.tasks(training.undo_advance, done=done))
+            raise
 
     def evaluate(
         self, loader: Iterable[Any], metrics: Mapping[str, Callable[..., Any]] | None = None
@@ -531,7 +351,8 @@ class Trainer(Resumable):
             the output is.
         """
         check_loader("loader", loader)
-        return loops.evaluate(self, loader, check_metrics(metrics))
+        functions = {"loss": self._loss_fn, **check_metrics(metrics)}
+        return self._forwards.evaluate(loader, functions)
 
     def predict(self, loader: Iterable[Any]) -> Iterator[Any]:
         """The model's outputs in evaluation mode, one for each batch of inputs, in order.
@@ -539,4 +360,103 @@ class Trainer(Resumable):
         A generator: a few batches are on their way at a time, however many there are.
         """
         check_loader("loader", loader)
-        return loops.predict(self, loader)
+        return self._forwards.predict(loader)
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all that is needed to go on from here: a checkpoint.
+
+        Waits for the steps that run. The workers write their parts side by side: `path` is on a
+        filesystem that they share with the driver. A checkpoint that is there already is replaced
+        once the new one is whole, and stays if this fails.
+
+        Parameters
+        ----------
+        path
+            A folder; it is made if need be. It takes about the bytes of parameters, buffers and
+            optimizer state, and twice that while an older checkpoint is replaced.
+
+        Raises
+        ------
+        CheckpointError
+            A worker does not see the folder or cannot write there, or the optimizer, the scheduler
+            or a module keeps what is neither a tensor nor plain Python.
+        LayerError, WorkerLostError
+            A step that still ran failed, or a worker is gone.
+
+        Examples
+        --------
+        >>> import functools, tempfile, torch, taskgrad as tg
+        >>> from torch.nn.functional import mse_loss
+        >>> client = tg.local_cluster(n_workers=2)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+        >>> sgd = functools.partial(torch.optim.SGD, lr=0.1)
+        >>> trainer = tg.Trainer(tg.GraphChain(model), mse_loss, sgd)
+        >>> loss = trainer.step(torch.ones(4, 2), torch.zeros(4, 1))
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> trainer.save(folder.name)
+        >>> again = tg.Trainer.restore(folder.name, tg.GraphChain(model), mse_loss, sgd)
+        >>> again.steps
+        1
+        >>> folder.cleanup()
+        >>> client.close()
+        """
+        place = path_of(path)
+        with self._steps.held():
+            self.wait()
+            save(place, self.chain.layout, self.steps, self._given)
+
+    @classmethod
+    def restore(
+        cls,
+        path: str | os.PathLike[str],
+        chain: GraphChain,
+        loss_fn: Callable[..., torch.Tensor],
+        optimizer: Callable[..., torch.optim.Optimizer],
+        **options: Any,
+    ) -> Self:
+        """A trainer that goes on where `save` was called.
+
+        With the same microbatches and options it takes the same steps to the bit, also on another
+        number of workers as long as each layer computes the same. Each worker reads what it needs;
+        nothing passes through the driver.
+
+        Parameters
+        ----------
+        path
+            The folder that was given to `save`.
+        chain, loss_fn, optimizer
+            As for the trainer that was saved. The chain's own weights, and options of the optimizer
+            such as its learning rate, are replaced by what was saved.
+        **options
+            Of `Trainer`. What is not given is as it was saved. What is given counts, and if it is
+            another value, steps differ from there on; but not ``amp`` nor, between two steps of the
+            optimizer, ``accumulate``, which what was saved depends on. Functions cannot be saved:
+            ``lr_scheduler`` and a ``schedule`` or ``checkpoint`` of your own have to be given
+            again. ``callbacks`` are not saved.
+
+        Raises
+        ------
+        CheckpointError
+            There is no checkpoint, it is damaged, or it is of another model or optimizer, or these
+            options contradict it. Nothing is changed on the workers.
+        LayerError
+            A module, the optimizer or the scheduler raised when its state was given to it. Nothing
+            is changed on any worker: a trainer that the chain had before can go on.
+        """
+        path = path_of(path)
+        if not isinstance(chain, GraphChain):
+            raise TypeError(f"a checkpoint goes into a GraphChain; got {type(chain).__name__}")
+        make = partial(cls, chain, loss_fn, optimizer)
+        trainer, steps = restore(make, path, chain, optimizer, options)
+        trainer._steps.taken = steps
+        return trainer
+
+
+# Arguments that steps depend on besides model, loss and optimizer; a checkpoint has them.
+_OPTIONS = frozenset(
+    p.name
+    for p in inspect.signature(Trainer).parameters.values()
+    if p.kind is p.KEYWORD_ONLY and p.name != "callbacks"
+)

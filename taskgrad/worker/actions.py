@@ -65,7 +65,7 @@ class ReadBuffers:
 
     def run(self, store: Store, *after: Any) -> list[torch.Tensor | None]:
         """One for each buffer slot of the call; None where it did not change."""
-        found: list[torch.Tensor | None] = store.take(buffers_key(self.token))
+        found: list[torch.Tensor | None] = store.pop(buffers_key(self.token))
         return [None if b is None else b.detach().cpu() for b in found]
 
 

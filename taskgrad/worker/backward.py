@@ -12,13 +12,15 @@ from taskgrad.errors import CotangentError, LayerError
 from taskgrad.graph.calls import Draw
 from taskgrad.graph.cotangents import Gradient, add_each, match
 from taskgrad.graph.pytree import cotangents, describe
-from taskgrad.worker.communicator import Member
+from taskgrad.worker.communicator import Communicator
 from taskgrad.worker.failures import backward_error
 from taskgrad.worker.gradients import accumulate_into, own
 from taskgrad.worker.hooks import hooks_off
-from taskgrad.worker.mailbox import GangFailed
-from taskgrad.worker.shard_lock import turn
-from taskgrad.worker.store import ResidentShard, Store, Tape
+from taskgrad.worker.mailbox import GroupAborted
+from taskgrad.worker.shard import ResidentShard
+from taskgrad.worker.shard_lock import exclusive
+from taskgrad.worker.store import Store
+from taskgrad.worker.tape import Tape
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,13 @@ class Backward:
         The tape is used once the cotangents are known to fit.
         """
         tape = store.tape(self.token, keep=True)
-        if tape.member is None:
+        if tape.communicator is None:
             return self._run(store, tape, values)
-        with tape.member.talking(self.key, self.peers):
+        with tape.communicator.active(self.key, self.peers):
             return self._run(store, tape, values)
 
     def _run(self, store: Store, tape: Tape, values: tuple[Any, ...]) -> Any:
-        with turn(tape.shard):
+        with exclusive(tape.shard):
             seeds = self._sum(tape, store.address, values)
             if not self.retain:
                 store.tape(self.token, keep=False)
@@ -67,7 +69,7 @@ class Backward:
                     found, parameters = _differentiate(tape, seeds, slots, self.retain)
                 if self.draw is not None and None in self.sources:
                     self._check_reached(store.address, found, parameters)
-            except (LayerError, GangFailed):
+            except (LayerError, GroupAborted):
                 raise
             except BaseException as error:
                 raise backward_error(error, store.address, self.title, self.draw) from error
@@ -139,7 +141,7 @@ class Backward:
 
 @dataclass(frozen=True)
 class CheckCotangent:
-    """Whether a cotangent fits the output whose tape is under `token`, before any tape is used."""
+    """Check that a cotangent fits the output whose tape is under `token`, before a tape is used."""
 
     token: str
     title: str
@@ -162,13 +164,13 @@ def _seed(tape: Tape, address: str, weight: float) -> torch.Tensor:
     return torch.full_like(output, weight)
 
 
-def _collectives(member: Member) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _collectives(comm: Communicator) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """An output and a taker between which autograd goes through all collectives, if any."""
-    if member.token is member.start:
+    if comm.token is comm.start:
         return []
     if torch.cuda.is_initialized():  # its backward runs in a thread of torch's
-        member.keep_no_thread()
-    return [(member.token, member.start)]
+        comm.keep_no_thread()
+    return [(comm.token, comm.start)]
 
 
 def _differentiate(
@@ -181,7 +183,7 @@ def _differentiate(
     ]
     takers = [leaf for leaves in slots.values() for leaf in leaves if leaf is not None]
     takers += tape.parameters.values()
-    ends = _collectives(tape.member) if tape.member is not None else []
+    ends = _collectives(tape.communicator) if tape.communicator is not None else []
     if ends or (pairs and takers):
         grads: Sequence[Gradient] = torch.autograd.grad(
             [*(output for output, _ in pairs), *(last for last, _ in ends)],

@@ -1,8 +1,8 @@
 """A shard's part of a checkpoint: written to files where the shard lives, and read back there.
 
-Two files a shard: one with weights, under the model's own names, that anybody can read, and one
-with what training needs besides. Everything that is no tensor goes to the driver as JSON, and from
-there into the checkpoint's index.
+A shard writes two kinds of files: weights under the model's own names, which any safetensors reader
+can load, and the tensors that only training needs. Everything that is not a tensor is returned to
+the driver as JSON and stored in the checkpoint's index.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from taskgrad.errors import CheckpointError, LayerError
 from taskgrad.formats.encoding import decode, encode
 from taskgrad.formats.weights import about, compare, contents, opened
 from taskgrad.worker.offload import in_rows
-from taskgrad.worker.store import ResidentShard, Store
-from taskgrad.worker.training_state import Scaler, Training
+from taskgrad.worker.shard import ResidentShard
+from taskgrad.worker.store import Store
+from taskgrad.worker.training import training_of
+from taskgrad.worker.training_state import Scaler
 
 EXTRA = "_extra_state"  # as torch names it in a state_dict
 
@@ -53,7 +55,7 @@ def save(
     buffers: Mapping[str, Place],
     layers: Mapping[int, str],
 ) -> dict[str, Any]:
-    """Write the shard's tensors to files called after `suffix`; gives the rest, and what it wrote.
+    """Write the shard's tensors to files named with `suffix`; return the rest, and the files.
 
     `parameters` and `buffers` are those whose first names are here, `layers` the names of all
     layers. Nothing that is there is changed.
@@ -65,7 +67,7 @@ def save(
     """
     shard = store.shard(token)
     with shard.lock:
-        training = _training_of(shard)
+        training = training_of(shard)
         weights: dict[str, torch.Tensor] = {name: shard.parameters[name] for name in parameters}
         rest: dict[str, torch.Tensor] = {}
         for name, place in buffers.items():
@@ -102,12 +104,6 @@ def save(
                 if training.spilled is not None:
                     training.spilled.leave_memory()
         return {**found, "files": files}
-
-
-def _training_of(shard: ResidentShard) -> Training:
-    if shard.training is None:
-        raise RuntimeError("this shard has no trainer")
-    return shard.training
 
 
 def _optimizer(
@@ -153,7 +149,7 @@ def _with_extra_state(shard: ResidentShard, layers: Mapping[int, str]) -> dict[s
 
 
 def _write(address: str, file: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Write one file and wait until it is on the disk; gives what is in it."""
+    """Write one file and sync it to disk; return a description of its contents."""
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided:
             raise CheckpointError(f"{name!r} is {tensor.layout}, which safetensors cannot hold")
@@ -163,7 +159,7 @@ def _write(address: str, file: Path, tensors: Mapping[str, torch.Tensor]) -> dic
         mode = file.stat().st_mode
         written = {name: about(value) for name, value in values.items()}
         save_file(values, file, metadata=contents(written))
-        file.chmod(mode)  # safetensors' own is for nobody but the worker's user
+        file.chmod(mode)  # safetensors makes it readable by the worker's user only
         with file.open("rb") as done:
             os.fsync(done.fileno())
             size = os.fstat(done.fileno()).st_size
@@ -240,7 +236,7 @@ def load(
     """
     shard = store.shard(token)
     with shard.lock, torch.no_grad(), ExitStack() as stack:
-        training = _training_of(shard)
+        training = training_of(shard)
         homes = {name: file for file, held in files.items() for name in held["tensors"]}
         handles = {file: stack.enter_context(opened(Path(folder) / file)) for file in files}
 
@@ -290,7 +286,7 @@ def _load_optimizer(
     options: Mapping[str, Any],
     read: _Read,
 ) -> None:
-    spilled = _training_of(shard).spilled
+    spilled = training_of(shard).spilled
     names = {id(p): name for name, p in shard.parameters.items()}
     comparable = {n: decode(o, lambda key: read(key).tolist()) for n, o in options.items()}
     for group in optimizer.param_groups:

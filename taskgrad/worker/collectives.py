@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 
 from taskgrad.graph.pytree import describe
-from taskgrad.worker.communicator import Member
+from taskgrad.worker.communicator import Communicator
 from taskgrad.worker.mailbox import Message
 
 Tensors = Sequence[torch.Tensor]
@@ -43,14 +43,14 @@ class Operation:
     def check(self, x: torch.Tensor, size: int) -> None:
         """Raise ValueError if this tensor cannot be given."""
 
-    def run(self, member: Member, xs: Tensors, wants: bool) -> tuple[list[torch.Tensor], bool]:
+    def run(self, comm: Communicator, xs: Tensors, wants: bool) -> tuple[list[torch.Tensor], bool]:
         """The results, and whether any rank takes a gradient of what it gave."""
-        parcels: list[list[torch.Tensor]] = [[] for _ in range(member.size)]
+        payloads: list[list[torch.Tensor]] = [[] for _ in range(comm.size)]
         for x in xs:
-            for parcel, part in zip(parcels, self.parts(x, member.size, member.index), strict=True):
-                parcel.extend(_portable(p) for p in part)
-        messages = member.exchange(self.title(xs), wants, parcels)
-        found = self.join(xs, messages, member)
+            for payload, part in zip(payloads, self.parts(x, comm.size, comm.index), strict=True):
+                payload.extend(_portable(p) for p in part)
+        messages = comm.exchange(self.title(xs), wants, payloads)
+        found = self.join(xs, messages, comm)
         return found, any(m.wants for m in messages)
 
     def title(self, xs: Tensors) -> str:
@@ -61,22 +61,22 @@ class Operation:
         """What each rank gets of a tensor: one tensor or none."""
         raise NotImplementedError
 
-    def join(self, xs: Tensors, messages: list[Message], member: Member) -> list[torch.Tensor]:
+    def join(self, xs: Tensors, messages: list[Message], comm: Communicator) -> list[torch.Tensor]:
         """What all ranks sent, made into the results."""
-        columns = zip(*(m.parcel for m in messages), strict=True)
+        columns = zip(*(m.payload for m in messages), strict=True)
         return [
             self.one([part.to(x.device) for part in parts])
             for x, parts in zip(xs, columns, strict=True)
         ]
 
     def one(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """What came of one tensor, by rank, made into one."""
+        """Combine the parts of one tensor, given in rank order."""
         raise NotImplementedError
 
     def transpose(self, xs: Tensors, cotangents: Tensors) -> tuple[Operation, list[torch.Tensor]]:
-        """The operation that takes cotangents back, and what to give it.
+        """The operation that computes the inputs' cotangents, and its arguments.
 
-        `xs` has the shapes of what this one was given.
+        `xs` has the shapes of this operation's inputs.
         """
         raise NotImplementedError
 
@@ -87,18 +87,18 @@ class Sum(Operation):
 
     name = "psum"
 
-    def run(self, member: Member, xs: Tensors, wants: bool) -> tuple[list[torch.Tensor], bool]:
+    def run(self, comm: Communicator, xs: Tensors, wants: bool) -> tuple[list[torch.Tensor], bool]:
         """In two rounds where that sends less: each rank sums a part and gives it to all."""
-        if member.size < 3 or sum(x.nbytes for x in xs) < _IN_PARTS:
-            return super().run(member, xs, wants)
-        chunks = [x.reshape(-1).tensor_split(member.size) for x in xs]
-        parcels = [[_portable(c[i]) for c in chunks] for i in range(member.size)]
-        first = member.exchange(self.title(xs), wants, parcels)
-        sums = [in_order(parts) for parts in zip(*(m.parcel for m in first), strict=True)]
-        second = member.exchange(f"{self.title(xs)}, second round", wants, [sums] * member.size)
+        if comm.size < 3 or sum(x.nbytes for x in xs) < _IN_PARTS:
+            return super().run(comm, xs, wants)
+        chunks = [x.reshape(-1).tensor_split(comm.size) for x in xs]
+        payloads = [[_portable(c[i]) for c in chunks] for i in range(comm.size)]
+        first = comm.exchange(self.title(xs), wants, payloads)
+        sums = [in_order(parts) for parts in zip(*(m.payload for m in first), strict=True)]
+        second = comm.exchange(f"{self.title(xs)}, second round", wants, [sums] * comm.size)
         found = [
             torch.cat(parts).reshape(x.shape).to(x.device)
-            for x, parts in zip(xs, zip(*(m.parcel for m in second), strict=True), strict=True)
+            for x, parts in zip(xs, zip(*(m.payload for m in second), strict=True), strict=True)
         ]
         return found, any(m.wants for m in first)
 
@@ -125,10 +125,10 @@ class Extreme(Operation):
     def parts(self, x: torch.Tensor, size: int, index: int) -> list[list[torch.Tensor]]:
         return [[x]] * size
 
-    def join(self, xs: Tensors, messages: list[Message], member: Member) -> list[torch.Tensor]:
+    def join(self, xs: Tensors, messages: list[Message], comm: Communicator) -> list[torch.Tensor]:
         """Also the share of each result that is this rank's."""
         found, self.shares = [], []
-        for x, parts in zip(xs, zip(*(m.parcel for m in messages), strict=True), strict=True):
+        for x, parts in zip(xs, zip(*(m.payload for m in messages), strict=True), strict=True):
             every = torch.stack([part.to(x.device) for part in parts])
             result = every.amax(0) if self.largest else every.amin(0)
             found.append(result)
@@ -202,13 +202,13 @@ class Permute(Operation):
         to = dict(self.pairs).get(index)
         return [[x] if i == to else [] for i in range(size)]
 
-    def join(self, xs: Tensors, messages: list[Message], member: Member) -> list[torch.Tensor]:
+    def join(self, xs: Tensors, messages: list[Message], comm: Communicator) -> list[torch.Tensor]:
         """What the source sent, in memory of our own."""
-        source = {to: of for of, to in self.pairs}.get(member.index)
+        source = {to: of for of, to in self.pairs}.get(comm.index)
         if source is None:
             return [torch.zeros_like(x) for x in xs]
-        parcel = messages[source].parcel
-        return [torch.empty_like(x).copy_(part) for x, part in zip(xs, parcel, strict=True)]
+        payload = messages[source].payload
+        return [torch.empty_like(x).copy_(part) for x, part in zip(xs, payload, strict=True)]
 
     def transpose(self, xs: Tensors, cotangents: Tensors) -> tuple[Operation, list[torch.Tensor]]:
         return Permute(tuple((to, of) for of, to in self.pairs)), list(cotangents)

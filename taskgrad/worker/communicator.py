@@ -1,14 +1,14 @@
-"""A rank at work: which one this thread runs, and how it meets the others.
+"""The rank that a thread runs, and how it exchanges messages with the other ranks of its group.
 
-Every collective is an *exchange*: each rank sends each other one a message, which says what it
-calls, and takes one from each. So whoever calls something else, or has returned, is found out by
-all. A rank that waits gives its thread back to the worker, so that whatever runs there, the ranks
-of one call are all under way in the end.
+Every collective is an *exchange*: each rank sends every other one a message, which says what it
+calls, and receives one from each. So every rank notices a rank that calls something else or has
+returned. A rank that waits returns its thread to the worker, so all ranks of a call get a thread in
+the end, whatever else runs there.
 
 A collective whose input takes a gradient is part of autograd's graph, and its backward is an
-exchange again. All ranks must come to those in one order, also if the result is not used on one of
-them. So each recorded collective takes a *token* and gives the next, and a backward always starts
-from the last one too (as XLA orders its effects).
+exchange again. All ranks must come to those in one order, even if one of them does not use the
+result. So each recorded collective takes a *token* and returns the next, and a backward always
+starts from the last one too (as XLA orders its effects).
 """
 
 from __future__ import annotations
@@ -25,87 +25,86 @@ import torch
 
 from taskgrad.errors import CollectiveError, TaskgradError, WorkerLostError
 from taskgrad.graph.process_group import Rank
-from taskgrad.worker.mailbox import Carrier, End, GangFailed, Message
+from taskgrad.worker.mailbox import GroupAborted, Mailboxes, Message, TaskOutcome, Transport
 from taskgrad.worker.settings import settings_released
-from taskgrad.worker.store import Store
 
 # How long a rank that waits keeps its thread and its random stream.
 _KEEP_THREAD_S = 0.005
-# How often it then asks whether the ranks that it waits for still run.
+# How long it then waits before it asks whether the other ranks still run.
 _POLL_S = 0.25
-# Messages up to so many bytes are copied, so that nobody has to wait until they have arrived.
+# Messages up to this many bytes are copied, so that the sender need not wait for their arrival.
 _SMALL = 1 << 16
 
-_here: ContextVar[Member | None] = ContextVar("taskgrad_rank", default=None)
+_here: ContextVar[Communicator | None] = ContextVar("taskgrad_rank", default=None)
 
 
-class Member:
+class Communicator:
     """One rank, as its worker runs it; its tape keeps it for the backward."""
 
-    def __init__(self, rank: Rank, store: Store) -> None:
+    def __init__(self, rank: Rank, mailboxes: Mailboxes) -> None:
         self.rank = rank
         self.index = rank.index
         self.size = len(rank.group.workers)
         self.start = torch.zeros(0, dtype=torch.float32, device="cpu", requires_grad=True)
         self.token = self.start
-        self._store = store
-        self._talk: _Talk | None = None
+        self._mailboxes = mailboxes
+        self._active: _Exchange | None = None
 
     @contextmanager
-    def talking(self, key: str, peers: Sequence[str]) -> Iterator[None]:
+    def active(self, key: str, peers: Sequence[str]) -> Iterator[None]:
         """While the task `key` runs this rank; `peers` are the tasks of all ranks.
 
         If it raises, so do the others.
         """
-        talk = _Talk(self.rank, self._store, key, peers)
+        exchange = _Exchange(self.rank, self._mailboxes, key, peers)
         token = _here.set(self)
-        self._talk = talk
-        self._store.mail.open(key, talk.lost)
+        self._active = exchange
+        self._mailboxes.open(key, exchange.lost)
         error: BaseException | None = None
         try:
             yield
-        except GangFailed as failed:
+        except GroupAborted as failed:
             error = failed.error
             raise error.with_traceback(None) from error.__cause__
         except BaseException as own:
             error = own
-            talk.tell_all(own)
+            exchange.tell_all(own)
             raise
         finally:
-            talk.flush()
-            self._store.mail.end(key, End(talk.number, error))
-            self._talk = None
+            exchange.flush()
+            self._mailboxes.end(key, TaskOutcome(exchange.number, error))
+            self._active = None
             _here.reset(token)
 
-    def exchange(self, what: str, wants: bool, parcels: Sequence[list[Any]]) -> list[Message]:
-        """Send each rank its parcel, a list of tensors, and return what each has sent to this one.
+    def exchange(self, what: str, wants: bool, payloads: Sequence[list[Any]]) -> list[Message]:
+        """Send each rank its payload, a list of tensors, and return what each has sent to this one.
 
         Parameters
         ----------
         what
             What is called, of what: the same on all ranks.
         wants
-            Whether this rank takes a gradient of what it gives.
+            Whether this rank needs a gradient for what it sends.
 
         Raises
         ------
         CollectiveError
             Another rank calls something else, or has returned, or does not come in time.
         """
-        if self._talk is None:
+        if self._active is None:
             raise CollectiveError(
                 f"{what} of {self.rank} was called when its function had returned: a collective "
                 "works while the function runs, in its own thread"
             )
-        return self._talk.exchange(what, wants, parcels)
+        return self._active.exchange(what, wants, payloads)
 
     def keep_no_thread(self) -> None:
         """Leave the worker's pool of threads now: a later wait may be in a thread of torch's."""
-        if self._talk is not None:
-            self._talk.give_thread_back()
+        if self._active is not None:
+            self._active.give_thread_back()
 
 
-def current(axis_name: Hashable) -> Member:
+def current(axis_name: Hashable) -> Communicator:
     """The rank that this thread runs, on the axis of this name.
 
     Raises
@@ -113,38 +112,37 @@ def current(axis_name: Hashable) -> Member:
     NameError
         There is none.
     """
-    member = _here.get()
+    comm = _here.get()
     if isinstance(axis_name, tuple | list):
         raise NotImplementedError(
             f"collectives work over one axis; got the axis names {axis_name!r}"
         )
-    if member is None or axis_name is None or member.rank.group.axis != axis_name:
-        inside = member and member.rank.group.axis
+    if comm is None or axis_name is None or comm.rank.group.axis != axis_name:
+        inside = comm and comm.rank.group.axis
         where = (
             f"the axis here is {inside!r}"
             if inside is not None
             else "this tg.pmap has no axis_name"
-            if member
+            if comm
             else "it is not called inside a function that tg.pmap runs, in that function's thread"
         )
         raise NameError(f"unbound axis name: {axis_name!r} ({where})")
-    return member
+    return comm
 
 
-def running() -> Member | None:
+def running() -> Communicator | None:
     """The rank that this thread runs, if it does."""
     return _here.get()
 
 
-class _Talk:
+class _Exchange:
     """One task's part in the exchanges of its process group."""
 
-    def __init__(self, rank: Rank, store: Store, key: str, peers: Sequence[str]) -> None:
+    def __init__(self, rank: Rank, mailboxes: Mailboxes, key: str, peers: Sequence[str]) -> None:
         self.number = 0
         self._rank = rank
         self._group = rank.group
-        self._store = store
-        self._mail = store.mail
+        self._mailboxes = mailboxes
         self._key = key
         self._others = {
             i: (worker, peer)
@@ -156,23 +154,23 @@ class _Talk:
         self._in = "its function"
 
     @property
-    def _carrier(self) -> Carrier:
-        if self._mail.carrier is None:
+    def _transport(self) -> Transport:
+        if self._mailboxes.transport is None:
             raise TaskgradError("this worker has no taskgrad plugin: is it closing?")
-        return self._mail.carrier
+        return self._mailboxes.transport
 
-    def exchange(self, what: str, wants: bool, parcels: Sequence[list[Any]]) -> list[Message]:
+    def exchange(self, what: str, wants: bool, payloads: Sequence[list[Any]]) -> list[Message]:
         number = self.number
         self.number += 1
         self._in = what
-        mine = self._message(number, what, wants, parcels[self._rank.index])
-        large = self._send(number, what, wants, parcels)
+        mine = self._message(number, what, wants, payloads[self._rank.index])
+        large = self._send(number, what, wants, payloads)
         self._wait(number, what, large)
-        messages = self._mail.take(self._key, number, list(self._others))
+        messages = self._mailboxes.take(self._key, number, list(self._others))
         messages.insert(self._rank.index, mine)
         if any(m.what != what for m in messages):
             calls = "; ".join(f"rank {i} calls {m.what}" for i, m in enumerate(messages))
-            raise GangFailed(
+            raise GroupAborted(
                 CollectiveError(
                     f"the ranks of {self._group.title} call different collectives, as their number "
                     f"{number + 1}: {calls}. All ranks call the same ones, in the same order, with "
@@ -181,26 +179,26 @@ class _Talk:
             )
         return messages
 
-    def _message(self, number: int, what: str, wants: bool, parcel: list[Any]) -> Message:
-        return Message(self._rank.index, number, what, wants, self._store.id, parcel)
+    def _message(self, number: int, what: str, wants: bool, payload: list[Any]) -> Message:
+        return Message(self._rank.index, number, what, wants, self._mailboxes.store, payload)
 
     def _send(
-        self, number: int, what: str, wants: bool, parcels: Sequence[list[Any]]
+        self, number: int, what: str, wants: bool, payloads: Sequence[list[Any]]
     ) -> list[Future[Any]]:
         """Returns the sends that have to end before what is sent may change."""
         large = []
         self._under_way = [(w, f) for w, f in self._under_way if not f.done()]
         for i, (worker, key) in self._others.items():
-            parcel = parcels[i]
-            small = sum(t.nbytes for t in parcel) <= _SMALL
+            payload = payloads[i]
+            small = sum(t.nbytes for t in payload) <= _SMALL
             if small:
-                parcel = [t.clone() for t in parcel]
-            sent = self._carrier.send(worker, key, self._message(number, what, wants, parcel))
+                payload = [t.clone() for t in payload]
+            sent = self._transport.send(worker, key, self._message(number, what, wants, payload))
             self._under_way.append((worker, sent))
             sent.add_done_callback(self._answered(i, what))
             if not small:
                 large.append(sent)
-                sent.add_done_callback(self._mail.wake)
+                sent.add_done_callback(self._mailboxes.wake)
         return large
 
     def _wait(self, number: int, what: str, large: list[Future[Any]]) -> None:
@@ -212,7 +210,7 @@ class _Talk:
         with settings_released():
             if self._come(number, sources, large, _POLL_S):
                 return
-            missing = self._mail.wait(self._key, number, sources, 0)
+            missing = self._mailboxes.wait(self._key, number, sources, 0)
             asked = [self._attend(i, what, number) for i in missing]
             try:
                 left = start + self._group.deadline - time.monotonic()
@@ -221,20 +219,20 @@ class _Talk:
             finally:
                 for stop in asked:
                     stop()
-            missing = self._mail.wait(self._key, number, sources, 0)
-        raise GangFailed(CollectiveError(self._late(missing, what, number)))
+            missing = self._mailboxes.wait(self._key, number, sources, 0)
+        raise GroupAborted(CollectiveError(self._late(missing, what, number)))
 
     def _come(
         self, number: int, sources: list[int], large: list[Future[Any]], seconds: float
     ) -> bool:
         end = time.monotonic() + max(0.0, seconds)
-        if self._mail.wait(self._key, number, sources, end - time.monotonic()):
+        if self._mailboxes.wait(self._key, number, sources, end - time.monotonic()):
             return False
-        done = self._mail.until(
-            lambda: self._mail.error(self._key) is not None or all(f.done() for f in large),
+        done = self._mailboxes.until(
+            lambda: self._mailboxes.error(self._key) is not None or all(f.done() for f in large),
             max(0.0, end - time.monotonic()),
         )
-        self._mail.wait(self._key, number, sources, 0)  # raises what there is to raise
+        self._mailboxes.wait(self._key, number, sources, 0)  # raises what there is to raise
         return done
 
     def _late(self, missing: set[int], what: str, number: int) -> str:
@@ -247,7 +245,7 @@ class _Talk:
             else f"has waited {seconds} until what it sent had arrived"
         )
         return (
-            f"{self._rank} on worker {self._store.address}, in {what}, its collective number "
+            f"{self._rank} on worker {self._mailboxes.address}, in {what}, its collective number "
             f"{number + 1}, {why} Else raise Dask's setting taskgrad.collective-deadline"
         )
 
@@ -256,9 +254,9 @@ class _Talk:
             if sent.cancelled():
                 return
             if sent.exception() is not None:
-                self._mail.fail(self._key, self._gone(peer))
+                self._mailboxes.fail(self._key, self._gone(peer))
             elif sent.result() is not None:
-                self._mail.fail(self._key, self._over(peer, sent.result(), what))
+                self._mailboxes.fail(self._key, self._over(peer, sent.result(), what))
 
         return done
 
@@ -269,7 +267,7 @@ class _Talk:
         asked: list[Future[Any]] = []
 
         def ask() -> None:
-            future = self._carrier.attend(worker, key)
+            future = self._transport.attend(worker, key)
             asked[:] = [future]
             future.add_done_callback(done)
 
@@ -277,11 +275,11 @@ class _Talk:
             if stopped.is_set() or future.cancelled():
                 return
             if future.exception() is not None:
-                self._mail.fail(self._key, self._gone(peer))
+                self._mailboxes.fail(self._key, self._gone(peer))
             elif future.result() is None:
                 ask()
             elif self._absent(peer, number):
-                self._mail.fail(self._key, self._over(peer, future.result(), what))
+                self._mailboxes.fail(self._key, self._over(peer, future.result(), what))
 
         def stop() -> None:
             stopped.set()
@@ -291,10 +289,10 @@ class _Talk:
         return stop
 
     def _absent(self, peer: int, number: int) -> bool:
-        """Whether nothing has come of it: what it sent came before it ended."""
+        """True if no message of this rank has come; what it sent arrives before its outcome."""
         try:
-            return bool(self._mail.wait(self._key, number, [peer], 0))
-        except GangFailed:
+            return bool(self._mailboxes.wait(self._key, number, [peer], 0))
+        except GroupAborted:
             return False
 
     def lost(self, worker: str) -> BaseException | None:
@@ -309,7 +307,7 @@ class _Talk:
             "(memory?), then call again"
         )
 
-    def _over(self, peer: int, end: End, what: str) -> BaseException:
+    def _over(self, peer: int, end: TaskOutcome, what: str) -> BaseException:
         if end.error is not None:
             return end.error
         return CollectiveError(
@@ -322,19 +320,21 @@ class _Talk:
     def give_thread_back(self) -> None:
         if self._thread == threading.get_ident():
             self._thread = None
-            self._carrier.give_thread_back()
+            self._transport.give_thread_back()
 
     def tell_all(self, error: BaseException) -> None:
         """Have all other ranks fail with this error."""
         for worker, key in self._others.values():
-            self._under_way.append((worker, self._carrier.tell(worker, key, error)))
+            self._under_way.append((worker, self._transport.tell(worker, key, error)))
 
     def flush(self) -> None:
         """Wait until what was sent has arrived, or cannot: then this task's end means something."""
         end = time.monotonic() + self._group.deadline
         for _, sent in self._under_way:
-            sent.add_done_callback(self._mail.wake)
-        self._mail.until(
-            lambda: all(f.done() or self._mail.is_gone(self._key, w) for w, f in self._under_way),
+            sent.add_done_callback(self._mailboxes.wake)
+        self._mailboxes.until(
+            lambda: all(
+                f.done() or self._mailboxes.is_gone(self._key, w) for w, f in self._under_way
+            ),
             end - time.monotonic(),
         )

@@ -20,13 +20,15 @@ from taskgrad.graph.pytree import Structure, carries_gradient, describe, flatten
 from taskgrad.graph.templates import Template
 from taskgrad.worker import training
 from taskgrad.worker.activation_checkpoint import recomputed
-from taskgrad.worker.communicator import Member
+from taskgrad.worker.communicator import Communicator
 from taskgrad.worker.deferred_norm import deferred
 from taskgrad.worker.failures import forward_error
-from taskgrad.worker.mailbox import GangFailed
+from taskgrad.worker.mailbox import GroupAborted
 from taskgrad.worker.randomness import may_draw, random_stream
-from taskgrad.worker.shard_lock import turn
-from taskgrad.worker.store import ResidentShard, Store, Tape, buffers_key
+from taskgrad.worker.shard import ResidentShard
+from taskgrad.worker.shard_lock import exclusive
+from taskgrad.worker.store import Store, buffers_key
+from taskgrad.worker.tape import Tape
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,12 @@ class Forward:
     def run(self, store: Store, *values: Any) -> Any:
         """The output, detached; the tape, if any, is in the store under the call's key.
 
-        If it is there already the output is the same again. Layers run anew might give another one
-        (dropout), and the tape would not fit what others have made of the first.
+        If that tape exists already, the output is its output. Running the layers again might give
+        another one (dropout), which the tape would not fit.
         """
         call = self.call
         shard = store.shard(call.shard) if call.shard is not None else None
-        with turn(shard):
+        with exclusive(shard):
             tape = store.get(call.key)
             if tape is not None:
                 return self._give_all(shard, tape.outputs, tape.output_structure)
@@ -62,16 +64,16 @@ class Forward:
                 training.begin(shard, call.draw.step)
             if call.rank is None:
                 return self._run(store, shard, values)
-            member = Member(call.rank, store)
-            with member.talking(call.key, call.peers):
-                return self._run(store, shard, values, member)
+            comm = Communicator(call.rank, store.mailboxes)
+            with comm.active(call.key, call.peers):
+                return self._run(store, shard, values, comm)
 
     def _run(
         self,
         store: Store,
         shard: ResidentShard | None,
         values: tuple[Any, ...],
-        member: Member | None = None,
+        comm: Communicator | None = None,
     ) -> Any:
         call = self.call
         device = shard.device if shard else None
@@ -122,7 +124,7 @@ class Forward:
                 structure,
                 parameters,
                 shard,
-                member,
+                comm,
                 recomputes=bool(call.context and call.context.recompute),
             )
             store.put(call.key, tape)
@@ -179,7 +181,7 @@ class Forward:
                     value = fn(*args, **kwargs)
                 if loss is not None:
                     _check_loss(value, loss.check_finite)
-            except GangFailed:
+            except GroupAborted:
                 raise
             except BaseException as error:
                 given = (args, kwargs)
@@ -250,7 +252,7 @@ def _feed(
 
 
 def _is_new(leaf: torch.Tensor, ours: Collection[nn.Parameter]) -> bool:
-    """Whether a layer made or trained this Parameter, which is not one of the shard's."""
+    """True if a layer made or trained this Parameter, which is not one of the shard's."""
     if not leaf.is_leaf or any(leaf is parameter for parameter in ours):
         return False
     return leaf._version > 0 or not leaf.requires_grad
@@ -312,9 +314,9 @@ def _refuse_unknown(
 
 def _set_mode(shard: ResidentShard, mode: bool | None) -> None:
     """Put the whole shard in training or evaluation mode, if it is not yet in it."""
-    if mode is None or mode is shard.mode:
+    if mode is None or mode is shard.layer_mode:
         return
     for layer in shard.layers.values():
         if isinstance(layer, nn.Module):
             layer.train(mode)
-    shard.mode = mode
+    shard.layer_mode = mode

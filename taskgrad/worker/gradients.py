@@ -13,7 +13,7 @@ from taskgrad.graph.cotangents import Gradient, add
 from taskgrad.graph.memory_layout import is_dense
 from taskgrad.graph.parameter_extras import has_hooks
 from taskgrad.worker.hooks import accumulate_hooked
-from taskgrad.worker.store import ResidentShard
+from taskgrad.worker.shard import ResidentShard
 
 
 def own(grads: dict[str, Gradient], shared: Iterable[Any]) -> dict[str, Gradient]:

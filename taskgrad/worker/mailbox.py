@@ -1,10 +1,10 @@
 """What the ranks of a parallel call send each other: a mailbox for each of their tasks.
 
 A message is for one task, by the task's key, and says who sent it and as which collective, counted
-from 0. It may come before its task has begun. When the task has ended, or its key was let go of,
-the mailbox is gone, and what comes for it later is refused: the sender is told how the task ended.
+from 0. It may come before its task has begun. When the task has ended, or its key was
+released, its mailbox is deleted; later messages are refused, and the sender is told the outcome.
 
-How a message travels is the business of a `Carrier`.
+How a message travels is the business of a `Transport`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 from taskgrad.errors import TaskgradError
 
-# Tasks that are remembered as ended. Their ranks end together, give or take a message.
+# How many ended tasks are remembered; the ranks of a group end within a message of each other.
 _MAX_ENDED = 10_000
 
 
@@ -31,18 +31,18 @@ class Message(NamedTuple):
     what: str
     wants: bool  # whether the sender takes a gradient of what it gave
     store: str  # the id of the sender's store: another one after a restart
-    parcel: list[Any]
+    payload: list[Any]
 
 
 @dataclass(frozen=True)
-class End:
-    """How a task ended: it returned after so many collectives, or raised."""
+class TaskOutcome:
+    """How a task ended: it returned after `count` collectives, or raised `error`."""
 
     count: int
     error: BaseException | None
 
 
-class GangFailed(BaseException):
+class GroupAborted(BaseException):
     """Ends a rank because the ranks cannot go on. Not an Exception: no rank's code shall catch it.
 
     Attributes
@@ -56,16 +56,16 @@ class GangFailed(BaseException):
         self.error = error
 
 
-class Carrier(Protocol):
+class Transport(Protocol):
     """Takes messages to other workers. Nothing here blocks, but for `give_thread_back`."""
 
-    def send(self, worker: str, key: str, message: Message) -> Future[End | None]:
-        """Deliver a message; gives how its task ended if it had. OSError: the worker is gone."""
+    def send(self, worker: str, key: str, message: Message) -> Future[TaskOutcome | None]:
+        """Deliver a message; the outcome of its task if that has ended. OSError: worker gone."""
 
     def tell(self, worker: str, key: str, error: BaseException) -> Future[None]:
         """Have a task fail with this error."""
 
-    def attend(self, worker: str, key: str) -> Future[End | None]:
+    def attend(self, worker: str, key: str) -> Future[TaskOutcome | None]:
         """How a task ended, once it has; None if not after some time. OSError: as above."""
 
     def give_thread_back(self) -> None:
@@ -82,30 +82,39 @@ class _Box:
     since: float = field(default_factory=time.monotonic)
 
 
-class Mail:
+class Mailboxes:
     """The mailboxes of one worker. Safe from several threads.
 
-    `is_let_go` says of a key whether nobody waits for its task any more.
+    They are of the worker at `address` and go when its store, whose id is `store`, does.
+    `is_released` tells of a key whether its task's result is no longer needed.
     """
 
-    def __init__(self, is_let_go: Callable[[str], bool] = lambda key: False) -> None:
-        self.carrier: Carrier | None = None
-        self._is_let_go = is_let_go
+    def __init__(
+        self,
+        is_released: Callable[[str], bool] = lambda key: False,
+        *,
+        address: str = "",
+        store: str = "",
+    ) -> None:
+        self.address = address
+        self.store = store
+        self.transport: Transport | None = None
+        self._is_released = is_released
         self._boxes: dict[str, _Box] = {}
-        self._ended: OrderedDict[str, End] = OrderedDict()
+        self._ended: OrderedDict[str, TaskOutcome] = OrderedDict()
         self._news = threading.Condition()
 
     def open(self, key: str, lost: Callable[[str], BaseException | None]) -> None:
         """The task with this key has begun. It may have before, if Dask runs it again.
 
-        `lost` gives the error with which it fails when the worker of this address is gone, if it
-        does.
+        `lost` returns the error with which it fails when the worker of this address is gone, or
+        None if it does not.
         """
         with self._news:
             self._ended.pop(key, None)
             self._boxes.setdefault(key, _Box()).lost = lost
 
-    def end(self, key: str, end: End) -> None:
+    def end(self, key: str, end: TaskOutcome) -> None:
         """It has ended: its mailbox goes."""
         with self._news:
             if self._boxes.pop(key, None) is not None:
@@ -113,16 +122,16 @@ class Mail:
             self._news.notify_all()
 
     def release(self, keys: Iterable[str]) -> None:
-        """These keys are let go of: tasks that still run end at their next collective."""
+        """These keys were released: tasks that still run fail at their next collective."""
         with self._news:
             for key in keys:
                 box = self._boxes.get(key)
                 if box is not None and box.lost is not None:
-                    self._fail(box, _let_go())
+                    self._fail(box, _released())
                 else:
                     self._boxes.pop(key, None)
                 if key in self._ended:
-                    self._ended[key] = End(0, _let_go())  # its error may be large
+                    self._ended[key] = TaskOutcome(0, _released())  # its error may be large
             self._news.notify_all()
 
     def gone(self, worker: str) -> None:
@@ -135,13 +144,13 @@ class Mail:
                     self._fail(box, error)
             self._news.notify_all()
 
-    def deliver(self, key: str, message: Message) -> End | None:
-        """Take a message for a task; gives how the task ended if it had."""
+    def deliver(self, key: str, message: Message) -> TaskOutcome | None:
+        """Take a message for a task; returns the outcome of the task if it has ended."""
         with self._news:
             if key in self._ended:
                 return self._ended[key]
-            if key not in self._boxes and self._is_let_go(key):
-                return End(0, _let_go())
+            if key not in self._boxes and self._is_released(key):
+                return TaskOutcome(0, _released())
             box = self._boxes.setdefault(key, _Box())
             if box.stores.setdefault(message.source, message.store) != message.store:
                 self._fail(box, _restarted(message.source))
@@ -152,11 +161,11 @@ class Mail:
     def fail(self, key: str, error: BaseException) -> None:
         """Have a task fail at its next collective, or now if it waits in one."""
         with self._news:
-            if key in self._boxes or not (key in self._ended or self._is_let_go(key)):
+            if key in self._boxes or not (key in self._ended or self._is_released(key)):
                 self._fail(self._boxes.setdefault(key, _Box()), error)
                 self._news.notify_all()
 
-    def ended(self, key: str) -> End | None:
+    def ended(self, key: str) -> TaskOutcome | None:
         """How a task ended, if it has."""
         return self._ended.get(key)
 
@@ -166,7 +175,7 @@ class Mail:
         return box.error if box is not None else None
 
     def is_gone(self, key: str, worker: str) -> bool:
-        """Whether a worker went while the task ran."""
+        """True if this worker was lost while the task ran."""
         box = self._boxes.get(key)
         return box is not None and worker in box.gone
 
@@ -175,7 +184,7 @@ class Mail:
 
         Raises
         ------
-        GangFailed
+        GroupAborted
             The task is to fail.
         """
         box = self._boxes[key]
@@ -186,7 +195,7 @@ class Mail:
         with self._news:
             self._news.wait_for(lambda: box.error is not None or not missing(), seconds)
             if box.error is not None:
-                raise GangFailed(box.error)
+                raise GroupAborted(box.error)
             return missing()
 
     def take(self, key: str, number: int, sources: Sequence[int]) -> list[Message]:
@@ -217,7 +226,7 @@ class Mail:
             return {"mailboxes": len(boxes), "messages": sum(len(b.messages) for b in boxes)}
 
     def wake(self, *_: Any) -> None:
-        """Have whoever waits look again."""
+        """Wake all waiters, so that they check their conditions."""
         with self._news:
             self._news.notify_all()
 
@@ -230,13 +239,13 @@ class Mail:
         box.error = box.error or error
         box.messages.clear()
 
-    def _remember(self, key: str, end: End) -> None:
+    def _remember(self, key: str, end: TaskOutcome) -> None:
         self._ended[key] = end
         if len(self._ended) > _MAX_ENDED:
             self._ended.popitem(last=False)
 
 
-def _let_go() -> BaseException:
+def _released() -> BaseException:
     return TaskgradError("the call was let go of before all of its ranks had run")
 
 

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from taskgrad.graph.sparse import components
-from taskgrad.worker.store import ResidentShard, Tape
+from taskgrad.worker.shard import ResidentShard
+from taskgrad.worker.tape import Tape
 
 
 @dataclass
-class Held:
+class MemoryUsage:
     """Bytes held, by what holds them."""
 
     parameters: int = 0
@@ -27,8 +28,8 @@ class Held:
     optimizer: int = 0
     tapes: int = 0
 
-    def __add__(self, other: Held) -> Held:
-        return Held(
+    def __add__(self, other: MemoryUsage) -> MemoryUsage:
+        return MemoryUsage(
             *(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
         )
 
@@ -45,14 +46,14 @@ def storages(tensors: Iterable[Any]) -> dict[int, int]:
     return found
 
 
-def shard_bytes(shard: ResidentShard) -> Held:
+def shard_bytes(shard: ResidentShard) -> MemoryUsage:
     """What one shard holds in memory, its tapes aside. A step may be under way meanwhile."""
     modules = [m for m in shard.layers.values() if isinstance(m, nn.Module)]
     # As lists, made in one go: a step adds to what it iterates over.
     state = list(shard.optimizer.state.values()) if shard.optimizer is not None else []
     spilled = shard.training.spilled if shard.training is not None else None
     kept = (v for values in state for v in list(values.values()) if isinstance(v, torch.Tensor))
-    return Held(
+    return MemoryUsage(
         parameters=sum(storages(shard.parameters.values()).values()),
         buffers=sum(storages(b for m in modules for b in m.buffers()).values()),
         gradients=_known_gradient_bytes(shard),
@@ -131,10 +132,10 @@ def _saved(outputs: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 def total_bytes(entries: dict[str, Any]) -> dict[str, int]:
     """What a worker holds in all, by what holds it."""
-    return asdict(sum(store_bytes(entries).values(), Held()))
+    return asdict(sum(store_bytes(entries).values(), MemoryUsage()))
 
 
-def store_bytes(entries: dict[str, Any]) -> dict[str, Held]:
+def store_bytes(entries: dict[str, Any]) -> dict[str, MemoryUsage]:
     """What each shard holds with its tapes, by the shard's token.
 
     Tapes of functions, and gradients that nobody has taken from a backward yet, stand under "".
@@ -144,8 +145,8 @@ def store_bytes(entries: dict[str, Any]) -> dict[str, Held]:
     for entry in entries.values():
         if isinstance(entry, Tape):
             token = tokens.get(id(entry.shard), "")
-            found[token] = found.get(token, Held()) + Held(tapes=tape_bytes(entry))
+            found[token] = found.get(token, MemoryUsage()) + MemoryUsage(tapes=tape_bytes(entry))
         elif isinstance(entry, dict):
             size = sum(storages(entry.values()).values())
-            found[""] = found.get("", Held()) + Held(gradients=size)
+            found[""] = found.get("", MemoryUsage()) + MemoryUsage(gradients=size)
     return found

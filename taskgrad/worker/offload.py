@@ -1,8 +1,8 @@
 """Optimizer state in files, for a shard whose worker has no memory for it.
 
 An optimizer reads and writes its state once a step, one parameter after the other; forwards and
-backwards do not need it. So it can lie in mapped files: of each parameter the optimizer's step maps
-the state in, and lets go of it again. The system keeps what it has memory for in its cache. The
+backwards do not need it. So it can be in memory-mapped files: for each parameter the optimizer's
+step maps the state in, and unmaps it again. The system caches as much as it has memory for. The
 bits are the same.
 """
 
@@ -71,7 +71,7 @@ class SpilledState:
             self._maps[value.data_ptr()].madvise(mmap.MADV_DONTNEED)
 
     def holds(self, value: torch.Tensor) -> bool:
-        """Whether this tensor lies in a file."""
+        """True if this tensor lies in a file."""
         return value.data_ptr() in self._maps
 
     def forget_all_but(self, state: Mapping[Any, Mapping[str, Any]]) -> None:

@@ -102,7 +102,7 @@ def make_scheduler(
 
 
 def needs_metric(scheduler: Any) -> bool:
-    """Whether its ``step`` needs the value of a metric, as that of ``ReduceLROnPlateau`` does.
+    """True if its ``step`` needs the value of a metric, as that of ``ReduceLROnPlateau`` does.
 
     Raises
     ------

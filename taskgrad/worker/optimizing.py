@@ -1,42 +1,78 @@
-"""The optimizer of a shard, as `taskgrad.Optimizer` makes and steps it.
+"""A shard's optimizer: made on all shards or on none, and so are its steps.
 
-All shards make a step or none: each can take it back until all of them have made it.
+Every shard makes what it needs, then all put it in place. `taskgrad.Optimizer` steps with `update`,
+`taskgrad.Trainer` with `taskgrad.worker.training.commit`. Both record the step as the shard's
+`Update`, which can be taken back until all shards have made it and `settle` says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from taskgrad.errors import TaskgradError
+from taskgrad.graph import pack
 from taskgrad.worker.failures import making_errors, update_errors
-from taskgrad.worker.optimizers import Groups, make_optimizer
-from taskgrad.worker.store import Made, ResidentShard, Store
+from taskgrad.worker.offload import CopiesInFiles, SpilledState
+from taskgrad.worker.optimizers import Groups, make_optimizer, make_scheduler, needs_metric
+from taskgrad.worker.shard import Made, ResidentShard
+from taskgrad.worker.store import Store
+from taskgrad.worker.training_state import Scaler, Training, TrainingOptions, Update
 from taskgrad.worker.undo import Undo, of_torch, untouched_by
 
 
-@dataclass
-class Update:
-    """The last step; `undo` takes it back. Once it is `settled`, all shards have made it."""
-
-    number: int
-    undo: Undo | None
-    settled: bool = False
-
-
 def make(
-    store: Store, token: str, *, factory: Callable[..., torch.optim.Optimizer], names: list[str]
-) -> None:
-    """Make the shard's optimizer over these parameters; `use` puts it in place."""
+    store: Store,
+    token: str,
+    *loss_tensors: list[torch.Tensor],
+    factory: Callable[..., torch.optim.Optimizer],
+    groups: Groups,
+    options: TrainingOptions | None = None,
+) -> str | None:
+    """Make the shard's optimizer over the parameters of these groups; `use` puts it in place.
+
+    `options` are a trainer's, with whose state and scheduler it then comes; its loss function has
+    these tensors. Returns the name of the scheduler's class if that needs a metric.
+
+    Raises
+    ------
+    LayerError
+        What `make_optimizer` or `make_scheduler` raised.
+    """
     shard = store.shard(token)
-    with shard.lock, making_errors(store.address):
-        groups: Groups = [(names, {})]
-        shard.made = Made(
-            make_optimizer(factory, shard.parameters, groups, store.address) if names else None
-        )
+    with shard.lock:
+        made = Made(None)
+        with making_errors(store.address):
+            if options is not None:
+                made.training, made.compiled = _training(options, store.folder), options.compiled
+            if any(names for names, _ in groups):
+                made.optimizer = make_optimizer(factory, shard.parameters, groups, store.address)
+                if made.training is not None and options is not None and options.scheduler:
+                    scheduler = make_scheduler(options.scheduler, made.optimizer, store.address)
+                    made.training.scheduler = scheduler
+                    made.training.takes_metric = needs_metric(scheduler)
+        if options is not None and options.loss:
+            [tensors] = loss_tensors
+            made.loss = pack.unpack(options.loss, [t.clone() for t in tensors], own=True)
+            if isinstance(made.loss, nn.Module):
+                made.loss.to(shard.device)
+        shard.made = made
+        metric = made.training is not None and made.training.takes_metric
+        return type(made.training.scheduler).__name__ if made.training and metric else None
+
+
+def _training(options: TrainingOptions, folder: str) -> Training:
+    training = Training(options.names, scaler=Scaler() if options.scaled else None)
+    training.norms = {} if options.deferred else None
+    if options.compiled is not None:
+        torch.compile(nn.Identity(), **options.compiled)  # raises what is wrong with the options
+    if "state" in options.in_files:
+        training.spilled = SpilledState(folder)
+    if "undo" in options.in_files:
+        training.copies = CopiesInFiles(folder, training.spilled)
+    return training
 
 
 def use(store: Store, token: str) -> None:
@@ -71,12 +107,12 @@ def update(store: Store, token: str, *, number: int, send: list[str]) -> dict[st
         if shard.update is None or shard.update.number != number:
             shard.update = None  # the step before: all shards have it
             _step(store, shard, number)
-        elif shard.update.undo is None and not shard.update.settled:
+        elif shard.update.before is None and not shard.update.settled:
             raise TaskgradError(
                 f"optimizer step {number} was taken back on worker {store.address}, because it "
                 "failed on another one: call step() again"
             )
-        return {n: shard.parameters[n].detach().to("cpu", copy=True) for n in send}
+        return shard.values(send)
 
 
 def _step(store: Store, shard: ResidentShard, number: int) -> None:
@@ -85,7 +121,7 @@ def _step(store: Store, shard: ResidentShard, number: int) -> None:
         raise TaskgradError(
             f"the shard on worker {store.address} has no optimizer: make the Optimizer again"
         )
-    undo = Undo(
+    before = Undo(
         [optimizer],
         without=untouched_by(optimizer),
         gradients="which" if of_torch(optimizer) else "values",
@@ -94,13 +130,13 @@ def _step(store: Store, shard: ResidentShard, number: int) -> None:
         with update_errors(store.address, None, "the optimizer"):
             optimizer.step()
     except BaseException:
-        undo.restore()
+        before.restore()
         raise
-    shard.update = Update(number, undo)
+    shard.update = Update(number, before)
 
 
 def settled(store: Store, token: str, *, number: int) -> bool:
-    """Whether this step can no longer be taken back: all shards have made it."""
+    """True if this step can no longer be taken back: all shards have made it."""
     shard = store.shard(token)
     with shard.lock:
         return shard.update is not None and shard.update.number == number and shard.update.settled
@@ -110,13 +146,14 @@ def settle(store: Store, token: str, *, number: int) -> None:
     """Every shard has made this step: drop the copies that could undo it."""
     shard = store.shard(token)
     with shard.lock:
-        shard.update = Update(number, None, settled=True)
+        if shard.update is not None and shard.update.number == number:
+            shard.update = Update(number, None, settled=True)
 
 
-def take_back(store: Store, token: str, *, number: int) -> None:
+def revert(store: Store, token: str, *, number: int) -> None:
     """Undo this step, if it was made here, and refuse to make it from now on."""
     shard = store.shard(token)
     with shard.lock:
-        if shard.update is not None and shard.update.number == number and shard.update.undo:
-            shard.update.undo.restore()
+        if shard.update is not None and shard.update.number == number and shard.update.before:
+            shard.update.before.restore()
         shard.update = Update(number, None)

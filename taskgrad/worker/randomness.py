@@ -38,7 +38,7 @@ _entered = threading.local()  # the streams that its thread draws from, the inne
 
 
 class _Stream:
-    """Random numbers of its own for whoever is in it; while out, it remembers where it was."""
+    """A random stream for the code inside the context; its state is kept between uses."""
 
     def __init__(self, seed: int) -> None:
         self._seed: int | None = seed
@@ -149,7 +149,7 @@ def _streams() -> list[_Stream]:
 
 
 def may_draw(fn: Any) -> bool:
-    """Whether a layer may draw random numbers: all do but those modules of torch that cannot."""
+    """False for modules of torch that cannot draw random numbers, True for all other layers."""
     if not isinstance(fn, nn.Module):
         return True
     if fn not in _may_draw:

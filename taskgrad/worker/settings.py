@@ -1,9 +1,9 @@
 """Run a call with the settings of torch that it was made with, and put them back.
 
-Some belong to the thread that runs it. Others belong to the process, in which several threads run
-calls: those that need the same settings run together; one that needs others waits until they are
+Some settings belong to the thread, others to the process, in which several threads run calls. Calls
+that need the same settings of the process run together; one that needs others waits until they are
 done, and later ones queue behind it. A call that waits for another one, in a collective or for a
-shard, releases the settings of the process meanwhile. So every call that holds them makes progress.
+lock, releases the settings of the process meanwhile. So every call that holds them makes progress.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ _KEEP_THREAD_S = 0.005
 # How long it then keeps its place in the queue. After that it may go first: a running call may be
 # waiting for it by means that release no settings.
 _KEEP_PLACE_S = 1.0
+# How long a call that waits for a lock keeps its thread.
+_KEEP_THREAD_FOR_LOCK_S = 1.0
 
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
 _thread = threading.local()  # `hold` is that of the call that the thread runs
@@ -151,7 +153,7 @@ class _Hold:
 def applied(
     settings: TorchSettings, where: str, give_thread_back: Callable[[], None]
 ) -> Iterator[None]:
-    """Run a call with its settings; a call that has to wait for them gives its thread back first.
+    """Run a call with its settings; a call that has to wait for them first returns its thread.
 
     Raises
     ------
@@ -191,18 +193,28 @@ def settings_released() -> Iterator[None]:
             _thread.hold = hold
 
 
-class ReleasingLock:
-    """A lock; a thread that has to wait for it releases the settings of the process meanwhile."""
+class YieldingLock:
+    """A lock, reentrant or not; a thread that waits for it lets others run meanwhile.
 
-    def __init__(self, lock: Any) -> None:
-        self._lock = lock
+    It releases the settings of the process at once and, when it has waited long, calls
+    `give_thread_back`: what holds the lock may wait for tasks that are to run in that thread.
+    """
+
+    def __init__(
+        self, give_thread_back: Callable[[], None] = lambda: None, *, reentrant: bool = True
+    ) -> None:
+        self._lock: Any = threading.RLock() if reentrant else threading.Lock()
+        self._give_thread_back = give_thread_back
 
     def acquire(self, blocking: bool = True) -> bool:
         """Take the lock; False if another thread has it and `blocking` is False."""
-        if not self._lock.acquire(blocking=False):
-            if not blocking:
-                return False
-            with settings_released():
+        if self._lock.acquire(blocking=False):
+            return True
+        if not blocking:
+            return False
+        with settings_released():
+            if not self._lock.acquire(timeout=_KEEP_THREAD_FOR_LOCK_S):
+                self._give_thread_back()
                 self._lock.acquire()
         return True
 

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 from taskgrad.worker.memory import gradient_bytes
-from taskgrad.worker.store import ResidentShard
+from taskgrad.worker.shard import ResidentShard
 
 _using_shard: ContextVar[bool] = ContextVar("taskgrad_at_shard", default=False)
 
 
 @contextmanager
 def using_shard() -> Iterator[None]:
-    """Mark this thread as one that holds a shard, or may wait for one."""
+    """Mark this thread as one that holds a shard's lock, or may wait for one."""
     token = _using_shard.set(True)
     try:
         yield
@@ -24,13 +24,13 @@ def using_shard() -> Iterator[None]:
 
 
 def is_using_shard() -> bool:
-    """Whether this thread holds a shard, or may wait for one."""
+    """True if this thread holds a shard's lock, or may wait for one."""
     return _using_shard.get()
 
 
 @contextmanager
-def turn(shard: ResidentShard | None) -> Iterator[None]:
-    """Hold the shard's lock, and add the time to its trainer's busy time, if there is one.
+def exclusive(shard: ResidentShard | None) -> Iterator[None]:
+    """Hold the shard's lock, and add the elapsed time to its trainer's busy time, if it has one.
 
     At the end the bytes of its gradients are counted, if that was asked for while the lock was
     held. Without a shard the task runs a function, and there is nothing to wait for.

@@ -20,7 +20,9 @@ from taskgrad.worker.gradients import accumulate_into, summed
 from taskgrad.worker.hooks import hooked_gradient
 from taskgrad.worker.materialize import make_values
 from taskgrad.worker.memory import store_bytes
-from taskgrad.worker.store import ResidentShard, ShardLock, Store
+from taskgrad.worker.settings import YieldingLock
+from taskgrad.worker.shard import ResidentShard
+from taskgrad.worker.store import Store
 
 
 def install(
@@ -36,7 +38,7 @@ def install(
     seed: int,
     copied: list[str],
 ) -> str:
-    """Unpack layers and keep them as a shard, if it is not there; gives the device they are on.
+    """Unpack layers and keep them as a shard, unless it exists; returns the device they are on.
 
     `names` maps the chain's name of each parameter to (layer index, name in the layer); by layer
     index `init_plans` say how values that were not sent are made; `copied` are the parameters of
@@ -71,7 +73,7 @@ def install(
             module.to(place)
     parameters = {name: _parameter(layers[i], local) for name, (i, local) in names.items()}
     trainable = frozenset(name for name, p in parameters.items() if p.requires_grad)
-    lock = ShardLock(store.give_thread_back)
+    lock = YieldingLock(store.give_thread_back)
     store.put(
         token,
         ResidentShard(layers, parameters, place, frozenset(copied), trainable, lock=lock),
@@ -201,7 +203,7 @@ def give(store: Store, token: str, *, names: list[str]) -> dict[str, torch.Tenso
     """Copies of these parameters."""
     shard = store.shard(token)
     with shard.lock:
-        return {name: _copy(shard.parameters[name]) for name in names}
+        return shard.values(names)
 
 
 def set_parameters(store: Store, token: str, *values: dict[str, torch.Tensor]) -> None:

@@ -3,92 +3,33 @@
 A step is two-phased, as a database's commit is. First every shard says that its gradients are
 complete. Then every shard commits: from the summaries of all of them each computes the same
 clipping and scaling, and updates its parameters. Until all shards have committed, a step can be
-taken back, from copies that `begin` and `commit` make; `settle` drops them.
+taken back, from copies that `begin` and `commit` make; `optimizing.settle` drops them.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from taskgrad.errors import TaskgradError
-from taskgrad.graph import pack
 from taskgrad.worker import deferred_norm
-from taskgrad.worker.failures import making_errors, update_errors
-from taskgrad.worker.offload import CopiesInFiles, SpilledState
-from taskgrad.worker.optimizers import make_optimizer, make_scheduler, needs_metric
-from taskgrad.worker.store import Made, ResidentShard, Store
-from taskgrad.worker.training_state import Before, Scaler, Summary, Training
+from taskgrad.worker.failures import update_errors
+from taskgrad.worker.offload import SpilledState
+from taskgrad.worker.shard import ResidentShard
+from taskgrad.worker.store import Store
+from taskgrad.worker.training_state import Before, Summary, Training, Update
 from taskgrad.worker.undo import Undo, untouched_by
 
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def start(
-    store: Store,
-    token: str,
-    *,
-    names: list[str],
-    groups: Sequence[tuple[list[str], dict[str, Any]]],
-    optimizer: Callable[..., torch.optim.Optimizer],
-    scheduler: Callable[..., Any] | None,
-    scaled: bool,
-    deferred: bool,
-    compiled: dict[str, Any] | None,
-    done: int,
-    in_files: frozenset[str],
-) -> str | None:
-    """Make the shard's optimizer and scheduler, over the parameters of these groups.
-
-    `optimizing.use` puts them in place.
-
-    `deferred` defers batch norm's statistics; with `compiled`, options of ``torch.compile``, each
-    layer is compiled at its first call. `in_files` has "state" if the optimizer's state lies in
-    files, "undo" if copies for taking a step back do. Returns the name of the scheduler's class if
-    it needs a metric.
-
-    Raises
-    ------
-    LayerError
-        What `make_optimizer` or `make_scheduler` raised.
-    """
-    shard = store.shard(token)
-    with shard.lock, making_errors(store.address):
-        training = Training(names, scaler=Scaler() if scaled else None, done=done)
-        training.norms = {} if deferred else None
-        if compiled is not None:
-            torch.compile(nn.Identity(), **compiled)  # raises what is wrong with the options
-        if "state" in in_files:
-            training.spilled = SpilledState(store.folder)
-        if "undo" in in_files:
-            training.copies = CopiesInFiles(store.folder, training.spilled)
-        made = Made(None, training, compiled=compiled)
-        if names:
-            made.optimizer = make_optimizer(optimizer, shard.parameters, groups, store.address)
-            if scheduler is not None:
-                training.scheduler = make_scheduler(scheduler, made.optimizer, store.address)
-                training.takes_metric = needs_metric(training.scheduler)
-        shard.made = made
-        return type(training.scheduler).__name__ if training.takes_metric else None
-
-
-def set_loss(store: Store, token: str, tensors: list[torch.Tensor], *, data: bytes) -> None:
-    """Have the loss function on the shard that gives the model's output, once it is used."""
-    shard = store.shard(token)
-    with shard.lock:
-        if shard.made is None:
-            raise RuntimeError("the loss comes after the optimizer")
-        shard.made.loss = pack.unpack(data, [t.clone() for t in tensors], own=True)
-        if isinstance(shard.made.loss, nn.Module):
-            shard.made.loss.to(shard.device)
-
-
-def _training(shard: ResidentShard) -> Training:
+def training_of(shard: ResidentShard) -> Training:
+    """What the shard's trainer keeps there; RuntimeError if it has none."""
     if shard.training is None:
         raise RuntimeError("this shard has no trainer")
     return shard.training
@@ -96,8 +37,8 @@ def _training(shard: ResidentShard) -> Training:
 
 def begin(shard: ResidentShard, step: int) -> None:
     """Copy what the step will write before it commits: buffers, and gradients so far."""
-    training = _training(shard)
-    if training.begun == step or training.done > step:  # copied, or Dask runs this again
+    training = training_of(shard)
+    if training.begun == step:  # Dask runs this again; the copies are from before the step
         return
     training.begun = step
     training.prepared = False
@@ -107,10 +48,10 @@ def begin(shard: ResidentShard, step: int) -> None:
         training.norms.clear()
     modules = [m for m in shard.layers.values() if isinstance(m, nn.Module)]
     buffers = {id(b): b for m in modules for b in m.buffers()}
-    grads = {name: shard.parameters[name].grad for name in training.names}
+    trained = [shard.parameters[name] for name in training.names]
     training.before = Before(
         [(b, b.detach().clone()) for b in buffers.values()],
-        {n: None if g is None else g.clone() for n, g in grads.items()},
+        [(p, None if p.grad is None else p.grad.clone()) for p in trained],
     )
 
 
@@ -121,7 +62,7 @@ def prepare(store: Store, token: str, *, update: bool, norms: bool) -> Summary:
     """
     shard = store.shard(token)
     with shard.lock:
-        training = _training(shard)
+        training = training_of(shard)
         if training.prepared and training.summary is not None:
             return training.summary
         found: dict[str, torch.Tensor] = {}
@@ -166,14 +107,14 @@ def commit(
     """
     shard = store.shard(token)
     with shard.lock:
-        training = _training(shard)
+        training = training_of(shard)
         if training.done <= step:
             if training.begun != step or training.before is None:
                 raise TaskgradError(
                     f"step {step} was taken back on worker {store.address}, because it failed or "
                     "was interrupted: take it again"
                 )
-            training.committed = None  # the step before: all shards have it
+            shard.update = None  # the step before: all shards have it
             before = training.before
             finite = all(summary.finite for summary in summaries)
             total = total_norm(summaries, order) if update and clip_norm is not None else None
@@ -189,17 +130,12 @@ def commit(
                     training.scaler.update(finite)
                 if training.norms:
                     deferred_norm.commit(training.norms)
-                if (
-                    update
-                    and finite
-                    and training.scheduler is not None
-                    and not training.takes_metric
-                ):
+                if update and finite and training.scheduler and not training.takes_metric:
                     hint = " It steps with every step of the optimizer, not every epoch."
                     with update_errors(store.address, step, "the lr_scheduler", hint):
                         training.scheduler.step()
             except BaseException:
-                before.restore(shard)
+                before.restore()
                 before.update = None
                 if training.spilled is not None and shard.optimizer is not None:
                     training.spilled.forget_all_but(shard.optimizer.state)
@@ -208,8 +144,8 @@ def commit(
                 for parameter in shard.parameters.values():
                     parameter.grad = None
             training.done, training.begun = step + 1, None
-            training.before, training.committed = None, before
-        return {name: shard.parameters[name].detach().to("cpu", copy=True) for name in send}
+            training.before, shard.update = None, Update(step, before)
+        return shard.values(send)
 
 
 def _step(optimizer: torch.optim.Optimizer, spilled: SpilledState | None) -> None:
@@ -235,7 +171,7 @@ def advance(store: Store, token: str, *, metric: float, done: int) -> None:
     """
     shard = store.shard(token)
     with shard.lock:
-        training = _training(shard)
+        training = training_of(shard)
         if training.scheduler is None or shard.optimizer is None:
             return
         if training.advanced is not None and training.advanced[0] == done:
@@ -257,11 +193,11 @@ def _tensors(state: dict[str, Any]) -> list[torch.Tensor]:
     return [value for value in state.values() if isinstance(value, torch.Tensor)]
 
 
-def retreat(store: Store, token: str, *, done: int) -> None:
+def undo_advance(store: Store, token: str, *, done: int) -> None:
     """Undo this shard's scheduler step with a metric: another shard's scheduler raised."""
     shard = store.shard(token)
     with shard.lock:
-        training = _training(shard)
+        training = training_of(shard)
         if training.advanced is not None and training.advanced[0] == done:
             training.advanced[1].restore()
             training.advanced = None
@@ -295,15 +231,6 @@ def progress(store: Store, token: str) -> int | None:
         return None if shard.training is None else shard.training.done
 
 
-def settle(store: Store, token: str, *, step: int) -> None:
-    """Every shard has committed this step: drop the copies that could undo it."""
-    shard = store.shard(token)
-    with shard.lock:
-        training = _training(shard)
-        if training.done == step + 1:
-            training.committed = None
-
-
 def roll_back(store: Store, token: str, *, done: int) -> None:
     """Take back the step under way, and the last one if more than `done` steps were taken.
 
@@ -314,19 +241,20 @@ def roll_back(store: Store, token: str, *, done: int) -> None:
     """
     shard = store.shard(token)
     with shard.lock:
-        training = _training(shard)
+        training = training_of(shard)
         if training.begun is not None and training.before is not None:
-            training.before.restore(shard)
+            training.before.restore()
         training.begun, training.before, training.prepared = None, None, False
         if training.done > done:
-            if training.committed is None or training.done != done + 1:
+            update = shard.update
+            if update is None or update.before is None or training.done != done + 1:
                 raise TaskgradError(
                     f"worker {store.address} has taken {training.done} steps and cannot undo the "
                     f"last ones; other workers have taken {done}. Restore a checkpoint"
                 )
-            training.committed.restore(shard)
+            update.before.restore()
             training.done = done
-        training.committed = None
+        shard.update = None
 
 
 def report(

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from taskgrad.worker.deferred_norm import Statistics
 from taskgrad.worker.offload import SpilledState
-from taskgrad.worker.store import ResidentShard
 from taskgrad.worker.undo import Undo, copied
 
 # As torch.amp.GradScaler.
@@ -38,27 +38,57 @@ class Before:
     """A shard before a step: its buffers and gradients, and what its update will change."""
 
     buffers: list[tuple[torch.Tensor, torch.Tensor]]
-    gradients: dict[str, torch.Tensor | None]
+    gradients: list[tuple[nn.Parameter, torch.Tensor | None]]
     update: Undo | None = None
 
-    def restore(self, shard: ResidentShard) -> None:
+    def restore(self) -> None:
         """Put all of it back."""
         if self.update is not None:
             self.update.restore()
         with torch.no_grad():
             for buffer, before in self.buffers:
                 buffer.copy_(before)
-        for name, gradient in self.gradients.items():
-            shard.parameters[name].grad = gradient
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+
+
+@dataclass
+class Update:
+    """The last step of a shard's optimizer; `before` takes it back.
+
+    Once it is `settled`, all shards have made it.
+    """
+
+    number: int
+    before: Before | Undo | None
+    settled: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What a trainer asks of one shard.
+
+    `names` are the trainable parameters that live there. `deferred` defers batch norm's statistics;
+    with `compiled`, options of ``torch.compile``, each layer is compiled at its first call.
+    `in_files` has "state" if the optimizer's state lies in files, "undo" if copies for taking a
+    step back do. `loss` is the packed loss function, where the model's output is.
+    """
+
+    names: list[str]
+    scheduler: Callable[..., Any] | None
+    scaled: bool
+    deferred: bool
+    compiled: dict[str, Any] | None
+    in_files: frozenset[str] = frozenset()
+    loss: bytes = b""
 
 
 @dataclass
 class Training:
-    """What a trainer keeps on one shard beside its optimizer.
+    """What a trainer keeps on one shard besides its optimizer.
 
     `names` are the trainable parameters that live here. `done` is the number of steps that were
-    taken, `begun` the index of the one under way. `before` takes that one back; `committed` takes
-    the last one of `done` back until all shards have committed it.
+    taken, `begun` the index of the one under way, which `before` takes back.
     """
 
     names: list[str]
@@ -72,7 +102,6 @@ class Training:
     done: int = 0
     begun: int | None = None
     before: Before | None = None
-    committed: Before | None = None
     summary: Summary | None = None
     prepared: bool = False  # the summary is of the step under way
     norms: Statistics | None = None  # where batch norm's statistics are deferred

@@ -32,7 +32,7 @@ def copied(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def of_torch(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether this is one of torch's own optimizers, without hooks.
+    """True if this is one of torch's own optimizers, without hooks.
 
     Those write no gradients, and no parameter that has none.
     """

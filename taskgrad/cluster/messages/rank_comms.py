@@ -24,7 +24,7 @@ from distributed.protocol.serialize import to_serialize
 from taskgrad import remote_errors
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.nested import give_thread_back
-from taskgrad.worker.mailbox import End, Mail, Message
+from taskgrad.worker.mailbox import Mailboxes, Message, TaskOutcome
 
 _MESSAGE, _FAIL = "taskgrad_rank_message", "taskgrad_rank_fail"
 _OUTCOME = "taskgrad_rank_outcome"
@@ -33,37 +33,37 @@ _CHECK_S = 0.05
 
 
 class DaskTransport:
-    """One worker's messages to others (a `taskgrad.worker.mailbox.Carrier`)."""
+    """One worker's messages to others (a `taskgrad.worker.mailbox.Transport`)."""
 
-    def __init__(self, worker: Worker, mail: Mail) -> None:
+    def __init__(self, worker: Worker, mailboxes: Mailboxes) -> None:
         self._worker = worker
-        self._mail = mail
+        self._mailboxes = mailboxes
         self._expired = time.monotonic()
         worker.handlers[_MESSAGE] = self._receive
         worker.handlers[_FAIL] = self._receive_error
         worker.handlers[_OUTCOME] = self._answer_outcome
-        mail.carrier = self
+        mailboxes.transport = self
 
     def stop(self) -> None:
         """Called when the worker closes."""
-        self._mail.carrier = None
-        self._mail.close()
+        self._mailboxes.transport = None
+        self._mailboxes.close()
         for name in (_MESSAGE, _FAIL, _OUTCOME):
             self._worker.handlers.pop(name, None)
 
-    def send(self, worker: str, key: str, message: Message) -> Future[End | None]:
-        """Deliver a message; see `Carrier`."""
-        head, parcel = message._replace(parcel=[]), message.parcel
+    def send(self, worker: str, key: str, message: Message) -> Future[TaskOutcome | None]:
+        """Deliver a message; see `Transport`."""
+        head, payload = message._replace(payload=[]), message.payload
         return self._start(
-            self._call(worker, _MESSAGE, key=key, head=tuple(head), parcel=to_serialize(parcel))
+            self._call(worker, _MESSAGE, key=key, head=tuple(head), payload=to_serialize(payload))
         )
 
     def tell(self, worker: str, key: str, error: BaseException) -> Future[None]:
-        """Have a task fail with this error; see `Carrier`."""
+        """Have a task fail with this error; see `Transport`."""
         return self._start(self._call(worker, _FAIL, key=key, error=remote_errors.dumps(error)))
 
-    def attend(self, worker: str, key: str) -> Future[End | None]:
-        """How a task ended; see `Carrier`."""
+    def attend(self, worker: str, key: str) -> Future[TaskOutcome | None]:
+        """How a task ended; see `Transport`."""
         return self._start(self._call(worker, _OUTCOME, key=key))
 
     def give_thread_back(self) -> None:
@@ -74,7 +74,7 @@ class DaskTransport:
         loop: Any = self._worker.loop
         return asyncio.run_coroutine_threadsafe(call, loop.asyncio_loop)
 
-    async def _call(self, worker: str, handler: str, **message: Any) -> End | None:
+    async def _call(self, worker: str, handler: str, **message: Any) -> TaskOutcome | None:
         try:
             answer = await getattr(self._worker.rpc(worker), handler)(**message)
         except OSError:
@@ -83,31 +83,33 @@ class DaskTransport:
             raise OSError(f"{worker} does not answer: {error}") from error
         if answer is None:
             return None
-        return End(answer["count"], answer["error"] and remote_errors.loads(answer["error"]))
+        return TaskOutcome(
+            answer["count"], answer["error"] and remote_errors.loads(answer["error"])
+        )
 
-    def _receive(self, key: str, head: tuple[Any, ...], parcel: Any) -> dict[str, Any] | None:
+    def _receive(self, key: str, head: tuple[Any, ...], payload: Any) -> dict[str, Any] | None:
         self._expire()
-        message = Message(*head)._replace(parcel=parcel)
-        return _plain(self._mail.deliver(key, message))
+        message = Message(*head)._replace(payload=payload)
+        return _plain(self._mailboxes.deliver(key, message))
 
     def _receive_error(self, key: str, error: bytes) -> None:
-        self._mail.fail(key, remote_errors.loads(error))
+        self._mailboxes.fail(key, remote_errors.loads(error))
 
     async def _answer_outcome(self, key: str) -> dict[str, Any] | None:
         until = time.monotonic() + _LONG_POLL_S
-        while self._mail.ended(key) is None and time.monotonic() < until:
+        while self._mailboxes.ended(key) is None and time.monotonic() < until:
             await asyncio.sleep(_CHECK_S)
-        return _plain(self._mail.ended(key))
+        return _plain(self._mailboxes.ended(key))
 
     def _expire(self) -> None:
         """Once per deadline, drop messages for tasks that have never begun."""
         seconds = deadline("collective")
         if time.monotonic() - self._expired > seconds:
             self._expired = time.monotonic()
-            self._mail.expire(seconds)
+            self._mailboxes.expire(seconds)
 
 
-def _plain(end: End | None) -> dict[str, Any] | None:
+def _plain(end: TaskOutcome | None) -> dict[str, Any] | None:
     """An outcome as msgpack can send it."""
     if end is None:
         return None

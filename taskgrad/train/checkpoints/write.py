@@ -15,9 +15,8 @@ import uuid
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from taskgrad.chain import GraphChain
 from taskgrad.errors import CheckpointError
 from taskgrad.formats.encoding import encode
 from taskgrad.formats.weights import (
@@ -28,33 +27,31 @@ from taskgrad.formats.weights import (
     read_index,
     with_checksum,
 )
-from taskgrad.train.contents import NOT_WRITTEN, inventory, living_on, on_shards, shard_of
+from taskgrad.layout import Layout
+from taskgrad.train.checkpoints.inventory import NOT_WRITTEN, inventory, living_on
 from taskgrad.worker import checkpoint
-
-if TYPE_CHECKING:
-    from taskgrad.train.trainer import Trainer
 
 # No other folder is ever removed.
 _OURS = re.compile(r"step-\d{8}-[0-9a-f]{8}")
 
 
-def save(trainer: Trainer, path: Path) -> None:
-    """Write the state of a trainer that rests; see `Trainer.save`."""
-    folder = path / f"step-{trainer.steps:08d}-{uuid.uuid4().hex[:8]}"
+def save(path: Path, layout: Layout, step: int, options: Mapping[str, Any]) -> None:
+    """Write the state of a trainer while no step runs; see `Trainer.save`."""
+    folder = path / f"step-{step:08d}-{uuid.uuid4().hex[:8]}"
     try:
         path.mkdir(parents=True, exist_ok=True)
         _sweep(path)  # first, for its room on the disk
         folder.mkdir()
-        shards = list(trainer.chain._shards.values())
-        arguments = {}
-        for i, shard in enumerate(shards, 1):
-            suffix = f"{i:05d}-of-{len(shards):05d}"
-            here = living_on(trainer.chain, shard)
-            arguments[shard] = {"folder": str(folder), "suffix": suffix, **here}
-        answers = on_shards(trainer.chain, checkpoint.save, arguments)
-        index = _index(trainer, _settings(trainer._options), folder.name, answers)
+        saves = []
+        for i, shard in enumerate(layout.shards, 1):
+            suffix = f"{i:05d}-of-{len(layout.shards):05d}"
+            here = living_on(layout, shard)
+            arguments = {"folder": str(folder), "suffix": suffix, **here}
+            saves.append(layout.task(shard, checkpoint.save, arguments))
+        answers = layout.results(saves)
+        index = _index(layout, step, _settings(options), folder.name, answers)
         _check_visible(folder, index["files"])
-        _write_json(folder / WEIGHTS_INDEX, _weights_index(trainer.chain, answers))
+        _write_json(folder / WEIGHTS_INDEX, _weights_index(layout, answers))
         _sync(folder)
         _sync(path)
         _write_json(path / f"{CHECKPOINT}.new", with_checksum(index))
@@ -79,22 +76,20 @@ def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _index(
-    trainer: Trainer, settings: dict[str, Any], folder: str, answers: list[dict[str, Any]]
+    layout: Layout, step: int, settings: dict[str, Any], folder: str, answers: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    chain = trainer.chain
     steps = {answer["step"] for answer in answers}
-    if steps != {trainer.steps}:
-        raise CheckpointError(f"the trainer is at step {trainer.steps}, its shards at {steps}")
+    if steps != {step}:
+        raise CheckpointError(f"the trainer is at step {step}, its shards at {steps}")
     optimizers = {i: a["optimizer"] for i, a in enumerate(answers) if a["optimizer"]}
-    shards = list(chain._shards.values())
     return {
         **new_index(),
         "taskgrad": version("taskgrad"),
-        "step": trainer.steps,
+        "step": step,
         "folder": folder,
         "settings": settings,
-        "stage_of": {row.name: shards.index(shard_of(chain, row)) for row in chain._layers},
-        "tensors": inventory(chain),
+        "stage_of": {row.name: layout.shards.index(layout.shard_of(row)) for row in layout.layers},
+        "tensors": inventory(layout),
         "optimizer": {
             "class": next(o["class"] for o in optimizers.values()),
             "groups": [{"stage": i, **g} for i, o in optimizers.items() for g in o["groups"]],
@@ -119,13 +114,13 @@ def _check_visible(folder: Path, files: Mapping[str, Any]) -> None:
             )
 
 
-def _weights_index(chain: GraphChain, answers: list[dict[str, Any]]) -> dict[str, Any]:
+def _weights_index(layout: Layout, answers: list[dict[str, Any]]) -> dict[str, Any]:
     """The index of the folder with the weights."""
     files = [(file, about) for answer in answers for file, about in answer["files"].items()]
     weights = {
         n: file for file, about in files if file.startswith("model-") for n in about["tensors"]
     }
-    infos = [info for name, info in chain._tensors.items() if name in weights]
+    infos = [info for name, info in layout.tensors.items() if name in weights]
     tied = {other: info.name for info in infos for other in info.names[1:]}
     written = {n: kept for _, about in files for n, kept in about["tensors"].items()}
     total = sum(info.nbytes for info in infos)

@@ -1,60 +1,49 @@
-"""A copy of a shard from before a load, kept until all shards have loaded their part.
+"""Load a state or a checkpoint on all shards or on none: begin, load, then undo or finish.
 
-For loads of a state and of a checkpoint: hooks of modules, ``set_extra_state`` or an optimizer may
-raise on one worker when others have loaded their part already.
+Hooks of modules, ``set_extra_state`` or an optimizer may raise on one worker when others have
+loaded their part already. So each shard keeps a copy of itself until all of them are done.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from taskgrad.errors import LayerError
-from taskgrad.worker.store import ResidentShard, Store
+from taskgrad.worker.shard import BeforeLoad
+from taskgrad.worker.store import Store
 from taskgrad.worker.undo import Undo, copied
 
 
-@dataclass
-class Kept:
-    """The contents of a shard's layers, and what trains them."""
-
-    layers: Undo
-    optimizer: torch.optim.Optimizer | None
-    training: Any
-    loss: Any
-
-    def restore(self, shard: ResidentShard) -> None:
-        """Put all of it back."""
-        self.layers.restore()
-        shard.optimizer, shard.training, shard.loss = self.optimizer, self.training, self.loss
-
-
-def keep(store: Store, token: str) -> None:
-    """Copy the shard as it is now."""
+def begin(store: Store, token: str) -> None:
+    """Copy the shard as it is now, before a load."""
     shard = store.shard(token)
     with shard.lock:
         copy = copied if shard.training is None else shard.training.copies
         layers = Undo(list(shard.layers.values()), copy, gradients="which")
-        shard.kept = Kept(layers, shard.optimizer, shard.training, shard.loss)
+        shard.before_load = BeforeLoad(layers, shard.optimizer, shard.training, shard.loss)
 
 
-def take_back(store: Store, token: str) -> None:
+def undo(store: Store, token: str) -> None:
     """Undo the load on this shard."""
     shard = store.shard(token)
     with shard.lock:
-        if shard.kept is not None:
-            shard.kept.restore(shard)
-            shard.kept = None
+        if shard.before_load is not None:
+            before, shard.before_load = shard.before_load, None
+            before.layers.restore()
+            shard.optimizer, shard.training, shard.loss = (
+                before.optimizer,
+                before.training,
+                before.loss,
+            )
 
 
-def settle(store: Store, token: str) -> None:
+def finish(store: Store, token: str) -> None:
     """All shards have loaded their part: drop the copy."""
     shard = store.shard(token)
     with shard.lock:
-        shard.kept = None
+        shard.before_load = None
 
 
 def load(

@@ -1,16 +1,123 @@
-"""What a trainer and its loops are given, looked at before anything is submitted."""
+"""Checks of what a trainer and its loops are given, before anything is submitted."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from taskgrad.arguments import shown
+from taskgrad.arguments import flag, shown
+from taskgrad.chain import GraphChain
+from taskgrad.graph import pack
+from taskgrad.graph.layers import kind_of
 from taskgrad.graph.pytree import flatten
-from taskgrad.train.data import pair
+from taskgrad.train.data import MicrobatchSplitter, pair
+from taskgrad.train.memory import InFiles, check_fits
+from taskgrad.train.optimizer_factory import (
+    Groups,
+    attributes_of,
+    check_group_options,
+    example_of,
+    parameter_groups,
+)
+from taskgrad.train.planning import maker_of, planner
+from taskgrad.train.recompute import recompute_rule
+from taskgrad.train.step import Settings
+from taskgrad.worker.training_state import TrainingOptions
+
+
+class Checked(NamedTuple):
+    """A trainer's arguments, checked: what its steps, its batches, its optimizers are."""
+
+    settings: Settings
+    splitter: MicrobatchSplitter
+    optimizers: tuple[Groups, TrainingOptions, pack.Packed, InFiles]
+
+
+def check_trainer(
+    chain: GraphChain, loss_fn: Any, optimizer: Any, given: Mapping[str, Any]
+) -> Checked:
+    """Check the arguments of a `Trainer`; `given` has those with a default."""
+    check_counts(microbatches=given["microbatches"], accumulate=given["accumulate"])
+    check_limits(clip_norm=given["clip_norm"], clip_value=given["clip_value"])
+    check_scheduler(given["lr_scheduler"])
+    check_param_groups(given["param_groups"])
+    check_dims(in_dims=given["in_dims"], target_dims=given["target_dims"])
+    check_compile(given["compile"])
+    flag("deferred_batch_norm", given["deferred_batch_norm"])
+    flag("check_finite", given["check_finite"])
+    schedule, recompute = maker_of(given["schedule"]), recompute_rule(given["checkpoint"])
+    check_chooser(given["checkpoint"], chain.placement.column("layer"))
+    dtype = precision(given["amp"])
+    layout, patterns = chain.layout, given["param_groups"] or {}
+    example, _ = example_of(optimizer, attributes_of(layout.tensors.values()))
+    check_group_options(patterns, example)
+    loss, loss_kind = packed_loss(loss_fn)
+    if not layout.trainable:
+        raise ValueError("the chain has no trainable parameters: all of them are frozen")
+    in_files = check_fits(chain, optimizer, given["microbatches"], given["accumulate"])
+    kinds = {row.device.partition(":")[0] for row in chain.placement}
+    settings = Settings(
+        plan=planner(chain, schedule),
+        seed=given["seed"],
+        accumulate=given["accumulate"],
+        clip_norm=given["clip_norm"],
+        clip_value=given["clip_value"],
+        autocast=tuple((kind, dtype) for kind in sorted(kinds)) if dtype else (),
+        recompute=recompute,
+        check_finite=given["check_finite"],
+        order=layout.trainable,
+    )
+    splitter = MicrobatchSplitter(
+        layout.session.client,
+        given["microbatches"],
+        given["in_dims"],
+        given["target_dims"],
+        weighted=not adds_up(loss_fn),
+        first=chain.placement[0].worker,
+        last=chain.placement[-1].worker,
+        loss_kind=loss_kind,
+    )
+    compiled = given["compile"]
+    options = TrainingOptions(
+        names=[],
+        scheduler=given["lr_scheduler"],
+        scaled=given["amp"] == "fp16",
+        deferred=bool(given["deferred_batch_norm"]),
+        compiled=None if compiled is False else {} if compiled is True else dict(compiled),
+    )
+    groups = parameter_groups(layout.trainable, patterns)
+    return Checked(settings, splitter, (groups, options, loss, in_files))
+
+
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_counts(**counts: Any) -> None:
+    """Raise ValueError unless these are whole numbers from 1 on."""
+    for name, number in counts.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} is a whole number from 1 on; got {shown(number)}")
+
+
+def check_scheduler(lr_scheduler: Any) -> None:
+    """Raise TypeError unless it can make a scheduler, or is None."""
+    if lr_scheduler is not None and not callable(lr_scheduler):
+        raise TypeError(
+            "lr_scheduler is what makes a scheduler from an optimizer on each worker, as "
+            f"functools.partial(StepLR, step_size=1); got {type(lr_scheduler).__name__}"
+        )
+
+
+def precision(amp: str | None) -> torch.dtype | None:
+    """The dtype of ``torch.autocast``; ValueError if there is none of that name."""
+    if amp is not None and not (isinstance(amp, str) and amp in _PRECISIONS):
+        raise ValueError(f'amp is None, "bf16" or "fp16"; got {shown(amp)}')
+    return None if amp is None else _PRECISIONS[amp]
 
 
 def check_dims(**dims: Any) -> None:
@@ -125,7 +232,7 @@ def check_epochs(epochs: int, **loaders: Any) -> None:
 
 
 def _gives_once(loader: Any) -> bool:
-    """Whether this is an iterator that cannot begin anew, as one of a user's class may."""
+    """True if this is an iterator that cannot begin anew, as one of a user's class may."""
     if not isinstance(loader, Iterator):
         return False
     begin = type(loader).__iter__
@@ -165,3 +272,35 @@ def check_metrics(metrics: Any) -> Mapping[str, Callable[..., Any]]:
     if "loss" in metrics:
         raise ValueError('"loss" is the loss itself; give this metric another name')
     return metrics
+
+
+def adds_up(loss: Any) -> bool:
+    """True if a loss is a sum over samples, and not their mean."""
+    options = loss.keywords if isinstance(loss, functools.partial) else {}
+    return options.get("reduction", getattr(loss, "reduction", "mean")) == "sum"
+
+
+def packed_loss(loss: Any) -> tuple[pack.Packed, str]:
+    """A loss function, ready to be sent, and its name.
+
+    Raises
+    ------
+    TypeError
+        It is not callable, cannot be pickled, or has parameters to train.
+    """
+    if isinstance(loss, type):
+        raise TypeError(
+            f"the loss is a class, {loss.__name__}: give an instance of it, {loss.__name__}()"
+        )
+    if not callable(loss):
+        raise TypeError(
+            "the loss is a function of (output, targets) such as torch.nn.functional.cross_entropy;"
+            f" got {type(loss).__name__}"
+        )
+    packed = pack.pickle_or_explain(lambda: pack.pack(loss), "the loss")
+    if any(t.requires_grad for t in packed.tensors):
+        raise TypeError(
+            f"the loss {kind_of(loss)!r} has parameters to train: make them a layer of the model, "
+            "where the optimizer finds them"
+        )
+    return packed, kind_of(loss)

@@ -1,20 +1,25 @@
-"""A trainer's arguments as the user gives them, checked before anything is submitted."""
+"""What makes an optimizer, tried on the driver: what it makes, and which parameters go where."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
-from taskgrad.arguments import shown
-from taskgrad.graph import pack
-from taskgrad.graph.layers import ParameterInfo, kind_of
+from taskgrad.graph.layers import ParameterInfo
+from taskgrad.graph.leaves import Leaf
+from taskgrad.graph.pack import Packed
+from taskgrad.graph.shards import ShardCall
+from taskgrad.layout import Layout
+from taskgrad.worker import optimizing
+from taskgrad.worker.training_state import TrainingOptions
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 Groups = list[tuple[list[str], dict[str, Any]]]
@@ -108,32 +113,6 @@ def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
     return any(p.default is p.empty for p in plain[1:])
 
 
-_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def check_counts(**counts: Any) -> None:
-    """Raise ValueError unless these are whole numbers from 1 on."""
-    for name, number in counts.items():
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name} is a whole number from 1 on; got {shown(number)}")
-
-
-def check_scheduler(lr_scheduler: Any) -> None:
-    """Raise TypeError unless it can make a scheduler, or is None."""
-    if lr_scheduler is not None and not callable(lr_scheduler):
-        raise TypeError(
-            "lr_scheduler is what makes a scheduler from an optimizer on each worker, as "
-            f"functools.partial(StepLR, step_size=1); got {type(lr_scheduler).__name__}"
-        )
-
-
-def precision(amp: str | None) -> torch.dtype | None:
-    """The dtype of ``torch.autocast``; ValueError if there is none of that name."""
-    if amp is not None and not (isinstance(amp, str) and amp in _PRECISIONS):
-        raise ValueError(f'amp is None, "bf16" or "fp16"; got {shown(amp)}')
-    return None if amp is None else _PRECISIONS[amp]
-
-
 def state_per_parameter(factory: Any, attributes: Mapping[str, Any]) -> float | None:
     """How many numbers an optimizer keeps for each number of a parameter, found by trying it.
 
@@ -177,33 +156,34 @@ def parameter_groups(
     return groups
 
 
-def adds_up(loss: Any) -> bool:
-    """Whether a loss is a sum over samples, and not their mean."""
-    options = loss.keywords if isinstance(loss, functools.partial) else {}
-    return options.get("reduction", getattr(loss, "reduction", "mean")) == "sum"
+def optimizers_on(
+    layout: Layout,
+    factory: OptimizerFactory,
+    groups: Groups,
+    options: TrainingOptions | None = None,
+    loss: Packed | None = None,
+    in_files: Mapping[str, frozenset[str]] = MappingProxyType({}),
+) -> list[ShardCall]:
+    """Tasks that make an optimizer on each shard, over what lives there of these parameters.
 
-
-def packed_loss(loss: Any) -> tuple[pack.Packed, str]:
-    """A loss function, ready to be sent, and its name.
-
-    Raises
-    ------
-    TypeError
-        It is not callable, cannot be pickled, or has parameters to train.
+    For a trainer also what its `options` say, and the loss function where the model's output is;
+    `in_files` says by worker what lies in files there.
     """
-    if isinstance(loss, type):
-        raise TypeError(
-            f"the loss is a class, {loss.__name__}: give an instance of it, {loss.__name__}()"
-        )
-    if not callable(loss):
-        raise TypeError(
-            "the loss is a function of (output, targets) such as torch.nn.functional.cross_entropy;"
-            f" got {type(loss).__name__}"
-        )
-    packed = pack.pickle_or_explain(lambda: pack.pack(loss), "the loss")
-    if any(t.requires_grad for t in packed.tensors):
-        raise TypeError(
-            f"the loss {kind_of(loss)!r} has parameters to train: make them a layer of the model, "
-            "where the optimizer finds them"
-        )
-    return packed, kind_of(loss)
+    makes = []
+    for shard in layout.shards:
+        mine = {name for name in layout.trainable if layout.home(name) is shard}
+        own = loss if shard is layout.shard_of(layout.layers[-1]) else None
+        arguments = {
+            "factory": factory,
+            "groups": [([n for n in names if n in mine], given) for names, given in groups],
+            "options": options
+            and replace(
+                options,
+                names=[name for name in layout.trainable if name in mine],
+                in_files=in_files.get(shard.worker, frozenset()),
+                loss=own.data if own else b"",
+            ),
+        }
+        after = [Leaf(own.tensors, needs_grad=False)] if own else []
+        makes.append(layout.task(shard, optimizing.make, arguments, after=after, name="optimizer"))
+    return makes

@@ -1,25 +1,70 @@
-"""Read a checkpoint: whether it fits, and what each shard needs of it, however it was cut then."""
+"""Read a checkpoint: check that it fits, and load what each shard needs of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from taskgrad.chain import GraphChain
 from taskgrad.errors import CheckpointError
+from taskgrad.executors.between_steps import between_steps
 from taskgrad.formats.encoding import decode, tensors_in
-from taskgrad.graph.layers import owner_of
+from taskgrad.formats.weights import read_index
 from taskgrad.graph.shards import Shard
-from taskgrad.train.contents import NOT_WRITTEN, inventory, living_on, shard_of
-from taskgrad.train.factories import attributes_of, example_of
+from taskgrad.layout import Layout
+from taskgrad.train.checkpoints.inventory import NOT_WRITTEN, inventory, living_on
+from taskgrad.train.optimizer_factory import attributes_of, example_of
+from taskgrad.train.owner import restored_owner
+from taskgrad.worker import checkpoint
+
+T = TypeVar("T")
 
 
-def check_model(index: Mapping[str, Any], chain: GraphChain, path: Path) -> None:
+def restore(
+    make: Callable[..., T],
+    path: Path,
+    chain: GraphChain,
+    optimizer: Any,
+    options: Mapping[str, Any],
+) -> tuple[T, int]:
+    """Make a trainer with its options, load what was saved; the trainer, and the steps it took.
+
+    See `Trainer.restore`.
+    """
+    layout = chain.layout
+    index = read_index(path)
+    _check_model(index, layout, path)
+    _check_optimizer(index, optimizer, layout)
+    options = _options_for(index, options)
+    folder = str(path / index["folder"])
+    needs = _parts(index, layout)
+    layout.run(
+        [
+            layout.task(shard, checkpoint.check, {"folder": folder, "files": need["files"]})
+            for shard, need in needs.items()
+        ]
+    )
+    with (
+        between_steps((), [layout.ref]),
+        restored_owner(chain),
+        layout.all_or_nothing(needs),
+    ):
+        trainer = make(**options)
+        layout.run(
+            [
+                layout.task(shard, checkpoint.load, {"folder": folder, **need})
+                for shard, need in needs.items()
+            ]
+        )
+    return trainer, index["step"]
+
+
+def _check_model(index: Mapping[str, Any], layout: Layout, path: Path) -> None:
     """Raise CheckpointError unless the checkpoint is of this chain's model."""
-    ours, theirs = inventory(chain), index["tensors"]
+    ours, theirs = inventory(layout), index["tensors"]
     missing = [name for name in ours if name not in theirs]
     unexpected = [name for name in theirs if name not in ours]
     words = {
@@ -37,21 +82,21 @@ def check_model(index: Mapping[str, Any], chain: GraphChain, path: Path) -> None
     ]
     if missing or unexpected or wrong:
         raise CheckpointError(
-            f"the checkpoint in {path} is of another model than this chain ({chain._title}). "
+            f"the checkpoint in {path} is of another model than this chain ({layout.title}). "
             f"Missing there: {missing or 'none'}. Unexpected there: {unexpected or 'none'}. "
             f"Different: {wrong or 'none'}"
         )
 
 
-def check_optimizer(index: Mapping[str, Any], optimizer: Any, chain: GraphChain) -> None:
+def _check_optimizer(index: Mapping[str, Any], optimizer: Any, layout: Layout) -> None:
     """Raise CheckpointError unless the state is of this kind of optimizer."""
-    made, _ = example_of(optimizer, attributes_of(chain._tensors.values()))
+    made, _ = example_of(optimizer, attributes_of(layout.tensors.values()))
     saved, given = index["optimizer"]["class"], type(made).__qualname__
     if given != saved:
         raise CheckpointError(f"the checkpoint has the state of {saved}, and {given} was given")
 
 
-def options_for(index: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _options_for(index: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the trainer: what is given, and the rest as it was saved."""
     options = dict(given)
     for name, saved in index["settings"].items():
@@ -80,19 +125,19 @@ def _no_tensor(name: str) -> torch.Tensor:
     raise CheckpointError(f"the checkpoint's settings hold a tensor, {name!r}")
 
 
-def parts(index: Mapping[str, Any], chain: GraphChain) -> dict[Shard, dict[str, Any]]:
-    """What each shard needs of a checkpoint, however it was cut then."""
+def _parts(index: Mapping[str, Any], layout: Layout) -> dict[Shard, dict[str, Any]]:
+    """What each shard needs of a checkpoint, however the layers were placed then."""
     groups = index["optimizer"]["groups"]
     group_of = {name: group for group in groups for name in group["parameters"]}
     homes = {name: file for file, about in index["files"].items() for name in about["tensors"]}
     found = {}
-    for shard in chain._shards.values():
-        here = living_on(chain, shard)
+    for shard in layout.shards:
+        here = living_on(layout, shard)
         trained = [name for name in here["parameters"] if name in group_of]
         extra = {
             name: value
             for name, value in index["extra"].items()
-            if shard_of(chain, owner_of(name, chain._by_name)) is shard
+            if layout.shard_of(layout.owner(name)) is shard
         }
         part = {
             "buffers": here["buffers"],
@@ -105,7 +150,7 @@ def parts(index: Mapping[str, Any], chain: GraphChain) -> dict[Shard, dict[str, 
             "step": index["step"],
         }
         copies = [
-            n for n, i in chain._tensors.items() if any(chain._home(o) is shard for o in i.names)
+            n for n, i in layout.tensors.items() if any(layout.home(o) is shard for o in i.names)
         ]
         names = [*copies, *(f"buffer/{n}" for n in copies), *(f"gradient/{n}" for n in trained)]
         names += tensors_in([part[key] for key in ("state", "options", "scheduler", "extra")])

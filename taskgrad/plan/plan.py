@@ -1,0 +1,218 @@
+"""What a training step does where and in which order: frozen, plain data.
+
+A plan joins what the other modules here know apart: the stages of a model and which of them takes
+whose output, the worker of each, and for every worker the order of its actions.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from taskgrad.plan.schedule import UPDATE, Action, Pipeline, Schedule
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the model that runs as one unit: one forward per microbatch.
+
+    Attributes
+    ----------
+    title
+        Its first and last layer, as tasks show it.
+    layers
+        The indices of its layers in the model's running order.
+    names
+        The model's names for these layers.
+    worker
+        Its worker, an index into the plan's `workers`.
+    inputs
+        The stages whose outputs it takes; empty where it takes the batch.
+    trained
+        Whether it has a backward: it or a stage before it has parameters to train.
+    """
+
+    title: str
+    layers: tuple[int, ...]
+    names: tuple[str, ...]
+    worker: int
+    inputs: tuple[int, ...]
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class PlannedWorker:
+    """A worker of a plan: the address of its process, and the torch device of its layers."""
+
+    address: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages, placement and schedule of a training step.
+
+    It prints, compares, and goes through JSON unchanged. `Trainer.plan` is the one that is run.
+
+    Attributes
+    ----------
+    model
+        The model's class name.
+    stages
+        In an order in which they can run.
+    workers
+        Where they run.
+    schedule
+        The name of the schedule.
+    microbatches
+        How many slices a batch is cut into.
+    orders
+        For every worker its actions, the last of them the update (U).
+    cost
+        The predicted seconds of a step; None if there is no prediction.
+
+    Examples
+    --------
+    >>> from taskgrad.plan.schedule import schedule
+    >>> stages = [Stage("0", (0,), ("0",), 0, ()), Stage("1", (1,), ("1",), 1, (0,))]
+    >>> workers = [PlannedWorker("tcp://a", "cpu"), PlannedWorker("tcp://b", "cpu")]
+    >>> plan = make_plan("Sequential", stages, workers, schedule("1f1b", Pipeline.line(2), 2))
+    >>> print(plan)
+    Plan of Sequential: 2 stages on 2 workers, 2 microbatches, 1f1b
+    stage 0: layers 0, on tcp://a (cpu), of the batch
+    stage 1: layers 1, on tcp://b (cpu), of stage 0
+    tcp://a: F0.0 F0.1 BW0.0 BW0.1 U
+    tcp://b: F1.0 BW1.0 F1.1 BW1.1 U
+    >>> Plan.from_json(plan.to_json()) == plan
+    True
+    """
+
+    model: str
+    stages: tuple[Stage, ...]
+    workers: tuple[PlannedWorker, ...]
+    schedule: str
+    microbatches: int
+    orders: tuple[tuple[Action, ...], ...]
+    cost: float | None = None
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The stages as a schedule sees them."""
+        return pipeline_of(self.stages)
+
+    def with_schedule(self, schedule: Schedule) -> Plan:
+        """The same stages at the same places, in the order of this schedule.
+
+        A backward that has no action of its own for the weights is written BW; one of a stage with
+        nothing to train is left out; every worker ends with U.
+
+        Raises
+        ------
+        ValueError
+            The schedule is of another pipeline.
+        """
+        if schedule.pipeline != self.pipeline:
+            raise ValueError(f"the schedule is of {schedule.pipeline}, not of {self.pipeline}")
+        split = {a[1:] for order in schedule.orders for a in order if a.kind == "W"}
+        orders = tuple(
+            (
+                *(
+                    action._replace(kind="BW")
+                    if action.kind == "B" and action[1:] not in split
+                    else action
+                    for action in order
+                    if action.kind == "F" or self.stages[action.stage].trained
+                ),
+                UPDATE,
+            )
+            for order in schedule.orders
+        )
+        return replace(
+            self,
+            schedule=schedule.name,
+            microbatches=schedule.microbatches,
+            orders=orders,
+            cost=None,
+        )
+
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        orders = [list(map(str, order)) for order in self.orders]
+        return json.dumps({**asdict(self), "orders": orders}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that `to_json` wrote.
+
+        Raises
+        ------
+        ValueError
+            The text is not a plan's.
+        """
+        try:
+            found = json.loads(text)
+            stages = [{k: _as_tuple(v) for k, v in stage.items()} for stage in found["stages"]]
+            return cls(
+                **{
+                    **found,
+                    "stages": tuple(Stage(**stage) for stage in stages),
+                    "workers": tuple(PlannedWorker(**worker) for worker in found["workers"]),
+                    "orders": tuple(tuple(map(_action, order)) for order in found["orders"]),
+                }
+            )
+        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"this is no plan in JSON: {error!r}") from error
+
+    def __str__(self) -> str:
+        cost = "" if self.cost is None else f", {self.cost:.3g} s predicted"
+        lines = [
+            f"Plan of {self.model}: {len(self.stages)} stages on {len(self.workers)} workers, "
+            f"{self.microbatches} microbatches, {self.schedule}{cost}"
+        ]
+        for i, stage in enumerate(self.stages):
+            worker = self.workers[stage.worker]
+            given = ", ".join(f"stage {n}" for n in stage.inputs) or "the batch"
+            lines.append(
+                f"stage {i}: layers {stage.title}, on {worker.address} ({worker.device}), "
+                f"of {given}"
+            )
+        lines += [
+            f"{worker.address}: {' '.join(map(str, order))}"
+            for worker, order in zip(self.workers, self.orders, strict=True)
+        ]
+        return "\n".join(lines)
+
+
+def make_plan(
+    model: str, stages: Sequence[Stage], workers: Sequence[PlannedWorker], schedule: Schedule
+) -> Plan:
+    """A plan of these stages on these workers.
+
+    Raises
+    ------
+    ValueError
+        The schedule is of other stages.
+    """
+    return Plan(model, tuple(stages), tuple(workers), "", 0, ()).with_schedule(schedule)
+
+
+def pipeline_of(stages: Sequence[Stage]) -> Pipeline:
+    """Stages as a schedule sees them: the worker of each, and those that it takes outputs of."""
+    return Pipeline(tuple(s.worker for s in stages), tuple(s.inputs for s in stages))
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _action(text: str) -> Action:
+    if text == str(UPDATE):
+        return UPDATE
+    found = re.fullmatch(r"(F|B|W|BW)(\d+)\.(\d+)", text)
+    if found is None:
+        raise ValueError(f"this is no action: {text!r}")
+    kind: Any = found[1]
+    return Action(kind, int(found[2]), int(found[3]))

@@ -1,0 +1,1 @@
+"""Checkpoints of a trainer: files from which it goes on in another process."""

@@ -1,0 +1,99 @@
+"""The plan of a trainer's steps, made of the layout of its chain and of a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import torch
+
+from taskgrad.arguments import shown
+from taskgrad.chain import GraphChain
+from taskgrad.graph.nodes import Node
+from taskgrad.plan.plan import Plan, PlannedWorker, Stage, make_plan, pipeline_of
+from taskgrad.plan.schedule import NAMES, Pipeline, Schedule, check
+from taskgrad.plan.schedule import schedule as named_schedule
+
+Maker = Callable[[Pipeline, int], Schedule]
+
+
+def planner(chain: GraphChain, make_schedule: Maker) -> Callable[[int], Plan]:
+    """A function from a number of microbatches to their plan; it caches the last plans."""
+    layout = chain.layout
+    devices = {row.worker: row.device for row in chain.placement}
+    workers = [PlannedWorker(shard.worker, devices[shard.worker]) for shard in layout.shards]
+    stages = stages_of(chain)
+
+    @lru_cache(maxsize=16)
+    def plan(microbatches: int) -> Plan:
+        schedule = make_schedule(pipeline_of(stages), microbatches)
+        return make_plan(layout.title, stages, workers, schedule)
+
+    return plan
+
+
+def stages_of(chain: GraphChain) -> list[Stage]:
+    """The stages of a chain: layers in a row on one worker."""
+    layout = chain.layout
+    workers = [shard.worker for shard in layout.shards]
+    with torch.enable_grad():
+        calls = layout.calls((None,), {}, mode=True)
+    index: dict[Node, int] = {call: i for i, call in enumerate(calls)}
+    return [
+        Stage(
+            title=call.title,
+            layers=tuple(i for i, _, _ in call.spec.steps),
+            names=tuple(name for _, name, _ in call.spec.steps),
+            worker=workers.index(call.worker or ""),
+            inputs=tuple(index[node] for node in call.inputs if node in index),
+            trained=call.needs_grad,
+        )
+        for call in calls
+    ]
+
+
+def maker_of(
+    schedule: str | Maker,
+) -> Maker:
+    """What makes schedules, given its name; or a user's own way, whose schedules are each checked.
+
+    Raises
+    ------
+    ValueError
+        There is no schedule of this name.
+    TypeError
+        It is neither a name nor a function. What is made raises TypeError if a function gives no
+        schedule, ValueError if it gives a wrong one.
+    """
+    if isinstance(schedule, str):
+        if schedule not in NAMES:
+            raise ValueError(f"there is no schedule {schedule!r}; there are {', '.join(NAMES)}")
+        return partial(named_schedule, schedule)
+    if not callable(schedule) or isinstance(schedule, type):
+        raise TypeError(
+            f"schedule is {' or '.join(map(repr, NAMES))}, or a function of a Pipeline and the "
+            f"number of microbatches; got {shown(schedule)}"
+        )
+
+    def checked(pipeline: Pipeline, microbatches: int) -> Schedule:
+        found = schedule(pipeline, microbatches)
+        if not isinstance(found, Schedule):
+            raise TypeError(
+                "schedule, a function of a Pipeline and the number of microbatches, makes a "
+                f"taskgrad.plan.schedule.Schedule; it gave {shown(found)}"
+            )
+        if (found.pipeline, found.microbatches) != (pipeline, microbatches):
+            raise ValueError(
+                f"the schedule is of {found.microbatches} microbatches on {found.pipeline}, "
+                f"and not of {microbatches} on {pipeline}, which it was to be made for"
+            )
+        check(found)
+        split = next((a for order in found.orders for a in order if a.kind == "W"), None)
+        if split is not None:
+            raise ValueError(
+                f"the schedule has a backward for the weights alone, {split}, which no executor "
+                "runs yet: leave it out, and B is for inputs and weights"
+            )
+        return found
+
+    return checked

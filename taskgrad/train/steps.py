@@ -1,0 +1,189 @@
+"""The steps of a trainer that are on their way: submitted, waited for, or taken back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from weakref import WeakSet
+
+from taskgrad.chain import GraphChain
+from taskgrad.cluster.session import check_open
+from taskgrad.errors import TaskgradError, WorkerLostError
+from taskgrad.graph.nodes import Node
+from taskgrad.train.call_lock import CallLock
+from taskgrad.train.data import Batch
+from taskgrad.train.loss import StepLoss
+from taskgrad.train.owner import check_owner
+from taskgrad.train.recovery import recover
+from taskgrad.train.step import Settings, Step, build
+
+# A step is submitted while the one before still runs: its inputs are there when that is done.
+_AHEAD = 2
+# Dask remembers how to compute again all that a task depended on: steps that wait for each other
+# pile up on the scheduler. So after this many the workers are let run dry.
+_MAX_CHAINED = 16
+# How long Ctrl-C may wait for the workers to take back a step, in seconds.
+_INTERRUPT_S = 0.5
+
+
+class Steps:
+    """The steps of one trainer. Several threads may use it.
+
+    Parameters
+    ----------
+    chain
+        What is trained; `Steps` is its owner.
+    settings
+        What is the same for every step.
+    notify
+        Called with the loss of each step that is done, in order.
+
+    Attributes
+    ----------
+    taken : int
+        How many batches were taken, or are being taken.
+    """
+
+    def __init__(
+        self, chain: GraphChain, settings: Settings, notify: Callable[[StepLoss], None]
+    ) -> None:
+        self.taken = 0
+        self._chain = chain
+        self._layout = chain.layout
+        self._executor = chain.layout.executor
+        self._settings = settings
+        self._lock = CallLock(notify)
+        self._running: deque[StepLoss] = deque()
+        self._readers: WeakSet[Node] = WeakSet()  # what uses the model, not in a step
+        self._last: Step | None = None  # the next step waits for it on the workers
+        self._chained = 0
+        self._unsettled = False  # a step was interrupted, and is yet to be taken back
+        self._broken: BaseException | None = None
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Let one thread at a time do this."""
+        return self._lock.held()
+
+    def take(self, split: Callable[[], Batch]) -> StepLoss:
+        """Submit a step on the batch that `split` gives; see `Trainer.step`."""
+        with self.held():
+            self._check_usable()
+            batch = split()
+            while len(self._running) >= _AHEAD:
+                self.finish(self._running[0])
+            if self._chained == _MAX_CHAINED:
+                self.wait()
+            self._wait_for_readers()
+            made = build(self._layout, batch, self.taken, self._settings, self._last)
+            loss = StepLoss(self.finish, made, batch.size)
+            self._running.append(loss)
+            try:
+                launch = self._executor.launch(made.targets, made.order)
+            except BaseException as error:
+                if isinstance(error, Exception) and not isinstance(error, TaskgradError | OSError):
+                    self._running.pop()  # it was not submitted; the steps before it go on
+                    error.add_note(
+                        f"The batch of step {self.taken} cannot be sent to the workers; nothing "
+                        "of this step was submitted, and steps before it are not affected."
+                    )
+                    raise
+                self.abort(error)
+                raise
+            made.launched(launch)
+            self._last = made
+            self._chained += 1
+            self.taken += 1
+            return loss
+
+    def wait(self) -> None:
+        """Return when every step so far is done; see `Trainer.wait`."""
+        with self.held():
+            self._check_usable()
+            while self._running:
+                self.finish(self._running[0])
+            if self._last is not None:
+                self._executor.forget(self._last.targets)
+                self._last, self._chained = None, 0
+
+    def finish(self, loss: StepLoss) -> None:
+        """Wait for the steps up to this one."""
+        with self.held():
+            while not loss.done:
+                loss.raise_error()  # another thread may have found it
+                first = self._running[0]
+                try:
+                    made = first.made
+                    error = self._executor.wait(
+                        made.targets, behind=made.behind, labels=made.labels
+                    )
+                    if error is not None:
+                        raise error
+                    [report] = self._executor.values([made.report])
+                except BaseException as error:
+                    self.abort(error)
+                    raise
+                self._running.popleft()
+                first.settle(report)
+                if first.made is not self._last:
+                    self._executor.forget(first.made.targets)
+                self._lock.notify_later(first)
+
+    @contextlib.contextmanager
+    def between_steps(self, readers: Iterable[Node]) -> Iterator[None]:
+        """Submit these nodes, which use the chain's layers, in the block.
+
+        They run after the steps so far, and before the next.
+        """
+        with self.held():
+            if self._broken is None and (self._running or self._unsettled):
+                self.wait()
+            yield
+            self._readers.update(readers)
+
+    def add_reader(self, node: Node) -> None:
+        """A submitted node that uses the model: it runs before the next step."""
+        self._readers.add(node)
+
+    def _wait_for_readers(self) -> None:
+        """What uses the model, as an evaluation does, passes it before it changes."""
+        readers = [node for node in self._readers if self._executor.is_submitted(node)]
+        if readers:
+            self._executor.wait(readers)  # errors are raised where values are taken
+        self._readers.clear()
+
+    def abort(self, error: BaseException) -> None:
+        """Cancel all steps that run, and go back to before the first of them."""
+        with self.held():
+            for loss in self._running:
+                self._executor.cancel(loss.made.targets)
+                loss.fail(error)
+            self._running.clear()
+            self._last, self._chained = None, 0
+            self._unsettled = True
+            interrupted = not isinstance(error, Exception)
+            try:
+                self._roll_back(_INTERRUPT_S if interrupted else None)
+            except TaskgradError as broken:
+                if not isinstance(error, WorkerLostError):
+                    error.add_note(f"The step could not be taken back: {broken}")
+
+    def _roll_back(self, seconds: float | None = None) -> None:
+        try:
+            done = recover(self._layout, seconds=seconds)
+        except TaskgradError as error:
+            self._broken = error
+            raise
+        if done is not None:
+            self.taken = done
+            self._unsettled = False
+
+    def _check_usable(self) -> None:
+        if self._broken is not None:
+            raise TaskgradError(
+                f"this trainer lost part of its model: {self._broken}"
+            ) from self._broken
+        check_open(self._layout.session.client)
+        check_owner(self._chain, self, "Trainer")
+        if self._unsettled:
+            self._roll_back()

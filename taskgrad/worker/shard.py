@@ -1,0 +1,80 @@
+"""What one worker holds of a chain: layers with their parameters, and what trains them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from taskgrad.worker.settings import YieldingLock
+from taskgrad.worker.training_state import Training, Update
+from taskgrad.worker.undo import Undo
+
+
+@dataclass
+class Made:
+    """What training needs on a shard, until it is used."""
+
+    optimizer: torch.optim.Optimizer | None
+    training: Training | None = None
+    loss: Any = None
+    compiled: dict[str, Any] | None = None  # options of ``torch.compile`` for the layers
+
+
+@dataclass
+class BeforeLoad:
+    """The contents of a shard's layers, and what trains them, from before a load."""
+
+    layers: Undo
+    optimizer: torch.optim.Optimizer | None
+    training: Training | None
+    loss: Any
+
+
+@dataclass
+class ResidentShard:
+    """The layers of one chain that live here.
+
+    `layers` are modules (or connection functions) by their index in the chain, `names` the chain's
+    names for them, `parameters` the trainable and frozen parameters by the chain's first name for
+    each. `lock` is held while any of it runs, so that a worker of several threads does not tear it.
+    `gradient_bytes` is the last count; `uncounted` asks the holder of the lock to count again.
+    `copied` are the parameters of which other shards have copies, `trainable` those that the chain
+    knows as such.
+    """
+
+    layers: dict[int, Any]
+    parameters: dict[str, nn.Parameter]
+    device: torch.device
+    copied: frozenset[str] = frozenset()
+    trainable: frozenset[str] = frozenset()
+    layer_mode: bool | None = None  # True: train, False: eval, None: as the layers came
+    optimizer: torch.optim.Optimizer | None = None
+    made: Made | None = None  # what `use` puts in their place, once every shard has made its own
+    before_load: BeforeLoad | None = None  # its contents from before a load that is under way
+    update: Update | None = None  # the last step of a `taskgrad.Optimizer`
+    loss: Any = None  # the loss function, on the shard that gives the model's output
+    training: Training | None = None  # what a trainer keeps here
+    gradient_bytes: int = 0
+    uncounted: bool = False
+    lock: YieldingLock = field(default_factory=YieldingLock)
+
+    def values(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Copies of these parameters on the host."""
+        return {n: self.parameters[n].detach().to("cpu", copy=True) for n in names}
+
+    def why_fixed(self, name: str) -> str | None:
+        """Why a hook may not change this parameter now, if so."""
+        if self.training is not None and self.training.begun is not None:
+            return (
+                "which a Trainer changes at the end of a step, once all gradients are there: "
+                "leave it to the optimizer"
+            )
+        if name in self.copied:
+            return (
+                "and layers on other workers have copies of it, which would stay as they are: "
+                "give the layers that share it one worker"
+            )
+        return None

@@ -1,0 +1,33 @@
+"""What a forward saves for its backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from taskgrad.graph.pytree import Structure
+from taskgrad.worker.communicator import Communicator
+from taskgrad.worker.settings import YieldingLock
+from taskgrad.worker.shard import ResidentShard
+
+
+@dataclass
+class Tape:
+    """What one forward of one shard saved for its backward."""
+
+    title: str
+    inputs: list[list[torch.Tensor | None]]  # per slot, per leaf: the leaf that takes a gradient
+    input_structures: list[Structure]
+    outputs: list[Any]  # leaves of the output, part of autograd's graph
+    output_structure: Structure
+    parameters: dict[str, nn.Parameter]
+    shard: ResidentShard | None
+    communicator: Communicator | None = None  # the rank of a group whose forward it was
+    recomputes: bool = False  # looking at what autograd saved would run layers again
+    nbytes: int | None = None  # once counted
+    # Held by a backward, and by code that reads what autograd saved: autograd frees it as it goes,
+    # without the GIL, and reading it meanwhile would crash the process.
+    lock: YieldingLock = field(default_factory=lambda: YieldingLock(reentrant=False))
