@@ -67,3 +67,15 @@ def test_no_code_outside_graph_writes_to_a_node():
             if name in fields and target not in own and ast.unparse(target) not in OTHERS
         ]
     assert not found, "\n".join(found)
+
+
+def test_training_uses_no_private_attribute_of_a_chain():
+    found = [
+        f"{path}:{node.lineno}: {ast.unparse(node)}"
+        for path in sorted((PACKAGE / "train").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and ast.unparse(node.value).rpartition(".")[2] in ("chain", "_chain")
+    ]
+    assert not found, "\n".join(found)
