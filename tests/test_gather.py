@@ -10,9 +10,10 @@ from distributed import Client, LocalCluster
 
 import taskgrad as tg
 from leasing import needs_others, refuse_reads, without_handler
-from taskgrad.cluster import client_calls, internals
+from taskgrad.cluster import internals
 from taskgrad.cluster.session import session
 from taskgrad.cluster.wire import message_leases, peers, process_memory
+from taskgrad.cluster.wire.gather import gather_values
 
 COUNT = 500_000  # floats: 2 MB
 
@@ -32,7 +33,7 @@ def make(client: Client, worker: str, fn: Any = torch.arange, *args: Any) -> Any
 
 
 def fetch(client: Client, futures: list[Any], workers: list[str]) -> list[Any]:
-    pending = client_calls.values(client, futures, workers)
+    pending = gather_values(client, futures, workers)
     assert pending.done(30)
     return pending.result()
 
@@ -125,7 +126,7 @@ def test_what_is_not_where_it_ran_is_found(ours):
 def test_what_a_worker_raised_is_raised(ours):
     client, (a, b) = ours
     futures = [make(client, a), make(client, b, int, "x")]
-    pending = client_calls.values(client, futures, [a, b])
+    pending = gather_values(client, futures, [a, b])
     assert pending.done(30)
     with pytest.raises(ValueError, match="invalid literal"):
         pending.result()
@@ -156,7 +157,7 @@ def test_a_worker_that_has_gone_is_not_tried_for_long():
         there = make(client, b)
         nanny = next(n for n in cluster.workers.values() if n.worker_address == a)
         client.sync(nanny.close)
-        pending = client_calls.values(client, [there], [a])
+        pending = gather_values(client, [there], [a])
         assert pending.done(20)
         assert torch.equal(pending.result()[0], torch.arange(COUNT))
 

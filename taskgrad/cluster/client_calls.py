@@ -17,7 +17,6 @@ from distributed import CancelledError, Client, Future
 
 from taskgrad.cluster import internals
 from taskgrad.cluster.config import deadline
-from taskgrad.cluster.wire import gather
 from taskgrad.errors import TaskgradError
 
 T = TypeVar("T")
@@ -55,11 +54,6 @@ def all_of(client: Client, futures: Sequence[Future]) -> LoopFuture:
             await internals.settle(futures)
 
     return LoopFuture(client, settle)
-
-
-def values(client: Client, futures: Sequence[Future], workers: Sequence[str]) -> LoopFuture:
-    """Done once the values of these futures, which ran on these workers, are here."""
-    return LoopFuture(client, lambda: gather.values(client, futures, workers))
 
 
 def call_with_deadline(client: Client, call: Callable[[], Awaitable[T]], what: str) -> T:

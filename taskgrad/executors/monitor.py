@@ -18,6 +18,7 @@ from distributed import Future, KilledWorker
 from taskgrad.cluster import client_calls, nested
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.session import Session, check_open
+from taskgrad.cluster.wire.gather import gather_values
 from taskgrad.errors import TapeError, TaskgradError, WorkerLostError
 from taskgrad.executors.base import is_stateless, needs_layers
 from taskgrad.executors.lost import worker_lost, workers_killed
@@ -77,7 +78,7 @@ def gather(nodes: Sequence[Node], session: Session, table: TaskTable) -> list[An
         return []
     check_open(session.client)
     workers = [table.worker_of(n) or "" for n in nodes]
-    coming = client_calls.values(session.client, [table.futures[n] for n in nodes], workers)
+    coming = gather_values(session.client, [table.futures[n] for n in nodes], workers)
     monitor = _Monitor(nodes, session, table)
     try:
         with settings_released():

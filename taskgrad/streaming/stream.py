@@ -17,9 +17,9 @@ from typing import Any
 from distributed import CancelledError, Client, Future
 from distributed.scheduler import KilledWorker
 
-from taskgrad.cluster import client_calls
 from taskgrad.cluster.messages import task_messages
 from taskgrad.cluster.session import Session
+from taskgrad.cluster.wire.gather import gather_values
 from taskgrad.errors import TaskgradError, TravelError, WorkerLostError
 from taskgrad.executors.monitor import Outages, task_error
 from taskgrad.graph.layers import kind_of
@@ -117,7 +117,7 @@ class Stream:
                 self._sender.lease = self._sender.lease and self._unread < _ATTEMPTS
         if batch.future is None:  # of a batch that failed before it began
             return EMPTY
-        pending = client_calls.values(self._client, [batch.future], [""])
+        pending = gather_values(self._client, [batch.future], [""])
         try:
             while not pending.done(_POLL_S):
                 self._check()

@@ -16,13 +16,18 @@ from distributed import Client, Future
 from distributed.comm.addressing import get_address_host
 
 from taskgrad.cluster import internals
+from taskgrad.cluster.client_calls import LoopFuture
 from taskgrad.cluster.wire import peers
 
 logger = logging.getLogger("taskgrad")
 
 
-async def values(client: Client, futures: Sequence[Future], workers: Sequence[str]) -> list[Any]:
-    """The values of tasks that have run on these workers; "" where that is not known."""
+def gather_values(client: Client, futures: Sequence[Future], workers: Sequence[str]) -> LoopFuture:
+    """The values, on their way, of tasks that have run on these workers; "" where unknown."""
+    return LoopFuture(client, lambda: _values(client, futures, workers))
+
+
+async def _values(client: Client, futures: Sequence[Future], workers: Sequence[str]) -> list[Any]:
     by_worker: dict[str, list[Any]] = {}
     for future, worker in zip(futures, workers, strict=True):
         if worker and future.status == "finished":
