@@ -28,8 +28,9 @@ def take_over(chain: GraphChain, owner: Any, makes: Sequence[ShardCall]) -> list
     elif before is None and isinstance(layout.ref.trained_by, weakref.ref):
         recover(layout)
     layout.run(layout.tasks(optimizing.use, awaits=makes))
+    answers = layout.results(makes)
     layout.ref.trained_by = weakref.ref(owner)
-    return layout.results(makes)
+    return answers
 
 
 @contextlib.contextmanager

@@ -52,9 +52,7 @@ def stages_of(chain: GraphChain) -> list[Stage]:
     ]
 
 
-def maker_of(
-    schedule: str | Maker,
-) -> Maker:
+def maker_of(schedule: str | Maker) -> Maker:
     """What makes schedules, given its name; or a user's own way, whose schedules are each checked.
 
     Raises
