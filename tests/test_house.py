@@ -1,4 +1,4 @@
-"""How the package is built, by its source: who writes to nodes.
+"""How the package is built, by its source: who writes to nodes, and which files the docs name.
 
 `make lint` checks the imports.
 """
@@ -79,3 +79,17 @@ def test_training_uses_no_private_attribute_of_a_chain():
         and ast.unparse(node.value).rpartition(".")[2] in ("chain", "_chain")
     ]
     assert not found, "\n".join(found)
+
+
+def test_files_that_the_docs_name_exist():
+    root = PACKAGE.parent
+    pages = [*root.glob("*.md"), *root.glob("docs/*.md")]
+    named = {
+        (page.name, path)
+        for page in pages
+        if page.name != "CHANGELOG.md"
+        for path in re.findall(r"`((?:taskgrad/)?(?:\w+/)+\w+\.py)`", page.read_text("utf-8"))
+    }
+    assert len(named) > 40
+    ours = [n for n in named if not n[1].startswith(("dask/", "distributed/"))]
+    assert [n for n in ours if not ((root / n[1]).exists() or (PACKAGE / n[1]).exists())] == []

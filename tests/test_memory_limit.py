@@ -7,6 +7,7 @@ import re
 import resource
 
 import dask
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,9 +39,10 @@ def peak_memory(dask_worker):
     return int(line.split()[1]) << 10
 
 
-def hold(dask_worker, megabytes):
-    """Keep memory that Dask knows nothing of."""
-    dask_worker.held_by_somebody = torch.ones(megabytes << 20, dtype=torch.uint8)
+def hold_up_to(dask_worker, megabytes):
+    """Have the process use so much, by memory that Dask knows nothing of."""
+    more = (megabytes << 20) - psutil.Process().memory_info().rss
+    dask_worker.held_by_somebody = torch.ones(more, dtype=torch.uint8)
 
 
 @pytest.mark.long
@@ -87,7 +89,7 @@ def test_what_others_hold_counts(fresh):
     chain = tg.GraphChain(nn.Sequential(nn.Linear(WIDTH, WIDTH)), client=client)
     sgd = functools.partial(torch.optim.SGD, lr=0.1)
     tg.Trainer(chain, F.mse_loss, sgd)
-    client.run(hold, megabytes=600)
+    client.run(hold_up_to, megabytes=940)
     with pytest.raises(tg.MemoryLimitError, match="are missing"):
         tg.Trainer(chain, F.mse_loss, sgd)
 
