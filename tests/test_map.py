@@ -20,7 +20,7 @@ from torch import nn
 import taskgrad as tg
 from conftest import keys_of, total_held, wait_until
 from helpers import assert_same
-from taskgrad.mapping.items import cut, share
+from taskgrad.mapping.segments import cut, share
 
 MODES = ("threads", "processes", "both")
 EAGER = (None, True, False)

@@ -6,20 +6,27 @@ a backward needs stays where the forward ran, and only gradients are sent to the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from distributed import Client
 
-from taskgrad.arguments import whole
+from taskgrad.arguments import iterator, whole
 from taskgrad.cluster.nested import current_worker
+from taskgrad.graph.copies import Pulled
 from taskgrad.graph.pytree import flatten
-from taskgrad.mapping.items import read_rows
 from taskgrad.mapping.local import map_local
 from taskgrad.mapping.reducing import fold, mean, rounded
 from taskgrad.mapping.remote import map_remote
+from taskgrad.mapping.segments import Row
 from taskgrad.mapping.threads import threads_here
 from taskgrad.thunk import Lazy, Thunk, collect
+
+_END = object()
+# Containers whose iteration runs no code that could change an item.
+_CONTAINERS = (list, tuple, range, dict, str, np.ndarray, torch.Tensor, torch.nn.Parameter)
 
 
 def map(
@@ -104,7 +111,7 @@ def map(
     _check(fn, over, reduce, eager_grad)
     chunksize = None if chunksize is None else whole("chunksize", chunksize, least=1)
     seed = None if seed is None else whole("seed", seed, least=0)
-    rows = read_rows(iterables)
+    rows = _rows(iterables)
     if any(isinstance(leaf, Thunk) for leaf in flatten(rows)[0]):
         rows = collect(rows)
     if not rows:
@@ -154,3 +161,40 @@ def _check(fn: Any, over: Any, reduce: Any, eager_grad: Any) -> None:
             raise ValueError(
                 f"{name} is one of {', '.join([repr(a) for a in allowed])}; got {given!r}"
             )
+
+
+def _rows(iterables: Sequence[Iterable[Any]]) -> list[Row]:
+    """Zip the iterables: row n has the n-th item of each, the arguments of one call.
+
+    Items keep the values that they had when they were pulled. Raises TypeError if one is not
+    iterable or there is none, ValueError if one ends before another.
+    """
+    if not iterables:
+        raise TypeError("a map takes a function and at least one iterable of items")
+    iterators = [iterator("map", place, given) for place, given in enumerate(iterables)]
+    columns = [_Uncopied() if type(given) in _CONTAINERS else Pulled() for given in iterables]
+    count = 0
+    while True:
+        row = []
+        for items, column in zip(iterators, columns, strict=True):
+            row.append(next(items, _END))
+            if row[-1] is not _END:
+                column.add(row[-1])  # before the next one is pulled, which may refill it
+        ended = [k for k, item in enumerate(row) if item is _END]
+        if not ended:
+            count += 1
+        elif len(ended) == len(row):
+            return list(zip(*(column.values() for column in columns), strict=True))
+        else:
+            longer = next(k for k, item in enumerate(row) if item is not _END)
+            raise ValueError(
+                f"the iterables of a map have unequal lengths: the one at position {ended[0]} "
+                f"ended after {count} items, and the one at position {longer} has more"
+            )
+
+
+class _Uncopied(Pulled):
+    """Items of a container, which need no copies."""
+
+    def add(self, value: Any) -> None:
+        self._values.append(value)

@@ -1,13 +1,17 @@
-"""A chunk of a map: what a worker runs as one call, and what comes back of it.
+"""Chunks of a map: what a worker runs as one call, what comes back of it, and its backward.
 
 A chunk is a `Call` of `run_items`, so its worker keeps a tape of it as of any other call. That tape
-holds the chunk's segments: each thread's items with an autograd graph of their own, so that their
-backward runs in as many threads (`taskgrad.mapping.backward`).
+holds the chunk's segments, each with an autograd graph of its own. The backward is one task a
+worker, the pullback of all its chunks: a pullback each would be as many tasks, could not spread the
+segments of all chunks over the worker's threads, and would add up gradients of closed-over tensors
+in another order, to other bits.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -18,43 +22,49 @@ import torch
 from distributed import get_worker
 
 from taskgrad.cluster.worker_plugin import store_of
-from taskgrad.errors import TaskgradError
+from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.executors.lowering import action_of
 from taskgrad.graph import pack
 from taskgrad.graph.calls import Call
 from taskgrad.graph.copies import own_copy
 from taskgrad.graph.cotangents import Gradient
 from taskgrad.graph.leaves import Leaf
-from taskgrad.graph.nodes import Node, new_key
+from taskgrad.graph.nodes import Node, Sum, new_key
 from taskgrad.graph.objects import Opaque
+from taskgrad.graph.pullback import Pullback
 from taskgrad.graph.pytree import Slot, sequence
 from taskgrad.graph.templates import template
 from taskgrad.graph.torch_settings import thread_settings
 from taskgrad.item_errors import portable
 from taskgrad.mapping.eager import EagerGradients, EagerOptions, differentiate_eagerly
-from taskgrad.mapping.items import share
 from taskgrad.mapping.segments import (
     ItemError,
     ItemFunction,
     Results,
     Segment,
     SegmentInput,
+    differentiate,
     on_host,
     run_segments,
+    share,
     total,
 )
 from taskgrad.mapping.threads import threads_here
-from taskgrad.worker.actions import Add
+from taskgrad.worker.failures import backward_error
 from taskgrad.worker.settings import in_thread
+from taskgrad.worker.store import Store
+from taskgrad.worker.tape import Tape
+
+Runs = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class MapSpec(Opaque):
     """What all chunks of a map have in common.
 
-    `threads` says whether a chunk is run by as many threads as its worker has; `taped`, `seed` and
-    `reduce` are those of `ItemFunction`; `wanted` and `is_buffer` say which of the closed-over
-    tensors take a gradient, and which are buffers of modules.
+    With `threads` a chunk is run by as many threads as its worker has; `taped`, `seed` and `reduce`
+    are those of `ItemFunction`; `wanted` and `is_buffer` mark the closed-over tensors that take a
+    gradient, and those that are buffers of modules.
     """
 
     title: str
@@ -69,11 +79,10 @@ class MapSpec(Opaque):
 
 @dataclass
 class ChunkResult(Opaque):
-    """What comes back of a chunk, beside the outputs.
+    """What comes back of a chunk, beside the outputs; the segments stay in the worker's process.
 
     `attempt` is the id of this execution: a chunk that is run again after a worker was lost gets
-    another one, so that a tape that does not fit the results is rejected. The segments, with their
-    autograd graphs, stay in the worker's process.
+    another one, so that a tape that does not fit the results is rejected.
     """
 
     attempt: str
@@ -94,50 +103,27 @@ def _packed(fn: Callable[..., Any]) -> bytes:
     return pack.pack(fn).data
 
 
-class Shared(Node):
-    """A leaf's value as the result of a task, which several chunks on one worker take."""
+class Shared(Sum):
+    """A leaf's value as the result of a task (a sum of one), which chunks on one worker take."""
 
-    __slots__ = ("leaf",)
-
-    def __init__(self, leaf: Leaf, worker: str) -> None:
-        super().__init__(new_key("shared"), worker)
-        self.leaf = leaf
-
-    @property
-    def inputs(self) -> Sequence[Node]:
-        return (self.leaf,)
+    __slots__ = ()
 
     @property
     def needs_grad(self) -> bool:
-        return self.leaf.needs_grad
-
-
-@action_of.register
-def _(node: Shared) -> Add:
-    return Add()  # of one value: the value
+        return self.parts[0].needs_grad
 
 
 class Chunk(Call):
     """The call of a chunk, items `rows` of a map.
 
-    Parameters
-    ----------
-    shared
-        The function's bytes and what it closes over.
-    items
-        The items' bytes and their tensors, of which so many are `taken`: they take a gradient.
+    `shared` has the function's bytes and what it closes over; `items` the items' bytes and their
+    tensors, `taken` of which take a gradient.
     """
 
     __slots__ = ("rows", "taken")
 
     def __init__(
-        self,
-        spec: MapSpec,
-        rows: range,
-        shared: Node,
-        items: Node,
-        taken: int,
-        worker: str,
+        self, spec: MapSpec, rows: range, shared: Node, items: Node, taken: int, worker: str
     ) -> None:
         super().__init__(
             title=spec.title,
@@ -160,12 +146,7 @@ class Chunk(Call):
 def run_items(shared: list[Any], items: list[Any], spec: MapSpec, start: int) -> ChunkValue:
     """Run the items of a chunk, and where it pays their backward.
 
-    Raises
-    ------
-    ItemError
-        An item raised.
-    TaskgradError
-        The function changed a buffer of a module.
+    Raises ItemError if an item raised, TaskgradError if the function changed a module's buffer.
     """
     worker: Any = get_worker()
     store, key = store_of(worker), worker.get_current_task()
@@ -256,3 +237,122 @@ def _with_sum(*values: ChunkValue) -> tuple[list[ChunkValue], list[Gradient] | N
         for outputs, r in values
     ]
     return plain, total(found) if len(found) == len(values) else None
+
+
+class ChunksPullback(Pullback):
+    """The pullback of chunks on one worker; `given` are the cotangents of their outputs, in order.
+
+    Its value: the gradients of the closed-over tensors, summed, and for each chunk those of its
+    items' tensors, or None for a chunk without cotangents. With `threads` it runs in as many
+    threads as the worker has.
+    """
+
+    __slots__ = ("chunks", "results", "runs", "threads")
+
+    def __init__(
+        self,
+        chunks: Sequence[Chunk],
+        results: Sequence[ChunkResult],
+        given: Sequence[Gradient],
+        retain: bool,
+        threads: bool,
+    ) -> None:
+        self.runs, distinct = encode(given)
+        super().__init__(chunks[0], [Leaf(distinct, needs_grad=False)], (), retain)
+        self.chunks = tuple(chunks)
+        self.results = tuple((r.attempt, len(r.results.entries)) for r in results)
+        self.threads = threads
+
+
+@dataclass(frozen=True)
+class PullBackChunks:
+    """Run a `ChunksPullback`; `chunks` has the key, attempt and number of outputs of each."""
+
+    chunks: tuple[tuple[str, str, int], ...]
+    runs: Runs
+    title: str
+    threads: bool
+    retain: bool
+
+    def run(
+        self, store: Store, distinct: list[torch.Tensor]
+    ) -> tuple[list[Gradient], list[list[Gradient] | None]]:
+        """The gradients.
+
+        Raises LayerError if autograd raised; WorkerLostError if a tape is not here or is of another
+        attempt, as the worker was restarted.
+        """
+        cotangents = iter(decode(self.runs, distinct))
+        used: dict[str, Sequence[Segment]] = {}
+        seeds: list[list[Gradient]] = []
+        with contextlib.ExitStack() as locks:
+            for key, attempt, count in self.chunks:
+                given = [next(cotangents) for _ in range(count)]
+                if any(c is not None for c in given):
+                    tape, used[key] = _taped(store, key, attempt, self.title)
+                    locks.enter_context(tape.lock)
+                    rest = iter(given)
+                    seeds += [[next(rest) for _ in segment.outputs] for segment in used[key]]
+            segments = [segment for taped in used.values() for segment in taped]
+            threads = threads_here() if self.threads else 1
+            try:
+                shared, taken = differentiate(segments, seeds, threads, retain=self.retain)
+            except BaseException as error:
+                raise backward_error(error, store.address, self.title, None) from error
+        by_segment = iter(taken)
+        items = {
+            key: [on_host(g) for _ in taped for g in next(by_segment)]
+            for key, taped in used.items()
+        }
+        return list(map(on_host, total(shared))), [items.get(key) for key, _, _ in self.chunks]
+
+
+def _taped(store: Store, key: str, attempt: str, title: str) -> tuple[Tape, Sequence[Segment]]:
+    tape = store.get(key)
+    result = tape.outputs[-1] if isinstance(tape, Tape) else None
+    # Another attempt may have drawn other random numbers: the results are not of its tape.
+    if not isinstance(tape, Tape) or result is None or result.attempt != attempt:
+        raise WorkerLostError(
+            f"worker {store.address} does not hold what the map of {title!r} left there: "
+            "it was restarted since. Run the map again"
+        )
+    return tape, result.segments
+
+
+@action_of.register
+def _(node: ChunksPullback) -> PullBackChunks:
+    chunks = zip(node.chunks, node.results, strict=True)
+    return PullBackChunks(
+        tuple((chunk.key, *result) for chunk, result in chunks),
+        *(node.runs, node.call.title, node.threads, node.retain),
+    )
+
+
+def encode(cotangents: Sequence[Gradient]) -> tuple[Runs, list[torch.Tensor]]:
+    """Cotangents as (position, count) of runs of equal ones (-1: None), and the distinct ones.
+
+    The losses of a sum all have the same cotangent: a backward of a thousand items sends as much as
+    that of one.
+    """
+    distinct: dict[Any, int] = {}
+    tensors: list[torch.Tensor] = []
+    positions = []
+    for cotangent in cotangents:
+        if cotangent is None:
+            positions.append(-1)
+            continue
+        key: Any = id(cotangent)
+        if not cotangent.dim() and cotangent.layout is torch.strided and cotangent.is_cpu:
+            # Numbers that are equal to the bit are the same.
+            bits = cotangent.detach().resolve_conj().resolve_neg().reshape(1).view(torch.uint8)
+            key = cotangent.dtype, bytes(bits.tolist())
+        if key not in distinct:
+            distinct[key] = len(tensors)
+            tensors.append(cotangent)
+        positions.append(distinct[key])
+    return tuple((p, len(list(run))) for p, run in itertools.groupby(positions)), tensors
+
+
+def decode(runs: Runs, tensors: Sequence[torch.Tensor]) -> list[Gradient]:
+    """Inverse of `encode`."""
+    return [None if at < 0 else tensors[at] for at, count in runs for _ in range(count)]

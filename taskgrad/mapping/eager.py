@@ -31,10 +31,10 @@ _TUPLES = ("tuple", "namedtuple")
 
 
 class EagerOptions(NamedTuple):
-    """Whether a chunk's losses are differentiated as soon as it has run: if asked, or if it pays.
+    """When a chunk's losses are differentiated as soon as it has run: if asked, or if it pays.
 
-    `asked` is the user's ``eager_grad``; `seed` the cotangent of all losses. It always pays if a
-    backward with that cotangent is predicted.
+    `asked` is the user's ``eager_grad``; `seed` the cotangent of all losses. It pays in any case if
+    a backward with that cotangent is predicted.
     """
 
     asked: bool | None
@@ -64,12 +64,7 @@ def differentiate_eagerly(
 ) -> EagerGradients | None:
     """Gradients, if they were asked for, or pay after a forward that took `seconds`.
 
-    Raises
-    ------
-    TypeError
-        They were asked for, and some result is no loss.
-    LayerError
-        They were asked for, and autograd raised.
+    If they were asked for, raises TypeError if a result is no loss, LayerError if autograd raised.
     """
     if options.asked is False:
         return None
@@ -140,23 +135,22 @@ _histories: weakref.WeakKeyDictionary[Any, _History] = weakref.WeakKeyDictionary
 class BackwardPredictor:
     """Predicts the backward of one map of a function.
 
-    Attributes
-    ----------
-    cotangent
-        That of all its losses; None if no backward is predicted.
+    `cotangent` is that of all its losses; None if no backward is predicted.
     """
 
     def __init__(self, fn: Callable[..., Any]) -> None:
-        self._history = _history_of(fn)
+        while isinstance(fn, functools.partial):
+            fn = fn.func
+        fn = getattr(fn, "__func__", fn)
+        self._history = _History()
+        with contextlib.suppress(TypeError):  # it cannot be hashed, or referred to weakly
+            self._history = _histories.setdefault(getattr(fn, "__code__", fn), self._history)
         self._observed = False
         predicted = self._history.in_a_row >= _IN_A_ROW
         self.cotangent = self._history.cotangent if predicted else None
 
     def observe(self, entries: Sequence[int], cotangents: Sequence[torch.Tensor | None]) -> None:
-        """The map's backward is run, with these cotangents of its outputs.
-
-        `entries` has for each output the position of the result that it belongs to.
-        """
+        """Note the cotangents of the map's backward; `entries` has the result of each output."""
         self._observed = True
         found, history = _of_losses(entries, cotangents), self._history
         if found is None:
@@ -169,15 +163,6 @@ class BackwardPredictor:
     def __del__(self) -> None:
         if not self._observed:  # the results are garbage, so no backward can come
             self._history.in_a_row = 0
-
-
-def _history_of(fn: Any) -> _History:
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    fn = getattr(fn, "__func__", fn)
-    with contextlib.suppress(TypeError):  # it cannot be hashed, or referred to weakly
-        return _histories.setdefault(getattr(fn, "__code__", fn), _History())
-    return _History()
 
 
 def _of_losses(entries: Sequence[int], cotangents: Sequence[torch.Tensor | None]) -> float | None:

@@ -10,22 +10,27 @@ import torch
 from taskgrad.cluster.nested import current_worker
 from taskgrad.graph import pack
 from taskgrad.graph.cotangents import Gradient
+from taskgrad.graph.nodes import walk
 from taskgrad.graph.pytree import flatten
 from taskgrad.item_errors import is_ctrl_c, item_error
 from taskgrad.mapping.closed_over import closed_over_tensors, title_of
-from taskgrad.mapping.items import Row, cut, share
-from taskgrad.mapping.recording import MapRecording, join
 from taskgrad.mapping.segments import (
     ItemError,
     ItemFunction,
+    MapRecording,
     Results,
+    Row,
     Segment,
     SegmentInput,
+    cut,
     differentiate,
-    input_of,
+    join,
     run_segments,
+    share,
+    takes_gradient,
     total,
 )
+from taskgrad.mapping.threads import HERE
 from taskgrad.worker.failures import backward_error
 
 
@@ -46,7 +51,7 @@ def map_local(
     taped = torch.is_grad_enabled()
     function, originals = _detached(fn) if taped else (fn, {})
     mapped = ItemFunction(function, taped, seed, reduce)
-    parts = [input_of(r.start, [rows[i] for i in r]) for r in ranges]
+    parts = [_input(r.start, rows[r.start : r.stop]) for r in ranges]
     try:
         segments = run_segments(mapped, parts, threads)
     except ItemError as failed:
@@ -58,7 +63,16 @@ def map_local(
 
 def _where() -> str:
     worker = current_worker()
-    return worker.address if worker else "none: a thread of this process"
+    return worker.address if worker else HERE
+
+
+def _input(start: int, rows: Sequence[Row]) -> SegmentInput:
+    def has_history(leaf: Any) -> bool:
+        # In its place threads need a leaf of their own; other objects are given themselves.
+        return isinstance(leaf, torch.Tensor) and leaf.requires_grad and not leaf.is_leaf
+
+    leaves, structure = flatten(list(rows), has_history)
+    return SegmentInput(start, leaves, structure, list(map(takes_gradient, leaves)))
 
 
 def _attach(
@@ -69,7 +83,7 @@ def _attach(
     threads: int,
 ) -> list[Any]:
     taken = {id(t) for segment in segments for t in segment.taken}
-    behind = leaves_behind(o for segment in segments for o in segment.outputs)
+    behind = _leaves_behind(o for segment in segments for o in segment.outputs)
     shared = [t for t in behind if id(t) not in taken]
     for segment in segments:
         segment.shared = shared
@@ -97,35 +111,20 @@ def _detached(fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[int, tor
     if all(t.is_leaf and not t._backward_hooks for t in closed_over_tensors(fn)):
         return fn, {}
     packed = pack.pack(fn)
-    values, originals = [], {}
-    for tensor in packed.tensors:
-        if tensor.requires_grad:
-            leaf = tensor.detach().requires_grad_()
-            originals[id(leaf)] = tensor
-            values.append(leaf)
-        else:
-            values.append(tensor)
+    values = [t.detach().requires_grad_() if t.requires_grad else t for t in packed.tensors]
+    pairs = zip(values, packed.tensors, strict=True)
+    originals = {id(leaf): tensor for leaf, tensor in pairs if tensor.requires_grad}
     return pack.unpack(packed.data, values, own=False), originals
 
 
-def leaves_behind(outputs: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+def _leaves_behind(outputs: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """The leaves of autograd's graph behind these tensors, each once."""
-    found: dict[int, torch.Tensor] = {}
-    seen: set[Any] = set()
-    stack: list[Any] = []
-    for output in outputs:
-        if output.grad_fn is None:
-            found.setdefault(id(output), output)
-        else:
-            stack.append(output.grad_fn)
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
+    outputs = list(outputs)
+    found = {id(output): output for output in outputs if output.grad_fn is None}
+    starts: list[Any] = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    for node in walk(starts, lambda node: [n for n, _ in node.next_functions if n is not None]):
         if hasattr(node, "variable"):  # it accumulates into a leaf
             found.setdefault(id(node.variable), node.variable)
-        stack.extend(following for following, _ in node.next_functions if following is not None)
     return list(found.values())
 
 

@@ -20,22 +20,30 @@ from taskgrad.graph.cotangents import Gradient
 from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import Node
 from taskgrad.graph.pack import pickle_or_explain
-from taskgrad.graph.pytree import Slot, carries_gradient, flatten
+from taskgrad.graph.pytree import Slot, flatten
 from taskgrad.graph.torch_settings import settings_now
 from taskgrad.item_errors import item_error
-from taskgrad.mapping.backward import ChunksPullback
 from taskgrad.mapping.chunk import (
     Chunk,
     ChunkResult,
+    ChunksPullback,
     MapSpec,
     Shared,
     sum_on_worker,
 )
 from taskgrad.mapping.closed_over import pack_mapped, title_of
 from taskgrad.mapping.eager import BackwardPredictor, EagerOptions
-from taskgrad.mapping.items import Row, cut, share
-from taskgrad.mapping.recording import MapRecording, join
-from taskgrad.mapping.segments import ItemError, Results, total
+from taskgrad.mapping.segments import (
+    ItemError,
+    MapRecording,
+    Results,
+    Row,
+    cut,
+    join,
+    share,
+    takes_gradient,
+    total,
+)
 
 
 def map_remote(
@@ -53,7 +61,7 @@ def map_remote(
     """The results, or their sums by chunk, attached to autograd's graph."""
     packed = pack_mapped(fn)
     title = title_of(fn)
-    wanted = [carries_gradient(t) and t.requires_grad for t in packed.tensors]
+    wanted = list(map(takes_gradient, packed.tensors))
     owner = session(client)
     placed = _placed(len(rows), owner.workers(), threads, chunksize)
     items = [[_ChunkItems(rows, r) for r in ranges] for ranges, _ in placed]
@@ -77,7 +85,7 @@ def map_remote(
     leaf = Leaf([packed.data, *packed.tensors], needs_grad=any(wanted))
     parts = []
     for some, (_, worker) in zip(items, placed, strict=True):
-        shared = leaf if len(some) == 1 else Shared(leaf, worker)
+        shared = leaf if len(some) == 1 else Shared([leaf], title, worker)
         parts.append(_WorkerChunks(spec, [chunk.chunk(spec, shared, worker) for chunk in some]))
     executor = executor_of(owner)
     outputs = _run(fn, parts, executor)
@@ -110,40 +118,34 @@ class _ChunkItems:
         self._items = rows[r.start : r.stop]
         leaves, structure = flatten(list(self._items))
         self.tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-        wanted = [carries_gradient(t) and t.requires_grad for t in self.tensors]
+        wanted = list(map(takes_gradient, self.tensors))
         self.takers = [t for t, w in zip(self.tensors, wanted, strict=True) if w]
-        self._template = with_slots(leaves), structure, wanted
+        self._template = _with_slots(leaves), structure, wanted
 
     def chunk(self, spec: MapSpec, shared: Node, worker: str) -> Chunk:
         """The call of the chunk; TypeError if an item cannot be pickled."""
-        given = Leaf([self._pickled(spec.title), *self.tensors], needs_grad=bool(self.takers))
-        return Chunk(spec, self.rows, shared, given, len(self.takers), worker)
-
-    def _pickled(self, title: str) -> bytes:
-        return pickle_or_explain(
+        pickled = pickle_or_explain(
             lambda: bytes(cloudpickle.dumps(self._template)),
-            lambda: f"item {self._unpicklable()} of the map of {title!r}",
+            lambda: f"item {self._unpicklable()} of the map of {spec.title!r}",
             '. Use over="threads", or give plain values and tensors',
         )
+        given = Leaf([pickled, *self.tensors], needs_grad=bool(self.takers))
+        return Chunk(spec, self.rows, shared, given, len(self.takers), worker)
 
     def _unpicklable(self) -> int:
-        pairs = zip(self.rows, self._items, strict=True)
-        return next((i for i, row in pairs if not _picklable(row)), self.rows.start)
+        for index, row in zip(self.rows, self._items, strict=True):
+            leaves, structure = flatten(row)
+            try:
+                cloudpickle.dumps((_with_slots(leaves), structure))
+            except Exception:
+                return index
+        return self.rows.start
 
 
-def with_slots(leaves: Sequence[Any]) -> list[Any]:
+def _with_slots(leaves: Sequence[Any]) -> list[Any]:
     """The same leaves, with a slot in place of each tensor."""
     count = itertools.count()
     return [Slot(next(count)) if isinstance(x, torch.Tensor) else x for x in leaves]
-
-
-def _picklable(row: Row) -> bool:
-    leaves, structure = flatten(row)
-    try:
-        cloudpickle.dumps((with_slots(leaves), structure))
-    except Exception:
-        return False
-    return True
 
 
 def _run(
@@ -218,21 +220,23 @@ class RemoteRecording(MapRecording):
             self.predictor.observe(self.entries, cotangents)
         rest = iter(cotangents)
         nodes: dict[int, ChunksPullback] = {}
-        found: list[_Gradients | None] = []
+        found: dict[int, _Gradients] = {}
         for at, part in enumerate(self.parts):
             given = [next(rest) for r in part.results for _ in r.results.entries]
-            found.append(part.from_eager(given))
-            if found[-1] is None and any(c is not None for c in given):
-                nodes[at] = part.pullback(given, retain)
-        values = self._run(list(nodes.values()))
-        for at, value in zip(nodes, values, strict=True):
-            found[at] = value
+            eager = part.from_eager(given)
+            if eager is not None:
+                found[at] = eager
+            elif any(c is not None for c in given):
+                nodes[at] = ChunksPullback(
+                    part.chunks, part.results, given, retain, part.spec.threads
+                )
+        found.update(zip(nodes, self._run(list(nodes.values())), strict=True))
         if self.is_used_up:
             self._forget_tapes()
-        shared = [f[0] for f in found if f is not None]
+        shared = [found[at][0] for at in sorted(found)]
         items: list[Gradient] = []
-        for part, f in zip(self.parts, found, strict=True):
-            by_chunk = f[1] if f is not None else [None] * len(part.chunks)
+        for at, part in enumerate(self.parts):
+            by_chunk = found[at][1] if at in found else [None] * len(part.chunks)
             for chunk, grads in zip(part.chunks, by_chunk, strict=True):
                 items += [None] * chunk.taken if grads is None else grads
         return [*(total(shared) if shared else [None] * self.shared), *items]
@@ -278,15 +282,14 @@ class _WorkerChunks:
     """
 
     def __init__(self, spec: MapSpec, chunks: Sequence[Chunk]) -> None:
+        self.spec = spec
         self.chunks = list(chunks)
         eager = spec.taped and spec.eager.asked is not False
         self.sum = sum_on_worker(chunks) if eager and len(chunks) > 1 else None
         self.results: list[ChunkResult] = []
-        self._spec = spec
         assert chunks[0].settings is not None
         self._settings = chunks[0].settings.outside_autocast().without_grad()
-        self._leads: set[int] = set()
-        self._eager: _Gradients | None = None
+        self._shared: list[Gradient] | None = None
 
     @property
     def reads(self) -> list[Call]:
@@ -295,19 +298,11 @@ class _WorkerChunks:
 
     def take(self, values: list[Any]) -> list[torch.Tensor]:
         """Keep what came back in these values of `reads`, but for the outputs, which it returns."""
-        shared: list[Gradient] | None = None
         if self.sum is not None:
-            [(values, shared)] = values
+            [(values, self._shared)] = values
         self.results = [result for _, result in values]
-        eager = [r.eager for r in self.results if r.eager is not None]
-        if len(self.chunks) == 1 and eager:
-            shared = eager[0].shared
-        if shared is not None:
-            self._eager = shared, [e.items for e in eager]
-            before = 0
-            for result, gradients in zip(self.results, eager, strict=True):
-                self._leads.update(before + i for i in gradients.leads)
-                before += len(result.results.entries)
+        if self.sum is None and self.results[0].eager is not None:
+            self._shared = self.results[0].eager.shared
         return [output for outputs, _ in values for output in outputs]
 
     def from_eager(self, cotangents: Sequence[Gradient]) -> _Gradients | None:
@@ -316,27 +311,27 @@ class _WorkerChunks:
         Only under the settings of torch that they were made with. Without ``eager_grad=True`` only
         if a backward would give the same bits, as it does for a factor that is a power of two.
         """
-        if self._eager is None or settings_now().without_grad() != self._settings:
+        if self._shared is None or settings_now().without_grad() != self._settings:
             return None
-        leads = self._leads
-        values = [c for i, c in enumerate(cotangents) if i in leads and c is not None]
-        others = any(c is not None for i, c in enumerate(cotangents) if i not in leads)
-        if others or len(values) < len(leads) or len({v.item() for v in values}) != 1:
+        rest, values, items = iter(cotangents), [], []
+        for result in self.results:
+            assert result.eager is not None
+            items.append(result.eager.items)
+            for at, cotangent in enumerate(itertools.islice(rest, len(result.results.entries))):
+                if (cotangent is None) is (at in result.eager.leads):
+                    return None  # not of all losses, or of another output
+                values += [] if cotangent is None else [cotangent]
+        if len({v.item() for v in values}) != 1:
             return None
         # The seed as it was there, rounded to the losses' own precision.
-        seed = torch.full_like(values[0], self._spec.eager.seed).item()
+        seed = torch.full_like(values[0], self.spec.eager.seed).item()
         factor = values[0].item() / seed
         exact = not isinstance(factor, complex) and abs(math.frexp(factor)[0]) == 0.5
-        if not exact and not self._spec.eager.asked:
+        if not exact and not self.spec.eager.asked:
             return None
         if factor == 1:
-            return self._eager
-        shared, items = self._eager
-        return _scaled(shared, factor), [None if g is None else _scaled(g, factor) for g in items]
-
-    def pullback(self, cotangents: Sequence[Gradient], retain: bool) -> ChunksPullback:
-        """The node of a backward with these cotangents."""
-        return ChunksPullback(self.chunks, self.results, cotangents, retain, self._spec.threads)
+            return self._shared, items
+        return _scaled(self._shared, factor), [_scaled(grads, factor) for grads in items]
 
 
 def _scaled(grads: Sequence[Gradient], factor: Any) -> list[Gradient]:

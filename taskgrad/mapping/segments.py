@@ -1,12 +1,15 @@
-"""Run the items of a map in threads, and their backward; torch and threads, no Dask.
+"""Run the items of a map in threads, and their backward.
 
 A segment is items that run one after the other in one thread. Each segment has an autograd graph of
-its own, so that its backward can run in a thread of its own as well.
+its own, so that its backward can run in a thread of its own as well. In the caller's graph the map
+is one autograd function: its inputs are the tensors that take a gradient, its outputs those of the
+results that require one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,14 +17,39 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from taskgrad.autograd import Recording, record
+from taskgrad.errors import TapeError
 from taskgrad.graph.cotangents import Gradient, add_each
 from taskgrad.graph.pytree import Structure, builds, carries_gradient, flatten
 from taskgrad.item_errors import is_ctrl_c
-from taskgrad.mapping.items import Row
 from taskgrad.mapping.reducing import fold
-from taskgrad.mapping.threads import CancelToken, run_all
+from taskgrad.mapping.threads import run_all
 from taskgrad.remote_errors import own_frames
 from taskgrad.worker.randomness import random_stream
+
+Row = tuple[Any, ...]
+"""The arguments of one call of the mapped function."""
+
+
+def cut(count: int, size: int) -> list[range]:
+    """Chunks of this many items, the last one maybe smaller."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def share(count: int, weights: Sequence[int]) -> list[range]:
+    """Divide `count` items in proportion to these weights, as evenly as whole items allow.
+
+    One range for each weight, in order; with few items those at the end are empty.
+    """
+    total = sum(weights)
+    edges, so_far = [0], 0
+    for weight in weights:
+        so_far += weight
+        edges.append(-(-count * so_far // total))
+    return [range(a, b) for a, b in itertools.pairwise(edges)]
+
+
+_NO_STREAM = contextlib.nullcontext()
 
 
 class ItemError(Exception):
@@ -37,9 +65,9 @@ class ItemError(Exception):
 class ItemFunction(NamedTuple):
     """The mapped function, and how it is called with every item.
 
-    With `taped` gradients are to flow back out of it, also into those of the closed-over tensors
-    that were copied for it, `shared`. Without a `seed` items draw from torch's generator as it is.
-    With `reduce` the results of a segment are added up to one.
+    With `taped` gradients are to flow through it, also to those of the closed-over tensors that
+    were copied for it, `shared`. Without `seed` items draw from torch's global generator. With
+    `reduce` the results of a segment are added up to one.
     """
 
     fn: Callable[..., Any]
@@ -53,8 +81,8 @@ class ItemFunction(NamedTuple):
 class Results:
     """Results of items, in order: the leaves of all of them, and the structure of each.
 
-    `flags` has for every leaf whether it is an output, into which a gradient can flow; it is None
-    here. `entries` has for each output the position of its result.
+    `flags` marks the leaves that are outputs, through which gradients can flow; their place among
+    the leaves is None. `entries` has for each output the position of its result.
     """
 
     leaves: list[Any]
@@ -84,13 +112,18 @@ class Segment:
     """Items that ran one after the other, and the autograd graph of that.
 
     `taken` are the items' tensors that take a gradient, `outputs` the tensors of the results that
-    give one, `shared` the closed-over tensors that take one, the same for every segment of a map.
+    require one, `shared` the closed-over tensors that take one, the same for all of a map.
     """
 
     results: Results
     taken: list[torch.Tensor]
     outputs: list[torch.Tensor]
     shared: Sequence[torch.Tensor] = ()
+
+
+def takes_gradient(leaf: Any) -> bool:
+    """True for a tensor that autograd computes a gradient of."""
+    return carries_gradient(leaf) and bool(leaf.requires_grad)
 
 
 class SegmentInput(NamedTuple):
@@ -124,18 +157,6 @@ class SegmentInput(NamedTuple):
         return self.structure.build(given), taken
 
 
-def _has_history(leaf: Any) -> bool:
-    """Whether threads need a leaf of their own in its place; other objects are given themselves."""
-    return isinstance(leaf, torch.Tensor) and leaf.requires_grad and not leaf.is_leaf
-
-
-def input_of(start: int, rows: Sequence[Row]) -> SegmentInput:
-    """These rows, the first of which is item `start`."""
-    leaves, structure = flatten(list(rows), _has_history)
-    wanted = [carries_gradient(leaf) and leaf.requires_grad for leaf in leaves]
-    return SegmentInput(start, leaves, structure, wanted)
-
-
 def run_segments(
     function: ItemFunction,
     parts: Sequence[SegmentInput],
@@ -144,10 +165,7 @@ def run_segments(
 ) -> list[Segment]:
     """Run these items, each part as a segment, in this many threads.
 
-    Parameters
-    ----------
-    is_wanted
-        Called before each item; once it is False, no more items are run.
+    `is_wanted` is called before each item; once it is False, no more items are run.
 
     Raises
     ------
@@ -155,8 +173,8 @@ def run_segments(
         An item raised; of several that did, the first in the order of the items.
     """
 
-    def run(rows: SegmentInput, token: CancelToken) -> Segment:
-        return _run_segment(function, rows, lambda: is_wanted() and not token.is_cancelled())
+    def run(rows: SegmentInput, is_cancelled: Callable[[], bool]) -> Segment:
+        return _run_segment(function, rows, lambda: is_wanted() and not is_cancelled())
 
     return run_all(run, parts, threads)
 
@@ -165,12 +183,12 @@ def _run_segment(
     function: ItemFunction, rows: SegmentInput, is_wanted: Callable[[], bool]
 ) -> Segment:
     given, taken = rows.fed(function.taped)
-    results = []
+    results, seed = [], function.seed
     for index, row in enumerate(given, rows.start):
         if not is_wanted():
             break  # the results will not be used
         try:
-            with _stream(function.seed, index):
+            with _NO_STREAM if seed is None else random_stream(seed, 0, index, "map"):
                 results.append(function.fn(*row))
         except BaseException as error:
             if is_ctrl_c(error):
@@ -182,16 +200,20 @@ def _run_segment(
     outputs: list[torch.Tensor] = []
     inside = {id(t) for t in (*taken, *function.shared)}
 
+    def requires(leaf: Any) -> bool:
+        return function.taped and takes_gradient(leaf)
+
     def flows(leaf: Any) -> bool:
-        if not (function.taped and carries_gradient(leaf) and leaf.requires_grad):
+        if not requires(leaf):
             return False
-        return not leaf.is_leaf or (id(leaf) in inside and not _is_trained(leaf))
+        trained = isinstance(leaf, nn.Parameter) and leaf._version > 0
+        return not leaf.is_leaf or (id(leaf) in inside and not trained)
 
     for entry, result in enumerate(results):
         leaves, structure = flatten(result, flows)
         for at, leaf in enumerate(leaves):
             own = at in structure.parameters and not flows(leaf)
-            flag = not own and function.taped and carries_gradient(leaf) and leaf.requires_grad
+            flag = not own and requires(leaf)
             if flag:
                 outputs.append(leaf)
                 found.entries.append(entry)
@@ -203,14 +225,6 @@ def _run_segment(
     return Segment(found, taken, outputs)
 
 
-def _is_trained(leaf: torch.Tensor) -> bool:
-    return isinstance(leaf, nn.Parameter) and leaf._version > 0
-
-
-def _stream(seed: int | None, index: int) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if seed is None else random_stream(seed, 0, index, "map")
-
-
 def differentiate(
     segments: Sequence[Segment],
     seeds: Sequence[Sequence[Gradient]],
@@ -219,25 +233,15 @@ def differentiate(
     retain: bool,
     create: bool = False,
 ) -> tuple[list[list[Gradient]], list[list[Gradient]]]:
-    """Take cotangents back through these segments, in this many threads.
+    """Take cotangents, or None, of each segment's outputs back through it, in this many threads.
 
-    Parameters
-    ----------
-    seeds
-        For each segment a cotangent, or None, for each of its outputs.
-    retain, create
-        As in ``torch.autograd.grad``.
-
-    Returns
-    -------
-    tuple
-        For each segment the gradients of the closed-over tensors, and of its items' tensors.
+    Returns for each segment the gradients of the closed-over tensors, and of its items' tensors.
+    `retain` and `create` are as in ``torch.autograd.grad``.
     """
     pairs = list(zip(segments, seeds, strict=True))[::-1]
-    found = run_all(lambda pair, token: _grad(*pair, retain, create), pairs, threads)[::-1]
-    shared = [grads[: len(segment.shared)] for segment, grads in zip(segments, found, strict=True)]
-    taken = [grads[len(segment.shared) :] for segment, grads in zip(segments, found, strict=True)]
-    return shared, taken
+    found = run_all(lambda pair, _: _grad(*pair, retain, create), pairs, threads)[::-1]
+    count = len(segments[0].shared)
+    return [grads[:count] for grads in found], [grads[count:] for grads in found]
 
 
 def total(parts: Sequence[Sequence[Gradient]]) -> list[Gradient]:
@@ -279,3 +283,49 @@ def on_host(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor) and leaf.device.type not in ("cpu", "meta"):
         return leaf.cpu()
     return leaf
+
+
+class MapRecording(Recording):
+    """The backward of one map of a function, `title`.
+
+    `entries` has for each output the position of its result. Each result can be differentiated
+    once, as if it had a graph of its own.
+    """
+
+    takes_create_graph = True
+
+    def __init__(self, title: str, entries: Sequence[int]) -> None:
+        self.title = title
+        self.entries = list(entries)
+        self.used: set[int] = set()
+
+    def claim(self, cotangents: Sequence[Gradient], retain: bool) -> None:
+        """Mark the results with a cotangent as used, unless `retain`; TapeError if one is."""
+        claimed = {e for e, c in zip(self.entries, cotangents, strict=True) if c is not None}
+        again = claimed & self.used
+        if again:
+            raise TapeError(
+                f"backward a second time through result {min(again)} of a map of {self.title!r}: "
+                "its tape was used by the first. Pass retain_graph=True to the first if you need "
+                "two"
+            )
+        if not retain:
+            self.used |= claimed
+
+    @property
+    def is_used_up(self) -> bool:
+        """True if no result is left to be differentiated."""
+        return self.used.issuperset(self.entries)
+
+
+def join(
+    recording: MapRecording,
+    results: Results,
+    outputs: list[torch.Tensor],
+    inputs: list[torch.Tensor],
+) -> list[Any]:
+    """The results, with these outputs attached to the caller's autograd graph."""
+    outputs = [output.detach() for output in outputs]  # no views: users write in place
+    if not outputs or not inputs:
+        return results.build(outputs)
+    return results.build(record(recording, outputs, inputs))

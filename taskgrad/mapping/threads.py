@@ -22,14 +22,17 @@ from taskgrad.worker.settings import in_thread
 S = TypeVar("S")
 T = TypeVar("T")
 
+HERE = "none: a thread of this process"
+"""What messages name instead of a worker's address."""
+
 # How many threads a map may start in a thread of another map.
 _allowance: contextvars.ContextVar[int | None] = contextvars.ContextVar("allowance", default=None)
 
 
 def threads_here() -> int:
-    """How many threads a map may use: a worker's number in a task, else the number of cores.
+    """How many threads a map may use: in a task its worker's number, else the number of cores.
 
-    In a thread of another map it is its share of those.
+    In a thread of another map, that thread's share of them.
     """
     allowed = _allowance.get()
     if allowed is not None:
@@ -42,35 +45,29 @@ def threads_here() -> int:
     return os.cpu_count() or 1
 
 
-class CancelToken:
-    """Cancels one of several jobs once a job before it has failed."""
-
-    def __init__(self, position: int, failed: list[int]) -> None:
-        self._position = position
-        self._failed = failed
-
-    def is_cancelled(self) -> bool:
-        """True if the job's result will not be used."""
-        return any(other < self._position for other in self._failed)
-
-
-def run_all(job: Callable[[S, CancelToken], T], items: Sequence[S], threads: int) -> list[T]:
+def run_all(job: Callable[[S, Callable[[], bool]], T], items: Sequence[S], threads: int) -> list[T]:
     """Call `job` with each item, in this many threads; the results in order.
 
-    If calls raise, the error of the first of them in the order of the items is raised: those before
-    it run to their end, those after it are cancelled.
+    If calls raise, the error of the first of them in the order of the items is raised. Those before
+    it run to their end; for those after it the second argument of `job`, a function, returns True.
     """
     failed: list[int] = []
-    tokens = [CancelToken(position, failed) for position in range(len(items))]
+
+    def call(position: int) -> T:
+        return job(items[position], lambda: any(other < position for other in failed))
+
     threads = min(threads, len(items))
     if threads < 2:
-        return [job(item, token) for item, token in zip(items, tokens, strict=True)]
+        return list(map(call, range(len(items))))
     refuse_modes("tg.map over threads", process=False)
-    carry = _carrier(max(1, threads_here() // threads))
+    context = contextvars.copy_context()
+    context.run(_allowance.set, max(1, threads_here() // threads))
+    settings, inference = thread_settings(), torch.is_inference_mode_enabled()
 
     def work(position: int) -> T:
         try:
-            return carry(lambda: job(items[position], tokens[position]))
+            with torch.inference_mode(inference), in_thread(settings, HERE):
+                return context.copy().run(call, position)
         except BaseException:
             failed.append(position)
             raise
@@ -86,21 +83,8 @@ def run_all(job: Callable[[S, CancelToken], T], items: Sequence[S], threads: int
             raise
 
 
-def _carrier(allowance: int) -> Callable[[Callable[[], T]], T]:
-    """A function that calls another one, in any thread, with this thread's settings."""
-    context = contextvars.copy_context()
-    context.run(_allowance.set, allowance)
-    settings, inference = thread_settings(), torch.is_inference_mode_enabled()
-
-    def carry(call: Callable[[], T]) -> T:
-        with torch.inference_mode(inference), in_thread(settings, "none: a thread of this process"):
-            return context.copy().run(call)
-
-    return carry
-
-
 _torch_threads = threading.Lock()
-_users: list[int] = []
+_users = 0
 _before = 0
 
 
@@ -110,16 +94,16 @@ def fewer_torch_threads(threads: int) -> Iterator[None]:
 
     It is a setting of the process: the first user changes it, the last one restores it.
     """
-    global _before
+    global _before, _users
     with _torch_threads:
         if not _users:
             _before = torch.get_num_threads()
             torch.set_num_threads(max(1, _before // threads))
-        _users.append(threads)
+        _users += 1
     try:
         yield
     finally:
         with _torch_threads:
-            _users.pop()
+            _users -= 1
             if not _users:
                 torch.set_num_threads(_before)
