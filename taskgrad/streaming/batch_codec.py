@@ -82,7 +82,7 @@ class Batch:
 
     @property
     def nbytes(self) -> int:
-        """Of all its frames, leased ones too."""
+        """The bytes of all its frames, leased ones too."""
         return sum(
             frame.nbytes if isinstance(frame, RemoteBuffer) else len(frame) for frame in self.frames
         )
@@ -111,10 +111,7 @@ class Batch:
                 start = end
 
     def leased(self, lease: BufferLease) -> Batch:
-        """The same with its large frames replaced by their addresses, to read until the lease ends.
-
-        The lease keeps them in memory.
-        """
+        """The same with addresses for its large frames, which the lease keeps in memory."""
         frames = [p if len(p) < OWN_FRAME_MIN else lease.add(memoryview(p)) for p in self.frames]
         return Batch(self.runs, self.ends, self.counts, frames, lease.token)
 
@@ -305,7 +302,7 @@ def _tensor_as_run(item: torch.Tensor) -> Any:
 
 
 def _is_constant(raw: memoryview) -> bool:
-    """Whether this memory cannot change; a read-only view alone does not prove that."""
+    """True for memory that cannot change, of which a read-only view alone is no proof."""
     holder: Any = raw.obj
     while isinstance(holder, np.ndarray | memoryview):
         holder = holder.base if isinstance(holder, np.ndarray) else holder.obj

@@ -10,8 +10,7 @@ from typing import Any
 from taskgrad.errors import TravelError
 from taskgrad.streaming.batch_codec import BatchEncoder
 from taskgrad.streaming.chunk_size import NBYTES
-from taskgrad.streaming.sending import InFlight
-from taskgrad.streaming.window import Window
+from taskgrad.streaming.window import InFlight, Window
 
 _FLUSH_AFTER_S = 0.01
 """Age at which a batch is sent though it is not full: the input is slow."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, Literal
 
 from distributed import Client
@@ -158,42 +159,32 @@ def _map(
         ". Take what cannot be pickled (locks, open files, generators) out, or make it inside",
         kind=TravelError,
     )
-    length = _length(iterables)
+    hints = [operator.length_hint(one, -1) for one in iterables]
+    length = min((hint for hint in hints if hint >= 0), default=None)
     refuse_modes(kind_of(fn))
     settings = settings_now()
     owner = session(client)
 
-    def start() -> Iterator[Any]:
+    def results() -> Generator[Any, None, None]:
         refuse_deadlock()
         give_thread_back()  # in a task: this thread will wait for other tasks, which may need it
-        threads = sum(worker.threads for worker in owner.known())
         window = Window(
-            threads=max(1, threads),
+            threads=max(1, sum(worker.threads for worker in owner.known())),
             chunksize=size,
             buffersize=buffersize,
             length=length,
             unordered=unordered,
         )
-        stream = Stream(owner, fn, packed, inputs, window, star=star, settings=settings)
-        return stream.results()
-
-    return _results(start, show, length, kind_of(fn))
-
-
-def _results(
-    start: Callable[[], Any], show: Any, length: int | None, title: str
-) -> Generator[Any, None, None]:
-    if show is None:
-        yield from start()
-        return
-    results = start()
-    with show(total=length, desc=title) as bar:
-        try:
-            for value in results:
+        found = Stream(owner, fn, packed, inputs, window, star=star, settings=settings).results()
+        if show is None:
+            yield from found
+            return
+        with show(total=length, desc=kind_of(fn)) as bar, contextlib.closing(found):
+            for value in found:
                 bar.update()
                 yield value
-        finally:
-            results.close()
+
+    return results()
 
 
 def _count(name: str, what: str, given: Any) -> int:
@@ -204,12 +195,6 @@ def _count(name: str, what: str, given: Any) -> int:
     if number < 1 or isinstance(given, bool):
         raise ValueError(f"{name}: {what} is a number of items, from 1 on; got {given!r}")
     return number
-
-
-def _length(iterables: Iterable[Any]) -> int | None:
-    """How many items there will be, if that is known."""
-    hints = [operator.length_hint(one, -1) for one in iterables]
-    return min((hint for hint in hints if hint >= 0), default=None)
 
 
 def _bar(name: str) -> Any:

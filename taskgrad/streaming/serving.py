@@ -26,7 +26,7 @@ from taskgrad.worker.settings import applied
 
 @dataclass(frozen=True)
 class BatchTask:
-    """Which items of which stream, and who gets the results."""
+    """Which items of which stream to run, how, and for which client."""
 
     token: str
     client: str
@@ -35,7 +35,7 @@ class BatchTask:
     lease: bool
     """Whether the driver may read large results in this process's memory."""
     settings: TorchSettings
-    """Those of torch under which the function runs."""
+    """Torch's, under which the function runs."""
 
 
 class Failure(NamedTuple):
@@ -44,7 +44,7 @@ class Failure(NamedTuple):
     error: BaseException
     frames: str = ""
     of_item: bool = True
-    """Not so if the function itself could not be loaded."""
+    """False if the function itself could not be loaded."""
 
     def __reduce__(self) -> Any:
         return _failure, (remote_errors.dumps(self.error), self.frames, self.of_item)
@@ -55,22 +55,18 @@ def _failure(error: bytes, frames: str, of_item: bool) -> Failure:
 
 
 class LeasedResult:
-    """A task's result whose large frames the driver reads in place; pickled, it is whole."""
+    """A task's result whose large frames the driver reads in place; it is pickled as the batch."""
 
     def __init__(self, results: Batch) -> None:
         self.results = results
         self._lease = BufferLease()
         self.leased = results.leased(self._lease)
 
-    def __reduce__(self) -> Any:
-        return _whole, (self.results,)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.results.__reduce_ex__(protocol)
 
     def __sizeof__(self) -> int:
         return self.results.nbytes
-
-
-def _whole(results: Batch) -> Batch:
-    return results
 
 
 def run_batch(task: BatchTask, items: Batch) -> Any:
@@ -96,12 +92,11 @@ def _run_batch(worker: Worker, task: BatchTask, items: Batch) -> Any:
     except OSError:
         _tell(worker, task, unreadable=True)
         return None
+    wanted = task_messages.broadcast_values(worker)
     try:
         with applied(task.settings, worker.address, give_thread_back):
             started = time.perf_counter()
-            encoder, failure = _run(
-                fn, items, task.star, task_messages.broadcast_values(worker), task.token
-            )
+            encoder, failure = _run(fn, items, task.star, wanted, task.token)
             seconds = time.perf_counter() - started
     except TaskgradError as error:
         _tell(worker, task, failure=Failure(error, of_item=False), whole=True)
@@ -123,7 +118,7 @@ def _run_batch(worker: Worker, task: BatchTask, items: Batch) -> Any:
 def _run(
     fn: Callable[..., Any], items: Batch, star: bool, wanted: dict[str, Any], token: str
 ) -> tuple[BatchEncoder, Failure | None]:
-    """Results up to the first failure, or until the stream has ended."""
+    """The results up to the first failure, or until the stream has ended."""
     encoder = BatchEncoder()
     add = encoder.add
     args = iter(items)
@@ -169,8 +164,7 @@ def _load(batch: Batch) -> Any:
 
 
 def _tell(worker: Worker, task: BatchTask, **message: Any) -> None:
-    if "results" in message:
-        message["results"] = to_serialize(message["results"])
-    if message.get("failure") is not None:
-        message["failure"] = to_serialize(message["failure"])
+    for part in ("results", "failure"):
+        if message.get(part) is not None:
+            message[part] = to_serialize(message[part])
     task_messages.send(worker, task.client, task.token, {"number": task.number, **message})

@@ -9,17 +9,22 @@ elsewhere. Only the consumer raises.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
-from distributed import CancelledError, Client, Future
+from distributed import CancelledError, Future
 from distributed.scheduler import KilledWorker
 
+from taskgrad.cluster.config import deadline
 from taskgrad.cluster.messages import task_messages
 from taskgrad.cluster.session import Session
+from taskgrad.cluster.wire import process_memory
 from taskgrad.cluster.wire.gather import gather_values
+from taskgrad.cluster.wire.leases import BufferLease
+from taskgrad.cluster.wire.thresholds import LEASE_MESSAGE_MIN, SCATTER_MIN
 from taskgrad.errors import TaskgradError, TravelError, WorkerLostError
 from taskgrad.executors.monitor import Outages, task_error
 from taskgrad.graph.layers import kind_of
@@ -27,9 +32,8 @@ from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.item_errors import item_error
 from taskgrad.streaming.batch_codec import Batch
 from taskgrad.streaming.feeder import Feeder
-from taskgrad.streaming.sending import EMPTY, InFlight, Sender
-from taskgrad.streaming.serving import Failure
-from taskgrad.streaming.window import Window
+from taskgrad.streaming.serving import BatchTask, Failure, run_batch
+from taskgrad.streaming.window import EMPTY, InFlight, Window
 
 _ATTEMPTS = 3
 """How often a batch is sent whose worker died with its items or results."""
@@ -61,8 +65,9 @@ class Stream:
         self._packed = packed
         self._window = window
         self._token = uuid.uuid4().hex
-        name = f"imap-{self._title}-{self._token}"
-        self._sender = Sender(self._client, name, self._token, star, settings)
+        self._star = star
+        self._settings = settings
+        self._leases = process_memory.available()  # workers may read large items here
         self._feeder = Feeder(inputs, window, self._send, self._title)
         self._not_sent: BaseException | None = None
         self._unread = 0
@@ -72,7 +77,7 @@ class Stream:
 
     # The consumer's side.
 
-    def results(self) -> Iterator[Any]:
+    def results(self) -> Generator[Any, None, None]:
         """The results; ends the map when it is closed, fails, or is garbage."""
         try:
             task_messages.subscribe(self._client, self._token, self)
@@ -107,14 +112,14 @@ class Stream:
     def _fetched(self, batch: InFlight) -> Batch | None:
         """The results: from the message, from the worker's memory, or gathered from the task.
 
-        None if they were lost with their worker, and Dask could not make them again.
+        None if they were lost with their worker, and Dask could not compute them again.
         """
         if batch.results is not None:
             try:
                 return batch.results.fetch()
             except OSError:  # its worker is gone, or on another host
                 self._unread += 1
-                self._sender.lease = self._sender.lease and self._unread < _ATTEMPTS
+                self._leases = self._leases and self._unread < _ATTEMPTS
         if batch.future is None:  # of a batch that failed before it began
             return EMPTY
         pending = gather_values(self._client, [batch.future], [""])
@@ -139,7 +144,7 @@ class Stream:
             self._window.send_again(batch, answered=True)
 
     def _next_answered(self) -> InFlight | None:
-        """The batch to yield next, once it is there; None at the end."""
+        """Wait for the batch to yield next; None at the end."""
         window, feeder = self._window, self._feeder
         while True:
             with window.changed:
@@ -162,7 +167,7 @@ class Stream:
         if window.stopped:
             return
         try:
-            future = self._sender.submit(batch)
+            future = self._submit(batch)
             with window.changed:
                 if window.stopped or batch.answered:
                     future.release()
@@ -171,8 +176,31 @@ class Stream:
         except BaseException as error:
             self._not_sent = error  # `_check` raises it in the consumer's thread
 
+    def _submit(self, batch: InFlight) -> Future:
+        """Send a batch, for the first time or again; its task's future is the caller's to hold.
+
+        By ``client.map`` and not as a node through an executor: Dask places these tasks, runs those
+        of a worker that died on another one, and takes large items as frames, not pickled.
+        """
+        items: Batch | Future = batch.items
+        client, leases = self._client, self._leases
+        batch.scattered = None
+        if leases and batch.nbytes >= LEASE_MESSAGE_MIN:
+            batch.lease = BufferLease()
+            items = batch.items.leased(batch.lease)
+        elif batch.nbytes >= SCATTER_MIN:
+            with contextlib.suppress(OSError):  # its worker just closed: then with the task
+                items = batch.scattered = client.scatter(
+                    batch.items, hash=False, timeout=deadline("answer"), asynchronous=False
+                )
+        task = BatchTask(self._token, client.id, batch.number, self._star, leases, self._settings)
+        key = (f"imap-{self._title}-{self._token}", batch.number, batch.attempts)
+        batch.attempts += 1
+        [future] = client.map(run_batch, [task], [items], key=[key], pure=False, fifo_timeout="0 s")
+        return future
+
     def _check(self) -> None:
-        """Raise if something is wrong that no message tells of."""
+        """Raise for failures of which no message comes."""
         where = f"after {self._window.yielded} results of the map of {self._title!r}"
         if self._client.status != "running":
             raise TaskgradError(
@@ -222,15 +250,15 @@ class Stream:
             )
 
     def _stop(self) -> None:
-        """Release everything. May be called by the garbage collector, in any thread."""
+        """Release everything. The garbage collector may call this, in any thread."""
         self._window.stop()
         task_messages.broadcast_delete(self._client, self._token)
-        self._feeder.stop(wait=not _in_loop(self._client))
+        self._feeder.stop(wait=not self._client.asynchronous)
 
     # In the client's event loop.
 
     def receive(self, message: dict[str, Any], worker: str) -> None:
-        """A message came from the task of a batch."""
+        """Handle a message from the task of a batch."""
         window = self._window
         with window.changed:
             batch = window.batches.get(message["number"])
@@ -238,7 +266,7 @@ class Stream:
             if batch is None or batch.answered:
                 return  # its task ran twice
             if message.get("unreadable"):
-                self._sender.lease = False
+                self._leases = False
                 window.send_again(batch, answered=False)
                 return
             batch.ran_on = worker
@@ -257,17 +285,7 @@ class Stream:
                 loop.add_callback(self._count)
 
     async def _count(self) -> None:
-        """Workers may have come, or gone."""
+        """Count the workers' threads again."""
         scheduler: Any = self._client.scheduler
         threads = sum((await scheduler.ncores(workers=None)).values())
         self._window.set_threads(max(1, threads))
-
-
-def _in_loop(client: Client) -> bool:
-    """Whether this is the thread of the client's event loop."""
-    try:
-        running = asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    loop: Any = client.loop
-    return running is loop.asyncio_loop

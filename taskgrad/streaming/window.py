@@ -4,21 +4,62 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from dataclasses import dataclass
 
+from distributed import Future
+
+from taskgrad.cluster.wire.leases import BufferLease
+from taskgrad.streaming.batch_codec import Batch, BatchEncoder
 from taskgrad.streaming.chunk_size import NBYTES, Sizing
-from taskgrad.streaming.sending import InFlight
+from taskgrad.streaming.serving import Failure
 
+EMPTY = BatchEncoder().batch()
+"""A batch without items."""
 _RUNNING = 3
 """Batches sent and not answered, for each thread: one runs, one waits there, one is on its way."""
 _HELD = 8
 """Batches sent and not yielded, for each thread."""
 
 
+@dataclass
+class InFlight:
+    """A batch that was sent, and what came back."""
+
+    number: int
+    first: int
+    count: int
+    items: Batch
+    nbytes: int
+    lease: BufferLease | None = None
+    attempts: int = 0
+    scattered: Future | None = None
+    future: Future | None = None
+    results: Batch | None = None
+    failure: Failure | None = None
+    ran_on: str = ""
+    answered: bool = False
+
+    def label(self, title: str) -> str:
+        """The batch, for a message."""
+        return f"items {self.first} to {self.first + self.count - 1} of the map of {title!r}"
+
+    def release(self, *, items: bool = False) -> None:
+        """Release its task and the lease of its items; if asked so, the items too."""
+        if self.lease is not None:
+            self.lease.end()
+        for future in (self.future, self.scattered):
+            if future is not None:
+                future.release()
+        self.lease = self.future = self.scattered = None
+        if items:
+            self.items = EMPTY
+
+
 class Window:
     """The batches between the input and the consumer, bounded.
 
-    It belongs to two threads: the feeder adds batches while there is room, the consumer takes them
-    out; and to the client's event loop, where answers come. All hold `changed` meanwhile.
+    Three threads use it, and hold `changed` meanwhile: the feeder adds batches while there is room,
+    the consumer takes them out, and answers arrive in the client's event loop.
 
     `threads` batches run at a time; `length` is the number of items, if that is known. The rest is
     as in `taskgrad.imap`; sizes that are None are chosen here.
@@ -54,7 +95,7 @@ class Window:
             self._most = buffersize or 1 << 62
 
     def wait_for_room(self) -> int:
-        """Wait until items may be pulled; how many, or 0 once none is wanted any more."""
+        """Wait until items may be pulled; returns how many, or 0 once the stream has stopped."""
         with self.changed:
             while not self.stopped:
                 size = self._room()
@@ -77,7 +118,7 @@ class Window:
         return max(0, size)
 
     def set_threads(self, threads: int) -> None:
-        """So many batches run at a time from now on."""
+        """Set how many batches run at a time."""
         with self.changed:
             self.sizing.threads = threads
             self.changed.notify_all()
@@ -93,7 +134,7 @@ class Window:
         self.changed.notify_all()
 
     def send_again(self, batch: InFlight, *, answered: bool) -> None:
-        """A batch has to run again; `answered` if it was the one that `next` gave."""
+        """Note that a batch has to run again; `answered` if `next` returned it."""
         batch.release()
         batch.answered = False
         if answered and not self._unordered:
