@@ -40,9 +40,9 @@ from taskgrad.errors import (
 )
 from taskgrad.formats.weights import load_state_dict as load_state_dict
 from taskgrad.graph.parallel import Parallel as Parallel
+from taskgrad.kernels.function import Elementwise as Elementwise
 from taskgrad.kernels.function import fuse as fuse
 from taskgrad.kernels.function import vectorize as vectorize
-from taskgrad.kernels.module import Elementwise as Elementwise
 from taskgrad.launch.main import main as main
 from taskgrad.launch.main import rank as rank
 from taskgrad.launch.main import size as size

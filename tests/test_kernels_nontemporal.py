@@ -116,7 +116,7 @@ def test_outputs_whose_lines_begin_elsewhere(past):
     x, y = torch.randn(5_000, requires_grad=True), torch.randn(5_000, requires_grad=True)
     g = torch.randn(5_000)
     torch.autograd.grad(fn(x, y), (x, y), g)
-    launcher = fn._operation.pullback((0, 1)).launcher
+    launcher = fn._operation.derived("pullback", (0, 1)).launcher
     (plan,) = launcher.plans.values()
     results = [torch.empty(5_001)[1:], torch.empty(5_003)[3:]]
     operands = (g, x, y, *results)

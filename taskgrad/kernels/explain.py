@@ -17,35 +17,19 @@ from taskgrad.kernels.runtime.thread_team import CallStats
 class KernelRow:
     """One compiled loop.
 
-    Attributes
-    ----------
-    part : str
-        ``forward``, a derivative (``pullback(0)``), or the variant of a reduction.
-    signature : str
-    aligned : bool
-        True if every operand was contiguous or one number: the fast path.
-    along : str
-        How each operand was accessed along a row: u unit stride, z one element, s strided, t
-        transposed in tiles, p unit stride with non-temporal stores, r, c or b summed over a block's
-        rows, columns or both.
-    vector_bits : int
-        The widest vector registers that the loop uses; 0 if LLVM did not vectorise it.
-    compiled_here : bool
-        False if the machine code was in the cache.
-    seconds : float
-        That compiling, or loading it, took.
-    source : str
-        The file.
+    `along` shows how each operand was accessed along a row: u unit stride, z one element, s
+    strided, t transposed in tiles, p unit stride with non-temporal stores, r, c or b summed over a
+    block's rows, columns or both.
     """
 
-    part: str
+    part: str  # ``forward``, a derivative (``pullback(0)``), or the variant of a reduction
     signature: str
-    aligned: bool
+    aligned: bool  # True if every operand was contiguous or one number: the fast path
     along: str
-    vector_bits: int
-    compiled_here: bool
-    seconds: float
-    source: str
+    vector_bits: int  # the widest vector registers that it uses; 0 if LLVM did not vectorise it
+    compiled_here: bool  # False if the machine code was in the cache
+    seconds: float  # that compiling, or loading it, took
+    source: str  # the file
 
 
 @dataclass(frozen=True)

@@ -290,7 +290,9 @@ class Vectorized:
         with self._lock:
             if self._reduction is None:
                 reducer = Reducer(operation.expression, self.__name__)
-                self._reduction = Reduction(reducer, lambda x: operation.pullback((0, 1))(x))
+                self._reduction = Reduction(
+                    reducer, lambda x: operation.derived("pullback", (0, 1))(x)
+                )
             return self._reduction
 
     def _complete(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -334,9 +336,7 @@ class Vectorized:
         return result if out is None else copy_to_out(self.__name__, result, out)
 
 
-@torch.compiler.disable
-def _trace_outside(vectorized: Vectorized) -> None:
-    vectorized._trace()
+_trace_outside = torch.compiler.disable(Vectorized._trace)
 
 
 def _run(reduction: Callable[[], Reduction], method: str, *args: Any) -> torch.Tensor:

@@ -24,12 +24,7 @@ _operations: WeakValueDictionary[str, Operation] = WeakValueDictionary()
 class Operation:
     """An expression on tensors, differentiable any number of times.
 
-    Parameters
-    ----------
-    expression : Expression
-    name : str
-    key : str
-        Unique in this process; `custom_op` finds the operation by it.
+    Its key is unique in this process; `custom_op` finds the operation by it.
     """
 
     def __init__(self, expression: Expression, name: str, key: str, results: Any = None) -> None:
@@ -44,16 +39,12 @@ class Operation:
             return Apply.apply(self, weak, *tensors)
         return tuple(self.launcher.run(tensors, weak))
 
-    def pullback(self, wanted: tuple[int, ...]) -> Operation:
-        """From cotangents and arguments to the cotangents of the wanted arguments."""
-        return self.derived("pullback", wanted)
-
-    def pushforward(self, moving: tuple[int, ...]) -> Operation:
-        """From tangents of the moving arguments and all arguments to the outputs' tangents."""
-        return self.derived("pushforward", moving)
-
     def derived(self, kind: str, which: tuple[int, ...]) -> Operation:
-        """The pullback or pushforward, by name."""
+        """The ``pullback`` or ``pushforward`` for these arguments.
+
+        One maps cotangents and all arguments to the cotangents of these arguments, the other
+        tangents of these arguments and all arguments to the outputs' tangents.
+        """
         part = f"{kind}({','.join(map(str, which))})"
         if part not in self.derivatives:
             if kind == "pullback":
@@ -73,7 +64,7 @@ class Operation:
         self, wanted: tuple[int, ...], cotangents: Tensors, tensors: Tensors, weak: Weak | None
     ) -> list[torch.Tensor]:
         """The cotangents of the wanted arguments, in the arguments' shapes and dtypes."""
-        derived = self.pullback(wanted).expression
+        derived = self.derived("pullback", wanted).expression
         found: dict[int, torch.Tensor] = {}
         for argument, index in zip(wanted, derived.outputs, strict=True):
             if index < len(cotangents):  # the cotangent itself
@@ -90,7 +81,7 @@ class Operation:
         self, rest: tuple[int, ...], inputs: Tensors, weak: Weak | None, shapes: list[torch.Size]
     ) -> Tensors:
         """The cotangents, summed to these shapes in the same pass if that needs no graph."""
-        pullback, common = self.pullback(rest), inputs[0].shape
+        pullback, common = self.derived("pullback", rest), inputs[0].shape
         if all(shape == common for shape in shapes) or differentiates(inputs) or 0 in common:
             return pullback(inputs, weak)
         sums = tuple(None if shape == common else shape for shape in shapes)
@@ -141,7 +132,7 @@ class Apply(torch.autograd.Function):
         tensors = ctx.saved_tensors
         moving = tuple(k for k, t in enumerate(tangents) if t is not None)
         known = None if ctx.weak is None else (*[False] * len(moving), *ctx.weak)
-        operation = ctx.operation.pushforward(moving)
+        operation = ctx.operation.derived("pushforward", moving)
         return operation([*[t.resolve_neg() for t in tangents if t is not None], *tensors], known)
 
     @staticmethod

@@ -21,7 +21,7 @@ _CACHED = 4_096
 class OutArgument:
     """Runs a launcher with ``out=``.
 
-    Whether a tensor fits depends on shapes, strides and dtypes only, and is cached by these.
+    Shapes, strides and dtypes alone determine if a tensor fits; the answer is cached by these.
     """
 
     def __init__(self, launcher: Launcher) -> None:
@@ -32,14 +32,9 @@ class OutArgument:
     def __call__(
         self, out: torch.Tensor, tensors: Sequence[torch.Tensor], weak: Weak | None
     ) -> torch.Tensor:
-        """`out`, filled with the result.
+        """Fill `out` with the result, and return it.
 
-        Raises
-        ------
-        RuntimeError
-            It would need gradients.
-        TypeError, ValueError
-            The result does not fit.
+        RuntimeError if it would need gradients; TypeError or ValueError if the result does not fit.
         """
         _check_tensor(self._launcher.name, out)
         if out.layout is not torch.strided or out.is_nested or not out.is_cpu:

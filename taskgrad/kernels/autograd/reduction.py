@@ -27,11 +27,8 @@ from taskgrad.kernels.runtime.reduce import SUM, Reducer, recurrence
 class Reduction:
     """Reduces and scans with a function of two arguments.
 
-    Parameters
-    ----------
-    reducer : Reducer
-    pullback : callable
-        Elementwise, from cotangents and both arguments to the arguments' cotangents.
+    Its elementwise pullback takes cotangents and both arguments, and returns the arguments'
+    cotangents.
     """
 
     def __init__(self, reducer: Reducer, pullback: Callable[[Tensors], Tensors]) -> None:

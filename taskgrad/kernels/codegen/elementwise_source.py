@@ -48,19 +48,7 @@ def elementwise_source(
     accesses: tuple[Access, ...],
     title: str,
 ) -> str:
-    """A module with the function ``kernel``.
-
-    Parameters
-    ----------
-    code : ScalarCode
-        Computes an element.
-    inputs, outputs : sequence of str
-        The tensors' dtypes.
-    accesses : tuple of Access
-        Of all of them.
-    title : str
-        For the head of the module.
-    """
+    """A module with the function ``kernel``, for tensors of these dtypes; `code` is one element."""
     dtypes, count = (*inputs, *outputs), len(inputs)
     stored = list(enumerate(outputs, start=count))
     transposes = tiled_transpose.SCRATCH * accesses.count(Access.TRANSPOSED)

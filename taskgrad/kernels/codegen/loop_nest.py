@@ -23,46 +23,21 @@ _SHORTEST_COLUMN = 16  # below that a transposed operand is read with its stride
 
 @dataclass(frozen=True)
 class LoopNest:
-    """How a kernel iterates over its operands.
+    """How a kernel iterates over its operands."""
 
-    Attributes
-    ----------
-    shape, out_strides : tuple of int
-        Of the result.
-    accesses : tuple of Access
-        Of inputs and outputs.
-    meta : tuple of int
-        The parameters that the kernel reads: `elementwise_source.HEADER`, strides, outer
-        dimensions.
-    items : int
-        Blocks.
-    rows, columns : int
-        Sizes of the two innermost dimensions.
-    block : int
-        Elements of a block.
-    partials : tuple of (Partial or None)
-        For each output its partial sums, if it is summed.
-    """
-
-    shape: Ints
+    shape: Ints  # of the result
     out_strides: Ints
-    accesses: tuple[Access, ...]
-    meta: Ints
-    items: int
-    rows: int
-    columns: int
-    block: int
-    partials: tuple[Partial | None, ...]
+    accesses: tuple[Access, ...]  # of inputs and outputs
+    meta: Ints  # what the kernel reads: `elementwise_source.HEADER`, strides, outer dimensions
+    items: int  # blocks
+    rows: int  # size of the second innermost dimension
+    columns: int  # of the innermost one
+    block: int  # elements of a block
+    partials: tuple[Partial | None, ...]  # of each output that is summed
 
 
 def broadcast(shapes: Sequence[Ints]) -> Ints:
-    """The common shape.
-
-    Raises
-    ------
-    ValueError
-        The shapes differ; the message names the dimension.
-    """
+    """The common shape; ValueError, which names the dimension, if there is none."""
     rank = max(map(len, shapes), default=0)
     common = [1] * rank
     for shape in shapes:
@@ -94,24 +69,10 @@ def loop_nest(
     sums: Sequence[Ints | None] = (),
     tile_columns: int = tiled_transpose.COLUMNS,
 ) -> LoopNest:
-    """The loop nest for inputs of these shapes and strides.
+    """The loop nest for inputs of these shapes and strides, which must broadcast together.
 
-    Parameters
-    ----------
-    operands : sequence of (shape, strides)
-    out : (shape, strides) or None
-        Of an existing tensor for the result.
-    outputs : int
-        Their number.
-    sums : sequence of (shape or None)
-        For each output the shape to which it is summed, if it is.
-    tile_columns : int
-        Of a block with transposed operands.
-
-    Raises
-    ------
-    ValueError
-        The shapes do not broadcast together.
+    `out` has those of an existing tensor for the result; `sums` for each output the shape to which
+    it is summed, if it is. A block with transposed operands has `tile_columns` columns.
     """
     shape = broadcast([s for s, _ in operands])
     inputs = [aligned(shape, own, given) for own, given in operands]

@@ -28,16 +28,9 @@ def with_nontemporal(
 ) -> tuple[Access, ...]:
     """The accesses, with non-temporal stores for outputs that profit from them.
 
-    Parameters
-    ----------
-    accesses : tuple of Access
-    outputs : sequence of (int, str)
-        Which of the operands are outputs, and their dtypes.
-    columns : int
-        Elements of a row.
-    touched : int
-        Bytes that a call reads and writes. If they fit in the last-level cache, the next operation
-        finds the result there.
+    `outputs` are operands' indices and dtypes, `columns` the elements of a row. If the `touched`
+    bytes, all that a call reads and writes, fit in the last-level cache, ordinary stores remain:
+    the next operation finds the result there.
     """
     unit = [(k, SIZES[name]) for k, name in outputs if accesses[k] == Access.UNIT]
     if not unit or columns < _SHORTEST_ROW or touched <= last_level_cache():
@@ -59,14 +52,9 @@ def last_level_cache() -> int:
 
 
 class NontemporalCode:
-    """Generates the rows of a kernel whose outputs bypass the caches.
+    """Generates the rows of a kernel whose outputs, given by index and dtype, bypass the caches.
 
-    Parameters
-    ----------
-    outputs : sequence of (int, str)
-        The index and dtype of each such operand.
-    scratch : int
-        The offset of their scratch memory.
+    `scratch` is the offset of their scratch memory.
     """
 
     def __init__(self, outputs: Sequence[tuple[int, str]], scratch: int) -> None:
@@ -82,16 +70,9 @@ class NontemporalCode:
         return CACHE_LINE // SIZES[self._outputs[0][1]] if self._outputs else 0
 
     def row(self, element: Sequence[str], values: dict[int, str], in_tiles: bool) -> list[str]:
-        """A row of `n` elements.
+        """A row of `n` elements: `element` computes the i-th, `values` is what each operand stores.
 
-        Parameters
-        ----------
-        element : sequence of str
-            Lines that compute element ``i``.
-        values : dict of int to str
-            The value to store, by operand.
-        in_tiles : bool
-            Begin and end rows at cache lines: tiles are so narrow that partial lines would matter.
+        Rows in tiles begin and end at cache lines: tiles are so narrow that partial lines matter.
         """
         k, name, _ = self._outputs[0]
         lines = [f"lead = (-o{k} & {CACHE_LINE - 1}) // {SIZES[name]}", "begin, end = 0, n"]

@@ -11,13 +11,7 @@ from taskgrad.kernels.ir.expression import Op, ScalarFunction
 
 
 def require_numba() -> ModuleType:
-    """Numba.
-
-    Raises
-    ------
-    ModuleNotFoundError
-        It is not installed; the message says how to install it.
-    """
+    """Import Numba; ModuleNotFoundError, which says how to install it, if it is missing."""
     try:
         import numba
     except ModuleNotFoundError as error:
@@ -32,10 +26,7 @@ def require_numba() -> ModuleType:
 def type_of_call(op: Op, operands: list[ValueType]) -> ValueType:
     """The type that Numba infers for a call of a function without an expression.
 
-    Raises
-    ------
-    TypeError
-        It cannot be compiled, or may return something other than a number; the message says why.
+    TypeError, which says why, if it cannot be compiled or may return something else than a number.
     """
     numba = require_numba()
     function, which = op.value

@@ -29,22 +29,11 @@ _ACCESS = {
 
 @dataclass(frozen=True)
 class Partial:
-    """The tensor of partial sums of one output.
+    """The tensor of partial sums of one output."""
 
-    Attributes
-    ----------
-    shape : tuple of int
-        Of the loop, the outermost dimension first; a summed dimension has one element a block.
-    summed : tuple of int
-        Dimensions that are still to be reduced.
-    strides : tuple of int
-        Of the other dimensions, in the output.
-    out_shape : tuple of int
-    """
-
-    shape: tuple[int, ...]
-    summed: tuple[int, ...]
-    strides: tuple[int, ...]
+    shape: tuple[int, ...]  # the loop's, outermost first; summed dimensions: one element a block
+    summed: tuple[int, ...]  # dimensions that are still to be reduced
+    strides: tuple[int, ...]  # of the other dimensions, in the output
     out_shape: tuple[int, ...]
 
     def to_output(self, sums: torch.Tensor) -> torch.Tensor:
@@ -72,13 +61,8 @@ def partial_of(
 ) -> tuple[Partial, list[int], Access]:
     """The partial sums, their strides in the loop's dimensions, and their access.
 
-    Parameters
-    ----------
-    out_shape : tuple of int
-    sizes, strides : sequences of int
-        Of the loop's dimensions (columns, rows, ...); an output's stride is 0 where it is summed.
-    blocks : tuple of int
-        How many there are along the columns and along the rows.
+    The loop's dimensions are columns, rows, ...; an output's stride is 0 where it is summed.
+    `blocks` are the numbers of blocks along the columns and along the rows.
     """
     counts = [
         n if s else blocks[d] if d < 2 else n
@@ -96,14 +80,9 @@ def partial_of(
 
 
 class PartialSumCode:
-    """Generates the lines that accumulate summed outputs.
+    """Generates the lines that accumulate summed outputs, given by index, access and dtype.
 
-    Parameters
-    ----------
-    outputs : sequence of (int, Access, str)
-        The index, access and dtype of each summed operand.
-    scratch : int
-        The offset of their scratch memory.
+    `scratch` is the offset of their scratch memory.
     """
 
     def __init__(self, outputs: Sequence[tuple[int, Access, str]], scratch: int) -> None:

@@ -38,17 +38,10 @@ SCRATCH = _STACK + _LEVELS * 8
 
 
 def reduce_source(code: ScalarCode, dtype: str, columns: bool, title: str) -> str:
-    """A module whose ``kernel`` reduces each segment of one dimension.
+    """A module whose ``kernel`` reduces each segment of one dimension of a tensor of this dtype.
 
-    Parameters
-    ----------
-    code : ScalarCode
-        Combines two values of the dtype's computed dtype, in which results are stored.
-    dtype : str
-        Of the tensor.
-    columns : bool
-        True if adjacent elements belong to different results.
-    title : str
+    `code` combines two values of its computed dtype, in which results are stored. `columns` is True
+    if adjacent elements belong to different results.
     """
     names = {"half": BLOCK * 8, "block": BLOCK, "columns": COLUMNS, "base": _BASE}
     names |= {"row": COLUMNS * 8, "stack": _STACK}

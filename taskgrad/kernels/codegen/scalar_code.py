@@ -51,20 +51,9 @@ _BOOL_TEMPLATES = {
 class ScalarCode:
     """Generates the lines that compute one element.
 
-    Parameters
-    ----------
-    expression : Expression
-        Inlined: its calls are of functions without an expression.
-    types : sequence of ValueType
-        Of its ops.
-    default : str
-        The dtype of float functions of integers.
-
-    Attributes
-    ----------
-    types : sequence of ValueType
-    calls : list of ScalarFunction
-        What the lines call as ``call0``, ``call1``, ...
+    The expression is inlined: its calls are of functions without an expression. `types` are those
+    of its ops, `default` is the dtype of float functions of integers, and `calls` lists what the
+    lines call as ``call0``, ``call1``, ...
     """
 
     def __init__(self, expression: Expression, types: Sequence[ValueType], default: str) -> None:

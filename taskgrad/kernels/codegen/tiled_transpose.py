@@ -31,16 +31,8 @@ SCRATCH = CACHE_LINE * _WIDTH  # bytes for an operand's strip, whatever an eleme
 class TransposeCode:
     """Generates the lines that transpose operands and prefetch tiles.
 
-    Parameters
-    ----------
-    accesses : sequence of Access
-        Of inputs and outputs.
-    dtypes : sequence of str
-        Those in memory.
-    inputs : int
-        How many of them are inputs.
-    overhang : int
-        Columns that a row may extend beyond the tile's.
+    Accesses and dtypes (in memory) are those of inputs and outputs; the first `inputs` are inputs.
+    A row may extend `overhang` columns beyond the tile's.
     """
 
     def __init__(

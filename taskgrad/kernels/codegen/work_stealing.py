@@ -73,23 +73,12 @@ def call_descriptor(
     thread_id: int,
     chunked: bool,
 ) -> array[int]:
-    """The descriptor of a call.
+    """The descriptor of a call on operands at these addresses.
 
-    Parameters
-    ----------
-    items : int
-    addresses : sequence of int
-        Of its operands.
-    meta : int
-        The address of the loop nest's parameters.
-    scratch : int
-        The address of the threads' scratch memory, `scratch_size` bytes each. Memory that they
-        share follows; its address is passed as the last operand.
-    scratch_size, threads : int
-    thread_id : int
-        The address of a C function that returns a thread's number in its team, or 0.
-    chunked : bool
-        Divide the queue into chunks even for one thread; `backwards` needs that.
+    At `meta` are the loop nest's parameters, at `scratch` the threads' scratch memory,
+    `scratch_size` bytes each; memory that they share follows, and its address is passed as the last
+    operand. At `thread_id` is a C function that returns a thread's number in its team, unless 0.
+    `chunked` divides the queue into chunks even for one thread; `backwards` needs that.
     """
     chunk = -(-items // (threads * _CHUNKS)) if threads > 1 or chunked else items
     queues = len(CALL) + len(addresses) + 1

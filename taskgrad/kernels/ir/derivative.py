@@ -22,10 +22,7 @@ _ZERO_TANGENT |= {"floor", "ceil", "trunc", "rint", "floordiv", "sign"}
 def pullback(expression: Expression, wanted: Sequence[int]) -> Expression:
     """From the cotangents of the outputs, then the arguments, to the cotangents of those wanted.
 
-    Raises
-    ------
-    DerivativeError
-        An op has no derivative; the message says which.
+    DerivativeError, which names the op, if one has no derivative.
     """
     count = len(expression.outputs)
     builder, indices = _primal(expression, count)

@@ -47,13 +47,7 @@ class ValueType:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``"float32"`` of ``torch.float32``.
-
-    Raises
-    ------
-    TypeError
-        Kernels do not take this dtype.
-    """
+    """``"float32"`` of ``torch.float32``; TypeError if kernels do not take this dtype."""
     name = str(dtype).partition(".")[2]
     if name not in SIZES:
         raise TypeError(f"kernels take tensors of {', '.join(SIZES)}; got torch.{name}")
@@ -103,10 +97,7 @@ def infer_types(
 ) -> list[ValueType]:
     """The type of every op, given the dtypes of the arguments.
 
-    Raises
-    ------
-    TypeError
-        An integer operation (``&``, ``<<``) is given floats.
+    TypeError if an integer operation (``&``, ``<<``) has floats as operands.
     """
     vtypes: list[ValueType] = []
     for op in expression.ops:

@@ -24,22 +24,15 @@ ROUNDING = {"floor", "ceil", "trunc", "rint"}
 
 @dataclass(frozen=True)
 class Op:
-    """One operation.
+    """One operation on the results of earlier ops.
 
-    Attributes
-    ----------
-    name : str
-        ``arg`` (an argument), ``const`` (a number), ``call`` (of another function), ``select`` (the
-        second operand where the first is true, else the third), or the operation's name.
-    operands : tuple of int
-        Indices of earlier ops.
-    value : object
-        For ``arg`` its position, for ``const`` the number, for ``call`` the `ScalarFunction` and
-        which of its outputs (None: it returns one number).
+    ``arg`` is an argument, its value the position; ``const`` a number; ``call`` a call of another
+    function, its value the `ScalarFunction` and which of its outputs (None: it returns one number).
+    ``select`` is the second operand where the first is true, else the third.
     """
 
     name: str
-    operands: tuple[int, ...] = ()
+    operands: tuple[int, ...] = ()  # indices of earlier ops
     value: Any = None
 
 
@@ -54,26 +47,13 @@ class Expression:
 
 @dataclass(frozen=True, eq=False)
 class ScalarFunction:
-    """A scalar function, traced.
-
-    Attributes
-    ----------
-    name : str
-    expression : Expression or None
-        With one output; None if tracing failed.
-    python : callable or None
-        If there is no expression, the Python function, unless it may not be compiled either.
-    unsupported : str
-        Why there is no expression; empty if there is one.
-    derivative : Expression or None
-        Given by the user: one output for each argument.
-    """
+    """A scalar function, traced."""
 
     name: str
-    expression: Expression | None
-    python: Callable[..., Any] | None = None
-    unsupported: str = ""
-    derivative: Expression | None = None
+    expression: Expression | None  # with one output; None if tracing failed
+    python: Callable[..., Any] | None = None  # without an expression, unless it may not be compiled
+    unsupported: str = ""  # why there is no expression
+    derivative: Expression | None = None  # the user's: one output for each argument
 
 
 class Builder:
@@ -128,17 +108,13 @@ def call_of(function: ScalarFunction, arity: int) -> Expression:
     return builder.build(builder.add("call", *range(arity), value=(function, None)))
 
 
-def pruned(expression: Expression) -> Expression:
-    """The same without dead code."""
-    return _rebuilt(expression, inline=False)
-
-
 def inlined(expression: Expression) -> Expression:
     """The same without dead code, and with calls replaced by the expressions of their functions."""
-    return _rebuilt(expression, inline=True)
+    return pruned(expression, inline=True)
 
 
-def _rebuilt(expression: Expression, inline: bool) -> Expression:
+def pruned(expression: Expression, inline: bool = False) -> Expression:
+    """The same without dead code."""
     builder = Builder(expression.arity)
     indices: dict[int, int] = {}
     for i in _live(expression):

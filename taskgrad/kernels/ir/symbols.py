@@ -30,14 +30,8 @@ class RejectedError(UnsupportedError):
 class Symbol:
     """A number that is not known yet; operations on it append ops to an expression (a tracer).
 
-    Parameters
-    ----------
-    builder : Builder
-        Gets the ops.
-    index : int
-        Of the op whose result this is.
-    decide : callable
-        Called with the index when Python asks for the symbol's truth value.
+    It is the result of the builder's op at `index`. ``decide(index)`` is called when Python asks
+    for its truth value.
     """
 
     __slots__ = ("builder", "decide", "index")
@@ -168,29 +162,22 @@ _ALIASES |= {"arcsinh": "asinh", "arccosh": "acosh", "arctanh": "atanh"}
 _ALIASES |= {"round": "rint", "special_erf": "erf", "special_expit": "sigmoid"}
 
 
-def supports(name: str) -> bool:
-    """True if `apply` has this function of `math`; `math.remainder` differs from torch's."""
-    return name != "remainder" and (name in UNARY or name in BINARY or name in _COMPOSED)
-
-
 def apply(name: str, arguments: tuple[Any, ...], package: str = "math") -> Any:
     """A function of `math`, NumPy or torch on symbols and numbers.
 
-    Raises
-    ------
-    UnsupportedError
-        The function is not elementwise or has no rule here.
+    UnsupportedError if the function is not elementwise or has no rule here.
     """
+    if not any(isinstance(a, Symbol) for a in arguments):
+        return getattr(math, name)(*arguments)
     op = _ALIASES.get(name, name)
     count = 1 if op in UNARY else 2 if op in BINARY or op in EXTREMES else 0
     if op == "log" and len(arguments) == 2:
         count = 0
-    if not any(isinstance(a, Symbol) for a in arguments):
-        return getattr(math, name)(*arguments)
     arguments = tuple(a if isinstance(a, Symbol) else _number(a) for a in arguments)
     if count and len(arguments) == count:
         return _symbol_in(arguments).op(op, *arguments)
-    if not count and op in _COMPOSED:
+    composed = not count and op in _COMPOSED
+    if composed and (package, name) != ("math", "remainder"):  # which differs from torch's
         return _COMPOSED[op](*arguments)
     raise UnsupportedError(f"{package}.{name} cannot be written as a formula")
 

@@ -25,7 +25,7 @@ from taskgrad.kernels.ir.expression import (
     pruned,
 )
 from taskgrad.kernels.ir.purity import read_only, rejection
-from taskgrad.kernels.ir.symbols import RejectedError, Symbol, UnsupportedError, apply, supports
+from taskgrad.kernels.ir.symbols import RejectedError, Symbol, UnsupportedError, apply
 
 # Limits, beyond which a function has no expression: paths, decisions on a path, ops.
 _PATHS = 512
@@ -39,12 +39,8 @@ def trace(
 ) -> ScalarFunction:
     """A function with its expression or, if tracing fails, with the unsupported construct.
 
-    Raises
-    ------
-    TypeError
-        The derivative can be neither traced nor compiled.
-    ValueError
-        It returns another number of values than there are arguments.
+    TypeError if the derivative can be neither traced nor compiled, ValueError if it returns another
+    number of values than there are arguments.
     """
     given = None
     expression, python, unsupported = _trace(fn, arity, None)
@@ -213,14 +209,7 @@ class _PatchedGlobals:
 
 
 def _math_function(name: str) -> Any:
-    def call(*arguments: Any) -> Any:
-        if any(isinstance(a, Symbol) for a in arguments):
-            if not supports(name):
-                raise UnsupportedError(f"math.{name} cannot be written as a formula")
-            return apply(name, arguments)
-        return getattr(math, name)(*arguments)
-
-    return call
+    return lambda *arguments: apply(name, arguments)
 
 
 class _PatchedMath:

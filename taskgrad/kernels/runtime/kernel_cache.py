@@ -36,33 +36,18 @@ from taskgrad.kernels.ir.expression import ScalarFunction
 class Kernel:
     """A compiled kernel.
 
-    Attributes
-    ----------
-    run : callable
-        Takes the address of a call descriptor (`codegen.work_stealing`) and releases the GIL.
-    address : int
-        Of the machine code: a C function that takes the same.
-    fail : callable or None
-        Runs the same call as Python, raising the functions' errors; None if it calls none.
-    name : str
-    path : Path
-        Of the source.
-    compiled_here : bool
-        False if the machine code was in the cache.
-    vector_bits : int
-        The widest vector registers that its loop uses; 0 if LLVM vectorised nothing.
-    seconds : float
-        That compiling took, in whichever process.
+    `run` takes the address of a call descriptor (`codegen.work_stealing`) and releases the GIL.
+    `fail` runs the same call as Python, raising the functions' errors; None if it calls none.
     """
 
     run: Callable[[int], None]
-    address: int
+    address: int  # of the machine code: a C function that takes the same
     fail: Callable[[int], None] | None
     name: str
-    path: Path
-    compiled_here: bool
-    vector_bits: int
-    seconds: float
+    path: Path  # of the source
+    compiled_here: bool  # False if the machine code was in the cache
+    vector_bits: int  # the widest vector registers of its loop; 0 if LLVM vectorised nothing
+    seconds: float  # that compiling took, in whichever process
 
 
 # A C function cannot raise: it sets a flag, and `Kernel.fail` runs the call again.
@@ -95,15 +80,8 @@ def compile_kernel(
 ) -> Kernel:
     """The kernel of a source that defines ``kernel``.
 
-    Parameters
-    ----------
-    source : str
-    name : str
-        Of the function.
-    part : str
-        Of its operation, for the file's name.
-    calls : sequence of ScalarFunction
-        Those without an expression, which the source calls as ``call0``, ``call1``, ...
+    `name` is the function's, to which `part` is appended in the name of the file. `calls` are the
+    functions without an expression that the source calls as ``call0``, ``call1``, ...
     """
     numba = require_numba()
     if calls:

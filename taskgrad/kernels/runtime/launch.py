@@ -57,13 +57,8 @@ class LaunchPlan:
 class Launcher:
     """Launches one expression.
 
-    Parameters
-    ----------
-    expression : Expression
-    name : str
-    results : callable or None
-        Gives the dtypes of the outputs, for tensors and which of them are weak. Without it they are
-        inferred from the expression.
+    `results` returns the dtypes of the outputs, for tensors and which of them are weak; without it
+    they are inferred from the expression.
     """
 
     def __init__(self, expression: Expression, name: str, results: Results | None = None) -> None:
@@ -80,18 +75,10 @@ class Launcher:
         out: torch.Tensor | None = None,
         sums: tuple[torch.Size | None, ...] = (),
     ) -> list[torch.Tensor]:
-        """The outputs, for CPU tensors; no gradients.
+        """The outputs, for CPU tensors, of which the `weak` ones are Python numbers; no gradients.
 
-        Parameters
-        ----------
-        tensors : sequence of tensors
-        weak : tuple of bool or None
-            Which of them are Python numbers.
-        out : tensor or None
-            For the only output, with its shape and dtype.
-        sums : tuple of (shape or None)
-            For each output the shape to which it is summed (the reverse of broadcasting), floats
-            only. Empty: none is.
+        `out` is for the only output, with its shape and dtype. `sums` has for each output the shape
+        to which it is summed (the reverse of broadcasting), floats only; empty: none is.
         """
         try:
             key: Any = tuple([(t.dtype, t.shape, t.stride()) for t in tensors])

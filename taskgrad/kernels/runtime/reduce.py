@@ -52,22 +52,7 @@ class _Plan:
 
 
 class Reducer:
-    """Reduces and scans with one function.
-
-    Parameters
-    ----------
-    expression : Expression
-        Of two arguments.
-    name : str
-
-    Attributes
-    ----------
-    expression : Expression
-    kernels : dict of (str, str) to Kernel
-        By variant (``rows``, ``columns``, ``lanes``, ``scan``) and dtype.
-    last : dict of str to CallStats
-        Of the last calls, by part.
-    """
+    """Reduces and scans with one function of two arguments."""
 
     def __init__(self, expression: Expression, name: str) -> None:
         self.expression, self._inlined, self._name = expression, inlined(expression), name
@@ -75,8 +60,9 @@ class Reducer:
         self._steps: dict[Any, Sequence[_Step | FullReduce]] = {}
         self._by_dim: dict[Any, Sequence[_Step | FullReduce]] = {}  # as `_steps`, by `dim` as given
         self._full_reduces = 0
+        # By variant (``rows``, ``columns``, ``lanes``, ``scan``) and dtype.
         self.kernels: dict[tuple[str, str], Kernel] = {}
-        self.last: dict[str, CallStats] = {}
+        self.last: dict[str, CallStats] = {}  # of the last calls, by part
 
     def repeat(self, x: torch.Tensor, dim: int | None) -> torch.Tensor | None:
         """As `reduce` over one dimension or all, if a call like it has recorded its steps.

@@ -53,27 +53,14 @@ def direction_done() -> None:
 
 @dataclass(frozen=True)
 class Pass:
-    """One call of a kernel that reduces or scans.
-
-    Attributes
-    ----------
-    kernel : Kernel
-    meta : tensor
-        The kernel's parameters.
-    items : int
-    one_thread : bool
-    shared : int
-        Bytes of memory for segments that the kernel itself combines.
-    bidirectional : bool
-        Whether it may read backwards.
-    """
+    """One call of a kernel that reduces or scans."""
 
     kernel: Kernel
-    meta: torch.Tensor
+    meta: torch.Tensor  # the kernel's parameters
     items: int
     one_thread: bool
-    shared: int = 0
-    bidirectional: bool = False
+    shared: int = 0  # bytes of memory for segments that the kernel itself combines
+    bidirectional: bool = False  # may also read backwards
 
     def run(self, *tensors: torch.Tensor, nbytes: int) -> CallStats:
         """Call the kernel with these operands, of `nbytes` bytes in all."""
@@ -122,17 +109,7 @@ class FullReduce:
     from the caches, so on the next call they take 0.2 ms, where ten million elements take 1 ms. So
     the call descriptor and scratch memory are kept, and results are allocated in batches.
 
-    Parameters
-    ----------
-    only : Pass
-    dtype : torch.dtype
-        Of the result.
-    nbytes : int
-        Of the tensor and the result.
-    part : str
-        The name of its statistics.
-    last : dict
-        Where to put them.
+    A call of `nbytes` bytes, tensor and result, puts its statistics under `part` into `last`.
     """
 
     def __init__(
