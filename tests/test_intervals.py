@@ -18,7 +18,7 @@ from torch import nn
 import taskgrad as tg
 from conftest import wait_until
 from taskgrad.cluster import internals
-from taskgrad.cluster.config import ClientSettings, Settings
+from taskgrad.cluster.config import Settings, merge
 
 STOCK = {"workers": {0.005}, "clients": {0.002}, "from workers": {0.002}}
 FAST = {"workers": {0}, "clients": {0}, "from workers": {0}}
@@ -202,18 +202,16 @@ wishes = st.builds(
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.none() | wishes)))
 def test_what_holds_is_what_those_want_who_are_there(events):
-    users, there = ClientSettings(), {}
+    there = {}
     for name, wish in events:
         if wish is None:
-            assert users.leave(name) == (there.pop(name, None) is not None)
+            there.pop(name, None)
         else:
-            users.join(name, wish)
             there[name] = wish
-        assert len(users) == len(there)
-        assert users.settings == ClientSettings.merge(there.values())
-        assert users.settings.allocator == any(w.allocator for w in there.values())
-        assert users.settings.cross_memory == any(w.cross_memory for w in there.values())
+        found = merge(there.values())
+        assert found.allocator == any(w.allocator for w in there.values())
+        assert found.cross_memory == any(w.cross_memory for w in there.values())
         asked = [w.latency for w in there.values() if w.latency is not None]
-        assert users.settings.latency == (min(asked) if asked else None)
-        assert Settings(**users.settings.message()) == users.settings
-    assert ClientSettings().settings == Settings()
+        assert found.latency == (min(asked) if asked else None)
+        assert Settings(**found.message()) == found
+    assert merge([]) == Settings()

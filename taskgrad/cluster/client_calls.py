@@ -57,12 +57,9 @@ def all_of(client: Client, futures: Sequence[Future]) -> LoopFuture:
 
 
 def call_with_deadline(client: Client, call: Callable[[], Awaitable[T]], what: str) -> T:
-    """What the scheduler and the workers answer to a call; `what` they are asked, for messages.
+    """The answer of scheduler or workers to a call; `what` completes "they are asked ...".
 
-    Raises
-    ------
-    TaskgradError
-        They cannot be reached, or have not answered within ``taskgrad.answer-deadline``.
+    TaskgradError if they cannot be reached, or do not answer within ``taskgrad.answer-deadline``.
     """
     seconds = deadline("answer")
     pending = LoopFuture(client, call)

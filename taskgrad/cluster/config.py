@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ class Settings:
     latency: float | None = None
     """Seconds for which streams collect messages; None leaves it to Dask."""
     allocator: bool = False
-    """Whether the allocator of workers keeps freed memory."""
+    """True if the allocator of workers keeps freed memory."""
     cross_memory: bool = False
-    """Whether workers of one host read large tensors from each other's memory."""
+    """True if workers of one host read large tensors from each other's memory."""
     pause: float | None = None
     """Fraction of the memory limit at which a worker is paused; None leaves it to Dask."""
     profile: float | None = None
@@ -36,13 +36,7 @@ class Settings:
 
     @classmethod
     def from_config(cls) -> Settings:
-        """The settings of this process.
-
-        Raises
-        ------
-        ValueError
-            A setting has no valid value; the message names it.
-        """
+        """The settings of this process; ValueError names one that has no valid value."""
         fast = _flag("taskgrad.latency.enabled")
         return cls(
             latency=_duration("taskgrad.latency.interval") if fast else None,
@@ -58,44 +52,16 @@ class Settings:
         return asdict(self)
 
 
-class ClientSettings:
-    """Scheduler: the settings of each client that uses taskgrad, by client id.
-
-    A client joins with a message and leaves when the scheduler sees its connection close, so a
-    driver that was killed leaves like any other.
-    """
-
-    def __init__(self) -> None:
-        self._settings: dict[str, Settings] = {}
-
-    def join(self, client: str, settings: Settings) -> None:
-        """Add a client, or replace its settings."""
-        self._settings[client] = settings
-
-    def leave(self, client: str) -> bool:
-        """Remove a client; returns whether it was there."""
-        return self._settings.pop(client, None) is not None
-
-    def __len__(self) -> int:
-        return len(self._settings)
-
-    @property
-    def settings(self) -> Settings:
-        """What holds now; without clients, nothing is changed."""
-        return self.merge(self._settings.values())
-
-    @staticmethod
-    def merge(settings: Iterable[Settings]) -> Settings:
-        """Settings that satisfy all of these: the shortest latency, the highest lower bounds."""
-        every = list(settings)
-        return Settings(
-            latency=min((s.latency for s in every if s.latency is not None), default=None),
-            allocator=any(s.allocator for s in every),
-            cross_memory=any(s.cross_memory for s in every),
-            pause=max((s.pause for s in every if s.pause is not None), default=None),
-            profile=max((s.profile for s in every if s.profile is not None), default=None),
-            tick=max((s.tick for s in every if s.tick is not None), default=None),
-        )
+def merge(settings: Collection[Settings]) -> Settings:
+    """Settings that satisfy all of these: the shortest latency, the highest lower bounds."""
+    return Settings(
+        latency=min((s.latency for s in settings if s.latency is not None), default=None),
+        allocator=any(s.allocator for s in settings),
+        cross_memory=any(s.cross_memory for s in settings),
+        pause=max((s.pause for s in settings if s.pause is not None), default=None),
+        profile=max((s.profile for s in settings if s.profile is not None), default=None),
+        tick=max((s.tick for s in settings if s.tick is not None), default=None),
+    )
 
 
 def _get(key: str) -> Any:

@@ -27,12 +27,8 @@ _PACKAGES = ("taskgrad", "torch", "dask", "distributed", "python")
 def check(client: Client) -> dict[str, int]:
     """Compare versions; returns the number of torch threads on each worker.
 
-    The scheduler's threads do not matter: it runs no torch.
-
-    Raises
-    ------
-    ClusterMismatchError
-        Versions differ, or taskgrad cannot be imported somewhere; the message lists which where.
+    The scheduler's threads do not matter: it runs no torch. ClusterMismatchError, which lists what
+    and where, if versions differ or taskgrad cannot be imported somewhere.
     """
 
     async def scheduler() -> Any:

@@ -264,12 +264,10 @@ async def results_of(
 ) -> dict[Any, Any]:
     """Those of the results that a worker has and sends, requested with the client's id.
 
-    Raises
-    ------
-    OSError, TimeoutError
-        It is gone, or has not accepted a connection in this time. Dask itself tries for 30 s.
+    OSError or TimeoutError if it is gone, or has not accepted a connection in this time. Dask
+    itself tries for 30 s.
     """
-    ask = getattr(distributed.worker, "get_data_from_worker", None)
+    ask = getattr(distributed.worker, _GATHER, None)
     if ask is None:
         return {}
     comm = await asyncio.wait_for(client.rpc.connect(worker), seconds)

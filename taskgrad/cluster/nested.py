@@ -19,12 +19,9 @@ from taskgrad.worker.shard_lock import is_using_shard
 
 
 def refuse_deadlock() -> None:
-    """Raise if waiting for tasks might never end; to be called before they are submitted.
+    """Raise TaskgradError if waiting for tasks might never end; called before they are submitted.
 
-    Raises
-    ------
-    TaskgradError
-        This is a layer, loss or optimizer, or a thread of a map that runs in a task.
+    It might in a layer, a loss or an optimizer, and in a thread of a map that runs in a task.
     """
     if is_using_shard():
         raise TaskgradError(

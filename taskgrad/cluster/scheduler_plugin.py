@@ -15,7 +15,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import TaskState, WorkerState
 
 from taskgrad.cluster import internals
-from taskgrad.cluster.config import ClientSettings, Settings
+from taskgrad.cluster.config import Settings, merge
 from taskgrad.cluster.retirement import RetirementGuard
 from taskgrad.cluster.tuning import intervals, server_settings
 from taskgrad.cluster.worker_plugin import NAME, RELEASE, SETTINGS, WORKER_LOST
@@ -40,17 +40,17 @@ class TaskgradSchedulerPlugin(SchedulerPlugin):
         """Called once on the scheduler."""
         self._scheduler = scheduler
         self._guard = RetirementGuard(scheduler, _is_ours)
-        self._clients = ClientSettings()
+        self._clients: dict[str, Settings] = {}  # of those that use taskgrad, by id
         scheduler.handlers[JOIN] = self._join
 
     def _join(self, client: str, settings: dict[str, Any]) -> None:
         if client in self._scheduler.clients:
-            self._clients.join(client, Settings(**settings))
+            self._clients[client] = Settings(**settings)
             self._apply(list(self._scheduler.workers))
 
     def _apply(self, workers: Iterable[str] = ()) -> None:
         """Apply the settings of now to the scheduler, and send them to these workers."""
-        settings = self._clients.settings
+        settings = merge(self._clients.values())
         intervals.apply(self._scheduler, settings.latency)
         for server in (self._scheduler, *internals.nannies_beside(self._scheduler)):
             server_settings.TICK.apply(server, settings.tick)
@@ -62,8 +62,8 @@ class TaskgradSchedulerPlugin(SchedulerPlugin):
         scheduler.loop.add_callback(self._apply)
 
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
-        """With the last client that uses taskgrad, settings are restored."""
-        if self._clients.leave(client):
+        """A client has left or was killed; with the last one settings are restored."""
+        if self._clients.pop(client, None) is not None:
             self._apply(list(scheduler.workers))
 
     def update_graph(self, scheduler: Scheduler, *, tasks: list[Any], **kwargs: Any) -> None:

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import distributed
@@ -68,35 +69,26 @@ class Session:
     def workers(self) -> list[WorkerInfo]:
         """The current workers, by name where names are numbers, else by address.
 
-        Raises
-        ------
-        PlacementError
-            There are none.
+        PlacementError if there are none.
         """
-        found = self.known()
+        found = in_order(self._info())
         if not found:
             raise PlacementError(
                 "the cluster has no workers: start some, or wait for them with "
                 "client.wait_for_workers(n)"
             )
-        return sorted(found, key=_worker_order)
+        return found
 
     def store_ids(self, addresses: list[str]) -> dict[str, str]:
         """The id of each worker's store, which changes with a restart."""
-
-        async def ask() -> dict[str, tuple[str, int]]:
-            return await self.client.run(worker_info, workers=addresses)
-
+        ask = partial(self.client.run, worker_info, workers=addresses)
         found = client_calls.call_with_deadline(self.client, ask, "what their stores are")
         self._threads.add({address: threads for address, (_, threads) in found.items()})
         return {address: store for address, (store, _) in found.items()}
 
     def memory(self, addresses: list[str]) -> dict[str, tuple[int, int] | None]:
         """Bytes that each of these workers uses, and may use; None for one without a limit."""
-
-        async def ask() -> dict[str, tuple[int, int] | None]:
-            return await self.client.run(memory, workers=addresses)
-
+        ask = partial(self.client.run, memory, workers=addresses)
         return client_calls.call_with_deadline(self.client, ask, "how much memory they use")
 
     def out_of_order(self, addresses: set[str]) -> dict[str, str]:
@@ -119,15 +111,13 @@ class Session:
 
     def unfinished(self, address: str) -> set[str]:
         """Keys of the tasks that were assigned to a lost worker and not finished."""
-
-        async def ask() -> Any:
-            scheduler: Any = self.client.scheduler
-            return await scheduler.events(topic=address)
-
-        found: set[str] = set()
-        for _, event in client_calls.call_with_deadline(
+        scheduler: Any = self.client.scheduler
+        ask = partial(scheduler.events, topic=address)
+        events: Any = client_calls.call_with_deadline(
             self.client, ask, "what a lost worker had to do"
-        ):
+        )
+        found: set[str] = set()
+        for _, event in events:
             if isinstance(event, dict) and event.get("action") == "remove-worker":
                 found.update(map(str, event.get("processing-tasks", ())))
         return found
@@ -144,24 +134,16 @@ class Session:
     def _info(self) -> dict[str, Any]:
         """The scheduler's information on each worker that does not close, by address."""
         check_open(self.client)
-
-        async def ask() -> dict[str, Any]:
-            # Not client.scheduler_info: the client refreshes that by itself, without workers.
-            scheduler: Any = self.client.scheduler
-            return (await scheduler.identity(n_workers=-1))["workers"]
-
-        info = client_calls.call_with_deadline(self.client, ask, "which workers there are")
+        # Not client.scheduler_info: the client refreshes that by itself, without workers.
+        scheduler: Any = self.client.scheduler
+        ask = partial(scheduler.identity, n_workers=-1)
+        found = client_calls.call_with_deadline(self.client, ask, "which workers there are")
+        info = found["workers"]
         self.names |= {address: w.get("name", address) for address, w in info.items()}
         return {address: w for address, w in info.items() if w["status"] not in _ENDING}
 
     def resolve(self, spec: WorkerSpec, workers: Sequence[WorkerInfo] | None = None) -> str:
-        """The address of a worker given by index, name or address.
-
-        Raises
-        ------
-        PlacementError
-            No such worker.
-        """
+        """The address of a worker given by index, name or address; PlacementError if none is it."""
         workers = self.workers() if workers is None else workers
         if not isinstance(spec, str):
             try:
@@ -213,12 +195,8 @@ os.register_at_fork(after_in_child=_after_fork)
 def session(client: Client | None = None) -> Session:
     """The session of this client, else of the current client, else of a new local cluster.
 
-    Raises
-    ------
-    TaskgradError
-        The client is closed, or asynchronous.
-    ClusterMismatchError
-        Client, scheduler and workers do not fit together.
+    TaskgradError if the client is closed or asynchronous; ClusterMismatchError if client, scheduler
+    and workers run different versions.
     """
     with _lock:
         if client is None:

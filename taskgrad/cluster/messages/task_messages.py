@@ -112,12 +112,10 @@ def _receive(token: str, message: Any, worker: str) -> None:
 
 def broadcast_put(client: Client, token: str, value: Any) -> None:
     """Put a value on the scheduler, for `broadcast_get`; Dask must be able to serialize it."""
-
-    async def put() -> None:
-        call = getattr(client.scheduler, _PUT)
-        await call(client=client.id, token=token, value=to_serialize(value))
-
-    client_calls.call_with_deadline(client, put, "to keep a function")
+    call = functools.partial(getattr(client.scheduler, _PUT), client=client.id, token=token)
+    client_calls.call_with_deadline(
+        client, lambda: call(value=to_serialize(value)), "to keep a function"
+    )
 
 
 def broadcast_delete(client: Client, token: str) -> None:

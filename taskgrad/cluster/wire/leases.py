@@ -66,10 +66,7 @@ class ValidityToken(NamedTuple):
 class BufferLease:
     """Keeps buffers in this process's memory, and their token valid, until `end`.
 
-    Parameters
-    ----------
-    payload
-        Bytes to copy into the lease itself, right behind the token.
+    `payload` is copied into the lease itself, right behind the token.
     """
 
     def __init__(self, payload: bytes = b"") -> None:
@@ -96,10 +93,7 @@ class BufferLease:
 def read_leased(token: ValidityToken, parts: Sequence[Any]) -> list[Any]:
     """The same parts with each `RemoteBuffer` replaced by a copy of its bytes.
 
-    Raises
-    ------
-    OSError
-        The owner's memory cannot be read, or the lease ended before all was read.
+    OSError if the owner's memory cannot be read, or the lease ended before all was read.
     """
     found, wanted = [], []
     for part in parts:

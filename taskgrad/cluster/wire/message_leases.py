@@ -115,10 +115,7 @@ def current(context: dict[str, Any] | None) -> MessageLease | None:
 def unpack(pickled: Any, parts: list[Any], token: ValidityToken) -> Any:
     """Unpickle a value after reading its leased buffers.
 
-    Raises
-    ------
-    OSError
-        They cannot be read, or might have changed while they were read.
+    OSError if they cannot be read, or might have changed while they were read.
     """
     buffers = read_leased(token, parts)
     _count(sum(part.nbytes for part in parts if isinstance(part, RemoteBuffer)))

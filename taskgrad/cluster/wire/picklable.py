@@ -18,12 +18,11 @@ import torch
 from distributed.protocol.serialize import dask_serialize
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from taskgrad.cluster.wire.serialize import TensorCloudPickler, TensorPickler
+from taskgrad.cluster.wire.serialize import ATOMS, TensorCloudPickler, TensorPickler
 from taskgrad.cluster.wire.thresholds import INSPECTED_VALUES_MAX
 from taskgrad.errors import TravelError
 from taskgrad.remote_errors import text_of
 
-_ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 _DEVICES = frozenset({"cpu", "cuda", "meta", "mps", "xpu"})
 _LAYOUTS = frozenset(
     {
@@ -34,12 +33,9 @@ _LAYOUTS = frozenset(
 
 
 def check_picklable(value: Any) -> None:
-    """Raise if this value cannot be sent to another worker.
+    """Raise TravelError if this value cannot be sent to another worker.
 
-    Raises
-    ------
-    TravelError
-        It names the part that cannot be sent, by its place in the value and its type.
+    It names the part that cannot be sent, by its place in the value and its type.
     """
     if _is_plain(value):
         return
@@ -79,7 +75,7 @@ def _check_unpickling(value: Any) -> None:
 def _is_plain(value: Any) -> bool:
     """True if types alone show that a value can be pickled; False decides nothing."""
     kind = type(value)
-    if kind in _ATOMS:
+    if kind in ATOMS:
         return True
     if kind is torch.Tensor or kind is torch.nn.Parameter:
         return tensor_problem(value) is None and not value.__dict__
@@ -87,7 +83,7 @@ def _is_plain(value: Any) -> bool:
         return len(value) <= INSPECTED_VALUES_MAX and all(map(_is_plain, value))
     if kind is dict:
         return len(value) <= INSPECTED_VALUES_MAX and all(
-            type(k) in _ATOMS and _is_plain(v) for k, v in value.items()
+            type(k) in ATOMS and _is_plain(v) for k, v in value.items()
         )
     return False
 

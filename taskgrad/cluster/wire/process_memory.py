@@ -61,10 +61,7 @@ def allocate(nbytes: int) -> memoryview:
 def read(pid: int, pieces: Sequence[tuple[int, memoryview]]) -> None:
     """Fill each view with that process's memory at the address that comes with it.
 
-    Raises
-    ------
-    OSError
-        The process is gone, has no such memory, or may not be read.
+    OSError if the process is gone, has no such memory, or may not be read.
     """
     parts = [(there, address_of(view), view.nbytes) for there, view in pieces]
     total = sum(size for _, _, size in parts)

@@ -178,10 +178,7 @@ def _pickle(value: Any) -> bytes:
 def lookup(location: TableLocation, keys: Collection[Any]) -> dict[Any, Any]:
     """Those of the results with these keys that are in another process's table.
 
-    Raises
-    ------
-    OSError
-        The process is gone, or may not be read.
+    OSError if the process is gone, or may not be read.
     """
     table = bytearray(_TABLE_BYTES)
     process_memory.read(location.pid, [(location.address, memoryview(table))])

@@ -36,7 +36,7 @@ from taskgrad.errors import TravelError
 from taskgrad.remote_errors import text_of
 
 # These hold no tensor; Dask's own function pickles them as fast as can be.
-_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
+ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 
 
 class TensorPickler(pickle.Pickler):
@@ -72,7 +72,7 @@ def dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str, 
     client, Dask uses no out-of-band buffers for the sake of very old Pythons; tensors use them
     there too.
     """
-    if type(value) in _PLAIN:
+    if type(value) in ATOMS:
         return _stock(value, context)
     try:
         pickled, buffers, found = pickle_with(TensorPickler, value)
