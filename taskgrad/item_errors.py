@@ -20,22 +20,11 @@ from taskgrad.remote_errors import is_portable, message_of, text_of
 def item_error(
     error: BaseException, index: int, fn: Callable[..., Any], worker: str, frames: str = ""
 ) -> Exception:
-    """The exception that a map raises when an item has raised.
+    """The exception that a map of `fn` raises when the item at place `index` raised `error`.
 
-    To be called on the driver, as some exceptions lose their notes when they are pickled.
-
-    Parameters
-    ----------
-    error
-        What the item raised.
-    index
-        The item's place in the input, from 0.
-    fn
-        The function that was mapped.
-    worker
-        The address of the worker that ran it, or another name for where it ran.
-    frames
-        Its traceback there, from `own_frames`.
+    `worker` is the address of the worker that ran it, or another name for where it ran; `frames`
+    its traceback there, from `own_frames`. To be called on the driver, as some exceptions lose
+    their notes when they are pickled.
     """
     what = f"item {index} of the map of {kind_of(fn)!r}"
     ends_iteration = isinstance(error, StopIteration | StopAsyncIteration)
@@ -56,7 +45,7 @@ def item_error(
 
 
 def is_ctrl_c(error: BaseException) -> bool:
-    """True for the user's Ctrl-C, which is raised in the main thread, and not by an item."""
+    """True for the user's Ctrl-C, which is raised in the main thread and not by an item."""
     return (
         isinstance(error, KeyboardInterrupt)
         and threading.current_thread() is threading.main_thread()
@@ -66,7 +55,7 @@ def is_ctrl_c(error: BaseException) -> bool:
 def portable(error: BaseException) -> BaseException:
     """The exception, if it can be pickled and unpickled; else a TravelError with its text.
 
-    The cause of that is what can be kept of the exception.
+    The exception is then the cause, without the parts that cannot be sent.
     """
     if is_portable(error):
         return error

@@ -32,11 +32,8 @@ class Coordinator:
     def start(self, interface: str | None) -> None:
         """Open the cluster, and wait until every rank is a worker of it.
 
-        Raises
-        ------
-        TaskgradError
-            Ranks are missing after ``taskgrad.start-deadline``, or could not start their workers;
-            the message says which.
+        Raises TaskgradError if ranks are missing after ``taskgrad.start-deadline``, or could not
+        start their workers; the message says which.
         """
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
         end = time.monotonic() + deadline("start")
@@ -81,9 +78,9 @@ class Coordinator:
         return sorted(set(self._ranks) - {worker["name"] for worker in workers})
 
     def close(self) -> None:
-        """Tell the other ranks to exit, and wait until they do.
+        """Tell the other ranks to exit and wait until they do, else abort the job.
 
-        If some do not, the job is aborted: MPI cannot be finalized without them.
+        MPI cannot be finalized without them.
         """
         for rank in self._present:  # first: so that a worker that loses its scheduler knows why
             messages.send(rank, EXIT)
@@ -108,7 +105,7 @@ class Coordinator:
 
 
 def _end_with(launcher: int) -> None:
-    """End this process once the launcher is gone; Open MPI's, when killed, ends no process.
+    """End this process once the launcher is gone: Open MPI's ends no process when it is killed.
 
     The other ranks end when they lose this one.
     """

@@ -32,7 +32,7 @@ from taskgrad.launch.worker_rank import run_worker
 def main(
     name: str, *, workers: int | None = None, threads: int = 1, interface: str | None = None
 ) -> bool:
-    """Whether this process runs the program; all others become, or are, its workers.
+    """True in the process that runs the program; all others become, or are, its workers.
 
     Put what the file does under ``if tg.main(__name__):``, and all that it defines before. Then
 
@@ -40,7 +40,7 @@ def main(
       runs; the other seven ranks become its workers, and never return from here,
     - ``python file.py`` starts worker processes on this machine,
     - either way the cluster's client is the current one, so that chains and maps use it
-      (``distributed.get_client()`` gives it to you), and all processes end with the program:
+      (``distributed.get_client()`` returns it), and all processes end with the program:
       whether its end is reached, it raises, or it is interrupted. The exit status is the program's.
 
     Parameters
@@ -146,7 +146,7 @@ class _Program:
         self._pid = 0
 
     def run(self, arguments: _Arguments) -> None:
-        """Have a cluster open for these arguments."""
+        """Open a cluster for these arguments, if none is open."""
         same = arguments == self._opened_for
         if isinstance(self._opened, Coordinator):
             if not same:
@@ -189,9 +189,8 @@ _program = _Program()
 def _check(name: Any, workers: Any, threads: Any, interface: Any) -> None:
     if not isinstance(name, str):
         raise TypeError(f"tg.main takes __name__, a string; got {name!r}")
-    for what, count, least in [("workers", workers, 0), ("threads", threads, 1)]:
-        if what == "workers" and count is None:
-            continue
+    some = 0 if workers is None else workers
+    for what, count, least in [("workers", some, 0), ("threads", threads, 1)]:
         if isinstance(count, bool) or not isinstance(count, int) or count < least:
             raise ValueError(f"{what} is a whole number from {least} on; got {count!r}")
     if interface is not None and not isinstance(interface, str):
@@ -199,12 +198,12 @@ def _check(name: Any, workers: Any, threads: Any, interface: Any) -> None:
 
 
 def _is_here(address: str) -> bool:
-    """Whether a worker shares the program's process."""
+    """True if a worker shares the program's process."""
     return address.startswith("inproc://")
 
 
 def _ask(worker: Worker) -> dict[str, Any]:
-    """What the scheduler knows of all workers, by address; asked in a task's thread."""
+    """Ask the scheduler, from a task's thread, what it knows of all workers; by address."""
 
     async def ask() -> Any:
         return await worker.scheduler.identity(n_workers=-1)

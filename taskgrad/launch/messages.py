@@ -29,7 +29,7 @@ _SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def launched() -> bool:
-    """Whether a launcher (mpirun, mpiexec, srun) started this process as one of a job's.
+    """True if a launcher (mpirun, mpiexec, srun) started this process as one of a job's.
 
     A rank's own children inherit these variables; those of multiprocessing, and so Dask's worker
     processes, can be told from ranks.
@@ -40,7 +40,7 @@ def launched() -> bool:
 
 
 def _promised() -> int:
-    """How many processes the launcher says that there are; 1 where it says nothing."""
+    """The number of processes by the launcher's variables; 1 where there are none."""
     found = [os.environ.get(name, "") for name in _SIZE_VARIABLES]
     return max([1, *(int(count) for count in found if count.isdigit())])
 
@@ -49,10 +49,8 @@ def _promised() -> int:
 def world() -> Any:
     """MPI's communicator of all ranks; the first call starts MPI.
 
-    Raises
-    ------
-    TaskgradError
-        There is no mpi4py, or it works with another MPI than the one that started this process.
+    Raises TaskgradError if there is no mpi4py, or it works with another MPI than the one that
+    started this process.
     """
     try:
         comm = _mpi_starts_when_every_rank_has_called_tg_main(deadline("start"))
@@ -65,7 +63,7 @@ def world() -> Any:
     if comm.Get_size() < _promised():
         raise TaskgradError(
             f"{_promised()} processes were started, but MPI knows of {comm.Get_size()}: mpirun "
-            f"(or srun) belongs to another MPI than {_library(comm)}, which mpi4py uses here. "
+            f"(or srun) belongs to another MPI than {_library()}, which mpi4py uses here. "
             f"Use that one's mpirun, or build mpi4py for yours (pip install --no-binary mpi4py "
             "mpi4py)"
         )
@@ -85,11 +83,11 @@ def _mpi_starts_when_every_rank_has_called_tg_main(seconds: float) -> Any:
 
 @functools.cache
 def numbers() -> tuple[int, int]:
-    """This rank, and how many there are; known after MPI was left, too."""
+    """This rank, and how many there are; still known after MPI was finalized."""
     return world().Get_rank(), world().Get_size()
 
 
-def _library(comm: Any) -> str:
+def _library() -> str:
     from mpi4py import MPI
 
     return " ".join(MPI.Get_library_version().split()[:3])
@@ -151,7 +149,7 @@ def abort() -> None:
 
 
 def finalize(seconds: float) -> None:
-    """Leave MPI, which waits until all ranks do; if they do not in time, this process ends."""
+    """Finalize MPI, which waits for all ranks; if that takes longer, this process ends."""
     from mpi4py import MPI
 
     with watched(seconds):

@@ -56,9 +56,8 @@ class _RankWorker(Worker):
     """A worker whose `close` does not wait long for running tasks."""
 
     async def close(self, timeout: float = _CLOSE_S, **kwargs: Any) -> Any:  # type: ignore[override]
-        logging.getLogger("distributed").setLevel(
-            logging.CRITICAL
-        )  # lost connections are expected now
+        # Lost connections are expected from here on.
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)
         return await super().close(timeout=timeout, **kwargs)
 
 

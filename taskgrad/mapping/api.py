@@ -41,9 +41,9 @@ def map(
 ) -> Any:
     """Call a function with each item, over workers or threads; the results can be differentiated.
 
-    ``tg.map(fn, xs, ys)`` gives what ``[fn(x, y) for x, y in zip(xs, ys)]`` gives, and is as
-    much a part of torch's autograd: ``.backward()`` gives gradients of the items and of the tensors
-    that `fn` closes over (parameters of modules, too). Over processes the graphs stay on the
+    ``tg.map(fn, xs, ys)`` returns what ``[fn(x, y) for x, y in zip(xs, ys)]`` is, as much a part of
+    torch's autograd: ``.backward()`` computes gradients of the items and of the tensors that `fn`
+    closes over (parameters of modules, too). Over processes the graphs stay on the
     workers, the backward runs there, and each worker sends one gradient for each closed-over
     tensor, and its items' own.
 
@@ -66,8 +66,8 @@ def map(
         ``torch.sum``, bools and integers are added up as int64, half precision in float32, rounded
         once. The mean of bools and integers is a float.
     eager_grad
-        Over processes: whether gradients are made together with the results, in one round trip,
-        which takes results that are 0-d or tuples led by a 0-d loss. By default where that pays.
+        Over processes: True to make gradients together with the results, in one round trip, which
+        takes results that are 0-d or tuples led by a 0-d loss. By default where that pays.
     seed
         Item i draws its random numbers from ``tg.random_stream(seed, 0, i, "map")``, whatever the
         chunks. Seeded items run one at a time per process. Without `seed`, torch's global

@@ -31,12 +31,9 @@ def title_of(fn: Callable[..., Any]) -> str:
 def pack_mapped(fn: Callable[..., Any]) -> PackedFunction:
     """Pack a function, to be sent to workers.
 
-    Raises
-    ------
-    TypeError
-        It cannot be pickled, or holds what cannot be differentiated there: a thunk or chain, a
-        tensor of a kind that is pickled in a way of its own, or a global of a module that workers
-        import for themselves.
+    Raises TypeError if it cannot be pickled, or holds what cannot be differentiated there: a thunk
+    or chain, a tensor of a kind that is pickled in a way of its own, or a global of a module that
+    workers import for themselves.
     """
     title = title_of(fn)
     found = closed_over_tensors(fn)

@@ -29,11 +29,7 @@ def fold(results: Sequence[Any]) -> Any:
     """The sum of results of one structure, or of such sums, from the first to the last.
 
     As by ``torch.sum``, bools and integers are added up as int64, half precision in float32.
-
-    Raises
-    ------
-    TypeError
-        They hold something that is neither a tensor nor a number, or differ in structure.
+    Raises TypeError if they hold what is neither a tensor nor a number, or differ in structure.
     """
     total, dtypes, structure = _leaves(results[0])
     if structure.has_objects:

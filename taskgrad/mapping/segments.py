@@ -165,12 +165,8 @@ def run_segments(
 ) -> list[Segment]:
     """Run these items, each part as a segment, in this many threads.
 
-    `is_wanted` is called before each item; once it is False, no more items are run.
-
-    Raises
-    ------
-    ItemError
-        An item raised; of several that did, the first in the order of the items.
+    `is_wanted` is called before each item; once it is False, no more items are run. Raises
+    ItemError if an item raised; of several that did, for the first in the order of the items.
     """
 
     def run(rows: SegmentInput, is_cancelled: Callable[[], bool]) -> Segment:

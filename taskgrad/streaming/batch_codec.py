@@ -88,13 +88,7 @@ class Batch:
         )
 
     def __iter__(self) -> Iterator[Any]:
-        """The items, decoded one by one.
-
-        Raises
-        ------
-        TravelError
-            One cannot be unpickled here.
-        """
+        """The items, decoded one by one; TravelError if one cannot be unpickled here."""
         data, *buffers = self.frames
         view = memoryview(data)
         rest = iter(buffers)
@@ -118,10 +112,7 @@ class Batch:
     def fetch(self) -> Batch:
         """The same with its leased frames read out of the sender's memory.
 
-        Raises
-        ------
-        OSError
-            They cannot be read here, or the lease has ended.
+        Raises OSError if they cannot be read here, or the lease has ended.
         """
         if self.token is None:
             return self
@@ -196,13 +187,7 @@ class BatchEncoder:
         self._pickler = TensorPickler(self._file, 5, buffer_callback=self._out_of_band)
 
     def add(self, item: Any) -> None:
-        """Encode an item.
-
-        Raises
-        ------
-        Exception
-            What pickle raised; the batch is as it was before.
-        """
+        """Encode an item. If pickle raises, the batch is as it was before."""
         kind = type(item)
         if kind is np.ndarray:
             run = _as_run(item, False)
