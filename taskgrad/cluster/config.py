@@ -19,20 +19,14 @@ dask.config.update_defaults(_defaults)
 
 @dataclass(frozen=True)
 class Settings:
-    """What one client wants changed on a cluster; by default nothing."""
+    """What one client wants changed on a cluster; None leaves a setting to Dask."""
 
-    latency: float | None = None
-    """Seconds for which streams collect messages; None leaves it to Dask."""
-    allocator: bool = False
-    """True if the allocator of workers keeps freed memory."""
-    cross_memory: bool = False
-    """True if workers of one host read large tensors from each other's memory."""
-    pause: float | None = None
-    """Fraction of the memory limit at which a worker is paused; None leaves it to Dask."""
-    profile: float | None = None
-    """Seconds between two samples of a worker's profiler, at least; None leaves it to Dask."""
-    tick: float | None = None
-    """Seconds between an event loop's checks for delays, at least; None leaves it to Dask."""
+    latency: float | None = None  # seconds for which streams collect messages
+    allocator: bool = False  # workers keep freed memory
+    cross_memory: bool = False  # workers of one host read large tensors from each other's memory
+    pause: float | None = None  # fraction of the memory limit at which a worker is paused
+    profile: float | None = None  # seconds between two samples of a worker's profiler, at least
+    tick: float | None = None  # seconds between an event loop's checks for delays, at least
 
     @classmethod
     def from_config(cls) -> Settings:

@@ -1,7 +1,7 @@
 """Driver: check once that client, scheduler and workers run the same versions.
 
 Different versions are an error. Different numbers of torch threads are not: machines differ, and a
-laptop may drive a cluster. But sums are then split into other parts, which gives other bits. So a
+laptop may drive a cluster. But sums are then split into other parts and have other bits. So a
 warning lists the numbers where workers differ among themselves.
 """
 

@@ -46,19 +46,10 @@ class CallRow:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The result of `Vectorized.explain`; prints as text.
-
-    Attributes
-    ----------
-    name : str
-    formula : str
-        The function's expression, a line an op; if it could not be traced, why.
-    kernels : tuple of KernelRow
-    calls : tuple of CallRow
-    """
+    """The result of `Vectorized.explain`; prints as text."""
 
     name: str
-    formula: str
+    formula: str  # the function's expression, a line an op; if it could not be traced, why
     kernels: tuple[KernelRow, ...]
     calls: tuple[CallRow, ...]
 

@@ -2,7 +2,7 @@
 
 One handshake finds that out for a pair, once. A process that wants to lease sends the token of a
 lease to a worker, which tries to read it. Between two workers the one that is asked for a result
-does so in the background, and also gives the address of its result table. A driver, which cannot be
+does so in the background, and also sends the address of its result table. A driver, which cannot be
 called back, starts it for both directions: the answer has a token of the worker's.
 """
 

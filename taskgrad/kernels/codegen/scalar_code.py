@@ -183,7 +183,7 @@ def _simple(name: str, dtype: str, operands: list[str]) -> str:
         return f"{dtype}(ar.{name}_int({x}, {y}))"
     if name in ("lshift", "rshift"):
         bits = 8 * SIZES[dtype]
-        # A right shift by one bit less already gives 0 or -1.
+        # A right shift by one bit less already results in 0 or -1.
         return f"{dtype}(ar.{name}({x}, {y}, {bits - (name == 'rshift' and dtype != 'uint8')}))"
     if name in ROUNDING and "float" not in dtype:
         return x
