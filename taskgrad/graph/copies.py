@@ -30,15 +30,11 @@ def _copied(leaf: Any) -> Any:
 
 def unwatched_copy(value: Any) -> Any:
     """The same value, with copies of those tensors whose writes torch does not count."""
-    return map_leaves(lambda leaf: leaf.detach().clone() if _is_unwatched(leaf) else leaf, value)
+    return map_leaves(lambda leaf: leaf.detach().clone() if is_unwatched(leaf) else leaf, value)
 
 
-def has_unwatched(value: Any) -> bool:
-    """Whether a value has tensors whose memory others than torch may write."""
-    return any(map(_is_unwatched, flatten(value)[0]))
-
-
-def _is_unwatched(leaf: Any) -> bool:
+def is_unwatched(leaf: Any) -> bool:
+    """True if the leaf is a tensor whose memory others than torch may write."""
     if type(leaf) is not torch.Tensor or leaf.layout is not torch.strided:
         return False
     if is_functorch_wrapped_tensor(leaf):  # it has no storage, and calls refuse it

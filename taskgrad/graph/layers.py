@@ -40,7 +40,7 @@ Path = tuple[Layer | Branches, ...]
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """What the driver knows of a parameter or buffer that lives on a worker."""
+    """A parameter or buffer that lives on a worker, as the driver knows it."""
 
     name: str
     layer: str
@@ -85,7 +85,7 @@ def _hooked(module: nn.Module, names: Iterable[str] = _CALL_HOOKS) -> bool:
 
 
 def _opens(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a container can be replaced by its parts: it does nothing of its own, nor hooks."""
+    """True if a container can be replaced by its parts: it does nothing of its own, nor hooks."""
     own_tensors = any(True for _ in module.parameters(recurse=False)) or any(
         True for _ in module.buffers(recurse=False)
     )
@@ -235,20 +235,15 @@ def rebuild_model(
     """The model again, of its containers and these layers; what was tied is tied again."""
     model: nn.Module = pack.loads(skeleton, lambda mark: modules[mark])
     for info in tensors:
+        table, name = _place_of(model, info.name)
         for other in info.names[1:]:
-            prefix, _, name = other.rpartition(".")
-            owner = model.get_submodule(prefix)
-            _tensors_of(owner, name)[name] = _get_tensor(model, info.name)
+            others, there = _place_of(model, other)
+            others[there] = table[name]
     return model
 
 
-def _get_tensor(model: nn.Module, name: str) -> torch.Tensor:
+def _place_of(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """The table, of a module's parameters or buffers, that has a tensor, and its name there."""
     prefix, _, name = name.rpartition(".")
     owner = model.get_submodule(prefix)
-    found: torch.Tensor = _tensors_of(owner, name)[name]
-    return found
-
-
-def _tensors_of(module: nn.Module, name: str) -> dict[str, Any]:
-    """A module's table of parameters or of buffers, whichever has this name."""
-    return module._parameters if name in module._parameters else module._buffers
+    return owner._parameters if name in owner._parameters else owner._buffers, name

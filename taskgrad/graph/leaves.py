@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from taskgrad.errors import TaskgradError
-from taskgrad.graph.copies import has_unwatched, unwatched_copy
+from taskgrad.graph.copies import is_unwatched, unwatched_copy
 from taskgrad.graph.nodes import Node, new_key
 from taskgrad.graph.pytree import carries_gradient, map_leaves, tensors
 
@@ -50,7 +50,7 @@ class Leaf(Node):
             needs_grad = any(t.requires_grad for t in found)
         self.needs_grad = needs_grad and any(map(carries_gradient, found))
         self._version = _versions(found)
-        self._sent = unwatched_copy(value) if kept and has_unwatched(value) else value
+        self._sent = unwatched_copy(value) if kept and any(map(is_unwatched, found)) else value
 
     def sent(self) -> Any:
         """The value as it is sent: without autograd history.

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import cloudpickle
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from taskgrad.errors import TaskgradError
 from taskgrad.graph.memory_layout import View, with_bases, without_bases
 from taskgrad.graph.parameter_extras import TensorExtras, extras_of, set_extras
-from taskgrad.graph.parametrized import reduce_module
 
 T = TypeVar("T")
 Persist = Callable[[Any], Any]
@@ -38,7 +38,7 @@ class _Pickler(cloudpickle.Pickler):
         """Called for all but numbers, strings and built-in containers."""
         reduced: Any = NotImplemented
         if isinstance(obj, nn.Module):
-            reduced = reduce_module(obj)
+            reduced = _reduce_module(obj)
         elif isinstance(obj, torch.Tensor) and obj.is_leaf and obj.requires_grad:
             reduced = _again_a_leaf, obj.__reduce_ex__(pickle.DEFAULT_PROTOCOL)[:2]
         return super().reducer_override(obj) if reduced is NotImplemented else reduced
@@ -52,15 +52,6 @@ def _again_a_leaf(build: Callable[..., torch.Tensor], arguments: tuple[Any, ...]
     made = found.detach().requires_grad_()
     vars(made).update(vars(found))
     return made
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, load: Callable[[Any], Any]) -> None:
-        super().__init__(file)
-        self._load = load
-
-    def persistent_load(self, pid: Any) -> Any:
-        return self._load(pid)
 
 
 def dumps(obj: Any, persist: Persist) -> bytes:
@@ -78,8 +69,10 @@ def loads(data: bytes, load: Callable[[Any], Any]) -> Any:
     TaskgradError
         The code of a class or function is not there to be imported.
     """
+    unpickler = pickle.Unpickler(io.BytesIO(data))
+    unpickler.persistent_load = load  # type: ignore[method-assign]
     try:
-        return _Unpickler(io.BytesIO(data), load).load()
+        return unpickler.load()
     except (ImportError, AttributeError) as error:
         raise _missing(error) from error
 
@@ -155,14 +148,14 @@ def pickle_or_explain(
     culprit: Callable[[], str | None] = lambda: None,
     kind: type[Exception] = TypeError,
 ) -> T:
-    """What `pickle` gives, or an error of this kind which says what cannot be pickled.
+    """Return `pickle()`, or raise an error of this kind which says what cannot be pickled.
 
     Parameters
     ----------
     what
         What is pickled, for the message, which ends in `advice`; or a function that says it.
     culprit
-        Looks for the part of it that is the cause; gives None if it finds none.
+        Looks for the part of it that is the cause; returns None if it finds none.
     """
     try:
         return pickle()
@@ -198,3 +191,40 @@ def _leaf(kind: str, value: torch.Tensor, requires_grad: bool) -> torch.Tensor:
     if kind == "parameter":
         return nn.Parameter(value, requires_grad)
     return value.requires_grad_(requires_grad)
+
+
+def parametrized_names(module: nn.Module) -> list[str]:
+    """The tensors of a module itself, not of its parts, that have parametrizations."""
+    # `parametrize.is_parametrized` is also true of a compiled wrapper of such a module.
+    refuses = vars(type(module)).get("__getstate__")
+    if getattr(refuses, "__module__", None) != parametrize.__name__:
+        return []
+    found = module._modules["parametrizations"]
+    return list(found) if isinstance(found, nn.ModuleDict) else []
+
+
+def _reduce_module(module: nn.Module) -> Any:
+    """A parametrized module as pickle's (function, arguments, state); others NotImplemented.
+
+    ``torch.nn.utils.parametrize`` gives each of these modules a new class, which refuses to be
+    pickled. The class only adds properties, which can be made again from the names of the
+    parametrized tensors; the tensors behind them are ordinary parameters and buffers.
+    """
+    names = parametrized_names(module)
+    if not names:
+        return NotImplemented
+    kind: Any = parametrize.type_before_parametrizations(module)
+    if (kind.__reduce__, kind.__reduce_ex__) != (object.__reduce__, object.__reduce_ex__):
+        return NotImplemented
+    return _bare, (kind, names), kind.__getstate__(module)
+
+
+def _bare(kind: type[nn.Module], names: list[str]) -> nn.Module:
+    """A module without state, of a class as `register_parametrization` makes it."""
+    made = kind.__new__(kind)
+    nn.Module.__init__(made)
+    for name in names:
+        made.register_buffer(name, torch.empty(0))
+        parametrize.register_parametrization(made, name, nn.Identity(), unsafe=True)
+    vars(made).clear()
+    return made

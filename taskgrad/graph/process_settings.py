@@ -33,6 +33,11 @@ def _plain(name: str, start: Any, of: str) -> Setting | None:
     return _bound(name, start, f"_get_{of}", f"_set_{of}")
 
 
+def _backend(path: str, start: Any, of: str = "") -> Setting | None:
+    """A setting of torch.backends, which torch._C mostly calls by its path there."""
+    return _plain(f"torch.backends.{path}", start, of or path.replace(".", "_"))
+
+
 def _sdp(kernel: str, start: bool = True) -> Setting | None:
     name = f"torch.backends.cuda.{kernel}_sdp_enabled()"
     return _bound(name, start, f"_get_{kernel}_sdp_enabled", f"_set_sdp_use_{kernel}")
@@ -50,9 +55,9 @@ def _set_sdp_order(order: tuple[int, ...]) -> None:
     _C._set_sdp_priority_order(list(order))
 
 
-def _reduced(name: str, of: str) -> Setting | None:
-    """Whether cuBLAS may reduce in this precision; of a newer torch also whether in parts."""
-    found = _plain(f"torch.backends.cuda.matmul.{name}", True, of)
+def _reduced(name: str) -> Setting | None:
+    """If cuBLAS may reduce in this precision; in newer versions of torch also if in parts."""
+    found = _backend(f"cuda.matmul.{name}", True, f"cublas_{name}")
     if found is None or not isinstance(found.get(), tuple):
         return found
     put = found.set
@@ -61,8 +66,7 @@ def _reduced(name: str, of: str) -> Setting | None:
 
 def _library(kind: str, start: str) -> Setting | None:
     """The preferred library for CUDA's linear algebra: only torch with CUDA has a choice."""
-    name = f"torch.backends.cuda.preferred_{kind}_library()"
-    found = _plain(name, start, f"{kind}_preferred_backend")
+    found = _backend(f"cuda.preferred_{kind}_library()", start, f"{kind}_preferred_backend")
     if found is None or not torch.backends.cuda.is_built():
         return None
     get, put = found.get, found.set
@@ -170,10 +174,6 @@ def _starting_engine() -> int:
     return next((engine for engine in (4, 3) if engine in supported), 0)
 
 
-def _get_validate() -> bool:
-    return Distribution._validate_args
-
-
 _FOUND = (
     Setting("the default dtype", torch.float32, torch.get_default_dtype, torch.set_default_dtype),
     Setting(
@@ -189,39 +189,27 @@ _FOUND = (
     ),
     Setting("torch.autograd.set_detect_anomaly()", (False, True), _get_anomaly, _set_anomaly),
     Setting("the float32 precision", _START, _get_precision, _set_precision),
-    _plain(
-        "torch.backends.cpu.allow_fp16_reduced_precision_reduction",
-        False,
-        "cpu_allow_fp16_reduced_precision_reduction",
-    ),
-    _reduced(
-        "allow_fp16_reduced_precision_reduction", "cublas_allow_fp16_reduced_precision_reduction"
-    ),
-    _reduced(
-        "allow_bf16_reduced_precision_reduction", "cublas_allow_bf16_reduced_precision_reduction"
-    ),
-    _plain(
-        "torch.backends.cuda.matmul.allow_fp16_accumulation",
-        False,
-        "cublas_allow_fp16_accumulation",
-    ),
+    _backend("cpu.allow_fp16_reduced_precision_reduction", False),
+    _reduced("allow_fp16_reduced_precision_reduction"),
+    _reduced("allow_bf16_reduced_precision_reduction"),
+    _backend("cuda.matmul.allow_fp16_accumulation", False, "cublas_allow_fp16_accumulation"),
     _library("linalg", "Default"),
     _library("blas", "Cublas"),
-    _plain("torch.backends.cudnn.enabled", True, "cudnn_enabled"),
-    _plain("torch.backends.cudnn.benchmark", False, "cudnn_benchmark"),
+    _backend("cudnn.enabled", True),
+    _backend("cudnn.benchmark", False),
     _bound(
         "torch.backends.cudnn.benchmark_limit",
         10,
         "_cuda_get_cudnn_benchmark_limit",
         "_cuda_set_cudnn_benchmark_limit",
     ),
-    _plain("torch.backends.cudnn.deterministic", False, "cudnn_deterministic"),
-    _plain("torch.backends.cudnn.depthwise_kernel", "auto", "cudnn_depthwise_kernel"),
-    _plain("torch.backends.miopen.immediate", False, "miopen_immediate"),
-    _plain("torch.backends.mkldnn.enabled", True, "mkldnn_enabled"),
-    _plain("torch.backends.mkldnn.deterministic", False, "mkldnn_deterministic"),
-    _plain("torch.backends.nnpack.flags()", True, "nnpack_enabled"),
-    _plain("torch.backends.quantized.engine", _starting_engine(), "qengine"),
+    _backend("cudnn.deterministic", False),
+    _backend("cudnn.depthwise_kernel", "auto"),
+    _backend("miopen.immediate", False),
+    _backend("mkldnn.enabled", True),
+    _backend("mkldnn.deterministic", False),
+    _backend("nnpack.flags()", True, "nnpack_enabled"),
+    _backend("quantized.engine", _starting_engine(), "qengine"),
     _sdp("flash"),
     _sdp("mem_efficient"),
     _sdp("math"),
@@ -229,8 +217,8 @@ _FOUND = (
     _sdp("overrideable"),
     _sdp("fa3", False),
     _sdp_order(),
-    _plain(
-        "torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp()",
+    _backend(
+        "cuda.allow_fp16_bf16_reduction_math_sdp()",
         False,
         "math_sdp_allow_fp16_bf16_reduction",
     ),
@@ -250,7 +238,7 @@ _FOUND = (
     Setting(
         "Distribution.set_default_validate_args()",
         __debug__,
-        _get_validate,
+        lambda: Distribution._validate_args,
         Distribution.set_default_validate_args,
     ),
 )

@@ -27,7 +27,7 @@ from taskgrad.graph.objects import Opaque
 
 Leaves = list[Any]
 Holds = Callable[[Any], bool]
-"""Whether an object that holds such a leaf is split into its leaves and the rest."""
+"""Says if an object that holds such a leaf is split into its leaves and the rest."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,12 @@ class Structure(Opaque):
 
     @cached_property
     def has_objects(self) -> bool:
-        """Whether it has objects that are not containers."""
+        """True if it has objects that are not containers."""
         return self.kind == "object" or any(child.has_objects for child in self.children)
 
     @cached_property
     def takes_anything(self) -> bool:
-        """Whether the value can be built with any leaves, and then pickled and unpickled."""
+        """True if the value can be built with any leaves, and then pickled and unpickled."""
         return _takes_anything(self.kind, self.context) and all(
             child.takes_anything for child in self.children
         )
@@ -210,7 +210,7 @@ def plain(value: Any) -> Any:
 
 
 def holds_inputs(leaf: Any) -> bool:
-    """Whether a leaf can be an input of a call: a tensor, or a lazy value."""
+    """True if a leaf can be an input of a call: a tensor, or a lazy value."""
     return isinstance(leaf, torch.Tensor) or objects.is_lazy(leaf)
 
 
@@ -279,7 +279,7 @@ def _flatten(value: Any, leaves: Leaves, holds: Holds) -> Structure:
 
 
 def _is_leaf(value: Any) -> bool:
-    """Whether a value that is not a container is a leaf by its type."""
+    """True if a value that is not a container is a leaf by its type."""
     if isinstance(value, np.ndarray):
         return not value.dtype.hasobject
     return isinstance(value, torch.Tensor | Opaque | np.generic | type) or objects.is_lazy(value)
@@ -331,13 +331,10 @@ def _put_together(kind: str, context: Any, parts: list[Any]) -> Any:
 
 def _attributes(value: Any) -> dict[str, Any]:
     """The fields of a dataclass that are set, in their order, and its other attributes."""
-    present = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if _has(value, f)}
+    names = [f.name for f in dataclasses.fields(value)]
+    present = {name: getattr(value, name) for name in names if hasattr(value, name)}
     beside = objects.attributes_of(value)
     return present | {name: beside[name] for name in sorted(beside.keys() - present.keys())}
-
-
-def _has(value: Any, field: Any) -> bool:
-    return hasattr(value, field.name)
 
 
 def sequence(structures: Sequence[Structure]) -> Structure:
@@ -363,7 +360,7 @@ def tensors(tree: Any) -> list[torch.Tensor]:
 
 
 def carries_gradient(leaf: Any) -> bool:
-    """Whether a leaf is a tensor of a dtype that can have a gradient."""
+    """True if a leaf is a tensor of a dtype that can have a gradient."""
     return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 

@@ -14,7 +14,6 @@ from taskgrad.errors import TaskgradError
 from taskgrad.graph import pack
 from taskgrad.graph.layers import Model
 from taskgrad.graph.parameter_extras import has_hooks, named_extras
-from taskgrad.graph.parametrized import parametrized_names
 
 
 def reached(flat: Model) -> list[list[torch.Tensor]]:
@@ -98,6 +97,6 @@ def refuse_cached(title: str) -> None:
 
 
 def is_parametrized(modules: Iterable[Any]) -> bool:
-    """Whether any of these modules, or a part of one, has parametrizations."""
+    """True if any of these modules, or a part of one, has parametrizations."""
     parts = (p for m in modules if isinstance(m, nn.Module) for p in m.modules())
-    return any(parametrized_names(part) for part in parts)
+    return any(pack.parametrized_names(part) for part in parts)

@@ -29,7 +29,8 @@ _NORMAL = sys.float_info.min  # half of it is denormal
 
 _KINDS = tuple(getattr(_C, "_autocast_supported_devices", lambda: ("cpu", "cuda"))())
 _KNOWN = {"cpu": torch.bfloat16, "cuda": torch.float16}
-_START = {kind: torch.get_autocast_dtype(kind) for kind in _KINDS} | _KNOWN
+AUTOCAST_DTYPES = {kind: torch.get_autocast_dtype(kind) for kind in _KINDS} | _KNOWN
+"""Autocast's default dtype by type of device."""
 
 Values = tuple[tuple[str, Any], ...]
 
@@ -89,7 +90,7 @@ STARTING = TorchSettings()
 """Torch's defaults."""
 
 inside: ContextVar[bool] = ContextVar("taskgrad_settings", default=False)
-"""Whether this thread runs a call for which settings were applied."""
+"""True while this thread runs a call for which settings were applied."""
 
 replaced: dict[str, tuple[Any, Any]] = {}
 """The settings that running calls have changed in this process: (before, now) by name.
@@ -154,11 +155,6 @@ def thread_settings() -> TorchSettings:
     return TorchSettings((), *_thread_values())
 
 
-def autocast_start(kind: str) -> torch.dtype:
-    """Autocast's default dtype on devices of this type."""
-    return _START[kind]
-
-
 def _autocast() -> tuple[tuple[str, bool, torch.dtype], ...]:
     if (
         not _C._is_any_autocast_enabled()
@@ -167,7 +163,7 @@ def _autocast() -> tuple[tuple[str, bool, torch.dtype], ...]:
     ):
         return ()
     found = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in _KINDS]
-    return tuple((k, on, dtype) for k, on, dtype in found if on or dtype != _START[k])
+    return tuple((k, on, dtype) for k, on, dtype in found if on or dtype != AUTOCAST_DTYPES[k])
 
 
 def default_device() -> str | None:
@@ -185,66 +181,60 @@ def refuse_modes(title: str, *, process: bool = True) -> None:
     These are objects of one thread or process. Without them a call would give other numbers, or a
     hook would not be called. With `process` False the call runs in another thread of this process.
     """
-    found = None
     if (
         _C._len_torch_function_stack()
         or _C._len_torch_dispatch_stack()
         or _C._functorch.peek_interpreter_stack() is not None
     ):
-        found = _active_in_thread()
-    if process and found is None:
-        found = _active_in_process()
-    if found is not None:
-        _refuse(title, *found)
+        _refuse_modes_of_thread(title)
+    if process:
+        _refuse_modes_of_process(title)
+
+
+def _refuse_modes_of_thread(title: str) -> None:
+    modes: list[Any] = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+    mode = next((m for m in modes if not isinstance(m, DeviceContext)), None)
+    if mode is not None:
+        _refuse(
+            title,
+            f"the mode {type(mode).__module__}.{type(mode).__qualname__}",
+            "Open it inside the function or the layer, or leave it for this call",
+        )
+    if _C._functorch.peek_interpreter_stack() is not None:
+        _refuse(
+            title,
+            "a transform of torch.func (vmap, grad, jvp, ...)",
+            "Use the transform inside the function that is sent, or tg.vjp",
+        )
+
+
+def _refuse_modes_of_process(title: str) -> None:
+    if forward_ad._current_level >= 0:
+        _refuse(
+            title,
+            "torch.autograd.forward_ad.dual_level()",
+            "Tangents stay on the driver: open it inside the function that is sent",
+        )
+    refuse_module_hooks(title)
+    if optimizers._global_optimizer_pre_hooks or optimizers._global_optimizer_post_hooks:
+        _refuse(
+            title,
+            "the scope of a hook for all optimizers (register_optimizer_step_...)",
+            "Register it on the optimizer where that is made, or remove it for this call",
+        )
 
 
 def refuse_module_hooks(title: str) -> None:
     """Raise TaskgradError if this process has hooks on all modules."""
     if modules._has_any_global_hook():
-        _refuse(title, *_MODULE_HOOKS)
-
-
-_MODULE_HOOKS = (
-    "the scope of hooks on all modules (torch.nn.modules.module.register_module_...)",
-    "Remove them, or register them on the modules themselves",
-)
+        _refuse(
+            title,
+            "the scope of hooks on all modules (torch.nn.modules.module.register_module_...)",
+            "Remove them, or register them on the modules themselves",
+        )
 
 
 def _refuse(title: str, what: str, instead: str) -> None:
     raise TaskgradError(
         f"{title!r} is called inside {what}, which does not reach where it runs. {instead}"
     )
-
-
-def _active_in_thread() -> tuple[str, str] | None:
-    """What is active in this thread that cannot be sent, and what to do instead."""
-    modes: list[Any] = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
-    mode = next((m for m in modes if not isinstance(m, DeviceContext)), None)
-    if mode is not None:
-        return (
-            f"the mode {type(mode).__module__}.{type(mode).__qualname__}",
-            "Open it inside the function or the layer, or leave it for this call",
-        )
-    if _C._functorch.peek_interpreter_stack() is not None:
-        return (
-            "a transform of torch.func (vmap, grad, jvp, ...)",
-            "Use the transform inside the function that is sent, or tg.vjp",
-        )
-    return None
-
-
-def _active_in_process() -> tuple[str, str] | None:
-    """What is active in this process that cannot be sent, and what to do instead."""
-    if forward_ad._current_level >= 0:
-        return (
-            "torch.autograd.forward_ad.dual_level()",
-            "Tangents stay on the driver: open it inside the function that is sent",
-        )
-    if modules._has_any_global_hook():
-        return _MODULE_HOOKS
-    if optimizers._global_optimizer_pre_hooks or optimizers._global_optimizer_post_hooks:
-        return (
-            "the scope of a hook for all optimizers (register_optimizer_step_...)",
-            "Register it on the optimizer where that is made, or remove it for this call",
-        )
-    return None

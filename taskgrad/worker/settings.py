@@ -266,7 +266,7 @@ def _autocast(settings: TorchSettings, now: TorchSettings) -> Iterator[None]:
     before = {k: (torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds}
     torch.autocast_increment_nesting()
     torch.set_autocast_cache_enabled(settings.autocast_cache)
-    _set_autocast({k: wanted.get(k, (False, known.autocast_start(k))) for k in kinds})
+    _set_autocast({k: wanted.get(k, (False, known.AUTOCAST_DTYPES[k])) for k in kinds})
     try:
         yield
     finally:
