@@ -17,7 +17,6 @@ from taskgrad.worker.failures import backward_error
 from taskgrad.worker.gradients import accumulate_into, own
 from taskgrad.worker.hooks import hooks_off
 from taskgrad.worker.mailbox import GroupAborted
-from taskgrad.worker.shard import ResidentShard
 from taskgrad.worker.shard_lock import exclusive
 from taskgrad.worker.store import Store
 from taskgrad.worker.tape import Tape
@@ -29,10 +28,10 @@ class Backward:
 
     `sources` says where each cotangent is: a position among the task's values, or None for ones.
     Those are multiplied by `factor`, and by the number at position `weight`. `wanted` are the input
-    slots whose cotangents are given back. `accumulate` lists, for each parameter whose gradient is
-    complete with this backward, what comes before its own part: keys of backward tasks on this
-    worker, positions of values. `peers` are the keys of the backward tasks of all ranks, if the
-    forward was one of a process group.
+    slots whose cotangents are returned. `accumulate` lists, for each parameter whose gradient is
+    complete with this backward, the sources of the parts before its own (see `Store.parts`).
+    `peers` are the keys of the backward tasks of all ranks, if the forward was one of a process
+    group.
     """
 
     key: str
@@ -68,13 +67,18 @@ class Backward:
                 with tape.lock, hooks_off(tape.parameters.values()):
                     found, parameters = _differentiate(tape, seeds, slots, self.retain)
                 if self.draw is not None and None in self.sources:
-                    self._check_reached(store.address, found, parameters)
+                    _check_reached(self.draw, store.address, found, parameters)
             except (LayerError, GroupAborted):
                 raise
             except BaseException as error:
                 raise backward_error(error, store.address, self.title, self.draw) from error
             if tape.shard is not None:
-                self._accumulate(store, tape.shard, parameters, values)
+                # What is complete is added to the shard's gradients; the rest is kept here.
+                for name, sources in self.accumulate.items():
+                    parts = [*store.parts(name, sources, values), parameters.pop(name, None)]
+                    accumulate_into(
+                        tape.shard, name, parts, values, address=store.address, draw=self.draw
+                    )
         if parameters:
             store.put(self.key, parameters)
         given = tuple(
@@ -84,38 +88,6 @@ class Backward:
             for i in self.wanted
         )
         return given[0] if len(given) == 1 else given
-
-    def _check_reached(
-        self, address: str, found: dict[int, list[Gradient]], parameters: dict[str, Gradient]
-    ) -> None:
-        """The backward of a step's loss comes to the model's output, or to a parameter."""
-        grads = [*parameters.values(), *(g for leaves in found.values() for g in leaves)]
-        if self.draw is not None and all(g is None for g in grads):
-            error = TypeError(
-                "the loss does not depend on what is trained, so that nothing would be: it was "
-                "made anew of a number (.item()), or of something else than the model's output"
-            )
-            message = (
-                f"layer 'loss' on worker {address}, in microbatch {self.draw.microbatch} of step "
-                f"{self.draw.step}: {error}"
-            )
-            raise LayerError(message, "loss", address, error)
-
-    def _accumulate(
-        self,
-        store: Store,
-        shard: ResidentShard,
-        parameters: dict[str, Gradient],
-        values: tuple[Any, ...],
-    ) -> None:
-        """Add what is complete to the shard's gradients; the rest stays in `parameters`."""
-        for name, sources in self.accumulate.items():
-            parts = [
-                values[source] if isinstance(source, int) else store.gradients(source).get(name)
-                for source in sources
-            ]
-            parts.append(parameters.pop(name, None))
-            accumulate_into(shard, name, parts, values, address=store.address, draw=self.draw)
 
     def _sum(self, tape: Tape, address: str, values: tuple[Any, ...]) -> list[Gradient]:
         """The cotangents of the output's leaves, those that meet summed in the order given."""
@@ -151,6 +123,26 @@ class CheckCotangent:
         tape = store.tape(self.token, keep=True)
         where = f"{self.title!r} on {store.address}"
         match(cotangent, tape.outputs, tape.output_structure, where)
+
+
+def _check_reached(
+    draw: Draw,
+    address: str,
+    found: dict[int, list[Gradient]],
+    parameters: dict[str, Gradient],
+) -> None:
+    """Raise LayerError if the gradient of a step's loss reaches no output of the model."""
+    grads = [*parameters.values(), *(g for leaves in found.values() for g in leaves)]
+    if all(g is None for g in grads):
+        error = TypeError(
+            "the loss does not depend on what is trained, so that nothing would be: it was made "
+            "anew of a number (.item()), or of something else than the model's output"
+        )
+        message = (
+            f"layer 'loss' on worker {address}, in microbatch {draw.microbatch} of step "
+            f"{draw.step}: {error}"
+        )
+        raise LayerError(message, "loss", address, error)
 
 
 def _seed(tape: Tape, address: str, weight: float) -> torch.Tensor:

@@ -8,7 +8,7 @@ the driver as JSON and stored in the checkpoint's index.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from taskgrad.errors import CheckpointError, LayerError
+from taskgrad.errors import CheckpointError
 from taskgrad.formats.encoding import decode, encode
 from taskgrad.formats.weights import about, compare, contents, opened
+from taskgrad.worker.failures import NOTHING_LOADED, layer_errors
 from taskgrad.worker.offload import in_rows
 from taskgrad.worker.shard import ResidentShard
 from taskgrad.worker.store import Store
@@ -65,8 +66,7 @@ def save(
     CheckpointError
         The worker does not see the folder, cannot write to it, or holds what cannot be written.
     """
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         training = training_of(shard)
         weights: dict[str, torch.Tensor] = {name: shard.parameters[name] for name in parameters}
         rest: dict[str, torch.Tensor] = {}
@@ -87,8 +87,11 @@ def save(
             "scheduler": None
             if scheduler is None
             else encode(scheduler.state_dict(), f"scheduler/{suffix}", rest),
-            "scaler": None if training.scaler is None else asdict(training.scaler),
-            "extra": _extra_states(shard, layers, rest),
+            "scaler": training.scaler and asdict(training.scaler),
+            "extra": {
+                name: encode(module.get_extra_state(), f"extra/{name}", rest)
+                for name, module in _with_extra_state(shard, layers).items()
+            },
         }
         if not Path(folder).is_dir():
             raise CheckpointError(
@@ -128,24 +131,14 @@ def _optimizer(
     return {"class": type(optimizer).__qualname__, "groups": groups, "state": state}
 
 
-def _extra_states(
-    shard: ResidentShard, layers: Mapping[int, str], tensors: dict[str, torch.Tensor]
-) -> dict[str, Any]:
-    """What modules give in ``get_extra_state``, by the names that it has in a state_dict."""
-    found = {}
-    for name, module in _with_extra_state(shard, layers).items():
-        found[name] = encode(module.get_extra_state(), f"extra/{name}", tensors)
-    return found
-
-
 def _with_extra_state(shard: ResidentShard, layers: Mapping[int, str]) -> dict[str, nn.Module]:
-    found = {}
-    for index, layer in layers.items():
-        module = shard.layers[index]
-        for inner, part in module.named_modules() if isinstance(module, nn.Module) else ():
-            if type(part).get_extra_state is not nn.Module.get_extra_state:
-                found[".".join(filter(None, (layer, inner, EXTRA)))] = part
-    return found
+    """Modules that have a ``get_extra_state``, by the name of its value in a state_dict."""
+    return {
+        ".".join(filter(None, (layers[index], inner, EXTRA))): part
+        for index, module in shard.modules.items()
+        for inner, part in module.named_modules()
+        if type(part).get_extra_state is not nn.Module.get_extra_state
+    }
 
 
 def _write(address: str, file: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -198,15 +191,9 @@ def check(store: Store, token: str, *, folder: str, files: Mapping[str, Any]) ->
                 f"{path} has {size} bytes and had {written['bytes']} when it was written: it was "
                 "cut short or written over"
             )
-        for name, value in _read(path, written["tensors"]):
-            compare(value, written["tensors"][name], name, path)
-
-
-def _read(path: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors one after the other, so that only one is in memory beside those it goes to."""
-    with opened(path) as handle:
-        for name in names:
-            yield name, handle.get_tensor(name)
+        with opened(path) as handle:
+            for name, about_it in written["tensors"].items():
+                compare(handle.get_tensor(name), about_it, name, path)
 
 
 def load(
@@ -234,8 +221,7 @@ def load(
     CheckpointError
         Parameters are in other groups of the optimizer than they were.
     """
-    shard = store.shard(token)
-    with shard.lock, torch.no_grad(), ExitStack() as stack:
+    with store.locked(token) as shard, torch.no_grad(), ExitStack() as stack:
         training = training_of(shard)
         homes = {name: file for file, held in files.items() for name in held["tensors"]}
         handles = {file: stack.enter_context(opened(Path(folder) / file)) for file in files}
@@ -252,17 +238,9 @@ def load(
             _load_scheduler(training.scheduler, decode(scheduler, read))
         training.scaler = None if scaler is None else Scaler(**scaler)
         for name, module in _with_extra_state(shard, layers).items():
-            try:
+            what = f"set_extra_state of {name.removesuffix(EXTRA).rstrip('.')!r}"
+            with layer_errors(what, name, store.address, NOTHING_LOADED):
                 module.set_extra_state(decode(extra[name], read))
-            except Exception as error:
-                raise LayerError(
-                    f"set_extra_state of {name.removesuffix(EXTRA).rstrip('.')!r} on worker "
-                    f"{store.address} raised {type(error).__name__}: {error}\nNothing was loaded "
-                    "on any worker.",
-                    name,
-                    store.address,
-                    error,
-                ) from error
         training.done = step
 
 

@@ -1,6 +1,6 @@
-"""The collectives on plain tensors: what each rank sends, what it makes of what comes.
+"""The collectives on plain tensors: what each rank sends, and how it combines what it receives.
 
-All are linear but the extremes, and the transpose of each is another one:
+All but `pmax` and `pmin` are linear, and the transpose of each is another one:
 
     psum          psum           (an output of every rank is a sum of the inputs of all)
     all_gather    psum_scatter
@@ -8,7 +8,7 @@ All are linear but the extremes, and the transpose of each is another one:
     all_to_all    all_to_all with the axes swapped
 
 Sums are taken in rank order, in float32 for the half-precision dtypes: all ranks get the same bits,
-whatever comes first.
+in whatever order the messages arrive.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Operation:
     name: ClassVar[str]
 
     def arguments(self) -> str:
-        """Those that all ranks have to agree on, for messages."""
+        """The arguments that have to be the same on all ranks, for messages."""
         return ""
 
     def check(self, x: torch.Tensor, size: int) -> None:
-        """Raise ValueError if this tensor cannot be given."""
+        """Raise ValueError if the collective does not take this tensor."""
 
     def run(self, comm: Communicator, xs: Tensors, wants: bool) -> tuple[list[torch.Tensor], bool]:
-        """The results, and whether any rank takes a gradient of what it gave."""
+        """The results, and whether any rank needs a gradient for what it sent."""
         payloads: list[list[torch.Tensor]] = [[] for _ in range(comm.size)]
         for x in xs:
             for payload, part in zip(payloads, self.parts(x, comm.size, comm.index), strict=True):
@@ -58,11 +58,11 @@ class Operation:
         return f"{self.name}({', '.join(map(describe, xs))}{self.arguments()})"
 
     def parts(self, x: torch.Tensor, size: int, index: int) -> list[list[torch.Tensor]]:
-        """What each rank gets of a tensor: one tensor or none."""
-        raise NotImplementedError
+        """For each rank what it is sent of a tensor, one tensor or none: by default all of it."""
+        return [[x]] * size
 
     def join(self, xs: Tensors, messages: list[Message], comm: Communicator) -> list[torch.Tensor]:
-        """What all ranks sent, made into the results."""
+        """The results, from what all ranks sent."""
         columns = zip(*(m.payload for m in messages), strict=True)
         return [
             self.one([part.to(x.device) for part in parts])
@@ -70,8 +70,8 @@ class Operation:
         ]
 
     def one(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """Combine the parts of one tensor, given in rank order."""
-        raise NotImplementedError
+        """Combine the parts of one tensor, given in rank order: by default their sum."""
+        return in_order(parts)
 
     def transpose(self, xs: Tensors, cotangents: Tensors) -> tuple[Operation, list[torch.Tensor]]:
         """The operation that computes the inputs' cotangents, and its arguments.
@@ -88,7 +88,7 @@ class Sum(Operation):
     name = "psum"
 
     def run(self, comm: Communicator, xs: Tensors, wants: bool) -> tuple[list[torch.Tensor], bool]:
-        """In two rounds where that sends less: each rank sums a part and gives it to all."""
+        """In two rounds where that sends less: each rank sums one part and sends it to all."""
         if comm.size < 3 or sum(x.nbytes for x in xs) < _IN_PARTS:
             return super().run(comm, xs, wants)
         chunks = [x.reshape(-1).tensor_split(comm.size) for x in xs]
@@ -101,12 +101,6 @@ class Sum(Operation):
             for x, parts in zip(xs, zip(*(m.payload for m in second), strict=True), strict=True)
         ]
         return found, any(m.wants for m in first)
-
-    def parts(self, x: torch.Tensor, size: int, index: int) -> list[list[torch.Tensor]]:
-        return [[x]] * size
-
-    def one(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        return in_order(parts)
 
     def transpose(self, xs: Tensors, cotangents: Tensors) -> tuple[Operation, list[torch.Tensor]]:
         return Sum(), list(cotangents)
@@ -122,11 +116,8 @@ class Extreme(Operation):
     def name(self) -> str:  # type: ignore[override]
         return "pmax" if self.largest else "pmin"
 
-    def parts(self, x: torch.Tensor, size: int, index: int) -> list[list[torch.Tensor]]:
-        return [[x]] * size
-
     def join(self, xs: Tensors, messages: list[Message], comm: Communicator) -> list[torch.Tensor]:
-        """Also the share of each result that is this rank's."""
+        """The results; `shares` then has where this rank's values are the result, and the ties."""
         found, self.shares = [], []
         for x, parts in zip(xs, zip(*(m.payload for m in messages), strict=True), strict=True):
             every = torch.stack([part.to(x.device) for part in parts])
@@ -141,7 +132,7 @@ class Extreme(Operation):
 
 @dataclass
 class Gather(Operation):
-    """The tensors of all ranks, along a new axis or one they have."""
+    """The tensors of all ranks, stacked along a new axis or joined along one that they have."""
 
     axis: int
     tiled: bool
@@ -153,9 +144,6 @@ class Gather(Operation):
     def check(self, x: torch.Tensor, size: int) -> None:
         _check_axis("axis", self.axis, x.ndim if self.tiled else x.ndim + 1, x)
 
-    def parts(self, x: torch.Tensor, size: int, index: int) -> list[list[torch.Tensor]]:
-        return [[x]] * size
-
     def one(self, parts: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat(parts, self.axis) if self.tiled else torch.stack(parts, self.axis)
 
@@ -165,7 +153,7 @@ class Gather(Operation):
 
 @dataclass
 class Scatter(Operation):
-    """The sum over the ranks, of which each keeps its part along one axis."""
+    """The sum over the ranks, of which each rank keeps its part along one axis."""
 
     axis: int
     tiled: bool
@@ -180,9 +168,6 @@ class Scatter(Operation):
 
     def parts(self, x: torch.Tensor, size: int, index: int) -> list[list[torch.Tensor]]:
         return [[part] for part in _split(x, self.axis, size, self.tiled)]
-
-    def one(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        return in_order(parts)
 
     def transpose(self, xs: Tensors, cotangents: Tensors) -> tuple[Operation, list[torch.Tensor]]:
         return Gather(self.axis, self.tiled), list(cotangents)
@@ -203,7 +188,7 @@ class Permute(Operation):
         return [[x] if i == to else [] for i in range(size)]
 
     def join(self, xs: Tensors, messages: list[Message], comm: Communicator) -> list[torch.Tensor]:
-        """What the source sent, in memory of our own."""
+        """A copy of what the source sent."""
         source = {to: of for of, to in self.pairs}.get(comm.index)
         if source is None:
             return [torch.zeros_like(x) for x in xs]
@@ -216,7 +201,7 @@ class Permute(Operation):
 
 @dataclass
 class AllToAll(Operation):
-    """Of the tensors of all ranks the part that is this rank's, put side by side."""
+    """This rank's part of the tensor of every rank, stacked or joined along an axis."""
 
     split: int
     concat: int

@@ -1,4 +1,4 @@
-"""What went wrong in a layer, as an error that says where."""
+"""Errors of the user's code on a worker, as a LayerError that says what raised, and where."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from taskgrad.errors import LayerError
 from taskgrad.graph.calls import Draw
 from taskgrad.graph.pytree import describe
 from taskgrad.remote_errors import message_of, own_frames, shorten
+
+NOTHING_LOADED = "\nNothing was loaded on any worker."
 
 
 def forward_error(
@@ -45,8 +47,28 @@ def backward_error(error: BaseException, address: str, title: str, draw: Draw | 
 
 
 @contextmanager
+def layer_errors(
+    what: str,
+    name: str,
+    address: str,
+    after: str = "",
+    catch: type[BaseException] = Exception,
+) -> Iterator[None]:
+    """Raise what the block raises as a LayerError that says what raised it, and where."""
+    try:
+        yield
+    except catch as error:
+        raise LayerError(
+            f"{what} on worker {address} raised {_kind(error)}: {message_of(error)}{after}",
+            name,
+            address,
+            error,
+        ) from error
+
+
+@contextmanager
 def update_errors(address: str, step: int | None, part: str, hint: str = "") -> Iterator[None]:
-    """What a part of an optimizer's step raises, as an error that says where."""
+    """Raise what a part of an optimizer's step raises as a LayerError that says where."""
     try:
         yield
     except BaseException as error:
@@ -63,7 +85,7 @@ def update_errors(address: str, step: int | None, part: str, hint: str = "") -> 
 
 @contextmanager
 def making_errors(address: str) -> Iterator[None]:
-    """What the making of an optimizer or a scheduler raises, as an error that says where."""
+    """Raise what the making of an optimizer or a scheduler raises as a LayerError."""
     try:
         yield
     except BaseException as error:
@@ -87,7 +109,7 @@ def _advice(error: BaseException) -> str:
 
 
 def exit_error(error: BaseException, address: str, what: str) -> LayerError:
-    """The user's code has raised something that is no Exception, such as SystemExit."""
+    """The user's code raised something that is no Exception, such as SystemExit."""
     return LayerError(
         f"{shorten(what)} on worker {address} raised {_kind(error)}: {message_of(error)}\nIt does "
         "not end the worker, nor the driver: it is an error of this call. The traceback there:\n"

@@ -316,7 +316,6 @@ def _set_mode(shard: ResidentShard, mode: bool | None) -> None:
     """Put the whole shard in training or evaluation mode, if it is not yet in it."""
     if mode is None or mode is shard.layer_mode:
         return
-    for layer in shard.layers.values():
-        if isinstance(layer, nn.Module):
-            layer.train(mode)
+    for layer in shard.modules.values():
+        layer.train(mode)
     shard.layer_mode = mode

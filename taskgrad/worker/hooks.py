@@ -7,13 +7,14 @@ parameter lives: not the parts, and not on the workers of its copies.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
 
 from taskgrad.errors import LayerError
 from taskgrad.graph.calls import Draw
+from taskgrad.worker.failures import layer_errors
 from taskgrad.worker.randomness import random_stream
 
 
@@ -55,7 +56,8 @@ def accumulate_hooked(
     before = None
     if fixed is not None and parameter._post_accumulate_grad_hooks:
         before = parameter.detach().clone()
-    with _hook_errors(name, address), _stream(draw, name):
+    stream = nullcontext() if draw is None else random_stream(*draw, name)
+    with layer_errors(f"a hook of parameter {name!r}", name, address), stream:
         torch.autograd.backward(parameter, total)
     if before is not None and not _same(parameter, before):
         with torch.no_grad():
@@ -78,27 +80,9 @@ def hooked_gradient(
     LayerError
         A hook raised.
     """
-    with _hook_errors(name, address):
+    with layer_errors(f"a hook of parameter {name!r}", name, address):
         [found] = torch.autograd.grad(parameter, parameter, total)
     return found
-
-
-@contextmanager
-def _hook_errors(name: str, address: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise LayerError(
-            f"a hook of parameter {name!r} on worker {address} raised {type(error).__name__}: "
-            f"{error}",
-            name,
-            address,
-            error,
-        ) from error
-
-
-def _stream(draw: Draw | None, name: str) -> AbstractContextManager[None]:
-    return nullcontext() if draw is None else random_stream(*draw, name)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from taskgrad.errors import LayerError
+from taskgrad.worker.failures import NOTHING_LOADED, layer_errors
 from taskgrad.worker.shard import BeforeLoad
 from taskgrad.worker.store import Store
 from taskgrad.worker.undo import Undo, copied
@@ -18,8 +18,7 @@ from taskgrad.worker.undo import Undo, copied
 
 def begin(store: Store, token: str) -> None:
     """Copy the shard as it is now, before a load."""
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         copy = copied if shard.training is None else shard.training.copies
         layers = Undo(list(shard.layers.values()), copy, gradients="which")
         shard.before_load = BeforeLoad(layers, shard.optimizer, shard.training, shard.loss)
@@ -27,8 +26,7 @@ def begin(store: Store, token: str) -> None:
 
 def undo(store: Store, token: str) -> None:
     """Undo the load on this shard."""
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         if shard.before_load is not None:
             before, shard.before_load = shard.before_load, None
             before.layers.restore()
@@ -41,8 +39,7 @@ def undo(store: Store, token: str) -> None:
 
 def finish(store: Store, token: str) -> None:
     """All shards have loaded their part: drop the copy."""
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         shard.before_load = None
 
 
@@ -56,17 +53,9 @@ def load(
     LayerError
         A layer raised.
     """
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         for i, values in states.items():
             layer: nn.Module = shard.layers[i]
-            try:
+            what = f"loading a state into layer {names[i]!r}"
+            with layer_errors(what, names[i], store.address, NOTHING_LOADED):
                 layer.load_state_dict(values, strict=False)
-            except Exception as error:
-                raise LayerError(
-                    f"loading a state into layer {names[i]!r} on worker {store.address} raised "
-                    f"{type(error).__name__}: {error}\nNothing was loaded on any worker.",
-                    names[i],
-                    store.address,
-                    error,
-                ) from error

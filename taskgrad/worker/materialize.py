@@ -11,7 +11,7 @@ from torch import nn
 from taskgrad.errors import CheckpointError, LayerError
 from taskgrad.formats.weights import opened
 from taskgrad.graph.deferred_init import InitPlan, named_tensors, reset_of
-from taskgrad.remote_errors import message_of
+from taskgrad.worker.failures import layer_errors
 from taskgrad.worker.randomness import random_stream
 
 # Where a trainer's streams have the numbers of step and microbatch.
@@ -19,7 +19,7 @@ _MAKING = -1
 
 
 def make_values(layer: nn.Module, plan: InitPlan, seed: int, address: str) -> None:
-    """Have modules set their values, each from a stream fixed by the seed and its name; read files.
+    """Let modules set their values, each from a stream fixed by the seed and its name; read files.
 
     Raises
     ------
@@ -31,17 +31,12 @@ def make_values(layer: nn.Module, plan: InitPlan, seed: int, address: str) -> No
     for inner, name in plan.resets:
         reset = reset_of(layer.get_submodule(inner))
         assert reset is not None
-        try:
-            with random_stream(seed, _MAKING, _MAKING, name):
-                reset()
-        except BaseException as error:
-            raise LayerError(
-                f"reset_parameters() of {name!r} on worker {address} raised "
-                f"{type(error).__name__}: {message_of(error)}",
-                name,
-                address,
-                error,
-            ) from error
+        what = f"reset_parameters() of {name!r}"
+        with (
+            layer_errors(what, name, address, catch=BaseException),
+            random_stream(seed, _MAKING, _MAKING, name),
+        ):
+            reset()
     tensors = named_tensors(layer)
     by_file: dict[str, list[str]] = {}
     for name, stored in plan.reads.items():

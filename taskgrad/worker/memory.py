@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from taskgrad.graph.sparse import components
 from taskgrad.worker.shard import ResidentShard
@@ -48,14 +47,13 @@ def storages(tensors: Iterable[Any]) -> dict[int, int]:
 
 def shard_bytes(shard: ResidentShard) -> MemoryUsage:
     """What one shard holds in memory, its tapes aside. A step may be under way meanwhile."""
-    modules = [m for m in shard.layers.values() if isinstance(m, nn.Module)]
     # As lists, made in one go: a step adds to what it iterates over.
     state = list(shard.optimizer.state.values()) if shard.optimizer is not None else []
     spilled = shard.training.spilled if shard.training is not None else None
     kept = (v for values in state for v in list(values.values()) if isinstance(v, torch.Tensor))
     return MemoryUsage(
         parameters=sum(storages(shard.parameters.values()).values()),
-        buffers=sum(storages(b for m in modules for b in m.buffers()).values()),
+        buffers=sum(storages(b for m in shard.modules.values() for b in m.buffers()).values()),
         gradients=_known_gradient_bytes(shard),
         optimizer=sum(storages(v for v in kept if not (spilled and spilled.holds(v))).values()),
     )

@@ -41,8 +41,7 @@ def make(
     LayerError
         What `make_optimizer` or `make_scheduler` raised.
     """
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         made = Made(None)
         with making_errors(store.address):
             if options is not None:
@@ -77,17 +76,15 @@ def _training(options: TrainingOptions, folder: str) -> Training:
 
 def use(store: Store, token: str) -> None:
     """Put in place what was made, once every shard has made its own."""
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         if shard.made is not None:  # None where Dask runs this again
             made, shard.made = shard.made, None
             shard.optimizer, shard.training, shard.loss = made.optimizer, made.training, made.loss
             shard.update = None
-            for layer in shard.layers.values():
-                if isinstance(layer, nn.Module):
-                    layer._compiled_call_impl = None
-                    if made.compiled is not None:
-                        layer.compile(**made.compiled)
+            for layer in shard.modules.values():
+                layer._compiled_call_impl = None
+                if made.compiled is not None:
+                    layer.compile(**made.compiled)
 
 
 def update(store: Store, token: str, *, number: int, send: list[str]) -> dict[str, torch.Tensor]:
@@ -102,8 +99,7 @@ def update(store: Store, token: str, *, number: int, send: list[str]) -> dict[st
     TaskgradError
         The step was taken back in the meantime.
     """
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         if shard.update is None or shard.update.number != number:
             shard.update = None  # the step before: all shards have it
             _step(store, shard, number)
@@ -137,23 +133,20 @@ def _step(store: Store, shard: ResidentShard, number: int) -> None:
 
 def settled(store: Store, token: str, *, number: int) -> bool:
     """True if this step can no longer be taken back: all shards have made it."""
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         return shard.update is not None and shard.update.number == number and shard.update.settled
 
 
 def settle(store: Store, token: str, *, number: int) -> None:
     """Every shard has made this step: drop the copies that could undo it."""
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         if shard.update is not None and shard.update.number == number:
             shard.update = Update(number, None, settled=True)
 
 
 def revert(store: Store, token: str, *, number: int) -> None:
     """Undo this step, if it was made here, and refuse to make it from now on."""
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         if shard.update is not None and shard.update.number == number and shard.update.before:
             shard.update.before.restore()
         shard.update = Update(number, None)

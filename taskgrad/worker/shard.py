@@ -61,6 +61,11 @@ class ResidentShard:
     uncounted: bool = False
     lock: YieldingLock = field(default_factory=YieldingLock)
 
+    @property
+    def modules(self) -> dict[int, nn.Module]:
+        """Those of the layers that are modules."""
+        return {i: m for i, m in self.layers.items() if isinstance(m, nn.Module)}
+
     def values(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Copies of these parameters on the host."""
         return {n: self.parameters[n].detach().to("cpu", copy=True) for n in names}

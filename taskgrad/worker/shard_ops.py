@@ -5,7 +5,6 @@ Every function takes the worker's store, the shard's token, and plain arguments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -61,17 +60,21 @@ def install(
     if known is not None:  # trained meanwhile
         return str(known.device)
     there = torch.device("cpu") if device is None else _assigned(device)
-    values = [_value(t, there) for t in tensors]
+    values = [
+        t.empty(there) if isinstance(t, TensorSpec) else t if isinstance(t, View) else t.clone()
+        for t in tensors
+    ]
     layers: dict[int, Any] = pack.unpack(data, values, own=True)
     # In reverse: of layers that share a parameter the first one sets it last.
     for index in reversed(init_plans):
         make_values(layers[index], init_plans[index], seed, store.address)
     modules = [m for m in layers.values() if isinstance(m, nn.Module)]
-    place = _assigned(device) if device is not None else _device_of(modules)
-    if device is not None:
-        for module in modules:
-            module.to(place)
-    parameters = {name: _parameter(layers[i], local) for name, (i, local) in names.items()}
+    place = there
+    if device is None:
+        place = next((t.device for m in modules for t in [*m.parameters(), *m.buffers()]), there)
+    for module in modules if device is not None else ():
+        module.to(there)
+    parameters = {name: layers[i].get_parameter(local) for name, (i, local) in names.items()}
     trainable = frozenset(name for name, p in parameters.items() if p.requires_grad)
     lock = YieldingLock(store.give_thread_back)
     store.put(
@@ -79,19 +82,6 @@ def install(
         ResidentShard(layers, parameters, place, frozenset(copied), trainable, lock=lock),
     )
     return str(place)
-
-
-def _value(sent: torch.Tensor | TensorSpec | View, device: torch.device) -> Any:
-    if isinstance(sent, TensorSpec):
-        return sent.empty(device)
-    return sent if isinstance(sent, View) else sent.clone()
-
-
-def _device_of(modules: Sequence[nn.Module]) -> torch.device:
-    for module in modules:
-        for tensor in [*module.parameters(), *module.buffers()]:
-            return tensor.device
-    return torch.device("cpu")
 
 
 def _assigned(device: str) -> torch.device:
@@ -108,19 +98,13 @@ def _assigned(device: str) -> torch.device:
     return found
 
 
-def _parameter(layer: Any, name: str) -> nn.Parameter:
-    found: nn.Parameter = layer.get_parameter(name)
-    return found
-
-
 def fetch(
     store: Store, token: str, *, mode: bool | None
 ) -> tuple[bytes, list[torch.Tensor | View]]:
     """The shard's layers, packed, their tensors as copies on the host."""
-    shard = store.shard(token)
-    with shard.lock:
-        for layer in shard.layers.values():
-            if isinstance(layer, nn.Module) and mode is not None:
+    with store.locked(token) as shard:
+        if mode is not None:
+            for layer in shard.modules.values():
                 layer.train(mode)
         packed = pack.pack(shard.layers, hooks=True)
         return packed.data, [t if isinstance(t, View) else _copy(t) for t in packed.laid_out()]
@@ -132,22 +116,19 @@ def _copy(t: torch.Tensor) -> torch.Tensor:
 
 def state(store: Store, token: str) -> dict[int, dict[str, Any]]:
     """Each layer's state_dict, by index, as copies on the host."""
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         return {
             i: {
                 k: _copy(v) if isinstance(v, torch.Tensor) else v
                 for k, v in layer.state_dict().items()
             }
-            for i, layer in shard.layers.items()
-            if isinstance(layer, nn.Module)
+            for i, layer in shard.modules.items()
         }
 
 
 def memory(store: Store, token: str) -> dict[str, int]:
     """Bytes that the shard and its tapes hold, by what holds them."""
-    shard = store.shard(token)
-    with shard.lock:  # no backward of it frees a tape that is looked at
+    with store.locked(token) as shard:  # no backward of it frees a tape that is looked at
         entries = store.entries()
         mine = {k: e for k, e in entries.items() if getattr(e, "shard", e) is shard}
         return asdict(store_bytes(mine)[token])
@@ -155,16 +136,14 @@ def memory(store: Store, token: str) -> dict[str, int]:
 
 def zero_grad(store: Store, token: str) -> None:
     """Drop the gradients."""
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         for parameter in shard.parameters.values():
             parameter.grad = None
 
 
 def gradient(store: Store, token: str, *, name: str) -> torch.Tensor | None:
     """A copy of one parameter's gradient; later steps do not write into it."""
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         grad = shard.parameters[name].grad
         return None if grad is None else _copy(grad)
 
@@ -175,13 +154,9 @@ def accumulate(store: Store, token: str, *values: Any, parts: dict[str, list[str
     `parts` lists for each parameter what to sum, in order: the key of a backward task on this
     worker, or the position among `values` of a gradient from another worker.
     """
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         for name, sources in parts.items():
-            found = [
-                store.gradients(source).get(name) if isinstance(source, str) else values[source]
-                for source in sources
-            ]
+            found = store.parts(name, sources, values)
             accumulate_into(shard, name, found, values, address=store.address)
 
 
@@ -190,8 +165,7 @@ def hooked(store: Store, token: str, *parts: torch.Tensor | None, name: str) -> 
 
     Nothing is accumulated: what ``torch.autograd.grad`` gives.
     """
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         parameter = shard.parameters[name]
         total = summed(parameter, parts, parts)
         if total is None:
@@ -201,15 +175,13 @@ def hooked(store: Store, token: str, *parts: torch.Tensor | None, name: str) -> 
 
 def give(store: Store, token: str, *, names: list[str]) -> dict[str, torch.Tensor]:
     """Copies of these parameters."""
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         return shard.values(names)
 
 
 def set_parameters(store: Store, token: str, *values: dict[str, torch.Tensor]) -> None:
     """Write new values into this shard's copies of parameters that live elsewhere."""
-    shard = store.shard(token)
-    with shard.lock, torch.no_grad():
+    with store.locked(token) as shard, torch.no_grad():
         for new in values:
             for name, value in new.items():
                 if name in shard.parameters:

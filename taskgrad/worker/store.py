@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,6 +75,13 @@ class Store:
             )
         return entry
 
+    @contextmanager
+    def locked(self, token: str) -> Iterator[ResidentShard]:
+        """The shard under this token, with its lock held; raises as `shard` does."""
+        shard = self.shard(token)
+        with shard.lock:
+            yield shard
+
     def tape(self, token: str, *, keep: bool) -> Tape:
         """The tape under this token, for its one use unless kept."""
         with self._lock:
@@ -97,6 +105,18 @@ class Store:
         """Parameter gradients that the backward task `key` left here."""
         found: dict[str, torch.Tensor | None] = self._entries[key]
         return found
+
+    def parts(
+        self, name: str, sources: Sequence[str | int], values: Sequence[Any]
+    ) -> list[torch.Tensor | None]:
+        """The parts of a parameter's gradient, in order, None where there is none.
+
+        A source is the key of a backward task on this worker, or a position among `values`.
+        """
+        return [
+            values[source] if isinstance(source, int) else self.gradients(source).get(name)
+            for source in sources
+        ]
 
     def release(self, keys: list[str]) -> None:
         """Drop the entries of these keys, now or as soon as their tasks end."""

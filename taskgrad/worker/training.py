@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from taskgrad.errors import TaskgradError
 from taskgrad.worker import deferred_norm
 from taskgrad.worker.failures import update_errors
-from taskgrad.worker.offload import SpilledState
 from taskgrad.worker.shard import ResidentShard
 from taskgrad.worker.store import Store
 from taskgrad.worker.training_state import Before, Summary, Training, Update
@@ -46,8 +44,7 @@ def begin(shard: ResidentShard, step: int) -> None:
     training.busy = 0.0
     if training.norms:
         training.norms.clear()
-    modules = [m for m in shard.layers.values() if isinstance(m, nn.Module)]
-    buffers = {id(b): b for m in modules for b in m.buffers()}
+    buffers = {id(b): b for m in shard.modules.values() for b in m.buffers()}
     trained = [shard.parameters[name] for name in training.names]
     training.before = Before(
         [(b, b.detach().clone()) for b in buffers.values()],
@@ -60,8 +57,7 @@ def prepare(store: Store, token: str, *, update: bool, norms: bool) -> Summary:
 
     If Dask runs the task again, it must not divide the gradients by the scale twice.
     """
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         training = training_of(shard)
         if training.prepared and training.summary is not None:
             return training.summary
@@ -105,8 +101,7 @@ def commit(
     TaskgradError
         The step was taken back in the meantime.
     """
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         training = training_of(shard)
         if training.done <= step:
             if training.begun != step or training.before is None:
@@ -119,13 +114,17 @@ def commit(
             finite = all(summary.finite for summary in summaries)
             total = total_norm(summaries, order) if update and clip_norm is not None else None
             if update:
-                before.update = _undo_of(shard, training)
+                changing = [shard.optimizer, training.scheduler, training.scaler]
+                before.update = Undo(changing, training.copies, untouched_by(shard.optimizer))
             try:
                 if update and finite and shard.optimizer is not None:
                     with update_errors(store.address, step, "clipping"):
                         _clip(shard, training.names, clip_norm, clip_value, total)
                     with update_errors(store.address, step, "the optimizer"):
-                        _step(shard.optimizer, training.spilled)
+                        if training.spilled is not None:
+                            training.spilled.step(shard.optimizer)
+                        else:
+                            shard.optimizer.step()
                 if update and training.scaler is not None:
                     training.scaler.update(finite)
                 if training.norms:
@@ -148,19 +147,6 @@ def commit(
         return shard.values(send)
 
 
-def _step(optimizer: torch.optim.Optimizer, spilled: SpilledState | None) -> None:
-    if spilled is not None:
-        spilled.step(optimizer)
-    else:
-        optimizer.step()
-
-
-def _undo_of(shard: ResidentShard, training: Training) -> Undo:
-    """Copies of what the update of a shard will change."""
-    changing = [shard.optimizer, training.scheduler, training.scaler]
-    return Undo(changing, training.copies, untouched_by(shard.optimizer))
-
-
 def advance(store: Store, token: str, *, metric: float, done: int) -> None:
     """Step the scheduler with a metric, once after this number of steps (`done`).
 
@@ -169,8 +155,7 @@ def advance(store: Store, token: str, *, metric: float, done: int) -> None:
     LayerError
         The scheduler raised; it is as it was before, and so are the learning rates.
     """
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         training = training_of(shard)
         if training.scheduler is None or shard.optimizer is None:
             return
@@ -178,7 +163,8 @@ def advance(store: Store, token: str, *, metric: float, done: int) -> None:
             return
         optimizer = shard.optimizer
         untouched = [p for group in optimizer.param_groups for p in group["params"]]
-        untouched += [v for kept in optimizer.state.values() for v in _tensors(kept)]
+        kept = [v for state in optimizer.state.values() for v in state.values()]
+        untouched += [v for v in kept if isinstance(v, torch.Tensor)]
         undo = Undo([training.scheduler, optimizer], without=untouched)
         try:
             with update_errors(store.address, done - 1, "the lr_scheduler"):
@@ -189,14 +175,9 @@ def advance(store: Store, token: str, *, metric: float, done: int) -> None:
         training.advanced = done, undo
 
 
-def _tensors(state: dict[str, Any]) -> list[torch.Tensor]:
-    return [value for value in state.values() if isinstance(value, torch.Tensor)]
-
-
 def undo_advance(store: Store, token: str, *, done: int) -> None:
     """Undo this shard's scheduler step with a metric: another shard's scheduler raised."""
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         training = training_of(shard)
         if training.advanced is not None and training.advanced[0] == done:
             training.advanced[1].restore()
@@ -226,8 +207,7 @@ def _clip(
 
 def progress(store: Store, token: str) -> int | None:
     """The number of steps that this shard has taken; None if it has no trainer."""
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         return None if shard.training is None else shard.training.done
 
 
@@ -239,8 +219,7 @@ def roll_back(store: Store, token: str, *, done: int) -> None:
     TaskgradError
         The step can no longer be taken back.
     """
-    shard = store.shard(token)
-    with shard.lock:
+    with store.locked(token) as shard:
         training = training_of(shard)
         if training.begun is not None and training.before is not None:
             training.before.restore()
