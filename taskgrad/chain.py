@@ -12,7 +12,6 @@ from torch import nn
 
 from taskgrad.arguments import flag, whole
 from taskgrad.cluster.session import WorkerSpec, session
-from taskgrad.deploy import deploy
 from taskgrad.display.graph import call_graph, html
 from taskgrad.display.table import MemoryRow, PlacementRow, Table
 from taskgrad.executors.between_steps import between_steps
@@ -124,7 +123,7 @@ class GraphChain(Lazy):
         if device is None:  # a model on a GPU here belongs on the workers' own GPUs
             kinds = {info.device.type for info in flat.tensors.values()} - {"cpu", "meta"}
             device = next(iter(kinds), None)
-        devices = deploy(self.layout, flat, device, init_plans, seed)
+        devices = self.layout.deploy(flat, device, init_plans, seed)
         sizes: dict[str, tuple[int, int]] = {}
         for info in flat.tensors.values():
             count, size = sizes.get(info.layer, (0, 0))

@@ -11,8 +11,11 @@ import torch
 from taskgrad.cluster.session import Session
 from taskgrad.errors import TaskgradError
 from taskgrad.executors.registry import executor_of
+from taskgrad.graph import pack
 from taskgrad.graph.calls import Call, LayerStep, StepContext
-from taskgrad.graph.layers import Branches, Layer, Model, Path, owner_of
+from taskgrad.graph.deferred_init import InitPlan, TensorSpec, unsent_tensors
+from taskgrad.graph.layers import Branches, Layer, Model, Path, local_name, owner_of
+from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import Node, new_key
 from taskgrad.graph.pytree import Slot
 from taskgrad.graph.sending import is_parametrized, refuse_cached
@@ -271,6 +274,51 @@ class Layout:
         """Run tasks side by side; what each gave."""
         self.executor.run(tasks)
         return self.executor.values(tasks)
+
+    def deploy(
+        self, flat: Model, device: str | None, init_plans: Mapping[int, InitPlan], seed: int
+    ) -> dict[str, str]:
+        """Send every shard to its worker; returns the device that each ended up on.
+
+        `init_plans` say which values are not sent but made there, from streams fixed by `seed`.
+        """
+        copied = copied_names(self.shards)
+        store_ids = self.session.store_ids([shard.worker for shard in self.shards])
+        unsent = unsent_tensors(flat, init_plans)
+        installs = []
+        for shard in self.shards:
+            here = [layer.index for layer in self.layers if self.shard_of(layer) is shard]
+            names: dict[str, tuple[int, str]] = {}
+            for info in flat.tensors.values():
+                for name in info.names:
+                    layer = self.owner(name)
+                    if not info.is_buffer and self.shard_of(layer) is shard:
+                        names.setdefault(info.name, (layer.index, local_name(name, layer)))
+            packed = pack.pack({i: flat.modules[i] for i in here}, hooks=True)
+            arguments = {
+                "data": packed.data,
+                "names": names,
+                "device": device,
+                "store_id": store_ids[shard.worker],
+                "init_plans": {i: init_plans[i] for i in here if i in init_plans},
+                "seed": seed,
+                "copied": copied.get(shard, []),
+            }
+            sent = [
+                TensorSpec.of(t) if isinstance(t, torch.Tensor) and id(t) in unsent else t
+                for t in packed.laid_out()
+            ]
+            values = Leaf(sent, needs_grad=False)
+            installs.append(
+                ShardCall(shard, shard_ops.install, arguments, key=shard.token, after=[values])
+            )
+        self.run(installs)
+        for call in installs:
+            self.executor.hold(call.shard, call)
+        if init_plans:
+            self.copy_tied()
+        places = self.results(installs)
+        return {c.shard.worker: place for c, place in zip(installs, places, strict=True)}
 
     @contextlib.contextmanager
     def all_or_nothing(self, shards: Iterable[Shard]) -> Iterator[None]:

@@ -15,7 +15,7 @@ from torch import nn
 import taskgrad as tg
 from taskgrad.executors.futures import FuturesExecutor
 from taskgrad.graph.calls import Call
-from taskgrad.plan.plan import Plan, PlannedWorker, Stage, make_plan
+from taskgrad.plan.plan import Plan, PlannedWorker, Stage
 from taskgrad.plan.schedule import NAMES, UPDATE, Action, Pipeline, Schedule, check, schedule
 from tests.test_schedule import pipelines
 
@@ -23,12 +23,12 @@ SGD = partial(torch.optim.SGD, lr=0.1)
 
 
 def planned(pipeline: Pipeline, name: str, microbatches: int) -> Plan:
-    stages = [
+    stages = tuple(
         Stage(f"s{i}", (i,), (f"layer {i}",), worker, needs)
         for i, (worker, needs) in enumerate(zip(pipeline.workers, pipeline.needs, strict=True))
-    ]
-    workers = [PlannedWorker(f"tcp://w{i}", "cpu") for i in range(max(pipeline.workers) + 1)]
-    return make_plan("Net", stages, workers, schedule(name, pipeline, microbatches))
+    )
+    workers = tuple(PlannedWorker(f"tcp://w{i}", "cpu") for i in range(max(pipeline.workers) + 1))
+    return Plan("Net", stages, workers).with_schedule(schedule(name, pipeline, microbatches))
 
 
 @given(pipelines(), st.integers(1, 5), st.sampled_from(NAMES), st.none() | st.floats(0, 1e6))

@@ -24,10 +24,17 @@ from taskgrad.graph.reads import BatchedRead, ParameterGrad, StoredGrad
 from taskgrad.graph.shards import ShardCall
 from taskgrad.graph.slices import SampleFraction, Slice
 from taskgrad.worker import shard_ops
-from taskgrad.worker.actions import Add, OnShard, Pick, ReadAll, ReadBuffers, ReadGradient
+from taskgrad.worker.actions import (
+    Add,
+    OnShard,
+    Pick,
+    ReadAll,
+    ReadBuffers,
+    ReadGradient,
+    TakeSlice,
+)
 from taskgrad.worker.backward import Backward, CheckCotangent
 from taskgrad.worker.forward import Forward
-from taskgrad.worker.microbatches import TakeSlice
 
 
 @singledispatch

@@ -106,12 +106,12 @@ def contents(written: Mapping[str, Any]) -> dict[str, str]:
     return {"format": "pt", _CONTENTS: json.dumps(with_checksum({"tensors": written}))}
 
 
-def _read_contents(place: Path, text: Any) -> dict[str, dict[str, Any]]:
-    """Undo `contents`."""
+def _read_contents(place: Path, text: Any) -> dict[str, Any]:
+    """Inverse of `contents`."""
     try:
         found = json.loads(text)
         whole = found["checksum"] == _checksum_of(found)
-        tensors: dict[str, dict[str, Any]] = found["tensors"]
+        tensors: dict[str, Any] = found["tensors"]
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{place} is damaged: its metadata cannot be read") from error
     if not whole:
@@ -199,7 +199,7 @@ def find_weights(path: str | os.PathLike[str]) -> dict[str, Stored]:
     """
     place = path_of(path)
     if place.is_file():
-        return _of_files([place])
+        return _of_file(place)
     if not place.is_dir():
         raise CheckpointError(f"there are no weights at {place}: no such file or folder")
     files: dict[str, Any] = {}
@@ -208,14 +208,14 @@ def find_weights(path: str | os.PathLike[str]) -> dict[str, Stored]:
         place, files = place / index["folder"], index["files"]
     if not (place / WEIGHTS_INDEX).is_file():
         if (place / SINGLE).is_file():
-            return _of_files([place / SINGLE])
+            return _of_file(place / SINGLE)
         raise CheckpointError(
             f"there are no weights in {place}: it has none of {CHECKPOINT}, {WEIGHTS_INDEX}, "
             f"{SINGLE}"
         )
     weight_map, tied, known = _read_weights_index(place / WEIGHTS_INDEX)
     known = known | {n: kept for file in files.values() for n, kept in file["tensors"].items()}
-    by_file = {name: _of_files([place / name]) for name in dict.fromkeys(weight_map.values())}
+    by_file = {name: _of_file(place / name) for name in dict.fromkeys(weight_map.values())}
     absent = [name for name, file in weight_map.items() if name not in by_file[file]]
     absent += [name for name in tied.values() if name not in weight_map]
     if absent:
@@ -296,20 +296,17 @@ def check_state(state: Any, dtypes: Mapping[str, torch.dtype]) -> None:
             )
 
 
-def _of_files(files: list[Path]) -> dict[str, Stored]:
-    found = {}
-    for file in files:
-        with opened(file) as handle:
-            text = (handle.metadata() or {}).get(_CONTENTS)
-            written = None if text is None else _read_contents(file, text)
-            keys = list(handle.keys())
-            if written is not None and set(keys) != set(written):
-                raise CheckpointError(f"{file} is damaged: its tensors have other names")
-            for key in keys:
-                shape = tuple(handle.get_slice(key).get_shape())
-                noted = None if written is None else written[key]
-                found[key] = Stored(str(file), key, shape, noted)
-    return found
+def _of_file(file: Path) -> dict[str, Stored]:
+    with opened(file) as handle:
+        text = (handle.metadata() or {}).get(_CONTENTS)
+        keys = list(handle.keys())
+        written = dict.fromkeys(keys) if text is None else _read_contents(file, text)
+        if set(keys) != set(written):
+            raise CheckpointError(f"{file} is damaged: its tensors have other names")
+        return {
+            key: Stored(str(file), key, tuple(handle.get_slice(key).get_shape()), written[key])
+            for key in keys
+        }
 
 
 def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Any]:

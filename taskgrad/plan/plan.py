@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -70,16 +69,17 @@ class Plan:
     microbatches
         How many slices a batch is cut into.
     orders
-        For every worker its actions, the last of them the update (U).
+        For every worker its actions, the last of them the update (U); `with_schedule` adds them.
     cost
         The predicted seconds of a step; None if there is no prediction.
 
     Examples
     --------
     >>> from taskgrad.plan.schedule import schedule
-    >>> stages = [Stage("0", (0,), ("0",), 0, ()), Stage("1", (1,), ("1",), 1, (0,))]
-    >>> workers = [PlannedWorker("tcp://a", "cpu"), PlannedWorker("tcp://b", "cpu")]
-    >>> plan = make_plan("Sequential", stages, workers, schedule("1f1b", Pipeline.line(2), 2))
+    >>> stages = Stage("0", (0,), ("0",), 0, ()), Stage("1", (1,), ("1",), 1, (0,))
+    >>> workers = PlannedWorker("tcp://a", "cpu"), PlannedWorker("tcp://b", "cpu")
+    >>> plan = Plan("Sequential", stages, workers)
+    >>> plan = plan.with_schedule(schedule("1f1b", plan.pipeline, 2))
     >>> print(plan)
     Plan of Sequential: 2 stages on 2 workers, 2 microbatches, 1f1b
     stage 0: layers 0, on tcp://a (cpu), of the batch
@@ -93,15 +93,15 @@ class Plan:
     model: str
     stages: tuple[Stage, ...]
     workers: tuple[PlannedWorker, ...]
-    schedule: str
-    microbatches: int
-    orders: tuple[tuple[Action, ...], ...]
+    schedule: str = ""
+    microbatches: int = 0
+    orders: tuple[tuple[Action, ...], ...] = ()
     cost: float | None = None
 
     @property
     def pipeline(self) -> Pipeline:
-        """The stages as a schedule sees them."""
-        return pipeline_of(self.stages)
+        """The stages as a schedule sees them: the worker of each, and those that it takes from."""
+        return Pipeline(tuple(s.worker for s in self.stages), tuple(s.inputs for s in self.stages))
 
     def with_schedule(self, schedule: Schedule) -> Plan:
         """The same stages at the same places, in the order of this schedule.
@@ -154,15 +154,16 @@ class Plan:
         """
         try:
             found = json.loads(text)
-            stages = [{k: _as_tuple(v) for k, v in stage.items()} for stage in found["stages"]]
-            return cls(
-                **{
-                    **found,
-                    "stages": tuple(Stage(**stage) for stage in stages),
-                    "workers": tuple(PlannedWorker(**worker) for worker in found["workers"]),
-                    "orders": tuple(tuple(map(_action, order)) for order in found["orders"]),
-                }
-            )
+            stages: list[dict[str, Any]] = [
+                {k: tuple(v) if isinstance(v, list) else v for k, v in stage.items()}
+                for stage in found["stages"]
+            ]
+            parts = {
+                "stages": tuple(Stage(**stage) for stage in stages),
+                "workers": tuple(PlannedWorker(**worker) for worker in found["workers"]),
+                "orders": tuple(tuple(map(_action, order)) for order in found["orders"]),
+            }
+            return cls(**{**found, **parts})
         except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"this is no plan in JSON: {error!r}") from error
 
@@ -184,28 +185,6 @@ class Plan:
             for worker, order in zip(self.workers, self.orders, strict=True)
         ]
         return "\n".join(lines)
-
-
-def make_plan(
-    model: str, stages: Sequence[Stage], workers: Sequence[PlannedWorker], schedule: Schedule
-) -> Plan:
-    """A plan of these stages on these workers.
-
-    Raises
-    ------
-    ValueError
-        The schedule is of other stages.
-    """
-    return Plan(model, tuple(stages), tuple(workers), "", 0, ()).with_schedule(schedule)
-
-
-def pipeline_of(stages: Sequence[Stage]) -> Pipeline:
-    """Stages as a schedule sees them: the worker of each, and those that it takes outputs of."""
-    return Pipeline(tuple(s.worker for s in stages), tuple(s.inputs for s in stages))
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _action(text: str) -> Action:

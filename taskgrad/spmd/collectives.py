@@ -286,13 +286,11 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.communicator, ctx.operation, _, _, *xs = inputs
-        ctx.metas = [torch.empty_like(x, device="meta") for x in xs]
+        ctx.communicator, ctx.operation, *_ = inputs
 
     @staticmethod
     def backward(ctx: Any, token: torch.Tensor, *cotangents: torch.Tensor) -> Any:
-        operation, given = ctx.operation.transpose(ctx.metas, cotangents)
-        found = _exchange(ctx.communicator, operation, given)
+        found = _exchange(ctx.communicator, ctx.operation.transpose(), list(cotangents))
         if isinstance(ctx.operation, Extreme):
             shares = ctx.operation.shares
             found = [g * mine / count for g, (mine, count) in zip(found, shares, strict=True)]

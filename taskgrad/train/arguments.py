@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.utils.data.dataloader import _BaseDataLoaderIter
@@ -25,9 +25,10 @@ from taskgrad.train.optimizer_factory import (
     parameter_groups,
 )
 from taskgrad.train.planning import maker_of, planner
-from taskgrad.train.recompute import recompute_rule
-from taskgrad.train.step import Settings
+from taskgrad.train.step import Recompute, Settings
 from taskgrad.worker.training_state import TrainingOptions
+
+RecomputeOption = Literal["never", "always", "except_last"] | Callable[[str], bool]
 
 
 class Checked(NamedTuple):
@@ -304,3 +305,25 @@ def packed_loss(loss: Any) -> tuple[pack.Packed, str]:
             "where the optimizer finds them"
         )
     return packed, kind_of(loss)
+
+
+def recompute_rule(checkpoint: RecomputeOption) -> Recompute:
+    """Which layers of a call run again in the backward; ValueError for an unknown option."""
+    if callable(checkpoint) and not isinstance(checkpoint, type):
+        chosen = checkpoint
+        return lambda layers, m, count: tuple(
+            (i, i + 1) for i, (_, name, _) in enumerate(layers) if chosen(name)
+        )
+    if not isinstance(checkpoint, str) or checkpoint not in ("never", "always", "except_last"):
+        raise ValueError(
+            'checkpoint is "never", "always", "except_last" or a function of a layer\'s name; got '
+            f"{checkpoint!r}"
+        )
+
+    def whole(
+        layers: Sequence[Any], microbatch: int, microbatches: int
+    ) -> tuple[tuple[int, int], ...]:
+        kept = checkpoint == "except_last" and microbatch == microbatches - 1
+        return () if checkpoint == "never" or kept else ((0, len(layers)),)
+
+    return whole

@@ -1,4 +1,4 @@
-"""The owner of a chain: the one trainer or optimizer that its shards have."""
+"""The owner of a chain: the one trainer or optimizer that its shards have, and its last step."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from taskgrad.chain import GraphChain
 from taskgrad.errors import TaskgradError
 from taskgrad.graph.shards import ShardCall
-from taskgrad.train.recovery import recover
-from taskgrad.worker import optimizing
+from taskgrad.layout import Layout
+from taskgrad.worker import optimizing, training
 
 
 def take_over(chain: GraphChain, owner: Any, makes: Sequence[ShardCall]) -> list[Any]:
@@ -56,3 +56,26 @@ def check_owner(chain: GraphChain, owner: Any, kind: str) -> None:
             "made, whose optimizers have taken the place of this one's on the workers: use that "
             "one, or make a new one"
         )
+
+
+def recover(layout: Layout, *, seconds: float | None = None) -> int | None:
+    """Take every shard back to the last step that all of them have taken.
+
+    Returns the number of batches taken, 0 for a chain without a trainer; None if the shards are
+    busy for longer than `seconds`, and nothing is changed then.
+    """
+    asked = layout.tasks(training.progress)
+    layout.executor.run(asked, wait=False)
+    error = layout.executor.wait(asked, seconds=seconds)
+    if isinstance(error, TimeoutError):
+        layout.executor.cancel(asked)
+        return None
+    if error is not None:
+        raise error
+    taken = layout.executor.values(asked)
+    if None in taken:
+        return 0
+    done: int = min(taken)
+    layout.run(layout.tasks(training.roll_back, done=done))
+    layout.copy_tied()
+    return done

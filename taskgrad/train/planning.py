@@ -10,7 +10,8 @@ import torch
 from taskgrad.arguments import shown
 from taskgrad.chain import GraphChain
 from taskgrad.graph.nodes import Node
-from taskgrad.plan.plan import Plan, PlannedWorker, Stage, make_plan, pipeline_of
+from taskgrad.layout import Layout
+from taskgrad.plan.plan import Plan, PlannedWorker, Stage
 from taskgrad.plan.schedule import NAMES, Pipeline, Schedule, check
 from taskgrad.plan.schedule import schedule as named_schedule
 
@@ -21,25 +22,23 @@ def planner(chain: GraphChain, make_schedule: Maker) -> Callable[[int], Plan]:
     """A function from a number of microbatches to their plan; it caches the last plans."""
     layout = chain.layout
     devices = {row.worker: row.device for row in chain.placement}
-    workers = [PlannedWorker(shard.worker, devices[shard.worker]) for shard in layout.shards]
-    stages = stages_of(chain)
+    workers = tuple(PlannedWorker(shard.worker, devices[shard.worker]) for shard in layout.shards)
+    unscheduled = Plan(layout.title, stages_of(layout), workers)
 
     @lru_cache(maxsize=16)
     def plan(microbatches: int) -> Plan:
-        schedule = make_schedule(pipeline_of(stages), microbatches)
-        return make_plan(layout.title, stages, workers, schedule)
+        return unscheduled.with_schedule(make_schedule(unscheduled.pipeline, microbatches))
 
     return plan
 
 
-def stages_of(chain: GraphChain) -> list[Stage]:
+def stages_of(layout: Layout) -> tuple[Stage, ...]:
     """The stages of a chain: layers in a row on one worker."""
-    layout = chain.layout
     workers = [shard.worker for shard in layout.shards]
     with torch.enable_grad():
         calls = layout.calls((None,), {}, mode=True)
     index: dict[Node, int] = {call: i for i, call in enumerate(calls)}
-    return [
+    return tuple(
         Stage(
             title=call.title,
             layers=tuple(i for i, _, _ in call.spec.steps),
@@ -49,11 +48,11 @@ def stages_of(chain: GraphChain) -> list[Stage]:
             trained=call.needs_grad,
         )
         for call in calls
-    ]
+    )
 
 
 def maker_of(schedule: str | Maker) -> Maker:
-    """What makes schedules, given its name; or a user's own way, whose schedules are each checked.
+    """The function that makes the schedules of this name; or the user's own, with checks added.
 
     Raises
     ------

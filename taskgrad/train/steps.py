@@ -14,8 +14,7 @@ from taskgrad.graph.nodes import Node
 from taskgrad.train.call_lock import CallLock
 from taskgrad.train.data import Batch
 from taskgrad.train.loss import StepLoss
-from taskgrad.train.owner import check_owner
-from taskgrad.train.recovery import recover
+from taskgrad.train.owner import check_owner, recover
 from taskgrad.train.step import Settings, Step, build
 
 # A step is submitted while the one before still runs: its inputs are there when that is done.

@@ -1,4 +1,4 @@
-"""The small actions, besides `Forward` and `Backward`: what one task does with a worker's store."""
+"""The actions besides `Forward` and `Backward`: what one task does with a worker's store."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from taskgrad.graph.cotangents import add_each
 from taskgrad.graph.pytree import cotangents, flatten
+from taskgrad.graph.slices import Dims, as_tensors, batch_size, cut
 from taskgrad.worker.shard_lock import using_shard
 from taskgrad.worker.store import Store, buffers_key
 
@@ -27,20 +28,14 @@ class Pick:
 
 @dataclass(frozen=True)
 class Add:
-    """Cotangents of one value added up, leaf by leaf, in order; None counts as zero."""
+    """The sum of cotangents of one value, leaf by leaf, in order; None counts as zero."""
 
     def run(self, store: Store, *parts: Any) -> Any:
-        """Their sum; None if there is none."""
-        total: Any = None
-        for part in parts:
-            if part is None:
-                continue
-            if total is None:
-                total = part
-                continue
+        """The sum; None if all are None."""
+        total, *rest = [part for part in parts if part is not None] or [None]
+        for part in rest:
             ours, structure = flatten(total)
-            theirs, _ = flatten(part)
-            total = cotangents(add_each(ours, theirs), structure)
+            total = cotangents(add_each(ours, flatten(part)[0]), structure)
         return total
 
 
@@ -71,13 +66,44 @@ class ReadBuffers:
 
 @dataclass(frozen=True)
 class ReadAll:
-    """Several reads, each an action of its own, that take no values."""
+    """Several read actions in one task; none of them takes values."""
 
     reads: tuple[Any, ...]
 
     def run(self, store: Store, *after: Any) -> list[Any]:
-        """What each gives, in order."""
+        """Their results, in order."""
         return [read.run(store) for read in self.reads]
+
+
+@dataclass(frozen=True)
+class TakeSlice:
+    """Microbatch `index` of `count`; or what `fraction` of the batch it is."""
+
+    dims: Dims
+    index: int
+    count: int
+    what: str
+    fraction: bool
+
+    def run(self, store: Store, batch: Any) -> Any:
+        """The slice, in memory of its own; or its fraction of the samples.
+
+        Raises
+        ------
+        ValueError
+            There are fewer samples than microbatches, or the dimensions do not fit.
+        """
+        batch = as_tensors(batch)
+        total = batch_size(batch, self.dims, self.what)
+        if total is None or total < self.count:
+            raise ValueError(
+                f"{self.what} has {total or 'no'} samples, and a step has {self.count} microbatches"
+                ". A batch that lies on a worker is cut there: take fewer microbatches"
+            )
+        part = cut(batch, self.dims, self.index, self.count, self.what)
+        if self.fraction:
+            return (batch_size(part, self.dims, self.what) or 0) / total
+        return part
 
 
 @dataclass(frozen=True)
@@ -89,6 +115,6 @@ class OnShard:
     arguments: dict[str, Any]
 
     def run(self, store: Store, *values: Any) -> Any:
-        """What the function gives."""
+        """The function's result."""
         with using_shard():
             return self.function(store, self.token, *values, **self.arguments)

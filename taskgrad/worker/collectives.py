@@ -73,11 +73,8 @@ class Operation:
         """Combine the parts of one tensor, given in rank order: by default their sum."""
         return in_order(parts)
 
-    def transpose(self, xs: Tensors, cotangents: Tensors) -> tuple[Operation, list[torch.Tensor]]:
-        """The operation that computes the inputs' cotangents, and its arguments.
-
-        `xs` has the shapes of this operation's inputs.
-        """
+    def transpose(self) -> Operation:
+        """The operation that computes the inputs' cotangents from those of the results."""
         raise NotImplementedError
 
 
@@ -102,8 +99,8 @@ class Sum(Operation):
         ]
         return found, any(m.wants for m in first)
 
-    def transpose(self, xs: Tensors, cotangents: Tensors) -> tuple[Operation, list[torch.Tensor]]:
-        return Sum(), list(cotangents)
+    def transpose(self) -> Operation:
+        return Sum()
 
 
 @dataclass
@@ -126,8 +123,8 @@ class Extreme(Operation):
             self.shares.append((x == result, (every == result).sum(0)))
         return found
 
-    def transpose(self, xs: Tensors, cotangents: Tensors) -> tuple[Operation, list[torch.Tensor]]:
-        return Sum(), list(cotangents)
+    def transpose(self) -> Operation:
+        return Sum()
 
 
 @dataclass
@@ -147,8 +144,8 @@ class Gather(Operation):
     def one(self, parts: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat(parts, self.axis) if self.tiled else torch.stack(parts, self.axis)
 
-    def transpose(self, xs: Tensors, cotangents: Tensors) -> tuple[Operation, list[torch.Tensor]]:
-        return Scatter(self.axis, self.tiled), list(cotangents)
+    def transpose(self) -> Operation:
+        return Scatter(self.axis, self.tiled)
 
 
 @dataclass
@@ -169,8 +166,8 @@ class Scatter(Operation):
     def parts(self, x: torch.Tensor, size: int, index: int) -> list[list[torch.Tensor]]:
         return [[part] for part in _split(x, self.axis, size, self.tiled)]
 
-    def transpose(self, xs: Tensors, cotangents: Tensors) -> tuple[Operation, list[torch.Tensor]]:
-        return Gather(self.axis, self.tiled), list(cotangents)
+    def transpose(self) -> Operation:
+        return Gather(self.axis, self.tiled)
 
 
 @dataclass
@@ -195,8 +192,8 @@ class Permute(Operation):
         payload = messages[source].payload
         return [torch.empty_like(x).copy_(part) for x, part in zip(xs, payload, strict=True)]
 
-    def transpose(self, xs: Tensors, cotangents: Tensors) -> tuple[Operation, list[torch.Tensor]]:
-        return Permute(tuple((to, of) for of, to in self.pairs)), list(cotangents)
+    def transpose(self) -> Operation:
+        return Permute(tuple((to, of) for of, to in self.pairs))
 
 
 @dataclass
@@ -222,8 +219,8 @@ class AllToAll(Operation):
     def one(self, parts: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat(parts, self.concat) if self.tiled else torch.stack(parts, self.concat)
 
-    def transpose(self, xs: Tensors, cotangents: Tensors) -> tuple[Operation, list[torch.Tensor]]:
-        return replace(self, split=self.concat, concat=self.split), list(cotangents)
+    def transpose(self) -> Operation:
+        return replace(self, split=self.concat, concat=self.split)
 
 
 def in_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ _here: ContextVar[Communicator | None] = ContextVar("taskgrad_rank", default=Non
 
 
 class Communicator:
-    """One rank, as its worker runs it; its tape keeps it for the backward."""
+    """One rank's side of its group, on its worker; its tape keeps it for the backward."""
 
     def __init__(self, rank: Rank, mailboxes: Mailboxes) -> None:
         self.rank = rank
@@ -52,9 +53,9 @@ class Communicator:
 
     @contextmanager
     def active(self, key: str, peers: Sequence[str]) -> Iterator[None]:
-        """While the task `key` runs this rank; `peers` are the tasks of all ranks.
+        """Run the task `key` of this rank in the block; `peers` are the tasks of all ranks.
 
-        If it raises, so do the others.
+        If the block raises, the other ranks raise the same error.
         """
         exchange = _Exchange(self.rank, self._mailboxes, key, peers)
         token = _here.set(self)
@@ -82,9 +83,9 @@ class Communicator:
         Parameters
         ----------
         what
-            What is called, of what: the same on all ranks.
+            The collective and its arguments, as text: the same on all ranks.
         wants
-            Whether this rank needs a gradient for what it sends.
+            True if this rank needs a gradient for what it sends.
 
         Raises
         ------
@@ -131,7 +132,7 @@ def current(axis_name: Hashable) -> Communicator:
 
 
 def running() -> Communicator | None:
-    """The rank that this thread runs, if it does."""
+    """The rank that this thread runs; None if it runs none."""
     return _here.get()
 
 
@@ -163,11 +164,11 @@ class _Exchange:
         number = self.number
         self.number += 1
         self._in = what
-        mine = self._message(number, what, wants, payloads[self._rank.index])
-        large = self._send(number, what, wants, payloads)
+        message = partial(Message, self._rank.index, number, what, wants, self._mailboxes.store)
+        large = self._send(message, what, payloads)
         self._wait(number, what, large)
         messages = self._mailboxes.take(self._key, number, list(self._others))
-        messages.insert(self._rank.index, mine)
+        messages.insert(self._rank.index, message(payloads[self._rank.index]))
         if any(m.what != what for m in messages):
             calls = "; ".join(f"rank {i} calls {m.what}" for i, m in enumerate(messages))
             raise GroupAborted(
@@ -179,13 +180,10 @@ class _Exchange:
             )
         return messages
 
-    def _message(self, number: int, what: str, wants: bool, payload: list[Any]) -> Message:
-        return Message(self._rank.index, number, what, wants, self._mailboxes.store, payload)
-
     def _send(
-        self, number: int, what: str, wants: bool, payloads: Sequence[list[Any]]
+        self, message: Callable[[list[Any]], Message], what: str, payloads: Sequence[list[Any]]
     ) -> list[Future[Any]]:
-        """Returns the sends that have to end before what is sent may change."""
+        """Send all other ranks their payloads; returns the sends that read memory of this rank."""
         large = []
         self._under_way = [(w, f) for w, f in self._under_way if not f.done()]
         for i, (worker, key) in self._others.items():
@@ -193,7 +191,7 @@ class _Exchange:
             small = sum(t.nbytes for t in payload) <= _SMALL
             if small:
                 payload = [t.clone() for t in payload]
-            sent = self._transport.send(worker, key, self._message(number, what, wants, payload))
+            sent = self._transport.send(worker, key, message(payload))
             self._under_way.append((worker, sent))
             sent.add_done_callback(self._answered(i, what))
             if not small:
@@ -261,7 +259,7 @@ class _Exchange:
         return done
 
     def _attend(self, peer: int, what: str, number: int) -> Callable[[], None]:
-        """Ask after a rank until it has come, or never will; returns what stops that."""
+        """Ask for a rank's outcome until it has come, or never will; returns what stops that."""
         worker, key = self._others[peer]
         stopped = threading.Event()
         asked: list[Future[Any]] = []
@@ -289,14 +287,14 @@ class _Exchange:
         return stop
 
     def _absent(self, peer: int, number: int) -> bool:
-        """True if no message of this rank has come; what it sent arrives before its outcome."""
+        """True if no message of this rank has come; its messages arrive before its outcome."""
         try:
             return bool(self._mailboxes.wait(self._key, number, [peer], 0))
         except GroupAborted:
             return False
 
     def lost(self, worker: str) -> BaseException | None:
-        """What it means for this rank that a worker is gone."""
+        """The error with which this rank fails when a worker is gone; None if it does not."""
         peers = [i for i, (address, _) in self._others.items() if address == worker]
         return self._gone(peers[0]) if peers else None
 
@@ -323,12 +321,12 @@ class _Exchange:
             self._transport.give_thread_back()
 
     def tell_all(self, error: BaseException) -> None:
-        """Have all other ranks fail with this error."""
+        """Make all other ranks fail with this error."""
         for worker, key in self._others.values():
             self._under_way.append((worker, self._transport.tell(worker, key, error)))
 
     def flush(self) -> None:
-        """Wait until what was sent has arrived, or cannot: then this task's end means something."""
+        """Wait until what was sent has arrived or cannot: only then may others learn of the end."""
         end = time.monotonic() + self._group.deadline
         for _, sent in self._under_way:
             sent.add_done_callback(self._mailboxes.wake)

@@ -222,9 +222,9 @@ def _check_loss(value: Any, finite: bool) -> None:
 def _feed(
     leaves: list[Any], wanted: bool, device: torch.device | None, parameters: Collection[int]
 ) -> tuple[list[torch.Tensor | None], list[Any]]:
-    """For each leaf: the autograd leaf that will take its gradient, and what the layer gets.
+    """For each leaf: the autograd leaf that takes its gradient, if any, and the layer's argument.
 
-    The layer gets a copy. A received tensor is Dask's memory, which other tasks read and the
+    The argument is a copy. A received tensor is Dask's memory, which other tasks read and the
     network may still be sending: an in-place layer must not write there. The Parameters of an
     object are leaves themselves: it may train them.
     """
@@ -235,19 +235,17 @@ def _feed(
             taken.append(None)
             given.append(leaf.copy() if type(leaf) is np.ndarray else leaf)
             continue
-        start = leaf.detach()
-        if i in parameters and wanted and carries_gradient(leaf):
-            start = nn.Parameter(start.to(device, copy=True))
-            taken.append(start)
-            given.append(start)
-            continue
-        if wanted and carries_gradient(leaf):
-            start = start.requires_grad_()
-            taken.append(start)
+        start: torch.Tensor = leaf.detach()
+        moved: torch.Tensor
+        takes = wanted and carries_gradient(leaf)
+        if takes and i in parameters:
+            start = moved = nn.Parameter(start.to(device, copy=True))
         else:
-            taken.append(None)
-        moved = start.to(device) if device is not None else start
-        given.append(moved.clone() if moved is start else moved)
+            start.requires_grad_(takes)
+            moved = start if device is None else start.to(device)
+            moved = moved.clone() if moved is start else moved
+        taken.append(start if takes else None)
+        given.append(moved)
     return taken, given
 
 

@@ -1,10 +1,10 @@
-"""What the ranks of a parallel call send each other: a mailbox for each of their tasks.
+"""Mailboxes for the messages between ranks of a parallel call: one for each of their tasks.
 
-A message is for one task, by the task's key, and says who sent it and as which collective, counted
-from 0. It may come before its task has begun. When the task has ended, or its key was
+A message names its task by the task's key, the rank that sent it, and the number of the collective,
+counted from 0. It may arrive before its task has begun. When the task has ended, or its key was
 released, its mailbox is deleted; later messages are refused, and the sender is told the outcome.
 
-How a message travels is the business of a `Transport`.
+A `Transport` delivers messages to other workers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Message(NamedTuple):
     source: int
     number: int
     what: str
-    wants: bool  # whether the sender takes a gradient of what it gave
+    wants: bool  # True if the sender needs a gradient for what it sent
     store: str  # the id of the sender's store: another one after a restart
     payload: list[Any]
 
@@ -43,12 +43,12 @@ class TaskOutcome:
 
 
 class GroupAborted(BaseException):
-    """Ends a rank because the ranks cannot go on. Not an Exception: no rank's code shall catch it.
+    """Ends a rank because its group cannot go on. No Exception: no rank's code shall catch it.
 
     Attributes
     ----------
     error : BaseException
-        What the rank's task is to raise: another rank's error, or why they do not meet.
+        What the rank's task raises: another rank's error, or why the collective failed.
     """
 
     def __init__(self, error: BaseException) -> None:
@@ -57,13 +57,13 @@ class GroupAborted(BaseException):
 
 
 class Transport(Protocol):
-    """Takes messages to other workers. Nothing here blocks, but for `give_thread_back`."""
+    """Delivers messages to other workers. Only `give_thread_back` may block."""
 
     def send(self, worker: str, key: str, message: Message) -> Future[TaskOutcome | None]:
         """Deliver a message; the outcome of its task if that has ended. OSError: worker gone."""
 
     def tell(self, worker: str, key: str, error: BaseException) -> Future[None]:
-        """Have a task fail with this error."""
+        """Make a task fail with this error."""
 
     def attend(self, worker: str, key: str) -> Future[TaskOutcome | None]:
         """How a task ended, once it has; None if not after some time. OSError: as above."""
@@ -85,8 +85,8 @@ class _Box:
 class Mailboxes:
     """The mailboxes of one worker. Safe from several threads.
 
-    They are of the worker at `address` and go when its store, whose id is `store`, does.
-    `is_released` tells of a key whether its task's result is no longer needed.
+    `address` is that of the worker, `store` the id of its store, with which they are dropped.
+    ``is_released(key)`` is True if no client needs the task's result any more.
     """
 
     def __init__(
@@ -115,10 +115,12 @@ class Mailboxes:
             self._boxes.setdefault(key, _Box()).lost = lost
 
     def end(self, key: str, end: TaskOutcome) -> None:
-        """It has ended: its mailbox goes."""
+        """The task has ended: delete its mailbox."""
         with self._news:
             if self._boxes.pop(key, None) is not None:
-                self._remember(key, end)
+                self._ended[key] = end
+                if len(self._ended) > _MAX_ENDED:
+                    self._ended.popitem(last=False)
             self._news.notify_all()
 
     def release(self, keys: Iterable[str]) -> None:
@@ -153,13 +155,16 @@ class Mailboxes:
                 return TaskOutcome(0, _released())
             box = self._boxes.setdefault(key, _Box())
             if box.stores.setdefault(message.source, message.store) != message.store:
-                self._fail(box, _restarted(message.source))
+                restarted = (
+                    f"rank {message.source} has begun a second time: its worker was restarted"
+                )
+                self._fail(box, TaskgradError(restarted))
             box.messages[message.source, message.number] = message
             self._news.notify_all()
         return None
 
     def fail(self, key: str, error: BaseException) -> None:
-        """Have a task fail at its next collective, or now if it waits in one."""
+        """Make a task fail at its next collective, or now if it waits in one."""
         with self._news:
             if key in self._boxes or not (key in self._ended or self._is_released(key)):
                 self._fail(self._boxes.setdefault(key, _Box()), error)
@@ -180,7 +185,7 @@ class Mailboxes:
         return box is not None and worker in box.gone
 
     def wait(self, key: str, number: int, sources: Sequence[int], seconds: float) -> set[int]:
-        """Wait so long for one message of each of these ranks; returns of whom none has come.
+        """Wait at most so long for a message of each of these ranks; returns those still missing.
 
         Raises
         ------
@@ -205,7 +210,7 @@ class Mailboxes:
             return [messages.pop((source, number)) for source in sources]
 
     def expire(self, seconds: float) -> None:
-        """Drop what has come for tasks that have not begun for so long: they never will."""
+        """Drop the messages of tasks that have not begun for so long: they never will."""
         old = time.monotonic() - seconds
         with self._news:
             for key in [k for k, b in self._boxes.items() if b.lost is None and b.since < old]:
@@ -239,15 +244,6 @@ class Mailboxes:
         box.error = box.error or error
         box.messages.clear()
 
-    def _remember(self, key: str, end: TaskOutcome) -> None:
-        self._ended[key] = end
-        if len(self._ended) > _MAX_ENDED:
-            self._ended.popitem(last=False)
-
 
 def _released() -> BaseException:
     return TaskgradError("the call was let go of before all of its ranks had run")
-
-
-def _restarted(source: int) -> BaseException:
-    return TaskgradError(f"rank {source} has begun a second time: its worker was restarted")

@@ -1,9 +1,9 @@
-"""Optimizer state in files, for a shard whose worker has no memory for it.
+"""Offload optimizer state, and the copies that undo a step, from memory to memory-mapped files.
 
-An optimizer reads and writes its state once a step, one parameter after the other; forwards and
-backwards do not need it. So it can be in memory-mapped files: for each parameter the optimizer's
-step maps the state in, and unmaps it again. The system caches as much as it has memory for. The
-bits are the same.
+For a shard whose worker has no memory for them. An optimizer reads and writes its state once a
+step, one parameter after the other, and forwards and backwards do not need it. So after the step of
+each parameter the memory pages of its state are freed; the system still caches as much of the files
+as it has memory for. The bits are the same.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from taskgrad.errors import TaskgradError
 
 Key = TypeVar("Key")
 
-# Smaller tensors stay in memory.
+# Tensors of fewer bytes stay in memory.
 _LEAST = 1 << 20
 # So many bytes of parameters take their step at once.
 CHUNK = 64 << 20
 
 
 class SpilledState:
-    """The files behind the state of one optimizer. They are gone with the worker.
+    """The state of one optimizer in files without a name, which the system deletes with the worker.
 
     For optimizers that treat each parameter by itself, as all of torch's own do.
     """
@@ -37,7 +37,7 @@ class SpilledState:
         self._maps: dict[int, mmap.mmap] = {}  # by the address of the tensor over it
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """A step of the optimizer, some parameters at a time, whose gradients are dropped then."""
+        """Take a step of the optimizer, some parameters at a time, and drop their gradients."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         grads = {p: p.grad for p in parameters if p.grad is not None}
         for parameter in grads:
@@ -51,17 +51,18 @@ class SpilledState:
                 self.put_away(optimizer.state[parameter])
 
     def put_away(self, state: dict[str, Any]) -> None:
-        """Move one parameter's state into files, and out of memory."""
+        """Move one parameter's state from memory to files."""
         for key, value in state.items():
             if not isinstance(value, torch.Tensor) or value.nbytes < _LEAST:
                 continue
             if not self.holds(value):
-                value = state[key] = self._mapped(value)
+                value, memory = _in_file(self._folder, value)
+                state[key], self._maps[value.data_ptr()] = value, memory
             # Written to the file by the system, when it needs the memory.
             self.free_pages_of(value)
 
     def leave_memory(self) -> None:
-        """Let go of what was read of the files."""
+        """Free the memory pages of all files."""
         for memory in self._maps.values():
             memory.madvise(mmap.MADV_DONTNEED)
 
@@ -80,16 +81,11 @@ class SpilledState:
         kept = {t.data_ptr() for t in tensors}
         self._maps = {address: m for address, m in self._maps.items() if address in kept}
 
-    def _mapped(self, value: torch.Tensor) -> torch.Tensor:
-        found, memory = _in_file(self._folder, value)
-        self._maps[found.data_ptr()] = memory
-        return found
-
 
 class CopiesInFiles:
-    """Makes copies of tensors in files, one of each tensor at a time.
+    """Copies tensors to files; each new copy of a tensor overwrites the one before.
 
-    `state` holds those tensors that lie in files themselves, if any do.
+    `state` has the tensors that are in files themselves, if any are.
     """
 
     def __init__(self, folder: str, state: SpilledState | None) -> None:
@@ -98,7 +94,7 @@ class CopiesInFiles:
         self._known: dict[tuple[Any, ...], tuple[torch.Tensor, mmap.mmap]] = {}
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy, which the next one of this tensor overwrites."""
+        """A copy, valid until the next one of this tensor is made."""
         tensor = tensor.detach()
         if tensor.layout is not torch.strided or tensor.nbytes < _LEAST:
             return tensor.clone()

@@ -55,9 +55,10 @@ def make_optimizer(
         )
     missing = [names[i] for i in names.keys() - {id(p) for p in found}]
     if missing:
+        shown = ", ".join(sorted(missing)[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
         raise ValueError(
             f"the optimizer that was made on worker {address} leaves out {len(missing)} of the "
-            f"{len(names)} parameters that it was given ({_some(sorted(missing))}), and would not "
+            f"{len(names)} parameters that it was given ({shown}), and would not "
             "train those. Freeze what is not to be trained (requires_grad_(False)) before the "
             "chain is made"
         )
@@ -142,7 +143,3 @@ def _parts(scheduler: Any) -> Iterator[Any]:
 
 def _kind(value: Any) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

@@ -114,11 +114,8 @@ class Undo:
             self._restores.append((_refill, (value, dict(value))))
             yield from value.keys()
             yield from value.values()
-        elif isinstance(value, list | deque):
-            self._restores.append((_refill_list, (value, list(value))))
-            yield from value
-        elif isinstance(value, set):
-            self._restores.append((_refill, (value, set(value))))
+        elif isinstance(value, list | deque | set):
+            self._restores.append((_refill, (value, list(value))))
             yield from value
         elif isinstance(value, tuple | frozenset):
             yield from value
@@ -141,9 +138,4 @@ class Undo:
 
 def _refill(container: Any, contents: Any) -> None:
     container.clear()
-    container.update(contents)
-
-
-def _refill_list(container: Any, contents: list[Any]) -> None:
-    container.clear()
-    container.extend(contents)
+    (container.extend if isinstance(container, list | deque) else container.update)(contents)
