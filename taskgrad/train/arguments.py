@@ -1,4 +1,4 @@
-"""Checks of what a trainer and its loops are given, before anything is submitted."""
+"""Check the arguments of a trainer and of its loops, before anything is submitted."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from taskgrad.arguments import flag, shown
+from taskgrad.arguments import flag, shown, whole
 from taskgrad.chain import GraphChain
+from taskgrad.cluster.session import check_open
 from taskgrad.graph import pack
 from taskgrad.graph.layers import kind_of
 from taskgrad.graph.pytree import flatten
@@ -32,7 +33,7 @@ RecomputeOption = Literal["never", "always", "except_last"] | Callable[[str], bo
 
 
 class Checked(NamedTuple):
-    """A trainer's arguments, checked: what its steps, its batches, its optimizers are."""
+    """What the checked arguments of a trainer say of its steps, batches and optimizers."""
 
     settings: Settings
     splitter: MicrobatchSplitter
@@ -40,9 +41,13 @@ class Checked(NamedTuple):
 
 
 def check_trainer(
-    chain: GraphChain, loss_fn: Any, optimizer: Any, given: Mapping[str, Any]
+    chain: Any, loss_fn: Any, optimizer: Any, callbacks: Any, given: Mapping[str, Any]
 ) -> Checked:
-    """Check the arguments of a `Trainer`; `given` has those with a default."""
+    """Check the arguments of a `Trainer`; `given` has the others, all with a default."""
+    if not isinstance(chain, GraphChain):
+        raise TypeError(f"a Trainer trains a GraphChain; got {type(chain).__name__}")
+    check_open(chain.layout.session.client)
+    check_callbacks(callbacks)
     check_counts(microbatches=given["microbatches"], accumulate=given["accumulate"])
     check_limits(clip_norm=given["clip_norm"], clip_value=given["clip_value"])
     check_scheduler(given["lr_scheduler"])
@@ -195,7 +200,7 @@ def check_compile(options: Any) -> None:
 
 
 def check_chooser(checkpoint: Any, names: Iterable[str]) -> None:
-    """Raise TypeError if a function says something else than yes or no of a layer."""
+    """Raise TypeError if a function of layers' names does not return a boolean for each."""
     if not callable(checkpoint):
         return
     for name in names:
@@ -208,16 +213,25 @@ def check_chooser(checkpoint: Any, names: Iterable[str]) -> None:
 
 
 def check_loader(name: str, loader: Any) -> None:
-    """Raise TypeError unless one can iterate over this, and get batches."""
-    if isinstance(loader, type | str | bytes) or not _iterable(loader):
+    """Raise TypeError unless this is an iterable, and not text or a class."""
+    iterable = hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+    if isinstance(loader, type | str | bytes) or not iterable:
         raise TypeError(
             f"{name} is something to iterate over, such as a DataLoader or a list of pairs "
             f"(inputs, targets); got {shown(loader)}"
         )
 
 
-def check_epochs(epochs: int, **loaders: Any) -> None:
-    """Raise ValueError if a loader that gives its batches once is to give them in every epoch."""
+def check_epochs(epochs: Any, **loaders: Any) -> int:
+    """The number of epochs.
+
+    Raises TypeError unless it is one and the loaders are iterables, ValueError if one of them can
+    be iterated over once only and there are more epochs.
+    """
+    for name, loader in loaders.items():
+        if loader is not None:
+            check_loader(name, loader)
+    epochs = whole("epochs", epochs, least=0)
     for name, loader in loaders.items():
         if epochs > 1 and _gives_once(loader):
             raise ValueError(
@@ -230,6 +244,7 @@ def check_epochs(epochs: int, **loaders: Any) -> None:
                 raise ValueError("val_loader is empty: there is nothing to evaluate on")
             for item in loader if isinstance(loader, list | tuple) else ():
                 pair(item, "val_loader")
+    return epochs
 
 
 def _gives_once(loader: Any) -> bool:
@@ -241,20 +256,8 @@ def _gives_once(loader: Any) -> bool:
     return not own or isinstance(loader, _BaseDataLoaderIter)
 
 
-def _iterable(value: Any) -> bool:
-    return hasattr(value, "__iter__") or hasattr(value, "__getitem__")
-
-
 def check_metrics(metrics: Any) -> Mapping[str, Callable[..., Any]]:
-    """The metrics, none for None.
-
-    Raises
-    ------
-    TypeError
-        They are no functions by name.
-    ValueError
-        One is called "loss".
-    """
+    """The metrics; raises TypeError unless they are functions by name, or None for none."""
     if metrics is None:
         return {}
     if not isinstance(metrics, Mapping):
@@ -282,13 +285,7 @@ def adds_up(loss: Any) -> bool:
 
 
 def packed_loss(loss: Any) -> tuple[pack.Packed, str]:
-    """A loss function, ready to be sent, and its name.
-
-    Raises
-    ------
-    TypeError
-        It is not callable, cannot be pickled, or has parameters to train.
-    """
+    """A loss function, packed, and its name; TypeError if it cannot be a trainer's loss."""
     if isinstance(loss, type):
         raise TypeError(
             f"the loss is a class, {loss.__name__}: give an instance of it, {loss.__name__}()"

@@ -24,60 +24,6 @@ from taskgrad.train.steps import Steps
 _IN_FLIGHT = 4
 
 
-def train_epoch(
-    step: Callable[[Any, Any], StepLoss],
-    steps: Steps,
-    loader: Iterable[Any],
-    title: str,
-    *,
-    weighted: bool,
-    progress: bool,
-) -> float:
-    """Train on every batch of a loader; the mean loss, over samples if it is `weighted`."""
-    means: list[tuple[float, int | None]] = []
-    samples = 0
-    waiting: deque[StepLoss] = deque()
-    start = time.perf_counter()
-    with _bar(loader, title) if progress else nullcontext() as bar:
-
-        def note(loss: StepLoss) -> None:
-            nonlocal samples
-            means.append((loss.item(), loss.size))
-            samples += loss.size or 0
-            if bar is not None:
-                seconds = time.perf_counter() - start
-                shown = {"loss": f"{loss:.4g}", "bubble": f"{loss.report['bubble']:.0%}"}
-                if loss.size:
-                    shown["samples/s"] = f"{samples / seconds:.4g}"
-                bar.set_postfix(shown, refresh=False)
-                bar.update()
-
-        try:
-            for item in loader:
-                x, y = pair(item, "the loader")
-                waiting.append(step(x, y))
-                while waiting and waiting[0].done:
-                    note(waiting.popleft())
-        except Exception:
-            steps.wait()  # what was given to it before is trained on
-            raise
-        except BaseException as error:  # Ctrl-C
-            steps.abort(error)
-            raise
-        steps.wait()
-        for loss in waiting:
-            note(loss)
-    if not means:
-        raise ValueError(
-            "the loader yielded no batches: it is empty, or an iterator that an earlier epoch used "
-            "up. Give something that can be iterated over again, such as a DataLoader or a list"
-        )
-    sizes = [size for _, size in means]
-    known = [size for size in sizes if size is not None]
-    weights = known if len(known) == len(sizes) else [1] * len(sizes)
-    return _mean([of for of, _ in means], weights, weighted)
-
-
 def _bar(loader: Iterable[Any], title: str) -> Any:
     try:
         from tqdm.auto import tqdm
@@ -112,19 +58,102 @@ def _inputs_size(dims: Any, x: Any) -> int | None:
 
 
 @dataclass(frozen=True)
-class Forwards:
-    """The model in evaluation mode over the batches of a loader, whatever mode the chain is in."""
+class Loops:
+    """A trainer's loops over loaders; it evaluates in evaluation mode, whatever the chain's is."""
 
     layout: Layout
     steps: Steps
     splitter: MicrobatchSplitter
     autocast: tuple[tuple[str, torch.dtype], ...]
+    loss_fn: Callable[..., torch.Tensor]
+
+    def fit(
+        self,
+        step: Callable[[Any, Any], StepLoss],
+        loader: Iterable[Any],
+        epochs: int,
+        val_loader: Iterable[Any] | None,
+        metrics: Mapping[str, Callable[..., Any]],
+        *,
+        progress: bool,
+    ) -> Iterator[dict[str, float]]:
+        """Train with `step` on every batch, and evaluate; the results of each epoch."""
+        steps = self.steps
+        if steps.metric_for is not None and val_loader is None:
+            raise ValueError(
+                f"the lr_scheduler is a {steps.metric_for}, which needs a metric: it is given the "
+                "validation loss after each epoch, so fit needs a val_loader"
+            )
+        for epoch in range(epochs):
+            title = f"epoch {epoch + 1}/{epochs}"
+            with steps.in_fit():
+                loss = self._train(step, loader, title, progress=progress)
+            results = {"loss": loss}
+            if val_loader is not None:
+                found = self.evaluate(val_loader, metrics)
+                results |= {f"val_{name}": value for name, value in found.items()}
+                if steps.metric_for is not None:
+                    steps.advance(results["val_loss"])
+            yield results
+
+    def _train(
+        self,
+        step: Callable[[Any, Any], StepLoss],
+        loader: Iterable[Any],
+        title: str,
+        *,
+        progress: bool,
+    ) -> float:
+        """Train on every batch of a loader; the mean loss, over samples unless it is a sum."""
+        means: list[tuple[float, int | None]] = []
+        samples = 0
+        waiting: deque[StepLoss] = deque()
+        start = time.perf_counter()
+        with _bar(loader, title) if progress else nullcontext() as bar:
+
+            def note(loss: StepLoss) -> None:
+                nonlocal samples
+                means.append((loss.item(), loss.size))
+                samples += loss.size or 0
+                if bar is not None:
+                    seconds = time.perf_counter() - start
+                    shown = {"loss": f"{loss:.4g}", "bubble": f"{loss.report['bubble']:.0%}"}
+                    if loss.size:
+                        shown["samples/s"] = f"{samples / seconds:.4g}"
+                    bar.set_postfix(shown, refresh=False)
+                    bar.update()
+
+            try:
+                for item in loader:
+                    x, y = pair(item, "the loader")
+                    waiting.append(step(x, y))
+                    while waiting and waiting[0].done:
+                        note(waiting.popleft())
+            except Exception:
+                self.steps.wait()  # what was given to it before is trained on
+                raise
+            except BaseException as error:  # Ctrl-C
+                self.steps.abort(error)
+                raise
+            self.steps.wait()
+            for loss in waiting:
+                note(loss)
+        if not means:
+            raise ValueError(
+                "the loader yielded no batches: it is empty, or an iterator that an earlier epoch "
+                "used up. Give something that can be iterated over again, such as a DataLoader or "
+                "a list"
+            )
+        sizes = [size for _, size in means]
+        known = [size for size in sizes if size is not None]
+        weights = known if len(known) == len(sizes) else [1] * len(sizes)
+        return _mean([of for of, _ in means], weights, self.splitter.weighted)
 
     def evaluate(
-        self, loader: Iterable[Any], functions: Mapping[str, Callable[..., Any]]
+        self, loader: Iterable[Any], metrics: Mapping[str, Callable[..., Any]]
     ) -> dict[str, float]:
-        """The mean of each function of (output, targets); "loss" may be a sum over samples."""
-        splitter = self.splitter
+        """The mean of the loss, which may be a sum over samples, and of each metric."""
+        splitter, functions = self.splitter, {"loss": self.loss_fn, **metrics}
         measure = partial(_measure, functions, splitter.target_dims)
         count = partial(_inputs_size, splitter.in_dims)
 

@@ -16,6 +16,7 @@ from taskgrad.train.data import Batch
 from taskgrad.train.loss import StepLoss
 from taskgrad.train.owner import check_owner, recover
 from taskgrad.train.step import Settings, Step, build
+from taskgrad.worker import training
 
 # A step is submitted while the one before still runs: its inputs are there when that is done.
 _AHEAD = 2
@@ -42,12 +43,16 @@ class Steps:
     ----------
     taken : int
         How many batches were taken, or are being taken.
+    metric_for : str or None
+        The class of the learning-rate scheduler, if its step needs a metric.
     """
 
     def __init__(
         self, chain: GraphChain, settings: Settings, notify: Callable[[StepLoss], None]
     ) -> None:
         self.taken = 0
+        self.metric_for: str | None = None
+        self._in_fit = False
         self._chain = chain
         self._layout = chain.layout
         self._executor = chain.layout.executor
@@ -61,11 +66,35 @@ class Steps:
         self._broken: BaseException | None = None
 
     def held(self) -> contextlib.AbstractContextManager[None]:
-        """Let one thread at a time do this."""
+        """Hold the lock of this trainer in the block."""
         return self._lock.held()
 
+    @contextlib.contextmanager
+    def in_fit(self) -> Iterator[None]:
+        """Allow steps in the block even if the scheduler needs a metric: `advance` follows."""
+        self._in_fit = True
+        try:
+            yield
+        finally:
+            self._in_fit = False
+
+    def advance(self, metric: float) -> None:
+        """Step schedulers that need a metric, on all shards or on none."""
+        layout, done = self._layout, self.taken
+        try:
+            layout.run(layout.tasks(training.advance, done=done, metric=metric))
+        except BaseException:
+            layout.run(layout.tasks(training.undo_advance, done=done))
+            raise
+
     def take(self, split: Callable[[], Batch]) -> StepLoss:
-        """Submit a step on the batch that `split` gives; see `Trainer.step`."""
+        """Submit a step on the batch that `split` returns; see `Trainer.step`."""
+        if self.metric_for is not None and not self._in_fit:
+            raise TaskgradError(
+                f"the lr_scheduler is a {self.metric_for}, which needs a metric, and step() has "
+                "none to give: fit(loader, epochs, val_loader) gives it the validation loss after "
+                "each epoch"
+            )
         with self.held():
             self._check_usable()
             batch = split()
@@ -145,7 +174,7 @@ class Steps:
         self._readers.add(node)
 
     def _wait_for_readers(self) -> None:
-        """What uses the model, as an evaluation does, passes it before it changes."""
+        """Wait for what uses the model, such as an evaluation, before a step changes it."""
         readers = [node for node in self._readers if self._executor.is_submitted(node)]
         if readers:
             self._executor.wait(readers)  # errors are raised where values are taken

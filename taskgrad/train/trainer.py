@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -12,14 +11,12 @@ import torch
 
 from taskgrad.arguments import flag, whole
 from taskgrad.chain import GraphChain
-from taskgrad.cluster.session import check_open
-from taskgrad.errors import TaskgradError
 from taskgrad.formats.weights import path_of
 from taskgrad.graph.slices import Dims
 from taskgrad.plan.plan import Plan
 from taskgrad.plan.schedule import Schedule
 from taskgrad.train.arguments import (
-    check_callbacks,
+    RecomputeOption,
     check_epochs,
     check_loader,
     check_metrics,
@@ -27,16 +24,11 @@ from taskgrad.train.arguments import (
 )
 from taskgrad.train.checkpoints.read import restore
 from taskgrad.train.checkpoints.write import save
-from taskgrad.train.loops import Forwards, train_epoch
+from taskgrad.train.loops import Loops
 from taskgrad.train.loss import StepLoss
-from taskgrad.train.optimizer_factory import (
-    OptimizerFactory,
-    optimizers_on,
-)
+from taskgrad.train.optimizer_factory import OptimizerFactory, optimizers_on
 from taskgrad.train.owner import take_over
-from taskgrad.train.recompute import RecomputeOption
 from taskgrad.train.steps import Steps
-from taskgrad.worker import training
 
 
 class Callback:
@@ -53,14 +45,18 @@ class Callback:
     """
 
     def on_step(self, trainer: Trainer, loss: StepLoss) -> None:
-        """A step is done; its loss is there. The next one already runs."""
+        """Called when a step is done and its loss known; the next one already runs."""
 
     def on_epoch(self, trainer: Trainer, epoch: int, results: dict[str, float]) -> None:
-        """An epoch of `Trainer.fit` is done, counted from 0; no step runs."""
+        """Called after an epoch of `Trainer.fit`, counted from 0; no step runs."""
+
+
+# Arguments of a trainer that its checkpoints do not have.
+_APART = frozenset({"self", "chain", "loss_fn", "optimizer", "callbacks"})
 
 
 class Trainer:
-    """Trains a chain; what one process of plain torch would do with the same microbatches.
+    """Trains a chain, as one process of plain torch would with the same microbatches.
 
     Each batch is cut into microbatches, which pass the stages in the order of a schedule. The loss
     is computed where the model's output is, the optimizer of each shard runs where its parameters
@@ -165,28 +161,21 @@ class Trainer:
         compile: bool | Mapping[str, Any] = False,
         check_finite: bool = False,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name in _OPTIONS}
+        given = {name: value for name, value in locals().items() if name not in _APART}
         given["seed"] = whole("seed", seed)
-        if not isinstance(chain, GraphChain):
-            raise TypeError(f"a Trainer trains a GraphChain; got {type(chain).__name__}")
-        check_open(chain.layout.session.client)
-        check_callbacks(callbacks)
-        checked = check_trainer(chain, loss_fn, optimizer, given)
+        checked = check_trainer(chain, loss_fn, optimizer, callbacks, given)
         self.chain = chain
         self.callbacks = tuple(callbacks)
         self._given = given
-        self._loss_fn = loss_fn
         self._splitter = checked.splitter
         self._plan = checked.settings.plan
         self._steps = Steps(chain, checked.settings, self._notify)
-        self._forwards = Forwards(
-            chain.layout, self._steps, self._splitter, checked.settings.autocast
+        self._loops = Loops(
+            chain.layout, self._steps, self._splitter, checked.settings.autocast, loss_fn
         )
         makes = optimizers_on(chain.layout, optimizer, *checked.optimizers)
         needing = [name for name in take_over(chain, self._steps, makes) if name is not None]
-        # The class of the scheduler, if that needs a metric; whether `fit`, which has one, runs.
-        self._metric_for: str | None = next(iter(needing), None)
-        self._in_fit = False
+        self._steps.metric_for = next(iter(needing), None)
 
     @property
     def steps(self) -> int:
@@ -204,8 +193,6 @@ class Trainer:
     def _notify(self, loss: StepLoss) -> None:
         for callback in self.callbacks:
             callback.on_step(self, loss)
-
-    # -- steps -------------------------------------------------------------------------------------
 
     def step(self, x: Any, y: Any) -> StepLoss:
         """Train on one batch; returns its loss, which waits only when it is read.
@@ -230,12 +217,6 @@ class Trainer:
         WorkerLostError
             A worker is gone, and with it its layers.
         """
-        if self._metric_for is not None and not self._in_fit:
-            raise TaskgradError(
-                f"the lr_scheduler is a {self._metric_for}, which needs a metric, and step() has "
-                "none to give: fit(loader, epochs, val_loader) gives it the validation loss after "
-                "each epoch"
-            )
         return self._steps.take(partial(self._splitter.split, x, y))
 
     def wait(self) -> None:
@@ -247,8 +228,6 @@ class Trainer:
             As `step`.
         """
         self._steps.wait()
-
-    # -- loops -------------------------------------------------------------------------------------
 
     def fit(
         self,
@@ -275,8 +254,8 @@ class Trainer:
         -------
         list of dict
             For each epoch its mean ``loss`` over samples (of batches that lie on workers each
-            counts the same) and, with `val_loader`, ``val_loss`` and ``val_`` and
-            the name of each metric.
+            counts the same) and, with `val_loader`, ``val_loss`` and ``val_`` plus each metric's
+            name.
 
         Raises
         ------
@@ -288,51 +267,17 @@ class Trainer:
             batches once, and there are more epochs. Or the scheduler needs a metric, and there is
             no `val_loader`.
         """
-        check_loader("loader", loader)
-        if val_loader is not None:
-            check_loader("val_loader", val_loader)
-        epochs = whole("epochs", epochs, least=0)
-        check_epochs(epochs, loader=loader, val_loader=val_loader)
+        epochs = check_epochs(epochs, loader=loader, val_loader=val_loader)
         flag("progress", progress)
-        functions = check_metrics(metrics)
-        if self._metric_for is not None and val_loader is None:
-            raise ValueError(
-                f"the lr_scheduler is a {self._metric_for}, which needs a metric: it is given the "
-                "validation loss after each epoch, so fit needs a val_loader"
-            )
         history = []
-        for epoch in range(epochs):
-            self._in_fit = True
-            try:
-                loss = train_epoch(
-                    self.step,
-                    self._steps,
-                    loader,
-                    f"epoch {epoch + 1}/{epochs}",
-                    weighted=self._splitter.weighted,
-                    progress=progress,
-                )
-            finally:
-                self._in_fit = False
-            results = {"loss": loss}
-            if val_loader is not None:
-                found = self._forwards.evaluate(val_loader, {"loss": self._loss_fn, **functions})
-                results |= {f"val_{name}": value for name, value in found.items()}
-                if self._metric_for is not None:
-                    self._advance(results["val_loss"])
+        fit = self._loops.fit(
+            self.step, loader, epochs, val_loader, check_metrics(metrics), progress=progress
+        )
+        for epoch, results in enumerate(fit):
             history.append(results)
             for callback in self.callbacks:
                 callback.on_epoch(self, epoch, results)
         return history
-
-    def _advance(self, metric: float) -> None:
-        """Step schedulers that need a metric, on all shards or on none."""
-        layout, done = self.chain.layout, self.steps
-        try:
-            layout.run(layout.tasks(training.advance, done=done, metric=metric))
-        except BaseException:
-            layout.run(layout.tasks(training.undo_advance, done=done))
-            raise
 
     def evaluate(
         self, loader: Iterable[Any], metrics: Mapping[str, Callable[..., Any]] | None = None
@@ -351,8 +296,7 @@ class Trainer:
             the output is.
         """
         check_loader("loader", loader)
-        functions = {"loss": self._loss_fn, **check_metrics(metrics)}
-        return self._forwards.evaluate(loader, functions)
+        return self._loops.evaluate(loader, check_metrics(metrics))
 
     def predict(self, loader: Iterable[Any]) -> Iterator[Any]:
         """The model's outputs in evaluation mode, one for each batch of inputs, in order.
@@ -360,9 +304,7 @@ class Trainer:
         A generator: a few batches are on their way at a time, however many there are.
         """
         check_loader("loader", loader)
-        return self._forwards.predict(loader)
-
-    # -- checkpoints -------------------------------------------------------------------------------
+        return self._loops.predict(loader)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all that is needed to go on from here: a checkpoint.
@@ -452,11 +394,3 @@ class Trainer:
         trainer, steps = restore(make, path, chain, optimizer, options)
         trainer._steps.taken = steps
         return trainer
-
-
-# Arguments that steps depend on besides model, loss and optimizer; a checkpoint has them.
-_OPTIONS = frozenset(
-    p.name
-    for p in inspect.signature(Trainer).parameters.values()
-    if p.kind is p.KEYWORD_ONLY and p.name != "callbacks"
-)
