@@ -56,10 +56,7 @@ class Stored:
     def read(self, handle: Any) -> torch.Tensor:
         """Its value from the open file, compared with what was written.
 
-        Raises
-        ------
-        CheckpointError
-            It is damaged.
+        Raises CheckpointError if it is damaged.
         """
         value: torch.Tensor = handle.get_tensor(self.key)
         if self.written is not None:
@@ -132,10 +129,7 @@ def opened(file: str | Path) -> Iterator[Any]:
 
     Its bytes are read and not mapped: Dask counts what a process has mapped as its memory.
 
-    Raises
-    ------
-    CheckpointError
-        It is not there, is not such a file, or was cut short.
+    Raises CheckpointError if the file is not there, is no safetensors file, or was cut short.
     """
     try:
         # The class is untyped; `with` on it gives the handle.
@@ -154,10 +148,8 @@ def opened(file: str | Path) -> Iterator[Any]:
 def read_index(path: Path) -> dict[str, Any]:
     """The index of the checkpoint in a folder.
 
-    Raises
-    ------
-    CheckpointError
-        There is none, it is damaged, or another version of taskgrad wrote it in another format.
+    Raises CheckpointError if there is none, it is damaged, or another version of taskgrad wrote it
+    in another format.
     """
     file = path / CHECKPOINT
     try:
@@ -192,10 +184,7 @@ def new_index() -> dict[str, Any]:
 def find_weights(path: str | os.PathLike[str]) -> dict[str, Stored]:
     """Every tensor of a model's weights by its name; tied ones under each of theirs.
 
-    Raises
-    ------
-    CheckpointError
-        There are no weights at `path`, or they cannot be read.
+    Raises CheckpointError if there are no weights at `path`, or they cannot be read.
     """
     place = path_of(path)
     if place.is_file():
@@ -268,10 +257,8 @@ def check_state(state: Any, dtypes: Mapping[str, torch.dtype]) -> None:
 
     `dtypes` are those of the tensors that the model has, by their names.
 
-    Raises
-    ------
-    TypeError
-        It is not a mapping of tensors by name, or a tensor has no values or another kind of dtype.
+    Raises TypeError if it is not a mapping of tensors by name, or a tensor has no values or another
+    kind of dtype.
     """
     if not isinstance(state, Mapping):
         known = "; pass its state_dict()" if isinstance(state, nn.Module) else ""

@@ -57,12 +57,8 @@ class MicrobatchSplitter:
     def split(self, x: Any, y: Any) -> Batch:
         """Inputs and targets of one batch, in microbatches.
 
-        Raises
-        ------
-        ValueError
-            The two differ in their number of samples, or have none.
-        TaskgradError
-            There are thunks of another client.
+        Raises ValueError if inputs and targets differ in their number of samples, or have none;
+        TaskgradError if there are thunks of another client.
         """
         for leaf in [*flatten(x)[0], *flatten(y)[0]]:
             owner = leaf._session if isinstance(leaf, Thunk) else None
@@ -144,10 +140,7 @@ def _node_of(value: Any) -> Node:
 def pair(item: Any, where: str) -> Sequence[Any]:
     """Inputs and targets of what a loader yields.
 
-    Raises
-    ------
-    ValueError
-        It is something else than a pair.
+    Raises ValueError if it is not a pair.
     """
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise ValueError(

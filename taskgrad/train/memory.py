@@ -27,12 +27,8 @@ def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate:
     take a step back, the optimizer's state and working space, and copies of state and parameters
     while it takes a step. Activations come on top, and depend on the batch: they are not counted.
 
-    Raises
-    ------
-    TypeError
-        The optimizer is none.
-    MemoryLimitError
-        Says for each worker that is too small what it needs and how much is missing.
+    Raises TypeError if the optimizer is not one; MemoryLimitError if workers are too small, with
+    what each needs and how much is missing.
     """
     layout = chain.layout
     attributes = attributes_of(layout.tensors.values())

@@ -39,10 +39,7 @@ def example_of(
 ) -> tuple[torch.optim.Optimizer, nn.Parameter]:
     """An optimizer of this kind over one small parameter with a gradient and these attributes.
 
-    Raises
-    ------
-    TypeError
-        `factory` does not make an optimizer, or one whose step needs a closure.
+    Raises TypeError if `factory` does not make an optimizer, or one whose step needs a closure.
     """
     example = "a class of torch.optim, or functools.partial(torch.optim.SGD, lr=0.1)"
     if not callable(factory) or isinstance(factory, torch.optim.Optimizer):
@@ -132,10 +129,7 @@ def parameter_groups(
 ) -> list[tuple[list[str], dict[str, Any]]]:
     """The names in groups: one for each pattern that comes first to match, and the rest.
 
-    Raises
-    ------
-    ValueError
-        A pattern matches no parameter, or has options that are the trainer's own.
+    Raises ValueError if a pattern matches no parameter, or has options that are the trainer's own.
     """
     for pattern, options in patterns.items():
         if "params" in options:

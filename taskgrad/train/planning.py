@@ -54,13 +54,9 @@ def stages_of(layout: Layout) -> tuple[Stage, ...]:
 def maker_of(schedule: str | Maker) -> Maker:
     """The function that makes the schedules of this name; or the user's own, with checks added.
 
-    Raises
-    ------
-    ValueError
-        There is no schedule of this name.
-    TypeError
-        It is neither a name nor a function. What is made raises TypeError if a function gives no
-        schedule, ValueError if it gives a wrong one.
+    Raises ValueError if there is no schedule of this name; TypeError if it is neither a name nor a
+    function. What is made raises TypeError if a function gives no schedule, ValueError if it gives
+    a wrong one.
     """
     if isinstance(schedule, str):
         if schedule not in NAMES:

@@ -88,10 +88,8 @@ class TakeSlice:
     def run(self, store: Store, batch: Any) -> Any:
         """The slice, in memory of its own; or its fraction of the samples.
 
-        Raises
-        ------
-        ValueError
-            There are fewer samples than microbatches, or the dimensions do not fit.
+        Raises ValueError if there are fewer samples than microbatches, or the dimensions do not
+        fit.
         """
         batch = as_tensors(batch)
         total = batch_size(batch, self.dims, self.what)

@@ -61,10 +61,8 @@ def save(
     `parameters` and `buffers` are those whose first names are here, `layers` the names of all
     layers. Nothing that is there is changed.
 
-    Raises
-    ------
-    CheckpointError
-        The worker does not see the folder, cannot write to it, or holds what cannot be written.
+    Raises CheckpointError if the worker does not see the folder, cannot write to it, or holds what
+    cannot be written.
     """
     with store.locked(token) as shard:
         training = training_of(shard)
@@ -173,10 +171,7 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
 def check(store: Store, token: str, *, folder: str, files: Mapping[str, Any]) -> None:
     """Read these tensors and compare their checksums; nothing is changed.
 
-    Raises
-    ------
-    CheckpointError
-        The worker does not see a file, or one is damaged.
+    Raises CheckpointError if the worker does not see a file, or one is damaged.
     """
     for file, written in files.items():
         path = Path(folder) / file
@@ -216,10 +211,8 @@ def load(
     `files` names the tensors that the shard needs. `state` and `options` are each parameter's
     optimizer state and the options of the group that it was in.
 
-    Raises
-    ------
-    CheckpointError
-        Parameters are in other groups of the optimizer than they were.
+    Raises CheckpointError if parameters are in other groups of the optimizer than they were when it
+    was saved.
     """
     with store.locked(token) as shard, torch.no_grad(), ExitStack() as stack:
         training = training_of(shard)

@@ -87,10 +87,8 @@ class Communicator:
         wants
             True if this rank needs a gradient for what it sends.
 
-        Raises
-        ------
-        CollectiveError
-            Another rank calls something else, or has returned, or does not come in time.
+        Raises CollectiveError if another rank calls something else, or has returned, or does not
+        come in time.
         """
         if self._active is None:
             raise CollectiveError(
@@ -108,10 +106,7 @@ class Communicator:
 def current(axis_name: Hashable) -> Communicator:
     """The rank that this thread runs, on the axis of this name.
 
-    Raises
-    ------
-    NameError
-        There is none.
+    Raises NameError if there is none.
     """
     comm = _here.get()
     if isinstance(axis_name, tuple | list):

@@ -48,10 +48,7 @@ def accumulate_hooked(
     `total` may be written: it shares its memory with no other tensor. `fixed` is the reason why
     hooks may not change the parameter now, None if they may.
 
-    Raises
-    ------
-    LayerError
-        A hook raised, or changed the parameter though `fixed` forbids it.
+    Raises LayerError if a hook raised, or changed the parameter though `fixed` forbids it.
     """
     before = None
     if fixed is not None and parameter._post_accumulate_grad_hooks:
@@ -75,10 +72,7 @@ def hooked_gradient(
 ) -> torch.Tensor:
     """A gradient after its hooks; nothing is accumulated.
 
-    Raises
-    ------
-    LayerError
-        A hook raised.
+    Raises LayerError if a hook raised.
     """
     with layer_errors(f"a hook of parameter {name!r}", name, address):
         [found] = torch.autograd.grad(parameter, parameter, total)

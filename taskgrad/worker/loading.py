@@ -48,10 +48,7 @@ def load(
 ) -> None:
     """Load a state_dict into each layer; `names` are those of the layers.
 
-    Raises
-    ------
-    LayerError
-        A layer raised.
+    Raises LayerError if a layer raised.
     """
     with store.locked(token) as shard:
         for i, values in states.items():

@@ -187,10 +187,7 @@ class Mailboxes:
     def wait(self, key: str, number: int, sources: Sequence[int], seconds: float) -> set[int]:
         """Wait at most so long for a message of each of these ranks; returns those still missing.
 
-        Raises
-        ------
-        GroupAborted
-            The task is to fail.
+        Raises GroupAborted if the task has to fail.
         """
         box = self._boxes[key]
 

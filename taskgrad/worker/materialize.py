@@ -21,12 +21,8 @@ _MAKING = -1
 def make_values(layer: nn.Module, plan: InitPlan, seed: int, address: str) -> None:
     """Let modules set their values, each from a stream fixed by the seed and its name; read files.
 
-    Raises
-    ------
-    LayerError
-        A module raised, or left some of its values unset.
-    CheckpointError
-        A file cannot be read, or is damaged.
+    Raises LayerError if a module raised, or left some of its values unset; CheckpointError if a
+    file cannot be read, or is damaged.
     """
     for inner, name in plan.resets:
         reset = reset_of(layer.get_submodule(inner))

@@ -25,12 +25,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """An optimizer over these parameters, in groups: names, and the options of each.
 
-    Raises
-    ------
-    TypeError
-        The factory does not return an optimizer.
-    ValueError
-        The optimizer is over other tensors than these parameters, or leaves some of them out.
+    Raises TypeError if the factory does not return an optimizer; ValueError if the optimizer is
+    over other tensors than these parameters, or leaves some of them out.
     """
     given: list[Any] = [
         {"params": [parameters[name] for name in names], **options} for names, options in groups
@@ -70,12 +66,8 @@ def make_scheduler(
 ) -> Any:
     """A learning-rate scheduler of this optimizer.
 
-    Raises
-    ------
-    TypeError
-        The factory does not return a scheduler, or one whose ``step`` cannot be called.
-    ValueError
-        The scheduler is of another optimizer.
+    Raises TypeError if the factory does not return a scheduler, or one whose ``step`` cannot be
+    called; ValueError if the scheduler is of another optimizer.
     """
     made = factory(optimizer)
     steps = not isinstance(made, type | torch.optim.Optimizer)
@@ -105,10 +97,7 @@ def make_scheduler(
 def needs_metric(scheduler: Any) -> bool:
     """True if its ``step`` needs the value of a metric, as that of ``ReduceLROnPlateau`` does.
 
-    Raises
-    ------
-    TypeError
-        It needs more arguments, or a metric of which larger values are better.
+    Raises TypeError if it needs more arguments, or a metric of which larger values are better.
     """
     kinds = inspect.Parameter
     needed = [

@@ -36,10 +36,7 @@ def make(
     `options` are a trainer's, with whose state and scheduler it then comes; its loss function has
     these tensors. Returns the name of the scheduler's class if that needs a metric.
 
-    Raises
-    ------
-    LayerError
-        What `make_optimizer` or `make_scheduler` raised.
+    Raises LayerError if `make_optimizer` or `make_scheduler` did.
     """
     with store.locked(token) as shard:
         made = Made(None)
@@ -92,12 +89,8 @@ def update(store: Store, token: str, *, number: int, send: list[str]) -> dict[st
 
     If Dask runs the task again, it returns the values without another step.
 
-    Raises
-    ------
-    LayerError
-        The optimizer raised; the shard is as it was before.
-    TaskgradError
-        The step was taken back in the meantime.
+    Raises LayerError if the optimizer raised; the shard is as it was before; TaskgradError if the
+    step was taken back in the meantime.
     """
     with store.locked(token) as shard:
         if shard.update is None or shard.update.number != number:

@@ -155,12 +155,8 @@ def applied(
 ) -> Iterator[None]:
     """Run a call with its settings; a call that has to wait for them first returns its thread.
 
-    Raises
-    ------
-    ClusterMismatchError
-        This worker's torch lacks one of the settings.
-    TaskgradError
-        A setting cannot be applied here: there is no such device, for example.
+    Raises ClusterMismatchError if this worker's torch lacks one of the settings; TaskgradError if a
+    setting cannot be applied here: there is no such device, for example.
     """
     hold = _Hold(where, give_thread_back)
     hold.enter(settings.process)

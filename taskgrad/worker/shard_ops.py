@@ -43,13 +43,9 @@ def install(
     index `init_plans` say how values that were not sent are made; `copied` are the parameters of
     which other shards have copies.
 
-    Raises
-    ------
-    LayerError, CheckpointError
-        Values cannot be made, or read.
-    WorkerLostError
-        This is not the store with `store_id`. When a worker is lost, Dask runs again what ran
-        there; here that would put the first weights in the place of the trained ones.
+    Raises LayerError or CheckpointError if values cannot be made, or read; WorkerLostError if this
+    is not the store with `store_id`: when a worker is lost, Dask runs again what ran there; that
+    would put the first weights in the place of the trained ones.
     """
     if store.id != store_id:
         raise WorkerLostError(

@@ -94,12 +94,8 @@ def commit(
     order. A shard that has committed this step already only returns the values again. If anything
     raises, the shard is as it was before.
 
-    Raises
-    ------
-    LayerError
-        Clipping, the optimizer or the scheduler raised.
-    TaskgradError
-        The step was taken back in the meantime.
+    Raises LayerError if clipping, the optimizer or the scheduler raised; TaskgradError if the step
+    was taken back in the meantime.
     """
     with store.locked(token) as shard:
         training = training_of(shard)
@@ -150,10 +146,8 @@ def commit(
 def advance(store: Store, token: str, *, metric: float, done: int) -> None:
     """Step the scheduler with a metric, once after this number of steps (`done`).
 
-    Raises
-    ------
-    LayerError
-        The scheduler raised; it is as it was before, and so are the learning rates.
+    Raises LayerError if the scheduler raised; it is as it was before, and so are the learning
+    rates.
     """
     with store.locked(token) as shard:
         training = training_of(shard)
@@ -214,10 +208,7 @@ def progress(store: Store, token: str) -> int | None:
 def roll_back(store: Store, token: str, *, done: int) -> None:
     """Take back the step under way, and the last one if more than `done` steps were taken.
 
-    Raises
-    ------
-    TaskgradError
-        The step can no longer be taken back.
+    Raises TaskgradError if the step can no longer be taken back.
     """
     with store.locked(token) as shard:
         training = training_of(shard)
