@@ -14,12 +14,8 @@ T = TypeVar("T")
 class CallLock(Generic[T]):
     """A reentrant lock that runs callbacks after its release.
 
-    As the lock is free then, a callback may call the trainer, or wait for a thread that does.
-
-    Parameters
-    ----------
-    callback
-        Called for each item that was given to `notify_later`, in order and by one thread at a time.
+    As the lock is free then, a callback may call the trainer, or wait for a thread that does. It is
+    called for each item that was passed to `notify_later`, in order and by one thread at a time.
     """
 
     def __init__(self, callback: Callable[[T], None]) -> None:

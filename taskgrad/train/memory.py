@@ -55,11 +55,12 @@ def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate:
         }
         largest = max(trained.values(), default=0)
         gradients = sets_of_gradients * sum(trained.values())
-        state = int(kept * sum(n for name, n in trained.items() if layout.home(name) is shard))
+        own = sum(n for name, n in trained.items() if layout.home(name) is shard)
+        state = int(kept * own)
         work = 2 * largest
         needed = used + gradients + state + work
         least = used + gradients + work + min(state, int(kept * max(CHUNK, largest)))
-        copies = state + sum(n for name, n in trained.items() if layout.home(name) is shard)
+        copies = state + own
         if needed + copies <= limit:
             continue
         if needed <= limit:

@@ -17,11 +17,11 @@ from taskgrad.worker import optimizing, training
 def take_over(chain: GraphChain, owner: Any, makes: Sequence[ShardCall]) -> list[Any]:
     """Make `owner` the owner of a chain, once what it needs is made on all shards.
 
-    The steps of the owner before are finished first. If that one no longer exists, a step that it
-    left unfinished is taken back. Returns what the tasks that make it gave.
+    The steps of the previous owner are finished first. If that one no longer exists, a step that
+    it left unfinished is taken back. Returns the results of `makes`.
     """
     layout = chain.layout
-    before = _owner_of(chain)
+    before = layout.ref.trained_by()
     if hasattr(before, "wait"):
         with contextlib.suppress(TaskgradError):  # a failed step's: raised when its loss is read
             before.wait()
@@ -35,7 +35,7 @@ def take_over(chain: GraphChain, owner: Any, makes: Sequence[ShardCall]) -> list
 
 @contextlib.contextmanager
 def restored_owner(chain: GraphChain) -> Iterator[None]:
-    """Give the chain the owner that it had before if the block raises."""
+    """Restore the chain's owner if the block raises."""
     before = chain.layout.ref.trained_by
     try:
         yield
@@ -44,13 +44,9 @@ def restored_owner(chain: GraphChain) -> Iterator[None]:
         raise
 
 
-def _owner_of(chain: GraphChain) -> Any:
-    return chain.layout.ref.trained_by()
-
-
 def check_owner(chain: GraphChain, owner: Any, kind: str) -> None:
     """Raise TaskgradError if something else trains the chain now."""
-    if _owner_of(chain) is not owner:
+    if chain.layout.ref.trained_by() is not owner:
         raise TaskgradError(
             f"{chain!r} has another Trainer or Optimizer since this {kind} was "
             "made, whose optimizers have taken the place of this one's on the workers: use that "

@@ -85,11 +85,11 @@ class _Microbatch:
 def build(
     layout: Layout, batch: Batch, number: int, settings: Settings, before: Step | None
 ) -> Step:
-    """The graph of a step, which starts on each shard when the one before is done there."""
+    """The graph of a step, which starts on each shard when the step before is done there."""
     update = (number + 1) % settings.accumulate == 0
     parts = [_microbatch(layout, batch, number, m, settings) for m in range(batch.count)]
-    plan, last = settings.plan(batch.count), {} if before is None else before.last
-    order, tails = _order(batch, parts, plan, layout, last)
+    plan, earlier = settings.plan(batch.count), {} if before is None else before.last
+    order, tails = _order(batch, parts, plan, layout, earlier)
     summary = {"update": update, "norms": settings.clip_norm is not None}
     prepares = [
         layout.task(shard, training.prepare, summary, awaits=[tails[shard]])
@@ -106,22 +106,6 @@ def build(
         },
         after=[*losses, *weights, *prepares],
     )
-    last, settles = _finish(layout, number, settings, prepares, update=update)
-    return Step(number, report, last, settles, order)
-
-
-def _finish(
-    layout: Layout,
-    number: int,
-    settings: Settings,
-    prepares: Sequence[Node],
-    *,
-    update: bool,
-) -> tuple[dict[Shard, Node], list[Node]]:
-    """Every shard commits, then copies of tied parameters are refreshed: the last task on each.
-
-    And what tells each shard that all have committed.
-    """
     copied = copied_names(layout.shards)
     arguments = {
         "step": number,
@@ -130,7 +114,7 @@ def _finish(
         "clip_value": settings.clip_value,
         "order": settings.order,
     }
-    commits = {
+    commits: dict[Shard, Node] = {
         shard: layout.task(
             shard,
             training.commit,
@@ -140,11 +124,11 @@ def _finish(
         )
         for shard in layout.shards
     }
-    last: dict[Shard, Node] = dict(commits)
-    if update:
+    last = dict(commits)
+    if update:  # copies of tied parameters get the new values
         last |= layout.refreshes(commits)
     settles = layout.tasks(optimizing.settle, awaits=list(commits.values()), number=number)
-    return last, list(settles)
+    return Step(number, report, last, list(settles), order)
 
 
 def _microbatch(
@@ -204,7 +188,7 @@ def _order(
         last = before.get(shard)
         for kind, stage, microbatch in actions:
             if kind == "U":
-                continue  # what `_finish` adds, for all shards together
+                continue  # what `build` adds, for all shards together
             part = parts[microbatch]
             call = part.calls[stage]
             node = call if kind == "F" else part.pullbacks[call]

@@ -28,16 +28,9 @@ _INTERRUPT_S = 0.5
 
 
 class Steps:
-    """The steps of one trainer. Several threads may use it.
+    """The steps of one trainer, and the owner of its chain. Several threads may use it.
 
-    Parameters
-    ----------
-    chain
-        What is trained; `Steps` is its owner.
-    settings
-        What is the same for every step.
-    notify
-        Called with the loss of each step that is done, in order.
+    ``notify`` is called with the loss of each step that is done, in order.
 
     Attributes
     ----------

@@ -106,7 +106,7 @@ class Communicator:
 def current(axis_name: Hashable) -> Communicator:
     """The rank that this thread runs, on the axis of this name.
 
-    Raises NameError if there is none.
+    Raises NameError if it runs none on such an axis.
     """
     comm = _here.get()
     if isinstance(axis_name, tuple | list):

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from taskgrad.worker.failures import NOTHING_LOADED, layer_errors
-from taskgrad.worker.shard import BeforeLoad
+from taskgrad.worker.shard import Trained
 from taskgrad.worker.store import Store
 from taskgrad.worker.undo import Undo, copied
 
@@ -21,20 +21,16 @@ def begin(store: Store, token: str) -> None:
     with store.locked(token) as shard:
         copy = copied if shard.training is None else shard.training.copies
         layers = Undo(list(shard.layers.values()), copy, gradients="which")
-        shard.before_load = BeforeLoad(layers, shard.optimizer, shard.training, shard.loss)
+        shard.before_load = layers, Trained(shard.optimizer, shard.training, shard.loss)
 
 
 def undo(store: Store, token: str) -> None:
     """Undo the load on this shard."""
     with store.locked(token) as shard:
         if shard.before_load is not None:
-            before, shard.before_load = shard.before_load, None
-            before.layers.restore()
-            shard.optimizer, shard.training, shard.loss = (
-                before.optimizer,
-                before.training,
-                before.loss,
-            )
+            (layers, trained), shard.before_load = shard.before_load, None
+            layers.restore()
+            shard.use(trained)
 
 
 def finish(store: Store, token: str) -> None:

@@ -1,6 +1,6 @@
-"""A shard's optimizer: made on all shards or on none, and so are its steps.
+"""A shard's optimizer. It is made on all shards or on none, and so are its steps.
 
-Every shard makes what it needs, then all put it in place. `taskgrad.Optimizer` steps with `update`,
+Every shard makes its part, then all start to use it. `taskgrad.Optimizer` steps with `update`,
 `taskgrad.Trainer` with `taskgrad.worker.training.commit`. Both record the step as the shard's
 `Update`, which can be taken back until all shards have made it and `settle` says so.
 """
@@ -17,7 +17,7 @@ from taskgrad.graph import pack
 from taskgrad.worker.failures import making_errors, update_errors
 from taskgrad.worker.offload import CopiesInFiles, SpilledState
 from taskgrad.worker.optimizers import Groups, make_optimizer, make_scheduler, needs_metric
-from taskgrad.worker.shard import Made, ResidentShard
+from taskgrad.worker.shard import ResidentShard, Trained
 from taskgrad.worker.store import Store
 from taskgrad.worker.training_state import Scaler, Training, TrainingOptions, Update
 from taskgrad.worker.undo import Undo, of_torch, untouched_by
@@ -39,7 +39,7 @@ def make(
     Raises LayerError if `make_optimizer` or `make_scheduler` did.
     """
     with store.locked(token) as shard:
-        made = Made(None)
+        made = Trained(None)
         with making_errors(store.address):
             if options is not None:
                 made.training, made.compiled = _training(options, store.folder), options.compiled
@@ -76,7 +76,7 @@ def use(store: Store, token: str) -> None:
     with store.locked(token) as shard:
         if shard.made is not None:  # None where Dask runs this again
             made, shard.made = shard.made, None
-            shard.optimizer, shard.training, shard.loss = made.optimizer, made.training, made.loss
+            shard.use(made)
             shard.update = None
             for layer in shard.modules.values():
                 layer._compiled_call_impl = None
@@ -85,7 +85,7 @@ def use(store: Store, token: str) -> None:
 
 
 def update(store: Store, token: str, *, number: int, send: list[str]) -> dict[str, torch.Tensor]:
-    """One optimizer step; gives the new values of those parameters that have copies elsewhere.
+    """Take an optimizer step; returns new values of the parameters that have copies elsewhere.
 
     If Dask runs the task again, it returns the values without another step.
 

@@ -46,7 +46,7 @@ class _Stream:
         self._before: list[torch.Tensor] = []
 
     def enter(self) -> None:
-        """Have torch's default generators draw from this stream; others wait meanwhile."""
+        """Make torch's default generators draw from this stream; other threads wait meanwhile."""
         _one_at_a_time.acquire()
         generators = _generators()
         self._before = [generator.get_state() for generator in generators]
@@ -57,7 +57,7 @@ class _Stream:
             _set(generators, self._own)
 
     def leave(self) -> None:
-        """Give the generators back as they were."""
+        """Restore the generators' states from before `enter`."""
         generators = _generators()
         self._seed, self._own = None, [generator.get_state() for generator in generators]
         _set(generators, self._before)
@@ -83,10 +83,10 @@ def stream_seed(seed: int, step: int, microbatch: int, layer: str) -> int:
 
 @contextmanager
 def random_stream(seed: int, step: int, microbatch: int, layer: str) -> Iterator[None]:
-    """Have torch's default generators draw from the stream that a `Trainer` gives this layer.
+    """Make torch's default generators draw from the stream that a `Trainer` uses for this layer.
 
-    To repeat in plain torch what a layer did on a worker. What the generators were before comes
-    back at the end. Meanwhile no other thread can enter one of these.
+    Use it to repeat in plain torch what a layer did on a worker. The generators' states are
+    restored at the end; until then no other thread can enter a random stream.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ def random_stream(seed: int, step: int, microbatch: int, layer: str) -> Iterator
     Raises
     ------
     TypeError
-        A number is not a whole one: 1.0 would be another stream than 1.
+        A number is not a whole number: 1.0 would be another stream than 1.
 
     Examples
     --------
@@ -130,7 +130,7 @@ def random_stream(seed: int, step: int, microbatch: int, layer: str) -> Iterator
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Be out of this thread's streams for a while, so that others can draw; then go on in them."""
+    """Leave this thread's streams in the block, so that other threads can draw from theirs."""
     streams = _streams()
     for stream in reversed(streams):
         stream.leave()
@@ -142,9 +142,7 @@ def paused() -> Iterator[None]:
 
 
 def _streams() -> list[_Stream]:
-    if not hasattr(_entered, "streams"):
-        _entered.streams = []
-    found: list[_Stream] = _entered.streams
+    found: list[_Stream] = vars(_entered).setdefault("streams", [])
     return found
 
 

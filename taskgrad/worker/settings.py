@@ -1,9 +1,9 @@
-"""Run a call with the settings of torch that it was made with, and put them back.
+"""Run a call with the torch settings that it was made with, and restore those of the worker.
 
-Some settings belong to the thread, others to the process, in which several threads run calls. Calls
-that need the same settings of the process run together; one that needs others waits until they are
-done, and later ones queue behind it. A call that waits for another one, in a collective or for a
-lock, releases the settings of the process meanwhile. So every call that holds them makes progress.
+Some settings are per thread, others per process, in which several threads run calls. Calls that
+need the same process settings run together. A call that needs others waits until these are done,
+and later calls queue behind it. A call that waits for another one, in a collective or for a lock,
+releases the process settings while it waits. So every call that holds them makes progress.
 """
 
 from __future__ import annotations
@@ -237,7 +237,11 @@ def in_thread(settings: TorchSettings, where: str) -> Iterator[None]:
         if (settings.autocast, settings.autocast_cache) != (now.autocast, now.autocast_cache):
             stack.enter_context(_autocast(settings, now))
         if settings.flush_denormal != now.flush_denormal:
-            _flush_denormal(settings.flush_denormal, where)
+            if not torch.set_flush_denormal(settings.flush_denormal):
+                raise TaskgradError(
+                    "this call was made with torch.set_flush_denormal(True), which the processor "
+                    f"of worker {where} cannot do. Leave it False"
+                )
             stack.callback(torch.set_flush_denormal, now.flush_denormal)
         yield
 
@@ -276,11 +280,3 @@ def _set_autocast(regions: dict[str, tuple[bool, torch.dtype]]) -> None:
     for kind, (on, dtype) in regions.items():
         torch.set_autocast_enabled(kind, on)
         torch.set_autocast_dtype(kind, dtype)
-
-
-def _flush_denormal(flush: bool, where: str) -> None:
-    if not torch.set_flush_denormal(flush):
-        raise TaskgradError(
-            "this call was made with torch.set_flush_denormal(True), which the processor of "
-            f"worker {where} cannot do. Leave it False"
-        )

@@ -14,23 +14,13 @@ from taskgrad.worker.undo import Undo
 
 
 @dataclass
-class Made:
-    """What training needs on a shard, until it is used."""
+class Trained:
+    """What trains a shard: of a new trainer until it is used, of an old one while a load runs."""
 
     optimizer: torch.optim.Optimizer | None
     training: Training | None = None
     loss: Any = None
     compiled: dict[str, Any] | None = None  # options of ``torch.compile`` for the layers
-
-
-@dataclass
-class BeforeLoad:
-    """The contents of a shard's layers, and what trains them, from before a load."""
-
-    layers: Undo
-    optimizer: torch.optim.Optimizer | None
-    training: Training | None
-    loss: Any
 
 
 @dataclass
@@ -52,14 +42,18 @@ class ResidentShard:
     trainable: frozenset[str] = frozenset()
     layer_mode: bool | None = None  # True: train, False: eval, None: as the layers came
     optimizer: torch.optim.Optimizer | None = None
-    made: Made | None = None  # what `use` puts in their place, once every shard has made its own
-    before_load: BeforeLoad | None = None  # its contents from before a load that is under way
+    made: Trained | None = None  # for `use`, once every shard has made its own
+    before_load: tuple[Undo, Trained] | None = None  # undoes a load that is under way
     update: Update | None = None  # the last step of a `taskgrad.Optimizer`
     loss: Any = None  # the loss function, on the shard that gives the model's output
     training: Training | None = None  # what a trainer keeps here
     gradient_bytes: int = 0
     uncounted: bool = False
     lock: YieldingLock = field(default_factory=YieldingLock)
+
+    def use(self, trained: Trained) -> None:
+        """Be trained by these from now on."""
+        self.optimizer, self.training, self.loss = trained.optimizer, trained.training, trained.loss
 
     @property
     def modules(self) -> dict[int, nn.Module]:

@@ -1,4 +1,4 @@
-"""What a trainer keeps on a shard: the state of its steps, of fp16's scale, of its scheduler."""
+"""What a trainer keeps on a shard: the state of its steps, the loss scale, the scheduler."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Before:
     update: Undo | None = None
 
     def restore(self) -> None:
-        """Put all of it back."""
+        """Restore all of it."""
         if self.update is not None:
             self.update.restore()
         with torch.no_grad():
@@ -93,12 +93,10 @@ class Training:
 
     names: list[str]
     scheduler: Any = None
-    takes_metric: bool = False  # whether the scheduler's step does, at the end of an epoch
+    takes_metric: bool = False  # True if the scheduler's step does, at the end of an epoch
     scaler: Scaler | None = None
     spilled: SpilledState | None = None  # where the optimizer's state is, if not in memory
-    copies: Callable[[torch.Tensor], torch.Tensor] = (
-        copied  # copies a tensor, so that a step can be taken back
-    )
+    copies: Callable[[torch.Tensor], torch.Tensor] = copied  # makes the copies that undo a step
     done: int = 0
     begun: int | None = None
     before: Before | None = None

@@ -37,7 +37,10 @@ def restore(
     layout = chain.layout
     index = read_index(path)
     _check_model(index, layout, path)
-    _check_optimizer(index, optimizer, layout)
+    made, _ = example_of(optimizer, attributes_of(layout.tensors.values()))
+    saved, given = index["optimizer"]["class"], type(made).__qualname__
+    if given != saved:
+        raise CheckpointError(f"the checkpoint has the state of {saved}, and {given} was given")
     options = _options_for(index, options)
     folder = str(path / index["folder"])
     needs = _parts(index, layout)
@@ -47,11 +50,7 @@ def restore(
             for shard, need in needs.items()
         ]
     )
-    with (
-        between_steps((), [layout.ref]),
-        restored_owner(chain),
-        layout.all_or_nothing(needs),
-    ):
+    with between_steps((), [layout.ref]), restored_owner(chain), layout.all_or_nothing(needs):
         trainer = make(**options)
         layout.run(
             [
@@ -86,14 +85,6 @@ def _check_model(index: Mapping[str, Any], layout: Layout, path: Path) -> None:
             f"Missing there: {missing or 'none'}. Unexpected there: {unexpected or 'none'}. "
             f"Different: {wrong or 'none'}"
         )
-
-
-def _check_optimizer(index: Mapping[str, Any], optimizer: Any, layout: Layout) -> None:
-    """Raise CheckpointError unless the state is of this kind of optimizer."""
-    made, _ = example_of(optimizer, attributes_of(layout.tensors.values()))
-    saved, given = index["optimizer"]["class"], type(made).__qualname__
-    if given != saved:
-        raise CheckpointError(f"the checkpoint has the state of {saved}, and {given} was given")
 
 
 def _options_for(index: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
