@@ -31,7 +31,7 @@ from taskgrad.worker import loading, shard_ops
 
 
 class IncompatibleKeys(NamedTuple):
-    """What `GraphChain.load_state_dict` with ``strict=False`` did not match, as in torch."""
+    """Keys that `GraphChain.load_state_dict` with ``strict=False`` did not match, as in torch."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
@@ -62,8 +62,8 @@ class GraphChain(Lazy):
         Files that the workers read parameters and persistent buffers from: as `load_state_dict`
         takes them, on a filesystem that all of them share with the driver.
     seed : int
-        Of the values that modules on the meta device are given. A module draws from a stream that
-        is fixed by the seed and its name, wherever it is.
+        The seed of the values of modules on the meta device. A module draws from a stream that is
+        fixed by the seed and its name, on any worker.
 
     Raises
     ------
@@ -114,7 +114,7 @@ class GraphChain(Lazy):
         owner = session(client)
         workers = place(flat, taken, placement, owner)
         self.layout = Layout(title, flat, workers, owner)
-        """Which worker has which layers, and how to run something there; for taskgrad itself."""
+        """The layers' placement, and the means to run something there; for taskgrad itself."""
         self._skeleton = flat.skeleton
         # A layer that occurs twice in the model, by its first occurrence.
         first: dict[int, int] = {}
@@ -136,7 +136,7 @@ class GraphChain(Lazy):
                 for layer, w in zip(flat.layers, workers, strict=True)
             ],
         )
-        """Which layer is on which worker: rows that print as a table."""
+        """The worker of each layer: rows that print as a table."""
 
     # -- calling -----------------------------------------------------------------------------------
 

@@ -34,12 +34,12 @@ Extend = Callable[
 ]
 """(steps, inputs, whether it is the last) of a call -> what a training step makes of them."""
 
-# The arguments of a call whose one argument is what the call before it gave.
+# The arguments of a call whose one argument is the result of the call before it.
 _ONE_INPUT = template(((Slot(0),), {}))
 
 
 class _Entry(NamedTuple):
-    """What the next call takes: nodes, and how they are its arguments.
+    """The arguments of the next call: nodes, and the template that they fill.
 
     `value` is the node that is its one argument, if it has one and that is a node.
     """
@@ -66,7 +66,7 @@ class _Walk:
         self._settings: TorchSettings | None = None
 
     def path(self, path: Path, entry: _Entry, *, last: bool = False) -> _Entry:
-        """Make the calls of a path; the `last` one gives the model's output."""
+        """Make the calls of a path; if `last`, the last one returns the model's output."""
         shard_of = self._layout.shard_of
         row: list[Layer] = []
         for part in path:
@@ -95,7 +95,7 @@ class _Walk:
         return self.path(path, entry).inputs[0]
 
     def _call(self, row: Sequence[Layer], entry: _Entry, *, last: bool = False) -> _Entry:
-        """Make the call of layers in a row, if there are any; what the next one takes."""
+        """Make the call of layers in a row, if there are any; returns the next call's arguments."""
         if not row:
             return entry
         names = [layer.name or layer.kind for layer in row]
@@ -127,7 +127,7 @@ class _Walk:
 
 
 class Layout:
-    """Which worker has which layers of a model, and how to run something there.
+    """The placement of a model's layers on workers, and the means to run something there.
 
     Parameters
     ----------
@@ -204,19 +204,12 @@ class Layout:
         autocast: Autocast = (),
         extend: Extend | None = None,
     ) -> list[Call]:
-        """The calls of all layers, those in a row on one worker as one; the last gives the output.
+        """The calls of all layers; the last one returns the model's output.
 
-        Parameters
-        ----------
-        args, kwargs
-            The arguments of the first layer: pytrees of tensors, thunks, nodes, Dask collections
-            and plain values.
-        mode
-            Of the layers: True to train, False to evaluate, None as they are.
-        autocast
-            Regions of autocast to run in, each (device type, dtype).
-        extend
-            What a training step adds to each call.
+        Layers in a row on one worker are one call. The first layer takes `args` and `kwargs`:
+        pytrees of tensors, thunks, nodes, Dask collections and plain values. `mode` is True to
+        train, False to evaluate, None to leave the layers as they are. `extend` adds to each call
+        what a training step needs.
         """
         if self._parametrized:
             refuse_cached(self.title)
@@ -246,16 +239,9 @@ class Layout:
     ) -> ShardCall:
         """A task that calls a function of `taskgrad.worker` on a shard; it does not run yet.
 
-        Parameters
-        ----------
-        arguments
-            Its keyword arguments, plain data.
-        after
-            Nodes whose values are its positional arguments.
-        awaits
-            Nodes that run before.
-        name
-            What the task is called on the dashboard, by default as the function.
+        `arguments` are keyword arguments, plain data; the values of the nodes in `after` are the
+        positional ones. The nodes in `awaits` run before. `name` is the task's name on the
+        dashboard, by default the function's.
         """
         key = new_key(name or function.__name__, self.title)
         return ShardCall(shard, function, dict(arguments), key=key, after=after, awaits=awaits)
@@ -271,7 +257,7 @@ class Layout:
         self.executor.run(tasks)
 
     def results(self, tasks: Sequence[ShardCall]) -> list[Any]:
-        """Run tasks side by side; what each gave."""
+        """Run tasks side by side; returns their results."""
         self.executor.run(tasks)
         return self.executor.values(tasks)
 

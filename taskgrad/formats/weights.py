@@ -1,4 +1,4 @@
-"""Where a model's weights lie in files: their names, shapes, and which file has each.
+"""Find and read the weights of a model in files.
 
 Three things can be read: one safetensors file; a folder of them with an index, as Hugging Face's
 libraries write it; and a checkpoint of ours, whose weights are such a folder inside it.
@@ -54,7 +54,7 @@ class Stored:
     written: dict[str, Any] | None = None
 
     def read(self, handle: Any) -> torch.Tensor:
-        """Its value from the open file, compared with what was written.
+        """The tensor's value from the open file, compared with what was written.
 
         Raises CheckpointError if it is damaged.
         """
@@ -177,7 +177,7 @@ def read_index(path: Path) -> dict[str, Any]:
 
 
 def new_index() -> dict[str, Any]:
-    """What every index starts with."""
+    """The entries that every index starts with."""
     return {"format": "taskgrad", "version": _VERSION}
 
 

@@ -1,1 +1,1 @@
-"""What shall happen where: costs and placement. Pure functions."""
+"""Plans of training steps: costs, placement, schedules. Pure functions and data."""

@@ -1,4 +1,4 @@
-"""What each layer costs, before anything has run: bytes of parameters and of activations.
+"""Estimate the bytes of each layer's parameters and activations before anything has run.
 
 Activation bytes come from a dry run on torch's `meta` device, which computes shapes and no numbers.
 Only torch's own modules are run: a user's forward runs on its worker and nowhere else, so a module
@@ -23,16 +23,12 @@ _SIDE = 64
 _LENGTH = 128
 
 
-def parameter_bytes(fn: Callable[..., Any]) -> int:
-    """Bytes of a layer's parameters and buffers."""
-    if not isinstance(fn, nn.Module):
-        return 0
-    return sum(t.numel() * t.element_size() for t in [*fn.parameters(), *fn.buffers()])
-
-
 def layer_costs(path: Path, modules: Sequence[Callable[..., Any]]) -> list[int]:
     """Bytes of each layer: parameters and buffers once, plus what backward keeps of a batch."""
-    costs = [parameter_bytes(m) for m in modules]
+    costs = [
+        sum(t.nbytes for t in [*m.parameters(), *m.buffers()]) if isinstance(m, nn.Module) else 0
+        for m in modules
+    ]
     sample = _guess_input(modules)
     if sample is not None:
         with torch.enable_grad():

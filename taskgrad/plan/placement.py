@@ -1,4 +1,4 @@
-"""Which worker a layer goes to. Pure functions over costs."""
+"""Assign layers to workers. Pure functions over costs."""
 
 from __future__ import annotations
 
@@ -8,20 +8,9 @@ from collections.abc import Sequence
 def contiguous(costs: Sequence[float], n_workers: int) -> list[int]:
     """Cut layers into runs, one a worker, so that the largest run costs least.
 
-    Parameters
-    ----------
-    costs
-        What each layer costs, in any unit (bytes here).
-    n_workers
-        How many runs at most; with fewer layers than workers each layer is a run.
+    Returns the worker index of each layer, from 0 on, not decreasing; with fewer layers than
+    workers each layer is a run. `costs` are in any unit (bytes here).
 
-    Returns
-    -------
-    list of int
-        The worker index of each layer, not decreasing, starting at 0.
-
-    Notes
-    -----
     The linear partition problem, by binary search over the bound with a greedy check, as in
     torchgpipe's block partition (Bárány and Grinberg, 2015, for the problem).
 

@@ -1,4 +1,4 @@
-"""What a training step does where and in which order: frozen, plain data.
+"""Plans of training steps, as frozen, plain data.
 
 A plan joins what the other modules here know apart: the stages of a model and which of them takes
 whose output, the worker of each, and for every worker the order of its actions.
@@ -31,7 +31,7 @@ class Stage:
     inputs
         The stages whose outputs it takes; empty where it takes the batch.
     trained
-        Whether it has a backward: it or a stage before it has parameters to train.
+        True if it has a backward: it or a stage before it has parameters to train.
     """
 
     title: str

@@ -1,10 +1,10 @@
-"""In which order every worker does what in one training step: plain data, and what makes it.
+"""Schedules: the order of each worker's actions in one training step, as plain data.
 
 A pipeline is a graph of stages, each on a worker. A step takes every microbatch forward and
 backward through all of them; a schedule fixes for each worker the order of those actions. It is
-made by simulating a step with nominal costs: each worker takes whatever its rule prefers of what is
-ready. So every schedule can be carried out, whatever the graph: skips, branches, several stages on
-one worker.
+made by simulating a step with nominal costs: of the actions that are ready each worker takes the
+one that its rule prefers. So every schedule can be carried out, whatever the graph: skips,
+branches, several stages on one worker.
 
 References: GPipe (Huang et al., 2019); 1F1B, PipeDream-Flush (Narayanan et al., 2021).
 """
@@ -117,14 +117,14 @@ class Schedule:
 
 
 class _Rule(NamedTuple):
-    """What distinguishes one schedule from another."""
+    """The rule by which a schedule is made."""
 
     prefers: Kind
-    """What a worker does first if both are ready."""
+    """The kind of action that a worker does first if both are ready."""
     limit: Callable[[int, int, int], int]
     """(stage, stages, microbatches): how many microbatches may be between F and B there."""
     flush: bool
-    """Whether a worker's first B waits for its last F."""
+    """True if a worker's first B waits for its last F."""
 
 
 _RULES = {

@@ -33,7 +33,7 @@ RecomputeOption = Literal["never", "always", "except_last"] | Callable[[str], bo
 
 
 class Checked(NamedTuple):
-    """What the checked arguments of a trainer say of its steps, batches and optimizers."""
+    """The checked arguments of a trainer, by what uses them."""
 
     settings: Settings
     splitter: MicrobatchSplitter
@@ -305,7 +305,7 @@ def packed_loss(loss: Any) -> tuple[pack.Packed, str]:
 
 
 def recompute_rule(checkpoint: RecomputeOption) -> Recompute:
-    """Which layers of a call run again in the backward; ValueError for an unknown option."""
+    """The rule that says which layers run again in the backward; ValueError if there is none."""
     if callable(checkpoint) and not isinstance(checkpoint, type):
         chosen = checkpoint
         return lambda layers, m, count: tuple(

@@ -33,13 +33,13 @@ class Batch:
 
     @property
     def count(self) -> int:
-        """How many microbatches there are."""
+        """The number of microbatches."""
         return len(self.inputs)
 
 
 @dataclass(frozen=True)
 class MicrobatchSplitter:
-    """How batches are split into microbatches.
+    """Splits batches into microbatches.
 
     `weighted` is false for a loss that is a sum over samples: its microbatches just add up. `first`
     and `last` are the workers that take inputs and targets.

@@ -9,7 +9,7 @@ from taskgrad.train.step import Step
 
 
 class StepLoss:
-    """What `Trainer.step` returns: the loss of the batch, which is fetched when it is read.
+    """The loss of a batch, as `Trainer.step` returns it: fetched when it is read.
 
     ``float(loss)``, ``loss.item()`` and ``f"{loss:.3f}"`` wait for the step; ``loss.done`` and
     printing do not.
@@ -19,7 +19,7 @@ class StepLoss:
         self.step = made.number
         """The number of the step, counted from 0."""
         self.size = size
-        """How many samples the batch had; None where it lies on a worker."""
+        """The number of samples of the batch; None if it is on a worker."""
         self.made = made
         self._finish = finish  # waits for this step
         self._report: dict[str, Any] | None = None

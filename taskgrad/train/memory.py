@@ -20,7 +20,7 @@ InFiles = dict[str, frozenset[str]]
 
 
 def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate: int) -> InFiles:
-    """What has to lie in files, on which workers; raise if that is not enough.
+    """Which workers have to keep state in files; raises if that is not enough.
 
     Counted are the memory that each worker's process uses now, and what training adds: the
     gradients, those of a microbatch until they are added to the others, what accumulating keeps to

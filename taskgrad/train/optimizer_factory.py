@@ -1,4 +1,4 @@
-"""What makes an optimizer, tried on the driver: what it makes, and which parameters go where."""
+"""Try the user's optimizer factory on the driver, and make the tasks that call it on workers."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def state_per_parameter(factory: Any, attributes: Mapping[str, Any]) -> float | None:
-    """How many numbers an optimizer keeps for each number of a parameter, found by trying it.
+    """The numbers of state that an optimizer keeps for each number of a parameter, by trial.
 
     None if a small parameter is no example for it. Raises what `example_of` does.
     """

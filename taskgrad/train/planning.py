@@ -55,8 +55,8 @@ def maker_of(schedule: str | Maker) -> Maker:
     """The function that makes the schedules of this name; or the user's own, with checks added.
 
     Raises ValueError if there is no schedule of this name; TypeError if it is neither a name nor a
-    function. What is made raises TypeError if a function gives no schedule, ValueError if it gives
-    a wrong one.
+    function. The result raises TypeError if the user's function returns no schedule, ValueError if
+    the schedule is wrong.
     """
     if isinstance(schedule, str):
         if schedule not in NAMES:

@@ -27,7 +27,7 @@ Recompute = Callable[[Sequence[LayerStep], int, int], tuple[tuple[int, int], ...
 
 @dataclass(frozen=True)
 class Settings:
-    """What is the same for every step of a trainer."""
+    """The settings of a trainer that are the same for every step."""
 
     plan: Callable[[int], Plan]  # for this number of microbatches
     seed: int
@@ -55,9 +55,9 @@ class Step:
     order: dict[Node, tuple[Node, ...]]
     """For an action the one before it in the schedule, if any, or in the step before."""
     behind: Sequence[Node] = ()
-    """What runs on workers that have no shard: calls behind the batch."""
+    """Calls that the batch depends on, which run on workers without a shard."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """What to call the tasks in messages, by their keys."""
+    """The names of the tasks in messages, by their keys."""
 
     @property
     def targets(self) -> list[Node]:

@@ -184,7 +184,7 @@ class Trainer:
 
     @property
     def plan(self) -> Plan:
-        """What a step does where and in which order; it prints.
+        """The plan of a step: stages, placement and order of execution. It prints.
 
         A batch with fewer samples than microbatches takes a step of as many microbatches.
         """
@@ -263,7 +263,7 @@ class Trainer:
             An argument is of another kind; nothing is trained then.
         ValueError
             `epochs` is negative; or the loader is empty in the first epoch or a later one, or
-            yields something else than pairs; or one of the loaders is an iterator, which gives its
+            yields something else than pairs; or one of the loaders is an iterator, which yields its
             batches once, and there are more epochs. Or the scheduler needs a metric, and there is
             no `val_loader`.
         """

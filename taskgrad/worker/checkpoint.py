@@ -39,7 +39,7 @@ _Read = Callable[[str], torch.Tensor]
 
 
 class Place(NamedTuple):
-    """Where a buffer is on a shard, its layer and its name in that; whether it is model state."""
+    """A buffer on a shard: its layer, its name in the layer, and if a state_dict has it."""
 
     layer: int
     name: str

@@ -224,7 +224,7 @@ class AllToAll(Operation):
 
 
 def in_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Their sum from the first on, in memory of its own; half precision is rounded once."""
+    """The sum of the parts in order, in new memory; half precision is rounded once, at the end."""
     dtype = parts[0].dtype
     wide = torch.float32 if dtype in _HALF else dtype
     total = parts[0].to(wide, copy=True)

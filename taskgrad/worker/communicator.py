@@ -80,12 +80,8 @@ class Communicator:
     def exchange(self, what: str, wants: bool, payloads: Sequence[list[Any]]) -> list[Message]:
         """Send each rank its payload, a list of tensors, and return what each has sent to this one.
 
-        Parameters
-        ----------
-        what
-            The collective and its arguments, as text: the same on all ranks.
-        wants
-            True if this rank needs a gradient for what it sends.
+        `what` is the collective with its arguments, as text: the same on all ranks. `wants` is True
+        if this rank needs a gradient for what it sends.
 
         Raises CollectiveError if another rank calls something else, or has returned, or does not
         come in time.

@@ -45,7 +45,7 @@ class Forward:
 
     @property
     def title(self) -> str:
-        """What it runs, for messages."""
+        """The title of the call, for messages."""
         return self.call.title
 
     def run(self, store: Store, *values: Any) -> Any:
@@ -169,7 +169,7 @@ class Forward:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Run the steps from `start` to `stop`, each on what the one before gave."""
+        """Run the steps from `start` to `stop`, each on the result of the one before."""
         call = self.call
         for index, name, kind in call.steps[start:stop]:
             fn = self._function(shard, index, fed)

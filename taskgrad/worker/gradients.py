@@ -87,7 +87,7 @@ def accumulate_into(
 
 
 def _laid_out_as(parameter: nn.Parameter, grad: torch.Tensor) -> torch.Tensor:
-    """A gradient in the order in memory that autograd gives it; norms are summed in that order."""
+    """The gradient with the strides that autograd would use: norms are summed in that order."""
     if grad.layout is not torch.strided or parameter.layout is not torch.strided:
         return grad
     if grad.stride() == parameter.stride() or not is_dense(parameter):

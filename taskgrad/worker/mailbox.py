@@ -24,7 +24,7 @@ _MAX_ENDED = 10_000
 
 
 class Message(NamedTuple):
-    """What one rank sends another in one collective."""
+    """A message of one rank to another in one collective."""
 
     source: int
     number: int
@@ -36,7 +36,7 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskOutcome:
-    """How a task ended: it returned after `count` collectives, or raised `error`."""
+    """The end of a task: it returned after `count` collectives, or raised `error`."""
 
     count: int
     error: BaseException | None
@@ -66,7 +66,7 @@ class Transport(Protocol):
         """Make a task fail with this error."""
 
     def attend(self, worker: str, key: str) -> Future[TaskOutcome | None]:
-        """How a task ended, once it has; None if not after some time. OSError: as above."""
+        """The outcome of a task once it has ended; None after some time. OSError: as above."""
 
     def give_thread_back(self) -> None:
         """Let the worker run another task in place of the one in this thread."""
@@ -171,7 +171,7 @@ class Mailboxes:
                 self._news.notify_all()
 
     def ended(self, key: str) -> TaskOutcome | None:
-        """How a task ended, if it has."""
+        """The outcome of a task; None if it has not ended."""
         return self._ended.get(key)
 
     def error(self, key: str) -> BaseException | None:
@@ -222,7 +222,7 @@ class Mailboxes:
             self._news.notify_all()
 
     def held(self) -> dict[str, int]:
-        """How many mailboxes and messages there are."""
+        """The numbers of mailboxes and messages."""
         with self._news:
             boxes = list(self._boxes.values())
             return {"mailboxes": len(boxes), "messages": sum(len(b.messages) for b in boxes)}

@@ -1,7 +1,7 @@
-"""How many bytes shards, tapes and gradients hold on a worker, counted when somebody asks.
+"""Memory that shards, tapes and gradients hold on a worker, in bytes, counted on request.
 
-A tape's size is that of the distinct memory which its autograd graph keeps and which belongs to
-nobody else: parameters are the shard's, and inputs count with the tape that reads them.
+A tape's size is that of the distinct memory that its autograd graph keeps, parameters aside: these
+count for the shard. Inputs count for every tape that reads them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def storages(tensors: Iterable[Any]) -> dict[int, int]:
 
 
 def shard_bytes(shard: ResidentShard) -> MemoryUsage:
-    """What one shard holds in memory, its tapes aside. A step may be under way meanwhile."""
+    """Memory of one shard without its tapes. A step may run at the same time."""
     # As lists, made in one go: a step adds to what it iterates over.
     state = list(shard.optimizer.state.values()) if shard.optimizer is not None else []
     spilled = shard.training.spilled if shard.training is not None else None
@@ -60,9 +60,9 @@ def shard_bytes(shard: ResidentShard) -> MemoryUsage:
 
 
 def gradient_bytes(shard: ResidentShard) -> int:
-    """What the gradients of a shard hold, for whoever holds its lock.
+    """Memory of a shard's gradients. The caller holds the shard's lock.
 
-    torch takes the process down where one thread reads ``.grad`` and another replaces it.
+    Without it torch crashes the process if one thread reads ``.grad`` and another replaces it.
     """
     return sum(storages(p.grad for p in shard.parameters.values()).values())
 
@@ -79,10 +79,10 @@ def _known_gradient_bytes(shard: ResidentShard) -> int:
 
 
 def tape_bytes(tape: Tape) -> int:
-    """What one tape keeps: inputs, outputs, and what autograd saved between them.
+    """Memory of one tape: its inputs, outputs, and the tensors that autograd saved between them.
 
-    Of a tape with layers that run again in the backward, only the inputs and outputs are counted.
-    One whose backward is under way counts as nothing, unless it was counted before.
+    If layers run again in the backward, only inputs and outputs are counted. While its backward
+    runs the last count is returned, 0 if there is none.
     """
     if tape.nbytes is not None:
         return tape.nbytes
@@ -96,8 +96,7 @@ def tape_bytes(tape: Tape) -> int:
 
 
 def _kept_bytes(tape: Tape) -> int:
-    kept = storages(t for leaves in tape.inputs for t in leaves)
-    kept |= storages(tape.outputs)
+    kept = storages([*tape.outputs, *(t for leaves in tape.inputs for t in leaves)])
     if not tape.recomputes:
         kept |= storages(_saved(tape.outputs))
     if tape.shard is not None:
@@ -129,14 +128,14 @@ def _saved(outputs: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 
 def total_bytes(entries: dict[str, Any]) -> dict[str, int]:
-    """What a worker holds in all, by what holds it."""
+    """Memory of all entries of a store, by kind."""
     return asdict(sum(store_bytes(entries).values(), MemoryUsage()))
 
 
 def store_bytes(entries: dict[str, Any]) -> dict[str, MemoryUsage]:
-    """What each shard holds with its tapes, by the shard's token.
+    """Memory of each shard and its tapes, by the shard's token.
 
-    Tapes of functions, and gradients that nobody has taken from a backward yet, stand under "".
+    Tapes of functions, and gradients that no task has read yet, are under "".
     """
     tokens = {id(e): key for key, e in entries.items() if isinstance(e, ResidentShard)}
     found = {key: shard_bytes(entries[key]) for key in tokens.values()}

@@ -1,4 +1,4 @@
-"""What one worker holds of a chain: layers with their parameters, and what trains them."""
+"""A shard: the layers of a chain on one worker, with their parameters, and what trains them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from taskgrad.worker.undo import Undo
 
 @dataclass
 class Trained:
-    """What trains a shard: of a new trainer until it is used, of an old one while a load runs."""
+    """What trains a shard. A shard keeps that of its next trainer, and from before a load."""
 
     optimizer: torch.optim.Optimizer | None
     training: Training | None = None
@@ -45,19 +45,19 @@ class ResidentShard:
     made: Trained | None = None  # for `use`, once every shard has made its own
     before_load: tuple[Undo, Trained] | None = None  # undoes a load that is under way
     update: Update | None = None  # the last step of a `taskgrad.Optimizer`
-    loss: Any = None  # the loss function, on the shard that gives the model's output
+    loss: Any = None  # the loss function, on the shard with the model's output
     training: Training | None = None  # what a trainer keeps here
     gradient_bytes: int = 0
     uncounted: bool = False
     lock: YieldingLock = field(default_factory=YieldingLock)
 
     def use(self, trained: Trained) -> None:
-        """Be trained by these from now on."""
+        """Replace what trains this shard."""
         self.optimizer, self.training, self.loss = trained.optimizer, trained.training, trained.loss
 
     @property
     def modules(self) -> dict[int, nn.Module]:
-        """Those of the layers that are modules."""
+        """The layers that are modules, by their index."""
         return {i: m for i, m in self.layers.items() if isinstance(m, nn.Module)}
 
     def values(self, names: list[str]) -> dict[str, torch.Tensor]:
@@ -65,7 +65,7 @@ class ResidentShard:
         return {n: self.parameters[n].detach().to("cpu", copy=True) for n in names}
 
     def why_fixed(self, name: str) -> str | None:
-        """Why a hook may not change this parameter now, if so."""
+        """The reason why a hook may not change this parameter now; None if it may."""
         if self.training is not None and self.training.begun is not None:
             return (
                 "which a Trainer changes at the end of a step, once all gradients are there: "

@@ -1,4 +1,4 @@
-"""What is done to a shard where it lives: installed, read, its gradients kept, its weights updated.
+"""Operations on a shard, on its worker: install it, read it, sum gradients, write parameters.
 
 Every function takes the worker's store, the shard's token, and plain arguments.
 """
@@ -157,9 +157,9 @@ def accumulate(store: Store, token: str, *values: Any, parts: dict[str, list[str
 
 
 def hooked(store: Store, token: str, *parts: torch.Tensor | None, name: str) -> Any:
-    """The sum of a parameter's gradients after the hooks on it, on the host; None if it has none.
+    """The sum of a parameter's gradients after its hooks, on the host; None if there are none.
 
-    Nothing is accumulated: what ``torch.autograd.grad`` gives.
+    Nothing is accumulated, as in ``torch.autograd.grad``.
     """
     with store.locked(token) as shard:
         parameter = shard.parameters[name]

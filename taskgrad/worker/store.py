@@ -1,4 +1,4 @@
-"""What a worker keeps: shards, tapes, and gradients from a backward until a task reads them.
+"""A worker's store of shards, tapes, and gradients of a backward until a task reads them.
 
 A worker has one `Store`. Every entry has the Dask key of the task that made it, and is dropped when
 the scheduler forgets that key: when the driver releases it, is killed, or cancels it.
@@ -25,7 +25,7 @@ _MAX_RELEASED_EARLY = 100_000
 
 
 def buffers_key(token: str) -> str:
-    """Where a forward leaves its function's buffers until they are read, beside its own entry."""
+    """The key under which a forward stores its function's buffers until they are read."""
     return f"buffers of {token}"
 
 
@@ -149,7 +149,7 @@ class Store:
             return dict(self._entries)
 
     def held(self) -> dict[str, int]:
-        """How many shards, tapes and gradient sets there are."""
+        """The numbers of shards, tapes and sets of gradients."""
         entries = list(self.entries().values())
         return {
             "shards": sum(isinstance(e, ResidentShard) for e in entries),

@@ -1,4 +1,4 @@
-"""What a forward saves for its backward."""
+"""The tape: all that a forward saves for its backward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from taskgrad.worker.shard import ResidentShard
 
 @dataclass
 class Tape:
-    """What one forward of one shard saved for its backward."""
+    """All that one forward, of a shard or of a function, saved for its backward."""
 
     title: str
     inputs: list[list[torch.Tensor | None]]  # per slot, per leaf: the leaf that takes a gradient

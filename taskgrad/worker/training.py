@@ -27,7 +27,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def training_of(shard: ResidentShard) -> Training:
-    """What the shard's trainer keeps there; RuntimeError if it has none."""
+    """The state of the shard's trainer; RuntimeError if it has none."""
     if shard.training is None:
         raise RuntimeError("this shard has no trainer")
     return shard.training

@@ -1,4 +1,4 @@
-"""What a trainer keeps on a shard: the state of its steps, the loss scale, the scheduler."""
+"""The state of a trainer on a shard: of its steps, of the loss scale, of the scheduler."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Update:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What a trainer asks of one shard.
+    """A trainer's options for one shard.
 
     `names` are the trainable parameters that live there. `deferred` defers batch norm's statistics;
     with `compiled`, options of ``torch.compile``, each layer is compiled at its first call.
@@ -85,7 +85,7 @@ class TrainingOptions:
 
 @dataclass
 class Training:
-    """What a trainer keeps on one shard besides its optimizer.
+    """The state of a trainer on one shard, without its optimizer.
 
     `names` are the trainable parameters that live here. `done` is the number of steps that were
     taken, `begun` the index of the one under way, which `before` takes back.
@@ -109,7 +109,7 @@ class Training:
 
     @property
     def scale(self) -> float:
-        """What the loss is multiplied by."""
+        """The factor by which the loss is multiplied."""
         return 1.0 if self.scaler is None else self.scaler.scale
 
 

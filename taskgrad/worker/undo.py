@@ -53,17 +53,10 @@ class Undo:
     Tensors and arrays are copied; for dictionaries, lists, sets and instances the items are
     recorded. `restore` puts contents back in place: the objects stay the same ones.
 
-    Parameters
-    ----------
-    roots
-        What to start from. Functions, classes and modules, and instances of classes of the standard
-        library, are not looked into.
-    copy
-        Makes the copies of tensors.
-    without
-        Tensors that will not be changed, and need no copy.
-    gradients
-        What to keep of parameters' ``.grad``: nothing, which tensor it is, or its values too.
+    All that can be reached from `roots` is recorded, but not what functions, classes, modules, and
+    instances of classes of the standard library hold. `copy` copies tensors; those in `without`
+    will not be changed and need no copy. `gradients` says what is recorded of parameters'
+    ``.grad``: nothing, which tensor it is, or its values too.
     """
 
     def __init__(

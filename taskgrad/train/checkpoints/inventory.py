@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a chain, and what each of its shards has of that."""
+"""The tensors of a chain that a checkpoint holds, and which of them each shard has."""
 
 from __future__ import annotations
 

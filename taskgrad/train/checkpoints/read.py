@@ -88,7 +88,7 @@ def _check_model(index: Mapping[str, Any], layout: Layout, path: Path) -> None:
 
 
 def _options_for(index: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the trainer: what is given, and the rest as it was saved."""
+    """The arguments of the trainer: those that are given, the others as they were saved."""
     options = dict(given)
     for name, saved in index["settings"].items():
         if name not in given:
@@ -117,7 +117,7 @@ def _no_tensor(name: str) -> torch.Tensor:
 
 
 def _parts(index: Mapping[str, Any], layout: Layout) -> dict[Shard, dict[str, Any]]:
-    """What each shard needs of a checkpoint, however the layers were placed then."""
+    """The parts of a checkpoint that each shard needs, for any placement at the time of saving."""
     groups = index["optimizer"]["groups"]
     group_of = {name: group for group in groups for name in group["parameters"]}
     homes = {name: file for file, about in index["files"].items() for name in about["tensors"]}
