@@ -20,7 +20,6 @@ from taskgrad.train.data import MicrobatchSplitter, pair
 from taskgrad.train.memory import InFiles, check_fits
 from taskgrad.train.optimizer_factory import (
     Groups,
-    attributes_of,
     check_group_options,
     example_of,
     parameter_groups,
@@ -60,7 +59,7 @@ def check_trainer(
     check_chooser(given["checkpoint"], chain.placement.column("layer"))
     dtype = precision(given["amp"])
     layout, patterns = chain.layout, given["param_groups"] or {}
-    example, _ = example_of(optimizer, attributes_of(layout.tensors.values()))
+    example, _ = example_of(optimizer, layout)
     check_group_options(patterns, example)
     loss, loss_kind = packed_loss(loss_fn)
     if not layout.trainable:

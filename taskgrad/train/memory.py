@@ -9,7 +9,7 @@ from dask.utils import format_bytes
 
 from taskgrad.chain import GraphChain
 from taskgrad.errors import MemoryLimitError
-from taskgrad.train.optimizer_factory import attributes_of, example_of, state_per_parameter
+from taskgrad.train.optimizer_factory import example_of, state_per_parameter
 from taskgrad.worker.offload import CHUNK
 
 logger = logging.getLogger("taskgrad")
@@ -31,10 +31,9 @@ def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate:
     what each needs and how much is missing.
     """
     layout = chain.layout
-    attributes = attributes_of(layout.tensors.values())
-    kept = state_per_parameter(optimizer, attributes) or 0
+    kept = state_per_parameter(optimizer, layout) or 0
     # One parameter after the other: torch's own optimizers do that, others may look at all.
-    by_parameter = type(example_of(optimizer, attributes)[0]).__module__.startswith("torch.optim")
+    by_parameter = type(example_of(optimizer, layout)[0]).__module__.startswith("torch.optim")
     sets_of_gradients = 1 + (microbatches > 1 or accumulate > 1) + (accumulate > 1)
     room = layout.session.memory([shard.worker for shard in layout.shards])
     if not any(room.values()):

@@ -13,7 +13,7 @@ from taskgrad.cluster.session import check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.graph.nodes import Node
 from taskgrad.graph.shards import ShardCall, copied_names
-from taskgrad.train.optimizer_factory import attributes_of, example_of, optimizers_on
+from taskgrad.train.optimizer_factory import example_of, optimizers_on
 from taskgrad.train.owner import check_owner, take_over
 from taskgrad.worker import optimizing
 
@@ -58,7 +58,7 @@ class Optimizer:
             raise TypeError(f"an Optimizer updates a GraphChain; got {type(chain).__name__}")
         layout = chain.layout
         check_open(layout.session.client)
-        example_of(factory, attributes_of(layout.tensors.values()))
+        example_of(factory, layout)
         if not layout.trainable:
             raise ValueError("the chain has no trainable parameters to optimize")
         self._chain = chain
@@ -97,7 +97,7 @@ class Optimizer:
             self._number += 1
             self._unsettled = True
             try:
-                self._chain.layout.run(self._targets())
+                self._update()
             except BaseException as error:
                 try:
                     self._roll_back()
@@ -107,19 +107,15 @@ class Optimizer:
                 raise
             self._unsettled = False
 
-    def _targets(self) -> list[ShardCall]:
+    def _update(self) -> None:
         layout = self._chain.layout
         copied = copied_names(layout.shards)
-        updates = {
-            shard: layout.task(
-                shard,
-                optimizing.update,
-                {"number": self._number, "send": copied.get(shard, [])},
-            )
-            for shard in self._shards
-        }
+        updates = {}
+        for shard in self._shards:
+            arguments = {"number": self._number, "send": copied.get(shard, [])}
+            updates[shard] = layout.task(shard, optimizing.update, arguments)
         settles = self._tasks(optimizing.settle, awaits=list(updates.values()))
-        return [*layout.refreshes(updates).values(), *settles]
+        layout.run([*layout.refreshes(updates).values(), *settles])
 
     def _roll_back(self) -> None:
         """Undo a step that some shards have not made, or keep one that all have."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from taskgrad.graph.layers import ParameterInfo
 from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.pack import Packed
 from taskgrad.graph.shards import ShardCall
@@ -25,19 +24,8 @@ OptimizerFactory = Callable[..., torch.optim.Optimizer]
 Groups = list[tuple[list[str], dict[str, Any]]]
 
 
-def attributes_of(parameters: Iterable[ParameterInfo]) -> dict[str, Any]:
-    """An example of each attribute that trainable parameters have."""
-    found: dict[str, Any] = {}
-    for info in parameters:
-        if info.requires_grad and not info.is_buffer:
-            found = {**info.attributes, **found}
-    return found
-
-
-def example_of(
-    factory: Any, attributes: Mapping[str, Any]
-) -> tuple[torch.optim.Optimizer, nn.Parameter]:
-    """An optimizer of this kind over one small parameter with a gradient and these attributes.
+def example_of(factory: Any, layout: Layout) -> tuple[torch.optim.Optimizer, nn.Parameter]:
+    """An optimizer over a small parameter that has a gradient and the attributes of a chain's own.
 
     Raises TypeError if `factory` does not make an optimizer, or one whose step needs a closure.
     """
@@ -50,7 +38,9 @@ def example_of(
     with torch.enable_grad():
         parameter = nn.Parameter(torch.zeros(8, 8))
     parameter.grad = torch.zeros(8, 8)
-    vars(parameter).update(attributes)
+    for info in reversed(layout.tensors.values()):  # of each attribute the first example
+        if info.requires_grad and not info.is_buffer:
+            vars(parameter).update(info.attributes)
     try:
         made = factory([parameter])
     except TypeError as error:
@@ -110,12 +100,12 @@ def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
     return any(p.default is p.empty for p in plain[1:])
 
 
-def state_per_parameter(factory: Any, attributes: Mapping[str, Any]) -> float | None:
+def state_per_parameter(factory: Any, layout: Layout) -> float | None:
     """The numbers of state that an optimizer keeps for each number of a parameter, by trial.
 
     None if a small parameter is no example for it. Raises what `example_of` does.
     """
-    made, parameter = example_of(factory, attributes)
+    made, parameter = example_of(factory, layout)
     try:
         made.step()
     except Exception:  # it wants other parameters than this one
@@ -124,9 +114,7 @@ def state_per_parameter(factory: Any, attributes: Mapping[str, Any]) -> float | 
     return sum(v.numel() for v in kept if v.dim()) / parameter.numel()
 
 
-def parameter_groups(
-    names: Sequence[str], patterns: Mapping[str, Mapping[str, Any]]
-) -> list[tuple[list[str], dict[str, Any]]]:
+def parameter_groups(names: Sequence[str], patterns: Mapping[str, Mapping[str, Any]]) -> Groups:
     """The names in groups: one for each pattern that comes first to match, and the rest.
 
     Raises ValueError if a pattern matches no parameter, or has options that are the trainer's own.

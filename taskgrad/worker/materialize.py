@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -47,10 +46,6 @@ def make_values(layer: nn.Module, plan: InitPlan, seed: int, address: str) -> No
             with opened(file) as handle:
                 for name in names:
                     tensors[name].copy_(plan.reads[name].read(handle))
-    _check_set(tensors, plan, address)
-
-
-def _check_set(tensors: Mapping[str, torch.Tensor], plan: InitPlan, address: str) -> None:
     for name in plan.unsent:
         tensor = tensors[name].detach()
         if name not in plan.reads and tensor.is_floating_point() and tensor.isnan().any():

@@ -39,7 +39,7 @@ def begin(shard: ResidentShard, step: int) -> None:
     if training.begun == step:  # Dask runs this again; the copies are from before the step
         return
     training.begun = step
-    training.prepared = False
+    training.summary = None
     training.began_at = time.time()
     training.busy = 0.0
     if training.norms:
@@ -59,7 +59,7 @@ def prepare(store: Store, token: str, *, update: bool, norms: bool) -> Summary:
     """
     with store.locked(token) as shard:
         training = training_of(shard)
-        if training.prepared and training.summary is not None:
+        if training.summary is not None:
             return training.summary
         found: dict[str, torch.Tensor] = {}
         finite = True
@@ -73,7 +73,6 @@ def prepare(store: Store, token: str, *, update: bool, norms: bool) -> Summary:
             if norms:
                 found = {n: torch.linalg.vector_norm(g, 2.0).cpu() for n, g in present.items()}
         training.summary = Summary(found, finite, training.busy, training.began_at, time.time())
-        training.prepared = True
         return training.summary
 
 
@@ -151,11 +150,9 @@ def advance(store: Store, token: str, *, metric: float, done: int) -> None:
     """
     with store.locked(token) as shard:
         training = training_of(shard)
-        if training.scheduler is None or shard.optimizer is None:
+        optimizer, advanced = shard.optimizer, training.advanced
+        if training.scheduler is None or optimizer is None or (advanced and advanced[0] == done):
             return
-        if training.advanced is not None and training.advanced[0] == done:
-            return
-        optimizer = shard.optimizer
         untouched = [p for group in optimizer.param_groups for p in group["params"]]
         kept = [v for state in optimizer.state.values() for v in state.values()]
         untouched += [v for v in kept if isinstance(v, torch.Tensor)]
@@ -214,7 +211,7 @@ def roll_back(store: Store, token: str, *, done: int) -> None:
         training = training_of(shard)
         if training.begun is not None and training.before is not None:
             training.before.restore()
-        training.begun, training.before, training.prepared = None, None, False
+        training.begun = training.before = training.summary = None
         if training.done > done:
             update = shard.update
             if update is None or update.before is None or training.done != done + 1:

@@ -100,8 +100,7 @@ class Training:
     done: int = 0
     begun: int | None = None
     before: Before | None = None
-    summary: Summary | None = None
-    prepared: bool = False  # the summary is of the step under way
+    summary: Summary | None = None  # of the last step that began, once its gradients are complete
     norms: Statistics | None = None  # where batch norm's statistics are deferred
     advanced: tuple[int, Undo] | None = None  # `done` at the scheduler's last step with a metric
     busy: float = 0.0

@@ -16,7 +16,7 @@ from taskgrad.formats.weights import read_index
 from taskgrad.graph.shards import Shard
 from taskgrad.layout import Layout
 from taskgrad.train.checkpoints.inventory import NOT_WRITTEN, inventory, living_on
-from taskgrad.train.optimizer_factory import attributes_of, example_of
+from taskgrad.train.optimizer_factory import example_of
 from taskgrad.train.owner import restored_owner
 from taskgrad.worker import checkpoint
 
@@ -37,7 +37,7 @@ def restore(
     layout = chain.layout
     index = read_index(path)
     _check_model(index, layout, path)
-    made, _ = example_of(optimizer, attributes_of(layout.tensors.values()))
+    made, _ = example_of(optimizer, layout)
     saved, given = index["optimizer"]["class"], type(made).__qualname__
     if given != saved:
         raise CheckpointError(f"the checkpoint has the state of {saved}, and {given} was given")
