@@ -138,8 +138,6 @@ class GraphChain(Lazy):
         )
         """The worker of each layer: rows that print as a table."""
 
-    # -- calling -----------------------------------------------------------------------------------
-
     def __call__(self, *args: Any, **kwargs: Any) -> Thunk:
         """A thunk of the model's output; nothing runs.
 
@@ -148,8 +146,6 @@ class GraphChain(Lazy):
         """
         output = self.layout.calls(args, kwargs, mode=self._mode)[-1]
         return Thunk(output, self.layout.session)
-
-    # -- state -------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> GraphChain:
         """Calls made from now on run in training mode (in evaluation mode with False)."""
@@ -270,8 +266,6 @@ class GraphChain(Lazy):
         if self._mode is not None:
             model.train(self._mode)
         return model
-
-    # -- printing ----------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         return len(self.layout.layers)

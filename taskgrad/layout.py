@@ -225,8 +225,6 @@ class Layout:
         walk.path(self._path, entry, last=True)
         return walk.calls
 
-    # -- tasks on the shards -----------------------------------------------------------------------
-
     def task(
         self,
         shard: Shard,
@@ -323,8 +321,6 @@ class Layout:
                 error.add_note(f"What was loaded could not be taken back: {broken}")
             raise
         self.run([self.task(shard, loading.finish, {}) for shard in shards])
-
-    # -- tied parameters ---------------------------------------------------------------------------
 
     def refreshes(self, given: Mapping[Shard, Node]) -> dict[Shard, ShardCall]:
         """Tasks that write new values into copies of tied parameters, by the shard of the copies.

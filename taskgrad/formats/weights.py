@@ -33,6 +33,8 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 _VERSION = 1
+FORMAT = {"format": "taskgrad", "version": _VERSION}
+"""The entries that the index of every checkpoint has."""
 _CONTENTS = "taskgrad"
 """The key in a file's metadata, and in that of the folder's index, for what taskgrad wrote."""
 _NEEDED = (
@@ -174,11 +176,6 @@ def read_index(path: Path) -> dict[str, Any]:
             + (f"it lacks {', '.join(absent)}" if absent else "its checksum differs")
         )
     return index
-
-
-def new_index() -> dict[str, Any]:
-    """The entries that every index starts with."""
-    return {"format": "taskgrad", "version": _VERSION}
 
 
 def find_weights(path: str | os.PathLike[str]) -> dict[str, Stored]:

@@ -96,10 +96,8 @@ def _try(fn: Callable[..., Any], args: list[Any]) -> tuple[Any, int] | None:
 
 def _is_torchs_own(fn: Callable[..., Any]) -> bool:
     if not isinstance(fn, nn.Module):
-        return (getattr(fn, "__module__", None) or "torch").partition(".")[0] in (
-            "torch",
-            "_operator",
-        )
+        home = getattr(fn, "__module__", None) or "torch"
+        return home.partition(".")[0] in ("torch", "_operator")
     return all(
         type(m).__module__.startswith("torch.nn.")
         and not m._forward_hooks

@@ -87,7 +87,7 @@ class Loops:
         for epoch in range(epochs):
             title = f"epoch {epoch + 1}/{epochs}"
             with steps.in_fit():
-                loss = self._train(step, loader, title, progress=progress)
+                loss = self._train(step, loader, title, progress)
             results = {"loss": loss}
             if val_loader is not None:
                 found = self.evaluate(val_loader, metrics)
@@ -97,12 +97,7 @@ class Loops:
             yield results
 
     def _train(
-        self,
-        step: Callable[[Any, Any], StepLoss],
-        loader: Iterable[Any],
-        title: str,
-        *,
-        progress: bool,
+        self, step: Callable[..., StepLoss], loader: Iterable[Any], title: str, progress: bool
     ) -> float:
         """Train on every batch of a loader; the mean loss, over samples unless it is a sum."""
         means: list[tuple[float, int | None]] = []

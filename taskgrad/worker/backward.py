@@ -126,10 +126,7 @@ class CheckCotangent:
 
 
 def _check_reached(
-    draw: Draw,
-    address: str,
-    found: dict[int, list[Gradient]],
-    parameters: dict[str, Gradient],
+    draw: Draw, address: str, found: dict[int, list[Gradient]], parameters: dict[str, Gradient]
 ) -> None:
     """Raise LayerError if the gradient of a step's loss reaches no output of the model."""
     grads = [*parameters.values(), *(g for leaves in found.values() for g in leaves)]

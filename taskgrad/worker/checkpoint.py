@@ -31,8 +31,7 @@ from taskgrad.worker.training_state import Scaler
 
 EXTRA = "_extra_state"  # as torch names it in a state_dict
 
-
-# So many bytes of tensors go to one file, or one tensor.
+# The most bytes of tensors in one file, unless it has a single tensor.
 _FILE = 256 << 20
 
 _Read = Callable[[str], torch.Tensor]
@@ -141,10 +140,14 @@ def _with_extra_state(shard: ResidentShard, layers: Mapping[int, str]) -> dict[s
 
 def _write(address: str, file: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Write one file and sync it to disk; return a description of its contents."""
+    values = {}
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided:
             raise CheckpointError(f"{name!r} is {tensor.layout}, which safetensors cannot hold")
-    values = {name: _own(tensor.detach().cpu()) for name, tensor in tensors.items()}
+        value = tensor.detach().cpu().contiguous()
+        # Safetensors takes no memory that other tensors share.
+        own = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+        values[name] = value if own else value.clone()
     try:
         file.touch()
         mode = file.stat().st_mode
@@ -159,13 +162,6 @@ def _write(address: str, file: Path, tensors: Mapping[str, torch.Tensor]) -> dic
             f"worker {address} could not write {file}: {type(error).__name__}: {error}"
         ) from error
     return {"bytes": size, "tensors": written}
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values, row by row and in memory that nothing else shares: safetensors insists."""
-    tensor = tensor.contiguous()
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole else tensor.clone()
 
 
 def check(store: Store, token: str, *, folder: str, files: Mapping[str, Any]) -> None:

@@ -48,11 +48,7 @@ def backward_error(error: BaseException, address: str, title: str, draw: Draw | 
 
 @contextmanager
 def layer_errors(
-    what: str,
-    name: str,
-    address: str,
-    after: str = "",
-    catch: type[BaseException] = Exception,
+    what: str, name: str, address: str, after: str = "", catch: type[BaseException] = Exception
 ) -> Iterator[None]:
     """Raise what the block raises as a LayerError that says what raised it, and where."""
     try:

@@ -21,8 +21,8 @@ from taskgrad.errors import CheckpointError
 from taskgrad.formats.encoding import encode
 from taskgrad.formats.weights import (
     CHECKPOINT,
+    FORMAT,
     WEIGHTS_INDEX,
-    new_index,
     new_weights_index,
     read_index,
     with_checksum,
@@ -83,7 +83,7 @@ def _index(
         raise CheckpointError(f"the trainer is at step {step}, its shards at {steps}")
     optimizers = {i: a["optimizer"] for i, a in enumerate(answers) if a["optimizer"]}
     return {
-        **new_index(),
+        **FORMAT,
         "taskgrad": version("taskgrad"),
         "step": step,
         "folder": folder,
