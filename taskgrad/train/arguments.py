@@ -228,7 +228,7 @@ def check_epochs(epochs: Any, **loaders: Any) -> int:
     be iterated over once only and there are more epochs.
     """
     for name, loader in loaders.items():
-        if loader is not None:
+        if loader is not None or name != "val_loader":
             check_loader(name, loader)
     epochs = whole("epochs", epochs, least=0)
     for name, loader in loaders.items():
