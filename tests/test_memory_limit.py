@@ -62,7 +62,8 @@ def test_what_needs_two_and_a_half_gib_trains_on_two_workers_of_one_and_a_half(f
     assert restored.step(x, t).item() < losses[-1]
     assert set(client.nthreads()) == before  # the nanny has restarted none
     peaks = client.run(peak_memory).values()
-    assert max(peaks) < 0.93 * 1.5 * GIB, peaks
+    # Dask ends a worker there. What the allocator keeps makes a peak differ by 0.1 GiB.
+    assert max(peaks) < 0.95 * 1.5 * GIB, peaks
 
 
 @pytest.mark.long
