@@ -64,9 +64,9 @@ def home(client: Client, workers: list[str], count: int, ours: bool) -> float:
     _wait(client, future)
     began = time.perf_counter()
     if ours:
-        from taskgrad.cluster import client_calls
+        from taskgrad.cluster.wire.gather import gather_values
 
-        pending = client_calls.values(client, [future], [workers[0]])
+        pending = gather_values(client, [future], [workers[0]])
         if not pending.done(60):
             raise TimeoutError("the tensor did not come")
         (value,) = pending.result()
