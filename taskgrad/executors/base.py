@@ -94,17 +94,12 @@ class Executor(Protocol):
         """
 
     def wait(
-        self,
-        nodes: Sequence[Node],
-        *,
-        behind: Sequence[Node] = (),
-        labels: Mapping[str, str] | None = None,
-        seconds: float | None = None,
+        self, nodes: Sequence[Node], *, launch: Launch | None = None, seconds: float | None = None
     ) -> BaseException | None:
         """Wait until all have run, or one cannot; returns the error, or None.
 
-        `behind` are nodes that these need and that are not held: their workers are watched too.
-        `labels` name tasks by their keys in messages. With `seconds`, a TimeoutError after that.
+        With the `launch` that they are the targets of, the workers of what runs for them are
+        watched too. With `seconds`, a TimeoutError after that.
         """
 
     def values(self, nodes: Sequence[Node]) -> list[Any]:
