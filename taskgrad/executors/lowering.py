@@ -18,9 +18,8 @@ from taskgrad.executors.table import Order, TaskTable
 from taskgrad.graph.calls import BufferState, Call
 from taskgrad.graph.leaves import External, Leaf, Primal
 from taskgrad.graph.nodes import Element, Node, Sum
-from taskgrad.graph.pullback import CotangentCheck, Pullback
+from taskgrad.graph.pullback import BatchedRead, CotangentCheck, ParameterGrad, Pullback, StoredGrad
 from taskgrad.graph.pytree import map_leaves
-from taskgrad.graph.reads import BatchedRead, ParameterGrad, StoredGrad
 from taskgrad.graph.shards import ShardCall
 from taskgrad.graph.slices import SampleFraction, Slice
 from taskgrad.worker import shard_ops
@@ -39,7 +38,7 @@ from taskgrad.worker.forward import Forward
 
 @singledispatch
 def action_of(node: Node) -> Any:
-    """What a worker runs for this node: a picklable object with ``run(store, *values)``."""
+    """The action that a worker runs for this node, which has a ``run(store, *values)``."""
     raise TypeError(f"no action for {type(node).__name__}")
 
 

@@ -91,13 +91,13 @@ def gather(nodes: Sequence[Node], session: Session, table: TaskTable) -> list[An
 
 
 def failure(node: Node, table: TaskTable) -> BaseException | None:
-    """What went wrong with a node that was submitted, as an error to raise."""
+    """The error of a node that was submitted; None if it has none."""
     future = table.futures.get(node)
     return None if future is None else task_error(future, node.label)
 
 
 def task_error(future: Future, label: str) -> BaseException | None:
-    """Why a task failed or was cancelled, as an error to raise; None if it was not."""
+    """The error of a task that failed or was cancelled, None if it did not."""
     if future.status == "error":
         error: BaseException = future.exception(timeout=_EXCEPTION_S)
         if isinstance(error, KilledWorker):
@@ -127,7 +127,7 @@ class Outages:
 
 
 class _Monitor:
-    """What one wait checks: what it waits for, and since when a worker is out of order."""
+    """The state of one wait: its targets, and since when a worker is out of order."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class _Monitor:
         self._outages = Outages()
 
     def check(self) -> BaseException | None:
-        """Why these will not all come, as an error to raise; None as far as is known."""
+        """The error because of which the targets will not all come; None if none is known."""
         try:
             check_open(self.session.client)
         except TaskgradError as error:
@@ -152,7 +152,7 @@ class _Monitor:
         return self.failed() or self._worker_out_of_order()
 
     def failed(self) -> BaseException | None:
-        """Why one of the targets has failed; None if none has."""
+        """The error of a target that has failed; None if none has."""
         error = next(filter(None, (failure(t, self.table) for t in self.targets)), None)
         # A backward that Dask runs again, as its result was lost, finds no tape.
         if isinstance(error, WorkerLostError | TapeError):
@@ -160,7 +160,7 @@ class _Monitor:
         return error
 
     def _all(self) -> list[Node]:
-        """What is waited for, and all behind it that is known."""
+        """The targets, and all behind them that is known."""
         return self.table.behind([*self.targets, *self._behind], lambda node: True)
 
     def _unfinished(self, node: Node) -> bool:

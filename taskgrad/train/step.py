@@ -11,11 +11,11 @@ import torch
 from taskgrad.executors.base import Launch
 from taskgrad.graph.adjoint import adjoint
 from taskgrad.graph.calls import LOSS, Call, Draw, LayerStep, LossSpec, StepContext
+from taskgrad.graph.functions import template
 from taskgrad.graph.nodes import Node, ancestors
 from taskgrad.graph.pullback import Pullback
 from taskgrad.graph.pytree import Slot
 from taskgrad.graph.shards import Shard, copied_names
-from taskgrad.graph.templates import template
 from taskgrad.layout import Layout
 from taskgrad.plan.plan import Plan
 from taskgrad.train.data import Batch
