@@ -23,8 +23,8 @@ from taskgrad.graph.calls import Call
 from taskgrad.graph.cotangents import Gradient, add
 from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import Node
+from taskgrad.graph.pullback import ParameterGrad
 from taskgrad.graph.pytree import carries_gradient, cotangents, flatten
-from taskgrad.graph.reads import ParameterGrad
 from taskgrad.graph.shards import Shard
 
 
@@ -46,10 +46,10 @@ class _Claim:
 
 
 class Recording:
-    """What was recorded of a computation on workers or in threads, for its backward there."""
+    """A computation on workers or in threads that was recorded for its backward there."""
 
     takes_create_graph = False
-    """Whether ``create_graph=True`` calls `differentiable`; else torch's error says it cannot."""
+    """True if ``create_graph=True`` calls `differentiable`; else torch's error says it cannot."""
 
     def backward(self, grads: Sequence[Gradient], retain: bool) -> Sequence[Gradient]:
         """Gradients of the inputs, given those of the outputs."""
@@ -160,14 +160,11 @@ class _Accumulation:
     """
 
     def __init__(self) -> None:
-        self._found: dict[Executor, list[Adjoint]] = {}
-
-    def add(self, found: Sequence[Adjoint], executor: Executor) -> None:
-        self._found.setdefault(executor, []).extend(found)
+        self.found: dict[Executor, list[Adjoint]] = {}
 
     def accumulate(self) -> None:
         """Add them to the parameters' `.grad`. A parameter of several groups gets one sum."""
-        for executor, found in self._found.items():
+        for executor, found in self.found.items():
             parameters: dict[tuple[Shard, str], tuple[ParameterGrad, ...]] = {}
             for one in found:
                 for key, parts in one.parameters.items():
@@ -185,11 +182,11 @@ def _accumulate_after_backward(found: Sequence[Adjoint], executor: Executor) -> 
     if accumulation is None:
         accumulation = _accumulations[task] = _Accumulation()
         torch.autograd.Variable._execution_engine.queue_callback(accumulation.accumulate)
-    accumulation.add(found, executor)
+    accumulation.found.setdefault(executor, []).extend(found)
 
 
 def _is_attached(leaf: Any) -> bool:
-    """Whether a leaf becomes part of the graph: a Parameter that the call made does not."""
+    """True if a leaf becomes part of the graph: a Parameter that the call made does not."""
     return carries_gradient(leaf) and not (isinstance(leaf, nn.Parameter) and leaf.requires_grad)
 
 
@@ -202,7 +199,7 @@ def _anchor() -> torch.Tensor:
 
 
 def _keeps_graph() -> bool:
-    """Whether the running backward has retain_graph=True.
+    """True if the running backward has retain_graph=True.
 
     Torch has no public name for it; without this one tapes are kept until the graph goes.
     """

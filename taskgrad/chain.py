@@ -21,7 +21,7 @@ from taskgrad.graph import pack
 from taskgrad.graph.deferred_init import from_factory, plan_init
 from taskgrad.graph.layers import ParameterInfo, flatten_model, local_name, rebuild_model
 from taskgrad.graph.leaves import Leaf
-from taskgrad.graph.reads import StoredGrad
+from taskgrad.graph.pullback import StoredGrad
 from taskgrad.graph.sending import reached
 from taskgrad.graph.shards import Shard
 from taskgrad.graph.torch_settings import refuse_module_hooks

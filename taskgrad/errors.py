@@ -1,4 +1,4 @@
-"""What taskgrad raises; every message says what was wrong, where, and what to do."""
+"""The exceptions that taskgrad raises; every message says what was wrong, where, and what to do."""
 
 from __future__ import annotations
 

@@ -14,13 +14,13 @@ from taskgrad.executors.registry import executor_of
 from taskgrad.graph import pack
 from taskgrad.graph.calls import Call, LayerStep, StepContext
 from taskgrad.graph.deferred_init import InitPlan, TensorSpec, unsent_tensors
+from taskgrad.graph.functions import template
 from taskgrad.graph.layers import Branches, Layer, Model, Path, local_name, owner_of
 from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import Node, new_key
 from taskgrad.graph.pytree import Slot
 from taskgrad.graph.sending import is_parametrized, refuse_cached
 from taskgrad.graph.shards import ChainRef, Shard, ShardCall, copied_names, shards_of
-from taskgrad.graph.templates import template
 from taskgrad.graph.torch_settings import TorchSettings, refuse_modes, settings_now
 from taskgrad.thunk import Inputs, Thunk
 from taskgrad.worker import loading, shard_ops

@@ -65,7 +65,7 @@ def loads(data: bytes) -> BaseException:
 
 
 def is_portable(error: BaseException) -> bool:
-    """Whether an exception can be pickled and unpickled whole, by its own ``__reduce__``."""
+    """True if an exception can be pickled and unpickled whole, by its own ``__reduce__``."""
     return _Packing(error).records[0].is_whole
 
 
@@ -93,9 +93,9 @@ def text_of(error: BaseException) -> str:
     return f"{module}{kind.__qualname__}: {message}" if message else f"{module}{kind.__qualname__}"
 
 
-def own_frames(error: BaseException, ours: int = 1) -> str:
-    """The frames of a traceback as text, without the first ones, which are taskgrad's (`ours`)."""
-    frames = [(file, line, name, None) for file, line, name in list(_frames(error))[ours:]]
+def own_frames(error: BaseException) -> str:
+    """The frames of a traceback as text, without the first one, which is taskgrad's."""
+    frames = [(file, line, name, None) for file, line, name in _frames(error)[1:]]
     return "".join(traceback.format_list(frames))[-_LONGEST_TRACEBACK:].rstrip()
 
 
@@ -169,7 +169,7 @@ class _Packing:
         return None, False
 
     def _other(self, number: Any) -> BaseException:
-        return self._errors[number] if isinstance(number, int) else _stands_in(number)
+        return self._errors[number] if isinstance(number, int) else TravelError(str(number))
 
     def _dump(self, value: Any, reduction: Any = None) -> bytes:
         file = _Limited()
@@ -229,14 +229,10 @@ class _Limited(io.BytesIO):
         return super().write(data)
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, other: Callable[[Any], BaseException]) -> None:
-        super().__init__(io.BytesIO(data))
-        self.persistent_load = other  # type: ignore[method-assign]
-
-
 def _load(data: bytes, other: Callable[[Any], BaseException]) -> Any:
-    return _Unpickler(data, other).load()
+    unpickler = pickle.Unpickler(io.BytesIO(data))
+    unpickler.persistent_load = other  # type: ignore[method-assign]
+    return unpickler.load()
 
 
 def _own_reduction(error: BaseException) -> Any:
@@ -285,7 +281,7 @@ def _notes(error: BaseException) -> list[str]:
     return [shorten(n, _LONGEST_TEXT) for n in found[:_MOST_NOTES] if isinstance(n, str)]
 
 
-def _frames(error: BaseException) -> Iterator[_Frame]:
+def _frames(error: BaseException) -> list[_Frame]:
     at = error.__traceback__
     found = []
     while at is not None:
@@ -295,11 +291,7 @@ def _frames(error: BaseException) -> Iterator[_Frame]:
     left_out = len(found) - _FIRST_FRAMES - _LAST_FRAMES
     if left_out > 0:
         found[_FIRST_FRAMES:-_LAST_FRAMES] = []
-    yield from found
-
-
-def _stands_in(other: Any) -> BaseException:
-    return TravelError(str(other))
+    return found
 
 
 def _first_of(data: bytes) -> BaseException:
@@ -321,7 +313,7 @@ class _Unpacking:
     def make(self, number: Any) -> BaseException:
         """The exception of this number, or a stand-in with its text, joined to no other."""
         if not isinstance(number, int):
-            return _stands_in(number)
+            return TravelError(str(number))
         if number not in self._made:
             record = self._records[number]
             stands_in = self._made[number] = TravelError(

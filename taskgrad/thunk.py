@@ -32,13 +32,12 @@ from taskgrad.graph import pack
 from taskgrad.graph.adjoint import adjoint
 from taskgrad.graph.calls import Call
 from taskgrad.graph.cotangents import check_cotangent, remember
-from taskgrad.graph.functions import pack_function
+from taskgrad.graph.functions import pack_function, template_of
 from taskgrad.graph.layers import kind_of
 from taskgrad.graph.leaves import External, Leaf, resolve
 from taskgrad.graph.nodes import Node, new_key
 from taskgrad.graph.pytree import Slot, flatten, plain
 from taskgrad.graph.refusals import refuse_hidden, refuse_writing
-from taskgrad.graph.templates import template_of
 
 
 class Lazy:
@@ -145,7 +144,7 @@ class Thunk(Delayed):
 
     @property
     def requires_grad(self) -> bool:
-        """Whether a backward can start here."""
+        """True if a backward can start here."""
         return self._node.needs_grad
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ it holds nothing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
@@ -171,7 +172,13 @@ class RetirementGuard:
             self._scheduler.loop.add_callback(self._log, sorted(addresses))
 
     async def _log(self, addresses: list[str]) -> None:
-        for address, held in (await self._what_is_held(addresses)).items():
+        message = {"op": _HELD}
+        asking = self._scheduler.broadcast(msg=message, workers=addresses, on_error="ignore")
+        found: dict[str, dict[str, int]] = {}
+        with contextlib.suppress(TimeoutError):
+            found = await asyncio.wait_for(asking, _ANSWER_S)
+        for address in addresses:
+            held = found.get(address, {})
             counts = ", ".join(f"{kind}: {count}" for kind, count in held.items() if count)
             logger.warning(
                 "worker %s is not retired: it holds what cannot be moved (%s). It can be retired "
@@ -183,12 +190,3 @@ class RetirementGuard:
             )
             event = {"action": "taskgrad-not-retired", "worker": address, **held}
             self._scheduler.log_event([TOPIC, address], event)
-
-    async def _what_is_held(self, addresses: list[str]) -> dict[str, dict[str, int]]:
-        message = {"op": _HELD}
-        asking = self._scheduler.broadcast(msg=message, workers=addresses, on_error="ignore")
-        try:
-            found: dict[str, dict[str, int]] = await asyncio.wait_for(asking, _ANSWER_S)
-        except TimeoutError:
-            found = {}
-        return {address: found.get(address, {}) for address in addresses}

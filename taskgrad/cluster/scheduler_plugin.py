@@ -17,7 +17,7 @@ from distributed.scheduler import TaskState, WorkerState
 from taskgrad.cluster import internals
 from taskgrad.cluster.config import Settings, merge
 from taskgrad.cluster.retirement import RetirementGuard
-from taskgrad.cluster.tuning import intervals, server_settings
+from taskgrad.cluster.tuning import server_settings
 from taskgrad.cluster.worker_plugin import NAME, RELEASE, SETTINGS, WORKER_LOST
 
 ANNOTATION = "taskgrad"
@@ -51,7 +51,7 @@ class TaskgradSchedulerPlugin(SchedulerPlugin):
     def _apply(self, workers: Iterable[str] = ()) -> None:
         """Apply the settings of now to the scheduler, and send them to these workers."""
         settings = merge(self._clients.values())
-        intervals.apply(self._scheduler, settings.latency)
+        internals.apply_interval(self._scheduler, settings.latency)
         for server in (self._scheduler, *internals.nannies_beside(self._scheduler)):
             server_settings.TICK.apply(server, settings.tick)
         for address in workers:

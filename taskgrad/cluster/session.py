@@ -20,7 +20,6 @@ from taskgrad.cluster.exits import close_at_exit
 from taskgrad.cluster.local import local_cluster, refuse_in_starting_process
 from taskgrad.cluster.scheduler_plugin import JOIN, TaskgradSchedulerPlugin
 from taskgrad.cluster.tasks import memory, worker_info
-from taskgrad.cluster.tuning import intervals
 from taskgrad.cluster.worker_plugin import TaskgradWorkerPlugin
 from taskgrad.errors import PlacementError, TaskgradError
 
@@ -64,7 +63,7 @@ class Session:
 
         client_calls.call_with_deadline(client, load, "to load taskgrad")
         close_at_exit(client)
-        intervals.apply(client, settings.latency)
+        internals.apply_interval(client, settings.latency)
 
     def workers(self) -> list[WorkerInfo]:
         """The current workers, by name where names are numbers, else by address.
@@ -124,8 +123,7 @@ class Session:
 
     def describe(self, address: str) -> str:
         """A worker's name and address, for messages."""
-        name = self.names.get(address, address)
-        return f"worker {name} at {address}" if name != address else f"worker {name}"
+        return f"worker {WorkerInfo(address, self.names.get(address, address))}"
 
     def known(self) -> list[WorkerInfo]:
         """The current workers, in no order; perhaps none."""

@@ -12,9 +12,8 @@ module imports neither dask nor torch.
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,7 @@ _counted: ContextVar[dict[int, int] | None] = ContextVar("taskgrad_counted", def
 def register(sizeof: Any) -> None:
     """Register tensors and modules, once torch is imported, and containers of them."""
     for kind in (list, tuple, set, frozenset, dict):
-        sizeof.register(kind, _each_storage_once(sizeof.dispatch(kind)))
+        sizeof.register(kind, _container()(sizeof.dispatch(kind)))
 
     @sizeof.register_lazy("torch")
     def register_torch() -> None:
@@ -41,18 +40,9 @@ def register(sizeof: Any) -> None:
         sizeof.register(torch.nn.Module, module_bytes)
 
 
-def _each_storage_once(stock: Callable[[Any], int]) -> Callable[[Any], int]:
-    @functools.wraps(stock)
-    def container_bytes(value: Any) -> int:
-        with _container():
-            return stock(value)
-
-    return container_bytes
-
-
 @contextmanager
 def _container() -> Iterator[None]:
-    """Count views of one storage in this block together."""
+    """Count views of one storage in this block, or in a call of the decorated function, once."""
     if _counted.get() is not None:  # inside another container
         yield
         return
@@ -71,11 +61,10 @@ def tensor_bytes(t: torch.Tensor) -> int:
     return size
 
 
+@_container()
 def module_bytes(module: torch.nn.Module) -> int:
     """The bytes of a module's tensors, tied ones once; other attributes are negligible."""
-    tensors = [*module.parameters(), *module.buffers()]
-    with _container():
-        return sys.getsizeof(module) + sum(map(tensor_bytes, tensors))
+    return sys.getsizeof(module) + sum(map(tensor_bytes, [*module.parameters(), *module.buffers()]))
 
 
 def _data_bytes(t: torch.Tensor) -> int:

@@ -10,10 +10,11 @@ from typing import Any
 from distributed import Worker
 from distributed.diagnostics.plugin import WorkerPlugin
 
+from taskgrad.cluster import internals
 from taskgrad.cluster.config import Settings
 from taskgrad.cluster.messages.rank_comms import DaskTransport
 from taskgrad.cluster.retirement import OccupancyReporter
-from taskgrad.cluster.tuning import intervals, malloc, server_settings
+from taskgrad.cluster.tuning import malloc, server_settings
 from taskgrad.cluster.wire import message_leases, result_table
 from taskgrad.cluster.wire import serialize as _serialize  # noqa: F401  registers the tensor family
 from taskgrad.worker.memory import MemoryUsage, total_bytes
@@ -95,19 +96,15 @@ class TaskgradWorkerPlugin(WorkerPlugin):
         self._transport.stop()
         # Messages may still be on their way to a worker that closes.
         for name in (RELEASE, SETTINGS, WORKER_LOST):
-            worker.stream_handlers[name] = _ignore
+            worker.stream_handlers[name] = lambda **message: None
         for name in _METRICS:
             worker.metrics.pop(f"{NAME}_{name}", None)
         worker.metrics.pop(_BYTES_READ, None)
         _stores.pop(worker, None)
 
 
-def _ignore(**message: Any) -> None:
-    pass
-
-
 def _apply(worker: Worker, settings: Settings) -> None:
-    intervals.apply(worker, settings.latency)
+    internals.apply_interval(worker, settings.latency)
     if settings.allocator:
         malloc.apply(worker)
     else:

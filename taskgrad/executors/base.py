@@ -29,7 +29,7 @@ class Submitted(Node):
 
 
 def needs_layers(node: Node) -> bool:
-    """Whether a node uses layers that its worker keeps."""
+    """True if a node uses layers that its worker keeps."""
     if isinstance(node, Submitted):
         return node.needs_layers
     call = node.call if isinstance(node, Pullback) else node
@@ -37,7 +37,7 @@ def needs_layers(node: Node) -> bool:
 
 
 def is_stateless(node: Node) -> bool:
-    """Whether another process can run a node, too: it needs no layers and no tapes."""
+    """True if another process can run a node, too: it needs no layers and no tapes."""
     if isinstance(node, Submitted):
         return node.is_stateless
     return isinstance(node, Call) and node.shard is None
@@ -45,7 +45,7 @@ def is_stateless(node: Node) -> bool:
 
 @dataclass(frozen=True)
 class Launch:
-    """What was launched.
+    """Tasks that were launched as one graph.
 
     Attributes
     ----------
@@ -94,17 +94,12 @@ class Executor(Protocol):
         """
 
     def wait(
-        self,
-        nodes: Sequence[Node],
-        *,
-        behind: Sequence[Node] = (),
-        labels: Mapping[str, str] | None = None,
-        seconds: float | None = None,
+        self, nodes: Sequence[Node], *, launch: Launch | None = None, seconds: float | None = None
     ) -> BaseException | None:
         """Wait until all have run, or one cannot; returns the error, or None.
 
-        `behind` are nodes that these need and that are not held: their workers are watched too.
-        `labels` name tasks by their keys in messages. With `seconds`, a TimeoutError after that.
+        With the `launch` that they are the targets of, the workers of what runs for them are
+        watched too. With `seconds`, a TimeoutError after that.
         """
 
     def values(self, nodes: Sequence[Node]) -> list[Any]:
@@ -117,7 +112,7 @@ class Executor(Protocol):
         """
 
     def failure(self, node: Node) -> BaseException | None:
-        """What went wrong with a node that was submitted, as an error to raise."""
+        """The error of a node that was submitted; None if it has none."""
 
     def cancel(self, nodes: Sequence[Node]) -> None:
         """Cancel these nodes even if something else, such as a traceback, still refers to them."""
@@ -129,7 +124,7 @@ class Executor(Protocol):
         """Hold the result of a node for as long as this shard exists on the driver."""
 
     def is_submitted(self, node: Node) -> bool:
-        """Whether a node was submitted, and is held."""
+        """True if a node was submitted, and is held."""
 
     def worker_of(self, node: Node) -> str | None:
         """The worker that a node asks for, or was given; None if it has none yet."""

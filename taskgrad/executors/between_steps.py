@@ -8,8 +8,7 @@ from typing import Any
 
 from taskgrad.graph.calls import Call
 from taskgrad.graph.nodes import Node
-from taskgrad.graph.pullback import Pullback
-from taskgrad.graph.reads import BatchedRead, StoredGrad
+from taskgrad.graph.pullback import BatchedRead, Pullback, StoredGrad
 from taskgrad.graph.shards import ChainRef, Shard
 
 

@@ -7,7 +7,7 @@ value, its tape or its gradients stay where they are.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,13 +98,12 @@ def dask_graph(node: Node, table: TaskTable, session: Session | None) -> HighLev
 
 @dataclass(frozen=True)
 class FuturesExecutor:
-    """An `Executor` over Dask's futures; see there for what its methods promise."""
+    """An `Executor` over Dask's futures. What its methods promise is described there."""
 
     session: Session
     table: TaskTable
 
     def run(self, targets: Sequence[Node], *, wait: bool = True, tapes: bool = True) -> list[Node]:
-        """Submit what these targets need, and wait until all of them have run."""
         if wait:
             refuse_deadlock()
         check_open(self.session.client)
@@ -169,7 +168,6 @@ class FuturesExecutor:
                 node.call.tape.restore()
 
     def launch(self, targets: Sequence[Node], order: Order) -> Launch:
-        """Submit these targets and all they need as one graph, of which only they are held."""
         check_open(self.session.client)
         table = self.table
         nodes = table.missing(targets, order)
@@ -224,19 +222,12 @@ class FuturesExecutor:
                     self.table.futures[leaf] = sent[leaf.key]
 
     def wait(
-        self,
-        nodes: Sequence[Node],
-        *,
-        behind: Sequence[Node] = (),
-        labels: Mapping[str, str] | None = None,
-        seconds: float | None = None,
+        self, nodes: Sequence[Node], *, launch: Launch | None = None, seconds: float | None = None
     ) -> BaseException | None:
-        """Wait until all have run, or one cannot; returns the error, or None."""
         targets = [self.table.carrier_of(n) for n in nodes]
-        return wait_for(targets, self.session, self.table, behind, labels or {}, seconds)
+        return wait_for(targets, self.session, self.table, launch, seconds)
 
     def values(self, nodes: Sequence[Node]) -> list[Any]:
-        """The values of nodes that have run, on the driver."""
         table = self.table
         carriers = [table.carrier_of(n) for n in nodes]
         there = [n for n in dict.fromkeys(carriers) if not isinstance(n, Leaf)]
@@ -252,29 +243,23 @@ class FuturesExecutor:
         return plain(own_copy(value) if in_process else value)
 
     def failure(self, node: Node) -> BaseException | None:
-        """What went wrong with a node that was submitted, as an error to raise."""
         return failure(node, self.table)
 
     def cancel(self, nodes: Sequence[Node]) -> None:
-        """Cancel these nodes even if something else, such as a traceback, still refers to them."""
         internals.release(self.session.client, [node.key for node in nodes])
         self.forget(nodes)
 
     def forget(self, nodes: Iterable[Node]) -> None:
-        """Release what is held of these nodes: results, and with them tapes and gradients."""
         for node in nodes:
             self.table.futures.pop(node, None)
 
     def hold(self, owner: Shard, node: Node) -> None:
-        """Hold the result of a node for as long as this shard exists on the driver."""
         self.table.futures[owner] = self.table.futures[node]
 
     def is_submitted(self, node: Node) -> bool:
-        """Whether a node was submitted, and is held."""
         return self.table.resolve(node) in self.table.futures
 
     def worker_of(self, node: Node) -> str | None:
-        """The worker that a node asks for, or was given; None if it has none yet."""
         return self.table.worker_of(node)
 
 

@@ -18,9 +18,8 @@ from taskgrad.executors.table import Order, TaskTable
 from taskgrad.graph.calls import BufferState, Call
 from taskgrad.graph.leaves import External, Leaf, Primal
 from taskgrad.graph.nodes import Element, Node, Sum
-from taskgrad.graph.pullback import CotangentCheck, Pullback
+from taskgrad.graph.pullback import BatchedRead, CotangentCheck, ParameterGrad, Pullback, StoredGrad
 from taskgrad.graph.pytree import map_leaves
-from taskgrad.graph.reads import BatchedRead, ParameterGrad, StoredGrad
 from taskgrad.graph.shards import ShardCall
 from taskgrad.graph.slices import SampleFraction, Slice
 from taskgrad.worker import shard_ops
@@ -39,7 +38,7 @@ from taskgrad.worker.forward import Forward
 
 @singledispatch
 def action_of(node: Node) -> Any:
-    """What a worker runs for this node: a picklable object with ``run(store, *values)``."""
+    """The action that a worker runs for this node, which has a ``run(store, *values)``."""
     raise TypeError(f"no action for {type(node).__name__}")
 
 
@@ -72,49 +71,21 @@ def _(node: Pullback) -> Backward:
 
 
 @action_of.register
-def _(node: CotangentCheck) -> CheckCotangent:
-    return CheckCotangent(node.call.key, node.call.title)
-
-
-@action_of.register
-def _(node: Element) -> Pick:
-    return Pick(node.position)
-
-
-@action_of.register
-def _(node: ParameterGrad) -> ReadGradient:
-    return ReadGradient(node.pullback.key, node.name)
-
-
-@action_of.register
-def _(node: StoredGrad) -> OnShard:
-    return OnShard(node.shard.token, shard_ops.gradient, {"name": node.name})
-
-
-@action_of.register
-def _(node: BatchedRead) -> ReadAll:
-    return ReadAll(tuple(map(action_of, node.reads)))
-
-
-@action_of.register
-def _(node: Sum) -> Add:
-    return Add()
-
-
-@action_of.register
-def _(node: BufferState) -> ReadBuffers:
-    return ReadBuffers(node.call.key)
-
-
-@action_of.register
-def _(node: ShardCall) -> OnShard:
-    return OnShard(node.shard.token, node.function, node.arguments)
-
-
-@action_of.register
 def _(node: Slice) -> TakeSlice:
     fraction = isinstance(node, SampleFraction)
     return TakeSlice(node.dims, node.index, node.count, node.what, fraction)
+
+
+action_of.register(CotangentCheck, lambda node: CheckCotangent(node.call.key, node.call.title))
+action_of.register(Element, lambda node: Pick(node.position))
+action_of.register(ParameterGrad, lambda node: ReadGradient(node.pullback.key, node.name))
+action_of.register(
+    StoredGrad, lambda node: OnShard(node.shard.token, shard_ops.gradient, {"name": node.name})
+)
+action_of.register(BatchedRead, lambda node: ReadAll(tuple(map(action_of, node.reads))))
+action_of.register(Sum, lambda node: Add())
+action_of.register(BufferState, lambda node: ReadBuffers(node.call.key))
+action_of.register(ShardCall, lambda node: OnShard(node.shard.token, node.function, node.arguments))
 
 
 def _compact(leaf: Any) -> Any:
@@ -157,7 +128,7 @@ def lower(
     tasks: dict[str, Any] = {}
     layers: dict[str, Any] = {}
     dependencies: dict[str, set[str]] = {}
-    pins: dict[str, list[str]] = {}
+    pins: dict[str, str] = {}
     order = order or {}
     read_back = {n.call for n in nodes if isinstance(n, BufferState)}
     for node in nodes:
@@ -177,11 +148,11 @@ def lower(
             tasks[node.key] = _task(node, action, table, order, ordered)
         worker = table.worker_of(node)
         if worker is not None:
-            pins[node.key] = [worker]
-    pinned_to = {key: names.get(address, address) for key, (address,) in pins.items()}
+            pins[node.key] = worker
+    pinned_to = {key: names.get(address, address) for key, address in pins.items()}
     annotations: dict[str, Any] = {ANNOTATION: pinned_to.get}
     if len(pins) == len(tasks):
-        annotations["workers"] = pins.__getitem__
+        annotations["workers"] = lambda key: [pins[key]]
     layer = MaterializedLayer(tasks, annotations=annotations)
     foreign = set(layers)
     return HighLevelGraph({**layers, name: layer}, {**dependencies, name: foreign})

@@ -20,8 +20,7 @@ from taskgrad.cluster.config import deadline
 from taskgrad.cluster.session import Session, check_open
 from taskgrad.cluster.wire.gather import gather_values
 from taskgrad.errors import TapeError, TaskgradError, WorkerLostError
-from taskgrad.executors.base import is_stateless, needs_layers
-from taskgrad.executors.lost import worker_lost, workers_killed
+from taskgrad.executors.base import Launch, is_stateless, needs_layers
 from taskgrad.executors.table import TaskTable
 from taskgrad.graph.nodes import Node, label_of
 from taskgrad.worker.settings import settings_released
@@ -36,13 +35,12 @@ def wait_for(
     targets: Sequence[Node],
     session: Session,
     table: TaskTable,
-    behind: Sequence[Node],
-    labels: Mapping[str, str],
+    launch: Launch | None,
     seconds: float | None,
 ) -> BaseException | None:
-    """What `Executor.wait` does. A task that waits gives its worker's thread back."""
+    """Do what `Executor.wait` says. A task that waits frees its worker's thread meanwhile."""
     with nested.waiting():
-        return _wait(_Monitor(targets, session, table, behind, labels), seconds)
+        return _wait(_Monitor(targets, session, table, launch), seconds)
 
 
 def _wait(monitor: _Monitor, seconds: float | None) -> BaseException | None:
@@ -93,18 +91,18 @@ def gather(nodes: Sequence[Node], session: Session, table: TaskTable) -> list[An
 
 
 def failure(node: Node, table: TaskTable) -> BaseException | None:
-    """What went wrong with a node that was submitted, as an error to raise."""
+    """The error of a node that was submitted; None if it has none."""
     future = table.futures.get(node)
     return None if future is None else task_error(future, node.label)
 
 
 def task_error(future: Future, label: str) -> BaseException | None:
-    """Why a task failed or was cancelled, as an error to raise; None if it was not."""
+    """The error of a task that failed or was cancelled, None if it did not."""
     if future.status == "error":
         error: BaseException = future.exception(timeout=_EXCEPTION_S)
         if isinstance(error, KilledWorker):
             key = str(error.task)
-            return workers_killed(error, label if key == str(future.key) else label_of(key))
+            return _workers_killed(error, label if key == str(future.key) else label_of(key))
         return error
     if future.status in ("cancelled", "lost"):
         return WorkerLostError(
@@ -129,25 +127,24 @@ class Outages:
 
 
 class _Monitor:
-    """What one wait checks: what it waits for, and since when a worker is out of order."""
+    """The state of one wait: its targets, and since when a worker is out of order."""
 
     def __init__(
         self,
         targets: Sequence[Node],
         session: Session,
         table: TaskTable,
-        behind: Sequence[Node] = (),
-        labels: Mapping[str, str] | None = None,
+        launch: Launch | None = None,
     ) -> None:
         self.targets = targets
         self.session = session
         self.table = table
-        self._behind = behind
-        self._labels = labels or {}
+        self._behind = [] if launch is None else launch.behind
+        self._labels = {} if launch is None else launch.labels
         self._outages = Outages()
 
     def check(self) -> BaseException | None:
-        """Why these will not all come, as an error to raise; None as far as is known."""
+        """The error because of which the targets will not all come; None if none is known."""
         try:
             check_open(self.session.client)
         except TaskgradError as error:
@@ -155,7 +152,7 @@ class _Monitor:
         return self.failed() or self._worker_out_of_order()
 
     def failed(self) -> BaseException | None:
-        """Why one of the targets has failed; None if none has."""
+        """The error of a target that has failed; None if none has."""
         error = next(filter(None, (failure(t, self.table) for t in self.targets)), None)
         # A backward that Dask runs again, as its result was lost, finds no tape.
         if isinstance(error, WorkerLostError | TapeError):
@@ -163,7 +160,7 @@ class _Monitor:
         return error
 
     def _all(self) -> list[Node]:
-        """What is waited for, and all behind it that is known."""
+        """The targets, and all behind them that is known."""
         return self.table.behind([*self.targets, *self._behind], lambda node: True)
 
     def _unfinished(self, node: Node) -> bool:
@@ -181,7 +178,7 @@ class _Monitor:
         trouble = self.session.out_of_order(pins)
         gone = {a for a, why in trouble.items() if why == "gone"}
         gone |= {a for a, why in trouble.items() if why == "restarted" and a in staged}
-        return worker_lost(self.session, min(gone), self._all(), self._labels) if gone else None
+        return _worker_lost(self.session, min(gone), self._all(), self._labels) if gone else None
 
     def _worker_out_of_order(self) -> WorkerLostError | None:
         found = {*self.table.behind(self.targets, self._unfinished), *self._behind}
@@ -204,6 +201,12 @@ class _Monitor:
         return None
 
 
+_MOST_NAMED = 4  # tasks that a message names
+
+_ENDED = (
+    "If nobody stopped it, its process was killed (out of memory?), crashed, or was ended by the "
+    "code that it ran (os._exit, os.abort): look at its log"
+)
 _START_ONE = (
     "Start a worker of that name, spawn it on another one, or raise Dask's setting "
     "taskgrad.worker-deadline"
@@ -212,3 +215,37 @@ _GIVE_MEMORY = (
     "Dask pauses a worker whose memory is nearly full: give the workers more memory, spread the "
     "model over more of them, or take smaller batches"
 )
+
+
+def _worker_lost(
+    session: Session, address: str, nodes: Sequence[Node], labels: Mapping[str, str]
+) -> WorkerLostError:
+    """The error for layers or tapes that went with their worker.
+
+    `nodes` are those that were waited for and all behind them; `labels` the names, by their keys,
+    of further tasks, whose nodes are not held any more.
+    """
+    known = {**labels, **{n.key: n.label for n in sorted(nodes, key=lambda n: n.order)}}
+    undone = session.unfinished(address)
+    again = "Make the chain again" if labels or any(map(needs_layers, nodes)) else "Call again"
+    tasks = [label for key, label in known.items() if key in undone]
+    return WorkerLostError(
+        f"{session.describe(address)} is gone, and with it the layers and tapes that it kept. "
+        + (f"It had not finished {_some(tasks)}. " if tasks else "")
+        + f"{_ENDED}. {again} on the workers there are"
+    )
+
+
+def _workers_killed(error: KilledWorker, label: str) -> WorkerLostError:
+    """The error for a task that Dask has given to several workers, each of which was lost."""
+    last = error.last_worker
+    return WorkerLostError(
+        f"{label}: {error.allowed_failures + 1} workers ran that one after the other, and each "
+        f"died; the last was worker {last.name} at {last.address}. {_ENDED}. Dask's "
+        "setting distributed.scheduler.allowed-failures says how many it may take"
+    )
+
+
+def _some(tasks: list[str]) -> str:
+    more = len(tasks) - _MOST_NAMED
+    return "; ".join(tasks[:_MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")

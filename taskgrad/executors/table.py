@@ -10,8 +10,7 @@ from distributed import Future
 
 from taskgrad.graph.leaves import resolve
 from taskgrad.graph.nodes import Element, Node, walk
-from taskgrad.graph.pullback import Pullback
-from taskgrad.graph.reads import BatchedRead, Read
+from taskgrad.graph.pullback import BatchedRead, Pullback, Read
 
 Order = Mapping[Node, Sequence[Node]]
 """For a node, others that must have run before it."""

@@ -13,8 +13,7 @@ from taskgrad.errors import TapeError
 from taskgrad.graph.calls import Call
 from taskgrad.graph.leaves import Leaf, Primal
 from taskgrad.graph.nodes import Element, Node, ancestors, new_key, sum_of, walk
-from taskgrad.graph.pullback import CotangentCheck, Pullback
-from taskgrad.graph.reads import ParameterGrad
+from taskgrad.graph.pullback import CotangentCheck, ParameterGrad, Pullback
 from taskgrad.graph.shards import Shard
 
 Seeds = Sequence[tuple[Node, Node | None]]
@@ -163,7 +162,7 @@ def _completing(calls: Sequence[Call]) -> dict[Call, list[tuple[Shard, str]]]:
 
 
 def _checks(seeds: Seeds) -> dict[Node, tuple[CotangentCheck, ...]]:
-    """What each output's pullback awaits before it uses a tape: that all cotangents fit.
+    """The checks that each output's pullback awaits before it uses a tape: do all cotangents fit?
 
     A pullback checks its own. A cotangent of a collected output was checked on the driver.
     """

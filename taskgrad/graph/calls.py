@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from taskgrad.graph.nodes import Node, label_of, new_key
-from taskgrad.graph.process_group import Rank
 from taskgrad.graph.shards import Shard
 from taskgrad.graph.torch_settings import TorchSettings, refuse_modes, settings_now
 
@@ -49,6 +49,44 @@ class StepContext(NamedTuple):
     draw: Draw
     recompute: tuple[tuple[int, int], ...] = ()
     loss: LossSpec | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ProcessGroup:
+    """What the calls of one function that run at once and exchange values have in common.
+
+    It is sent with each of them; on the driver its identity groups them, forward and backward.
+
+    Attributes
+    ----------
+    title
+        The function's name, for messages.
+    axis
+        The name of the mapped axis; None if it has none.
+    workers
+        The address of each rank's worker, in rank order.
+    seed
+        What the ranks' random streams start from.
+    deadline
+        Seconds for which a rank waits for another one.
+    """
+
+    title: str
+    axis: Hashable
+    workers: tuple[str, ...]
+    seed: int
+    deadline: float
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One call of a process group, by its place in it."""
+
+    group: ProcessGroup
+    index: int
+
+    def __str__(self) -> str:
+        return f"rank {self.index} of {self.group.title}"
 
 
 class CallSpec(NamedTuple):
@@ -105,7 +143,7 @@ class CallSpec(NamedTuple):
 
 
 class TapeUse:
-    """What becomes of a call's tape, as the driver knows it.
+    """The state of a call's tape, as the driver knows it.
 
     `wanted` says whether a gradient could go through the call, `kept` whether the call leaves a
     tape for that, `spent` whether that was used. `claims` counts the autograd functions on the

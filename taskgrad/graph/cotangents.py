@@ -1,4 +1,4 @@
-"""Whether a cotangent fits the value that it is a cotangent of."""
+"""Sums of gradients, and checks that a cotangent fits the value that it is a cotangent of."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _shape_of(leaf: Any) -> Any:
 
 
 def check_cotangent(node: Node, cotangent: Any) -> bool:
-    """Whether a cotangent is known to fit this node's value, which was seen on the driver.
+    """True if a cotangent is known to fit this node's value, which was seen on the driver.
 
     Raises
     ------

@@ -1,14 +1,16 @@
-"""A function as calls take it: its bytes, and what it closes over as inputs."""
+"""A function as calls take it: its bytes, what it closes over as inputs, and its arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import cloudpickle
 import torch
 from torch import nn
 
 from taskgrad.graph import pack
+from taskgrad.graph.pytree import Slot, Structure, flatten
 from taskgrad.graph.sending import is_parametrized, refuse_cached, unpicklable_extra
 
 
@@ -29,7 +31,7 @@ class PackedFunction(NamedTuple):
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """What it closes over."""
+        """The tensors that it closes over."""
         return [found.tensor for found in self.closed_over]
 
 
@@ -60,3 +62,32 @@ def pack_function(
         name, owner = owners.get(id(tensor), ("", None))
         closed_over.append(ClosedOver(tensor, name, owner, id(tensor) in buffers))
     return PackedFunction(packed.data, closed_over)
+
+
+def template_of(leaves: Sequence[Any], structure: Structure) -> bytes:
+    """Pickle arguments of this structure; leaves that are a `Slot` stand for inputs."""
+    data: bytes = cloudpickle.dumps((list(leaves), structure))
+    return data
+
+
+def template(arguments: Any) -> bytes:
+    """Pickle arguments that have slots for their inputs."""
+    return template_of(*flatten(arguments))
+
+
+class Template:
+    """Unpickled arguments with slots."""
+
+    def __init__(self, data: bytes) -> None:
+        self._leaves, self._structure = pack.loads_arguments(data)
+
+    @property
+    def parameters(self) -> set[int]:
+        """The positions of inputs that are Parameters of objects among the arguments."""
+        leaves = [self._leaves[i] for i in self._structure.parameters]
+        return {leaf.index for leaf in leaves if type(leaf) is Slot}
+
+    def fill(self, inputs: Sequence[Any]) -> Any:
+        """The arguments, with the inputs in their slots."""
+        given = [inputs[x.index] if type(x) is Slot else x for x in self._leaves]
+        return self._structure.build(given)

@@ -71,7 +71,7 @@ def overlapping(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor covers each element of its span once, in any order of its dimensions."""
+    """True if a tensor covers each element of its span once, in any order of its dimensions."""
     if tensor.is_contiguous():
         return True
     expected = 1

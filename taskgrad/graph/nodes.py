@@ -65,7 +65,7 @@ class Node(Opaque):
 
     @property
     def needs_grad(self) -> bool:
-        """Whether anything upstream can receive a gradient from this value."""
+        """True if anything upstream can receive a gradient from this value."""
         return False
 
 

@@ -38,7 +38,7 @@ class Opaque:
 
 
 def is_lazy(value: Any) -> bool:
-    """Whether this is a value that is not computed yet: a Dask collection or a graph node."""
+    """True if this is a value that is not computed yet: a Dask collection or a graph node."""
     return isinstance(value, Opaque) or hasattr(type(value), "__dask_graph__")
 
 
@@ -67,7 +67,7 @@ class Skeleton:
     parameters: Mapping[int, bool]
 
     def __eq__(self, other: object) -> bool:
-        """Whether both have the same leaves in the same places; the rest may differ."""
+        """True if both have the same leaves in the same places; the rest may differ."""
         if not isinstance(other, Skeleton):
             return NotImplemented
         return self.kind == other.kind and self.places == other.places
@@ -185,7 +185,7 @@ def _is_leaf(part: Any) -> bool:
 
 
 def pickles_its_own_way(kind: type) -> bool:
-    """Whether a class defines how it is pickled, and so may leave parts out."""
+    """True if a class defines how it is pickled, and so may leave parts out."""
     if kind.__module__.partition(".")[0] in sys.stdlib_module_names - {"__main__"}:
         return False
     return any(
@@ -199,12 +199,12 @@ def _name(value: Any) -> str:
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
-    """What an object has in its ``__dict__`` and its slots."""
+    """The attributes of an object, in its ``__dict__`` and its slots."""
     return {**slots_of(value), **getattr(value, "__dict__", {})}
 
 
 def slots_of(value: Any) -> dict[str, Any]:
-    """What an object has in its slots, by attribute name."""
+    """The values in the slots of an object, by attribute name."""
     found: dict[str, Any] = {}
     for kind in type(value).__mro__:
         slots = vars(kind).get("__slots__", ())
@@ -247,7 +247,7 @@ def _walk(root: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _parts(part: Any) -> Iterator[tuple[str, Any]]:
-    """What an object holds, each with its place there."""
+    """The values that an object holds, each with its place there."""
     if isinstance(part, dict | types.MappingProxyType):
         for i, (key, inner) in enumerate(part.items()):
             plain = isinstance(key, str | int)
@@ -289,7 +289,7 @@ def _parts_of_function(fn: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _is_importable(fn: types.FunctionType) -> bool:
-    """Whether a function is pickled by its name."""
+    """True if a function is pickled by its name."""
     found: Any = sys.modules.get(fn.__module__) if fn.__module__ != "__main__" else None
     for name in fn.__qualname__.split("."):
         found = getattr(found, name, None)

@@ -42,7 +42,7 @@ def set_extras(tensor: torch.Tensor, carried: TensorExtras) -> None:
 
 
 def has_hooks(tensor: torch.Tensor) -> bool:
-    """Whether hooks are registered on this tensor's gradient."""
+    """True if hooks are registered on this tensor's gradient."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 

@@ -18,11 +18,7 @@ class ChainRef:
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self.trained_by: Callable[[], Any] = _nothing
-
-
-def _nothing() -> None:
-    """No trainer was ever made."""
+        self.trained_by: Callable[[], Any] = lambda: None
 
 
 class Shard:

@@ -28,12 +28,12 @@ from taskgrad.graph import pack
 from taskgrad.graph.calls import Call
 from taskgrad.graph.copies import own_copy
 from taskgrad.graph.cotangents import Gradient
+from taskgrad.graph.functions import template
 from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import Node, Sum, new_key
 from taskgrad.graph.objects import Opaque
 from taskgrad.graph.pullback import Pullback
 from taskgrad.graph.pytree import Slot, sequence
-from taskgrad.graph.templates import template
 from taskgrad.graph.torch_settings import thread_settings
 from taskgrad.item_errors import portable
 from taskgrad.mapping.eager import EagerGradients, EagerOptions, differentiate_eagerly

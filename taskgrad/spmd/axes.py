@@ -46,7 +46,7 @@ def _spread(axes: Any, structure: Structure, what: str, tree: Any) -> list[Axis]
 
 
 def is_axis(given: Any) -> bool:
-    """Whether this is the number of an axis: an int or a NumPy integer."""
+    """True if this is the number of an axis: an int or a NumPy integer."""
     return isinstance(given, int | np.integer) and not isinstance(given, bool)
 
 

@@ -16,14 +16,12 @@ from taskgrad.cluster.nested import current_worker
 from taskgrad.cluster.session import Session, session
 from taskgrad.errors import TaskgradError
 from taskgrad.executors.registry import executor_of
-from taskgrad.graph.calls import Call
-from taskgrad.graph.functions import pack_function
+from taskgrad.graph.calls import Call, ProcessGroup, Rank
+from taskgrad.graph.functions import pack_function, template
 from taskgrad.graph.layers import kind_of
 from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import new_key
-from taskgrad.graph.process_group import ProcessGroup, Rank
 from taskgrad.graph.pytree import Slot, Structure, describe, flatten
-from taskgrad.graph.templates import template
 from taskgrad.spmd.axes import Axis, check, is_axis, join, mapped_size, spread
 from taskgrad.thunk import Lazy, Thunk
 from taskgrad.worker.communicator import running

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -11,11 +11,11 @@ import torch
 from taskgrad.executors.base import Launch
 from taskgrad.graph.adjoint import adjoint
 from taskgrad.graph.calls import LOSS, Call, Draw, LayerStep, LossSpec, StepContext
+from taskgrad.graph.functions import template
 from taskgrad.graph.nodes import Node, ancestors
 from taskgrad.graph.pullback import Pullback
 from taskgrad.graph.pytree import Slot
 from taskgrad.graph.shards import Shard, copied_names
-from taskgrad.graph.templates import template
 from taskgrad.layout import Layout
 from taskgrad.plan.plan import Plan
 from taskgrad.train.data import Batch
@@ -54,10 +54,7 @@ class Step:
     settles: list[Node]
     order: dict[Node, tuple[Node, ...]]
     """For an action the one before it in the schedule, if any, or in the step before."""
-    behind: Sequence[Node] = ()
-    """Calls that the batch depends on, which run on workers without a shard."""
-    labels: Mapping[str, str] = field(default_factory=dict)
-    """The names of the tasks in messages, by their keys."""
+    launch: Launch | None = None
 
     @property
     def targets(self) -> list[Node]:
@@ -71,7 +68,7 @@ class Step:
         self.last = {shard: next(tasks) for shard in self.last}
         self.settles = list(tasks)
         self.order = {}
-        self.behind, self.labels = launch.behind, launch.labels
+        self.launch = launch
 
 
 @dataclass(frozen=True)

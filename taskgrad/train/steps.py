@@ -135,9 +135,7 @@ class Steps:
                 first = self._running[0]
                 try:
                     made = first.made
-                    error = self._executor.wait(
-                        made.targets, behind=made.behind, labels=made.labels
-                    )
+                    error = self._executor.wait(made.targets, launch=made.launch)
                     if error is not None:
                         raise error
                     [report] = self._executor.values([made.report])

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from taskgrad.errors import CollectiveError, TaskgradError, WorkerLostError
-from taskgrad.graph.process_group import Rank
+from taskgrad.graph.calls import Rank
 from taskgrad.worker.mailbox import GroupAborted, Mailboxes, Message, TaskOutcome, Transport
 from taskgrad.worker.settings import settings_released
 

@@ -16,8 +16,8 @@ from torch import nn
 from taskgrad.errors import LayerError, TravelError
 from taskgrad.graph import pack
 from taskgrad.graph.calls import LOSS, CallSpec
+from taskgrad.graph.functions import Template
 from taskgrad.graph.pytree import Structure, carries_gradient, describe, flatten
-from taskgrad.graph.templates import Template
 from taskgrad.worker import training
 from taskgrad.worker.activation_checkpoint import recomputed
 from taskgrad.worker.communicator import Communicator

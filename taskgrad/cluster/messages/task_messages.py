@@ -149,7 +149,7 @@ def broadcast_get(worker: Worker, token: str, load: Callable[[Any], Any]) -> Any
         if token in values:
             return values[token]
         values[token] = None  # removed again if the deletion arrives first
-        worker.stream_handlers[_DELETE] = functools.partial(_forget, values)
+        worker.stream_handlers[_DELETE] = lambda token: values.pop(token, None)
         ask = functools.partial(getattr(worker.scheduler, _GET), worker=worker.address)
         try:
             answer = sync(worker.loop, ask, token=token, callback_timeout=deadline("answer"))
@@ -162,7 +162,3 @@ def broadcast_get(worker: Worker, token: str, load: Callable[[Any], Any]) -> Any
             return None
         values[token] = loaded
         return loaded
-
-
-def _forget(values: dict[str, Any], token: str) -> None:
-    values.pop(token, None)

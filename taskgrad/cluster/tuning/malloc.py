@@ -11,6 +11,7 @@ The settings are the process's: they stay while any of its workers wants them.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -28,8 +29,9 @@ from taskgrad.cluster import internals
 
 logger = logging.getLogger("taskgrad")
 
-# From malloc.h.
+# From malloc.h, and by name, for environment variables and tunables.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
+_PARAMETERS = {"trim_threshold": -1, "top_pad": -2, "mmap_threshold": -3}
 
 _MIB = 2**20
 # Free memory at the end of a heap is kept up to the first; the heaps of threads, 64 MiB each, are
@@ -43,17 +45,6 @@ _FIXED = {_TRIM_THRESHOLD: 128 * 1024, _TOP_PAD: 128 * 1024, _MMAP_THRESHOLD: 12
 # If it sets none, glibc raises two of them while a process runs, up to these, until a program sets
 # one. That cannot be undone, so restoring sets the values that it would have reached.
 _RAISED = {**_FIXED, _TRIM_THRESHOLD: 64 * _MIB, _MMAP_THRESHOLD: 32 * _MIB}
-
-_VARIABLES = {
-    _TRIM_THRESHOLD: "MALLOC_TRIM_THRESHOLD_",
-    _TOP_PAD: "MALLOC_TOP_PAD_",
-    _MMAP_THRESHOLD: "MALLOC_MMAP_THRESHOLD_",
-}
-_TUNABLES = {
-    "glibc.malloc.trim_threshold": _TRIM_THRESHOLD,
-    "glibc.malloc.top_pad": _TOP_PAD,
-    "glibc.malloc.mmap_threshold": _MMAP_THRESHOLD,
-}
 
 # Fractions of the memory limit, below those at which Dask spills (70 %) and pauses (80 %).
 _RELIEF = 0.6
@@ -131,17 +122,17 @@ def values_before(environment: Any) -> dict[int, int]:
     found: dict[int, int] = {}
     for setting in environment.get("GLIBC_TUNABLES", "").split(":"):
         name, _, text = setting.partition("=")
-        if name in _TUNABLES:
-            _read(found, _TUNABLES[name], text)
-    for parameter, variable in _VARIABLES.items():
-        _read(found, parameter, environment.get(variable, ""))
+        if name.startswith("glibc.malloc."):
+            _read(found, name.removeprefix("glibc.malloc."), text)
+    for name in _PARAMETERS:
+        _read(found, name, environment.get(f"MALLOC_{name.upper()}_", ""))
     return {**(_FIXED if found else _RAISED), **found}
 
 
 def check_threads(worker: Worker) -> str | None:
     """The warning that a worker runs more threads than its machine has cores, also logged; or None.
 
-    taskgrad sets no number of threads: another one gives other bits, and Dask's nanny starts
+    taskgrad sets no number of threads: results depend on it to the bit, and Dask's nanny starts
     workers with ``OMP_NUM_THREADS=1``. In workers started otherwise torch uses every core in each
     task.
     """
@@ -166,11 +157,9 @@ def _set(libc: Any, values: dict[int, int]) -> None:
             libc.mallopt(parameter, min(value, _LARGEST_MMAP_THRESHOLD))
 
 
-def _read(found: dict[int, int], parameter: int, text: str) -> None:
-    try:
-        found[parameter] = int(text, 0)
-    except ValueError:
-        return
+def _read(found: dict[int, int], name: str, text: str) -> None:
+    with contextlib.suppress(KeyError, ValueError):
+        found[_PARAMETERS[name]] = int(text, 0)
 
 
 @cache

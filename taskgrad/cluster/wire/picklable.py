@@ -37,11 +37,10 @@ def check_picklable(value: Any) -> None:
 
     It names the part that cannot be sent, by its place in the value and its type.
     """
-    if _is_plain(value):
+    if _is_plain(value) or _can_be_pickled(value):
         return
     problem = _problem(value)
-    if problem is None:
-        _check_unpickling(value)
+    if problem is None:  # Dask serializes it in its own way
         return
     place, part, why = _culprit(value, problem)
     where = f"its part {place}, " if place else ""
@@ -52,8 +51,8 @@ def check_picklable(value: Any) -> None:
     )
 
 
-def _check_unpickling(value: Any) -> None:
-    """Raise if a value can be pickled but not unpickled: its receiver would wait forever."""
+def _can_be_pickled(value: Any) -> bool:
+    """Raises if the value can be pickled but not unpickled: its receiver would wait forever."""
     for kind in (_Checker, _CloudChecker):
         file, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
         pickler = kind(file, protocol=5, buffer_callback=buffers.append)
@@ -69,7 +68,8 @@ def _check_unpickling(value: Any) -> None:
                 f"({text_of(error)}): a {type(value).__module__}.{type(value).__qualname__}. Check "
                 "its __setstate__ and __reduce__"
             ) from error
-        return
+        return True
+    return False
 
 
 def _is_plain(value: Any) -> bool:

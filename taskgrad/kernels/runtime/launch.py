@@ -62,7 +62,7 @@ class Launcher:
     """
 
     def __init__(self, expression: Expression, name: str, results: Results | None = None) -> None:
-        self.expression, self.name, self._results = expression, name, results
+        self.name, self._results = name, results
         self.plans: dict[Any, LaunchPlan] = {}
         self.last: thread_team.CallStats | None = None
         self._inlined = inlined(expression)
