@@ -19,13 +19,13 @@ class Pullback(Node):
     call
         The forward whose tape it uses, on the worker where that is.
     cotangents
-        Nodes to sum, in this order; None stands for ones (the output must be a scalar).
+        Nodes to sum, in this order; None means ones (the output must be a scalar).
     wanted
-        The input slots whose cotangents are given back.
+        The input slots whose cotangents are returned.
     retain
         Keep the tape for another backward.
     scale
-        By what a cotangent of ones is multiplied: a number, and the node of another, if any.
+        The factor of a cotangent of ones: a number, and the node of another factor, if any.
     accumulate
         For each parameter whose gradient is complete with this backward, what is added to it: the
         pullbacks on this worker and the gradients from others that come before its own, in order.

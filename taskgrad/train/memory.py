@@ -17,7 +17,7 @@ from taskgrad.worker.offload import CHUNK
 logger = logging.getLogger("taskgrad")
 
 InFiles = dict[str, frozenset[str]]
-"""By worker, what lies in files there: the optimizer's "state", the copies that "undo" a step."""
+"""By worker, what is kept in files: the optimizer's "state", the copies that "undo" a step."""
 
 
 class _Need(NamedTuple):
