@@ -12,12 +12,8 @@ import numpy as np
 def whole(name: str, given: Any, least: int | None = None) -> int:
     """A whole number as an int: an int, a NumPy integer, or an integer tensor of one element.
 
-    Raises
-    ------
-    TypeError
-        It is not a whole number; booleans and floats such as 1.0 are not.
-    ValueError
-        It is less than `least`.
+    Raises TypeError if it is not a whole number, as booleans and floats such as 1.0 are not;
+    ValueError if it is less than `least`.
     """
     try:
         if isinstance(given, bool | np.bool_) or str(getattr(given, "dtype", "")) == "torch.bool":
@@ -31,26 +27,14 @@ def whole(name: str, given: Any, least: int | None = None) -> int:
 
 
 def flag(name: str, given: Any) -> bool:
-    """A boolean of Python or NumPy as a bool.
-
-    Raises
-    ------
-    TypeError
-        It is not a boolean; 0 and 1 are not.
-    """
+    """A boolean of Python or NumPy as a bool; TypeError if it is not one, as 0 and 1 are not."""
     if not isinstance(given, bool | np.bool_):
         raise TypeError(f"{name} is True or False; got {shown(given)}")
     return bool(given)
 
 
 def iterator(name: str, place: int, given: Any) -> Iterator[Any]:
-    """An iterator over the items that were given to a function `name` at this place.
-
-    Raises
-    ------
-    TypeError
-        It is not iterable.
-    """
+    """An iterator over the items given to a function `name` at this place; TypeError if none."""
     try:
         return iter(given)
     except TypeError:

@@ -8,7 +8,7 @@ autograd accumulates at all: ``torch.autograd.grad`` accumulates nothing, here a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -26,6 +26,8 @@ from taskgrad.graph.nodes import Node
 from taskgrad.graph.pullback import ParameterGrad
 from taskgrad.graph.pytree import carries_gradient, cotangents, flatten
 from taskgrad.graph.shards import Shard
+
+Differentiable = Callable[[Sequence[torch.Tensor], Sequence[Gradient]], Sequence[Gradient]]
 
 
 class _Claim:
@@ -48,17 +50,14 @@ class _Claim:
 class Recording:
     """A computation on workers or in threads that was recorded for its backward there."""
 
-    takes_create_graph = False
-    """True if ``create_graph=True`` calls `differentiable`; else torch's error says it cannot."""
+    differentiable: Differentiable | None = None
+    """`backward` as a function of inputs and gradients of outputs, for ``create_graph=True``.
+
+    If it is None torch raises the error of a function that can be differentiated once.
+    """
 
     def backward(self, grads: Sequence[Gradient], retain: bool) -> Sequence[Gradient]:
         """Gradients of the inputs, given those of the outputs."""
-        raise NotImplementedError
-
-    def differentiable(
-        self, inputs: Sequence[torch.Tensor], grads: Sequence[Gradient]
-    ) -> Sequence[Gradient]:
-        """The same, as functions of the inputs and of the gradients of the outputs."""
         raise NotImplementedError
 
 
@@ -74,8 +73,9 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Gradient) -> Any:
-        if torch.is_grad_enabled() and ctx.recording.takes_create_graph:
-            return None, None, *ctx.recording.differentiable(ctx.saved_tensors, grads)
+        differentiable = ctx.recording.differentiable
+        if torch.is_grad_enabled() and differentiable is not None:
+            return None, None, *differentiable(ctx.saved_tensors, grads)
         return _backward_once(ctx, *grads)
 
 
@@ -147,7 +147,7 @@ class _Group(Recording):
         return [_anchor(), *(by_tensor.get(id(value)) for value in self.inputs)]
 
     def accumulate(self, anchor: torch.Tensor) -> None:
-        """Autograd's accumulation has reached us: so do the workers' parameters'."""
+        """Autograd accumulates the anchor's gradient: so do those of the workers' parameters."""
         anchor.grad = None
         waiting, self.waiting = self.waiting, []
         _accumulate_after_backward(waiting, self.executor)
@@ -194,7 +194,7 @@ _TENSOR = object()  # stands for a tensor that was handed to autograd
 
 
 def _anchor() -> torch.Tensor:
-    """Independent of the default dtype and device, which may be others in the backward."""
+    """A tensor whose dtype and device do not depend on torch's defaults, which may change."""
     return torch.zeros(0, dtype=torch.float32, device="cpu")
 
 

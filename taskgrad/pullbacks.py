@@ -46,7 +46,7 @@ def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
         of `y`'s value, None where there is none. ``grads`` has a thunk for each trainable parameter
         by its name in the chain or module (with several of these behind `y`, after the name of
         each: ``"Sequential.0.weight"``, ``"Sequential_1.0.weight"``); ``input_grads`` one pytree of
-        thunks for each primal. A thunk whose value no cotangent reaches gives None.
+        thunks for each primal, with None in place of a value that no cotangent reaches.
 
     Raises
     ------

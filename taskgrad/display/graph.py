@@ -81,7 +81,7 @@ class CallGraph(NamedTuple):
 def call_graph(
     outputs: Iterable[Node], worker_of: Callable[[Node], str | None] | None = None
 ) -> CallGraph:
-    """The graph behind these outputs; `worker_of` gives the worker that a node was given."""
+    """The graph behind these outputs; `worker_of` returns the worker assigned to a node."""
     graph = CallGraph({}, [])
     ends: dict[Node, str] = {}
     for node in sorted(ancestors(outputs), key=lambda n: n.order):

@@ -76,7 +76,7 @@ def _(node: Slice) -> TakeSlice:
     return TakeSlice(node.dims, node.index, node.count, node.what, fraction)
 
 
-action_of.register(CotangentCheck, lambda node: CheckCotangent(node.call.key, node.call.title))
+action_of.register(CotangentCheck, lambda node: CheckCotangent(node.call.key))
 action_of.register(Element, lambda node: Pick(node.position))
 action_of.register(ParameterGrad, lambda node: ReadGradient(node.pullback.key, node.name))
 action_of.register(

@@ -1,6 +1,6 @@
 """Plain Python values as JSON, with the tensors in them left out for a file of their own.
 
-What a checkpoint holds beside tensors: options of an optimizer, the state of a learning-rate
+What a checkpoint holds besides tensors: options of an optimizer, the state of a learning-rate
 scheduler. JSON knows fewer types than Python; the others are objects of one key that starts with
 "$". Nothing here can run code, as unpickling can.
 """
@@ -20,10 +20,7 @@ from taskgrad.errors import CheckpointError
 def encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     """A value as JSON; its tensors are put into `tensors`, under names that start with `name`.
 
-    Raises
-    ------
-    CheckpointError
-        It holds something that is neither a tensor nor plain; the message names it.
+    Raises CheckpointError if it holds something that is neither a tensor nor plain, and names it.
 
     Examples
     --------

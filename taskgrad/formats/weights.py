@@ -134,7 +134,7 @@ def opened(file: str | Path) -> Iterator[Any]:
     Raises CheckpointError if the file is not there, is no safetensors file, or was cut short.
     """
     try:
-        # The class is untyped; `with` on it gives the handle.
+        # The class is untyped; `with` on it returns the handle.
         with safe_open(str(file), "pt", backend="pread") as handle:
             yield handle
     except FileNotFoundError:

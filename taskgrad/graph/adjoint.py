@@ -6,6 +6,7 @@ are summed in torch's order and to torch's bits. Nothing runs here: the result i
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -72,37 +73,22 @@ def adjoint(
     keep
         Calls whose tapes are still to be used by another backward.
     scale
-        By what cotangents of ones are multiplied: a number, and the node of another, if any.
+        The factor of cotangents of ones: a number, and the node of another factor, if any.
     accumulate
-        Have each parameter's gradient added to where it lives by the last pullback that gives a
-        part of it. The oldest call that uses a parameter has to be at its home.
+        Let the last pullback that computes a part of a parameter's gradient add all parts to the
+        gradient where the parameter lives. The oldest call that uses it has to be there.
 
-    Raises
-    ------
-    TapeError
-        An output cannot be differentiated, or a tape was already used.
+    Raises TapeError if an output cannot be differentiated, or a tape was already used.
     """
-    for output, _ in seeds:
-        if not output.needs_grad:
-            raise TapeError(_why_not(output))
-    calls = calls_behind([output for output, _ in seeds])
-    used = next((call for call in calls if call.tape.spent), None)
-    if used is not None:
-        raise TapeError(
-            f"backward through {used.title!r} a second time: its tape was used by the first "
-            "backward. Pass retain_graph=True to the first one if you need two"
-        )
-    arriving: dict[Node, list[Node | None]] = {}
+    calls = _differentiable_calls([output for output, _ in seeds])
+    arriving: defaultdict[Node, list[Node | None]] = defaultdict(list)
+    leaves: defaultdict[Leaf | Primal, list[Node]] = defaultdict(list)
+    parameters: defaultdict[tuple[Shard, str], list[ParameterGrad]] = defaultdict(list)
     for output, cotangent in seeds:
-        arriving.setdefault(output, []).append(cotangent)
-
+        arriving[output].append(cotangent)
+        if isinstance(output, Leaf | Primal) and cotangent is not None:  # it is an output itself
+            leaves[output].append(cotangent)
     pullbacks: list[Pullback] = []
-    leaves: dict[Leaf | Primal, list[Node]] = {}
-    parameters: dict[tuple[Shard, str], list[ParameterGrad]] = {}
-    # A leaf or primal may be an output itself.
-    for output, cotangent in seeds:
-        if isinstance(output, Leaf | Primal) and cotangent is not None:
-            leaves.setdefault(output, []).append(cotangent)
     completes = _completing(calls) if accumulate else {}
     peers = _peers(calls)
     checks = _checks(seeds)
@@ -133,13 +119,12 @@ def adjoint(
             if len(wanted) > 1:
                 part = Element(pullback, position, key=new_key("cotangent", call.title))
             if isinstance(source, Leaf | Primal):
-                leaves.setdefault(source, []).append(part)
+                leaves[source].append(part)
             else:
-                arriving.setdefault(source, []).append(part)
+                arriving[source].append(part)
         if call.shard is not None:
             for name in call.parameters:
-                grad = ParameterGrad(pullback, name)
-                parameters.setdefault((call.shard.home(name), name), []).append(grad)
+                parameters[call.shard.home(name), name].append(ParameterGrad(pullback, name))
         if not pullback.retain:
             call.tape.spend()
     return Adjoint(
@@ -147,6 +132,21 @@ def adjoint(
         {leaf: tuple(parts) for leaf, parts in leaves.items()},
         {key: tuple(parts) for key, parts in parameters.items()},
     )
+
+
+def _differentiable_calls(outputs: Sequence[Node]) -> list[Call]:
+    """The calls behind these outputs, newest first; TapeError if one has no tape to be used."""
+    for output in outputs:
+        if not output.needs_grad:
+            raise TapeError(_why_not(output))
+    calls = calls_behind(outputs)
+    used = next((call for call in calls if call.tape.spent), None)
+    if used is not None:
+        raise TapeError(
+            f"backward through {used.title!r} a second time: its tape was used by the first "
+            "backward. Pass retain_graph=True to the first one if you need two"
+        )
+    return calls
 
 
 def _completing(calls: Sequence[Call]) -> dict[Call, list[tuple[Shard, str]]]:

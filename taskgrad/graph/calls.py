@@ -186,9 +186,7 @@ class Call(Node):
     torch's are read now. For the rest see `CallSpec`.
     """
 
-    __slots__ = ("inputs", "parameters", "shard", "spec", "tape")
-
-    inputs: Sequence[Node]
+    __slots__ = ("parameters", "shard", "spec", "tape")
 
     def __init__(
         self,
@@ -215,9 +213,8 @@ class Call(Node):
             refuse_modes(title)
             settings = settings_now()
         key = key or new_key("forward", title)
-        super().__init__(key, worker, settings)
+        super().__init__(key, worker, inputs, settings=settings)
         needs_grad = tuple([i.needs_grad for i in inputs])
-        self.inputs = tuple(inputs)
         self.shard = shard
         self.parameters = parameters
         self.tape = TapeUse(bool(parameters) or True in needs_grad, settings.grad)
@@ -261,9 +258,5 @@ class BufferState(Node):
     __slots__ = ("call",)
 
     def __init__(self, call: Call) -> None:
-        super().__init__(new_key("buffers", call.title), call.worker)
+        super().__init__(new_key("buffers", call.title), call.worker, [call])
         self.call = call
-
-    @property
-    def inputs(self) -> Sequence[Node]:
-        return (self.call,)

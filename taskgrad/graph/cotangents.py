@@ -43,12 +43,9 @@ def _shape_of(leaf: Any) -> Any:
 
 
 def check_cotangent(node: Node, cotangent: Any) -> bool:
-    """True if a cotangent is known to fit this node's value, which was seen on the driver.
+    """True if a cotangent fits this node's value, False if the driver has not seen that.
 
-    Raises
-    ------
-    CotangentError
-        It does not fit.
+    Raises CotangentError if it does not fit.
     """
     if node not in _seen:
         return False
@@ -61,13 +58,10 @@ def match(
 ) -> list[Gradient]:
     """The leaves of a cotangent, checked against those of the output.
 
-    `outputs` are tensors, or anything with the shape, dtype and description of one. None stands for
-    no cotangent, at a leaf or for the whole value.
+    `outputs` are tensors, or anything with the shape, dtype and description of one. None means no
+    cotangent, at a leaf or for the whole value.
 
-    Raises
-    ------
-    CotangentError
-        Structure, shape or dtype differ.
+    Raises CotangentError if structure, shape or dtype differ.
     """
     if cotangent is None:
         return [None] * len(outputs)

@@ -86,10 +86,7 @@ def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 def from_factory(model: Any) -> Any:
     """The module that a function makes, without values; a module as it is.
 
-    Raises
-    ------
-    TypeError
-        The function takes arguments, or gives something else than a module.
+    Raises TypeError if the function takes arguments, or does not return a module.
     """
     if isinstance(model, nn.Module) or not callable(model):
         return model
@@ -113,12 +110,8 @@ def from_factory(model: Any) -> Any:
 def plan_init(flat: Model, stored: Mapping[str, Stored] | None) -> dict[int, InitPlan]:
     """For each layer with unsent tensors, how they get their values.
 
-    Raises
-    ------
-    CheckpointError
-        The files lack tensors of the model, or have others, or of another shape.
-    ValueError
-        A module cannot make its own values.
+    Raises CheckpointError if the files lack tensors of the model, or have others, or of another
+    shape; ValueError if a module cannot make its own values.
     """
     if stored is not None:
         _check(flat, stored)
@@ -139,8 +132,8 @@ def plan_init(flat: Model, stored: Mapping[str, Stored] | None) -> dict[int, Ini
     for layer, module in zip(flat.layers, flat.modules, strict=True):
         if layer.index not in found or not isinstance(module, nn.Module):
             continue
-        # Parts before the whole, which may set some of their values otherwise; and what is tied is
-        # as the module makes it that has it first.
+        # Inner modules first: an outer one may overwrite their values. A tied tensor keeps the
+        # values of the module that has it first.
         for inner, part in reversed(list(module.named_modules(remove_duplicate=False))):
             full = ".".join(filter(None, (layer.name, inner)))
             if full not in to_reset:

@@ -38,14 +38,10 @@ class PackedFunction(NamedTuple):
 def pack_function(
     fn: Callable[..., Any], title: str, *, what: str = "", advice: str = ""
 ) -> PackedFunction:
-    """A function as it is sent; the error names it `what`, or by its title, and ends in `advice`.
+    """A function as it is sent.
 
-    Raises
-    ------
-    TypeError
-        It cannot be pickled.
-    TaskgradError
-        It has parametrizations, within ``parametrize.cached()``.
+    Raises TypeError if it cannot be pickled: the message names it `what`, or by its title, and ends
+    in `advice`; TaskgradError if it has parametrizations, within ``parametrize.cached()``.
     """
     packed = pack.pickle_or_explain(
         lambda: pack.pack(fn),

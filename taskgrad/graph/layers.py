@@ -15,9 +15,9 @@ from taskgrad.graph.parallel import Parallel
 
 @dataclass(frozen=True)
 class Layer:
-    """One node of the model: where it stands in the running order, its name, and its type.
+    """One node of the model: its index in the running order, its name, and its type.
 
-    The module itself lives on a worker. `passes` is true where it gives what it was given.
+    The module itself lives on a worker. `passes` is True if it returns its input unchanged.
     """
 
     index: int
@@ -59,7 +59,7 @@ class ParameterInfo:
 
 @dataclass
 class Model:
-    """A flattened model, as `flatten_model` gives it."""
+    """A flattened model, as `flatten_model` returns it."""
 
     path: Path
     layers: list[Layer]
@@ -85,10 +85,8 @@ def _hooked(module: nn.Module, names: Iterable[str] = _CALL_HOOKS) -> bool:
 
 
 def _opens(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """True if a container can be replaced by its parts: it does nothing of its own, nor hooks."""
-    own_tensors = any(True for _ in module.parameters(recurse=False)) or any(
-        True for _ in module.buffers(recurse=False)
-    )
+    """True if a container can be replaced by its parts: it does nothing else, nor do hooks."""
+    own_tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return (
         isinstance(module, kind)
         and all(getattr(type(module), name) is getattr(kind, name) for name in _METHODS)
@@ -114,12 +112,8 @@ def flatten_model(model: nn.Module) -> Model:
     Nested ``nn.Sequential`` and `Parallel` containers are opened unless they carry hooks or methods
     of their own for forward, mode or state; every other module is one layer. Names are the model's.
 
-    Raises
-    ------
-    TypeError
-        The model is not an ``nn.Module``.
-    ValueError
-        There are no layers, or a parameter has no shape yet: a lazy module never run.
+    Raises TypeError if the model is not an ``nn.Module``; ValueError if there are no layers, or a
+    parameter has no shape yet: a lazy module never run.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(

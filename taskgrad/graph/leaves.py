@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -55,10 +55,7 @@ class Leaf(Node):
     def sent(self) -> Any:
         """The value as it is sent: without autograd history.
 
-        Raises
-        ------
-        TaskgradError
-            A tensor was written in place after the call that it is an input of was made.
+        Raises TaskgradError if a tensor was written in place since the call that takes it was made.
         """
         if _versions(tensors(self.value)) != self._version:
             raise TaskgradError(
@@ -68,7 +65,7 @@ class Leaf(Node):
         return map_leaves(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, self._sent)
 
     def write(self, value: torch.Tensor) -> None:
-        """Give the leaf's tensor, in place, the value that a call gave a buffer."""
+        """Write the value that a buffer has after a call into the leaf's tensor."""
         with torch.no_grad():
             self.value.copy_(value)
         self._version = _versions(tensors(self.value))
@@ -90,12 +87,8 @@ class Primal(Node):
     __slots__ = ("source",)
 
     def __init__(self, source: Node) -> None:
-        super().__init__(new_key("input"), source.worker)
+        super().__init__(new_key("input"), source.worker, [source])
         self.source = source
-
-    @property
-    def inputs(self) -> Sequence[Node]:
-        return (self.source,)
 
     @property
     def needs_grad(self) -> bool:

@@ -15,7 +15,7 @@ from typing import TypeVar
 from taskgrad.graph.objects import Opaque
 from taskgrad.graph.torch_settings import TorchSettings, settings_now
 
-N = TypeVar("N", bound="Node")
+T = TypeVar("T")
 
 _order = itertools.count(1)
 
@@ -34,29 +34,28 @@ def label_of(key: str) -> str:
 class Node(Opaque):
     """One value of the graph. `order` rises with creation, so inputs come before users.
 
-    `worker` is the address that it has to run at; with None the executor gives it one. `awaits` are
-    nodes that must have run before, though it takes no value of theirs.
+    `worker` is the address of the worker to run on; with None the executor chooses one. `inputs`
+    are the nodes whose values this one takes, in order; `awaits` are nodes that must have run
+    before, though it takes no value of theirs.
     """
 
-    __slots__ = ("__weakref__", "awaits", "key", "order", "settings", "worker")
+    __slots__ = ("__weakref__", "awaits", "inputs", "key", "order", "settings", "worker")
 
     def __init__(
         self,
         key: str,
         worker: str | None,
+        inputs: Sequence[Node] = (),
+        *,
         settings: TorchSettings | None = None,
         awaits: tuple[Node, ...] = (),
     ) -> None:
         self.key = key
         self.worker = worker
+        self.inputs = tuple(inputs)
         self.settings = settings
         self.awaits = awaits
         self.order = next(_order)
-
-    @property
-    def inputs(self) -> Sequence[Node]:
-        """The nodes whose values this one takes, in order."""
-        return ()
 
     @property
     def label(self) -> str:
@@ -75,27 +74,18 @@ class Element(Node):
     __slots__ = ("position", "source")
 
     def __init__(self, source: Node, position: int, *, key: str) -> None:
-        super().__init__(key, source.worker)
+        super().__init__(key, source.worker, [source])
         self.source = source
         self.position = position
-
-    @property
-    def inputs(self) -> Sequence[Node]:
-        return (self.source,)
 
 
 class Sum(Node):
     """Cotangents of one value added up, in order; None counts as zero."""
 
-    __slots__ = ("parts",)
+    __slots__ = ()
 
     def __init__(self, parts: Sequence[Node], name: str, worker: str | None) -> None:
-        super().__init__(new_key("sum", name), worker, settings_now())
-        self.parts = tuple(parts)
-
-    @property
-    def inputs(self) -> Sequence[Node]:
-        return self.parts
+        super().__init__(new_key("sum", name), worker, parts, settings=settings_now())
 
 
 def sum_of(parts: Sequence[Node], name: str, worker: str | None = None) -> Node | None:
@@ -105,9 +95,9 @@ def sum_of(parts: Sequence[Node], name: str, worker: str | None = None) -> Node 
     return parts[0] if parts else None
 
 
-def walk(starts: Iterable[N], onward: Callable[[N], Iterable[N]]) -> list[N]:
+def walk(starts: Iterable[T], onward: Callable[[T], Iterable[T]]) -> list[T]:
     """Each node that can be reached from these, once, users before inputs of one path."""
-    found: dict[N, None] = {}
+    found: dict[T, None] = {}
     stack = list(starts)
     while stack:
         node = stack.pop()

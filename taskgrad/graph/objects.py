@@ -79,16 +79,12 @@ class Skeleton:
 def open_object(value: Any, holds: Callable[[Any], bool]) -> tuple[list[Any], Skeleton] | None:
     """An object's leaves and the rest of it; None if `holds` is true of none of its leaves.
 
-    Raises
-    ------
-    TravelError
-        It has a tensor that requires grad and cannot be pickled, or its pickle leaves the tensor
-        out; or it has several of them in a set, which has no order.
+    Raises TravelError if it has a tensor that requires grad and cannot be pickled, or its pickle
+    leaves the tensor out; or if it has several of them in a set, which has no order.
     """
     leaves: list[Any] = []
     index: dict[int, int] = {}
     classes: dict[type, int] = {}
-
     kinds: set[type] = set()
 
     def persist(part: Any) -> Any:
@@ -162,10 +158,7 @@ def close_object(skeleton: Skeleton, leaves: Sequence[Any]) -> Any:
 def at_places(value: Any, skeleton: Skeleton) -> list[Any]:
     """The values that another object has in the places of this one's leaves.
 
-    Raises
-    ------
-    ValueError
-        It is of another type, or has nothing there.
+    Raises ValueError if it is of another type, or lacks one of these places.
     """
     if _name(value) != skeleton.kind:
         raise ValueError(f"expected a {skeleton.kind}, got a {_name(value)}")

@@ -55,19 +55,16 @@ def _again_a_leaf(build: Callable[..., torch.Tensor], arguments: tuple[Any, ...]
 
 
 def dumps(obj: Any, persist: Persist) -> bytes:
-    """Pickle `obj`; where `persist(part)` is not None, that stands in the bytes instead of it."""
+    """Pickle `obj`, with `persist(part)` in place of each part for which that is not None."""
     file = io.BytesIO()
     _Pickler(file, persist).dump(obj)
     return file.getvalue()
 
 
 def loads(data: bytes, load: Callable[[Any], Any]) -> Any:
-    """Undo `dumps`; `load` turns what `persist` gave back into the part.
+    """Inverse of `dumps`; `load` turns what `persist` returned back into the part.
 
-    Raises
-    ------
-    TaskgradError
-        The code of a class or function is not there to be imported.
+    Raises TaskgradError if the code of a class or function cannot be imported.
     """
     unpickler = pickle.Unpickler(io.BytesIO(data))
     unpickler.persistent_load = load  # type: ignore[method-assign]

@@ -47,12 +47,10 @@ def _sdp_order() -> Setting | None:
     found = _plain("the priority of sdpa_kernel()", None, "sdp_priority_order")
     if found is None:
         return None
-    get = found.get
-    return found._replace(start=tuple(get()), get=lambda: tuple(get()), set=_set_sdp_order)
-
-
-def _set_sdp_order(order: tuple[int, ...]) -> None:
-    _C._set_sdp_priority_order(list(order))
+    get, put = found.get, found.set
+    return found._replace(
+        start=tuple(get()), get=lambda: tuple(get()), set=lambda order: put(list(order))
+    )
 
 
 def _reduced(name: str) -> Setting | None:
@@ -91,10 +89,6 @@ def _get_anomaly() -> tuple[bool, bool]:
     return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
 
 
-def _set_anomaly(value: tuple[bool, bool]) -> None:
-    torch.set_anomaly_enabled(*value)
-
-
 # Settings from which others inherit while these are "none" come first.
 _PARENTS = (("generic", "all"), ("cuda", "all"), ("mkldnn", "all"))
 _PRECISIONS = (
@@ -109,12 +103,8 @@ _PRECISION_OF = (
 _OF_OPERATIONS = _PRECISION_OF[len(_PARENTS) :]
 
 
-def _starting_precision() -> tuple[Any, ...]:
-    newer = ["tf32" if of in (("cuda", "conv"), ("cuda", "rnn")) else "none" for of in _PRECISIONS]
-    return "highest", True, *newer[: len(_PRECISION_OF)]
-
-
-_START = _starting_precision()
+_NEWER = ["tf32" if of in (("cuda", "conv"), ("cuda", "rnn")) else "none" for of in _PRECISIONS]
+_START = "highest", True, *_NEWER[: len(_PRECISION_OF)]
 _START_OF_OPERATIONS = list(_START[-len(_OF_OPERATIONS) :]) if _OF_OPERATIONS else None
 
 
@@ -187,7 +177,12 @@ _FOUND = (
         True,
         "deterministic_fill_uninitialized_memory",
     ),
-    Setting("torch.autograd.set_detect_anomaly()", (False, True), _get_anomaly, _set_anomaly),
+    Setting(
+        "torch.autograd.set_detect_anomaly()",
+        (False, True),
+        _get_anomaly,
+        lambda value: torch.set_anomaly_enabled(*value),
+    ),
     Setting("the float32 precision", _START, _get_precision, _set_precision),
     _backend("cpu.allow_fp16_reduced_precision_reduction", False),
     _reduced("allow_fp16_reduced_precision_reduction"),

@@ -19,13 +19,13 @@ class Pullback(Node):
     call
         The forward whose tape it uses, on the worker where that is.
     cotangents
-        Nodes to sum, in this order; None stands for ones (the output must be a scalar).
+        Nodes to sum, in this order; None means ones (the output must be a scalar).
     wanted
-        The input slots whose cotangents are given back.
+        The input slots whose cotangents are returned.
     retain
         Keep the tape for another backward.
     scale
-        By what a cotangent of ones is multiplied: a number, and the node of another, if any.
+        The factor of a cotangent of ones: a number, and the node of another factor, if any.
     accumulate
         For each parameter whose gradient is complete with this backward, what is added to it: the
         pullbacks on this worker and the gradients from others that come before its own, in order.
@@ -35,18 +35,7 @@ class Pullback(Node):
         Nodes that must have run before.
     """
 
-    __slots__ = (
-        "accumulate",
-        "call",
-        "cotangents",
-        "inputs",
-        "peers",
-        "retain",
-        "scale",
-        "wanted",
-    )
-
-    inputs: Sequence[Node]
+    __slots__ = ("accumulate", "call", "cotangents", "peers", "retain", "scale", "wanted")
 
     def __init__(
         self,
@@ -62,8 +51,6 @@ class Pullback(Node):
         awaits: tuple[Node, ...] = (),
     ) -> None:
         refuse_modes(f"the backward of {call.title}")
-        key = key or new_key("backward", call.title)
-        super().__init__(key, call.worker, settings_now(), awaits)
         self.call = call
         self.cotangents = tuple(cotangents)
         self.wanted = wanted
@@ -73,7 +60,9 @@ class Pullback(Node):
         self.peers = peers
         found = [c for c in (*self.cotangents, scale[1]) if c is not None]
         parts = dict.fromkeys(p for parts in self.accumulate.values() for p in parts)
-        self.inputs = (*found, *parts)
+        key = key or new_key("backward", call.title)
+        inputs = (*found, *parts)
+        super().__init__(key, call.worker, inputs, settings=settings_now(), awaits=awaits)
 
     @property
     def label(self) -> str:
@@ -84,16 +73,11 @@ class Pullback(Node):
 class CotangentCheck(Node):
     """Checks that a cotangent fits a call's output, on the worker that has the call's tape."""
 
-    __slots__ = ("call", "cotangent")
+    __slots__ = ("call",)
 
     def __init__(self, call: Call, cotangent: Node) -> None:
-        super().__init__(new_key("check", call.title), call.worker, awaits=(call,))
+        super().__init__(new_key("check", call.title), call.worker, [cotangent], awaits=(call,))
         self.call = call
-        self.cotangent = cotangent
-
-    @property
-    def inputs(self) -> Sequence[Node]:
-        return (self.cotangent,)
 
 
 class Read(Node):
@@ -108,13 +92,9 @@ class ParameterGrad(Read):
     __slots__ = ("name", "pullback")
 
     def __init__(self, pullback: Pullback, name: str) -> None:
-        super().__init__(new_key("grad", name), pullback.worker)
+        super().__init__(new_key("grad", name), pullback.worker, [pullback])
         self.pullback = pullback
         self.name = name
-
-    @property
-    def inputs(self) -> Sequence[Node]:
-        return (self.pullback,)
 
 
 class StoredGrad(Read):
@@ -134,9 +114,6 @@ class BatchedRead(Node):
     __slots__ = ("reads",)
 
     def __init__(self, reads: Sequence[Node]) -> None:
-        super().__init__(new_key("grads"), reads[0].worker)
+        inputs = dict.fromkeys(n for r in reads for n in r.inputs)
+        super().__init__(new_key("grads"), reads[0].worker, tuple(inputs))
         self.reads = tuple(map(copy.copy, reads))  # those given are free to end before this does
-
-    @property
-    def inputs(self) -> Sequence[Node]:
-        return tuple(dict.fromkeys(n for r in self.reads for n in r.inputs))

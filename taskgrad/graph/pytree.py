@@ -57,7 +57,7 @@ class Structure(Opaque):
         return Structure, (self.kind, self.context, self.children)
 
     def build(self, leaves: Sequence[Any]) -> Any:
-        """The value with these leaves in the order that `flatten` gave them."""
+        """The value with these leaves, in the order in which `flatten` returns them."""
         return self._build(iter(leaves))
 
     def _build(self, leaves: Iterator[Any]) -> Any:
@@ -68,12 +68,9 @@ class Structure(Opaque):
     def flatten_up_to(self, tree: Any) -> Leaves:
         """The parts of another value of this structure, one for each leaf of this one.
 
-        None in place of a part stands for None at all leaves of that part.
+        None in place of a part means None at all leaves of that part.
 
-        Raises
-        ------
-        ValueError
-            The other value has another structure.
+        Raises ValueError if the other value has another structure.
         """
         if self.kind == "leaf":
             return [tree]
@@ -83,13 +80,7 @@ class Structure(Opaque):
         return [leaf for child, part in parts for leaf in child.flatten_up_to(part)]
 
     def parts_of(self, tree: Any) -> list[Any]:
-        """The children of another value whose outermost container is this one's.
-
-        Raises
-        ------
-        ValueError
-            It is another container.
-        """
+        """The children of another value; ValueError unless it is the same kind of container."""
         if self.kind == "object":
             return objects.at_places(tree, self.context)
         kind, context, parts = _take_apart(tree) or ("leaf", None, ())
@@ -192,10 +183,7 @@ def cotangents(leaves: Sequence[Any], structure: Structure) -> Any:
 def plain(value: Any) -> Any:
     """A value as the user gets it, with `Cotangents` as a value of their structure.
 
-    Raises
-    ------
-    CotangentError
-        It cannot be built with these.
+    Raises CotangentError if that cannot be built with these.
     """
     if not isinstance(value, Cotangents):
         return value
@@ -217,15 +205,8 @@ def holds_inputs(leaf: Any) -> bool:
 _ATOMS = frozenset(
     {
         *(type(None), bool, int, float, complex, str, bytes, slice, range, type(Ellipsis)),
-        *(torch.Tensor, nn.Parameter, torch.dtype, torch.device, torch.layout),
-        *(
-            torch.memory_format,
-            torch.Generator,
-            Slot,
-            type,
-            types.ModuleType,
-            types.BuiltinFunctionType,
-        ),
+        *(torch.Tensor, nn.Parameter, torch.dtype, torch.device, torch.layout, torch.memory_format),
+        *(torch.Generator, Slot, type, types.ModuleType, types.BuiltinFunctionType),
     }
 )
 
@@ -235,11 +216,8 @@ def flatten(tree: Any, holds: Holds = holds_inputs) -> tuple[Leaves, Structure]:
 
     An object that is not a container is split if `holds` is true of one of its leaves.
 
-    Raises
-    ------
-    TravelError
-        Such an object keeps a tensor that requires grad out of its pickle. Or the value is nested
-        too deeply.
+    Raises TravelError if such an object keeps a tensor that requires grad out of its pickle, or the
+    value is nested too deeply.
     """
     if type(tree) is Cotangents:
         return list(tree.leaves), tree.structure
@@ -293,8 +271,8 @@ def _take_apart(value: Any) -> tuple[str, Any, Sequence[Any]] | None:
     if kind is dict:
         return "dict", tuple(value), list(value.values())
     if issubclass(kind, tuple) and _pytree.is_namedtuple_class(kind):
-        beside = vars(value) if hasattr(value, "__dict__") else {}
-        return "namedtuple", (kind, len(value), tuple(beside)), [*value, *beside.values()]
+        extra = vars(value) if hasattr(value, "__dict__") else {}
+        return "namedtuple", (kind, len(value), tuple(extra)), [*value, *extra.values()]
     node = _registered(kind)
     if node is not None:
         children, context = node.flatten_fn(value)
@@ -333,8 +311,8 @@ def _attributes(value: Any) -> dict[str, Any]:
     """The fields of a dataclass that are set, in their order, and its other attributes."""
     names = [f.name for f in dataclasses.fields(value)]
     present = {name: getattr(value, name) for name in names if hasattr(value, name)}
-    beside = objects.attributes_of(value)
-    return present | {name: beside[name] for name in sorted(beside.keys() - present.keys())}
+    found = objects.attributes_of(value)
+    return present | {name: found[name] for name in sorted(found.keys() - present.keys())}
 
 
 def sequence(structures: Sequence[Structure]) -> Structure:

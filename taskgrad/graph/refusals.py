@@ -30,14 +30,10 @@ _WRITING = {
 def refuse_writing(
     func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> None:
-    """Raise if a torch function of thunks would write to one of its arguments.
+    """Raise TypeError if a torch function of thunks would write to one of its arguments.
 
-    It would run on a worker, later, and write to a copy.
-
-    Raises
-    ------
-    TypeError
-        It is an in-place operation, has an ``out=``, or updates running statistics.
+    It would run on a worker, later, and write to a copy: in-place operations, functions with an
+    ``out=``, updates of running statistics.
     """
     name = getattr(func, "__name__", "")
     setter = name in ("__set__", "__setitem__", "__delitem__")
@@ -80,12 +76,9 @@ def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], name: str, positio
 
 
 def refuse_hidden(tree: Any, leaves: Sequence[Any], kind: type) -> None:
-    """Raise if a tree has lazy values of this kind that are not among its leaves.
+    """Raise TypeError if a tree has lazy values of this kind that are not among its leaves.
 
-    Raises
-    ------
-    TypeError
-        One is in a set, a key of a dict, a generator, or an attribute of an object.
+    They may be in a set, a key of a dict, a generator, or an attribute of an object.
     """
     for leaf in leaves:
         if leaf is None or isinstance(leaf, (kind, *_PLAIN)):

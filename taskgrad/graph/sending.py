@@ -19,11 +19,8 @@ from taskgrad.graph.parameter_extras import has_hooks, named_extras
 def reached(flat: Model) -> list[list[torch.Tensor]]:
     """The tensors that are sent with each layer: its own, and others that it refers to.
 
-    Raises
-    ------
-    TypeError
-        A layer cannot be pickled. The message names it and, if the cause is an attribute or a hook
-        of one of its tensors, that too.
+    Raises TypeError if a layer cannot be pickled. The message names it and, if the cause is an
+    attribute or a hook of one of its tensors, that too.
     """
     found = []
     for layer, module in zip(flat.layers, flat.modules, strict=True):

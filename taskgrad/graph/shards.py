@@ -13,7 +13,7 @@ from taskgrad.graph.torch_settings import settings_now
 class ChainRef:
     """What tells the shards of one chain from those of another: its title, and identity.
 
-    `trained_by` gives the Trainer or Optimizer that works with them, None if there is none now.
+    `trained_by` returns the Trainer or Optimizer that trains them, None if there is none now.
     """
 
     def __init__(self, title: str) -> None:
@@ -72,7 +72,7 @@ class ShardCall(Node):
     values of `after`, in order; `arguments` are its keyword arguments as plain data.
     """
 
-    __slots__ = ("after", "arguments", "function", "shard")
+    __slots__ = ("arguments", "function", "shard")
 
     def __init__(
         self,
@@ -85,17 +85,13 @@ class ShardCall(Node):
         awaits: Sequence[Node] = (),
     ) -> None:
         # The default device is the shard's own, not that of this process.
-        super().__init__(key, shard.worker, settings_now().without_device(), tuple(awaits))
+        settings = settings_now().without_device()
+        super().__init__(key, shard.worker, after, settings=settings, awaits=tuple(awaits))
         self.shard = shard
         self.function = function
         self.arguments = arguments
-        self.after = tuple(after)
 
     @property
     def label(self) -> str:
         step = self.arguments.get("step")
         return label_of(self.key) + ("" if step is None else f" of step {step}")
-
-    @property
-    def inputs(self) -> Sequence[Node]:
-        return self.after

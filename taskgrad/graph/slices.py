@@ -13,7 +13,7 @@ from taskgrad.graph.pytree import describe, flatten, map_leaves
 
 Dims = Any
 """The batch dimension of every tensor of a batch: a number for all, or a pytree of numbers and None
-in the structure of the batch, where None stands for what goes whole with each microbatch."""
+in the structure of the batch, where None marks what every microbatch gets whole."""
 
 
 def as_tensors(value: Any) -> Any:
@@ -22,12 +22,9 @@ def as_tensors(value: Any) -> Any:
 
 
 def batch_size(value: Any, dims: Dims, what: str) -> int | None:
-    """How many samples there are; None where nothing is sliced.
+    """The number of samples; None if nothing is sliced.
 
-    Raises
-    ------
-    ValueError
-        The dimensions do not fit the batch, or its tensors differ in size there.
+    Raises ValueError if the dimensions do not fit the batch, or its tensors differ in size there.
     """
     sizes: dict[int, None] = {}
     leaves, _ = flatten(value)
@@ -83,21 +80,16 @@ def _dims_of(value: Any, dims: Dims, what: str) -> list[int | None]:
 class Slice(Node):
     """One microbatch of a batch that is on a worker."""
 
-    __slots__ = ("count", "dims", "index", "source", "what")
+    __slots__ = ("count", "dims", "index", "what")
 
     def __init__(
         self, source: Node, dims: Dims, index: int, count: int, what: str, worker: str
     ) -> None:
-        super().__init__(new_key("slice", what), worker)
-        self.source = source
+        super().__init__(new_key("slice", what), worker, [source])
         self.dims = dims
         self.index = index
         self.count = count
         self.what = what
-
-    @property
-    def inputs(self) -> tuple[Node, ...]:
-        return (self.source,)
 
 
 class SampleFraction(Slice):

@@ -178,8 +178,8 @@ def default_device() -> str | None:
 def refuse_modes(title: str, *, process: bool = True) -> None:
     """Raise TaskgradError if a mode, transform or global hook is active that cannot be sent.
 
-    These are objects of one thread or process. Without them a call would give other numbers, or a
-    hook would not be called. With `process` False the call runs in another thread of this process.
+    These are objects of one thread or process. Without them a call would compute other numbers, or
+    not call a hook. With `process` False the call runs in another thread of this process.
     """
     if (
         _C._len_torch_function_stack()

@@ -110,7 +110,7 @@ class Shared(Sum):
 
     @property
     def needs_grad(self) -> bool:
-        return self.parts[0].needs_grad
+        return self.inputs[0].needs_grad
 
 
 class Chunk(Call):

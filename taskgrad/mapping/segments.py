@@ -288,8 +288,6 @@ class MapRecording(Recording):
     once, as if it had a graph of its own.
     """
 
-    takes_create_graph = True
-
     def __init__(self, title: str, entries: Sequence[int]) -> None:
         self.title = title
         self.entries = list(entries)

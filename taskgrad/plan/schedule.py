@@ -216,7 +216,7 @@ def check(found: Schedule) -> None:
     Raises
     ------
     ValueError
-        Says which action is missing, stands twice, is on the wrong worker, or waits for ever.
+        The message names the action that is missing, repeated, on the wrong worker, or never ready.
     """
     pipeline = found.pipeline
     split = {a[1:] for order in found.orders for a in order if a.kind == "W"}

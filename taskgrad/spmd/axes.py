@@ -16,14 +16,9 @@ Axis = int | None
 
 
 def spread(axes: Any, tree: Any, what: str) -> list[Axis]:
-    """An axis for each leaf of a tree; `axes` is a tree that may end further up.
+    """An axis for each leaf of a tree; `axes` is a prefix of that tree.
 
-    Raises
-    ------
-    ValueError
-        The one is not a prefix of the other.
-    TypeError
-        What stands for an axis is neither an int nor None.
+    Raises ValueError if it is none; TypeError if an axis is neither an int nor None.
     """
     return _spread(axes, flatten(tree)[1], what, tree)
 
@@ -51,27 +46,17 @@ def is_axis(given: Any) -> bool:
 
 
 def check(axes: Any, what: str) -> None:
-    """Raise unless these are axes, or a tree of them.
-
-    Raises
-    ------
-    TypeError
-        Something is neither an int nor None.
-    """
+    """Raise TypeError unless this is an axis, an int or None, or a tree of them."""
     for axis in flatten(axes)[0]:
         if axis is not None and not is_axis(axis):
             raise TypeError(f"{what} holds ints, None and containers of them; got {shown(axis)}")
 
 
 def mapped_size(leaves: Sequence[Any], axes: Sequence[Axis], what: str) -> int:
-    """The length that the mapped axes have together.
+    """The length that all mapped axes have.
 
-    Raises
-    ------
-    ValueError
-        They have different ones, a tensor has no such axis, or no axis is mapped.
-    TypeError
-        What is to be mapped is no tensor.
+    Raises ValueError if their lengths differ, a tensor has no such axis, or no axis is mapped;
+    TypeError if a leaf to be mapped is not a tensor.
     """
     sizes: dict[int, str] = {}
     for leaf, axis in zip(leaves, axes, strict=True):
@@ -99,14 +84,10 @@ def mapped_size(leaves: Sequence[Any], axes: Sequence[Axis], what: str) -> int:
 
 
 def join(values: Sequence[Any], axis: Axis, what: str) -> Any:
-    """One leaf of the outputs of all ranks, put together.
+    """One leaf of the result: that leaf of all ranks' outputs stacked, or theirs if all have one.
 
-    Raises
-    ------
-    ValueError
-        The ranks' shapes differ; with None, their values do.
-    TypeError
-        It is to be stacked and is neither tensor nor number.
+    Raises ValueError if the ranks' shapes differ or, with the axis None, their values; TypeError if
+    it is to be stacked and is neither a tensor nor a number.
     """
     first = values[0]
     if axis is None:

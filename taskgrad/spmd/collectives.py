@@ -14,7 +14,7 @@ import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from taskgrad.arguments import flag, whole
-from taskgrad.graph.pytree import carries_gradient, flatten, map_leaves
+from taskgrad.graph.pytree import carries_gradient, flatten
 from taskgrad.worker.collectives import (
     AllToAll,
     Extreme,
@@ -54,7 +54,7 @@ def psum(x: Any, axis_name: Hashable) -> Any:
     >>> f(torch.tensor([1.0, 3.0]))
     tensor([0.2500, 0.7500])
     """
-    return _reduce(Sum(), x, axis_name)
+    return _collective(Sum(), x, axis_name)
 
 
 def pmean(x: Any, axis_name: Hashable) -> Any:
@@ -67,32 +67,28 @@ def pmean(x: Any, axis_name: Hashable) -> Any:
     tensor([2., 2.])
     """
     size = axis_size(axis_name)
+    leaves, structure = flatten(x)
     # As torch.mean: a sum of 16-bit numbers may be larger than any of them can be.
-    dtypes = iter([getattr(leaf, "dtype", None) for leaf in flatten(x)[0]])
-    wide = map_leaves(lambda leaf: leaf.float() if _is_short(leaf) else leaf, x)
-    total = _reduce(Sum(), wide, axis_name, title="pmean")
-
-    def mean(leaf: Any) -> Any:
-        dtype = next(dtypes)
-        if leaf is None:
-            return None
-        return (leaf / size).to(dtype) if dtype in _SHORT else leaf / size
-
-    return map_leaves(mean, total)
-
-
-_SHORT = (torch.float16, torch.bfloat16)
+    wide = structure.build([leaf.float() if _is_short(leaf) else leaf for leaf in leaves])
+    totals, _ = flatten(_collective(Sum(), wide, axis_name, title="pmean"))
+    means: list[Any] = [None if total is None else total / size for total in totals]
+    return structure.build(
+        [
+            mean.to(leaf.dtype) if _is_short(leaf) else mean
+            for leaf, mean in zip(leaves, means, strict=True)
+        ]
+    )
 
 
 def _is_short(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.dtype in _SHORT
+    return isinstance(leaf, torch.Tensor) and leaf.dtype in (torch.float16, torch.bfloat16)
 
 
 def pmax(x: Any, axis_name: Hashable) -> Any:
     """The largest over all ranks, elementwise, on every rank.
 
-    Its gradient, which JAX has none for, goes to the rank that has the largest; where several have
-    it, in equal parts to each, as ``torch.amax`` does.
+    Its gradient, which JAX does not define, goes to the rank that has the largest, in equal parts
+    if several ranks have it, as in ``torch.amax``.
 
     Examples
     --------
@@ -100,7 +96,7 @@ def pmax(x: Any, axis_name: Hashable) -> Any:
     >>> tg.pmap(lambda x: tg.pmax(x, "i"), axis_name="i")(torch.tensor([1.0, 3.0]))
     tensor([3., 3.])
     """
-    return _reduce(Extreme(largest=True), x, axis_name)
+    return _collective(Extreme(largest=True), x, axis_name)
 
 
 def pmin(x: Any, axis_name: Hashable) -> Any:
@@ -112,7 +108,7 @@ def pmin(x: Any, axis_name: Hashable) -> Any:
     >>> tg.pmap(lambda x: tg.pmin(x, "i"), axis_name="i")(torch.tensor([1.0, 3.0]))
     tensor([1., 1.])
     """
-    return _reduce(Extreme(largest=False), x, axis_name)
+    return _collective(Extreme(largest=False), x, axis_name)
 
 
 def all_gather(
@@ -158,10 +154,10 @@ def psum_scatter(
     x, axis_name
         As for `psum`.
     scatter_dimension
-        The axis of `x` along which it is parted: of the length of the mapped axis, and gone in the
+        The axis of `x` along which it is split: as long as the mapped axis, and removed from the
         result.
     tiled
-        The axis may be a multiple as long, and stays.
+        The length of the axis may be a multiple of that; the result keeps the axis.
 
     Examples
     --------
@@ -213,19 +209,19 @@ def all_to_all(
     *,
     tiled: bool = False,
 ) -> Any:
-    """Part `x` along one axis, give each rank its part, and put together what comes.
+    """Split `x` along one axis, send each rank its part, and join the parts received.
 
     Parameters
     ----------
     x, axis_name
         As for `psum`.
     split_axis
-        The axis of `x` that is parted: of the length of the mapped axis, and gone in the result.
+        The axis of `x` that is split: as long as the mapped axis, and removed from the result.
     concat_axis
         Where in the result the axis of the ranks is.
     tiled
-        `split_axis` may be a multiple as long, and stays; parts are concatenated along
-        `concat_axis`.
+        The length of `split_axis` may be a multiple of that; the result keeps that axis, and parts
+        are concatenated along `concat_axis`.
 
     Examples
     --------
@@ -320,18 +316,6 @@ def _exchange(
     return results
 
 
-def _reduce(operation: Operation, tree: Any, axis_name: Hashable, title: str = "") -> Any:
-    """A collective whose results have the shapes of what was given: numbers stay numbers."""
-    leaves, structure = flatten(tree)
-    found, _ = flatten(_collective(operation, tree, axis_name, title))
-    return structure.build(
-        [
-            value.item() if isinstance(leaf, bool | int | float | complex) else value
-            for leaf, value in zip(leaves, found, strict=True)
-        ]
-    )
-
-
 def _collective(operation: Operation, tree: Any, axis_name: Hashable, title: str = "") -> Any:
     comm = current(axis_name)
     name = title or operation.name
@@ -343,7 +327,8 @@ def _collective(operation: Operation, tree: Any, axis_name: Hashable, title: str
     if isinstance(operation, Sum):
         given = [x.to(torch.int64) if x.dtype is torch.bool else x for x in given]
     for i, value in zip(at, _exchange(comm, operation, given), strict=True):
-        leaves[i] = value
+        number = isinstance(leaves[i], bool | int | float | complex)
+        leaves[i] = value.item() if number and operation.keeps_numbers else value
     return structure.build(leaves)
 
 

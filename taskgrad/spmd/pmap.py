@@ -43,8 +43,9 @@ def pmap(
     `all_to_all`, `psum_scatter`; `axis_index` says which rank one is.
 
     A call runs at once and returns tensors. They are part of the driver's autograd graph: their
-    backward runs on the workers, through the collectives too, and gives gradients to the arguments
-    and to what ``fn`` closes over (tensors, modules), summed over the ranks. ``fn`` runs once.
+    backward runs on the workers, through the collectives too, and computes gradients of the
+    arguments and of what ``fn`` closes over (tensors, modules), summed over the ranks. ``fn`` runs
+    once.
 
     Parameters
     ----------
@@ -53,10 +54,10 @@ def pmap(
     axis_name
         What collectives call the axis.
     in_axes
-        The axis of each tensor that is mapped; None gives a value whole to all ranks, as a module
-        or a number has to be. An int or None for all, or a tuple with an entry for each positional
-        argument: an int, None, or a tree of them that is a prefix of the argument. Keyword
-        arguments are mapped over axis 0.
+        The axis of each tensor that is mapped; with None, which modules and numbers require, all
+        ranks get the whole value. An int or None for all, or a tuple with an entry for each
+        positional argument: an int, None, or a tree of them that is a prefix of the argument.
+        Keyword arguments are mapped over axis 0.
     out_axes
         Where the axis is in the results, an int or None, or a tree of them. With None a result has
         to be the same on all ranks, and is that of rank 0.
@@ -139,15 +140,15 @@ class _Split:
         slots = {i: Slot(position) for position, i in enumerate(mapped)}
         self.leaves = [slots.get(i, leaf) for i, leaf in enumerate(leaves)]
         self.structure = structure
-        # Parted on the driver, by torch: gradients find their way back by themselves.
-        parted = [leaves[i].unbind(axis) for i, axis in mapped.items()]
-        self.parts = list(zip(*parted, strict=True))
+        # Split on the driver, by torch, whose autograd also joins the gradients.
+        split = [leaves[i].unbind(axis) for i, axis in mapped.items()]
+        self.parts = list(zip(*split, strict=True))
 
 
 class _Program:
     """The function, with what is the same on all ranks put in: what is sent to them.
 
-    It gives the leaves and the structure of what the function gives, and for each leaf whether a
+    It returns the leaves and the structure of the function's result, and for each leaf whether a
     gradient can flow into it.
     """
 

@@ -22,7 +22,7 @@ from taskgrad.thunk import Thunk
 class Batch:
     """A batch in microbatches: nodes of their inputs and targets, and the share of each.
 
-    `size` is the number of samples, None where the batch lies on a worker.
+    `size` is the number of samples, None if the batch is on a worker.
     """
 
     inputs: list[Node]

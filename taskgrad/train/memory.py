@@ -3,24 +3,55 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 from dask.utils import format_bytes
 
 from taskgrad.chain import GraphChain
 from taskgrad.errors import MemoryLimitError
+from taskgrad.graph.shards import Shard
+from taskgrad.layout import Layout
 from taskgrad.train.optimizer_factory import example_of, state_per_parameter
 from taskgrad.worker.offload import CHUNK
 
 logger = logging.getLogger("taskgrad")
 
-
 InFiles = dict[str, frozenset[str]]
-"""By worker, what lies in files there: the optimizer's "state", the copies that "undo" a step."""
+"""By worker, what is kept in files: the optimizer's "state", the copies that "undo" a step."""
+
+
+class _Need(NamedTuple):
+    """What training takes on one worker, in bytes."""
+
+    used: int
+    """What the process uses now and keeps: not gradients and optimizer state, which are new."""
+    gradients: int
+    state: int
+    copies: int
+    """Of state and parameters, to take a step back."""
+    total: int
+    """All but the copies."""
+    least: int
+    """The same with the optimizer's state in files."""
+
+
+def _need(layout: Layout, shard: Shard, used: int, kept: float, sets_of_gradients: int) -> _Need:
+    """`kept` is the optimizer's state for each byte of parameters."""
+    trained = {
+        name: layout.tensors[name].nbytes
+        for name in layout.trainable
+        if any(layout.home(n) is shard for n in layout.tensors[name].names)
+    }
+    largest = max(trained.values(), default=0)
+    own = sum(n for name, n in trained.items() if layout.home(name) is shard)
+    gradients, state = sets_of_gradients * sum(trained.values()), int(kept * own)
+    total = used + gradients + state + 2 * largest
+    least = total - state + min(state, int(kept * max(CHUNK, largest)))
+    return _Need(used, gradients, state, state + own, total, least)
 
 
 def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate: int) -> InFiles:
-    """Which workers have to keep state in files; raises if that is not enough.
+    """The workers that have to keep state in files, and which; raises if that is not enough.
 
     Counted are the memory that each worker's process uses now, and what training adds: the
     gradients, those of a microbatch until they are added to the others, what accumulating keeps to
@@ -46,48 +77,36 @@ def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate:
         if found is None:
             continue
         used, limit = found
-        used -= held[worker].gradients + held[worker].optimizer  # made anew
-        trained = {
-            name: layout.tensors[name].nbytes
-            for name in layout.trainable
-            if any(layout.home(n) is shard for n in layout.tensors[name].names)
-        }
-        largest = max(trained.values(), default=0)
-        gradients = sets_of_gradients * sum(trained.values())
-        own = sum(n for name, n in trained.items() if layout.home(name) is shard)
-        state = int(kept * own)
-        work = 2 * largest
-        needed = used + gradients + state + work
-        least = used + gradients + work + min(state, int(kept * max(CHUNK, largest)))
-        copies = state + own
-        if needed + copies <= limit:
+        used -= held[worker].gradients + held[worker].optimizer
+        need = _need(layout, shard, used, kept, sets_of_gradients)
+        if need.total + need.copies <= limit:
             continue
-        if needed <= limit:
+        if need.total <= limit:
             in_files[worker] = frozenset({"undo"})
             logger.warning(
                 "worker %s writes %s to files in every step, what would take it back: it has no "
                 "memory for copies of parameters and optimizer state. More workers, or more "
                 "memory, make steps faster",
                 worker,
-                format_bytes(copies),
+                format_bytes(need.copies),
             )
             continue
-        if by_parameter and least <= limit:
+        if by_parameter and need.least <= limit:
             in_files[worker] = frozenset({"state", "undo"})
             logger.warning(
                 "worker %s keeps %s of optimizer state in files: it has no memory for them. More "
                 "workers, or more memory, make steps faster",
                 worker,
-                format_bytes(state),
+                format_bytes(need.state),
             )
             continue
-        missing = (least if by_parameter else needed) - limit
+        missing = (need.least if by_parameter else need.total) - limit
         problems.append(
             f"worker {worker} may use {format_bytes(limit)} of memory and uses {format_bytes(used)}"
             f" already, {format_bytes(held[worker].parameters)} of that for this chain's "
-            f"parameters; training adds {format_bytes(gradients)} of gradients and "
-            f"{format_bytes(state)} of optimizer state: {format_bytes(missing)} are missing"
-            + (", even with the optimizer state in files" if by_parameter and state else "")
+            f"parameters; training adds {format_bytes(need.gradients)} of gradients and "
+            f"{format_bytes(need.state)} of optimizer state: {format_bytes(missing)} are missing"
+            + (", even with the optimizer state in files" if by_parameter and need.state else "")
         )
     if problems:
         raise MemoryLimitError(

@@ -149,7 +149,7 @@ def optimizers_on(
     """Tasks that make an optimizer on each shard, over what lives there of these parameters.
 
     For a trainer also what its `options` say, and the loss function where the model's output is;
-    `in_files` says by worker what lies in files there.
+    `in_files` says by worker what is kept in files there.
     """
     makes = []
     for shard in layout.shards:

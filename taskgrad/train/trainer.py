@@ -61,13 +61,13 @@ class Trainer:
     Each batch is cut into microbatches, which pass the stages in the order of a schedule. The loss
     is computed where the model's output is, the optimizer of each shard runs where its parameters
     are, and a step is one graph of tasks, submitted at once. With a fixed placement and number of
-    microbatches a step gives plain torch's bits. Several threads may call it.
+    microbatches a step has the same bits as plain torch. Several threads may call it.
 
     Parameters
     ----------
     chain : GraphChain
     loss_fn : callable
-        ``loss_fn(output, targets)`` gives one number; the mean over samples, unless it has
+        ``loss_fn(output, targets)`` returns one number; the mean over samples, unless it has
         ``reduction="sum"``.
     optimizer : callable
         A class of ``torch.optim``, a ``functools.partial`` of one, or a function of a list of
@@ -88,7 +88,7 @@ class Trainer:
         As ``torch.nn.utils.clip_grad_norm_`` over all parameters of the model, and
         ``clip_grad_value_``; in this order.
     accumulate : int
-        The optimizer takes a step after so many batches, with the mean of their gradients.
+        The optimizer takes a step after this many batches, with the mean of their gradients.
     amp : {None, "bf16", "fp16"}
         Run forwards and loss under ``torch.autocast``; with fp16 also scale the loss, as
         ``torch.amp.GradScaler`` does.
@@ -104,13 +104,13 @@ class Trainer:
         parameter's name takes it.
     in_dims, target_dims : int, None or pytree
         The batch dimension of inputs and targets: one number for all tensors, or a pytree of them
-        in the structure of the batch, with None for what goes whole with each microbatch.
+        in the structure of the batch, with None for what every microbatch gets whole.
     deferred_batch_norm : bool
         Batch norm's running statistics are those of the whole batch, not of each microbatch, as
         torchgpipe has it.
     compile : bool or mapping
         Compile each layer on its worker; a mapping has options of ``torch.compile``. Compiled
-        layers need not give plain torch's bits.
+        layers need not have the same bits as plain torch.
     check_finite : bool
         A loss that is not finite is an error, and the step is not taken.
 
@@ -292,7 +292,7 @@ class Trainer:
         loader
             An iterable of pairs (inputs, targets).
         metrics
-            Functions of (output, targets) that give one number, a mean over samples. They run where
+            Functions of (output, targets) that return a number, a mean over samples. They run where
             the output is.
         """
         check_loader("loader", loader)

@@ -10,7 +10,7 @@ import torch
 
 from taskgrad.errors import CotangentError, LayerError
 from taskgrad.graph.calls import Draw
-from taskgrad.graph.cotangents import Gradient, add_each, match
+from taskgrad.graph.cotangents import Gradient, add_each
 from taskgrad.graph.pytree import cotangents, describe
 from taskgrad.worker.communicator import Communicator
 from taskgrad.worker.failures import backward_error
@@ -96,12 +96,7 @@ class Backward:
             if source is None:
                 part: list[Gradient] = [_seed(tape, address, self._weight(tape, values))]
             else:
-                part = match(
-                    values[source],
-                    tape.outputs,
-                    tape.output_structure,
-                    f"{tape.title!r} on {address}",
-                )
+                part = tape.match(values[source], address)
             total = add_each(total, part)
         return total
 
@@ -116,13 +111,10 @@ class CheckCotangent:
     """Check that a cotangent fits the output whose tape is under `token`, before a tape is used."""
 
     token: str
-    title: str
 
     def run(self, store: Store, cotangent: Any) -> None:
         """Raise CotangentError unless it does."""
-        tape = store.tape(self.token, keep=True)
-        where = f"{self.title!r} on {store.address}"
-        match(cotangent, tape.outputs, tape.output_structure, where)
+        store.tape(self.token, keep=True).match(cotangent, store.address)
 
 
 def _check_reached(
@@ -132,8 +124,8 @@ def _check_reached(
     grads = [*parameters.values(), *(g for leaves in found.values() for g in leaves)]
     if all(g is None for g in grads):
         error = TypeError(
-            "the loss does not depend on what is trained, so that nothing would be: it was made "
-            "anew of a number (.item()), or of something else than the model's output"
+            "the loss does not depend on what is trained, so that nothing would be: it was "
+            "computed from a number (.item()), or from something else than the model's output"
         )
         message = (
             f"layer 'loss' on worker {address}, in microbatch {draw.microbatch} of step "

@@ -4,7 +4,7 @@ All but `pmax` and `pmin` are linear, and the transpose of each is another one:
 
     psum          psum           (an output of every rank is a sum of the inputs of all)
     all_gather    psum_scatter
-    ppermute      ppermute with the pairs turned round
+    ppermute      ppermute with source and destination swapped
     all_to_all    all_to_all with the axes swapped
 
 Sums are taken in rank order, in float32 for the half-precision dtypes: all ranks get the same bits,
@@ -26,7 +26,7 @@ from taskgrad.worker.mailbox import Message
 Tensors = Sequence[torch.Tensor]
 
 _HALF = (torch.bfloat16, torch.float16)
-# Sums of so many bytes over more than two ranks are made in parts, one by each rank.
+# From this many bytes on, over more than two ranks, each rank sums one part of the tensors.
 _IN_PARTS = 1 << 20
 
 
@@ -35,6 +35,7 @@ class Operation:
     """One collective, of some tensors at once."""
 
     name: ClassVar[str]
+    keeps_numbers: ClassVar[bool] = False  # True if the result of a Python number is one
 
     def arguments(self) -> str:
         """The arguments that have to be the same on all ranks, for messages."""
@@ -83,6 +84,7 @@ class Sum(Operation):
     """The sum over the ranks, on each."""
 
     name = "psum"
+    keeps_numbers = True
 
     def run(self, comm: Communicator, xs: Tensors, wants: bool) -> tuple[list[torch.Tensor], bool]:
         """In two rounds where that sends less: each rank sums one part and sends it to all."""
@@ -108,6 +110,7 @@ class Extreme(Operation):
     """The largest or smallest over the ranks, on each."""
 
     largest: bool
+    keeps_numbers = True
 
     @property
     def name(self) -> str:  # type: ignore[override]

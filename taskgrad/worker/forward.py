@@ -76,22 +76,8 @@ class Forward:
         comm: Communicator | None = None,
     ) -> Any:
         call = self.call
-        device = shard.device if shard else None
-        takes: list[list[torch.Tensor | None]] = []
-        structures: list[Structure] = []
-        fed: list[Any] = []
         arguments = Template(call.template)
-        for slot, (value, wanted) in enumerate(zip(values, call.needs_grad, strict=True)):
-            leaves, structure = flatten(value)
-            own = {0} if slot in arguments.parameters else structure.parameters
-            if call.raw:
-                taken = [leaf if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
-                given = leaves
-            else:
-                taken, given = _feed(leaves, self.taped and wanted, device, own)
-            takes.append(taken)
-            structures.append(structure)
-            fed.append(structure.build(given))
+        takes, structures, fed = self._feed(values, arguments, shard.device if shard else None)
         if shard is not None:
             _set_mode(shard, call.mode)
         with contextlib.ExitStack() as regions:
@@ -129,6 +115,24 @@ class Forward:
             )
             store.put(call.key, tape)
         return self._give_all(shard, leaves, structure)
+
+    def _feed(
+        self, values: tuple[Any, ...], arguments: Template, device: torch.device | None
+    ) -> tuple[list[list[torch.Tensor | None]], list[Structure], list[Any]]:
+        """For each slot the leaves that take gradients, the structure, and the layer's argument."""
+        takes, structures, fed = [], [], []
+        for slot, (value, wanted) in enumerate(zip(values, self.call.needs_grad, strict=True)):
+            leaves, structure = flatten(value)
+            own = {0} if slot in arguments.parameters else structure.parameters
+            if self.call.raw:
+                taken = [leaf if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+                given = leaves
+            else:
+                taken, given = _feed(leaves, self.taped and wanted, device, own)
+            takes.append(taken)
+            structures.append(structure)
+            fed.append(structure.build(given))
+        return takes, structures, fed
 
     def _give_all(
         self, shard: ResidentShard | None, leaves: list[Any], structure: Structure

@@ -19,7 +19,7 @@ from taskgrad.worker.shard import ResidentShard
 def own(grads: dict[str, Gradient], shared: Iterable[Any]) -> dict[str, Gradient]:
     """The same gradients, each in memory that is all its own, so that it can be added to.
 
-    Autograd may give one tensor for several: for both terms of a sum, say, and for the cotangent
+    Autograd may return one tensor for several: for both terms of a sum, say, and for the cotangent
     that came in. `shared` are the other tensors that go somewhere, as inputs or results of a task.
     """
     taken = {

@@ -243,4 +243,4 @@ class Mailboxes:
 
 
 def _released() -> BaseException:
-    return TaskgradError("the call was let go of before all of its ranks had run")
+    return TaskgradError("the call was released before all of its ranks had run")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from taskgrad.graph.nodes import walk
 from taskgrad.graph.sparse import components
 from taskgrad.worker.shard import ResidentShard
 from taskgrad.worker.tape import Tape
@@ -107,16 +108,8 @@ def _kept_bytes(tape: Tape) -> int:
 
 def _saved(outputs: Iterable[Any]) -> Iterator[torch.Tensor]:
     """Every tensor that the autograd graph behind these outputs has saved."""
-    stack: list[Any] = [
-        t.grad_fn for t in outputs if isinstance(t, torch.Tensor) and t.grad_fn is not None
-    ]
-    seen: set[Any] = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        stack.extend(following for following, _ in node.next_functions)
+    starts: list[Any] = [t.grad_fn for t in outputs if isinstance(t, torch.Tensor) and t.grad_fn]
+    for node in walk(starts, lambda node: [n for n, _ in node.next_functions if n is not None]):
         for name in dir(node):
             if not (name.startswith("_saved_") or name == "saved_tensors"):
                 continue

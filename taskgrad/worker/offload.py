@@ -131,7 +131,7 @@ def _in_file(folder: str, value: torch.Tensor) -> tuple[torch.Tensor, mmap.mmap]
 
 
 def in_rows(sizes: Mapping[Key, int], most: int) -> Iterator[list[Key]]:
-    """Keys in order, in rows of so many bytes at most, or of one.
+    """The keys in order, in lists of at most `most` bytes together, or of one key.
 
     Examples
     --------

@@ -1,7 +1,7 @@
 """Random numbers that depend on what is computed, not on where or when.
 
 In a training step every layer draws from a stream of its own, fixed by (seed, step, microbatch,
-layer). So dropout gives the same bits whatever the placement, the schedule, or the number of
+layer). So dropout has the same bits whatever the placement, the schedule, or the number of
 threads, and again when a forward is recomputed.
 """
 

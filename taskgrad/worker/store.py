@@ -89,7 +89,7 @@ class Store:
         if not isinstance(entry, Tape):
             raise TapeError(
                 f"worker {self.address} holds no tape of {token.partition('-')[0]!r}: it was used "
-                "by an earlier backward, or let go of. Run the forward again"
+                "by an earlier backward, or released. Run the forward again"
             )
         return entry
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from taskgrad.graph.cotangents import Gradient, match
 from taskgrad.graph.pytree import Structure
 from taskgrad.worker.communicator import Communicator
 from taskgrad.worker.settings import YieldingLock
@@ -31,3 +32,8 @@ class Tape:
     # Held by a backward, and by code that reads what autograd saved: autograd frees it as it goes,
     # without the GIL, and reading it meanwhile would crash the process.
     lock: YieldingLock = field(default_factory=lambda: YieldingLock(reentrant=False))
+
+    def match(self, cotangent: Any, address: str) -> list[Gradient]:
+        """The leaves of a cotangent; CotangentError unless it fits the output."""
+        where = f"{self.title!r} on {address}"
+        return match(cotangent, self.outputs, self.output_structure, where)

@@ -70,7 +70,7 @@ class TrainingOptions:
 
     `names` are the trainable parameters that live there. `deferred` defers batch norm's statistics;
     with `compiled`, options of ``torch.compile``, each layer is compiled at its first call.
-    `in_files` has "state" if the optimizer's state lies in files, "undo" if copies for taking a
+    `in_files` has "state" if the optimizer's state is in files, "undo" if copies for taking a
     step back do. `loss` is the packed loss function, where the model's output is.
     """
 

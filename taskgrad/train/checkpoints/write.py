@@ -1,4 +1,4 @@
-"""Write a checkpoint, so that a crash at any moment leaves a whole one.
+"""Write a checkpoint, so that a crash at any moment leaves a complete one.
 
 Each save makes a new folder, where the workers write their shards side by side; only when all of it
 is on the disk is ``checkpoint.json`` replaced, which says which folder counts. Folders that do not
