@@ -25,7 +25,7 @@ _TRUTHS = {*COMPARISONS, "isnan", "isinf", "isfinite"}
 _SAME = {"neg", "abs", "sign", "add", "sub", "mul", "floordiv", "mod", "fmod", "pow"}
 _SAME |= {*EXTREMES, *ROUNDING}
 _WHOLE = {"and", "or", "xor", "invert", "lshift", "rshift"}
-# What torch does with two bools: these give a bool, others are refused.
+# Ops of two bools whose result is a bool, as in torch; others are refused.
 _OF_BOOLS = {"add", "mul", "and", "or", "xor", "invert", "sign", *EXTREMES}
 
 
