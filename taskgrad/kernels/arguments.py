@@ -30,7 +30,7 @@ def as_tensor(name: str, value: Any) -> torch.Tensor:
 
 
 def on_one_device(name: str, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """As torch: beside tensors on meta only 0-d tensors may be on another device."""
+    """As torch: with tensors on meta only 0-d tensors may be on another device."""
     if not any(x.is_meta for x in tensors):
         return tensors
     if any(not x.is_meta and x.dim() for x in tensors):

@@ -156,7 +156,8 @@ class Vectorized:
             dtype_name(x.dtype)
             result = torch.full(shape, start, dtype=x.dtype)
         else:
-            result = _run(self._make_reduction, "reduce", x, dims)
+            run = _run_outside if torch.compiler.is_compiling() else Vectorized._run
+            result = run(self, "reduce", x, dims)
             if start is not None:
                 result = self(start, result)
         for d in dims if keepdim else ():
@@ -192,8 +193,8 @@ class Vectorized:
         if x.dim() == 0:
             dtype_name(x.dtype)
             return x.clone()
-        moved = x.movedim(place, -1)
-        return _run(self._make_reduction, "scan", moved).movedim(-1, place)
+        run = _run_outside if torch.compiler.is_compiling() else Vectorized._run
+        return run(self, "scan", x.movedim(place, -1)).movedim(-1, place)
 
     def outer(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The function of every element of `x` with every element of `y`.
@@ -285,6 +286,10 @@ class Vectorized:
             return None
         return None if differentiates((x,)) else self._reduction.reducer.repeat(x, dim)
 
+    def _run(self, method: str, *args: Any) -> torch.Tensor:
+        """Reduce or scan."""
+        return getattr(self._make_reduction(), method)(*args)
+
     def _make_reduction(self) -> Reduction:
         operation = self._trace()
         with self._lock:
@@ -336,19 +341,9 @@ class Vectorized:
         return result if out is None else copy_to_out(self.__name__, result, out)
 
 
+# torch.compile does not trace into these.
 _trace_outside = torch.compiler.disable(Vectorized._trace)
-
-
-def _run(reduction: Callable[[], Reduction], method: str, *args: Any) -> torch.Tensor:
-    """Reduce or scan; torch.compile does not look into it."""
-    if torch.compiler.is_compiling():
-        return _run_outside(reduction, method, *args)
-    return getattr(reduction(), method)(*args)
-
-
-@torch.compiler.disable
-def _run_outside(reduction: Callable[[], Reduction], method: str, *args: Any) -> torch.Tensor:
-    return getattr(reduction(), method)(*args)
+_run_outside = torch.compiler.disable(Vectorized._run)
 
 
 def _unpickle(function: ScalarFunction, arity: int, defaults: tuple[Any, ...]) -> Vectorized:

@@ -18,6 +18,7 @@ from taskgrad.kernels.codegen.partial_sums import Partial, block_of, partial_of
 Ints = tuple[int, ...]
 
 _BLOCK = 8192  # elements, without transposed operands
+_ACCESS = {1: Access.UNIT, 0: Access.SCALAR}  # by the stride; of others STRIDED
 _SHORTEST_COLUMN = 16  # below that a transposed operand is read with its strides
 
 
@@ -32,7 +33,6 @@ class LoopNest:
     items: int  # blocks
     rows: int  # size of the second innermost dimension
     columns: int  # of the innermost one
-    block: int  # elements of a block
     partials: tuple[Partial | None, ...]  # of each output that is summed
 
 
@@ -94,7 +94,7 @@ def loop_nest(
         row_block, col_block = _block(cols, rows, sums, strides[len(inputs) :])
     row_blocks, col_blocks = -(-rows // row_block), -(-cols // col_block)
     accesses = [
-        Access.TRANSPOSED if k in transposed else _access(s[0])
+        Access.TRANSPOSED if k in transposed else _ACCESS.get(s[0], Access.STRIDED)
         for k, s in enumerate(strides[: len(inputs)])
     ]
     partials: list[Partial | None] = []
@@ -120,7 +120,6 @@ def loop_nest(
         0 if 0 in shape else prod(outer) * row_blocks * col_blocks,
         rows,
         cols,
-        row_block * col_block,
         tuple(partials),
     )
 
@@ -215,7 +214,3 @@ def _block(
         return block_of(cols, rows, any(not strides[1] for strides in summed))
     col_block = min(cols, _BLOCK)
     return max(1, min(rows, _BLOCK // col_block)), col_block
-
-
-def _access(stride: int) -> Access:
-    return {1: Access.UNIT, 0: Access.SCALAR}.get(stride, Access.STRIDED)

@@ -105,12 +105,10 @@ def _when(test: Callable[..., bool], implementation: Callable[..., Any]) -> Call
     return lambda x, y: implementation if test(x, y) else None
 
 
-def _rounds(name: str) -> Callable[..., Any]:
-    inner = getattr(m, name)
-
+def _rounds(of_floats: Callable[..., Any]) -> Callable[..., Any]:
     def typed(x: Any) -> Any:
         if isinstance(x, types.Float):
-            return lambda x: inner(x)
+            return lambda x: of_floats(x)
         return (lambda x: np.int64(x)) if _integers(x) else None
 
     return typed
@@ -126,17 +124,11 @@ def _power(x: Any, y: Any) -> Any:
     return lambda x, y: number(x) ** number(y)
 
 
-@overload(integer, strict=False)
-def _integer(x: Any) -> Any:
-    if isinstance(x, types.Float):
-        return lambda x: ar.to_int64(x)
-    return (lambda x: np.int64(x)) if _integers(x) else None
-
-
 for _divided in (floordiv, mod):
     overload(_divided, strict=False)(_divides(_divided.__name__))
 for _rounded in (floor, ceil, trunc, rint):
-    overload(_rounded, strict=False)(_rounds(_rounded.__name__))
+    overload(_rounded, strict=False)(_rounds(getattr(m, _rounded.__name__)))
+overload(integer, strict=False)(_rounds(ar.to_int64))
 overload(lshift, strict=False)(_when(_integers, lambda x, y: ar.lshift(x, y, 64)))
 overload(rshift, strict=False)(_when(_integers, lambda x, y: ar.rshift(x, y, 63)))
 overload(maximum, strict=False)(_when(_numbers, lambda x, y: ar.maximum(x, y)))

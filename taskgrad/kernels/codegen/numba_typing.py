@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from types import ModuleType
 from typing import Any
 
@@ -73,7 +74,4 @@ def _value_type(function: ScalarFunction, found: Any, operands: list[ValueType])
         )
     # Numba promotes float32 to float64 with Python floats; torch does not.
     floats = [k for k in operands if k.is_float]
-    joined = floats[0] if floats else ValueType(dtypes.default_float())
-    for vtype in floats[1:]:
-        joined = dtypes.promote(joined, vtype, dtypes.default_float())
-    return joined
+    return reduce(dtypes.promote, floats) if floats else ValueType(dtypes.default_float())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from taskgrad.kernels.codegen.numba_typing import argument_dtype
-from taskgrad.kernels.ir.dtypes import SIZES, ValueType, promote
+from taskgrad.kernels.ir.dtypes import SIZES, ValueType, default_float, promote
 from taskgrad.kernels.ir.expression import (
     ARITHMETIC,
     BINARY,
@@ -52,13 +52,11 @@ class ScalarCode:
     """Generates the lines that compute one element.
 
     The expression is inlined: its calls are of functions without an expression. `types` are those
-    of its ops, `default` is the dtype of float functions of integers, and `calls` lists what the
-    lines call as ``call0``, ``call1``, ...
+    of its ops, and `calls` lists what the lines call as ``call0``, ``call1``, ...
     """
 
-    def __init__(self, expression: Expression, types: Sequence[ValueType], default: str) -> None:
-        self._ops, self._outputs = expression.ops, expression.outputs
-        self.types, self._default = types, default
+    def __init__(self, expression: Expression, types: Sequence[ValueType]) -> None:
+        self._ops, self._outputs, self.types = expression.ops, expression.outputs, types
         self.calls: list[Any] = []
 
     def lines(self) -> list[str]:
@@ -120,7 +118,8 @@ class ScalarCode:
     def _op(self, i: int, op: Op) -> str:
         name, dtype = op.name, self.types[i].computed
         if name in COMPARISONS:
-            a, b = self._promoted(op)
+            common = promote(*(self.types[j] for j in op.operands)).computed
+            a, b = (self._as(j, common) for j in op.operands)
             return f"{a} {COMPARISONS[name]} {b}"
         if name == "select":
             condition = self._as(op.operands[0], "bool")
@@ -129,7 +128,9 @@ class ScalarCode:
         if name == "call":
             return self._call(op)
         if name in ("isnan", "isinf", "isfinite"):
-            x = self._as(op.operands[0], self._float_of(op.operands[0]))
+            (index,) = op.operands
+            vtype = self.types[index]
+            x = self._as(index, vtype.computed if vtype.is_float else default_float())
             tests = {"isnan": f"{x} != {x}", "isinf": f"abs({x}) == inf"}
             return tests.get(name, f"abs({x}) < inf")
         if name == "zero":
@@ -138,15 +139,6 @@ class ScalarCode:
         if name == "pow":
             return self._power(op, dtype, *operands)
         return _simple(name, dtype, operands)
-
-    def _promoted(self, op: Op) -> list[str]:
-        a, b = (self.types[j] for j in op.operands)
-        vtype = promote(a, b, self._default)
-        return [self._as(j, vtype.computed) for j in op.operands]
-
-    def _float_of(self, index: int) -> str:
-        vtype = self.types[index]
-        return vtype.computed if vtype.is_float else self._default
 
     def _call(self, op: Op) -> str:
         function, which = op.value

@@ -2,7 +2,7 @@
 
 Numba's `math.exp` in a loop is a library call for each element. The methods are the textbook ones:
 argument reduction, a polynomial in fused multiply-adds, scaling by a power of two. All are within
-2.5 units in the last place, and give the same bits in vector registers and in scalar ones.
+2.5 units in the last place, and have the same bits in vector registers and in scalar ones.
 """
 
 from __future__ import annotations

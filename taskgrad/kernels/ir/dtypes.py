@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 
 import torch
 
@@ -25,7 +25,7 @@ _TRUTHS = {*COMPARISONS, "isnan", "isinf", "isfinite"}
 _SAME = {"neg", "abs", "sign", "add", "sub", "mul", "floordiv", "mod", "fmod", "pow"}
 _SAME |= {*EXTREMES, *ROUNDING}
 _WHOLE = {"and", "or", "xor", "invert", "lshift", "rshift"}
-# What torch does with two bools: these give a bool, others are refused.
+# Ops of two bools whose result is a bool, as in torch; others are refused.
 _OF_BOOLS = {"add", "mul", "and", "or", "xor", "invert", "sign", *EXTREMES}
 
 
@@ -75,7 +75,7 @@ def _promoted(a: str, b: str) -> str:
     return dtype_name(torch.promote_types(torch_dtype(a), torch_dtype(b)))
 
 
-def promote(a: ValueType, b: ValueType, default: str) -> ValueType:
+def promote(a: ValueType, b: ValueType) -> ValueType:
     """The common type of two operands."""
     if a.weak and b.weak:
         return a if a.is_float or b.dtype == "bool" else b
@@ -83,7 +83,7 @@ def promote(a: ValueType, b: ValueType, default: str) -> ValueType:
         return ValueType(_promoted(a.dtype, b.dtype))
     weak, strong = (a, b) if a.weak else (b, a)
     if weak.is_float and not strong.is_float:
-        return ValueType(default)
+        return ValueType(default_float())
     if weak.dtype != "bool" and strong.dtype == "bool":
         return ValueType("int64")
     return strong
@@ -92,7 +92,6 @@ def promote(a: ValueType, b: ValueType, default: str) -> ValueType:
 def infer_types(
     expression: Expression,
     inputs: Sequence[str],
-    default: str,
     type_of_call: Callable[[Op, list[ValueType]], ValueType],
 ) -> list[ValueType]:
     """The type of every op, given the dtypes of the arguments.
@@ -102,7 +101,10 @@ def infer_types(
     vtypes: list[ValueType] = []
     for op in expression.ops:
         operands = [vtypes[i] for i in op.operands]
-        vtype = _type(op, operands, inputs, default, type_of_call)
+        if op.name == "arg":
+            vtype = ValueType(inputs[op.value])
+        else:
+            vtype = type_of_call(op, operands) if op.name == "call" else _type(op, operands)
         if not vtype.is_float:
             _check_numbers(op, vtype, [expression.ops[i] for i in op.operands])
         vtypes.append(vtype)
@@ -123,31 +125,19 @@ def _check_numbers(op: Op, vtype: ValueType, operands: list[Op]) -> None:
                 raise TypeError(f"{operand.value} does not fit into {vtype.dtype}")
 
 
-def _type(
-    op: Op,
-    operands: list[ValueType],
-    inputs: Sequence[str],
-    default: str,
-    type_of_call: Callable[[Op, list[ValueType]], ValueType],
-) -> ValueType:
-    if op.name == "arg":
-        return ValueType(inputs[op.value])
+def _type(op: Op, operands: list[ValueType]) -> ValueType:
     if op.name == "const":
         value = op.value
         number = "bool" if isinstance(value, bool) else "int64"
         return ValueType("float64" if isinstance(value, float) else number, weak=True)
-    if op.name == "call":
-        return type_of_call(op, operands)
     if op.name in _TRUTHS:
         return ValueType("bool")
     if op.name == "int":
         (x,) = operands
         return ValueType("int64") if x.is_float or x.dtype == "bool" else x
     if op.name == "select":
-        return promote(operands[1], operands[2], default)
-    joined = operands[0]
-    for other in operands[1:]:
-        joined = promote(joined, other, default)
+        return promote(operands[1], operands[2])
+    joined = reduce(promote, operands)
     if op.name in _WHOLE and joined.is_float:
         raise TypeError(f"{op.name} takes whole numbers, not {joined.dtype}")
     if op.name in _WHOLE or op.name in _SAME:
@@ -156,16 +146,15 @@ def _type(
                 f"{op.name} does not take bool, as in torch: use int(...) of it, or &, | and ^"
             )
         return joined
-    return joined if joined.is_float else ValueType(default, joined.weak)
+    return joined if joined.is_float else ValueType(default_float(), joined.weak)
 
 
-def result_dtype(vtype: ValueType, inputs: Sequence[ValueType], default: str) -> str:
+def result_dtype(vtype: ValueType, inputs: Sequence[ValueType]) -> str:
     """The dtype of a result; a weak float adopts that of the inputs, as in ``torch.where``."""
     if not vtype.weak or not vtype.is_float:
         return vtype.dtype
-    for other in inputs:
-        vtype = promote(vtype, other, default)
-    return default if vtype.weak else vtype.dtype
+    vtype = reduce(promote, inputs, vtype)
+    return default_float() if vtype.weak else vtype.dtype
 
 
 def input_dtypes(tensors: Sequence[torch.Tensor], weak: Sequence[bool]) -> list[str]:

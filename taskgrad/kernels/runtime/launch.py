@@ -128,13 +128,11 @@ class Launcher:
     ) -> tuple[list[ValueType], list[str]]:
         """The types of the ops, the dtypes of the outputs."""
         inputs = dtypes.input_dtypes(tensors, weak)
-        default = dtypes.default_float()
-        types = dtypes.infer_types(self._inlined, inputs, default, type_of_call)
+        types = dtypes.infer_types(self._inlined, inputs, type_of_call)
         if self._results is not None:
             return types, self._results(tensors, weak)
         given = [ValueType(name) for name in inputs]
-        outputs = self._inlined.outputs
-        return types, [dtypes.result_dtype(types[i], given, default) for i in outputs]
+        return types, [dtypes.result_dtype(types[i], given) for i in self._inlined.outputs]
 
     def _plan(
         self,
@@ -167,7 +165,7 @@ class Launcher:
                 wide = tiled_transpose.NONTEMPORAL_COLUMNS
                 loops = loop_nest(operands, target, len(results), sums, wide)
             loops = replace(loops, accesses=accesses)
-        code = ScalarCode(self._inlined, types, dtypes.default_float())
+        code = ScalarCode(self._inlined, types)
         signature = f"({', '.join(inputs)}) -> {', '.join(results)}"
         title = f"{self.name}: {signature}, {''.join(loops.accesses)}"
         source = elementwise_source(code, inputs, outputs, loops.accesses, title)

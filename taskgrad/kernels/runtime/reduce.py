@@ -16,29 +16,12 @@ from taskgrad.kernels.codegen.scalar_code import ScalarCode
 from taskgrad.kernels.ir import dtypes
 from taskgrad.kernels.ir.expression import Builder, Expression, inlined
 from taskgrad.kernels.runtime.kernel_cache import Kernel, compile_kernel
-from taskgrad.kernels.runtime.reduce_pass import FullReduce, Pass, make_pass
+from taskgrad.kernels.runtime.reduce_pass import FullReduce, Pass, Step, make_pass
 from taskgrad.kernels.runtime.thread_team import CallStats
 
 _PLANS = 4_096
 _FULL_REDUCES = 16  # each keeps scratch memory for every thread
 _COMMUTATIVE = {"add", "mul", "and", "or", "xor"}
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A pass of a reduction, with the tensor that it makes of the one before."""
-
-    only: Pass
-    shape: Sequence[int]
-    dtype: torch.dtype
-    nbytes: int
-    part: str
-    last: dict[str, CallStats]
-
-    def run(self, x: torch.Tensor) -> torch.Tensor:
-        out = torch.empty(self.shape, dtype=self.dtype)
-        self.last[self.part] = self.only.run(x, out, nbytes=self.nbytes)
-        return out
 
 
 @dataclass(frozen=True)
@@ -57,8 +40,8 @@ class Reducer:
     def __init__(self, expression: Expression, name: str) -> None:
         self.expression, self._inlined, self._name = expression, inlined(expression), name
         self._plans: dict[Any, _Plan] = {}
-        self._steps: dict[Any, Sequence[_Step | FullReduce]] = {}
-        self._by_dim: dict[Any, Sequence[_Step | FullReduce]] = {}  # as `_steps`, by `dim` as given
+        self._steps: dict[Any, Sequence[Step | FullReduce]] = {}
+        self._by_dim: dict[Any, Sequence[Step | FullReduce]] = {}  # as `_steps`, by `dim` as given
         self._full_reduces = 0
         # By variant (``rows``, ``columns``, ``lanes``, ``scan``) and dtype.
         self.kernels: dict[tuple[str, str], Kernel] = {}
@@ -89,7 +72,7 @@ class Reducer:
         """The reduction over some non-empty dimensions, which are removed."""
         if not dims:
             return x.clone()
-        steps: list[_Step] = []
+        steps: list[Step] = []
         result, part = x, "reduce"
         for last, count in _groups(x, dims):
             first = last - count + 1
@@ -104,7 +87,7 @@ class Reducer:
             self._record((x.dtype, x.shape, x.stride(), dims), steps, result.shape)
         return result.to(x.dtype)
 
-    def _record(self, key: Any, steps: Sequence[_Step], shape: torch.Size) -> None:
+    def _record(self, key: Any, steps: Sequence[Step], shape: torch.Size) -> None:
         """Record the steps of a reduction to this shape, for `repeat`."""
         if key in self._steps:  # `reduce` also serves calls that `repeat` does not take
             return
@@ -113,12 +96,11 @@ class Reducer:
             self._by_dim.clear()
             self._full_reduces = 0
         *before, end = steps
-        only = end.only
-        if before or shape or not only.bidirectional or self._full_reduces == _FULL_REDUCES:
+        if before or shape or not end.only.bidirectional or self._full_reduces == _FULL_REDUCES:
             self._steps[key] = [*before, replace(end, shape=shape)]
         else:
             self._full_reduces += 1
-            self._steps[key] = [FullReduce(only, end.dtype, end.nbytes, end.part, self.last)]
+            self._steps[key] = [FullReduce(end)]
 
     def scan(self, x: torch.Tensor) -> torch.Tensor:
         """The running results along the last dimension of a contiguous tensor."""
@@ -150,7 +132,7 @@ class Reducer:
         self.last["scan.totals"] = only.run(x, out, nbytes=x.nbytes + out.nbytes)
         return out
 
-    def _reduce_dim(self, x: torch.Tensor, dim: int, part: str, steps: list[_Step]) -> torch.Tensor:
+    def _reduce_dim(self, x: torch.Tensor, dim: int, part: str, steps: list[Step]) -> torch.Tensor:
         key = x.dtype, x.shape, x.stride(), dim
         plan = self._plans.get(key)
         if plan is None:
@@ -161,7 +143,7 @@ class Reducer:
         if out.numel():
             nbytes = x.nbytes + out.nbytes
             self.last[part] = plan.first.run(x, out, nbytes=nbytes)
-            steps.append(_Step(plan.first, plan.shape, plan.dtype, nbytes, part, self.last))
+            steps.append(Step(plan.first, plan.shape, plan.dtype, nbytes, part, self.last))
         if plan.shape[-2] > 1:
             out = self._reduce_dim(out, len(plan.shape) - 2, "reduce.rest", steps)
         else:
@@ -201,11 +183,10 @@ class Reducer:
     def _kernel(self, variant: str, dtype: str) -> Kernel:
         key = variant, dtype
         if key not in self.kernels:
-            default = dtypes.default_float()
             held = dtypes.ValueType(dtype).computed
-            types = dtypes.infer_types(self._inlined, [held, held], default, type_of_call)
+            types = dtypes.infer_types(self._inlined, [held, held], type_of_call)
             self._check_result(types, dtype)
-            code = ScalarCode(self._inlined, types, default)
+            code = ScalarCode(self._inlined, types)
             title = f"{self._name}, {variant} of {dtype}"
             if variant == "scan":
                 source = reduce_source.scan_source(code, dtype, title)
@@ -219,8 +200,7 @@ class Reducer:
     def _check_result(self, types: Sequence[dtypes.ValueType], dtype: str) -> None:
         """Refuse a function whose result does not fit into the tensor's dtype."""
         (index,) = self._inlined.outputs
-        default = dtypes.default_float()
-        result = dtypes.result_dtype(types[index], [dtypes.ValueType(dtype)], default)
+        result = dtypes.result_dtype(types[index], [dtypes.ValueType(dtype)])
         if not torch.can_cast(dtypes.torch_dtype(result), dtypes.torch_dtype(dtype)):
             raise TypeError(
                 f"{self._name} of two {dtype} is {result}, and a reduction or scan has the dtype "

@@ -93,6 +93,24 @@ def make_pass(kernel: Kernel, parameters: Sequence[int], items: int, elements: i
     return Pass(kernel, torch.tensor(parameters, dtype=torch.int64), items, one_thread)
 
 
+@dataclass(frozen=True)
+class Step:
+    """A pass of a reduction that can be repeated, on tensors of one layout."""
+
+    only: Pass
+    shape: Sequence[int]  # of the result
+    dtype: torch.dtype
+    nbytes: int  # of the tensor and the result
+    part: str  # the key in `last` of a call's statistics
+    last: dict[str, CallStats]
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """The result."""
+        out = torch.empty(self.shape, dtype=self.dtype)
+        self.last[self.part] = self.only.run(x, out, nbytes=self.nbytes)
+        return out
+
+
 class _Call(NamedTuple):
     """A call that can be repeated: descriptor, callable, statistics, and its scratch memory."""
 
@@ -103,33 +121,28 @@ class _Call(NamedTuple):
 
 
 class FullReduce:
-    """A pass that reduces a whole tensor to one element, by a kernel that cannot fail.
+    """A step that reduces a whole tensor to one element, by a kernel that cannot fail.
 
     Around the kernel a call runs Python and torch's dispatcher. A large tensor evicts their data
     from the caches, so on the next call they take 0.2 ms, where ten million elements take 1 ms. So
     the call descriptor and scratch memory are kept, and results are allocated in batches.
-
-    A call of `nbytes` bytes, tensor and result, puts its statistics under `part` into `last`.
     """
 
-    def __init__(
-        self, only: Pass, dtype: torch.dtype, nbytes: int, part: str, last: dict[str, CallStats]
-    ) -> None:
-        self._pass, self._dtype, self._nbytes = only, dtype, nbytes
-        self._part, self._last = part, last
-        self._one_thread = only.one_thread
+    def __init__(self, step: Step) -> None:
+        self._step, self._one_thread = step, step.only.one_thread
+        self._part, self._last = step.part, step.last
         # By the number of threads: calls that are not running, as many as ran at the same time.
         self._calls: dict[int, list[_Call]] = {}
         self._results: list[torch.Tensor] = []
         _all.add(self)
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        """The result."""
+        """As `Step.run`."""
         global _read_backwards, _until
         start = perf_counter()
         address = x.data_ptr()
         if not address:
-            raise unreadable(self._pass.kernel.name, [x])
+            raise unreadable(self._step.only.kernel.name, [x])
         count = 1 if self._one_thread else get_num_threads()
         try:
             call = self._calls[count].pop()
@@ -138,7 +151,7 @@ class FullReduce:
         try:
             out = self._results.pop()
         except IndexError:
-            out, *self._results = [torch.empty((), dtype=self._dtype) for _ in range(_RESULTS)]
+            out, *self._results = [torch.empty((), dtype=self._step.dtype) for _ in range(_RESULTS)]
         descriptor, run, stats, _ = call
         backwards = address != _read_backwards or start > _until  # `choose_direction`, inlined
         _read_backwards = address if backwards else 0
@@ -155,7 +168,7 @@ class FullReduce:
 
     def _new_call(self, count: int) -> _Call:
         self._calls.setdefault(count, [])
-        only = self._pass
+        only = self._step.only
         count = min(count, only.items)
         scratch, address = aligned_buffer(SCRATCH * count + only.shared)
         descriptor = call_descriptor(
@@ -169,7 +182,7 @@ class FullReduce:
             chunked=True,
         )
         run = thread_team.prepare(only.kernel, descriptor.buffer_info()[0], count)
-        return _Call(descriptor, run, CallStats(count, only.items, self._nbytes, 0.0), scratch)
+        return _Call(descriptor, run, CallStats(count, only.items, self._step.nbytes, 0.0), scratch)
 
     def clear(self) -> None:
         """Drop all prepared calls; in a forked child their threads do not exist."""
