@@ -238,7 +238,7 @@ def _load(data: bytes, other: Callable[[Any], BaseException]) -> Any:
 def _own_reduction(error: BaseException) -> Any:
     reduction = error.__reduce_ex__(4)
     if not isinstance(reduction, tuple):
-        raise pickle.PicklingError("__reduce__ gave no tuple")
+        raise pickle.PicklingError("__reduce__ returned no tuple")
     return reduction
 
 
@@ -321,11 +321,9 @@ class _Unpacking:
             )
             if record.pickled is not None:
                 try:
-                    made = _load(record.pickled, self.make)
+                    self._made[number] = _load(record.pickled, self.make)
                 except BaseException as trouble:
                     stands_in.add_note(f"It could not be unpickled: {text_of(trouble)}")
-                else:
-                    self._made[number] = made
         return self._made[number]
 
     def join(self) -> None:

@@ -1,7 +1,4 @@
-"""Lazy values over Dask: `spawn` makes them, `collect` runs them.
-
-A `Thunk` is one call that has not run, or its result; the same idea as DaggerFlux.jl's thunks.
-"""
+"""Lazy values over Dask, as DaggerFlux.jl's thunks: `spawn` makes them, `collect` runs them."""
 
 from __future__ import annotations
 
@@ -17,13 +14,7 @@ from torch import nn
 
 from taskgrad import autograd
 from taskgrad.arguments import flag
-from taskgrad.cluster.session import (
-    Session,
-    WorkerSpec,
-    check_open,
-    current_session,
-    session,
-)
+from taskgrad.cluster.session import Session, WorkerSpec, check_open, current_session, session
 from taskgrad.display.graph import call_graph, html, nested
 from taskgrad.errors import TaskgradError
 from taskgrad.executors.backward import run_backward
@@ -39,6 +30,8 @@ from taskgrad.graph.nodes import Node, new_key
 from taskgrad.graph.pytree import Slot, flatten, plain
 from taskgrad.graph.refusals import refuse_hidden, refuse_writing
 
+_LOSS_WORDS = ("loss", "entropy", "kl_div")  # in the names of functions that are losses
+
 
 class Lazy:
     """Base of callables whose calls are thunks already."""
@@ -49,11 +42,6 @@ class Lazy:
 
 def _single_value(results: Any) -> Any:
     return plain(single_key(results))
-
-
-def _get(*args: Any, **kwargs: Any) -> Any:
-    """Dask's scheduler for thunks: the current cluster, one of our own if there is none."""
-    return session().client.get(*args, **kwargs)
 
 
 class Thunk(Delayed):
@@ -74,7 +62,8 @@ class Thunk(Delayed):
 
     __slots__ = ("_node", "_session")
 
-    __dask_scheduler__ = staticmethod(_get)
+    # The current cluster, or one of our own if there is none.
+    __dask_scheduler__ = staticmethod(lambda *args, **kwargs: session().client.get(*args, **kwargs))
     __dask_optimize__ = None
 
     def __init__(self, node: Node, session: Session | None = None) -> None:
@@ -273,8 +262,7 @@ def spawn(
     if isinstance(fn, Lazy):
         if worker is not None:
             raise TypeError("a GraphChain has a placement of its own; worker= is for functions")
-        called: Thunk = fn(*args, **kwargs)
-        return called
+        return fn(*args, **kwargs)
     if not callable(fn) or isinstance(fn, Thunk):
         raise TypeError(f"spawn takes a function or an nn.Module; got {type(fn).__name__}")
     if isinstance(fn, type) and issubclass(fn, nn.Module):
@@ -285,14 +273,11 @@ def spawn(
     packed = pack_function(fn, title)
     inputs = Inputs()
     tensor_slots = tuple([inputs.slot(t, name, m) for t, name, m, _ in packed.closed_over])
-    marked = zip(tensor_slots, packed.closed_over, strict=True)
-    buffers = tuple([slot for slot, found in marked if found.is_buffer])
+    buffers = tuple([inputs.slot(found.tensor) for found in packed.closed_over if found.is_buffer])
     template = inputs.template((args, kwargs), title)
-    owner = inputs.session
-    address = None
-    if worker is not None:
-        owner = owner or session()
-        address = owner.resolve(worker)
+    owner = inputs.session or (None if worker is None else session())
+    address = None if owner is None or worker is None else owner.resolve(worker)
+    is_loss = isinstance(fn, nn.modules.loss._Loss) or any(w in title.lower() for w in _LOSS_WORDS)
     call = Call(
         title=title,
         steps=((0, title, kind_of(fn)),),
@@ -302,14 +287,9 @@ def spawn(
         tensor_slots=tensor_slots,
         buffers=buffers,
         worker=address,
-        key=new_key("loss" if _is_loss(fn, title) else "forward", title),
+        key=new_key("loss" if is_loss else "forward", title),
     )
     return Thunk(call, owner)
-
-
-def _is_loss(fn: Callable[..., Any], title: str) -> bool:
-    words = ("loss", "entropy", "kl_div")
-    return isinstance(fn, nn.modules.loss._Loss) or any(w in title.lower() for w in words)
 
 
 class Inputs:
@@ -350,8 +330,9 @@ class Inputs:
             else x
             for x in leaves
         ]
-        what = f"an argument of {title!r}"
-        return pack.pickle_or_explain(lambda: template_of(given, structure), what)
+        return pack.pickle_or_explain(
+            lambda: template_of(given, structure), f"an argument of {title!r}"
+        )
 
 
 def cotangent_node(node: Node, cotangent: Any) -> Node | None:
@@ -362,8 +343,7 @@ def cotangent_node(node: Node, cotangent: Any) -> Node | None:
         return cotangent._node
     if any(map(_is_thunk, flatten(cotangent, _is_thunk)[0])):
         return spawn(_same, cotangent, worker=node.worker)._node
-    checked = check_cotangent(node, cotangent)
-    return Leaf(cotangent, needs_grad=False, kept=True, checked=checked)
+    return Leaf(cotangent, needs_grad=False, kept=True, checked=check_cotangent(node, cotangent))
 
 
 def _same(value: Any) -> Any:

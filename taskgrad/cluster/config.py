@@ -1,6 +1,6 @@
 """Driver, scheduler, worker: taskgrad's settings in Dask's configuration; which hold on a cluster.
 
-``taskgrad.yaml`` beside this file has the defaults and says what each is for.
+``taskgrad.yaml`` in this directory has the defaults and says what each is for.
 """
 
 from __future__ import annotations

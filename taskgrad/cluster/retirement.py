@@ -1,4 +1,4 @@
-"""Scheduler, worker: workers that hold layers or tapes are not retired, so nothing of ours is lost.
+"""Scheduler, worker: workers that hold layers or tapes are not retired, so their state is not lost.
 
 Before Dask retires a worker it moves its results to other workers; where it cannot, the worker
 stays, is missing from what `retire_workers` returns, and a warning is logged. What our stores hold
@@ -162,7 +162,7 @@ class RetirementGuard:
             self._closing |= kept
             raise TaskgradError(
                 f"worker {', '.join(kept)} holds layers or tapes, which cannot be moved; it stays "
-                "until they are let go of, and then closes"
+                "until they are released, and then closes"
             )
         return await retire(list(asked - kept), **arguments)
 
@@ -182,7 +182,7 @@ class RetirementGuard:
             counts = ", ".join(f"{kind}: {count}" for kind, count in held.items() if count)
             logger.warning(
                 "worker %s is not retired: it holds what cannot be moved (%s). It can be retired "
-                "once its chains and thunks are let go of: delete them, or make the chain on other "
+                "once its chains and thunks are released: delete them, or make the chain on other "
                 "workers (placement=...) and load its state_dict there. If the worker must go, "
                 "stop it: what it holds is lost then",
                 address,

@@ -14,7 +14,7 @@ from taskgrad.worker import shard_ops
 
 
 def accumulations(adjoint: Adjoint) -> list[ShardCall]:
-    """One action a shard: add what this backward gave to the gradients of its parameters."""
+    """One action a shard: add the gradients of this backward to those of its parameters."""
     by_home: dict[Shard, dict[str, Any]] = {}
     for (home, name), parts in adjoint.parameters.items():
         by_home.setdefault(home, {})[name] = parts
@@ -58,7 +58,7 @@ def run_backward(adjoint: Adjoint, executor: Executor, *, accumulate: bool) -> d
     except CotangentError:
         raise  # no tape is used
     except BaseException:
-        # What is left of these tapes is of no more use.
+        # What is left of these tapes cannot be used again.
         executor.forget(pullback.call for pullback in adjoint.pullbacks)
         raise
     return dict(zip(leaves, values, strict=True))

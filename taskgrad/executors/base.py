@@ -105,10 +105,7 @@ class Executor(Protocol):
     def values(self, nodes: Sequence[Node]) -> list[Any]:
         """The values of nodes that have run, on the driver.
 
-        Raises
-        ------
-        WorkerLostError
-            A value was lost with its worker on the way.
+        WorkerLostError if a value was lost with its worker on the way.
         """
 
     def failure(self, node: Node) -> BaseException | None:

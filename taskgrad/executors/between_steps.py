@@ -17,12 +17,8 @@ def between_steps(nodes: Sequence[Node], chains: Iterable[ChainRef] = ()) -> Ite
     """A block in which nodes are submitted that use layers, or in which these chains' are used.
 
     Steps that a trainer has submitted end first, and later ones wait for these nodes: else a value
-    would be of one step on one worker, and of another step on another.
-
-    Raises
-    ------
-    LayerError, WorkerLostError
-        Such a step failed.
+    would be of one step on one worker, and of another step on another. LayerError or
+    WorkerLostError if such a step failed.
     """
     used: dict[ChainRef, list[Node]] = {chain: [] for chain in chains}
     for node in nodes:

@@ -65,13 +65,7 @@ def _wait(monitor: _Monitor, seconds: float | None) -> BaseException | None:
 
 
 def gather(nodes: Sequence[Node], session: Session, table: TaskTable) -> list[Any]:
-    """The values of nodes that have run.
-
-    Raises
-    ------
-    WorkerLostError
-        One was lost on the way.
-    """
+    """The values of nodes that have run; WorkerLostError if one was lost on the way."""
     if not nodes:
         return []
     check_open(session.client)

@@ -22,12 +22,8 @@ from taskgrad.plan.placement import contiguous, round_robin
 def check_device(device: str | torch.device) -> str:
     """The name of a device, as it is sent to workers; they check that they have it.
 
-    Raises
-    ------
-    TypeError
-        It is neither a string nor a device.
-    ValueError
-        Torch knows no such device, or it is the meta device.
+    TypeError if it is neither a string nor a device; ValueError if torch knows no such device, or
+    it is the meta device.
     """
     if not isinstance(device, str | torch.device):
         raise TypeError(f"device is a string or a torch.device; got {shown(device)}")
@@ -51,13 +47,9 @@ def place(
 ) -> list[str]:
     """The address of each layer's worker; `placement` is that of `GraphChain`.
 
-    `reached` are the tensors that are sent with each layer.
-
-    Raises
-    ------
-    PlacementError
-        The placement has the wrong length, names a worker that is not there, or parts layers that
-        share what cannot have a copy.
+    `reached` are the tensors that are sent with each layer. PlacementError if the placement has the
+    wrong length, names a worker that is not there, or separates layers that share what cannot have
+    a copy.
     """
     workers = owner.workers()
     n = len(flat.layers)

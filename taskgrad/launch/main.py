@@ -1,11 +1,12 @@
 """``if tg.main(__name__):`` runs one file under mpirun, on local processes, or in this process.
 
-The idea is that of deepdish.parallel (https://github.com/uchicago-cs/deepdish): a gate that rank 0
-passes, and behind which all others serve. It is built on mpi4py and not on dask-mpi (2026.3), whose
-``initialize`` gives rank 0 to the scheduler and the script to rank 1: it needs three ranks to have
-one worker, waits in collective calls without a deadline, and closes the cluster by opening a new
-client in an ``atexit`` handler, when Python starts no more threads for it (dask-mpi issue 87). The
-ranks exchange a few messages over MPI, see `taskgrad.launch.messages`.
+The idea is that of deepdish.parallel (https://github.com/uchicago-cs/deepdish): the call returns on
+rank 0, which runs the program, and all other ranks serve as workers within it. It is built on
+mpi4py and not on dask-mpi (2026.3), whose ``initialize`` gives rank 0 to the scheduler and the
+script to rank 1: it needs three ranks to have one worker, waits in collective calls without a
+deadline, and closes the cluster by opening a new client in an ``atexit`` handler, when Python
+starts no more threads for it (dask-mpi issue 87). The ranks exchange a few messages over MPI, see
+`taskgrad.launch.messages`.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def _exit() -> NoReturn:
     messages.finalize(EXIT_GRACE_S)
     messages.watch(EXIT_GRACE_S)  # Python waits for threads that tasks have started
     if _busy():
-        # Native code that does not return to Python. To tear down Python beside it ends in a crash;
+        # Native code that does not return to Python. Finalizing Python while it runs would crash;
         # and it has to be C's exit, not _exit, as MPICH tells its launcher of this end only there.
         sys.stdout.flush()
         sys.stderr.flush()

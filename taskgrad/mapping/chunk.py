@@ -79,7 +79,7 @@ class MapSpec(Opaque):
 
 @dataclass
 class ChunkResult(Opaque):
-    """What comes back of a chunk, beside the outputs; the segments stay in the worker's process.
+    """What a chunk returns besides its outputs; the segments stay in the worker's process.
 
     `attempt` is the id of this execution: a chunk that is run again after a worker was lost gets
     another one, so that a tape that does not fit the results is rejected.

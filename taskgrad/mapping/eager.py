@@ -25,7 +25,7 @@ from taskgrad.worker.failures import backward_error
 # Without a prediction: if the backward takes less than a round trip, and gradients are small.
 _MOST_S = 0.02
 _MOST_BYTES = 1 << 20
-# Two in a row: where every other map is for evaluation, none is differentiated in vain.
+# Two in a row: where every other map is for evaluation, no gradient is computed for nothing.
 _IN_A_ROW = 2
 _TUPLES = ("tuple", "namedtuple")
 
@@ -72,7 +72,7 @@ def differentiate_eagerly(
     if any(found is None for found in losses):
         if options.asked:
             raise TypeError(
-                f"eager_grad=True, and {title!r} gives something that is neither a "
+                f"eager_grad=True, and {title!r} returns something that is neither a "
                 "0-d tensor that requires grad nor a tuple led by one"
             )
         return None

@@ -252,7 +252,7 @@ class RemoteRecording(MapRecording):
                 raise error
             return self.executor.values(nodes)
         except BaseException:
-            # What is left of the tapes is of no more use.
+            # What is left of the tapes cannot be used again.
             self._forget_tapes()
             self.used.update(self.entries)
             raise

@@ -24,13 +24,12 @@ import torch
 from distributed.protocol.serialize import dask_deserialize, dask_serialize
 
 from taskgrad.cluster.wire.leases import BufferLease, RemoteBuffer, ValidityToken, read_leased
-from taskgrad.cluster.wire.serialize import TensorCloudPickler, TensorPickler
+from taskgrad.cluster.wire.serialize import ATOMS, TensorCloudPickler, TensorPickler
 from taskgrad.cluster.wire.thresholds import OWN_FRAME_MIN
 from taskgrad.errors import TravelError
 from taskgrad.item_errors import is_ctrl_c
 from taskgrad.remote_errors import text_of
 
-_ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 _RUN_DTYPES = frozenset(
     {
         *(torch.float32, torch.float64, torch.float16, torch.complex64, torch.complex128),
@@ -222,7 +221,7 @@ class BatchEncoder:
         self.nbytes += len(pickled) + sum(map(len, self._buffers[kept:]))
 
     def _pickle(self, item: Any) -> bytes:
-        if type(item) in _ATOMS:
+        if type(item) in ATOMS:
             return pickle.dumps(item, 5)
         kept = len(self._buffers)
         file = self._file

@@ -97,7 +97,7 @@ def imap(
     64
     """
     if not iterables:
-        raise TypeError("imap needs an iterable beside the function: tg.imap(fn, items)")
+        raise TypeError("imap needs an iterable after the function: tg.imap(fn, items)")
     star = len(iterables) > 1
     return _map("imap", fn, iterables, star, unordered, chunksize, buffersize, progress, client)
 

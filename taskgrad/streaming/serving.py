@@ -33,7 +33,7 @@ class BatchTask:
     number: int
     star: bool
     lease: bool
-    """Whether the driver may read large results in this process's memory."""
+    """True if the driver can read large results in the worker's memory."""
     settings: TorchSettings
     """Torch's, under which the function runs."""
 
