@@ -2,8 +2,8 @@
 
 All threads get the address of the same call descriptor, an array of int64 with the parameters, the
 operands' addresses and the shared counters. A thread first takes chunks of its own queue, which is
-the range that torch's operations would assign to it, so its core's cache may hold that memory already.
-When its queue is empty it steals from the next one.
+the range that torch's operations would assign to it, so its core's cache may hold that memory
+already. When its queue is empty it steals from the next one.
 """
 
 from __future__ import annotations

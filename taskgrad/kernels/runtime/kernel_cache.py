@@ -1,8 +1,8 @@
 """On-disk cache of kernels: compiled once a machine, loaded by every other process.
 
 Each source is a file whose name contains a hash of the source, of the modules that it imports and
-of the versions of Numba and Python. Numba's own cache keeps the machine code in the same folder. Processes
-that need the same kernel at the same time wait for the first, by a file lock.
+of the versions of Numba and Python. Numba's own cache keeps the machine code in the same folder.
+Processes that need the same kernel at the same time wait for the first, by a file lock.
 """
 
 from __future__ import annotations
