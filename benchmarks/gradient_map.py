@@ -2,7 +2,7 @@
 
 The rival is a loop over the same items in one process with as many threads as a worker has: one.
 `_vs_two_loops` is against what the machine has to give: two processes that loop over half the items
-each, which they hold already, tell each other nothing, and keep freed memory as workers do.
+each, which they hold already, do not communicate, and keep freed memory as workers do.
 Then what travels in a backward, for 16 items and for 64: the gradients of the parameters once a
 worker, and cotangents, which are the same for all losses of a sum.
 """
@@ -121,8 +121,8 @@ def main() -> None:
         found = tg.map(loss, xs[:count], eager_grad=False, client=client)
         before = sum(client.run(sent).values())
         sum(found).backward()
-        home = sum(client.run(sent).values()) - before
-        report.value(f"sent home by a backward of {count} items", home, "bytes")
+        sent_bytes = sum(client.run(sent).values()) - before
+        report.value(f"sent to the driver by a backward of {count} items", sent_bytes, "bytes")
     report.finish(args.json)
     client.close()
 

@@ -1,8 +1,8 @@
 """What a hop costs: a chain of 100 tasks that do nothing, each waiting for the one before it.
 
 The tasks are plain Dask tasks, the same on both clusters; one cluster is as Dask starts it, on the
-other a client uses taskgrad. A thousand tasks that wait for nobody are there to see what sending
-messages at once costs where collecting them would pay.
+other a client uses taskgrad. A thousand independent tasks show what sending each message
+at once costs where collecting messages would be cheaper.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def hops(workers: list[str]) -> Any:
 
 
 def fan(workers: list[str]) -> Any:
-    """Tasks that wait for nobody, and one that waits for them all."""
+    """Independent tasks, and one that depends on all of them."""
     name = uuid.uuid4().hex
     tasks = [delayed(nothing)(i, dask_key_name=f"fan{i}-{name}") for i in range(FAN)]
     return delayed(nothing)(tasks, dask_key_name=f"end-{name}")

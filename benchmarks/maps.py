@@ -2,7 +2,7 @@
 
 Two worker processes each. The function computes for a fixed time and returns its item, a numpy
 array: 1 KB or 1 MB in, the same out. (It makes hashes, as many as took so long before. An empty
-loop of Python is up to 15 % faster in one process than in the next, by where its memory lies.)
+loop of Python is up to 15 % faster in one process than in the next, by its memory addresses.)
 taskgrad chooses its chunks itself. Each rival has the best of a few chunk sizes, found first, for
 each kind of item; one that takes more than twice as long as the best then is left out. The others
 take turns with taskgrad; the ratio is to the rival with the lowest median.
@@ -182,7 +182,7 @@ class Mpi:
 
 
 def serve() -> None:
-    """The master of mpi4py.futures: measures what it is told on its standard input."""
+    """The master of mpi4py.futures: measures what is requested on its standard input."""
     from mpi4py.futures import MPIPoolExecutor
 
     with MPIPoolExecutor(WORKERS) as executor:
@@ -204,7 +204,7 @@ class Ours:
         self._client = tg.local_cluster(n_workers=WORKERS, dashboard_address=":0")
 
     def measure(self, case: str, loops: int, count: int, chunksize: Any) -> float:
-        """Seconds for a whole map; the chunk size is not told."""
+        """Seconds for a whole map; the chunk size is not given."""
         return measure(self._map, case, loops, count, chunksize)
 
     def _map(self, fn: Any, given: Iterable[Any], chunksize: Any) -> Iterator[Any]:

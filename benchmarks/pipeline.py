@@ -1,12 +1,12 @@
 """A training step over two workers: taskgrad's Trainer against torch.distributed.pipelining.
 
 Both cut the same model at the same layer, over two processes of one thread, and take each batch in
-four microbatches; torch's processes talk over gloo, and the better of its GPipe and 1F1B counts.
+four microbatches; torch's processes communicate over gloo, and the better of GPipe and 1F1B counts.
 Plain torch does the same batch at once, in one process with one thread and with two. A step is
 forward, loss, backward and SGD with momentum. All take turns within one run.
 
 The `mlp_` rows show where we lose: eight linear layers, with sizes for steps of about so long. What
-a step costs us beside its arithmetic, for the graph and for each hop through the scheduler, is
+a step costs us besides its arithmetic, for the graph and for each hop through the scheduler, is
 the same for all of them.
 """
 

@@ -36,7 +36,7 @@ def ours(x: torch.Tensor, repeats: int) -> float:
 
 
 def theirs(rank: int, port: int, orders: Connection) -> None:
-    """A gloo process: measures what it is told until it is told no more."""
+    """A gloo process: measures what is requested until no more requests come."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
     while (order := orders.recv()) is not None:

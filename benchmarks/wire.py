@@ -59,7 +59,7 @@ def hop(client: Client, workers: list[str], count: int) -> float:
 
 
 def home(client: Client, workers: list[str], count: int, ours: bool) -> float:
-    """Seconds until a tensor that lies on a worker is here."""
+    """Seconds until the driver has a tensor that is stored on a worker."""
     future = client.submit(make, count, workers=[workers[0]], pure=False)
     _wait(client, future)
     began = time.perf_counter()

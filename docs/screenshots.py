@@ -119,7 +119,7 @@ class Training(threading.Thread):
             self.steps.append(time.perf_counter() - start)
 
     def pause(self) -> None:
-        """Let the step that runs end, and the workers let go of it."""
+        """Let the running step end, and the workers free its values."""
         self.go.clear()
         self.idle.wait()
         time.sleep(1)

@@ -1,7 +1,7 @@
 """Fit a basis set to the hydrogen molecule: quantum chemistry with a map that is differentiated.
 
 The Hartree-Fock energy of H2 is computed at many bond lengths, each an item of `tg.map`. The
-exponents of the Gaussian basis are the same at all of them; their gradient comes home summed
+exponents of the Gaussian basis are the same at all of them; their gradient is returned summed
 over each worker's items, and an optimizer here lowers the mean energy. The gradient of an item, a
 bond length, is the force between the two nuclei.
 

@@ -501,7 +501,7 @@ def not_json(folder):
     [
         (cut_short, "was cut short or written over"),
         (flip_a_bit, "is damaged: its checksum differs"),
-        (lose_a_shard, "does not see .*safetensors: a checkpoint lies on a filesystem"),
+        (lose_a_shard, "does not see .*safetensors: a checkpoint must be on a filesystem"),
         (another_version, "format version 99, written by taskgrad .* reads version 1"),
         (not_json, "cannot be read"),
         (shutil.rmtree, "there is no checkpoint in .*: it has no file checkpoint.json"),

@@ -96,7 +96,7 @@ class TakeSlice:
         if total is None or total < self.count:
             raise ValueError(
                 f"{self.what} has {total or 'no'} samples, and a step has {self.count} microbatches"
-                ". A batch that lies on a worker is cut there: take fewer microbatches"
+                ". A batch that is on a worker is cut there: take fewer microbatches"
             )
         part = cut(batch, self.dims, self.index, self.count, self.what)
         if self.fraction:

@@ -173,7 +173,7 @@ def check(store: Store, token: str, *, folder: str, files: Mapping[str, Any]) ->
         path = Path(folder) / file
         if not path.is_file():
             raise CheckpointError(
-                f"worker {store.address} does not see {path}: a checkpoint lies on a filesystem "
+                f"worker {store.address} does not see {path}: a checkpoint must be on a filesystem "
                 "that the driver and all workers share"
             )
         size = path.stat().st_size
