@@ -101,7 +101,6 @@ class _Walk:
         names = [layer.name or layer.kind for layer in row]
         title = names[0] if len(row) == 1 else f"{names[0]}..{names[-1]}"
         if self._settings is None:
-            refuse_modes(title)
             self._settings = settings_now().under_autocast(self._autocast)
         steps = tuple([(r.index, name, r.kind) for r, name in zip(row, names, strict=True)])
         inputs, context = entry.inputs, None
@@ -211,8 +210,7 @@ class Layout:
         train, False to evaluate, None to leave the layers as they are. `extend` adds to each call
         what a training step needs.
         """
-        if self._parametrized:
-            refuse_cached(self.title)
+        self.refuse_modes()
         inputs = Inputs()
         alone = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor | Thunk | Node)
         if alone:
@@ -224,6 +222,12 @@ class Layout:
         walk = _Walk(self, mode, autocast, extend)
         walk.path(self._path, entry, last=True)
         return walk.calls
+
+    def refuse_modes(self) -> None:
+        """Raise TaskgradError in a mode of torch that would not reach the layers."""
+        refuse_modes(self.title)
+        if self._parametrized:
+            refuse_cached(self.title)
 
     def task(
         self,

@@ -187,6 +187,11 @@ def threads(worker: Worker) -> int:
     return count if isinstance(count, int) else 1
 
 
+def tasks_wait(worker: Worker) -> bool:
+    """True if tasks wait for one of a worker's threads."""
+    return bool(getattr(getattr(worker, "state", None), "ready", ()))
+
+
 # Every line of a worker's `get_data` that deals with the receiver. It returns when the receiver has
 # all of the data, so leased memory stays valid until then.
 _HANDSHAKE_LINES = [

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 from distributed import get_worker
 
 from taskgrad.cluster import internals
-from taskgrad.cluster.nested import give_thread_back
+from taskgrad.cluster.actions import run_on, title_of
+from taskgrad.cluster.programs.host import resident_of
 from taskgrad.cluster.tuning import malloc
-from taskgrad.cluster.wire.picklable import check_picklable
 from taskgrad.cluster.worker_plugin import store_of
-from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.remote_errors import RemoteError
-from taskgrad.worker.actions import OnShard
 from taskgrad.worker.failures import exit_error
-from taskgrad.worker.settings import applied
 from taskgrad.worker.store import Store
 
 T = TypeVar("T")
@@ -58,23 +54,12 @@ def run_action(payload: bytes, *values: Any) -> Any:
     action, settings, total, literals = contained("the unpickling of a call", pickle.loads, payload)
     given = iter(values)
     inputs = [literals[i] if i in literals else next(given) for i in range(total)]
-    return contained(_title(action), _run, action, settings, inputs)
+    return contained(title_of(action), run_on, _store(), action, settings, inputs)
 
 
-def _run(action: Any, settings: TorchSettings | None, inputs: list[Any]) -> Any:
-    store = _store()
-    with nullcontext() if settings is None else applied(settings, store.address, give_thread_back):
-        result = action.run(store, *inputs)
-    check_picklable(result)
-    return result
-
-
-def _title(action: Any) -> str:
-    """The name of what an action runs, for messages."""
-    if isinstance(action, OnShard):
-        return f"{action.function.__name__!r} of {action.token.partition('-')[0]!r}"
-    called = getattr(action, "work", action)
-    return repr(getattr(called, "title", type(action).__name__))
+def run_program(name: str) -> int:
+    """Take steps of this worker's resident program of that name; returns how many."""
+    return resident_of(get_worker(), name).run()
 
 
 def worker_info(dask_worker: Any = None) -> tuple[str, int]:

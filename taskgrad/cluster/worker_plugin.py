@@ -13,6 +13,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 from taskgrad.cluster import internals
 from taskgrad.cluster.config import Settings
 from taskgrad.cluster.messages.rank_comms import DaskTransport
+from taskgrad.cluster.programs.host import ProgramHosts
 from taskgrad.cluster.retirement import OccupancyReporter
 from taskgrad.cluster.tuning import malloc, server_settings
 from taskgrad.cluster.wire import message_leases, result_table
@@ -77,6 +78,7 @@ class TaskgradWorkerPlugin(WorkerPlugin):
         worker.stream_handlers[SETTINGS] = change
         self._reporter = OccupancyReporter(worker, store)
         self._transport = DaskTransport(worker, store.mailboxes)
+        self._programs = ProgramHosts(worker, store)
         malloc.check_threads(worker)
         counts = _Counts(store)
         for name in _METRICS:  # columns of the dashboard's table of workers
@@ -85,6 +87,8 @@ class TaskgradWorkerPlugin(WorkerPlugin):
 
     def transition(self, key: Any, start: str, finish: str, **kwargs: Any) -> None:
         """Publish a task's result when it is computed, until it is released."""
+        if finish == "ready":
+            self._programs.task_is_ready()
         if self._results is not None:
             self._results.task_moved(key, start, finish)
 
@@ -94,6 +98,7 @@ class TaskgradWorkerPlugin(WorkerPlugin):
         self._results = None
         self._reporter.stop()
         self._transport.stop()
+        self._programs.stop()
         # Messages may still be on their way to a worker that closes.
         for name in (RELEASE, SETTINGS, WORKER_LOST):
             worker.stream_handlers[name] = lambda **message: None

@@ -26,7 +26,7 @@ from taskgrad.graph.nodes import Node, label_of
 from taskgrad.worker.settings import settings_released
 
 # How often a wait checks that what it waits for can still come.
-_CHECK_S = 1.0
+CHECK_S = 1.0
 # How long the client may take to hand over the exception of a task that has failed.
 _EXCEPTION_S = 30
 
@@ -53,7 +53,7 @@ def _wait(monitor: _Monitor, seconds: float | None) -> BaseException | None:
     futures = [f for f in map(monitor.table.futures.get, monitor.targets) if f is not None]
     settled = client_calls.all_of(client, futures)
     try:
-        while not settled.done(min(_CHECK_S, max(0.0, end - time.monotonic()))):
+        while not settled.done(min(CHECK_S, max(0.0, end - time.monotonic()))):
             error = monitor.check()
             if error is not None:
                 return error
@@ -74,7 +74,7 @@ def gather(nodes: Sequence[Node], session: Session, table: TaskTable) -> list[An
     monitor = _Monitor(nodes, session, table)
     try:
         with settings_released():
-            while not coming.done(_CHECK_S):
+            while not coming.done(CHECK_S):
                 error = monitor.check()
                 if error is not None:
                     raise error
@@ -172,7 +172,7 @@ class _Monitor:
         trouble = self.session.out_of_order(pins)
         gone = {a for a, why in trouble.items() if why == "gone"}
         gone |= {a for a, why in trouble.items() if why == "restarted" and a in staged}
-        return _worker_lost(self.session, min(gone), self._all(), self._labels) if gone else None
+        return worker_lost(self.session, min(gone), self._all(), self._labels) if gone else None
 
     def _worker_out_of_order(self) -> WorkerLostError | None:
         found = {*self.table.behind(self.targets, self._unfinished), *self._behind}
@@ -186,13 +186,16 @@ class _Monitor:
         lasting = self._outages.lasting(trouble)
         for node, worker in placed:
             if worker in lasting:
-                gone = trouble[worker] == "gone"
-                return WorkerLostError(
-                    f"{self.session.describe(worker)} has been {trouble[worker]} for "
-                    f"{deadline('worker'):g} s, and {node.label} is pinned to it. "
-                    + (_START_ONE if gone else _GIVE_MEMORY)
-                )
+                return stays_out_of_order(self.session, worker, trouble[worker], node.label)
         return None
+
+
+def stays_out_of_order(session: Session, address: str, why: str, label: str) -> WorkerLostError:
+    """The error for a worker that has been "gone" or "paused" for too long."""
+    return WorkerLostError(
+        f"{session.describe(address)} has been {why} for {deadline('worker'):g} s, and {label} is "
+        "pinned to it. " + (_START_ONE if why == "gone" else _GIVE_MEMORY)
+    )
 
 
 _MOST_NAMED = 4  # tasks that a message names
@@ -211,7 +214,7 @@ _GIVE_MEMORY = (
 )
 
 
-def _worker_lost(
+def worker_lost(
     session: Session, address: str, nodes: Sequence[Node], labels: Mapping[str, str]
 ) -> WorkerLostError:
     """The error for layers or tapes that went with their worker.

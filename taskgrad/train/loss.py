@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from taskgrad.train.step import Step
-
 
 class StepLoss:
     """The loss of a batch, as `Trainer.step` returns it: fetched when it is read.
@@ -15,12 +13,14 @@ class StepLoss:
     printing do not.
     """
 
-    def __init__(self, finish: Callable[[StepLoss], None], made: Step, size: int | None) -> None:
-        self.step = made.number
+    def __init__(
+        self, finish: Callable[[StepLoss], None], number: int, size: int | None, running: Any
+    ) -> None:
+        self.step = number
         """The number of the step, counted from 0."""
         self.size = size
         """The number of samples of the batch; None if it is on a worker."""
-        self.made = made
+        self.running = running  # what the trainer knows the step by
         self._finish = finish  # waits for this step
         self._report: dict[str, Any] | None = None
         self._error: BaseException | None = None

@@ -54,6 +54,8 @@ class Step:
     settles: list[Node]
     order: dict[Node, tuple[Node, ...]]
     """For an action the one before it in the schedule, if any, or in the step before."""
+    scheduled: dict[str, dict[Node, str]]
+    """For each worker the actions of its schedule in order, with their names in the plan."""
     launch: Launch | None = None
 
     @property
@@ -67,7 +69,7 @@ class Step:
         self.report = next(tasks)
         self.last = {shard: next(tasks) for shard in self.last}
         self.settles = list(tasks)
-        self.order = {}
+        self.order, self.scheduled = {}, {}
         self.launch = launch
 
 
@@ -86,7 +88,8 @@ def build(
     update = (number + 1) % settings.accumulate == 0
     parts = [_microbatch(layout, batch, number, m, settings) for m in range(batch.count)]
     plan, earlier = settings.plan(batch.count), {} if before is None else before.last
-    order, tails = _order(batch, parts, plan, layout, earlier)
+    scheduled = _scheduled(parts, plan)
+    order, tails = _order(batch, scheduled, layout, earlier)
     summary = {"update": update, "norms": settings.clip_norm is not None}
     prepares = [
         layout.task(shard, training.prepare, summary, awaits=[tails[shard]])
@@ -125,7 +128,7 @@ def build(
     if update:  # copies of tied parameters get the new values
         last |= layout.refreshes(commits)
     settles = layout.tasks(optimizing.settle, awaits=list(commits.values()), number=number)
-    return Step(number, report, last, list(settles), order)
+    return Step(number, report, last, list(settles), order, scheduled)
 
 
 def _microbatch(
@@ -165,10 +168,23 @@ def _targets_at(slot: int) -> bytes:
     return template((Slot(slot),))
 
 
+def _scheduled(parts: Sequence[_Microbatch], plan: Plan) -> dict[str, dict[Node, str]]:
+    """For each worker the nodes of its actions in the plan's order, with their names."""
+    found: dict[str, dict[Node, str]] = {}
+    for worker, actions in zip(plan.workers, plan.orders, strict=True):
+        nodes = found.setdefault(worker.address, {})
+        for action in actions:
+            if action.kind == "U":
+                continue  # what `build` adds, for all shards together
+            part = parts[action.microbatch]
+            call = part.calls[action.stage]
+            nodes[call if action.kind == "F" else part.pullbacks[call]] = str(action)
+    return found
+
+
 def _order(
     batch: Batch,
-    parts: Sequence[_Microbatch],
-    plan: Plan,
+    scheduled: dict[str, dict[Node, str]],
     layout: Layout,
     before: dict[Shard, Node],
 ) -> tuple[dict[Node, tuple[Node, ...]], dict[Shard, Node]]:
@@ -178,17 +194,10 @@ def _order(
         for node in ancestors([*batch.inputs, *batch.targets])
         if isinstance(node, Call) and node.shard in before
     }
-    shards = {shard.worker: shard for shard in layout.shards}
     tails: dict[Shard, Node] = {}
-    for worker, actions in zip(plan.workers, plan.orders, strict=True):
-        shard = shards[worker.address]
+    for shard in layout.shards:
         last = before.get(shard)
-        for kind, stage, microbatch in actions:
-            if kind == "U":
-                continue  # what `build` adds, for all shards together
-            part = parts[microbatch]
-            call = part.calls[stage]
-            node = call if kind == "F" else part.pullbacks[call]
+        for node in scheduled[shard.worker]:
             if last is not None:
                 order[node] = (last,)
             last = tails[shard] = node

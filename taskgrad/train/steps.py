@@ -10,19 +10,18 @@ from weakref import WeakSet
 from taskgrad.chain import GraphChain
 from taskgrad.cluster.session import check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
+from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import Node
 from taskgrad.train.call_lock import CallLock
 from taskgrad.train.data import Batch
 from taskgrad.train.loss import StepLoss
 from taskgrad.train.owner import check_owner, recover
-from taskgrad.train.step import Settings, Step, build
+from taskgrad.train.runners import CompiledRunner, FuturesRunner, Runner
+from taskgrad.train.step import Settings
 from taskgrad.worker import training
 
 # A step is submitted while the one before still runs: its inputs are there when that is done.
 _AHEAD = 2
-# Dask remembers how to compute again all that a task depended on: steps that wait for each other
-# pile up on the scheduler. So after this many the workers are let run dry.
-_MAX_CHAINED = 16
 # How long Ctrl-C may wait for the workers to take back a step, in seconds.
 _INTERRUPT_S = 0.5
 
@@ -41,7 +40,11 @@ class Steps:
     """
 
     def __init__(
-        self, chain: GraphChain, settings: Settings, notify: Callable[[StepLoss], None]
+        self,
+        chain: GraphChain,
+        settings: Settings,
+        notify: Callable[[StepLoss], None],
+        executor: str,
     ) -> None:
         self.taken = 0
         self.metric_for: str | None = None
@@ -49,12 +52,12 @@ class Steps:
         self._chain = chain
         self._layout = chain.layout
         self._executor = chain.layout.executor
-        self._settings = settings
+        self._futures = FuturesRunner(chain.layout, settings)
+        self._compiled = CompiledRunner(chain.layout, settings) if executor == "compiled" else None
+        self._runner: Runner = self._futures
         self._lock = CallLock(notify)
         self._running: deque[StepLoss] = deque()
         self._readers: WeakSet[Node] = WeakSet()  # what uses the model, not in a step
-        self._last: Step | None = None  # the next step waits for it on the workers
-        self._chained = 0
         self._unsettled = False  # a step was interrupted, and is yet to be taken back
         self._broken: BaseException | None = None
 
@@ -91,19 +94,16 @@ class Steps:
         with self.held():
             self._check_usable()
             batch = split()
+            self._choose(batch)
             while len(self._running) >= _AHEAD:
                 self.finish(self._running[0])
-            if self._chained == _MAX_CHAINED:
+            if self._runner.must_finish:
                 self.wait()
             self._wait_for_readers()
-            made = build(self._layout, batch, self.taken, self._settings, self._last)
-            loss = StepLoss(self.finish, made, batch.size)
-            self._running.append(loss)
             try:
-                launch = self._executor.launch(made.targets, made.order)
+                running = self._runner.submit(batch, self.taken)
             except BaseException as error:
                 if isinstance(error, Exception) and not isinstance(error, TaskgradError | OSError):
-                    self._running.pop()  # it was not submitted; the steps before it go on
                     error.add_note(
                         f"The batch of step {self.taken} cannot be sent to the workers; nothing "
                         "of this step was submitted, and steps before it are not affected."
@@ -111,11 +111,19 @@ class Steps:
                     raise
                 self.abort(error)
                 raise
-            made.launched(launch)
-            self._last = made
-            self._chained += 1
+            loss = StepLoss(self.finish, self.taken, batch.size, running)
+            self._running.append(loss)
             self.taken += 1
             return loss
+
+    def _choose(self, batch: Batch) -> None:
+        """Choose how the step of this batch is run; steps that run otherwise are finished first."""
+        chosen: Runner = self._futures
+        if self._compiled is not None and all(isinstance(n, Leaf) for n in batch.inputs):
+            chosen = self._compiled
+        if chosen is not self._runner:
+            self.wait()
+            self._runner = chosen
 
     def wait(self) -> None:
         """Return when every step so far is done; see `Trainer.wait`."""
@@ -123,9 +131,7 @@ class Steps:
             self._check_usable()
             while self._running:
                 self.finish(self._running[0])
-            if self._last is not None:
-                self._executor.forget(self._last.targets)
-                self._last, self._chained = None, 0
+            self._runner.finish()
 
     def finish(self, loss: StepLoss) -> None:
         """Wait for the steps up to this one."""
@@ -134,18 +140,12 @@ class Steps:
                 loss.raise_error()  # another thread may have found it
                 first = self._running[0]
                 try:
-                    made = first.made
-                    error = self._executor.wait(made.targets, launch=made.launch)
-                    if error is not None:
-                        raise error
-                    [report] = self._executor.values([made.report])
+                    report = self._runner.wait(first.running)
                 except BaseException as error:
                     self.abort(error)
                     raise
                 self._running.popleft()
                 first.settle(report)
-                if first.made is not self._last:
-                    self._executor.forget(first.made.targets)
                 self._lock.notify_later(first)
 
     @contextlib.contextmanager
@@ -174,11 +174,10 @@ class Steps:
     def abort(self, error: BaseException) -> None:
         """Cancel all steps that run, and go back to before the first of them."""
         with self.held():
+            self._runner.cancel([loss.running for loss in self._running])
             for loss in self._running:
-                self._executor.cancel(loss.made.targets)
                 loss.fail(error)
             self._running.clear()
-            self._last, self._chained = None, 0
             self._unsettled = True
             interrupted = not isinstance(error, Exception)
             try:
@@ -189,6 +188,8 @@ class Steps:
 
     def _roll_back(self, seconds: float | None = None) -> None:
         try:
+            if not self._runner.is_stopped(seconds):
+                return
             done = recover(self._layout, seconds=seconds)
         except TaskgradError as error:
             self._broken = error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
@@ -52,7 +52,7 @@ class Callback:
 
 
 # Arguments of a trainer that its checkpoints do not have.
-_APART = frozenset({"self", "chain", "loss_fn", "optimizer", "callbacks"})
+_APART = frozenset({"self", "chain", "loss_fn", "optimizer", "callbacks", "executor"})
 
 
 class Trainer:
@@ -160,6 +160,7 @@ class Trainer:
         deferred_batch_norm: bool = False,
         compile: bool | Mapping[str, Any] = False,
         check_finite: bool = False,
+        executor: Literal["compiled", "futures"] = "futures",
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in _APART}
         given["seed"] = whole("seed", seed)
@@ -169,7 +170,7 @@ class Trainer:
         self._given = given
         self._splitter = checked.splitter
         self._plan = checked.settings.plan
-        self._steps = Steps(chain, checked.settings, self._notify)
+        self._steps = Steps(chain, checked.settings, self._notify, executor)
         self._loops = Loops(
             chain.layout, self._steps, self._splitter, checked.settings.autocast, loss_fn
         )

@@ -129,6 +129,12 @@ class Store:
                         self._released_early.popitem(last=False)
         self.mailboxes.release(keys)
 
+    def discard(self, keys: Sequence[str]) -> None:
+        """Drop the entries of these keys, if there are any."""
+        with self._lock:
+            for key in keys:
+                self._remove(key)
+
     def is_released(self, key: str) -> bool:
         """True if no client needs the result of this task, which has yet to end."""
         return key in self._released_early

@@ -1,0 +1,1 @@
+"""Channels between workers: values go straight from one program to another."""

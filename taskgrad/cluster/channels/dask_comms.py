@@ -1,0 +1,91 @@
+"""Worker: channels over Dask's own connections, which are encrypted where the cluster's are.
+
+A worker opens one connection to each other one, on which it only sends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from distributed import Worker
+from distributed.comm.core import Comm, connect
+from distributed.core import Status
+from distributed.protocol.serialize import to_serialize
+
+CHANNEL = "taskgrad_channel"
+"""A worker's handler for the connections of others."""
+
+
+class DaskChannels:
+    """This worker's channels to the others of a group; see `GlooChannels`.
+
+    Everything but `send` runs in the worker's event loop.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        name: str,
+        rank: int,
+        deliver: Callable[[Any], None],
+        lost: Callable[[int], None],
+    ) -> None:
+        self._worker = worker
+        self._name = name
+        self._rank = rank
+        self._deliver = deliver
+        self._lost = lost
+        self._queues: dict[int, asyncio.Queue[Any]] = {}
+        self._writers: list[asyncio.Task[None]] = []
+        self._comms: list[Comm] = []
+        self._closing = False
+
+    async def connect(self, addresses: list[str], seconds: float) -> None:
+        """Connect to all others; raises OSError if that takes longer."""
+        for peer, address in enumerate(addresses):
+            if peer != self._rank:
+                comm = await connect(address, seconds, **self._worker.connection_args)
+                self._comms.append(comm)
+                hello = {"op": CHANNEL, "name": self._name, "rank": self._rank, "reply": False}
+                await comm.write(hello)
+                self._queues[peer] = asyncio.Queue()
+                self._writers.append(asyncio.create_task(self._write(peer, comm)))
+
+    def send(self, peer: int, value: Any) -> None:
+        """Send a value, whose memory stays as it is until it has arrived. Any thread may call."""
+        loop: Any = self._worker.loop
+        loop.asyncio_loop.call_soon_threadsafe(self._queues[peer].put_nowait, value)
+
+    async def _write(self, peer: int, comm: Comm) -> None:
+        try:
+            while True:
+                value = await self._queues[peer].get()
+                await comm.write({"value": to_serialize(value)})
+                del value
+        except OSError:
+            if not self._closing:
+                self._lost(peer)
+
+    async def receive(self, comm: Comm, rank: int) -> Any:
+        """Deliver all that comes on another worker's connection, until it ends."""
+        try:
+            while True:
+                message: Any = await comm.read()
+                self._deliver(message["value"])
+                del message
+        except OSError:
+            if not self._closing:
+                self._lost(rank)
+        return Status.dont_reply
+
+    async def close(self) -> None:
+        """Close all connections."""
+        self._closing = True
+        for writer in self._writers:
+            writer.cancel()
+        for comm in self._comms:
+            with contextlib.suppress(OSError):
+                await comm.close()

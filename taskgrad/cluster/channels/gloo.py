@@ -1,0 +1,130 @@
+"""Worker: channels over torch.distributed's gloo, in a process group of our own.
+
+The group has no part in ``torch.distributed``'s default group, which stays free for the user. For
+each peer one thread receives all that comes from it, so a send never waits for the other side's
+program; how much can be on its way is for the schedule to bound.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
+
+from taskgrad.cluster.channels.frames import FIRST_FRAME, pack, unpack
+
+# Between two values any time may pass. A peer that is lost ends the wait at once.
+_FOREVER = timedelta(days=365)
+_FRAME, _REST = 0, 1  # gloo's tags: of first frames, and of those that follow
+_CLOSE = "close"
+
+
+class GlooChannels:
+    """This worker's channels to the others of a group.
+
+    Parameters
+    ----------
+    host
+        The address of this worker's network interface.
+    rank, size
+        This worker's place among the workers, and their number.
+    deliver
+        Called in a thread with each value that comes.
+    lost
+        Called in a thread with the rank of a worker whose connection has ended.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        rank: int,
+        size: int,
+        deliver: Callable[[Any], None],
+        lost: Callable[[int], None],
+    ) -> None:
+        self._host = host
+        self._rank = rank
+        self._size = size
+        self._deliver = deliver
+        self._lost = lost
+        self._store: TCPStore | None = None
+        self._group: Any = None
+        self._closing = False
+        self._sent: list[tuple[Any, list[torch.Tensor]]] = []
+        self._threads: list[threading.Thread] = []
+
+    def listen(self) -> int:
+        """Start the store at which all workers meet, on the first of them; returns its port."""
+        self._store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
+        return self._store.port
+
+    def connect(self, host: str, port: int, seconds: float) -> None:
+        """Connect to all others, who do the same; raises RuntimeError if that takes longer."""
+        store = self._store or TCPStore(
+            host, port, timeout=timedelta(seconds=seconds), wait_for_workers=False
+        )
+        store.set_timeout(timedelta(seconds=seconds))
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._timeout = _FOREVER
+        options._threads = 1
+        options._devices = [ProcessGroupGloo.create_device(hostname=self._host)]
+        prefixed = PrefixStore("taskgrad", store)
+        self._group = ProcessGroupGloo(prefixed, self._rank, self._size, options)
+        for peer in range(self._size):
+            if peer != self._rank:
+                thread = threading.Thread(
+                    target=self._receive, args=(peer,), name=f"taskgrad-from-{peer}", daemon=True
+                )
+                thread.start()
+                self._threads.append(thread)
+
+    def send(self, peer: int, value: Any) -> None:
+        """Send a value, whose memory stays as it is until it has arrived."""
+        self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]
+        first, *rest = pack(value)
+        self._start(peer, first, _FRAME)
+        for frame in rest:
+            self._start(peer, frame, _REST)
+
+    def _start(self, peer: int, frame: torch.Tensor, tag: int) -> None:
+        self._sent.append((self._group.send([frame], peer, tag), [frame]))
+
+    def _receive(self, peer: int) -> None:
+        group = self._group
+
+        def fill(frame: torch.Tensor, tag: int = _REST) -> None:
+            group.recv([frame], peer, tag).wait()
+
+        try:
+            while True:
+                first = torch.empty(FIRST_FRAME, dtype=torch.uint8)
+                fill(first, _FRAME)
+                value = unpack(first, fill)
+                if isinstance(value, str) and value == _CLOSE:
+                    return
+                self._deliver(value)
+                del value
+        except RuntimeError:
+            if not self._closing:
+                self._lost(peer)
+
+    def close(self, seconds: float) -> None:
+        """Close all connections, once the others do the same or so many seconds have passed."""
+        self._closing = True
+        if self._group is None:
+            self._store = None
+            return
+        for peer in range(self._size):
+            if peer != self._rank:
+                try:
+                    self.send(peer, _CLOSE)
+                except RuntimeError:
+                    continue  # it has gone
+        for thread in self._threads:
+            thread.join(seconds)
+        self._sent.clear()
+        self._group = self._store = None

@@ -1,0 +1,284 @@
+"""Driver: the connections to the programs of one trainer, and what the workers said on them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import dask
+from distributed import Client, Future
+from distributed.comm.core import Comm, connect
+from distributed.protocol.serialize import Serialized, serialize
+
+from taskgrad import remote_errors
+from taskgrad.cluster import client_calls
+from taskgrad.cluster.config import deadline
+from taskgrad.cluster.programs.host import PROGRAM
+from taskgrad.cluster.scheduler_plugin import ANNOTATION
+from taskgrad.cluster.tasks import run_program
+from taskgrad.errors import TaskgradError
+
+
+class Connections:
+    """One connection to each worker of a trainer's chain.
+
+    Methods block until messages are written, or a deadline has passed. What the workers answer is
+    in the attributes; `changed` is notified at each change, and held while they are read together.
+
+    Attributes
+    ----------
+    finished : dict
+        By the number of a step: the reports of the workers that have taken it, by rank, each
+        (values, timings).
+    error : tuple or None
+        What ended the steps that run: the error that a worker raised, or the address of one that is
+        lost.
+    changed : threading.Condition
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        name: str,
+        workers: Sequence[str],
+        tokens: Sequence[str],
+        names: Mapping[str, Any],
+    ) -> None:
+        self.workers = list(workers)
+        self.finished: dict[int, dict[int, tuple[list[Any], list[Any]]]] = {}
+        self.error: BaseException | str | None = None
+        self.changed = threading.Condition()
+        self._client = client
+        self._name = name
+        self._names = names
+        self._comms: list[Comm] = []
+        self._locks: list[asyncio.Lock] = []
+        self._readers: list[asyncio.Task[None]] = []
+        self._epoch = 0
+        self._stopped = set(range(len(workers)))  # ranks on which nothing of old epochs runs
+        self._accepting = True  # False from a stop until `begin_again`
+        self._sent = 0  # steps since then
+        self._taken = [0] * len(workers)
+        self._tasks: dict[int, Future] = {}  # the tasks that take steps, by rank
+        self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._lost: set[int] = set()
+        client_calls.call_with_deadline(
+            client, lambda: self._open(tokens), "to prepare for compiled steps"
+        )
+        self._finalizer = weakref.finalize(self, _close, client, self._comms)
+
+    async def _open(self, tokens: Sequence[str]) -> None:
+        # TLS is a matter of Dask's own connections; gloo has none.
+        gloo = all(address.startswith("tcp://") for address in self.workers)
+        seconds = deadline("answer")
+        for rank, address in enumerate(self.workers):
+            comm = await connect(address, seconds, **self._client.connection_args)
+            self._comms.append(comm)
+            self._locks.append(asyncio.Lock())
+            await comm.write(
+                {
+                    "op": PROGRAM,
+                    "name": self._name,
+                    "rank": rank,
+                    "addresses": self.workers,
+                    "tokens": [tokens[rank]],
+                    "gloo": gloo,
+                }
+            )
+        if len(self.workers) > 1:
+            where = {}
+            if gloo:
+                await self._comms[0].write({"op": "listen"})
+                where = {"port": (await _read(self._comms[0]))["port"]}
+            for comm in self._comms:
+                await comm.write({"op": "connect", "seconds": seconds, **where})
+            for address, comm in zip(self.workers, self._comms, strict=True):
+                problem = (await _read(comm))["error"]
+                if problem:
+                    raise OSError(f"{address} cannot be connected with the others: {problem}")
+        this = weakref.ref(self)
+        self._readers += [
+            asyncio.create_task(_listen(this, rank, comm)) for rank, comm in enumerate(self._comms)
+        ]
+
+    def load(self, number: int, programs: Sequence[bytes]) -> None:
+        """Send every worker its program."""
+        self._send([{"op": "load", "number": number, "program": p} for p in programs])
+
+    def step(self, number: int, program: int, inputs: Sequence[Any], settled: int) -> None:
+        """Have every worker take a step, each with its inputs.
+
+        Raises what serializing the inputs raises, before anything is sent.
+        """
+        packed = [Serialized(*serialize(given)) for given in inputs]
+        with self.changed:
+            self._sent += 1
+        about = {"op": "step", "number": number, "program": program, "settled": settled}
+        self._send([{**about, "inputs": given} for given in packed], with_tasks=True)
+
+    def stop(self) -> None:
+        """End the steps that run; `is_stopped` is true when nothing of them runs any more."""
+        client_calls.call_with_deadline(self._client, self._stop, "to stop")
+
+    @property
+    def is_stopped(self) -> bool:
+        """True if nothing of the steps before `stop` runs on any worker."""
+        return len(self._stopped | self._lost) == len(self.workers)
+
+    @property
+    def lost(self) -> list[str]:
+        """The workers to which the connection has ended."""
+        return [self.workers[rank] for rank in sorted(self._lost)]
+
+    def task_error(self) -> BaseException | None:
+        """The error of a task that was to take steps; None if there is none."""
+        failed = next((f for f in list(self._tasks.values()) if f.status == "error"), None)
+        return None if failed is None else failed.exception(timeout=deadline("answer"))
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The keys of the tasks that take steps, with their names for messages."""
+        return {str(f.key): "the steps of a trainer" for f in self._tasks.values()}
+
+    def forget(self, number: int) -> None:
+        """Drop what was reported of a step."""
+        with self.changed:
+            self.finished.pop(number, None)
+
+    def begin_again(self) -> None:
+        """After `stop`: go on with new steps."""
+        with self.changed:
+            self.error = None
+            self.finished.clear()
+            self._accepting = True
+            self._sent = 0
+            self._taken = [0] * len(self.workers)
+
+    def close(self) -> None:
+        """End the programs; their workers close the channels between them."""
+        self._finalizer()
+
+    def _send(self, messages: Sequence[dict[str, Any]], *, with_tasks: bool = False) -> None:
+        async def write() -> None:
+            if with_tasks:
+                self._start_tasks()
+            await asyncio.gather(
+                *(self._write(rank, message) for rank, message in enumerate(messages))
+            )
+
+        client_calls.call_with_deadline(self._client, write, "to take a step")
+
+    async def _write(self, rank: int, message: dict[str, Any]) -> None:
+        async with self._locks[rank]:
+            with contextlib.suppress(OSError):  # its reader finds that it is gone
+                await self._comms[rank].write(message)
+
+    def _start_tasks(self) -> None:
+        """On every worker a task that takes steps, where none does."""
+        for rank, address in enumerate(self.workers):
+            if rank in self._tasks or rank in self._lost:
+                continue
+            name = self._names.get(address, address)
+            with dask.annotate(  # type: ignore[attr-defined]
+                **{ANNOTATION: name}
+            ):
+                self._tasks[rank] = self._client.submit(
+                    run_program,
+                    self._name,
+                    workers=[address],
+                    key=f"train-{self._name}-{rank}-{self._epoch}-{self._sent}",
+                    pure=False,
+                )
+
+    async def _stop(self) -> None:
+        with self.changed:
+            self._epoch += 1
+            self._accepting = False
+            self._stopped.clear()
+        message = {"op": "stop", "epoch": self._epoch}
+        await asyncio.gather(*(self._write(rank, message) for rank in range(len(self.workers))))
+
+    def _heard(self, rank: int, message: dict[str, Any]) -> None:
+        """A worker's message; in the client's event loop."""
+        with self.changed:
+            op = message["op"]
+            if op == "done":
+                reports = message["reports"], message["timings"]
+                self.finished.setdefault(message["step"], {})[rank] = reports
+            elif op == "failed":
+                self._fail(remote_errors.loads(message["error"]))
+            elif op == "stopped" and message["epoch"] == self._epoch:
+                self._stopped.add(rank)
+                self._tasks.pop(rank, None)
+            elif op == "ended":
+                self._tasks.pop(rank, None)
+                self._taken[rank] += message["taken"]
+                if self._accepting and self._taken[rank] < self._sent:
+                    self._start_tasks()
+            elif op == "peer_lost":
+                asyncio.get_running_loop().call_later(1.0, self._peer_lost, message["address"])
+            self.changed.notify_all()
+
+    def _peer_lost(self, address: str) -> None:
+        """Workers lost their connection to one that the driver may still reach."""
+        with self.changed:
+            if self.error is None:
+                self._fail(
+                    TaskgradError(
+                        f"other workers have lost their connection to worker {address}, which the "
+                        "driver still reaches: look at the network between them"
+                    )
+                )
+            self.changed.notify_all()
+
+    def _fail(self, error: BaseException | str) -> None:
+        if self.error is None:
+            self.error = error
+            self._stopping = asyncio.ensure_future(self._stop())  # at once, whoever waits
+        elif isinstance(error, str) and not isinstance(self.error, str):
+            self.error = error  # a lost worker explains others' errors
+
+    def _gone(self, rank: int) -> None:
+        with self.changed:
+            self._lost.add(rank)
+            self._fail(self.workers[rank])
+            self.changed.notify_all()
+
+
+async def _read(comm: Comm) -> Any:
+    return await comm.read()
+
+
+async def _listen(this: weakref.ref[Connections], rank: int, comm: Comm) -> None:
+    """Read a worker's messages for as long as the connections are used."""
+    while True:
+        try:
+            message: Any = await comm.read()
+        except OSError:
+            found = this()
+            if found is not None and found._finalizer.alive:
+                found._gone(rank)
+            return
+        found = this()
+        if found is None:
+            return
+        found._heard(rank, message)
+        del found, message
+
+
+def _close(client: Client, comms: Sequence[Comm]) -> None:
+    """Close connections, in the client's event loop if that still runs."""
+
+    async def close() -> None:
+        for comm in comms:
+            with contextlib.suppress(OSError):
+                await comm.write({"op": "close"})
+                await comm.close()
+
+    loop: Any = client.loop
+    with contextlib.suppress(RuntimeError):
+        asyncio.run_coroutine_threadsafe(close(), loop.asyncio_loop)

@@ -1,0 +1,235 @@
+"""Worker: hosts the resident programs of trainers: their driver's connection, and their channels.
+
+A driver opens one connection to each worker of its chain, with the operation `PROGRAM`, and both
+sides then send messages on it until it closes. Each is a dictionary with its kind under "op":
+
+from the driver
+    ``listen``, ``connect``  join the workers' channels
+    ``load``                 keep a program
+    ``step``                 take a step
+    ``stop``                 end the steps of earlier epochs
+    ``close``                end; as does the end of the connection
+from the worker
+    ``listening``, ``connected``  where the channels meet; that they are joined
+    ``done``, ``failed``     a step
+    ``stopped``              nothing of earlier epochs runs any more
+    ``ended``                the task that takes steps has ended, after so many of them
+    ``peer_lost``            the channel to another worker has ended
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import pickle
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from distributed import Worker
+from distributed.comm.addressing import get_address_host
+from distributed.comm.core import Comm
+from distributed.core import Status
+from distributed.protocol.serialize import to_serialize
+
+from taskgrad import remote_errors
+from taskgrad.cluster import internals
+from taskgrad.cluster.actions import run_on, title_of
+from taskgrad.cluster.channels.dask_comms import CHANNEL, DaskChannels
+from taskgrad.cluster.channels.gloo import GlooChannels
+from taskgrad.cluster.nested import give_thread_back
+from taskgrad.errors import WorkerLostError
+from taskgrad.graph.torch_settings import TorchSettings
+from taskgrad.worker.failures import exit_error
+from taskgrad.worker.resident import Resident, StepInputs, Tag
+from taskgrad.worker.store import Store
+
+PROGRAM = "taskgrad_program"
+"""A worker's handler for the connection of a driver."""
+# How long a worker that closes its channels waits for each other one to do the same.
+_CLOSE_S = 5.0
+
+_hosts: weakref.WeakKeyDictionary[Worker, ProgramHosts] = weakref.WeakKeyDictionary()
+
+
+def resident_of(worker: Worker, name: str) -> Resident:
+    """A resident program of this worker; WorkerLostError if it has none of this name."""
+    hosts = _hosts.get(worker)
+    host = None if hosts is None else hosts.named.get(name)
+    if host is None:
+        raise WorkerLostError(
+            f"worker {worker.address} has no program {name}: it was restarted, or its driver has "
+            "closed the connection"
+        )
+    return host.resident
+
+
+class ProgramHosts:
+    """All programs of one worker, by name."""
+
+    def __init__(self, worker: Worker, store: Store) -> None:
+        self.named: dict[str, _ProgramHost] = {}
+        self._worker = worker
+        self._store = store
+        _hosts[worker] = self
+        worker.handlers[PROGRAM] = self._serve
+        worker.handlers[CHANNEL] = self._receive
+
+    def stop(self) -> None:
+        """Called when the worker closes."""
+        for host in self.named.values():
+            host.resident.close()
+        for name in (PROGRAM, CHANNEL):
+            self._worker.handlers.pop(name, None)
+
+    def task_is_ready(self) -> None:
+        """A task waits for a thread, which a program may have."""
+        for host in self.named.values():
+            host.resident.wake()
+
+    async def _serve(self, comm: Comm, name: str, **about: Any) -> Any:
+        host = _ProgramHost(self._worker, self._store, comm, name, **about)
+        self.named[name] = host
+        try:
+            await host.serve()
+        finally:
+            host.resident.close()
+            del self.named[name]
+            await host.close()
+        return Status.dont_reply
+
+    async def _receive(self, comm: Comm, name: str, rank: int) -> Any:
+        channels = self.named[name].channels
+        assert isinstance(channels, DaskChannels)
+        return await channels.receive(comm, rank)
+
+
+class _ProgramHost:
+    """One program on one worker (a `taskgrad.worker.resident.Host`)."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        store: Store,
+        comm: Comm,
+        name: str,
+        *,
+        rank: int,
+        addresses: Sequence[str],
+        tokens: Sequence[str],
+        gloo: bool,
+    ) -> None:
+        self._worker = worker
+        self._store = store
+        self._comm = comm
+        self._addresses = list(addresses)
+        self._loop: Any = worker.loop
+        self._outgoing: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._gave_thread_back = False
+        self.resident = Resident(store, self, tokens)
+        self.channels: GlooChannels | DaskChannels
+        if gloo:
+            host = get_address_host(worker.address)
+            self.channels = GlooChannels(host, rank, len(addresses), self._deliver, self._lost)
+        else:
+            self.channels = DaskChannels(worker, name, rank, self._deliver, self._lost)
+
+    async def serve(self) -> None:
+        """Do what the driver's messages say until it closes the connection, or is gone."""
+        writer = asyncio.create_task(self._write())
+        try:
+            while True:
+                message: Any = await self._comm.read()
+                op = message.pop("op")
+                if op == "close":
+                    return
+                await getattr(self, f"_{op}")(**message)
+                del message
+        except OSError:
+            pass
+        finally:
+            writer.cancel()
+
+    async def close(self) -> None:
+        """Close the channels."""
+        channels = self.channels
+        if isinstance(channels, GlooChannels):
+            await self._in_thread(channels.close, _CLOSE_S)
+        else:
+            await channels.close()
+
+    async def _listen(self) -> None:
+        assert isinstance(self.channels, GlooChannels)
+        self.tell({"op": "listening", "port": self.channels.listen()})
+
+    async def _connect(self, seconds: float, port: int = 0) -> None:
+        channels = self.channels
+        try:
+            if isinstance(channels, GlooChannels):
+                host = get_address_host(self._addresses[0])
+                await self._in_thread(channels.connect, host, port, seconds)
+            else:
+                await channels.connect(self._addresses, seconds)
+        except Exception as error:
+            self.tell({"op": "connected", "error": f"{type(error).__name__}: {error}"})
+        else:
+            self.tell({"op": "connected", "error": ""})
+
+    async def _in_thread(self, function: Any, *args: Any) -> None:
+        await self._loop.asyncio_loop.run_in_executor(None, function, *args)
+
+    async def _load(self, number: int, program: bytes) -> None:
+        self.resident.load(number, pickle.loads(program))
+
+    async def _step(self, **about: Any) -> None:
+        self.resident.add(StepInputs(**about))
+
+    async def _stop(self, epoch: int) -> None:
+        self.resident.stop(epoch)
+
+    def _deliver(self, message: tuple[Tag, Any]) -> None:
+        self.resident.deliver(*message)
+
+    def _lost(self, peer: int) -> None:
+        self.tell({"op": "peer_lost", "address": self._addresses[peer]})
+
+    def execute(self, action: Any, settings: TorchSettings | None, inputs: list[Any]) -> Any:
+        """Run an action on the worker's store; see `Host`."""
+        try:
+            return run_on(self._store, action, settings, inputs)
+        except Exception:
+            raise
+        except BaseException as error:
+            raise exit_error(error, self._store.address, title_of(action)) from None
+
+    def send(self, peer: int, tag: Tag, value: Any) -> None:
+        """Send a value to another worker's program."""
+        self.channels.send(peer, (tag, value))
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send a message to the driver; any thread may call."""
+        if "error" in message and isinstance(message["error"], BaseException):
+            message["error"] = remote_errors.dumps(message["error"])
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the worker
+            self._loop.asyncio_loop.call_soon_threadsafe(self._outgoing.put_nowait, message)
+
+    async def _write(self) -> None:
+        with contextlib.suppress(OSError):  # the driver is gone, as `serve` finds
+            while True:
+                message = await self._outgoing.get()
+                if "reports" in message:
+                    message["reports"] = to_serialize(message["reports"])
+                await self._comm.write(message)
+
+    def begin(self) -> None:
+        """A task begins to take steps."""
+        self._gave_thread_back = False
+
+    def is_wanted(self) -> bool:
+        """True if other tasks wait for the thread of this one."""
+        return not self._gave_thread_back and internals.tasks_wait(self._worker)
+
+    def give_thread_back(self) -> None:
+        """Let the worker start another task in place of this one."""
+        self._gave_thread_back = True
+        give_thread_back()

@@ -1,0 +1,133 @@
+"""Run steps by programs that stay on their workers: Dask starts them and watches, no more.
+
+A program is sent to each worker once. A step is then one small message to each; the workers send
+each other what travels, and the driver hears from each when its part is done. Dask's tasks mark
+only the time in which a worker takes steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from taskgrad.cluster import nested
+from taskgrad.cluster.programs.connections import Connections
+from taskgrad.cluster.session import Session, check_open
+from taskgrad.cluster.wire.serialize import dumps_whole
+from taskgrad.errors import TaskgradError, WorkerLostError
+from taskgrad.executors.monitor import CHECK_S, Outages, stays_out_of_order, worker_lost
+from taskgrad.executors.step_lowering import LoweredStep
+from taskgrad.graph.nodes import new_key
+from taskgrad.graph.shards import Shard
+
+
+class CompiledExecutor:
+    """Takes the steps of one trainer by programs on the workers of these shards.
+
+    TaskgradError if the workers cannot be reached from here, or from each other.
+    """
+
+    def __init__(self, session: Session, shards: Sequence[Shard]) -> None:
+        self._session = session
+        self._shards = shards
+        self._connections = Connections(
+            session.client,
+            new_key("steps").partition("-")[2],
+            [shard.worker for shard in shards],
+            [shard.token for shard in shards],
+            session.names,
+        )
+
+    def load(self, number: int, lowered: LoweredStep) -> None:
+        """Send the workers their programs, which they keep under this number."""
+        self._connections.load(number, [dumps_whole(p) for p in lowered.programs])
+
+    def submit(self, step: int, program: int, inputs: Sequence[Any], settled: int) -> None:
+        """Have the workers take a step once those before it are done.
+
+        `inputs` has for each worker the values that its program takes; `settled` is the last step
+        that all workers have made, -1 if there is none. Raises what sending the inputs raises; no
+        worker has got anything then.
+        """
+        check_open(self._session.client)
+        self._connections.step(step, program, inputs, settled)
+
+    def wait(self, step: int) -> BaseException | None:
+        """Wait until all workers have taken a step, or cannot; returns the error, or None."""
+        return self._wait(lambda: len(self._reports(step)) == len(self._shards), errors=True)
+
+    def report(self, step: int) -> tuple[list[Any], list[list[Any]]]:
+        """What the programs of a step returned, and the timings of each worker; only once."""
+        found = self._reports(step)
+        values = [value for rank in sorted(found) for value in found[rank][0]]
+        self._connections.forget(step)
+        return values, [found[rank][1] for rank in sorted(found)]
+
+    def stop(self) -> None:
+        """End the steps that run; `wait_stopped` says when nothing of them runs any more."""
+        self._connections.stop()
+
+    def wait_stopped(self, seconds: float | None = None) -> bool:
+        """True once nothing runs on any worker, and steps can be taken again.
+
+        False if that takes longer; WorkerLostError or TaskgradError if it cannot come.
+        """
+        if not self._connections.lost:
+            error = self._wait(lambda: self._connections.is_stopped, errors=False, seconds=seconds)
+            if isinstance(error, TimeoutError):
+                return False
+            if error is not None:
+                raise error
+        if self._connections.lost:
+            raise self._lost(self._connections.lost[0])
+        self._connections.begin_again()
+        return True
+
+    def close(self) -> None:
+        """End the programs on the workers."""
+        self._connections.close()
+
+    def _reports(self, step: int) -> dict[int, Any]:
+        return self._connections.finished.get(step, {})
+
+    def _wait(
+        self, done: Callable[[], bool], *, errors: bool, seconds: float | None = None
+    ) -> BaseException | None:
+        connections, outages = self._connections, Outages()
+        until = None if seconds is None else time.monotonic() + seconds
+        with nested.waiting():
+            while True:
+                left = CHECK_S if until is None else min(CHECK_S, until - time.monotonic())
+                with connections.changed:
+                    connections.changed.wait_for(
+                        lambda: done() or (errors and connections.error is not None), max(0.0, left)
+                    )
+                    if done():
+                        return None
+                    error = connections.error
+                if errors and error is not None:
+                    return self._lost(error) if isinstance(error, str) else error
+                problem = self._problem(outages)
+                if problem is not None:
+                    return problem
+                if until is not None and time.monotonic() >= until:
+                    return TimeoutError(f"not done within {seconds:g} s")
+
+    def _problem(self, outages: Outages) -> BaseException | None:
+        """Why the workers will not go on; None if nothing is known."""
+        try:
+            check_open(self._session.client)
+        except TaskgradError as closed:
+            return closed
+        workers = self._connections.workers
+        trouble = self._session.out_of_order(set(workers))
+        gone = sorted(a for a, why in trouble.items() if why != "paused")
+        if gone:
+            return self._lost(gone[0])
+        for address in sorted(outages.lasting(trouble)):
+            return stays_out_of_order(self._session, address, trouble[address], "a training step")
+        return self._connections.task_error()
+
+    def _lost(self, address: str) -> WorkerLostError:
+        return worker_lost(self._session, address, (), self._connections.labels)

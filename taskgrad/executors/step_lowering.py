@@ -1,0 +1,157 @@
+"""The nodes of a step as one program for each worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from taskgrad.errors import TaskgradError
+from taskgrad.executors.lowering import action_of
+from taskgrad.graph.calls import Call
+from taskgrad.graph.leaves import External, Leaf
+from taskgrad.graph.nodes import Element, Node, walk
+from taskgrad.graph.pullback import Pullback
+from taskgrad.graph.slices import Slice
+from taskgrad.plan.program import Operation, Value, programs
+from taskgrad.worker.step_program import Job, StepProgram
+
+
+class NotCompilableError(TaskgradError):
+    """A step that the compiled executor does not take; the message says why."""
+
+
+@dataclass(frozen=True)
+class StepNodes:
+    """The nodes of a step.
+
+    Attributes
+    ----------
+    orders
+        For each worker its scheduled nodes in their order; what else they need is added.
+    names
+        The names of scheduled nodes, as a plan prints them.
+    targets
+        What has to run in addition: the update.
+    report
+        The node whose value the driver gets.
+    """
+
+    orders: Mapping[str, Sequence[Node]]
+    names: Mapping[Node, str]
+    targets: Sequence[Node]
+    report: Node
+
+
+@dataclass(frozen=True)
+class LoweredStep:
+    """The program of each worker, and which of the step's leaves it takes as inputs, in order."""
+
+    programs: tuple[StepProgram, ...]
+    inputs: tuple[tuple[Leaf, ...], ...]
+
+
+def lower_step(step: StepNodes) -> LoweredStep:
+    """The programs of a step.
+
+    NotCompilableError if the batch is on workers: what is sent to a program comes from the driver.
+    """
+    workers = list(step.orders)
+    rank = {address: i for i, address in enumerate(workers)}
+    nodes = _all_of([*step.names, *step.targets, step.report])
+    for node in nodes:
+        if isinstance(node, External | Slice):
+            raise NotCompilableError(
+                "its batch is a Dask collection, which is cut into microbatches by tasks"
+            )
+    placed = {address: _placed(address, step, nodes) for address in workers}
+    names = dict(step.names)
+    for node in nodes:
+        if not isinstance(node, Leaf | Element):
+            names.setdefault(node, f"{node.label.strip(chr(39))}.{len(names)}")
+    inputs: list[dict[Leaf, int]] = [{} for _ in workers]
+    jobs: list[dict[str, Job]] = [{} for _ in workers]
+    orders: list[list[Operation]] = [[] for _ in workers]
+    for address, order in placed.items():
+        at = rank[address]
+        for node in order:
+            sources: list[int | Value] = []
+            for given in node.inputs:
+                if isinstance(given, Leaf):
+                    sources.append(inputs[at].setdefault(given, len(inputs[at])))
+                else:
+                    sources.append(_value(given, names))
+            taken = [s for s in sources if isinstance(s, Value)]
+            taken += [_value(n, names) for n in node.awaits if n.worker != address]
+            settings = node.settings
+            if isinstance(node, Call) and node.tape.wanted and not node.tape.kept:
+                settings = settings and settings.without_grad()
+            name = names[node]
+            label = node.label.strip("'")
+            jobs[at][name] = Job(label, action_of(node), settings, tuple(sources))
+            orders[at].append(Operation(name, at, tuple(dict.fromkeys(taken))))
+    reporter = rank[step.report.worker or ""]
+    lowered = programs(orders)
+    return LoweredStep(
+        tuple(
+            StepProgram(program, jobs[i], (names[step.report],) if i == reporter else ())
+            for i, program in enumerate(lowered)
+        ),
+        tuple(tuple(given) for given in inputs),
+    )
+
+
+def _needs(node: Node) -> Iterator[Node]:
+    """The operations that must have run before this one."""
+    for given in (*node.inputs, *node.awaits):
+        if not isinstance(given, Leaf):
+            yield given.source if isinstance(given, Element) else given
+    if isinstance(node, Pullback):
+        yield node.call
+
+
+def _all_of(targets: Iterable[Node]) -> list[Node]:
+    """All operations behind these, oldest first."""
+    return sorted(walk(targets, _needs), key=lambda n: n.order)
+
+
+def _placed(address: str, step: StepNodes, nodes: Sequence[Node]) -> list[Node]:
+    """The operations of one worker in order.
+
+    What the schedule does not name runs just before what takes it here; if that is all on other
+    workers, as soon as it can; the update at the end.
+    """
+    mine = [n for n in nodes if n.worker == address]
+    scheduled = set(step.orders[address])
+    users: dict[Node, list[Node]] = {}
+    for node in nodes:
+        for given in _needs(node):
+            users.setdefault(given, []).append(node)
+    order: dict[Node, None] = {}
+
+    def place(node: Node) -> None:
+        for given in _needs(node):
+            if given.worker == address and given not in order and given not in scheduled:
+                place(given)
+        order[node] = None
+        for user in users.get(node, ()):
+            eager = user.worker == address and user not in scheduled and user not in order
+            if (
+                eager
+                and all(other.worker != address for other in users.get(user, ()))
+                and users.get(user)
+                and all(n in order for n in _needs(user) if n.worker == address)
+            ):
+                place(user)
+
+    for node in step.orders[address]:
+        place(node)
+    for node in mine:
+        if node not in order:
+            place(node)
+    return list(order)
+
+
+def _value(node: Node, names: Mapping[Node, str]) -> Value:
+    if isinstance(node, Element):
+        return Value(names[node.source], node.position)
+    return Value(names[node])

@@ -1,0 +1,181 @@
+"""How the steps of a trainer are run: as Dask tasks, or by compiled programs on the workers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from taskgrad.executors.compiled import CompiledExecutor
+from taskgrad.executors.step_lowering import StepNodes, lower_step
+from taskgrad.graph.leaves import Leaf
+from taskgrad.graph.torch_settings import settings_now
+from taskgrad.layout import Layout
+from taskgrad.train.data import Batch
+from taskgrad.train.step import Settings, Step, build
+from taskgrad.worker import optimizing
+
+# Dask remembers how to compute again all that a task depended on: steps that wait for each other
+# pile up on the scheduler. So after this many the workers are let run dry.
+_MAX_CHAINED = 16
+# Programs that are kept, here and on the workers. Each shape of a step has its own: number and
+# sizes of microbatches, with or without an update.
+_MAX_SHAPES = 16
+
+
+class Runner(Protocol):
+    """Runs the steps of one trainer, several of which may be on their way."""
+
+    @property
+    def must_finish(self) -> bool:
+        """True if the steps so far must have ended before the next one is submitted."""
+
+    def submit(self, batch: Batch, number: int) -> Any:
+        """Submit a step; returns what the other methods know it by."""
+
+    def wait(self, running: Any) -> dict[str, Any]:
+        """Wait for a step, the first of those on their way; returns its report."""
+
+    def finish(self) -> None:
+        """All steps were waited for: release what is held for the next one."""
+
+    def cancel(self, running: list[Any]) -> None:
+        """End these steps."""
+
+    def is_stopped(self, seconds: float | None) -> bool:
+        """True once nothing of canceled steps can run any more; False if that takes longer."""
+
+
+class FuturesRunner:
+    """Each step is one graph of Dask tasks, submitted at once."""
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        self._layout = layout
+        self._executor = layout.executor
+        self._settings = settings
+        self._last: Step | None = None  # the next step waits for it on the workers
+        self._chained = 0
+
+    @property
+    def must_finish(self) -> bool:
+        """True if no further step may be chained to the last."""
+        return self._chained == _MAX_CHAINED
+
+    def submit(self, batch: Batch, number: int) -> Step:
+        made = build(self._layout, batch, number, self._settings, self._last)
+        made.launched(self._executor.launch(made.targets, made.order))
+        self._last = made
+        self._chained += 1
+        return made
+
+    def wait(self, running: Step) -> dict[str, Any]:
+        error = self._executor.wait(running.targets, launch=running.launch)
+        if error is not None:
+            raise error
+        report: dict[str, Any]
+        [report] = self._executor.values([running.report])
+        if running is not self._last:
+            self._executor.forget(running.targets)
+        return report
+
+    def finish(self) -> None:
+        if self._last is not None:
+            self._executor.forget(self._last.targets)
+            self._last, self._chained = None, 0
+
+    def cancel(self, running: list[Step]) -> None:
+        for step in running:
+            self._executor.cancel(step.targets)
+        self._last, self._chained = None, 0
+
+    def is_stopped(self, seconds: float | None) -> bool:
+        return True  # what takes a step back is a task, too, and runs after those on its shard
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A program on the workers: its number there, and for each worker the leaves that it takes."""
+
+    number: int
+    takes: list[list[int]]
+
+
+class CompiledRunner:
+    """Each step is run by programs that stay on the workers."""
+
+    must_finish = False  # each step is a message: nothing piles up
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        self._layout = layout
+        self._settings = settings
+        self._executor: CompiledExecutor | None = None
+        self._loaded: OrderedDict[Any, _Loaded] = OrderedDict()
+        self._settled = -1  # the last step that all workers have made
+        self._unsettled = -1  # the same, while the workers can still take it back
+        self._canceled = False
+
+    def submit(self, batch: Batch, number: int) -> int:
+        if self._executor is None:
+            self._executor = CompiledExecutor(self._layout.session, self._layout.shards)
+        self._layout.refuse_modes()
+        leaves = [n for n in (*batch.inputs, *batch.targets) if isinstance(n, Leaf)]
+        loaded = self._program(batch, number, leaves, self._executor)
+        inputs = [[leaves[i].sent() for i in given] for given in loaded.takes]
+        self._executor.submit(number, loaded.number, inputs, self._settled)
+        return number
+
+    def _program(
+        self, batch: Batch, number: int, leaves: list[Leaf], executor: CompiledExecutor
+    ) -> _Loaded:
+        """The program for a batch of this shape."""
+        update = (number + 1) % self._settings.accumulate == 0
+        shape = batch.count, update, tuple(batch.weights), batch.loss_kind, settings_now()
+        if shape in self._loaded:
+            self._loaded.move_to_end(shape)
+            return self._loaded[shape]
+        made = build(self._layout, batch, number, self._settings, None)
+        lowered = lower_step(
+            StepNodes(
+                {address: list(nodes) for address, nodes in made.scheduled.items()},
+                {node: name for nodes in made.scheduled.values() for node, name in nodes.items()},
+                list(made.last.values()),
+                made.report,
+            )
+        )
+        free = len(self._loaded)
+        if free == _MAX_SHAPES:
+            free = self._loaded.popitem(last=False)[1].number
+        executor.load(free, lowered)
+        position = {leaf: i for i, leaf in enumerate(leaves)}
+        takes = [[position[leaf] for leaf in given] for given in lowered.inputs]
+        self._loaded[shape] = _Loaded(free, takes)
+        return self._loaded[shape]
+
+    def wait(self, running: int) -> dict[str, Any]:
+        assert self._executor is not None
+        error = self._executor.wait(running)
+        if error is not None:
+            raise error
+        report: dict[str, Any]
+        [report], _ = self._executor.report(running)
+        self._settled = self._unsettled = running
+        return report
+
+    def finish(self) -> None:
+        if self._unsettled >= 0:
+            tasks = self._layout.tasks(optimizing.settle, number=self._unsettled)
+            self._unsettled = -1
+            self._layout.run(tasks)
+
+    def cancel(self, running: list[int]) -> None:
+        self._settled = self._unsettled = -1
+        if self._executor is not None and running:
+            self._canceled = True
+            self._executor.stop()
+
+    def is_stopped(self, seconds: float | None) -> bool:
+        if self._canceled and self._executor is not None:
+            if not self._executor.wait_stopped(seconds):
+                return False
+            self._canceled = False
+        return True

@@ -1,0 +1,267 @@
+"""A resident program: a worker's part of training steps, taken one after the other.
+
+The driver sends the program once and then, for each step, its number and inputs. The thread of one
+Dask task runs step after step, and ends when there are none, or when the driver stops it. Values
+come from the other workers' programs; whatever receives them calls `deliver`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from taskgrad.graph.torch_settings import TorchSettings
+from taskgrad.plan.program import Value
+from taskgrad.worker import optimizing
+from taskgrad.worker.step_program import StepProgram, at_step, keys_of
+from taskgrad.worker.store import Store
+
+# How long a program waits for another step before its task ends.
+_IDLE_S = 1.0
+# How often a wait checks whether other tasks wait for its thread, if nothing wakes it.
+_CHECK_S = 0.5
+
+
+class Host(Protocol):
+    """What a resident program needs of the worker around it. No method blocks for long."""
+
+    def begin(self) -> None:
+        """A task begins to take steps."""
+
+    def execute(self, action: Any, settings: TorchSettings | None, inputs: list[Any]) -> Any:
+        """Run an action on the worker's store, as its task would."""
+
+    def send(self, peer: int, tag: Tag, value: Any) -> None:
+        """Send a value to another worker's program."""
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send a message to the driver."""
+
+    def is_wanted(self) -> bool:
+        """True if other tasks wait for the thread of this one."""
+
+    def give_thread_back(self) -> None:
+        """Let the worker start another task in place of this one, which goes on."""
+
+
+Tag = tuple[int, int, Value]
+"""(epoch, step, value): what a message between programs is about."""
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """One step as the driver sends it.
+
+    `program` is the number of the loaded program to run, `settled` that of the last step which all
+    workers have made; -1 if there is none.
+    """
+
+    number: int
+    program: int
+    inputs: Sequence[Any]
+    settled: int
+
+
+@dataclass
+class Timing:
+    """When one operation ran, or a value was waited for: seconds since the epoch."""
+
+    label: str
+    kind: str
+    start: float
+    stop: float
+
+
+class Stopped(BaseException):
+    """Ends a program's task between two instructions. Not an Exception: no layer shall catch it."""
+
+
+@dataclass
+class Resident:
+    """The programs of one trainer on one worker, and the steps that they are to take.
+
+    An epoch ends whenever the driver stops the steps that run: values and steps of earlier epochs
+    are dropped.
+    """
+
+    store: Store
+    host: Host
+    tokens: Sequence[str]  # of the shards that steps update
+    epoch: int = 0
+    _programs: dict[int, tuple[StepProgram, list[list[Value]]]] = field(default_factory=dict)
+    _steps: deque[StepInputs] = field(default_factory=deque)
+    _arrived: dict[Tag, Any] = field(default_factory=dict)
+    _running: bool = False
+    _stopping: bool = False
+    _closed: bool = False
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def load(self, number: int, program: StepProgram) -> None:
+        """Keep a program for later steps."""
+        self._programs[number] = program, program.drops()
+
+    def add(self, step: StepInputs) -> None:
+        """Take one more step, once those before it are done."""
+        with self._changed:
+            if not self._stopping:
+                self._steps.append(step)
+                self._changed.notify_all()
+
+    def deliver(self, tag: Tag, value: Any) -> None:
+        """A value came from another worker."""
+        with self._changed:
+            if tag[0] >= self.epoch:
+                self._arrived[tag] = value
+                self._changed.notify_all()
+
+    def wake(self) -> None:
+        """Look again whether other tasks wait for the thread."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def stop(self, epoch: int) -> None:
+        """End the steps of earlier epochs, as soon as the instruction that runs has ended.
+
+        The driver is told when nothing of them runs any more.
+        """
+        with self._changed:
+            self._stopping = True
+            self._steps.clear()
+            self.epoch = epoch
+            self._arrived = {tag: v for tag, v in self._arrived.items() if tag[0] >= epoch}
+            self._changed.notify_all()
+            if not self._running:
+                self._stopped()
+
+    def close(self) -> None:
+        """The driver has gone, or needs no more steps."""
+        with self._changed:
+            self._closed = True
+            self._steps.clear()
+            self._arrived.clear()
+            self._changed.notify_all()
+
+    @property
+    def is_running(self) -> bool:
+        """True while a task runs its steps."""
+        return self._running
+
+    def run(self) -> int:
+        """Take steps until there are none; returns how many were taken. A task calls this."""
+        taken = 0
+        with self._changed:
+            if self._running:  # Dask runs the task again
+                return 0
+            self._running = True
+        self.host.begin()
+        try:
+            while (step := self._next()) is not None:
+                if not self._take(step):
+                    break
+                taken += 1
+        except Stopped:
+            pass
+        finally:
+            with self._changed:
+                self._running = False
+                if self._stopping:
+                    self._stopped()
+                else:
+                    self.host.tell({"op": "ended", "taken": taken})
+        return taken
+
+    def _stopped(self) -> None:
+        self._stopping = False
+        self.host.tell({"op": "stopped", "epoch": self.epoch})
+
+    def _next(self) -> StepInputs | None:
+        """The next step; None if there is none for a while, or another task waits meanwhile."""
+        until = time.monotonic() + _IDLE_S
+        with self._changed:
+            while not self._steps:
+                self._check()
+                left = until - time.monotonic()
+                if left <= 0 or self.host.is_wanted():
+                    return None
+                self._changed.wait(min(left, _CHECK_S))
+            step = self._steps.popleft()
+        if self.host.is_wanted():
+            self.host.give_thread_back()
+        return step
+
+    def _check(self) -> None:
+        if self._stopping or self._closed:
+            raise Stopped
+
+    def _take(self, step: StepInputs) -> bool:
+        """Run one step and tell the driver; False if it failed."""
+        program, drops = self._programs[step.program]
+        actions = {name: at_step(job.action, step.number) for name, job in program.jobs.items()}
+        values: dict[Value, Any] = {}
+        timings: list[Timing] = []
+        epoch = self.epoch
+        try:
+            if step.settled >= 0:
+                for token in self.tokens:
+                    optimizing.settle(self.store, token, number=step.settled)
+            for (kind, value, peer), unused in zip(
+                program.program.instructions, drops, strict=True
+            ):
+                self._check()
+                start = time.time()
+                if kind == "run":
+                    job = program.jobs[value.operation]
+                    inputs = [
+                        step.inputs[s] if isinstance(s, int) else _found(values, s)
+                        for s in job.sources
+                    ]
+                    action = actions[value.operation]
+                    values[value] = self.host.execute(action, job.settings, inputs)
+                    del inputs
+                    timings.append(Timing(job.label, kind, start, time.time()))
+                elif kind == "send":
+                    self.host.send(peer, (epoch, step.number, value), _found(values, value))
+                else:
+                    values[value] = self._receive((epoch, step.number, value))
+                    timings.append(Timing(str(value), kind, start, time.time()))
+                for name in unused:
+                    values.pop(name, None)
+            reports = [values[Value(name)] for name in program.reports]
+            timed = [(t.label, t.kind, t.start, t.stop) for t in timings]
+            self.host.tell(
+                {"op": "done", "step": step.number, "reports": reports, "timings": timed}
+            )
+            return True
+        except Stopped:
+            raise
+        except BaseException as error:
+            self.host.tell({"op": "failed", "step": step.number, "error": error})
+            return False
+        finally:
+            values.clear()
+            self.store.discard(keys_of(list(actions.values())))
+
+    def _receive(self, tag: Tag) -> Any:
+        with self._changed:
+            while tag not in self._arrived:
+                self._check()
+                if self.host.is_wanted():
+                    self._changed.release()
+                    try:
+                        self.host.give_thread_back()
+                    finally:
+                        self._changed.acquire()
+                    continue
+                self._changed.wait(_CHECK_S)
+            return self._arrived.pop(tag)
+
+
+def _found(values: dict[Value, Any], value: Value) -> Any:
+    """A value that was received, or made here; or an element of one that was made here."""
+    if value in values or value.position is None:
+        return values[value]
+    return values[Value(value.operation)][value.position]

@@ -1,0 +1,129 @@
+"""The program of one worker as it is sent there: instructions, and the action of each operation.
+
+It is made for one step and run for many: `at_step` gives an action the keys, the random streams and
+the number of another step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import singledispatch
+from typing import Any
+
+from taskgrad.graph.torch_settings import TorchSettings
+from taskgrad.plan.program import Program, Value
+from taskgrad.worker.actions import OnShard, ReadGradient
+from taskgrad.worker.backward import Backward
+from taskgrad.worker.forward import Forward
+
+_STEP_NAMES = ("step", "number")
+"""What functions on a shard call the number of a step."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a worker runs an operation.
+
+    Attributes
+    ----------
+    label
+        Its name on the dashboard and in messages.
+    action
+        What runs, made for step 0.
+    settings
+        The settings of torch that it runs with; None for those that are there.
+    sources
+        Where its inputs are: the position of an input of the step, or the value of an operation.
+    """
+
+    label: str
+    action: Any
+    settings: TorchSettings | None
+    sources: tuple[int | Value, ...]
+
+
+@dataclass(frozen=True)
+class StepProgram:
+    """All that one worker needs to run its part of a step.
+
+    Attributes
+    ----------
+    program
+        Its instructions.
+    jobs
+        By the name of an operation.
+    reports
+        The operations whose values the driver gets when the step is done.
+    """
+
+    program: Program
+    jobs: dict[str, Job]
+    reports: tuple[str, ...]
+
+    def drops(self) -> list[list[Value]]:
+        """For each instruction the values that no later one takes."""
+        last: dict[Value, int] = {}
+        for i, (kind, value, _) in enumerate(self.program.instructions):
+            last[value] = i
+            if kind == "run":
+                sources = [s for s in self.jobs[value.operation].sources if isinstance(s, Value)]
+                last |= dict.fromkeys(sources, i)
+                last |= {Value(s.operation): i for s in sources}
+            last[Value(value.operation)] = i
+        kept = {Value(name) for name in self.reports}
+        found: list[list[Value]] = [[] for _ in self.program.instructions]
+        for value, i in last.items():
+            if value not in kept:
+                found[i].append(value)
+        return found
+
+
+@singledispatch
+def at_step(action: Any, step: int) -> Any:
+    """The same action in another step than the one that it was made for."""
+    return action
+
+
+@at_step.register
+def _(action: Forward, step: int) -> Forward:
+    call = action.call
+    context = call.context
+    if context is not None:
+        context = context._replace(draw=context.draw._replace(step=step))
+    return replace(action, call=call._replace(key=_key(call.key, step), context=context))
+
+
+@at_step.register
+def _(action: Backward, step: int) -> Backward:
+    return replace(
+        action,
+        key=_key(action.key, step),
+        token=_key(action.token, step),
+        draw=None if action.draw is None else action.draw._replace(step=step),
+        accumulate={
+            name: [_key(s, step) if isinstance(s, str) else s for s in sources]
+            for name, sources in action.accumulate.items()
+        },
+    )
+
+
+@at_step.register
+def _(action: ReadGradient, step: int) -> ReadGradient:
+    return replace(action, key=_key(action.key, step))
+
+
+@at_step.register
+def _(action: OnShard, step: int) -> OnShard:
+    arguments = {k: step if k in _STEP_NAMES else v for k, v in action.arguments.items()}
+    return replace(action, arguments=arguments)
+
+
+def keys_of(actions: Sequence[Any]) -> list[str]:
+    """The keys under which these actions leave something in a store."""
+    forwards = [a.call.key for a in actions if isinstance(a, Forward)]
+    return [*forwards, *(a.key for a in actions if isinstance(a, Backward))]
+
+
+def _key(key: str, step: int) -> str:
+    return f"{key}@{step}"
