@@ -92,6 +92,14 @@ def fresh() -> Iterator[Callable[..., Client]]:
         one.close()
 
 
+@pytest.fixture(params=["compiled", pytest.param("futures", marks=pytest.mark.long)])
+def executor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both executors of trainers, each as the default one."""
+    defaults: dict[str, Any] = tg.Trainer.__init__.__kwdefaults__
+    monkeypatch.setitem(defaults, "executor", request.param)
+    return request.param
+
+
 def about_workers(client: Client) -> dict[str, dict[str, Any]]:
     """What the scheduler knows of each worker. `Client.scheduler_info` may say that there are none:
     every two seconds the client replaces what that gives by an answer without workers."""

@@ -12,6 +12,8 @@ from torch import nn
 
 import taskgrad as tg
 
+pytestmark = pytest.mark.usefixtures("executor")
+
 
 class Slow(nn.Module):
     """Adds its parameter, which becomes the number of steps; takes its time."""

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import taskgrad as tg
 from helpers import long_rows
 
+pytestmark = pytest.mark.usefixtures("executor")
+
 STILL = partial(torch.optim.SGD, lr=0.0)
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 

@@ -15,6 +15,8 @@ import taskgrad as tg
 from helpers import long
 from taskgrad.cluster.worker_plugin import store_of
 
+pytestmark = pytest.mark.usefixtures("executor")
+
 SGD = partial(torch.optim.SGD, lr=1.0, momentum=0.5)
 DECAY = partial(StepLR, step_size=1, gamma=0.1)
 

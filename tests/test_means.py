@@ -12,6 +12,8 @@ from torch import nn
 
 import taskgrad as tg
 
+pytestmark = pytest.mark.usefixtures("executor")
+
 SGD = partial(torch.optim.SGD, lr=0.1)
 
 

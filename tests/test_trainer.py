@@ -23,6 +23,8 @@ from conftest import total_held, wait_until
 from plain import ConvNet, PlainTrainer, assert_same_training, images
 from taskgrad.cluster.worker_plugin import store_of
 
+pytestmark = pytest.mark.usefixtures("executor")
+
 SGD = partial(torch.optim.SGD, lr=0.1)
 
 
@@ -81,7 +83,7 @@ def waiting_trainer(client, flag: str, **options) -> tg.Trainer:
 
 def test_the_next_steps_input_is_there_before_this_step_ends(client):
     event = "test_prefetch"
-    trainer = waiting_trainer(client, event)
+    trainer = waiting_trainer(client, event, executor="futures")
     first = trainer.step(*batch())
     # Large enough to be sent ahead, and not in the graph.
     second = trainer.step(torch.randn(16384, 4), torch.randn(16384, 1))
@@ -112,12 +114,25 @@ def graphs(dask_scheduler) -> int:
 
 
 def test_a_step_is_one_graph(client):
-    trainer = small(client, microbatches=4, clip_norm=1.0)
+    trainer = small(client, microbatches=4, clip_norm=1.0, executor="futures")
     client.register_plugin(Graphs())
     try:
         before = client.run_on_scheduler(graphs)
         trainer.step(*batch()).item()
         assert client.run_on_scheduler(graphs) == before + 1
+    finally:
+        client.unregister_scheduler_plugin("graphs")
+
+
+def test_compiled_steps_are_no_graphs(client):
+    trainer = small(client, microbatches=4, clip_norm=1.0, executor="compiled")
+    client.register_plugin(Graphs())
+    try:
+        trainer.step(*batch()).item()  # starts a task on each worker
+        before = client.run_on_scheduler(graphs)
+        for _ in range(20):
+            trainer.step(*batch()).item()
+        assert client.run_on_scheduler(graphs) == before
     finally:
         client.unregister_scheduler_plugin("graphs")
 

@@ -23,6 +23,8 @@ from plain import (
     transformer,
 )
 
+pytestmark = pytest.mark.usefixtures("executor")
+
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)
 STEPS = 20

@@ -12,6 +12,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 import taskgrad as tg
 from taskgrad.cluster.session import session
 
+pytestmark = pytest.mark.usefixtures("executor")
+
 
 def test_no_worker_is_gone_when_the_client_refreshes_what_it_knows(client, monkeypatch):
     """Every 2 s the client asks the scheduler for everything but the workers."""

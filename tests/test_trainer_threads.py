@@ -17,6 +17,8 @@ from conftest import total_held, wait_until
 from helpers import assert_same, long
 from plain import PlainTrainer, assert_same_training
 
+pytestmark = pytest.mark.usefixtures("executor")
+
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
 

@@ -14,6 +14,8 @@ from torch.optim.lr_scheduler import StepLR
 import taskgrad as tg
 from helpers import long
 
+pytestmark = pytest.mark.usefixtures("executor")
+
 SGD = partial(torch.optim.SGD, lr=0.1)
 OWN = [nn.Parameter(torch.ones(3, 3))]
 

@@ -23,6 +23,8 @@ from helpers import assert_same, long, long_rows
 from plain import PlainTrainer, assert_same_training, next_token, tokens, transformer
 from taskgrad.cluster.worker_plugin import store_of
 
+pytestmark = pytest.mark.usefixtures("executor")
+
 
 def spring(here: str) -> None:
     """Raise, or worse, if this worker was told to do it at this place."""
@@ -148,7 +150,7 @@ def test_a_step_whose_update_raises_on_one_worker_was_not(client, case, worker):
     losses += [loss.item() for loss in [trainer.step(x, y) for x, y in data[at:]]]
     assert losses == plain.train(data)
     assert_same_training(chain, plain, client)
-    assert undone_bytes(client) == 0
+    assert wait_until(lambda: undone_bytes(client) == 0)
 
 
 def undone_bytes(client):

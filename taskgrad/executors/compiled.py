@@ -43,15 +43,14 @@ class CompiledExecutor:
         """Send the workers their programs, which they keep under this number."""
         self._connections.load(number, [dumps_whole(p) for p in lowered.programs])
 
-    def submit(self, step: int, program: int, inputs: Sequence[Any], settled: int) -> None:
+    def submit(self, step: int, program: int, inputs: Sequence[Any]) -> None:
         """Have the workers take a step once those before it are done.
 
-        `inputs` has for each worker the values that its program takes; `settled` is the last step
-        that all workers have made, -1 if there is none. Raises what sending the inputs raises; no
-        worker has got anything then.
+        `inputs` has for each worker the values that its program takes. Raises what sending them
+        raises; no worker has got anything then.
         """
         check_open(self._session.client)
-        self._connections.step(step, program, inputs, settled)
+        self._connections.step(step, program, inputs)
 
     def wait(self, step: int) -> BaseException | None:
         """Wait until all workers have taken a step, or cannot; returns the error, or None."""

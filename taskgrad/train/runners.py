@@ -13,7 +13,6 @@ from taskgrad.graph.torch_settings import settings_now
 from taskgrad.layout import Layout
 from taskgrad.train.data import Batch
 from taskgrad.train.step import Settings, Step, build
-from taskgrad.worker import optimizing
 
 # Dask remembers how to compute again all that a task depended on: steps that wait for each other
 # pile up on the scheduler. So after this many the workers are let run dry.
@@ -110,8 +109,6 @@ class CompiledRunner:
         self._settings = settings
         self._executor: CompiledExecutor | None = None
         self._loaded: OrderedDict[Any, _Loaded] = OrderedDict()
-        self._settled = -1  # the last step that all workers have made
-        self._unsettled = -1  # the same, while the workers can still take it back
         self._canceled = False
 
     def submit(self, batch: Batch, number: int) -> int:
@@ -121,7 +118,7 @@ class CompiledRunner:
         leaves = [n for n in (*batch.inputs, *batch.targets) if isinstance(n, Leaf)]
         loaded = self._program(batch, number, leaves, self._executor)
         inputs = [[leaves[i].sent() for i in given] for given in loaded.takes]
-        self._executor.submit(number, loaded.number, inputs, self._settled)
+        self._executor.submit(number, loaded.number, inputs)
         return number
 
     def _program(
@@ -158,17 +155,12 @@ class CompiledRunner:
             raise error
         report: dict[str, Any]
         [report], _ = self._executor.report(running)
-        self._settled = self._unsettled = running
         return report
 
     def finish(self) -> None:
-        if self._unsettled >= 0:
-            tasks = self._layout.tasks(optimizing.settle, number=self._unsettled)
-            self._unsettled = -1
-            self._layout.run(tasks)
+        pass  # nothing is held here
 
     def cancel(self, running: list[int]) -> None:
-        self._settled = self._unsettled = -1
         if self._executor is not None and running:
             self._canceled = True
             self._executor.stop()

@@ -160,7 +160,7 @@ class Trainer:
         deferred_batch_norm: bool = False,
         compile: bool | Mapping[str, Any] = False,
         check_finite: bool = False,
-        executor: Literal["compiled", "futures"] = "futures",
+        executor: Literal["compiled", "futures"] = "compiled",
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in _APART}
         given["seed"] = whole("seed", seed)

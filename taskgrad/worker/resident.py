@@ -7,6 +7,7 @@ come from the other workers' programs; whatever receives them calls `deliver`.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from taskgrad.errors import WorkerLostError
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.plan.program import Value
 from taskgrad.worker import optimizing
@@ -38,6 +40,9 @@ class Host(Protocol):
     def send(self, peer: int, tag: Tag, value: Any) -> None:
         """Send a value to another worker's program."""
 
+    def flush(self) -> None:
+        """Wait until all values that were sent have arrived."""
+
     def tell(self, message: dict[str, Any]) -> None:
         """Send a message to the driver."""
 
@@ -54,16 +59,11 @@ Tag = tuple[int, int, Value]
 
 @dataclass(frozen=True)
 class StepInputs:
-    """One step as the driver sends it.
-
-    `program` is the number of the loaded program to run, `settled` that of the last step which all
-    workers have made; -1 if there is none.
-    """
+    """One step as the driver sends it; `program` is the number of the loaded program to run."""
 
     number: int
     program: int
     inputs: Sequence[Any]
-    settled: int
 
 
 @dataclass
@@ -99,6 +99,12 @@ class Resident:
     _stopping: bool = False
     _closed: bool = False
     _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def settle(self, number: int) -> None:
+        """All workers have made this step: drop what could take it back. May wait for a shard."""
+        for token in self.tokens:
+            with contextlib.suppress(WorkerLostError):  # the chain has gone
+                optimizing.settle(self.store, token, number=number)
 
     def load(self, number: int, program: StepProgram) -> None:
         """Keep a program for later steps."""
@@ -205,9 +211,6 @@ class Resident:
         timings: list[Timing] = []
         epoch = self.epoch
         try:
-            if step.settled >= 0:
-                for token in self.tokens:
-                    optimizing.settle(self.store, token, number=step.settled)
             for (kind, value, peer), unused in zip(
                 program.program.instructions, drops, strict=True
             ):
@@ -230,6 +233,7 @@ class Resident:
                     timings.append(Timing(str(value), kind, start, time.time()))
                 for name in unused:
                     values.pop(name, None)
+            self.host.flush()
             reports = [values[Value(name)] for name in program.reports]
             timed = [(t.label, t.kind, t.start, t.stop) for t in timings]
             self.host.tell(

@@ -59,6 +59,9 @@ class DaskChannels:
         loop: Any = self._worker.loop
         loop.asyncio_loop.call_soon_threadsafe(self._queues[peer].put_nowait, value)
 
+    def flush(self) -> None:
+        """Nothing to wait for: what is queued is referred to until it is written."""
+
     async def _write(self, peer: int, comm: Comm) -> None:
         try:
             while True:

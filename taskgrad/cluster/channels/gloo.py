@@ -7,7 +7,9 @@ program; how much can be on its way is for the schedule to bound.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -21,6 +23,8 @@ from taskgrad.cluster.channels.frames import FIRST_FRAME, pack, unpack
 _FOREVER = timedelta(days=365)
 _FRAME, _REST = 0, 1  # gloo's tags: of first frames, and of those that follow
 _CLOSE = "close"
+# Frames that may be on their way at a time. Gloo tells of none by itself that it has arrived.
+_MOST_SENDING = 8
 
 
 class GlooChannels:
@@ -54,7 +58,7 @@ class GlooChannels:
         self._store: TCPStore | None = None
         self._group: Any = None
         self._closing = False
-        self._sent: list[tuple[Any, list[torch.Tensor]]] = []
+        self._sending: deque[tuple[Any, torch.Tensor]] = deque()
         self._threads: list[threading.Thread] = []
 
     def listen(self) -> int:
@@ -84,14 +88,25 @@ class GlooChannels:
 
     def send(self, peer: int, value: Any) -> None:
         """Send a value, whose memory stays as it is until it has arrived."""
-        self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]
         first, *rest = pack(value)
         self._start(peer, first, _FRAME)
         for frame in rest:
             self._start(peer, frame, _REST)
+        while len(self._sending) > _MOST_SENDING:
+            self._wait()
+
+    def flush(self) -> None:
+        """Wait until all that was sent has arrived."""
+        while self._sending:
+            self._wait()
 
     def _start(self, peer: int, frame: torch.Tensor, tag: int) -> None:
-        self._sent.append((self._group.send([frame], peer, tag), [frame]))
+        self._sending.append((self._group.send([frame], peer, tag), frame))
+
+    def _wait(self) -> None:
+        work, _ = self._sending.popleft()
+        with contextlib.suppress(RuntimeError):  # its receiver is gone, as `_receive` finds
+            work.wait()
 
     def _receive(self, peer: int) -> None:
         group = self._group
@@ -126,5 +141,5 @@ class GlooChannels:
                     continue  # it has gone
         for thread in self._threads:
             thread.join(seconds)
-        self._sent.clear()
+        self._sending.clear()
         self._group = self._store = None

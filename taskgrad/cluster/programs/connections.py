@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
 import dask
@@ -15,7 +15,7 @@ from distributed.comm.core import Comm, connect
 from distributed.protocol.serialize import Serialized, serialize
 
 from taskgrad import remote_errors
-from taskgrad.cluster import client_calls
+from taskgrad.cluster import client_calls, internals
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.programs.host import PROGRAM
 from taskgrad.cluster.scheduler_plugin import ANNOTATION
@@ -66,6 +66,7 @@ class Connections:
         self._tasks: dict[int, Future] = {}  # the tasks that take steps, by rank
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._lost: set[int] = set()
+        self._background: set[asyncio.Task[None]] = set()
         client_calls.call_with_deadline(
             client, lambda: self._open(tokens), "to prepare for compiled steps"
         )
@@ -109,7 +110,7 @@ class Connections:
         """Send every worker its program."""
         self._send([{"op": "load", "number": number, "program": p} for p in programs])
 
-    def step(self, number: int, program: int, inputs: Sequence[Any], settled: int) -> None:
+    def step(self, number: int, program: int, inputs: Sequence[Any]) -> None:
         """Have every worker take a step, each with its inputs.
 
         Raises what serializing the inputs raises, before anything is sent.
@@ -117,7 +118,7 @@ class Connections:
         packed = [Serialized(*serialize(given)) for given in inputs]
         with self.changed:
             self._sent += 1
-        about = {"op": "step", "number": number, "program": program, "settled": settled}
+        about = {"op": "step", "number": number, "program": program}
         self._send([{**about, "inputs": given} for given in packed], with_tasks=True)
 
     def stop(self) -> None:
@@ -199,8 +200,17 @@ class Connections:
             self._epoch += 1
             self._accepting = False
             self._stopped.clear()
-        message = {"op": "stop", "epoch": self._epoch}
-        await asyncio.gather(*(self._write(rank, message) for rank in range(len(self.workers))))
+        await self._to_all({"op": "stop", "epoch": self._epoch})
+
+    async def _to_all(self, message: dict[str, Any]) -> None:
+        ranks = range(len(self.workers))
+        await asyncio.gather(*(self._write(rank, dict(message)) for rank in ranks))
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine in the client's event loop, in which this is called."""
+        task = asyncio.ensure_future(coroutine)
+        self._background.add(task)  # asyncio itself keeps weak references only
+        task.add_done_callback(self._background.discard)
 
     def _heard(self, rank: int, message: dict[str, Any]) -> None:
         """A worker's message; in the client's event loop."""
@@ -208,7 +218,10 @@ class Connections:
             op = message["op"]
             if op == "done":
                 reports = message["reports"], message["timings"]
-                self.finished.setdefault(message["step"], {})[rank] = reports
+                found = self.finished.setdefault(message["step"], {})
+                found[rank] = reports
+                if len(found) == len(self.workers):
+                    self._start(self._to_all({"op": "settle", "step": message["step"]}))
             elif op == "failed":
                 self._fail(remote_errors.loads(message["error"]))
             elif op == "stopped" and message["epoch"] == self._epoch:
@@ -238,7 +251,7 @@ class Connections:
     def _fail(self, error: BaseException | str) -> None:
         if self.error is None:
             self.error = error
-            self._stopping = asyncio.ensure_future(self._stop())  # at once, whoever waits
+            self._start(self._stop())  # at once, not when somebody waits
         elif isinstance(error, str) and not isinstance(self.error, str):
             self.error = error  # a lost worker explains others' errors
 
@@ -279,6 +292,6 @@ def _close(client: Client, comms: Sequence[Comm]) -> None:
                 await comm.write({"op": "close"})
                 await comm.close()
 
-    loop: Any = client.loop
-    with contextlib.suppress(RuntimeError):
+    if internals.loop_runs(client):
+        loop: Any = client.loop
         asyncio.run_coroutine_threadsafe(close(), loop.asyncio_loop)

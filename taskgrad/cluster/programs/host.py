@@ -7,6 +7,7 @@ from the driver
     ``listen``, ``connect``  join the workers' channels
     ``load``                 keep a program
     ``step``                 take a step
+    ``settle``               all workers have made a step
     ``stop``                 end the steps of earlier epochs
     ``close``                end; as does the end of the connection
 from the worker
@@ -184,6 +185,9 @@ class _ProgramHost:
     async def _step(self, **about: Any) -> None:
         self.resident.add(StepInputs(**about))
 
+    async def _settle(self, step: int) -> None:
+        self._loop.asyncio_loop.run_in_executor(None, self.resident.settle, step)
+
     async def _stop(self, epoch: int) -> None:
         self.resident.stop(epoch)
 
@@ -205,6 +209,10 @@ class _ProgramHost:
     def send(self, peer: int, tag: Tag, value: Any) -> None:
         """Send a value to another worker's program."""
         self.channels.send(peer, (tag, value))
+
+    def flush(self) -> None:
+        """All values of a step were sent: wait until they have arrived."""
+        self.channels.flush()
 
     def tell(self, message: dict[str, Any]) -> None:
         """Send a message to the driver; any thread may call."""

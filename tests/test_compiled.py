@@ -1,0 +1,197 @@
+"""Compiled steps: programs that stay on workers, what ends them, and what they leave behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+import threading
+import time
+from functools import partial
+
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+from distributed import Client
+from torch import nn
+
+import taskgrad as tg
+from conftest import total_held, wait_until
+from helpers import long, long_rows
+from plain import ConvNet, PlainTrainer, assert_same_training, images
+
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+ADAMW = partial(torch.optim.AdamW, lr=1e-2)
+
+
+def trainer_on(client: Client, model: nn.Module, placement: list[int], **options) -> tg.Trainer:
+    chain = tg.GraphChain(model, client=client, placement=placement)
+    return tg.Trainer(chain, F.cross_entropy, ADAMW, executor="compiled", **options)
+
+
+def placed(layers: int, workers: int, per_worker: int) -> list[int]:
+    """Layers in runs of equal length: several stages a worker, round after round."""
+    stages = workers * per_worker
+    return [i * stages // layers % workers for i in range(layers)]
+
+
+@pytest.mark.parametrize("microbatches", [4, *long(1, 3, 8)])
+@pytest.mark.parametrize(("workers", "per_worker"), [(3, 2), *long_rows((1, 1), (2, 2), (4, 1))])
+@pytest.mark.parametrize("schedule", ["1f1b", *long("gpipe")])
+def test_same_bits_as_plain_torch(four, schedule, workers, per_worker, microbatches):
+    model = ConvNet()
+    placement = placed(len(model), workers, per_worker)
+    options = {"microbatches": microbatches, "clip_norm": 0.5}
+    trainer = trainer_on(four, model, placement, schedule=schedule, **options)
+    plain = PlainTrainer(ConvNet(), F.cross_entropy, ADAMW, **options)
+    batches = images(20)
+    losses = [trainer.step(x, y) for x, y in batches]
+    assert [loss.item() for loss in losses] == plain.train(batches)
+    assert_same_training(trainer.chain, plain, four)
+
+
+def test_batches_of_other_sizes(client):
+    model = ConvNet()
+    trainer = trainer_on(client, model, placed(len(model), 2, 1), microbatches=3, accumulate=2)
+    plain = PlainTrainer(ConvNet(), F.cross_entropy, ADAMW, microbatches=3, accumulate=2)
+    batches = [(x[:n], y[:n]) for (x, y), n in zip(images(10), [10, 7, 3, 5, 4] * 2, strict=True)]
+    losses = [trainer.step(x, y) for x, y in batches]
+    assert [loss.item() for loss in losses] == plain.train(batches)
+    assert_same_training(trainer.chain, plain, client)
+
+
+def threads_and_ports(dask_worker) -> tuple[int, int]:
+    named = sum(t.name.startswith("taskgrad-from") for t in threading.enumerate())
+    listening = [c for c in psutil.Process().net_connections() if c.status == "LISTEN"]
+    return named, len(listening)
+
+
+def test_nothing_is_left_when_a_trainer_is_gone(client):
+    gc.collect()
+    before = client.run(threads_and_ports)
+    model = ConvNet()
+    trainer = trainer_on(client, model, placed(len(model), 2, 1), microbatches=2)
+    trainer.step(*images(1)[0]).item()
+    assert client.run(threads_and_ports) != before
+    del trainer
+    gc.collect()
+    assert wait_until(lambda: client.run(threads_and_ports) == before)
+    assert wait_until(lambda: not any(total_held(client).values()))
+    assert wait_until(lambda: not any(client.processing().values()))
+
+
+def test_other_work_runs_beside_a_trainer(client):
+    """On workers with one thread: tasks, and a second trainer in another order of workers."""
+    model = ConvNet()
+    first = trainer_on(client, model, placed(len(model), 2, 1), microbatches=2)
+    second = trainer_on(
+        client, ConvNet(), [1 - w for w in placed(len(model), 2, 1)], microbatches=2
+    )
+    plain = PlainTrainer(ConvNet(), F.cross_entropy, ADAMW, microbatches=2)
+    batches = images(12)
+    losses: list[tuple[tg.Trainer, object]] = []
+    for x, y in batches:
+        losses += [(first, first.step(x, y)), (second, second.step(x, y))]
+        assert client.submit(sum, (1, 2), pure=False).result(timeout=30) == 3
+    expected = plain.train(batches)
+    for trainer in (first, second):
+        assert [loss.item() for t, loss in losses if t is trainer] == expected
+
+
+def test_dask_knows_that_the_workers_are_busy(client):
+    model = ConvNet()
+    trainer = trainer_on(client, model, placed(len(model), 2, 1))
+    for x, y in images(3):
+        trainer.step(x, y).item()
+    assert sorted(len(keys) for keys in client.processing().values()) == [1, 1]
+    assert all(k.startswith("train") for keys in client.processing().values() for k in keys)
+    assert wait_until(lambda: not any(client.processing().values()), 10)  # it is idle
+
+
+class Trap(nn.Module):
+    """Raises, sleeps or kills its process when its worker says so."""
+
+    action = ""
+
+    def forward(self, x):
+        action, Trap.action = Trap.action, ""
+        if action == "raise":
+            raise ArithmeticError("sprung")
+        if action == "sleep":
+            time.sleep(1.0)
+        if action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+
+def set_trap(action: str) -> None:
+    Trap.action = action
+
+
+def trapped() -> nn.Sequential:
+    model = ConvNet()
+    model[6] = nn.Sequential(model[6], Trap())
+    return model
+
+
+@pytest.mark.parametrize("steps", [20, *long(200)])
+def test_faults_change_no_bit(client, steps):
+    """Layers raise, batches are bad, the driver is interrupted; then as many steps without."""
+    rng = random.Random(0)
+    model = trapped()
+    trainer = trainer_on(client, model, [0] * 5 + [1] * 6, microbatches=3)
+    plain = PlainTrainer(ConvNet(), F.cross_entropy, ADAMW, microbatches=3)
+    batches = images(2 * steps)
+    trap_at = trainer.chain.placement[7].worker
+    expected = plain.train(batches)
+    for at, (x, y) in enumerate(batches):
+        fault = rng.choice(["", "raise", "bad", "interrupt"]) if at < steps else ""
+        if fault == "bad":
+            with pytest.raises(tg.LayerError, match="microbatch"):
+                trainer.step(x[:, :1].repeat(1, 5, 1, 1), y).item()
+        elif fault:
+            client.run(set_trap, "raise" if fault == "raise" else "sleep", workers=[trap_at])
+            error = tg.LayerError if fault == "raise" else KeyboardInterrupt
+            timer = threading.Timer(rng.uniform(0.0, 0.5), signal.raise_signal, [signal.SIGINT])
+            with pytest.raises(error):  # noqa: PT012
+                if fault == "interrupt":
+                    timer.start()
+                trainer.step(x, y).item()
+                time.sleep(2)
+            client.run(set_trap, "", workers=[trap_at])
+        while trainer.steps <= at:
+            loss = trainer.step(x, y).item()
+            assert loss == expected[at]
+    ours = {n.replace("6.0.", "6."): v for n, v in trainer.chain.state_dict().items()}
+    assert all(torch.equal(ours[n], v) for n, v in plain.model.state_dict().items())
+    assert wait_until(lambda: total_held(client)["tapes"] == 0)
+
+
+@pytest.mark.parametrize("kills", [2, *long(30)])
+def test_a_worker_that_is_killed(fresh, kills):
+    rng = random.Random(1)
+    client = fresh(n_workers=3)
+    x, y = images(1)[0]
+    for _ in range(kills):
+        client.wait_for_workers(3)
+        model = ConvNet()
+        trainer = trainer_on(client, model, placed(len(model), 3, 1), microbatches=3)
+        trainer.step(x, y).item()
+        victim = trainer.chain.placement[rng.choice([0, 5, len(model) - 1])].worker
+        pid = client.run(os.getpid, workers=[victim])[victim]
+        killer = threading.Timer(rng.uniform(0.0, 0.1), os.kill, [pid, signal.SIGKILL])
+        killer.start()
+        with pytest.raises(tg.WorkerLostError, match="is gone") as raised:  # noqa: PT012
+            while True:
+                loss = trainer.step(x, y)
+                killed_at = time.monotonic() if not killer.is_alive() else None
+                loss.item()
+        assert victim in str(raised.value)
+        if killed_at is not None:
+            assert time.monotonic() - killed_at < 3
+        del trainer, raised, loss
+        gc.collect()
+        assert wait_until(lambda: not any(total_held(client).values()))
+        assert wait_until(lambda: not any(client.processing().values()))
