@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import taskgrad as tg
+from taskgrad.executors.compiled import CompiledExecutor
 from taskgrad.executors.futures import FuturesExecutor
 from taskgrad.graph.calls import Call
 from taskgrad.plan.plan import Plan, PlannedWorker, Stage
@@ -132,7 +133,8 @@ def launched(monkeypatch) -> list[dict]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_trainer_runs_what_its_plan_says(client, monkeypatch, name):
     chain = tg.GraphChain(Net(), client=client, placement=[0, 1, 1, 0])
-    trainer = tg.Trainer(chain, F.mse_loss, SGD, microbatches=3, schedule=name)
+    options = {"microbatches": 3, "schedule": name, "executor": "futures"}
+    trainer = tg.Trainer(chain, F.mse_loss, SGD, **options)
     plan = trainer.plan
     assert [stage.layers for stage in plan.stages] == [(0,), (1, 2), (3,)]
     assert [stage.names for stage in plan.stages] == [("0",), ("1", "2"), ("3",)]
@@ -163,6 +165,29 @@ def test_a_trainer_runs_what_its_plan_says(client, monkeypatch, name):
     }
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_programs_are_in_the_order_of_the_plan(client, monkeypatch, name):
+    loaded = []
+
+    def note(self, number, lowered):
+        loaded.append(lowered)
+        return load(self, number, lowered)
+
+    load = CompiledExecutor.load
+    monkeypatch.setattr(CompiledExecutor, "load", note)
+    chain = tg.GraphChain(Net(), client=client, placement=[0, 1, 1, 0])
+    options = {"microbatches": 3, "schedule": name, "executor": "compiled"}
+    trainer = tg.Trainer(chain, F.mse_loss, SGD, **options)
+    for _ in range(3):
+        trainer.step(torch.ones(6, 3), torch.zeros(6, 3)).item()
+    [lowered] = loaded  # once
+    for order, program in zip(trainer.plan.orders, lowered.programs, strict=True):
+        ran = [i.value.operation for i in program.program.instructions if i.kind == "run"]
+        actions = [str(action) for action in order if action.kind != "U"]
+        assert ran[: len(actions)] == actions
+        assert sum(name.startswith("update") for name in ran[len(actions) :]) == 1
+
+
 def test_the_plan_has_no_backward_where_nothing_is_trained(client):
     model = Net()
     model[0].requires_grad_(False)
@@ -188,7 +213,8 @@ def test_weights_alone_are_for_an_executor_to_come(client):
 
 
 def test_a_small_batch_takes_a_step_of_fewer_microbatches(client, monkeypatch):
-    trainer = tg.Trainer(tg.GraphChain(Net(), client=client), F.mse_loss, SGD, microbatches=4)
+    chain = tg.GraphChain(Net(), client=client)
+    trainer = tg.Trainer(chain, F.mse_loss, SGD, microbatches=4, executor="futures")
     submitted = launched(monkeypatch)
     trainer.step(torch.ones(2, 3), torch.zeros(2, 3)).item()
     [awaits] = submitted

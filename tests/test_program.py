@@ -21,9 +21,7 @@ def operations(pipeline: Pipeline, name: str, microbatches: int) -> list[list[Op
                 takes = [Value(f"F{s}.{m}") for s in pipeline.needs[stage]]
             else:
                 takes = [Value(f"F{stage}.{m}")]
-                takes += [
-                    Value(f"B{s}.{m}", pipeline.needs[s].index(stage)) for s in users[stage]
-                ]
+                takes += [Value(f"B{s}.{m}", pipeline.needs[s].index(stage)) for s in users[stage]]
             found.append(Operation(f"{kind}{stage}.{m}", pipeline.workers[stage], tuple(takes)))
         orders.append(found)
     return orders
@@ -80,9 +78,7 @@ def test_every_value_is_there_when_it_is_taken(pipeline, name, microbatches):
 @given(pipelines(), st.sampled_from(NAMES), st.integers(1, 6))
 def test_a_value_travels_once_to_each_worker_that_takes_it(pipeline, name, microbatches):
     found = programs(operations(pipeline, name, microbatches))
-    sends = [
-        (i.value, p.worker, i.peer) for p in found for i in p.instructions if i.kind == "send"
-    ]
+    sends = [(i.value, p.worker, i.peer) for p in found for i in p.instructions if i.kind == "send"]
     receives = [
         (i.value, i.peer, p.worker) for p in found for i in p.instructions if i.kind == "receive"
     ]

@@ -12,7 +12,7 @@ from typing import Any
 import dask
 from distributed import Client, Future
 from distributed.comm.core import Comm, connect
-from distributed.protocol.serialize import Serialized, serialize
+from distributed.protocol.serialize import Serialized
 
 from taskgrad import remote_errors
 from taskgrad.cluster import client_calls, internals
@@ -20,6 +20,7 @@ from taskgrad.cluster.config import deadline
 from taskgrad.cluster.programs.host import PROGRAM
 from taskgrad.cluster.scheduler_plugin import ANNOTATION
 from taskgrad.cluster.tasks import run_program
+from taskgrad.cluster.wire.serialize import dumps
 from taskgrad.errors import TaskgradError
 
 
@@ -115,7 +116,7 @@ class Connections:
 
         Raises what serializing the inputs raises, before anything is sent.
         """
-        packed = [Serialized(*serialize(given)) for given in inputs]
+        packed = [_pack(list(given), comm) for given, comm in zip(inputs, self._comms, strict=True)]
         with self.changed:
             self._sent += 1
         about = {"op": "step", "number": number, "program": program}
@@ -260,6 +261,14 @@ class Connections:
             self._lost.add(rank)
             self._fail(self.workers[rank])
             self.changed.notify_all()
+
+
+def _pack(inputs: list[Any], comm: Comm) -> Serialized:
+    """The inputs as a message has them. Dask's own function would raise its own error."""
+    header, frames = dumps(inputs)
+    if comm.peer_address.startswith("inproc://"):  # it would read the user's memory, and later
+        frames = [bytearray(frame) for frame in frames]
+    return Serialized({**header, "serializer": "pickle"}, frames)
 
 
 async def _read(comm: Comm) -> Any:
