@@ -91,9 +91,11 @@ def lower_step(step: StepNodes) -> LoweredStep:
             orders[at].append(Operation(name, at, tuple(dict.fromkeys(taken))))
     reporter = rank[step.report.worker or ""]
     lowered = programs(orders)
+    sent = [i.value for p in lowered for i in p.instructions if i.kind == "send"]
+    numbers = {value: number for number, value in enumerate(dict.fromkeys(sent))}
     return LoweredStep(
         tuple(
-            StepProgram(program, jobs[i], (names[step.report],) if i == reporter else ())
+            StepProgram(program, jobs[i], numbers, (names[step.report],) if i == reporter else ())
             for i, program in enumerate(lowered)
         ),
         tuple(tuple(given) for given in inputs),

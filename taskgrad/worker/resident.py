@@ -40,6 +40,9 @@ class Host(Protocol):
     def send(self, peer: int, tag: Tag, value: Any) -> None:
         """Send a value to another worker's program."""
 
+    def unpack(self, arrived: Any) -> Any:
+        """The value of what was delivered."""
+
     def flush(self) -> None:
         """Wait until all values that were sent have arrived."""
 
@@ -53,8 +56,8 @@ class Host(Protocol):
         """Let the worker start another task in place of this one, which goes on."""
 
 
-Tag = tuple[int, int, Value]
-"""(epoch, step, value): what a message between programs is about."""
+Tag = tuple[int, int, int]
+"""(epoch, step, number of a value in the step's programs): what a message between them is about."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,24 @@ class Resident:
     _running: bool = False
     _stopping: bool = False
     _closed: bool = False
+    _to_settle: int = -1
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def settle(self, number: int) -> None:
-        """All workers have made this step: drop what could take it back. May wait for a shard."""
-        for token in self.tokens:
+    def settle(self, number: int) -> bool:
+        """All workers have made this step: have the program drop what could take it back.
+
+        False if no program runs; then `settle_now` is to be called.
+        """
+        with self._changed:
+            self._to_settle = number
+            self._changed.notify_all()
+            return self._running
+
+    def settle_now(self) -> None:
+        """Drop what could take back the step that all workers have made. May wait for a shard."""
+        with self._changed:
+            number, self._to_settle = self._to_settle, -1
+        for token in self.tokens if number >= 0 else ():
             with contextlib.suppress(WorkerLostError):  # the chain has gone
                 optimizing.settle(self.store, token, number=number)
 
@@ -117,11 +133,11 @@ class Resident:
                 self._steps.append(step)
                 self._changed.notify_all()
 
-    def deliver(self, tag: Tag, value: Any) -> None:
-        """A value came from another worker."""
+    def deliver(self, tag: Tag, arrived: Any) -> None:
+        """A value came from another worker; `Host.unpack` makes it."""
         with self._changed:
             if tag[0] >= self.epoch:
-                self._arrived[tag] = value
+                self._arrived[tag] = arrived
                 self._changed.notify_all()
 
     def wake(self) -> None:
@@ -178,6 +194,7 @@ class Resident:
                     self._stopped()
                 else:
                     self.host.tell({"op": "ended", "taken": taken})
+            self.settle_now()
         return taken
 
     def _stopped(self) -> None:
@@ -187,14 +204,18 @@ class Resident:
     def _next(self) -> StepInputs | None:
         """The next step; None if there is none for a while, or another task waits meanwhile."""
         until = time.monotonic() + _IDLE_S
-        with self._changed:
-            while not self._steps:
-                self._check()
-                left = until - time.monotonic()
-                if left <= 0 or self.host.is_wanted():
-                    return None
-                self._changed.wait(min(left, _CHECK_S))
-            step = self._steps.popleft()
+        while True:
+            with self._changed:
+                while not self._steps and self._to_settle < 0:
+                    self._check()
+                    left = until - time.monotonic()
+                    if left <= 0 or self.host.is_wanted():
+                        return None
+                    self._changed.wait(min(left, _CHECK_S))
+                if self._steps:
+                    step = self._steps.popleft()
+                    break
+            self.settle_now()
         if self.host.is_wanted():
             self.host.give_thread_back()
         return step
@@ -215,6 +236,8 @@ class Resident:
                 program.program.instructions, drops, strict=True
             ):
                 self._check()
+                if self._to_settle >= 0:
+                    self.settle_now()
                 start = time.time()
                 if kind == "run":
                     job = program.jobs[value.operation]
@@ -227,9 +250,11 @@ class Resident:
                     del inputs
                     timings.append(Timing(job.label, kind, start, time.time()))
                 elif kind == "send":
-                    self.host.send(peer, (epoch, step.number, value), _found(values, value))
+                    tag = epoch, step.number, program.numbers[value]
+                    self.host.send(peer, tag, _found(values, value))
                 else:
-                    values[value] = self._receive((epoch, step.number, value))
+                    tag = epoch, step.number, program.numbers[value]
+                    values[value] = self.host.unpack(self._receive(tag))
                     timings.append(Timing(str(value), kind, start, time.time()))
                 for name in unused:
                     values.pop(name, None)

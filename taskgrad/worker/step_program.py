@@ -53,12 +53,15 @@ class StepProgram:
         Its instructions.
     jobs
         By the name of an operation.
+    numbers
+        The numbers of the values that travel, the same on all workers.
     reports
         The operations whose values the driver gets when the step is done.
     """
 
     program: Program
     jobs: dict[str, Job]
+    numbers: dict[Value, int]
     reports: tuple[str, ...]
 
     def drops(self) -> list[list[Value]]:

@@ -15,6 +15,8 @@ from distributed.comm.core import Comm, connect
 from distributed.core import Status
 from distributed.protocol.serialize import to_serialize
 
+from taskgrad.cluster.channels.frames import Tag
+
 CHANNEL = "taskgrad_channel"
 """A worker's handler for the connections of others."""
 
@@ -30,7 +32,7 @@ class DaskChannels:
         worker: Worker,
         name: str,
         rank: int,
-        deliver: Callable[[Any], None],
+        deliver: Callable[[Tag, Any], None],
         lost: Callable[[int], None],
     ) -> None:
         self._worker = worker
@@ -54,10 +56,15 @@ class DaskChannels:
                 self._queues[peer] = asyncio.Queue()
                 self._writers.append(asyncio.create_task(self._write(peer, comm)))
 
-    def send(self, peer: int, value: Any) -> None:
+    @staticmethod
+    def unpack(value: Any) -> Any:
+        """The value that was delivered."""
+        return value
+
+    def send(self, peer: int, tag: Tag, value: Any) -> None:
         """Send a value, whose memory stays as it is until it has arrived. Any thread may call."""
         loop: Any = self._worker.loop
-        loop.asyncio_loop.call_soon_threadsafe(self._queues[peer].put_nowait, value)
+        loop.asyncio_loop.call_soon_threadsafe(self._queues[peer].put_nowait, (tag, value))
 
     def flush(self) -> None:
         """Nothing to wait for: what is queued is referred to until it is written."""
@@ -65,8 +72,8 @@ class DaskChannels:
     async def _write(self, peer: int, comm: Comm) -> None:
         try:
             while True:
-                value = await self._queues[peer].get()
-                await comm.write({"value": to_serialize(value)})
+                tag, value = await self._queues[peer].get()
+                await comm.write({"tag": tag, "value": to_serialize(value)})
                 del value
         except OSError:
             if not self._closing:
@@ -77,7 +84,7 @@ class DaskChannels:
         try:
             while True:
                 message: Any = await comm.read()
-                self._deliver(message["value"])
+                self._deliver(tuple(message["tag"]), message["value"])
                 del message
         except OSError:
             if not self._closing:

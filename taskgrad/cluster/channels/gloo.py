@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
-from taskgrad.cluster.channels.frames import FIRST_FRAME, pack, unpack
+from taskgrad.cluster.channels.frames import FIRST_FRAME, Tag, pack, rest_of, tag_of, unpack
 
 # Between two values any time may pass. A peer that is lost ends the wait at once.
 _FOREVER = timedelta(days=365)
 _FRAME, _REST = 0, 1  # gloo's tags: of first frames, and of those that follow
-_CLOSE = "close"
+_CLOSE: Tag = (2**32 - 1, 0, 0)  # of the last value on a channel
 # Frames that may be on their way at a time. Gloo tells of none by itself that it has arrived.
 _MOST_SENDING = 8
 
@@ -37,7 +37,7 @@ class GlooChannels:
     rank, size
         This worker's place among the workers, and their number.
     deliver
-        Called in a thread with each value that comes.
+        Called in a thread with the tag of each value that comes, and what `unpack` makes it from.
     lost
         Called in a thread with the rank of a worker whose connection has ended.
     """
@@ -47,7 +47,7 @@ class GlooChannels:
         host: str,
         rank: int,
         size: int,
-        deliver: Callable[[Any], None],
+        deliver: Callable[[Tag, Any], None],
         lost: Callable[[int], None],
     ) -> None:
         self._host = host
@@ -86,9 +86,11 @@ class GlooChannels:
                 thread.start()
                 self._threads.append(thread)
 
-    def send(self, peer: int, value: Any) -> None:
+    unpack = staticmethod(unpack)
+
+    def send(self, peer: int, tag: Tag, value: Any) -> None:
         """Send a value, whose memory stays as it is until it has arrived."""
-        first, *rest = pack(value)
+        first, *rest = pack(tag, value)
         self._start(peer, first, _FRAME)
         for frame in rest:
             self._start(peer, frame, _REST)
@@ -110,19 +112,18 @@ class GlooChannels:
 
     def _receive(self, peer: int) -> None:
         group = self._group
-
-        def fill(frame: torch.Tensor, tag: int = _REST) -> None:
-            group.recv([frame], peer, tag).wait()
-
         try:
             while True:
                 first = torch.empty(FIRST_FRAME, dtype=torch.uint8)
-                fill(first, _FRAME)
-                value = unpack(first, fill)
-                if isinstance(value, str) and value == _CLOSE:
+                group.recv([first], peer, _FRAME).wait()
+                tag = tag_of(first)
+                if tag == _CLOSE:
                     return
-                self._deliver(value)
-                del value
+                rest = rest_of(first)
+                for frame in rest:
+                    group.recv([frame], peer, _REST).wait()
+                self._deliver(tag, [first, *rest])
+                del first, rest
         except RuntimeError:
             if not self._closing:
                 self._lost(peer)
@@ -136,7 +137,7 @@ class GlooChannels:
         for peer in range(self._size):
             if peer != self._rank:
                 try:
-                    self.send(peer, _CLOSE)
+                    self.send(peer, _CLOSE, None)
                 except RuntimeError:
                     continue  # it has gone
         for thread in self._threads:

@@ -37,12 +37,13 @@ from taskgrad import remote_errors
 from taskgrad.cluster import internals
 from taskgrad.cluster.actions import run_on, title_of
 from taskgrad.cluster.channels.dask_comms import CHANNEL, DaskChannels
+from taskgrad.cluster.channels.frames import Tag
 from taskgrad.cluster.channels.gloo import GlooChannels
 from taskgrad.cluster.nested import give_thread_back
 from taskgrad.errors import WorkerLostError
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.worker.failures import exit_error
-from taskgrad.worker.resident import Resident, StepInputs, Tag
+from taskgrad.worker.resident import Resident, StepInputs
 from taskgrad.worker.store import Store
 
 PROGRAM = "taskgrad_program"
@@ -131,9 +132,11 @@ class _ProgramHost:
         self.channels: GlooChannels | DaskChannels
         if gloo:
             host = get_address_host(worker.address)
-            self.channels = GlooChannels(host, rank, len(addresses), self._deliver, self._lost)
+            self.channels = GlooChannels(
+                host, rank, len(addresses), self.resident.deliver, self._lost
+            )
         else:
-            self.channels = DaskChannels(worker, name, rank, self._deliver, self._lost)
+            self.channels = DaskChannels(worker, name, rank, self.resident.deliver, self._lost)
 
     async def serve(self) -> None:
         """Do what the driver's messages say until it closes the connection, or is gone."""
@@ -186,13 +189,11 @@ class _ProgramHost:
         self.resident.add(StepInputs(**about))
 
     async def _settle(self, step: int) -> None:
-        self._loop.asyncio_loop.run_in_executor(None, self.resident.settle, step)
+        if not self.resident.settle(step):
+            await self._in_thread(self.resident.settle_now)
 
     async def _stop(self, epoch: int) -> None:
         self.resident.stop(epoch)
-
-    def _deliver(self, message: tuple[Tag, Any]) -> None:
-        self.resident.deliver(*message)
 
     def _lost(self, peer: int) -> None:
         self.tell({"op": "peer_lost", "address": self._addresses[peer]})
@@ -208,7 +209,11 @@ class _ProgramHost:
 
     def send(self, peer: int, tag: Tag, value: Any) -> None:
         """Send a value to another worker's program."""
-        self.channels.send(peer, (tag, value))
+        self.channels.send(peer, tag, value)
+
+    def unpack(self, arrived: Any) -> Any:
+        """The value of what a channel delivered."""
+        return self.channels.unpack(arrived)
 
     def flush(self) -> None:
         """All values of a step were sent: wait until they have arrived."""
