@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import random
 import signal
 import threading
 import time
+from collections import Counter
 from functools import partial
 
+import distributed
 import psutil
 import pytest
 import torch
 import torch.nn.functional as F
+from dask.utils import key_split
 from distributed import Client
 from torch import nn
 
@@ -195,3 +199,33 @@ def test_a_worker_that_is_killed(fresh, kills):
         gc.collect()
         assert wait_until(lambda: not any(total_held(client).values()))
         assert wait_until(lambda: not any(client.processing().values()))
+
+
+def test_the_task_stream_shows_what_programs_did(client):
+    model = ConvNet()
+    trainer = trainer_on(client, model, placed(len(model), 2, 1), microbatches=3)
+    with distributed.get_task_stream(client=client) as stream:
+        for x, y in images(3):
+            loss = trainer.step(x, y)
+            loss.item()
+        trainer.wait()
+        assert wait_until(lambda: not any(client.processing().values()))
+        time.sleep(0.2)
+    shown = [row for row in stream.data if not row["key"].startswith("train")]
+    workers = {row.worker for row in trainer.chain.placement}
+    assert {row["worker"] for row in shown} == workers
+    computed = [row for row in shown if row["startstops"][0]["action"] == "compute"]
+    kinds = Counter(key_split(row["key"]).partition(":")[0] for row in computed)
+    assert kinds["forward"] == kinds["backward"] == 3 * 2 * 3
+    assert kinds["update"] == 3 * 2
+    assert any(row["startstops"][0]["action"] == "transfer" for row in shown)
+    for worker in workers:
+        times = sorted(
+            (r["startstops"][0]["start"], r["startstops"][0]["stop"])
+            for r in shown
+            if r["worker"] == worker
+        )
+        assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(times))
+    report = loss.report
+    assert set(report["busy"]) == set(report["waiting"]) == workers
+    assert all(seconds > 0 for seconds in report["busy"].values())

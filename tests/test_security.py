@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import struct
 import sys
 import tempfile
+import threading
+import time
+from functools import partial
 
 import pytest
 import torch
@@ -59,6 +65,61 @@ def test_everything_works_over_tls(secure):
     layer = nn.Linear(8, 4)
     x = torch.randn(3, 8)
     assert_same(tg.collect(tg.spawn(layer, x)).detach(), layer(x).detach())
+
+
+class Listener:
+    """Reads all that passes the loopback interface."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        self._socket.bind(("lo", 0))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 26)
+        self._socket.settimeout(0.2)
+        self.heard = bytearray()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._read)
+
+    def _read(self) -> None:
+        while not self._ended.is_set():
+            with contextlib.suppress(TimeoutError):
+                self.heard += self._socket.recv(1 << 17)
+
+    def __enter__(self) -> Listener:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        time.sleep(0.5)  # the last packets
+        self._ended.set()
+        self._thread.join()
+        self._socket.close()
+
+
+class Constant(nn.Module):
+    """Returns its input as it is, with the same gradient, large enough to travel by itself."""
+
+    def forward(self, x):
+        return x * 1.0
+
+
+# As float32, four bytes that nothing else has in a row.
+NUMBER = 1.2345678e-13
+
+
+@pytest.mark.parametrize(
+    ("executor", "tls"), [("compiled", True), ("compiled", False), ("futures", True)]
+)
+def test_no_tensor_passes_in_the_clear(secure, client, executor, tls):
+    one = secure if tls else client
+    model = nn.Sequential(Constant(), nn.Linear(64, 1), Constant())
+    chain = tg.GraphChain(model, client=one, placement=[0, 1, 0])
+    sgd = partial(torch.optim.SGD, lr=0.0)
+    with Listener() as listener:
+        trainer = tg.Trainer(chain, F.mse_loss, sgd, microbatches=2, executor=executor)
+        for _ in range(3):
+            trainer.step(torch.full((64, 64), NUMBER), torch.zeros(64, 1)).item()
+    heard = struct.pack("<f", NUMBER) * 8 in listener.heard
+    assert heard is not tls
 
 
 # What Python and torch do when modules are imported: torch's optimizers import its compiler.

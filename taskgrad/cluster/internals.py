@@ -187,6 +187,28 @@ def threads(worker: Worker) -> int:
     return count if isinstance(count, int) else 1
 
 
+def show_in_task_stream(
+    scheduler: Scheduler, worker: str, thread: int, rows: Sequence[tuple[str, str, float, float]]
+) -> None:
+    """Add what a worker did to the dashboard's task stream, if somebody has looked at it.
+
+    Each row has a task's key, "compute" or "transfer", and when it began and ended, in seconds.
+    """
+    stream: Any = scheduler.plugins.get("task-stream")
+    for key, action, start, stop in rows if stream is not None else ():
+        stream.transition(
+            key,
+            "processing",
+            "memory",
+            worker=worker,
+            thread=thread,
+            status="OK",
+            nbytes=0,
+            type=b"",
+            startstops=({"action": action, "start": start, "stop": stop},),
+        )
+
+
 def tasks_wait(worker: Worker) -> bool:
     """True if tasks wait for one of a worker's threads."""
     return bool(getattr(getattr(worker, "state", None), "ready", ()))

@@ -24,6 +24,8 @@ ANNOTATION = "taskgrad"
 """Of each task that leaves something in a store: the name of the worker that it is pinned to."""
 JOIN = "taskgrad_join"
 """A client's call to the scheduler: it uses taskgrad from now on, with these settings."""
+RAN = "taskgrad-ran"
+"""A client's message: what a worker's program did."""
 
 
 class TaskgradSchedulerPlugin(SchedulerPlugin):
@@ -42,11 +44,15 @@ class TaskgradSchedulerPlugin(SchedulerPlugin):
         self._guard = RetirementGuard(scheduler, _is_ours)
         self._clients: dict[str, Settings] = {}  # of those that use taskgrad, by id
         scheduler.handlers[JOIN] = self._join
+        scheduler.stream_handlers[RAN] = self._ran
 
     def _join(self, client: str, settings: dict[str, Any]) -> None:
         if client in self._scheduler.clients:
             self._clients[client] = Settings(**settings)
             self._apply(list(self._scheduler.workers))
+
+    def _ran(self, client: str, worker: str, thread: int, rows: list[Any]) -> None:
+        internals.show_in_task_stream(self._scheduler, worker, thread, rows)
 
     def _apply(self, workers: Iterable[str] = ()) -> None:
         """Apply the settings of now to the scheduler, and send them to these workers."""

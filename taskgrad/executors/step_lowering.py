@@ -67,7 +67,7 @@ def lower_step(step: StepNodes) -> LoweredStep:
     names = dict(step.names)
     for node in nodes:
         if not isinstance(node, Leaf | Element):
-            names.setdefault(node, f"{node.label.strip(chr(39))}.{len(names)}")
+            names.setdefault(node, f"{node.key.partition('-')[0]}.{len(names)}")
     inputs: list[dict[Leaf, int]] = [{} for _ in workers]
     jobs: list[dict[str, Job]] = [{} for _ in workers]
     orders: list[list[Operation]] = [[] for _ in workers]
@@ -86,7 +86,7 @@ def lower_step(step: StepNodes) -> LoweredStep:
             if isinstance(node, Call) and node.tape.wanted and not node.tape.kept:
                 settings = settings and settings.without_grad()
             name = names[node]
-            label = node.label.strip("'")
+            label = f"{node.key.partition('-')[0]}-{name}"
             jobs[at][name] = Job(label, action_of(node), settings, tuple(sources))
             orders[at].append(Operation(name, at, tuple(dict.fromkeys(taken))))
     reporter = rank[step.report.worker or ""]

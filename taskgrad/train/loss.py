@@ -40,7 +40,8 @@ class StepLoss:
 
         ``loss``; ``grad_norm`` before clipping (None without); ``bubble``, the share of the time in
         which a worker had nothing to do; ``skipped``, whether fp16 gradients overflowed and the
-        optimizer took no step.
+        optimizer took no step. Compiled steps also have ``busy`` and ``waiting``: for each worker
+        the seconds in which it computed, and in which it waited for values of others.
         """
         if self._report is None:
             self.raise_error()

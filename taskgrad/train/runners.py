@@ -154,8 +154,17 @@ class CompiledRunner:
         if error is not None:
             raise error
         report: dict[str, Any]
-        [report], _ = self._executor.report(running)
-        return report
+        [report], timings = self._executor.report(running)
+        workers = [shard.worker for shard in self._layout.shards]
+        spent = [{"compute": 0.0, "transfer": 0.0} for _ in workers]
+        for times, rows in zip(spent, timings, strict=True):
+            for _, action, start, stop in rows:
+                times[action] += stop - start
+        return {
+            **report,
+            "busy": {w: t["compute"] for w, t in zip(workers, spent, strict=True)},
+            "waiting": {w: t["transfer"] for w, t in zip(workers, spent, strict=True)},
+        }
 
     def finish(self) -> None:
         pass  # nothing is held here

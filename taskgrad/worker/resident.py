@@ -69,14 +69,9 @@ class StepInputs:
     inputs: Sequence[Any]
 
 
-@dataclass
-class Timing:
-    """When one operation ran, or a value was waited for: seconds since the epoch."""
-
-    label: str
-    kind: str
-    start: float
-    stop: float
+Timing = tuple[str, str, float, float]
+"""(key, "compute" or "transfer", start, stop) of an operation, or of a wait for a value; times are
+in seconds since the epoch."""
 
 
 class Stopped(BaseException):
@@ -248,21 +243,20 @@ class Resident:
                     action = actions[value.operation]
                     values[value] = self.host.execute(action, job.settings, inputs)
                     del inputs
-                    timings.append(Timing(job.label, kind, start, time.time()))
+                    timings.append((job.label, "compute", start, time.time()))
                 elif kind == "send":
                     tag = epoch, step.number, program.numbers[value]
                     self.host.send(peer, tag, _found(values, value))
                 else:
                     tag = epoch, step.number, program.numbers[value]
                     values[value] = self.host.unpack(self._receive(tag))
-                    timings.append(Timing(str(value), kind, start, time.time()))
+                    timings.append((f"receive-{value}", "transfer", start, time.time()))
                 for name in unused:
                     values.pop(name, None)
             self.host.flush()
             reports = [values[Value(name)] for name in program.reports]
-            timed = [(t.label, t.kind, t.start, t.stop) for t in timings]
             self.host.tell(
-                {"op": "done", "step": step.number, "reports": reports, "timings": timed}
+                {"op": "done", "step": step.number, "reports": reports, "timings": timings}
             )
             return True
         except Stopped:

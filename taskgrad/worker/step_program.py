@@ -28,7 +28,7 @@ class Job:
     Attributes
     ----------
     label
-        Its name on the dashboard and in messages.
+        Its task's key on the dashboard.
     action
         What runs, made for step 0.
     settings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
@@ -18,10 +19,13 @@ from taskgrad import remote_errors
 from taskgrad.cluster import client_calls, internals
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.programs.host import PROGRAM
-from taskgrad.cluster.scheduler_plugin import ANNOTATION
+from taskgrad.cluster.scheduler_plugin import ANNOTATION, RAN
 from taskgrad.cluster.tasks import run_program
 from taskgrad.cluster.wire.serialize import dumps
 from taskgrad.errors import TaskgradError
+
+# How often the scheduler is told what programs did, for the dashboard.
+_SHOW_S = 0.5
 
 
 class Connections:
@@ -67,6 +71,8 @@ class Connections:
         self._tasks: dict[int, Future] = {}  # the tasks that take steps, by rank
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._lost: set[int] = set()
+        self._unshown: list[list[Any]] = [[] for _ in workers]  # what each did since `_shown_at`
+        self._shown_at = time.monotonic()
         self._background: set[asyncio.Task[None]] = set()
         client_calls.call_with_deadline(
             client, lambda: self._open(tokens), "to prepare for compiled steps"
@@ -219,6 +225,9 @@ class Connections:
             op = message["op"]
             if op == "done":
                 reports = message["reports"], message["timings"]
+                self._unshown[rank] += message["timings"]
+                if time.monotonic() - self._shown_at > _SHOW_S:
+                    self._show()
                 found = self.finished.setdefault(message["step"], {})
                 found[rank] = reports
                 if len(found) == len(self.workers):
@@ -229,6 +238,7 @@ class Connections:
                 self._stopped.add(rank)
                 self._tasks.pop(rank, None)
             elif op == "ended":
+                self._show()
                 self._tasks.pop(rank, None)
                 self._taken[rank] += message["taken"]
                 if self._accepting and self._taken[rank] < self._sent:
@@ -236,6 +246,15 @@ class Connections:
             elif op == "peer_lost":
                 asyncio.get_running_loop().call_later(1.0, self._peer_lost, message["address"])
             self.changed.notify_all()
+
+    def _show(self) -> None:
+        """Have the dashboard's task stream show what the programs did."""
+        self._shown_at = time.monotonic()
+        for rank, (address, rows) in enumerate(zip(self.workers, self._unshown, strict=True)):
+            if rows:
+                about = {"worker": address, "thread": rank, "rows": list(rows)}
+                internals.tell_scheduler(self._client, {"op": RAN, **about})
+                rows.clear()
 
     def _peer_lost(self, address: str) -> None:
         """Workers lost their connection to one that the driver may still reach."""
