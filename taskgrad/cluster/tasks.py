@@ -11,7 +11,6 @@ from distributed import get_worker
 
 from taskgrad.cluster import internals
 from taskgrad.cluster.actions import run_on, title_of
-from taskgrad.cluster.programs.host import resident_of
 from taskgrad.cluster.tuning import malloc
 from taskgrad.cluster.worker_plugin import store_of
 from taskgrad.remote_errors import RemoteError
@@ -55,11 +54,6 @@ def run_action(payload: bytes, *values: Any) -> Any:
     given = iter(values)
     inputs = [literals[i] if i in literals else next(given) for i in range(total)]
     return contained(title_of(action), run_on, _store(), action, settings, inputs)
-
-
-def run_program(name: str) -> int:
-    """Take steps of this worker's resident program of that name; returns how many."""
-    return resident_of(get_worker(), name).run()
 
 
 def worker_info(dask_worker: Any = None) -> tuple[str, int]:

@@ -13,7 +13,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 from taskgrad.cluster import internals
 from taskgrad.cluster.config import Settings
 from taskgrad.cluster.messages.rank_comms import DaskTransport
-from taskgrad.cluster.programs.host import ProgramHosts
+from taskgrad.cluster.program_host import ProgramHosts
 from taskgrad.cluster.retirement import OccupancyReporter
 from taskgrad.cluster.tuning import malloc, server_settings
 from taskgrad.cluster.wire import message_leases, result_table

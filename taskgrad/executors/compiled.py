@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from taskgrad.cluster import nested
-from taskgrad.cluster.programs.connections import Connections
 from taskgrad.cluster.session import Session, check_open
 from taskgrad.cluster.wire.serialize import dumps_whole
 from taskgrad.errors import TaskgradError, WorkerLostError
+from taskgrad.executors.connections import Connections
 from taskgrad.executors.monitor import CHECK_S, Outages, stays_out_of_order, worker_lost
 from taskgrad.executors.step_lowering import LoweredStep
 from taskgrad.graph.nodes import new_key

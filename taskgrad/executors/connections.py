@@ -18,9 +18,8 @@ from distributed.protocol.serialize import Serialized
 from taskgrad import remote_errors
 from taskgrad.cluster import client_calls, internals
 from taskgrad.cluster.config import deadline
-from taskgrad.cluster.programs.host import PROGRAM
+from taskgrad.cluster.program_host import PROGRAM, run_program
 from taskgrad.cluster.scheduler_plugin import ANNOTATION, RAN
-from taskgrad.cluster.tasks import run_program
 from taskgrad.cluster.wire.serialize import dumps
 from taskgrad.errors import TaskgradError
 

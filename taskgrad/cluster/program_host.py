@@ -27,7 +27,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from distributed import Worker
+from distributed import Worker, get_worker
 from distributed.comm.addressing import get_address_host
 from distributed.comm.core import Comm
 from distributed.core import Status
@@ -54,8 +54,12 @@ _CLOSE_S = 5.0
 _hosts: weakref.WeakKeyDictionary[Worker, ProgramHosts] = weakref.WeakKeyDictionary()
 
 
-def resident_of(worker: Worker, name: str) -> Resident:
-    """A resident program of this worker; WorkerLostError if it has none of this name."""
+def run_program(name: str) -> int:
+    """Take steps of this worker's program of that name, in a task; returns how many.
+
+    WorkerLostError if the worker has no such program.
+    """
+    worker = get_worker()
     hosts = _hosts.get(worker)
     host = None if hosts is None else hosts.named.get(name)
     if host is None:
@@ -63,7 +67,7 @@ def resident_of(worker: Worker, name: str) -> Resident:
             f"worker {worker.address} has no program {name}: it was restarted, or its driver has "
             "closed the connection"
         )
-    return host.resident
+    return host.resident.run()
 
 
 class ProgramHosts:

@@ -1,1 +1,0 @@
-"""Programs that stay on workers: their worker's side and their driver's side."""
