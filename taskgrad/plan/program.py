@@ -112,12 +112,12 @@ def _sends(
 ) -> dict[str, list[tuple[Value, int]]]:
     """By operation: its values that others take, each with the worker that does."""
     found: dict[str, dict[tuple[Value, int], None]] = {}
-    for operation in (o for order in orders for o in order):
-        for value in operation.takes:
+    for name, worker, takes in ((o.name, o.worker, o.takes) for order in orders for o in order):
+        for value in takes:
             if value.operation not in made_on:
-                raise ValueError(f"operation {operation.name} takes {value}, which nothing makes")
-            if made_on[value.operation] != operation.worker:
-                found.setdefault(value.operation, {})[value, operation.worker] = None
+                raise ValueError(f"operation {name} takes {value}, which nothing makes")
+            if made_on[value.operation] != worker:
+                found.setdefault(value.operation, {})[value, worker] = None
     return {name: list(sent) for name, sent in found.items()}
 
 
