@@ -44,6 +44,7 @@ from taskgrad.errors import WorkerLostError
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.worker.failures import exit_error
 from taskgrad.worker.resident import Resident, StepInputs
+from taskgrad.worker.step_program import StoredResult
 from taskgrad.worker.store import Store
 
 PROGRAM = "taskgrad_program"
@@ -151,7 +152,10 @@ class _ProgramHost:
                 op = message.pop("op")
                 if op == "close":
                     return
-                await getattr(self, f"_{op}")(**message)
+                try:
+                    await getattr(self, f"_{op}")(**message)
+                except Exception as error:  # unpickling a program, say
+                    self.tell({"op": "failed", "step": -1, "error": error})
                 del message
         except OSError:
             pass
@@ -189,8 +193,9 @@ class _ProgramHost:
     async def _load(self, number: int, program: bytes) -> None:
         self.resident.load(number, pickle.loads(program))
 
-    async def _step(self, **about: Any) -> None:
-        self.resident.add(StepInputs(**about))
+    async def _step(self, number: int, program: int, inputs: list[Any]) -> None:
+        found = [self._worker.data[i.key] if isinstance(i, StoredResult) else i for i in inputs]
+        self.resident.add(StepInputs(number, program, found))
 
     async def _settle(self, step: int) -> None:
         if not self.resident.settle(step):

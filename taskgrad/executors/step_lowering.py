@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from taskgrad.errors import TaskgradError
 from taskgrad.executors.lowering import action_of
 from taskgrad.graph.calls import Call
-from taskgrad.graph.leaves import External, Leaf
+from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import Element, Node, walk
 from taskgrad.graph.pullback import Pullback
-from taskgrad.graph.slices import Slice
 from taskgrad.plan.program import Operation, Value, programs
 from taskgrad.worker.step_program import Job, StepProgram
 
@@ -51,18 +50,10 @@ class LoweredStep:
 
 
 def lower_step(step: StepNodes) -> LoweredStep:
-    """The programs of a step.
-
-    NotCompilableError if the batch is on workers: what is sent to a program comes from the driver.
-    """
+    """The programs of a step, whose batch is leaves."""
     workers = list(step.orders)
     rank = {address: i for i, address in enumerate(workers)}
     nodes = _all_of([*step.names, *step.targets, step.report])
-    for node in nodes:
-        if isinstance(node, External | Slice):
-            raise NotCompilableError(
-                "its batch is a Dask collection, which is cut into microbatches by tasks"
-            )
     placed = {address: _placed(address, step, nodes) for address in workers}
     names = dict(step.names)
     for node in nodes:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
+from taskgrad.cluster.session import check_open
+from taskgrad.errors import TaskgradError
 from taskgrad.executors.compiled import CompiledExecutor
-from taskgrad.executors.step_lowering import StepNodes, lower_step
+from taskgrad.executors.step_lowering import NotCompilableError, StepNodes, lower_step
 from taskgrad.graph.leaves import Leaf
+from taskgrad.graph.nodes import Node
+from taskgrad.graph.slices import Slice
 from taskgrad.graph.torch_settings import settings_now
 from taskgrad.layout import Layout
 from taskgrad.train.data import Batch
 from taskgrad.train.step import Settings, Step, build
+from taskgrad.worker.step_program import StoredResult
 
 # Dask remembers how to compute again all that a task depended on: steps that wait for each other
 # pile up on the scheduler. So after this many the workers are let run dry.
@@ -91,6 +96,13 @@ class FuturesRunner:
         return True  # what takes a step back is a task, too, and runs after those on its shard
 
 
+class _Running(NamedTuple):
+    """A step on its way, and the slices of its batch that are on workers until it is done."""
+
+    number: int
+    held: list[Slice]
+
+
 @dataclass(frozen=True)
 class _Loaded:
     """A program on the workers: its number there, and for each worker the leaves that it takes."""
@@ -111,15 +123,39 @@ class CompiledRunner:
         self._loaded: OrderedDict[Any, _Loaded] = OrderedDict()
         self._canceled = False
 
-    def submit(self, batch: Batch, number: int) -> int:
-        if self._executor is None:
-            self._executor = CompiledExecutor(self._layout.session, self._layout.shards)
+    def submit(self, batch: Batch, number: int) -> _Running:
+        """Submit a step; NotCompilableError if it is to be run as tasks."""
+        executor = self._connected()
         self._layout.refuse_modes()
+        slices = [n for n in (*batch.inputs, *batch.targets) if isinstance(n, Slice)]
+        if slices:
+            batch = self._cut(batch, slices)
         leaves = [n for n in (*batch.inputs, *batch.targets) if isinstance(n, Leaf)]
-        loaded = self._program(batch, number, leaves, self._executor)
+        loaded = self._program(batch, number, leaves, executor)
         inputs = [[leaves[i].sent() for i in given] for given in loaded.takes]
-        self._executor.submit(number, loaded.number, inputs)
-        return number
+        executor.submit(number, loaded.number, inputs)
+        return _Running(number, slices)
+
+    def _connected(self) -> CompiledExecutor:
+        if self._executor is None:
+            try:
+                self._executor = CompiledExecutor(self._layout.session, self._layout.shards)
+            except (TaskgradError, OSError) as error:
+                check_open(self._layout.session.client)
+                raise NotCompilableError(f"the workers cannot be reached: {error}") from error
+        return self._executor
+
+    def _cut(self, batch: Batch, slices: list[Slice]) -> Batch:
+        """A batch that is on workers, once it is cut there: with references to the slices."""
+        executor = self._layout.executor
+        weights = [w for w in batch.weights if isinstance(w, Node)]
+        executor.run([*slices, *weights])
+        found = executor.values(weights) or batch.weights
+        given: list[list[Node]] = [
+            [Leaf(StoredResult(n.key, n.worker or ""), needs_grad=False) for n in nodes]
+            for nodes in (batch.inputs, batch.targets)
+        ]
+        return replace(batch, inputs=given[0], targets=given[1], weights=found)
 
     def _program(
         self, batch: Batch, number: int, leaves: list[Leaf], executor: CompiledExecutor
@@ -139,22 +175,28 @@ class CompiledRunner:
                 made.report,
             )
         )
-        free = len(self._loaded)
+        free = len(self._loaded)  # the number of a program that is not in use
         if free == _MAX_SHAPES:
             free = self._loaded.popitem(last=False)[1].number
         executor.load(free, lowered)
         position = {leaf: i for i, leaf in enumerate(leaves)}
         takes = [[position[leaf] for leaf in given] for given in lowered.inputs]
+        for shard, given in zip(self._layout.shards, lowered.inputs, strict=True):
+            for leaf in given:
+                if isinstance(leaf.value, StoredResult) and leaf.value.worker != shard.worker:
+                    raise NotCompilableError(
+                        "its batch is on workers, and several of them take the model's input"
+                    )
         self._loaded[shape] = _Loaded(free, takes)
         return self._loaded[shape]
 
-    def wait(self, running: int) -> dict[str, Any]:
+    def wait(self, running: _Running) -> dict[str, Any]:
         assert self._executor is not None
-        error = self._executor.wait(running)
+        error = self._executor.wait(running.number)
         if error is not None:
             raise error
         report: dict[str, Any]
-        [report], timings = self._executor.report(running)
+        [report], timings = self._executor.report(running.number)
         workers = [shard.worker for shard in self._layout.shards]
         spent = [{"compute": 0.0, "transfer": 0.0} for _ in workers]
         for times, rows in zip(spent, timings, strict=True):
@@ -169,7 +211,7 @@ class CompiledRunner:
     def finish(self) -> None:
         pass  # nothing is held here
 
-    def cancel(self, running: list[int]) -> None:
+    def cancel(self, running: list[_Running]) -> None:
         if self._executor is not None and running:
             self._canceled = True
             self._executor.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from weakref import WeakSet
@@ -10,7 +11,7 @@ from weakref import WeakSet
 from taskgrad.chain import GraphChain
 from taskgrad.cluster.session import check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
-from taskgrad.graph.leaves import Leaf
+from taskgrad.executors.step_lowering import NotCompilableError
 from taskgrad.graph.nodes import Node
 from taskgrad.train.call_lock import CallLock
 from taskgrad.train.data import Batch
@@ -22,6 +23,8 @@ from taskgrad.worker import training
 
 # A step is submitted while the one before still runs: its inputs are there when that is done.
 _AHEAD = 2
+logger = logging.getLogger("taskgrad")
+
 # How long Ctrl-C may wait for the workers to take back a step, in seconds.
 _INTERRUPT_S = 0.5
 
@@ -52,9 +55,9 @@ class Steps:
         self._chain = chain
         self._layout = chain.layout
         self._executor = chain.layout.executor
-        self._futures = FuturesRunner(chain.layout, settings)
-        self._compiled = CompiledRunner(chain.layout, settings) if executor == "compiled" else None
-        self._runner: Runner = self._futures
+        self._settings = settings
+        runner = CompiledRunner if executor == "compiled" else FuturesRunner
+        self._runner: Runner = runner(chain.layout, settings)
         self._lock = CallLock(notify)
         self._running: deque[StepLoss] = deque()
         self._readers: WeakSet[Node] = WeakSet()  # what uses the model, not in a step
@@ -94,14 +97,19 @@ class Steps:
         with self.held():
             self._check_usable()
             batch = split()
-            self._choose(batch)
             while len(self._running) >= _AHEAD:
                 self.finish(self._running[0])
             if self._runner.must_finish:
                 self.wait()
             self._wait_for_readers()
             try:
-                running = self._runner.submit(batch, self.taken)
+                try:
+                    running = self._runner.submit(batch, self.taken)
+                except NotCompilableError as reason:
+                    self.wait()
+                    self._runner = FuturesRunner(self._layout, self._settings)
+                    logger.warning("taskgrad runs these steps as Dask tasks: %s.", reason)
+                    running = self._runner.submit(batch, self.taken)
             except BaseException as error:
                 if isinstance(error, Exception) and not isinstance(error, TaskgradError | OSError):
                     error.add_note(
@@ -115,15 +123,6 @@ class Steps:
             self._running.append(loss)
             self.taken += 1
             return loss
-
-    def _choose(self, batch: Batch) -> None:
-        """Choose how the step of this batch is run; steps that run otherwise are finished first."""
-        chosen: Runner = self._futures
-        if self._compiled is not None and all(isinstance(n, Leaf) for n in batch.inputs):
-            chosen = self._compiled
-        if chosen is not self._runner:
-            self.wait()
-            self._runner = chosen
 
     def wait(self) -> None:
         """Return when every step so far is done; see `Trainer.wait`."""

@@ -22,6 +22,14 @@ _STEP_NAMES = ("step", "number")
 
 
 @dataclass(frozen=True)
+class StoredResult:
+    """An input of a step that is the result of a task, on the worker that takes it."""
+
+    key: str
+    worker: str
+
+
+@dataclass(frozen=True)
 class Job:
     """How a worker runs an operation.
 
