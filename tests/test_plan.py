@@ -16,7 +16,8 @@ import taskgrad as tg
 from taskgrad.executors.futures import FuturesExecutor
 from taskgrad.graph.calls import Call
 from taskgrad.plan.plan import Plan, PlannedWorker, Stage
-from taskgrad.plan.schedule import NAMES, UPDATE, Action, Pipeline, Schedule, check, schedule
+from taskgrad.plan.rules import NAMES, schedule
+from taskgrad.plan.schedule import UPDATE, Action, Pipeline, Schedule, check
 from tests.test_schedule import pipelines
 
 SGD = partial(torch.optim.SGD, lr=0.1)

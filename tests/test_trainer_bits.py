@@ -108,7 +108,8 @@ def test_gpipe_gives_the_same_bits(four):
 
 
 def test_a_schedule_of_the_users_own(four):
-    from taskgrad.plan.schedule import Schedule, schedule
+    from taskgrad.plan.rules import schedule
+    from taskgrad.plan.schedule import Schedule
 
     asked = []
 
