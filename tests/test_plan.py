@@ -130,7 +130,7 @@ def launched(monkeypatch) -> list[dict]:
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved_1f1b"])
 def test_a_trainer_runs_what_its_plan_says(client, monkeypatch, name):
     chain = tg.GraphChain(Net(), client=client, placement=[0, 1, 1, 0])
     trainer = tg.Trainer(chain, F.mse_loss, SGD, microbatches=3, schedule=name)
@@ -186,6 +186,18 @@ def test_weights_alone_are_for_an_executor_to_come(client):
         trainer.step(torch.ones(4, 3), torch.zeros(4, 3))
     with pytest.raises(ValueError, match="no executor runs yet"):
         _ = trainer.plan
+    with pytest.raises(ValueError, match="'zb_h1' has .* comes with the compiled executor"):
+        tg.Trainer(chain, F.mse_loss, SGD, schedule="zb_h1")
+
+
+def test_auto_is_the_shortest_step_at_the_memory_of_1f1b(client):
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(8)))
+    chain = tg.GraphChain(model, client=client, stages_per_worker=2)
+    trainer = tg.Trainer(chain, F.mse_loss, SGD, microbatches=4, schedule="auto")
+    assert trainer.plan.schedule == "interleaved_1f1b"  # 1F1B fills the pipeline in more time
+    assert trainer.step(torch.ones(8, 3), torch.zeros(8, 3)).item() > 0
+    chain = tg.GraphChain(model, client=client)
+    assert tg.Trainer(chain, F.mse_loss, SGD, schedule="auto").plan.schedule == "1f1b"
 
 
 def test_a_small_batch_takes_a_step_of_fewer_microbatches(client, monkeypatch):

@@ -141,9 +141,11 @@ def zb_v(pipeline: Pipeline, microbatches: int) -> Rule:
 
     Of p workers, worker i has the stages i and 2p - 1 - i (``placement="v"`` of a `GraphChain`), so
     worker 0 has the first and the last one. With d(i) the number of stages on the longest path from
-    stage i on: at most d(i) microbatches are between F and W there. Tapes: the sum of d(i) over a
-    worker's stages at most; on a V that is 2p + 1, each of a stage with half of a worker's layers.
-    Bubble on a V, where F, B and W take as long and m is at least 2p: one unit of time at most.
+    stage i on: at most d(i) microbatches are between F and W there, and a W comes before any B
+    while a forward has yet to take the place of its tape. Tapes: the sum of d(i) over a worker's
+    stages at most; on a V that is 2p + 1, each of a stage with half of a worker's layers. Bubble on
+    a V, where F, B and W take as long and m is at least 2p - 1: none, if the next step needs no
+    flush.
 
     ZB-V of Zero Bubble Pipeline Parallelism (Qi et al., 2023, arXiv:2401.10241), and V-ZB of
     Pipeline Parallelism with Controllable Memory (Qi et al., 2024, arXiv:2405.15362).
@@ -152,13 +154,19 @@ def zb_v(pipeline: Pipeline, microbatches: int) -> Rule:
     --------
     >>> v = Pipeline((0, 1, 1, 0), ((), (0,), (1,), (2,)))
     >>> print(drawing("zb_v", v, 2))
-    0: F0.0 F0.1 ..   F3.0 B3.0 W3.0 F3.1 B3.1 B0.0 W3.1 B0.1 W0.0 W0.1
-    1: ..   F1.0 F2.0 F1.1 F2.1 B2.0 B1.0 W2.0 B2.1 B1.1 W2.1 W1.0 W1.1
+    0: F0.0 F0.1 ..   F3.0 B3.0 W3.0 F3.1 B0.0 B3.1 W0.0 W3.1 B0.1 W0.1
+    1: ..   F1.0 F2.0 F1.1 F2.1 B2.0 B1.0 W1.0 W2.0 B2.1 B1.1 W1.1 W2.1
     """
     to_end = pipeline.to_end
-    return Rule(
-        lambda action: ("FBW".index(action.kind), -action.stage, action.microbatch), to_end, to_end
-    )
+
+    def key(action: Action) -> tuple[int, ...]:
+        kind, stage, microbatch = action
+        if kind == "F":
+            return 0, -stage, microbatch
+        makes_room = microbatch + to_end[stage] < microbatches
+        return (1 if makes_room else 3) if kind == "W" else 2, stage, microbatch
+
+    return Rule(key, to_end, tapes=to_end)
 
 
 _RULES: dict[str, Callable[[Pipeline, int], Rule]] = {
