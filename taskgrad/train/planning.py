@@ -81,12 +81,6 @@ def maker_of(schedule: str | Maker) -> Maker:
                 f"and not of {microbatches} on {pipeline}, which it was to be made for"
             )
         check(found)
-        split = next((a for order in found.orders for a in order if a.kind == "W"), None)
-        if split is not None:
-            raise ValueError(
-                f"the schedule has a backward for the weights alone, {split}, which no executor "
-                "runs yet: leave it out, and B is for inputs and weights"
-            )
         return found
 
     return checked
