@@ -15,6 +15,7 @@ from torch import nn
 import taskgrad as tg
 from taskgrad.executors.futures import FuturesExecutor
 from taskgrad.graph.calls import Call
+from taskgrad.graph.pullback import Pullback, WeightPullback
 from taskgrad.plan.plan import Plan, PlannedWorker, Stage
 from taskgrad.plan.schedule import NAMES, UPDATE, Action, Pipeline, Schedule, check, schedule
 from tests.test_schedule import pipelines
@@ -178,13 +179,15 @@ def test_a_trainers_plan_goes_through_json(client):
     assert Plan.from_json(trainer.plan.to_json()) == trainer.plan
 
 
-def test_weights_alone_are_for_an_executor_to_come(client):
+def test_a_trainer_runs_weights_alone(client, monkeypatch):
+    submitted = launched(monkeypatch)
     chain = tg.GraphChain(Net(), client=client, placement=[0, 0, 1, 1])
     trainer = tg.Trainer(chain, F.mse_loss, SGD, schedule=lambda pipeline, n: SPLIT)
-    with pytest.raises(ValueError, match=r"W0\.0, which no executor runs yet"):
-        trainer.step(torch.ones(4, 3), torch.zeros(4, 3))
-    with pytest.raises(ValueError, match="no executor runs yet"):
-        _ = trainer.plan
+    assert [trainer.step(torch.ones(4, 3), torch.zeros(4, 3)).item() for _ in range(2)]
+    assert str(trainer.plan).splitlines()[-2].endswith(": F0.0 B0.0 W0.0 U")
+    for order in submitted:
+        awaited = [node.awaits[0] for node in order if isinstance(node, WeightPullback)]
+        assert [type(pullback) for pullback in awaited] == [Pullback, Pullback]
 
 
 def test_a_small_batch_takes_a_step_of_fewer_microbatches(client, monkeypatch):
