@@ -106,9 +106,11 @@ def test_copies_of_tied_weights_are_equal_after_each_step(four):
     ("schedule", "options"),
     [
         ("gpipe", {"placement": [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]}),
-        ("interleaved_1f1b", {"stages_per_worker": 2}),
         ("1f1b", {"placement": "v"}),
-        ("auto", {}),
+        ("interleaved_1f1b", {"stages_per_worker": 2}),
+        ("zb_h1", {}),
+        ("zb_h2", {}),
+        ("zb_v", {"placement": "v"}),
     ],
 )
 def test_every_schedule_gives_the_same_bits(four, schedule, options):

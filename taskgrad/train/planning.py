@@ -55,9 +55,9 @@ def stages_of(layout: Layout) -> tuple[Stage, ...]:
 def maker_of(schedule: str | Maker) -> Maker:
     """The function that makes the schedules of this name; or the user's own, with checks added.
 
-    Raises ValueError if there is no schedule of this name, or none that can be executed; TypeError
-    if it is neither a name nor a function. The result raises TypeError if the user's function
-    returns no schedule, ValueError if the schedule is wrong.
+    Raises ValueError if there is no schedule of this name; TypeError if it is neither a name nor a
+    function. The result raises TypeError if the user's function returns no schedule, ValueError if
+    the schedule is wrong.
     """
     if isinstance(schedule, str):
         if schedule == "auto":
@@ -66,7 +66,6 @@ def maker_of(schedule: str | Maker) -> Maker:
             raise ValueError(
                 f"there is no schedule {schedule!r}; there are {', '.join(NAMES)}, and auto"
             )
-        _check_executable(named_schedule(schedule, Pipeline.line(1), 1))
         return partial(named_schedule, schedule)
     if not callable(schedule) or isinstance(schedule, type):
         raise TypeError(
@@ -87,7 +86,6 @@ def maker_of(schedule: str | Maker) -> Maker:
                 f"and not of {microbatches} on {pipeline}, which it was to be made for"
             )
         check(found)
-        _check_executable(found)
         return found
 
     return checked
@@ -99,20 +97,7 @@ def automatic(pipeline: Pipeline, microbatches: int) -> Schedule:
     No worker holds more tapes than 1F1B's fullest one, and each of F, B and W takes one unit of
     time at every stage.
     """
+    stages, workers = len(pipeline.workers), len(pipeline.stages_of)
     candidates = [named_schedule(name, pipeline, microbatches) for name in NAMES]
     limit = max(named_schedule("1f1b", pipeline, microbatches).peak_tapes())
-    return fastest(
-        [found for found in candidates if not found.split],
-        Costs.uniform(len(pipeline.workers)),
-        [limit] * len(pipeline.stages_of),
-    )
-
-
-def _check_executable(found: Schedule) -> None:
-    """Raise ValueError if the schedule has an action that no executor runs."""
-    split = next((a for order in found.orders for a in order if a.kind == "W"), None)
-    if split is not None:
-        raise ValueError(
-            f"the schedule {found.name!r} has a backward for the weights alone, {split}, which no "
-            "executor runs yet: it comes with the compiled executor"
-        )
+    return fastest(candidates, Costs.uniform(stages), [limit] * workers)
