@@ -22,21 +22,22 @@ Key = Callable[[Action], tuple[int, ...]]
 class Rule:
     """The rule by which a schedule is made, for one pipeline and number of microbatches.
 
-    A limit below is at least 1. One of a stage never keeps its oldest microbatch back, so stages
-    cannot wait for each other for ever; one of a worker can, if it is less than what the worker has
-    to hold at a time.
+    All limits are at least 1. Then those of stages never hold back the oldest microbatch, so that
+    any graph can be carried out. One of a worker, and `in_turn`, can: that of w stages whose
+    forwards come in groups of g microbatches has to be at least wg, unless the graph is known.
 
     Attributes
     ----------
     key
         What the actions that are ready are compared by.
     in_flight
-        For each stage, how many microbatches may be between F and B there.
+        For each stage, how many microbatches may be between F and B there; None for any number.
     tapes
         For each stage, how many may be between F and W; None if the schedule has no W, and B is for
         inputs and weights.
     in_flight_on_worker
-        For each worker, how many may be between F and B at all of its stages together.
+        For each worker, how many may be between F and B at all of its stages together; None for any
+        number.
     in_turn
         True if a worker's forwards come in the order of `key`, and so do its backwards: it waits
         for the next one rather than take another one that is ready.
@@ -45,7 +46,7 @@ class Rule:
     """
 
     key: Key
-    in_flight: tuple[int, ...]
+    in_flight: tuple[int, ...] | None = None
     tapes: tuple[int, ...] | None = None
     in_flight_on_worker: tuple[int, ...] | None = None
     in_turn: bool = False
@@ -67,7 +68,8 @@ def carry_out(
     Raises
     ------
     ValueError
-        At some time nothing can run: stages need each other.
+        At some time nothing can run: stages need each other, or the rule holds back what all
+        others wait for.
     """
     step = _Step(rule, pipeline, microbatches, costs or Costs.uniform(len(pipeline.workers)))
     # Times at which an action of a worker may have become ready: it, or one that it needs, ended.
@@ -77,7 +79,9 @@ def carry_out(
         for end, other in step.advance(worker, now):
             heapq.heappush(times, (end, other))
     if any(len(order) < step.total(worker) for worker, order in enumerate(step.orders)):
-        raise ValueError(f"nothing can run: the stages of {pipeline} need each other")
+        raise ValueError(
+            f"nothing can run: the stages of {pipeline} need each other, or its limits are too low"
+        )
     return tuple(map(tuple, step.orders))
 
 
@@ -142,7 +146,7 @@ class _Step:
     def _allows(self, forward: Action, worker: int) -> bool:
         """True if the limits of the rule allow this forward."""
         rule, (_, stage, microbatch) = self._rule, forward
-        if microbatch - self._b[stage] >= rule.in_flight[stage]:
+        if rule.in_flight is not None and microbatch - self._b[stage] >= rule.in_flight[stage]:
             return False
         if rule.tapes is not None and microbatch - self._w[stage] >= rule.tapes[stage]:
             return False

@@ -29,8 +29,7 @@ def gpipe(pipeline: Pipeline, microbatches: int) -> Rule:
     1: .. F0 F1 F2 F3 .. .. .. B0 -- B1 -- B2 -- B3 -- .. ..
     2: .. .. F0 F1 F2 F3 B0 -- B1 -- B2 -- B3 -- .. .. .. ..
     """
-    in_flight = (microbatches,) * len(pipeline.workers)
-    return Rule(oldest_first("FB"), in_flight, flush=True)
+    return Rule(oldest_first("FB"), flush=True)
 
 
 def one_f_one_b(pipeline: Pipeline, microbatches: int) -> Rule:
@@ -48,7 +47,8 @@ def one_f_one_b(pipeline: Pipeline, microbatches: int) -> Rule:
     2: .. .. F0 B0 -- F1 B1 -- F2 B2 -- F3 B3 -- .. .. .. ..
     """
     stages = len(pipeline.workers)
-    return Rule(oldest_first("BF"), tuple(stages - stage for stage in range(stages)))
+    in_flight = tuple(stages - stage for stage in range(stages))
+    return Rule(oldest_first("BF"), in_flight)
 
 
 def interleaved_1f1b(pipeline: Pipeline, microbatches: int) -> Rule:
@@ -82,8 +82,7 @@ def interleaved_1f1b(pipeline: Pipeline, microbatches: int) -> Rule:
         kind, stage, microbatch = action
         return "FB".index(kind), microbatch // p, stage if kind == "F" else -stage, microbatch
 
-    in_flight = (microbatches,) * len(pipeline.workers)
-    return Rule(key, in_flight, in_flight_on_worker=tuple(limits), in_turn=True)
+    return Rule(key, in_flight_on_worker=tuple(limits), in_turn=True)
 
 
 def _is_ring(pipeline: Pipeline) -> bool:
@@ -166,7 +165,7 @@ def zb_v(pipeline: Pipeline, microbatches: int) -> Rule:
         makes_room = microbatch + to_end[stage] < microbatches
         return (1 if makes_room else 3) if kind == "W" else 2, stage, microbatch
 
-    return Rule(key, to_end, tapes=to_end)
+    return Rule(key, tapes=to_end)
 
 
 _RULES: dict[str, Callable[[Pipeline, int], Rule]] = {

@@ -234,7 +234,8 @@ class Schedule:
     def peak_tapes(self) -> tuple[int, ...]:
         """The most tapes that each worker holds at a time.
 
-        A tape is used up by W where there is one, else by the backward for inputs and weights.
+        A tape is used up by W where there is one, else by the backward for inputs and weights. A
+        stage with nothing to train counts as the others do, though it leaves no tapes.
         """
         split = self.split
         peaks = []
