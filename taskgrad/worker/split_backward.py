@@ -17,13 +17,12 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -49,8 +48,7 @@ _attention = FunctionType(
 )
 
 
-@dataclass(frozen=True)
-class WeightUse:
+class WeightUse(NamedTuple):
     """One use of weights in a forward: the end of its own graph, and the cotangent that came."""
 
     output: GradientEdge
@@ -95,11 +93,11 @@ class WeightUses:
         takers = list(dict.fromkeys(p for u in uses for p in u.parameters if p in wanted))
         found: Sequence[Gradient] = ()
         if uses:
-            found = torch.autograd.grad(
-                [use.output for use in uses],
-                takers,
-                [use.cotangent for use in uses],
-                retain_graph=retain,
+            found = _gradients(
+                tuple([use.output for use in uses]),
+                tuple(takers),
+                tuple([use.cotangent for use in uses]),
+                retain=retain,
             )
         if not retain:
             self.recorded.clear()
@@ -135,7 +133,7 @@ class _Splitting(TorchFunctionMode):
         if func in _SPLIT and torch.is_grad_enabled() and not _is_transformed():
             x, weight, bias = _operands(func, args, kwargs)
             if self._is_split(x, weight, bias, kwargs):
-                parameters = [p for p in (weight, bias) if id(p) in self._parameters]
+                parameters = tuple([p for p in (weight, bias) if id(p) in self._parameters])
                 return _run(func, x, parameters, args, kwargs, self._uses)
         result = func(*args, **kwargs)
         if _takes_gradient(result):
@@ -186,11 +184,23 @@ def _takes_gradient(result: Any) -> bool:
     return any(isinstance(r, torch.Tensor) and r.requires_grad for r in _flat((result,)))
 
 
+class _Graph(NamedTuple):
+    """The graph of one operation, from its input to its output, and how to make it once more."""
+
+    output: GradientEdge
+    input: torch.Tensor
+    weights: tuple[nn.Parameter, ...]
+    uses: WeightUses
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 def _run(
     func: Callable[..., Any],
     x: torch.Tensor,
-    weights: Sequence[nn.Parameter],
-    args: Sequence[Any],
+    weights: tuple[nn.Parameter, ...],
+    args: tuple[Any, ...],
     kwargs: dict[str, Any],
     uses: WeightUses,
 ) -> torch.Tensor:
@@ -198,29 +208,13 @@ def _run(
     kind = x.device.type
     if x.dtype is torch.float32 and torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))  # or the graph would keep it in float32
-    rest = args[1:]
-    named = {name: value for name, value in kwargs.items() if name != "input"}
-    run = partial(func, **named) if args else partial(_named, func, named)
     inner = x.detach().requires_grad_(x.requires_grad)
-    output = run(inner, *rest)
-    graph = _Graph(get_gradient_edge(output), inner, tuple(weights), lambda x: run(x, *rest), uses)
+    args, kwargs = args[1:], {name: v for name, v in kwargs.items() if name != "input"}
+    output = func(inner, *args, **kwargs) if args else func(input=inner, **kwargs)
+    edge = GradientEdge(output.grad_fn, output.output_nr)
+    graph = _Graph(edge, inner, weights, uses, func, args, kwargs)
     result: torch.Tensor = _Split.apply([output], graph, x, *weights)
     return result
-
-
-def _named(func: Callable[..., Any], kwargs: dict[str, Any], x: torch.Tensor) -> Any:
-    return func(input=x, **kwargs)
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """The graph of one operation, from its input to its output; `run` makes it once more."""
-
-    output: GradientEdge
-    input: torch.Tensor
-    weights: tuple[nn.Parameter, ...]
-    run: Callable[[torch.Tensor], torch.Tensor]
-    uses: WeightUses
 
 
 class _Split(torch.autograd.Function):
@@ -236,20 +230,33 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        graph, [x] = ctx.graph, ctx.saved_tensors
-        if not graph.uses.recording:
+        graph: _Graph = ctx.graph
+        uses, weights = graph.uses, graph.weights
+        if not uses.recording:
+            [x] = ctx.saved_tensors
             return None, None, *_differentiate(graph, x, grad, ctx.needs_input_grad[2:])
         ctx.graph = None
-        now = [id(w) in graph.uses.elsewhere for w in graph.weights]
-        later = tuple(w for w, at_once in zip(graph.weights, now, strict=True) if not at_once)
+        needed = [graph.input.requires_grad, *(id(w) in uses.elsewhere for w in weights)]
+        later = tuple(w for w, now in zip(weights, needed[1:], strict=True) if not now)
         if later:
-            graph.uses.recorded.append(WeightUse(graph.output, later, grad))
-        needed = [graph.input.requires_grad, *now]
-        inputs = _where((graph.input, *graph.weights), needed)
-        found: Sequence[Any] = ()
-        if inputs:
-            found = torch.autograd.grad([graph.output], inputs, [grad], retain_graph=bool(later))
+            uses.recorded.append(WeightUse(graph.output, later, grad))
+        found: Sequence[Gradient] = ()
+        if inputs := _where((graph.input, *weights), needed):
+            found = _gradients((graph.output,), inputs, (grad,), retain=bool(later))
         return None, None, *_spread(found, needed)
+
+
+def _gradients(
+    outputs: tuple[GradientEdge, ...],
+    inputs: tuple[torch.Tensor, ...],
+    cotangents: tuple[torch.Tensor, ...],
+    *,
+    retain: bool,
+) -> Sequence[Gradient]:
+    """As ``torch.autograd.grad``, which takes longer to look at its arguments than small layers."""
+    return _engine_run_backward(
+        outputs, cotangents, retain, False, inputs, allow_unreachable=False, accumulate_grad=False
+    )
 
 
 def _differentiate(
@@ -257,18 +264,19 @@ def _differentiate(
 ) -> Iterator[Gradient]:
     """All gradients, differentiable: a layer asks for them in its own forward."""
     graph.uses.elsewhere.update(map(id, graph.weights))
+    func, args, kwargs = graph.func, graph.args, graph.kwargs
     with torch.enable_grad():
-        output = graph.run(x)
+        output = func(x, *args, **kwargs) if args else func(input=x, **kwargs)
     inputs = _where((x, *graph.weights), needed)
     found = torch.autograd.grad(output, inputs, grad, create_graph=torch.is_grad_enabled())
     return _spread(found, needed)
 
 
-def _where(values: Sequence[torch.Tensor], needed: Sequence[bool]) -> list[torch.Tensor]:
-    return [value for value, need in zip(values, needed, strict=True) if need]
+def _where(values: Sequence[torch.Tensor], needed: Sequence[bool]) -> tuple[torch.Tensor, ...]:
+    return tuple([value for value, need in zip(values, needed, strict=True) if need])
 
 
-def _spread(found: Sequence[Any], needed: Sequence[bool]) -> Iterator[Gradient]:
+def _spread(found: Sequence[Gradient], needed: Sequence[bool]) -> Iterator[Gradient]:
     """The gradients found, None where none was needed."""
     rest = iter(found)
     return (next(rest) if need else None for need in needed)
