@@ -6,9 +6,13 @@ of their own, which the stage's graph goes through as one node. The backward for
 graph for the gradient of its input and records the cotangent; the backward for weights asks it for
 the rest. So both run the kernels that autograd chooses, on the same tensors, to the same bits.
 
-Computed with the inputs' cotangents are gradients of weights that something else uses as well, that
-autocast's, a parametrization's or the user's code derives from parameters, of compiled layers and
-of layers that run again in the backward: their graph is made there.
+Some gradients of weights are computed with the inputs' cotangents nevertheless: of weights that
+other functions use as well, which come in parts that autograd sums; of what is not a parameter
+itself but made of some (parametrizations); and in layers that are compiled, or that run again in
+the backward (activation checkpointing).
+
+Under autocast a weight that two such layers and another function use may differ in the last bit:
+autograd sums the parts that went through one cast before it casts them back.
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ _SPLIT = frozenset(
         F.embedding,
     }
 )
+_PLAIN = frozenset({torch.Tensor, nn.Parameter})
 # The same function without its own look at modes, so that they see the linear layers within.
 _attention = FunctionType(
     F.multi_head_attention_forward.__code__,
@@ -107,14 +112,14 @@ class WeightUses:
 def splitting(
     uses: WeightUses | None, modules: Sequence[nn.Module], parameters: Iterable[nn.Parameter]
 ) -> AbstractContextManager[Any]:
-    """A block in which the uses of these parameters are made to have graphs of their own."""
+    """A block in which operations that use these parameters get graphs of their own."""
     if uses is None or any(map(_is_compiled, modules)):
         return contextlib.nullcontext()
     return _Splitting(uses, parameters)
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return any(m._compiled_call_impl or hasattr(m, "_orig_mod") for m in module.modules())
+    return any(m._compiled_call_impl or "_orig_mod" in m._modules for m in module.modules())
 
 
 class _Splitting(TorchFunctionMode):
@@ -127,24 +132,27 @@ class _Splitting(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.multi_head_attention_forward:
+        if func is F.multi_head_attention_forward and _PLAIN.issuperset(types):
             with self:
                 return _attention(*args, **kwargs)
         if func in _SPLIT and torch.is_grad_enabled() and not _is_transformed():
             x, weight, bias = _operands(func, args, kwargs)
             if self._is_split(x, weight, bias, kwargs):
-                parameters = tuple([p for p in (weight, bias) if id(p) in self._parameters])
-                return _run(func, x, parameters, args, kwargs, self._uses)
+                weights = (weight,) if bias is None or not bias.requires_grad else (weight, bias)
+                return _run(func, x, weights, args, kwargs, self._uses)
         result = func(*args, **kwargs)
-        if _takes_gradient(result):
-            used = (id(a) for given in (args, kwargs.values()) for a in _flat(given))
-            self._uses.elsewhere.update(self._parameters.intersection(used))
+        for given in (args, kwargs.values()) if kwargs else (args,):
+            for value in given:
+                for part in value if isinstance(value, tuple | list) else (value,):
+                    if id(part) in self._parameters and _takes_gradient(result):
+                        self._uses.elsewhere.add(id(part))
         return result
 
     def _is_split(self, x: Any, weight: Any, bias: Any, kwargs: dict[str, Any]) -> bool:
         return (
             type(x) is torch.Tensor
             and id(weight) in self._parameters
+            and weight.requires_grad
             and (bias is None or id(bias) in self._parameters or not bias.requires_grad)
             and not (x.is_leaf and x.requires_grad)
             and not kwargs.get("sparse")
@@ -172,16 +180,9 @@ def _operands(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[A
     return x, weight, args[2] if len(args) > 2 else kwargs.get("bias")
 
 
-def _flat(given: Iterable[Any]) -> Iterator[Any]:
-    for value in given:
-        if isinstance(value, tuple | list):
-            yield from value
-        else:
-            yield value
-
-
 def _takes_gradient(result: Any) -> bool:
-    return any(isinstance(r, torch.Tensor) and r.requires_grad for r in _flat((result,)))
+    results = result if isinstance(result, tuple | list) else (result,)
+    return any(isinstance(r, torch.Tensor) and r.requires_grad for r in results)
 
 
 class _Graph(NamedTuple):
