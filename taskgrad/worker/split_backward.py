@@ -6,9 +6,13 @@ of their own, which the stage's graph goes through as one node. The backward for
 graph for the gradient of its input and records the cotangent; the backward for weights asks it for
 the rest. So both run the kernels that autograd chooses, on the same tensors, to the same bits.
 
-Computed with the inputs' cotangents are gradients of weights that something else uses as well, that
-autocast's, a parametrization's or the user's code derives from parameters, of compiled layers and
-of layers that run again in the backward: their graph is made there.
+Some gradients of weights are computed with the inputs' cotangents nevertheless: of weights that
+other functions use as well, which come in parts that autograd sums; of what is not a parameter
+itself but made of some (parametrizations); and in layers that are compiled, or that run again in
+the backward (activation checkpointing).
+
+Under autocast a weight that two such layers and another function use may differ in the last bit:
+autograd sums the parts that went through one cast before it casts them back.
 """
 
 from __future__ import annotations
@@ -17,13 +21,12 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -41,6 +44,7 @@ _SPLIT = frozenset(
         F.embedding,
     }
 )
+_PLAIN = frozenset({torch.Tensor, nn.Parameter})
 # The same function without its own look at modes, so that they see the linear layers within.
 _attention = FunctionType(
     F.multi_head_attention_forward.__code__,
@@ -49,8 +53,7 @@ _attention = FunctionType(
 )
 
 
-@dataclass(frozen=True)
-class WeightUse:
+class WeightUse(NamedTuple):
     """One use of weights in a forward: the end of its own graph, and the cotangent that came."""
 
     output: GradientEdge
@@ -95,11 +98,11 @@ class WeightUses:
         takers = list(dict.fromkeys(p for u in uses for p in u.parameters if p in wanted))
         found: Sequence[Gradient] = ()
         if uses:
-            found = torch.autograd.grad(
-                [use.output for use in uses],
-                takers,
-                [use.cotangent for use in uses],
-                retain_graph=retain,
+            found = _gradients(
+                tuple([use.output for use in uses]),
+                tuple(takers),
+                tuple([use.cotangent for use in uses]),
+                retain=retain,
             )
         if not retain:
             self.recorded.clear()
@@ -109,14 +112,14 @@ class WeightUses:
 def splitting(
     uses: WeightUses | None, modules: Sequence[nn.Module], parameters: Iterable[nn.Parameter]
 ) -> AbstractContextManager[Any]:
-    """A block in which the uses of these parameters are made to have graphs of their own."""
+    """A block in which operations that use these parameters get graphs of their own."""
     if uses is None or any(map(_is_compiled, modules)):
         return contextlib.nullcontext()
     return _Splitting(uses, parameters)
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return any(m._compiled_call_impl or hasattr(m, "_orig_mod") for m in module.modules())
+    return any(m._compiled_call_impl or "_orig_mod" in m._modules for m in module.modules())
 
 
 class _Splitting(TorchFunctionMode):
@@ -129,24 +132,27 @@ class _Splitting(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.multi_head_attention_forward:
+        if func is F.multi_head_attention_forward and _PLAIN.issuperset(types):
             with self:
                 return _attention(*args, **kwargs)
         if func in _SPLIT and torch.is_grad_enabled() and not _is_transformed():
             x, weight, bias = _operands(func, args, kwargs)
             if self._is_split(x, weight, bias, kwargs):
-                parameters = [p for p in (weight, bias) if id(p) in self._parameters]
-                return _run(func, x, parameters, args, kwargs, self._uses)
+                weights = (weight,) if bias is None or not bias.requires_grad else (weight, bias)
+                return _run(func, x, weights, args, kwargs, self._uses)
         result = func(*args, **kwargs)
-        if _takes_gradient(result):
-            used = (id(a) for given in (args, kwargs.values()) for a in _flat(given))
-            self._uses.elsewhere.update(self._parameters.intersection(used))
+        for given in (args, kwargs.values()) if kwargs else (args,):
+            for value in given:
+                for part in value if isinstance(value, tuple | list) else (value,):
+                    if id(part) in self._parameters and _takes_gradient(result):
+                        self._uses.elsewhere.add(id(part))
         return result
 
     def _is_split(self, x: Any, weight: Any, bias: Any, kwargs: dict[str, Any]) -> bool:
         return (
             type(x) is torch.Tensor
             and id(weight) in self._parameters
+            and weight.requires_grad
             and (bias is None or id(bias) in self._parameters or not bias.requires_grad)
             and not (x.is_leaf and x.requires_grad)
             and not kwargs.get("sparse")
@@ -174,23 +180,28 @@ def _operands(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[A
     return x, weight, args[2] if len(args) > 2 else kwargs.get("bias")
 
 
-def _flat(given: Iterable[Any]) -> Iterator[Any]:
-    for value in given:
-        if isinstance(value, tuple | list):
-            yield from value
-        else:
-            yield value
-
-
 def _takes_gradient(result: Any) -> bool:
-    return any(isinstance(r, torch.Tensor) and r.requires_grad for r in _flat((result,)))
+    results = result if isinstance(result, tuple | list) else (result,)
+    return any(isinstance(r, torch.Tensor) and r.requires_grad for r in results)
+
+
+class _Graph(NamedTuple):
+    """The graph of one operation, from its input to its output, and how to make it once more."""
+
+    output: GradientEdge
+    input: torch.Tensor
+    weights: tuple[nn.Parameter, ...]
+    uses: WeightUses
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 def _run(
     func: Callable[..., Any],
     x: torch.Tensor,
-    weights: Sequence[nn.Parameter],
-    args: Sequence[Any],
+    weights: tuple[nn.Parameter, ...],
+    args: tuple[Any, ...],
     kwargs: dict[str, Any],
     uses: WeightUses,
 ) -> torch.Tensor:
@@ -198,29 +209,13 @@ def _run(
     kind = x.device.type
     if x.dtype is torch.float32 and torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))  # or the graph would keep it in float32
-    rest = args[1:]
-    named = {name: value for name, value in kwargs.items() if name != "input"}
-    run = partial(func, **named) if args else partial(_named, func, named)
     inner = x.detach().requires_grad_(x.requires_grad)
-    output = run(inner, *rest)
-    graph = _Graph(get_gradient_edge(output), inner, tuple(weights), lambda x: run(x, *rest), uses)
+    args, kwargs = args[1:], {name: v for name, v in kwargs.items() if name != "input"}
+    output = func(inner, *args, **kwargs) if args else func(input=inner, **kwargs)
+    edge = GradientEdge(output.grad_fn, output.output_nr)
+    graph = _Graph(edge, inner, weights, uses, func, args, kwargs)
     result: torch.Tensor = _Split.apply([output], graph, x, *weights)
     return result
-
-
-def _named(func: Callable[..., Any], kwargs: dict[str, Any], x: torch.Tensor) -> Any:
-    return func(input=x, **kwargs)
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """The graph of one operation, from its input to its output; `run` makes it once more."""
-
-    output: GradientEdge
-    input: torch.Tensor
-    weights: tuple[nn.Parameter, ...]
-    run: Callable[[torch.Tensor], torch.Tensor]
-    uses: WeightUses
 
 
 class _Split(torch.autograd.Function):
@@ -236,20 +231,33 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        graph, [x] = ctx.graph, ctx.saved_tensors
-        if not graph.uses.recording:
+        graph: _Graph = ctx.graph
+        uses, weights = graph.uses, graph.weights
+        if not uses.recording:
+            [x] = ctx.saved_tensors
             return None, None, *_differentiate(graph, x, grad, ctx.needs_input_grad[2:])
         ctx.graph = None
-        now = [id(w) in graph.uses.elsewhere for w in graph.weights]
-        later = tuple(w for w, at_once in zip(graph.weights, now, strict=True) if not at_once)
+        needed = [graph.input.requires_grad, *(id(w) in uses.elsewhere for w in weights)]
+        later = tuple(w for w, now in zip(weights, needed[1:], strict=True) if not now)
         if later:
-            graph.uses.recorded.append(WeightUse(graph.output, later, grad))
-        needed = [graph.input.requires_grad, *now]
-        inputs = _where((graph.input, *graph.weights), needed)
-        found: Sequence[Any] = ()
-        if inputs:
-            found = torch.autograd.grad([graph.output], inputs, [grad], retain_graph=bool(later))
+            uses.recorded.append(WeightUse(graph.output, later, grad))
+        found: Sequence[Gradient] = ()
+        if inputs := _where((graph.input, *weights), needed):
+            found = _gradients((graph.output,), inputs, (grad,), retain=bool(later))
         return None, None, *_spread(found, needed)
+
+
+def _gradients(
+    outputs: tuple[GradientEdge, ...],
+    inputs: tuple[torch.Tensor, ...],
+    cotangents: tuple[torch.Tensor, ...],
+    *,
+    retain: bool,
+) -> Sequence[Gradient]:
+    """As ``torch.autograd.grad``, which takes longer to look at its arguments than small layers."""
+    return _engine_run_backward(
+        outputs, cotangents, retain, False, inputs, allow_unreachable=False, accumulate_grad=False
+    )
 
 
 def _differentiate(
@@ -257,18 +265,19 @@ def _differentiate(
 ) -> Iterator[Gradient]:
     """All gradients, differentiable: a layer asks for them in its own forward."""
     graph.uses.elsewhere.update(map(id, graph.weights))
+    func, args, kwargs = graph.func, graph.args, graph.kwargs
     with torch.enable_grad():
-        output = graph.run(x)
+        output = func(x, *args, **kwargs) if args else func(input=x, **kwargs)
     inputs = _where((x, *graph.weights), needed)
     found = torch.autograd.grad(output, inputs, grad, create_graph=torch.is_grad_enabled())
     return _spread(found, needed)
 
 
-def _where(values: Sequence[torch.Tensor], needed: Sequence[bool]) -> list[torch.Tensor]:
-    return [value for value, need in zip(values, needed, strict=True) if need]
+def _where(values: Sequence[torch.Tensor], needed: Sequence[bool]) -> tuple[torch.Tensor, ...]:
+    return tuple([value for value, need in zip(values, needed, strict=True) if need])
 
 
-def _spread(found: Sequence[Any], needed: Sequence[bool]) -> Iterator[Gradient]:
+def _spread(found: Sequence[Gradient], needed: Sequence[bool]) -> Iterator[Gradient]:
     """The gradients found, None where none was needed."""
     rest = iter(found)
     return (next(rest) if need else None for need in needed)
