@@ -186,7 +186,9 @@ def schedule(
     """The schedule of this name, one of `NAMES`.
 
     With `costs` workers choose among their ready actions at the times that these give; without,
-    each of F, B and W takes one unit of time. Limits and preferences are the same.
+    each of F, B and W takes one unit of time. Limits and preferences are the same. Either may be
+    the shorter one: a worker starts what is ready, though what it prefers may come a moment later.
+    `fastest` compares them.
 
     Raises
     ------
