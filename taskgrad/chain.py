@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from distributed import Client
 from torch import nn
 
 from taskgrad.arguments import flag, whole
-from taskgrad.cluster.session import WorkerSpec, session
+from taskgrad.cluster.session import session
 from taskgrad.display.graph import call_graph, html
 from taskgrad.display.table import MemoryRow, PlacementRow, Table
 from taskgrad.executors.between_steps import between_steps
-from taskgrad.executors.placing import check_device, place
+from taskgrad.executors.placing import Placement, check_device, place
 from taskgrad.formats.weights import check_state, find_weights
 from taskgrad.graph import pack
 from taskgrad.graph.deferred_init import from_factory, plan_init
@@ -51,10 +51,14 @@ class GraphChain(Lazy):
         on its worker, from ``weights`` or from the ``reset_parameters`` of each module.
     client : distributed.Client, optional
         By default the current client; with none, a local cluster is started.
-    placement : None, "round_robin" or sequence, optional
+    placement : None, "round_robin", "v" or sequence, optional
         None cuts the layers into contiguous runs, one a worker, balanced by parameter and
-        activation bytes. A sequence gives the worker (index, name or address) of each layer, in the
-        order of ``chain.placement``.
+        activation bytes; ``"v"`` into two a worker, there and back over the workers, as the
+        schedule ``"zb_v"`` has it. A sequence gives the worker (index, name or address) of each
+        layer, in the order of ``chain.placement``.
+    stages_per_worker : int
+        With ``placement=None``, how many of the runs each worker has: those of a worker are as many
+        apart as there are workers, as the schedule ``"interleaved_1f1b"`` has it.
     device : str, optional
         Torch device of the layers on each worker; by default the kind that the model is on. A bare
         ``"cuda"`` is the first that each worker sees.
@@ -97,12 +101,14 @@ class GraphChain(Lazy):
         model: nn.Module | Callable[[], nn.Module],
         *,
         client: Client | None = None,
-        placement: Literal["round_robin"] | Sequence[WorkerSpec] | None = None,
+        placement: Placement = None,
+        stages_per_worker: int = 1,
         device: str | torch.device | None = None,
         weights: str | os.PathLike[str] | None = None,
         seed: int = 0,
     ) -> None:
         seed = whole("seed", seed)
+        stages_per_worker = whole("stages_per_worker", stages_per_worker, least=1)
         device = None if device is None else check_device(device)
         module = from_factory(model)
         flat = flatten_model(module)
@@ -112,8 +118,8 @@ class GraphChain(Lazy):
         refuse_module_hooks(title)
         taken = reached(flat)
         owner = session(client)
-        workers = place(flat, taken, placement, owner)
-        self.layout = Layout(title, flat, workers, owner)
+        workers, starts = place(flat, taken, placement, stages_per_worker, owner)
+        self.layout = Layout(title, flat, workers, owner, starts)
         """The layers' placement, and the means to run something there; for taskgrad itself."""
         self._skeleton = flat.skeleton
         # A layer that occurs twice in the model, by its first occurrence.

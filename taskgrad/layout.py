@@ -50,7 +50,7 @@ class _Entry(NamedTuple):
 
 
 class _Walk:
-    """One pass over a model's layers, which makes their calls: those in a row on one worker as one.
+    """One pass over a model's layers, which makes their calls: those of a stage as one.
 
     All calls have the settings of torch that the first one is made with.
     """
@@ -78,7 +78,8 @@ class _Walk:
                 entry = _Entry(tuple(joined.nodes), given, None)
                 row = [part.connection]
                 continue
-            if row and shard_of(row[-1]) is not shard_of(part):
+            apart = row and shard_of(row[-1]) is not shard_of(part)
+            if apart or part.index in self._layout.starts:
                 entry = self._call(row, entry)
                 row = []
             row.append(part)
@@ -138,6 +139,9 @@ class Layout:
         The worker of each layer, an address.
     session
         The session of the client that the workers belong to.
+    starts
+        The layers that start a stage though the layer before may be on the same worker. Else a
+        stage is layers in a row on one worker.
 
     Attributes
     ----------
@@ -155,8 +159,16 @@ class Layout:
         The names of the trainable parameters, in the model's order.
     """
 
-    def __init__(self, title: str, flat: Model, workers: Sequence[str], session: Session) -> None:
+    def __init__(
+        self,
+        title: str,
+        flat: Model,
+        workers: Sequence[str],
+        session: Session,
+        starts: frozenset[int] = frozenset(),
+    ) -> None:
         self.title = title
+        self.starts = starts
         self.session = session
         self.executor = executor_of(session)
         self.ref = ChainRef(title)
@@ -205,7 +217,7 @@ class Layout:
     ) -> list[Call]:
         """The calls of all layers; the last one returns the model's output.
 
-        Layers in a row on one worker are one call. The first layer takes `args` and `kwargs`:
+        The layers of a stage are one call. The first layer takes `args` and `kwargs`:
         pytrees of tensors, thunks, nodes, Dask collections and plain values. `mode` is True to
         train, False to evaluate, None to leave the layers as they are. `extend` adds to each call
         what a training step needs.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -76,6 +78,36 @@ def test_default_placement_is_contiguous_and_balanced(client):
     model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(8)])
     workers = tg.GraphChain(model, client=client).placement.column("worker")
     assert workers == [workers[0]] * 4 + [workers[-1]] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "runs", "workers"),
+    [
+        ({"stages_per_worker": 2}, [(0, 1), (2, 3), (4, 5), (6, 7)], [0, 1, 0, 1]),
+        ({"placement": "v"}, [(0, 1), (2, 3), (4, 5), (6, 7)], [0, 1, 1, 0]),
+        ({"stages_per_worker": 9}, [(i,) for i in range(8)], [0, 1] * 4),  # more than layers
+    ],
+)
+def test_several_stages_a_worker(client, options, runs, workers):
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(8)])
+    chain = tg.GraphChain(model, client=client, **options)
+    trainer = tg.Trainer(chain, nn.functional.mse_loss, partial(torch.optim.SGD, lr=0.1))
+    assert [stage.layers for stage in trainer.plan.stages] == runs
+    assert [stage.worker for stage in trainer.plan.stages] == workers
+    x = torch.randn(3, 8)
+    assert torch.equal(tg.collect(chain(x)), model(x))
+
+
+def test_several_stages_a_worker_are_for_the_automatic_placement(client):
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
+    with pytest.raises(tg.PlacementError, match="is for placement=None.*got placement='v'"):
+        tg.GraphChain(model, client=client, placement="v", stages_per_worker=2)
+    with pytest.raises(tg.PlacementError, match="is for placement=None"):
+        tg.GraphChain(model, client=client, placement=[0, 0, 1], stages_per_worker=2)
+    with pytest.raises(ValueError, match="stages_per_worker is at least 1; got 0"):
+        tg.GraphChain(model, client=client, stages_per_worker=0)
+    with pytest.raises(TypeError, match="stages_per_worker is a whole number"):
+        tg.GraphChain(model, client=client, stages_per_worker=1.5)
 
 
 def test_placement_table(client):

@@ -16,8 +16,10 @@ import taskgrad as tg
 from taskgrad.executors.compiled import CompiledExecutor
 from taskgrad.executors.futures import FuturesExecutor
 from taskgrad.graph.calls import Call
+from taskgrad.graph.pullback import Pullback, WeightPullback
 from taskgrad.plan.plan import Plan, PlannedWorker, Stage
-from taskgrad.plan.schedule import NAMES, UPDATE, Action, Pipeline, Schedule, check, schedule
+from taskgrad.plan.rules import NAMES, schedule
+from taskgrad.plan.schedule import UPDATE, Action, Pipeline, Schedule, check
 from tests.test_schedule import pipelines
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -158,7 +160,9 @@ def test_a_trainer_runs_what_its_plan_says(client, monkeypatch, name):
     def action(node) -> Action:
         if isinstance(node, Call):
             return Action("F", *stage_of[node])
-        return Action("BW", *stage_of[node.call])
+        if isinstance(node, WeightPullback):
+            return Action("W", *stage_of[node.awaits[0].call])
+        return Action("B" if name.startswith("zb") else "BW", *stage_of[node.call])
 
     assert {action(node): tuple(map(action, before)) for node, before in awaits.items()} == {
         then: (before,) for *order, _ in plan.orders for before, then in itertools.pairwise(order)
@@ -203,13 +207,25 @@ def test_a_trainers_plan_goes_through_json(client):
     assert Plan.from_json(trainer.plan.to_json()) == trainer.plan
 
 
-def test_weights_alone_are_for_an_executor_to_come(client):
+def test_a_trainer_runs_weights_alone(client, monkeypatch):
+    submitted = launched(monkeypatch)
     chain = tg.GraphChain(Net(), client=client, placement=[0, 0, 1, 1])
     trainer = tg.Trainer(chain, F.mse_loss, SGD, schedule=lambda pipeline, n: SPLIT)
-    with pytest.raises(ValueError, match=r"W0\.0, which no executor runs yet"):
-        trainer.step(torch.ones(4, 3), torch.zeros(4, 3))
-    with pytest.raises(ValueError, match="no executor runs yet"):
-        _ = trainer.plan
+    assert [trainer.step(torch.ones(4, 3), torch.zeros(4, 3)).item() for _ in range(2)]
+    assert str(trainer.plan).splitlines()[-2].endswith(": F0.0 B0.0 W0.0 U")
+    for order in submitted:
+        awaited = [node.awaits[0] for node in order if isinstance(node, WeightPullback)]
+        assert [type(pullback) for pullback in awaited] == [Pullback, Pullback]
+
+
+def test_auto_is_the_shortest_step_at_the_memory_of_1f1b(client):
+    chain = tg.GraphChain(Net(), client=client)
+    trainer = tg.Trainer(chain, F.mse_loss, SGD, microbatches=4, schedule="auto")
+    assert trainer.plan.schedule == "zb_h1"
+    assert trainer.step(torch.ones(8, 3), torch.zeros(8, 3)).item() > 0
+    alone = tg.GraphChain(Net(), client=client, placement=[0] * 4)
+    trainer = tg.Trainer(alone, F.mse_loss, SGD, microbatches=4, schedule="auto")
+    assert trainer.plan.schedule == "1f1b"  # GPipe has four tapes, and the others are as long
 
 
 def test_a_small_batch_takes_a_step_of_fewer_microbatches(client, monkeypatch):

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskgrad.plan.program import Instruction, Operation, Program, Value, check, programs
-from taskgrad.plan.schedule import NAMES, Pipeline, schedule
+from taskgrad.plan.rules import NAMES, schedule
+from taskgrad.plan.schedule import Pipeline
 
 
 def operations(pipeline: Pipeline, name: str, microbatches: int) -> list[list[Operation]]:
@@ -19,6 +20,8 @@ def operations(pipeline: Pipeline, name: str, microbatches: int) -> list[list[Op
         for kind, stage, m in order:
             if kind == "F":
                 takes = [Value(f"F{s}.{m}") for s in pipeline.needs[stage]]
+            elif kind == "W":
+                takes = [Value(f"B{stage}.{m}")]
             else:
                 takes = [Value(f"F{stage}.{m}")]
                 takes += [Value(f"B{s}.{m}", pipeline.needs[s].index(stage)) for s in users[stage]]

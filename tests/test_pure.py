@@ -21,7 +21,7 @@ from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import Sum
 from taskgrad.graph.pytree import flatten, map_leaves
 from taskgrad.plan.costs import layer_costs
-from taskgrad.plan.placement import contiguous, round_robin
+from taskgrad.plan.placement import contiguous, round_robin, there_and_back
 
 Point = namedtuple("Point", "x y")
 
@@ -82,6 +82,12 @@ def test_contiguous_is_the_best_cut(costs, k):
 
 def test_round_robin():
     assert round_robin(5, 2) == [0, 1, 0, 1, 0]
+
+
+def test_there_and_back():
+    assert there_and_back(6) == [0, 1, 2, 2, 1, 0]
+    assert there_and_back(5) == [0, 1, 2, 1, 0]  # fewer layers than two a worker
+    assert there_and_back(1) == [0]
 
 
 def test_pack_keeps_ties_and_takes_tensors_out():

@@ -1,4 +1,4 @@
-"""Schedules are data: complete, possible, and with the peaks that they promise."""
+"""Schedules are data: complete, possible, with their peaks of tapes and their times."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskgrad.plan.schedule import NAMES, Action, Pipeline, Schedule, check, schedule
+from taskgrad.plan.rules import NAMES, schedule
+from taskgrad.plan.schedule import Action, Costs, Pipeline, Schedule, check
 
 
 @st.composite
@@ -21,15 +22,62 @@ def pipelines(draw) -> Pipeline:
     return Pipeline(tuple(map(known.index, names)), tuple(needs))
 
 
-@given(pipelines(), st.integers(1, 9), st.sampled_from(NAMES))
-def test_every_schedule_is_complete_and_can_be_carried_out(pipeline, microbatches, name):
+@st.composite
+def uneven_costs(draw, stages: int) -> Costs:
+    """Costs of every action, some of them nothing."""
+    times = st.lists(st.integers(0, 9).map(lambda n: n / 4), min_size=stages, max_size=stages)
+    latency = draw(st.sampled_from([0.0, 0.25, 3.0]))
+    return Costs(*(tuple(draw(times)) for _ in range(3)), latency=latency)
+
+
+@given(pipelines(), st.integers(1, 9), st.sampled_from(NAMES), st.data())
+def test_a_timeline_is_as_tight_as_can_be(pipeline, microbatches, name, data):
+    costs = data.draw(uneven_costs(len(pipeline.workers)))
     found = schedule(name, pipeline, microbatches)
-    check(found)
-    for order in found.orders:  # the order in which plain torch adds gradients
-        for kind in "FB":
-            for stage in range(len(pipeline.workers)):
-                passing = [a.microbatch for a in order if (a.kind, a.stage) == (kind, stage)]
-                assert passing == sorted(passing)
+    timeline = found.timeline(costs)
+    assert tuple(tuple(s.action for s in row) for row in timeline.rows) == found.orders
+    ends = {span.action: span.end for row in timeline.rows for span in row}
+    for worker, row in enumerate(timeline.rows):
+        free = 0.0
+        for (kind, stage, m), start, end in row:
+            if kind == "F":
+                before = [Action("F", s, m) for s in pipeline.needs[stage]]
+            elif kind == "B":
+                users = [u for u, needs in enumerate(pipeline.needs) if stage in needs]
+                before = [Action("F", stage, m), *(Action("B", s, m) for s in users)]
+            else:
+                before = [Action("B", stage, m)]
+            there = [
+                ends[b] + (costs.latency if pipeline.workers[b.stage] != worker else 0)
+                for b in before
+            ]
+            assert start == max(free, 0, *there)
+            b = costs.backward[stage]
+            lengths = {"F": costs.forward[stage], "W": costs.weight[stage]}
+            lengths["B"] = b if (stage, m) in found.split else b + costs.weight[stage]
+            free = end
+            assert end == start + lengths[kind]
+    assert 0 <= found.bubble(costs) <= found.bubble(costs, flush=True) <= 1
+    assert timeline.period <= timeline.duration
+
+
+def test_costs_are_of_every_stage():
+    with pytest.raises(ValueError, match="costs of 3 stages, and 2 stages"):
+        schedule("1f1b", Pipeline.line(2), 2).timeline(Costs.uniform(3))
+
+
+def test_a_schedule_that_cannot_be_carried_out_has_no_timeline():
+    with pytest.raises(ValueError, match=r"waits for ever at B0\.0, F1\.0"):
+        changed(((B(0), F(0)), (F(1), B(1)))).timeline(Costs.uniform(2))
+
+
+def test_a_tape_is_used_up_by_w():
+    found = changed(((F(0), B(0), W(0)), (F(1), B(1))))
+    assert found.split == {(0, 0)}
+    two = Schedule("own", Pipeline.line(1), 2, (actions("F0 B0 F1 B1 W0 W1"),))
+    assert two.peak_tapes() == (2,)
+    whole = Schedule("own", Pipeline.line(1), 2, (actions("F0 B0 F1 B1"),))
+    assert whole.peak_tapes() == (1,)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 8])
@@ -41,18 +89,16 @@ def test_peaks(stages, microbatches):
     assert peaks == tuple(min(stages - i, microbatches) for i in range(stages))
 
 
-def test_1f1b_is_the_published_one():
-    found = schedule("1f1b", Pipeline.line(4), 8)
-    assert str(found).splitlines()[0] == (
-        "0: F0.0 F0.1 F0.2 F0.3 B0.0 F0.4 B0.1 F0.5 B0.2 F0.6 B0.3 F0.7 B0.4 B0.5 B0.6 B0.7"
-    )
-
-
 def changed(orders) -> Schedule:
     return Schedule("own", Pipeline.line(2), 1, orders)
 
 
-F, B = (lambda stage, kind=kind: Action(kind, stage, 0) for kind in "FB")
+F, B, W = (lambda stage, kind=kind: Action(kind, stage, 0) for kind in "FBW")
+
+
+def actions(text: str) -> tuple[Action, ...]:
+    """Actions of stage 0."""
+    return tuple(Action(word[0], 0, int(word[1:])) for word in text.split())
 
 
 @pytest.mark.parametrize(
@@ -62,17 +108,12 @@ F, B = (lambda stage, kind=kind: Action(kind, stage, 0) for kind in "FB")
         (((F(0), F(0), B(0)), (F(1), B(1))), "stands twice"),
         (((F(0), B(0), F(1)), (B(1),)), "in the order of worker 0"),
         (((B(0), F(0)), (F(1), B(1))), "waits for ever at B0.0, F1.0"),
+        (((F(0), B(0)), (F(1), W(1), B(1))), r"waits for ever at B0\.0, W1\.0"),
+        (((F(0), B(0), W(0), W(0)), (F(1), B(1))), r"W0\.0 of worker 0 .* stands twice"),
+        (((F(0), B(0)), (F(1), W(1))), r"B1\.0 is missing"),
+        (((F(0), B(0)), (F(1), B(1), W(0))), r"W0\.0 stands in the order of worker 1"),
     ],
 )
 def test_check_says_what_is_wrong(orders, message):
     with pytest.raises(ValueError, match=message):
         check(changed(orders))
-
-
-def test_names_and_numbers_are_checked():
-    with pytest.raises(ValueError, match="need each other"):
-        schedule("gpipe", Pipeline((0, 1), ((1,), (0,))), 1)
-    with pytest.raises(ValueError, match="'zigzag'; there are 'gpipe', '1f1b'"):
-        schedule("zigzag", Pipeline.line(2), 2)
-    with pytest.raises(ValueError, match="at least one microbatch"):
-        schedule("gpipe", Pipeline.line(2), 0)

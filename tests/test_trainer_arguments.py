@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import StepLR
 import taskgrad as tg
 from conftest import keys_of
 from plain import PlainTrainer, assert_same_training
-from taskgrad.plan.schedule import Pipeline, schedule
+from taskgrad.plan.rules import schedule
+from taskgrad.plan.schedule import Pipeline
 
 SGD = partial(torch.optim.SGD, lr=0.05)
 MSE = nn.functional.cross_entropy

@@ -104,13 +104,29 @@ def test_copies_of_tied_weights_are_equal_after_each_step(four):
         before = state["3.weight"]
 
 
-def test_gpipe_gives_the_same_bits(four):
-    ours = {"schedule": "gpipe"}
-    compare(four, ConvNet, F.cross_entropy, images(5), 3, SGD, ours, microbatches=4)
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [
+        ("gpipe", {"placement": [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]}),
+        ("1f1b", {"placement": "v"}),
+        ("interleaved_1f1b", {"stages_per_worker": 2}),
+        ("zb_h1", {}),
+        ("zb_h2", {}),
+        ("zb_v", {"placement": "v"}),
+    ],
+)
+def test_every_schedule_gives_the_same_bits(four, schedule, options):
+    chain = tg.GraphChain(ConvNet(), client=four, **options)
+    trainer = tg.Trainer(chain, F.cross_entropy, SGD, microbatches=4, schedule=schedule)
+    plain = PlainTrainer(ConvNet(), F.cross_entropy, SGD, microbatches=4)
+    losses = [trainer.step(x, y) for x, y in images(5)]
+    assert [loss.item() for loss in losses] == plain.train(images(5))
+    assert_same_training(chain, plain, four)
 
 
 def test_a_schedule_of_the_users_own(four):
-    from taskgrad.plan.schedule import Schedule, schedule
+    from taskgrad.plan.rules import schedule
+    from taskgrad.plan.schedule import Schedule
 
     asked = []
 

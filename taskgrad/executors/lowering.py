@@ -18,7 +18,14 @@ from taskgrad.executors.table import Order, TaskTable
 from taskgrad.graph.calls import BufferState, Call
 from taskgrad.graph.leaves import External, Leaf, Primal
 from taskgrad.graph.nodes import Element, Node, Sum
-from taskgrad.graph.pullback import BatchedRead, CotangentCheck, ParameterGrad, Pullback, StoredGrad
+from taskgrad.graph.pullback import (
+    BatchedRead,
+    CotangentCheck,
+    ParameterGrad,
+    Pullback,
+    StoredGrad,
+    WeightPullback,
+)
 from taskgrad.graph.pytree import map_leaves
 from taskgrad.graph.shards import ShardCall
 from taskgrad.graph.slices import SampleFraction, Slice
@@ -32,7 +39,7 @@ from taskgrad.worker.actions import (
     ReadGradient,
     TakeSlice,
 )
-from taskgrad.worker.backward import Backward, CheckCotangent
+from taskgrad.worker.backward import Backward, CheckCotangent, WeightBackward
 from taskgrad.worker.forward import Forward
 
 
@@ -68,6 +75,11 @@ def _(node: Pullback) -> Backward:
         },
         peers=node.peers,
     )
+
+
+@action_of.register
+def _(node: WeightPullback) -> WeightBackward:
+    return WeightBackward(node.call.key, node.call.title, node.call.spec.draw)
 
 
 @action_of.register

@@ -16,7 +16,10 @@ from taskgrad.graph.deferred_init import named_tensors
 from taskgrad.graph.layers import Model
 from taskgrad.graph.memory_layout import overlapping
 from taskgrad.plan.costs import layer_costs
-from taskgrad.plan.placement import contiguous, round_robin
+from taskgrad.plan.placement import contiguous, round_robin, there_and_back
+
+Placement = Literal["round_robin", "v"] | Sequence[WorkerSpec] | None
+"""How the layers of a chain are placed; see `GraphChain`."""
 
 
 def check_device(device: str | torch.device) -> str:
@@ -39,34 +42,57 @@ def check_device(device: str | torch.device) -> str:
     return str(found)
 
 
+class Placed(NamedTuple):
+    """The worker of each layer, an address, and the layers that start a stage in any case.
+
+    A layer also starts one where the layer before it is on another worker.
+    """
+
+    workers: list[str]
+    starts: frozenset[int] = frozenset()
+
+
 def place(
     flat: Model,
     reached: Sequence[Sequence[torch.Tensor]],
-    placement: Literal["round_robin"] | Sequence[WorkerSpec] | None,
+    placement: Placement,
+    stages_per_worker: int,
     owner: Session,
-) -> list[str]:
-    """The address of each layer's worker; `placement` is that of `GraphChain`.
+) -> Placed:
+    """Place the layers; `placement` and `stages_per_worker` are those of `GraphChain`.
 
     `reached` are the tensors that are sent with each layer. PlacementError if the placement has the
     wrong length, names a worker that is not there, or separates layers that share what cannot have
-    a copy.
+    a copy; or if there are several stages a worker that `placement` does not leave open.
     """
+    if stages_per_worker > 1 and placement is not None:
+        raise PlacementError(
+            f"stages_per_worker={stages_per_worker} is for placement=None, which cuts the layers "
+            f"into that many runs a worker; got placement={shown(placement)}"
+        )
     workers = owner.workers()
     n = len(flat.layers)
     bonds = list(_bonds(flat, reached))
-    if placement is None:
-        indices = contiguous(layer_costs(flat.path, flat.modules), len(workers))
-        return _together(bonds, [workers[i].address for i in indices])
+    if placement is None or (isinstance(placement, str) and placement == "v"):
+        per_worker = stages_per_worker if placement is None else 2
+        runs = contiguous(layer_costs(flat.path, flat.modules), per_worker * len(workers))
+        count = runs[-1] + 1
+        at = there_and_back(count) if placement else round_robin(count, len(workers))
+        placed = _together(bonds, [workers[at[run]].address for run in runs])
+        starts = [i for i, (before, run) in enumerate(pairwise(runs), 1) if before != run]
+        return Placed(placed, frozenset(starts if per_worker > 1 else ()))
     if isinstance(placement, str):
         if placement != "round_robin":
             raise PlacementError(
-                f'placement is None, "round_robin" or one worker for each layer; got {placement!r}'
+                'placement is None, "round_robin", "v" or one worker for each layer; got '
+                f"{placement!r}"
             )
-        return _together(bonds, [workers[i].address for i in round_robin(n, len(workers))])
+        robin = [workers[i].address for i in round_robin(n, len(workers))]
+        return Placed(_together(bonds, robin))
     if isinstance(placement, bytes | Mapping | Set) or not isinstance(placement, Iterable):
         raise PlacementError(
-            'placement is None, "round_robin" or a list with one worker for each layer, in their '
-            f"order; got {shown(placement)}"
+            'placement is None, "round_robin", "v" or a list with one worker for each layer, in '
+            f"their order; got {shown(placement)}"
         )
     placement = list(placement)
     if len(placement) != n:
@@ -82,7 +108,7 @@ def place(
                 f"{flat.layers[bond.first].name!r} on worker {asked[bond.first]}: give the two one "
                 "worker"
             )
-    return asked
+    return Placed(asked)
 
 
 class _Bond(NamedTuple):

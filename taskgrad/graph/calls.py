@@ -44,11 +44,13 @@ class StepContext(NamedTuple):
 
     `draw` are the streams that layers draw from; `recompute` the (start, stop) of those steps that
     keep only their input and run again in the backward; `loss` is there if the last step is one.
+    With `split`, the gradients of weights are computed by a task of their own (`WeightPullback`).
     """
 
     draw: Draw
     recompute: tuple[tuple[int, int], ...] = ()
     loss: LossSpec | None = None
+    split: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -70,6 +70,20 @@ class Pullback(Node):
         return label_of(self.key) + ("" if draw is None else f" in {draw}")
 
 
+class WeightPullback(Pullback):
+    """The gradients of the weights of a call whose backward is split, any time after its pullback.
+
+    It completes what that pullback completes otherwise, and leaves no gradients of its own.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, pullback: Pullback) -> None:
+        call = pullback.call
+        key = new_key("weights", call.title)
+        super().__init__(call, (), (), retain=False, key=key, awaits=(pullback,))
+
+
 class CotangentCheck(Node):
     """Checks that a cotangent fits a call's output, on the worker that has the call's tape."""
 

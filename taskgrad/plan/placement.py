@@ -56,3 +56,16 @@ def round_robin(n_layers: int, n_workers: int) -> list[int]:
     [0, 1, 0, 1, 0]
     """
     return [i % n_workers for i in range(n_layers)]
+
+
+def there_and_back(n_runs: int) -> list[int]:
+    """The worker of each run in a V: once over all workers, and back in the opposite order.
+
+    The placement of the schedule ``"zb_v"``: worker 0 has the first run and the last one.
+
+    Examples
+    --------
+    >>> there_and_back(6)
+    [0, 1, 2, 2, 1, 0]
+    """
+    return [min(run, n_runs - 1 - run) for run in range(n_runs)]

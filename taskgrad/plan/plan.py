@@ -75,7 +75,7 @@ class Plan:
 
     Examples
     --------
-    >>> from taskgrad.plan.schedule import schedule
+    >>> from taskgrad.plan.rules import schedule
     >>> stages = Stage("0", (0,), ("0",), 0, ()), Stage("1", (1,), ("1",), 1, (0,))
     >>> workers = PlannedWorker("tcp://a", "cpu"), PlannedWorker("tcp://b", "cpu")
     >>> plan = Plan("Sequential", stages, workers)
@@ -116,7 +116,7 @@ class Plan:
         """
         if schedule.pipeline != self.pipeline:
             raise ValueError(f"the schedule is of {schedule.pipeline}, not of {self.pipeline}")
-        split = {a[1:] for order in schedule.orders for a in order if a.kind == "W"}
+        split = schedule.split
         orders = tuple(
             (
                 *(

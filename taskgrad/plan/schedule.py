@@ -1,19 +1,15 @@
 """Schedules: the order of each worker's actions in one training step, as plain data.
 
 A pipeline is a graph of stages, each on a worker. A step takes every microbatch forward and
-backward through all of them; a schedule fixes for each worker the order of those actions. It is
-made by simulating a step with nominal costs: of the actions that are ready each worker takes the
-one that its rule prefers. So every schedule can be carried out, whatever the graph: skips,
-branches, several stages on one worker.
-
-References: GPipe (Huang et al., 2019); 1F1B, PipeDream-Flush (Narayanan et al., 2021).
+backward through all of them; a schedule fixes for each worker the order of those actions. From
+that follows what it needs: how many tapes a worker holds, and, given what the actions cost, when
+each of them runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 Kind = Literal["F", "B", "W", "BW", "U"]
@@ -25,14 +21,12 @@ B
     Its backward: for the inputs alone if the schedule has a W for the same stage and microbatch,
     else for inputs and weights at once.
 W
-    Its backward for the weights, any time after B. No executor runs it yet.
+    Its backward for the weights, any time after B.
 BW
     Its backward for inputs and weights at once, explicitly; as plans write it.
 U
     The update of all that a worker holds, at the end of a step; in plans only.
 """
-# Nominal costs in a simulated step: a backward does about twice the work of its forward.
-_COSTS: dict[Kind, int] = {"F": 1, "B": 2}
 
 
 class Action(NamedTuple):
@@ -73,9 +67,145 @@ class Pipeline:
     @property
     def users(self) -> tuple[tuple[int, ...], ...]:
         """For each stage those that take its output."""
+        found: list[list[int]] = [[] for _ in self.workers]
+        for user, needs in enumerate(self.needs):
+            for stage in dict.fromkeys(needs):
+                found[stage].append(user)
+        return tuple(map(tuple, found))
+
+    @property
+    def to_end(self) -> tuple[int, ...]:
+        """For each stage the length of the longest path from it to an end, in stages.
+
+        It counts the stage itself: 4, 3, 2, 1 for a line of four.
+        """
+        lengths = [1] * len(self.workers)
+        for stage, users in reversed(list(enumerate(self.users))):
+            lengths[stage] += max((lengths[user] for user in users), default=0)
+        return tuple(lengths)
+
+    @property
+    def stages_of(self) -> tuple[tuple[int, ...], ...]:
+        """For each worker its stages."""
         return tuple(
-            tuple(user for user, needs in enumerate(self.needs) if stage in needs)
-            for stage in range(len(self.workers))
+            tuple(stage for stage, at in enumerate(self.workers) if at == worker)
+            for worker in range(max(self.workers) + 1)
+        )
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The time that each action takes, by stage, in any unit.
+
+    Attributes
+    ----------
+    forward, backward, weight
+        Of F, B and W for each stage. `backward` is for the inputs alone: a backward for inputs and
+        weights at once takes `backward` and `weight`.
+    latency
+        From the end of an action until another worker has its result.
+    """
+
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    weight: tuple[float, ...]
+    latency: float = 0.0
+
+    @classmethod
+    def uniform(
+        cls,
+        stages: int,
+        forward: float = 1.0,
+        backward: float = 1.0,
+        weight: float = 1.0,
+        latency: float = 0.0,
+    ) -> Costs:
+        """The same costs for every stage; by default one unit for each of F, B and W."""
+        return cls((forward,) * stages, (backward,) * stages, (weight,) * stages, latency)
+
+    def of(self, action: Action, split: bool) -> float:
+        """The time of one action; `split` says whether the same backward has a W."""
+        stage = action.stage
+        if action.kind == "F":
+            return self.forward[stage]
+        if action.kind == "W":
+            return self.weight[stage]
+        return self.backward[stage] + (0.0 if split else self.weight[stage])
+
+
+class Span(NamedTuple):
+    """An action, and when it starts and ends."""
+
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When each action of a step runs: for every worker its spans, in order.
+
+    Examples
+    --------
+    >>> from taskgrad.plan.rules import schedule
+    >>> found = schedule("1f1b", Pipeline.line(2), 3).timeline(Costs.uniform(2))
+    >>> print(found.drawing())
+    0: F0 F1 .. .. B0 -- F2 B1 -- .. B2 --
+    1: .. F0 B0 -- F1 B1 -- F2 B2 -- .. ..
+    >>> found.duration
+    12.0
+    """
+
+    rows: tuple[tuple[Span, ...], ...]
+
+    @property
+    def duration(self) -> float:
+        """From the first start to the last end."""
+        rows = [row for row in self.rows if row]
+        return max(row[-1].end for row in rows) - min(row[0].start for row in rows)
+
+    @property
+    def period(self) -> float:
+        """From one step to the next where no step waits for the end of the one before.
+
+        It is the longest that a worker takes from its first action to the end of its last: each
+        worker starts the next step when it is done with this one.
+        """
+        return max(row[-1].end - row[0].start for row in self.rows if row)
+
+    def bubble(self, flush: bool = False) -> float:
+        """The share of all workers' time that is idle, between 0 and 1.
+
+        Of the `period`, as in the zero-bubble papers; with `flush` of the `duration`: the next step
+        then starts when all workers are done with this one.
+        """
+        rows = [row for row in self.rows if row]
+        busy = sum(span.end - span.start for row in rows for span in row)
+        total = len(rows) * (self.duration if flush else self.period)
+        return (total - busy) / total if total else 0.0
+
+    def drawing(self, unit: float = 1.0) -> str:
+        """A line of text for each worker, with a column for each `unit` of time.
+
+        An action is named by its kind and microbatch, and by its stage too where a worker has
+        several of them; it goes on with ``--``.
+        """
+        several = any(len({span.action.stage for span in row}) > 1 for row in self.rows)
+        lines = []
+        for row in self.rows:
+            cells: list[str] = []
+            for (kind, stage, microbatch), start, end in row:
+                cells += [".."] * (round(start / unit) - len(cells))
+                name = f"{kind}{stage}.{microbatch}" if several else f"{kind}{microbatch}"
+                cells += [name, *["--"] * (round(end / unit) - len(cells) - 1)]
+            lines.append(cells)
+        columns = max(map(len, lines))
+        width = max(len(cell) for cells in lines for cell in cells)
+        for cells in lines:
+            cells += [".."] * (columns - len(cells))
+        return "\n".join(
+            f"{worker}: {' '.join(cell.ljust(width) for cell in cells)}".rstrip()
+            for worker, cells in enumerate(lines)
         )
 
 
@@ -85,6 +215,7 @@ class Schedule:
 
     Examples
     --------
+    >>> from taskgrad.plan.rules import schedule
     >>> print(schedule("1f1b", Pipeline.line(2), 3))
     0: F0.0 F0.1 B0.0 F0.2 B0.1 B0.2
     1: F1.0 B1.0 F1.1 B1.1 F1.2 B1.2
@@ -95,9 +226,18 @@ class Schedule:
     microbatches: int
     orders: tuple[tuple[Action, ...], ...]
 
+    @property
+    def split(self) -> frozenset[tuple[int, int]]:
+        """The (stage, microbatch) of each backward whose part for the weights is a W."""
+        return frozenset(a[1:] for order in self.orders for a in order if a.kind == "W")
+
     def peak_tapes(self) -> tuple[int, ...]:
-        """The most tapes that each worker holds at a time."""
-        split = {a[1:] for order in self.orders for a in order if a.kind == "W"}
+        """The most tapes that each worker holds at a time.
+
+        A tape is used up by W where there is one, else by the backward for inputs and weights. A
+        stage with nothing to train counts as the others do, though it leaves no tapes.
+        """
+        split = self.split
         peaks = []
         for order in self.orders:
             held = peak = 0
@@ -105,10 +245,50 @@ class Schedule:
                 if action.kind == "F":
                     held += 1
                 elif action.kind != "B" or action[1:] not in split:
-                    held -= 1  # a tape is used up by W where there is one
+                    held -= 1
                 peak = max(peak, held)
             peaks.append(peak)
         return tuple(peaks)
+
+    def timeline(self, costs: Costs) -> Timeline:
+        """When each action runs if it takes the time that `costs` gives it.
+
+        Each worker takes its actions in order, and each as soon as what it needs is there; values
+        travel while workers compute.
+
+        Raises
+        ------
+        ValueError
+            The costs are of another number of stages, or the schedule cannot be carried out.
+        """
+        stages = len(self.pipeline.workers)
+        for given in (costs.forward, costs.backward, costs.weight):
+            if len(given) != stages:
+                raise ValueError(f"there are costs of {len(given)} stages, and {stages} stages")
+        split, at = self.split, self.pipeline.workers
+        ends: dict[Action, float] = {}
+        rows: list[list[Span]] = [[] for _ in self.orders]
+        for worker, action, before in _run_order(self):
+            arrivals = [ends[b] + costs.latency * (at[b.stage] != worker) for b in before]
+            free = rows[worker][-1].end if rows[worker] else 0.0
+            start = max(free, *arrivals, 0.0)
+            end = start + costs.of(action, action[1:] in split)
+            rows[worker].append(Span(action, start, end))
+            ends[_either(action)] = end
+        return Timeline(tuple(map(tuple, rows)))
+
+    def bubble(self, costs: Costs, flush: bool = False) -> float:
+        """The share of all workers' time that is idle in a simulated step: `Timeline.bubble`.
+
+        Examples
+        --------
+        >>> from taskgrad.plan.rules import schedule
+        >>> schedule("1f1b", Pipeline.line(2), 4).bubble(Costs.uniform(2))
+        0.2
+        >>> schedule("zb_h2", Pipeline.line(2), 4).bubble(Costs.uniform(2))
+        0.0
+        """
+        return self.timeline(costs).bubble(flush)
 
     def __str__(self) -> str:
         return "\n".join(
@@ -116,102 +296,10 @@ class Schedule:
         )
 
 
-class _Rule(NamedTuple):
-    """The rule by which a schedule is made."""
-
-    prefers: Kind
-    """The kind of action that a worker does first if both are ready."""
-    limit: Callable[[int, int, int], int]
-    """(stage, stages, microbatches): how many microbatches may be between F and B there."""
-    flush: bool
-    """True if a worker's first B waits for its last F."""
-
-
-_RULES = {
-    "gpipe": _Rule("F", lambda stage, stages, microbatches: microbatches, flush=True),
-    "1f1b": _Rule("B", lambda stage, stages, microbatches: stages - stage, flush=False),
-}
-NAMES = tuple(_RULES)
-
-
-@lru_cache(maxsize=64)
-def schedule(name: str, pipeline: Pipeline, microbatches: int) -> Schedule:
-    """The schedule of this name.
-
-    ``"gpipe"`` takes all microbatches forward, then all backward: simple, with a tape for each of
-    them. ``"1f1b"`` takes one backward as soon as there is one: stage i of n holds n - i tapes at
-    most. In both, microbatches pass each stage in ascending order, forward and backward; gradients
-    are summed in the order of plain torch.
-
-    Raises
-    ------
-    ValueError
-        There is no such schedule, there are no microbatches, or stages need each other.
-    """
-    if name not in _RULES:
-        raise ValueError(f"there is no schedule {name!r}; there are {', '.join(map(repr, NAMES))}")
-    if microbatches < 1:
-        raise ValueError(f"a step has at least one microbatch; got {microbatches}")
-    return Schedule(name, pipeline, microbatches, _carry_out(_RULES[name], pipeline, microbatches))
-
-
-def _carry_out(
-    rule: _Rule, pipeline: Pipeline, microbatches: int
-) -> tuple[tuple[Action, ...], ...]:
-    """Simulate a step with nominal costs; returns each worker's order of actions."""
-    stages = len(pipeline.workers)
-    users = pipeline.users
-    orders: list[list[Action]] = [[] for _ in range(max(pipeline.workers) + 1)]
-    busy_until = [0] * len(orders)
-    done_at: dict[Action, int] = {}
-    next_of = {kind: [0] * stages for kind in _COSTS}
-
-    def ready(worker: int, now: int) -> Iterator[Action]:
-        mine = [s for s in range(stages) if pipeline.workers[s] == worker]
-        flushed = all(next_of["F"][s] == microbatches for s in mine)
-        for stage in mine:
-            f, b = next_of["F"][stage], next_of["B"][stage]
-            before = (Action("F", s, f) for s in pipeline.needs[stage])
-            if (
-                f < microbatches
-                and f - b < rule.limit(stage, stages, microbatches)
-                and _done(before, done_at, now)
-            ):
-                yield Action("F", stage, f)
-            after = (Action("B", s, b) for s in users[stage])
-            if b < f and (flushed or not rule.flush) and _done(after, done_at, now):
-                yield Action("B", stage, b)
-
-    now, left = 0, 2 * stages * microbatches
-    while left:
-        for worker, order in enumerate(orders):
-            if busy_until[worker] > now:
-                continue
-            # Of equals the oldest microbatch, and of that the stage furthest on.
-            chosen = min(
-                ready(worker, now),
-                key=lambda a: (a.kind != rule.prefers, a.microbatch, -a.stage),
-                default=None,
-            )
-            if chosen is not None:
-                order.append(chosen)
-                done_at[chosen] = busy_until[worker] = now + _COSTS[chosen.kind]
-                next_of[chosen.kind][chosen.stage] += 1
-                left -= 1
-        if left and max(busy_until) <= now:
-            raise ValueError(f"nothing can run: the stages of {pipeline} need each other")
-        now += 1
-    return tuple(map(tuple, orders))
-
-
-def _done(actions: Iterator[Action], done_at: dict[Action, int], now: int) -> bool:
-    return all(done_at.get(action, now + 1) <= now for action in actions)
-
-
 def check(found: Schedule) -> None:
     """Raise unless every action occurs once, and the orders can be executed together.
 
-    For schedules that `schedule` did not make.
+    For schedules that no rule of `taskgrad.plan.rules` made.
 
     Raises
     ------
@@ -219,12 +307,12 @@ def check(found: Schedule) -> None:
         The message names the action that is missing, repeated, on the wrong worker, or never ready.
     """
     pipeline = found.pipeline
-    split = {a[1:] for order in found.orders for a in order if a.kind == "W"}
+    split = found.split
     wanted: set[Action] = {
         Action(kind, stage, m)
         for stage in range(len(pipeline.workers))
         for m in range(found.microbatches)
-        for kind in (*_COSTS, *(("W",) if (stage, m) in split else ()))
+        for kind in _kinds((stage, m) in split)
     }
     for worker, order in enumerate(found.orders):
         for given in order:
@@ -236,19 +324,38 @@ def check(found: Schedule) -> None:
                 raise ValueError(f"action {given} stands in the order of worker {worker}")
     if wanted:
         raise ValueError(f"action {min(wanted)} is missing")
-    users = pipeline.users
+    for _ in _run_order(found):
+        pass
+
+
+def _kinds(split: bool) -> tuple[Kind, ...]:
+    return ("F", "B", "W") if split else ("F", "B")
+
+
+def _run_order(found: Schedule) -> Iterator[tuple[int, Action, set[Action]]]:
+    """All actions, each with its worker and after those that it needs, which come with it.
+
+    ValueError if workers wait for each other.
+    """
+    pipeline, users = found.pipeline, found.pipeline.users
     done: set[Action] = set()
     at = [0] * len(found.orders)
-    while any(i < len(order) for i, order in zip(at, found.orders, strict=True)):
+    moved = True
+    while moved:
         moved = False
         for worker, order in enumerate(found.orders):
-            while at[worker] < len(order) and _before(order[at[worker]], pipeline, users) <= done:
-                done.add(_either(order[at[worker]]))
+            while at[worker] < len(order):
+                action = order[at[worker]]
+                before = _before(action, pipeline, users)
+                if not before <= done:
+                    break
+                done.add(_either(action))
                 at[worker] += 1
                 moved = True
-        if not moved:
-            stuck = [str(o[i]) for i, o in zip(at, found.orders, strict=True) if i < len(o)]
-            raise ValueError(f"this schedule waits for ever at {', '.join(stuck)}")
+                yield worker, action, before
+    stuck = [str(o[i]) for i, o in zip(at, found.orders, strict=True) if i < len(o)]
+    if stuck:
+        raise ValueError(f"this schedule waits for ever at {', '.join(stuck)}")
 
 
 def _either(action: Action) -> Action:

@@ -12,8 +12,9 @@ from taskgrad.chain import GraphChain
 from taskgrad.graph.nodes import Node
 from taskgrad.layout import Layout
 from taskgrad.plan.plan import Plan, PlannedWorker, Stage
-from taskgrad.plan.schedule import NAMES, Pipeline, Schedule, check
-from taskgrad.plan.schedule import schedule as named_schedule
+from taskgrad.plan.rules import NAMES, fastest
+from taskgrad.plan.rules import schedule as named_schedule
+from taskgrad.plan.schedule import Costs, Pipeline, Schedule, check
 
 Maker = Callable[[Pipeline, int], Schedule]
 
@@ -33,7 +34,7 @@ def planner(chain: GraphChain, make_schedule: Maker) -> Callable[[int], Plan]:
 
 
 def stages_of(layout: Layout) -> tuple[Stage, ...]:
-    """The stages of a chain: layers in a row on one worker."""
+    """The stages of a chain: each is one of its calls."""
     workers = [shard.worker for shard in layout.shards]
     with torch.enable_grad():
         calls = layout.calls((None,), {}, mode=True)
@@ -59,13 +60,17 @@ def maker_of(schedule: str | Maker) -> Maker:
     the schedule is wrong.
     """
     if isinstance(schedule, str):
+        if schedule == "auto":
+            return automatic
         if schedule not in NAMES:
-            raise ValueError(f"there is no schedule {schedule!r}; there are {', '.join(NAMES)}")
+            raise ValueError(
+                f"there is no schedule {schedule!r}; there are {', '.join(NAMES)}, and auto"
+            )
         return partial(named_schedule, schedule)
     if not callable(schedule) or isinstance(schedule, type):
         raise TypeError(
-            f"schedule is {' or '.join(map(repr, NAMES))}, or a function of a Pipeline and the "
-            f"number of microbatches; got {shown(schedule)}"
+            f"schedule is {', '.join(map(repr, NAMES))} or 'auto', or a function of a Pipeline "
+            f"and the number of microbatches; got {shown(schedule)}"
         )
 
     def checked(pipeline: Pipeline, microbatches: int) -> Schedule:
@@ -81,12 +86,18 @@ def maker_of(schedule: str | Maker) -> Maker:
                 f"and not of {microbatches} on {pipeline}, which it was to be made for"
             )
         check(found)
-        split = next((a for order in found.orders for a in order if a.kind == "W"), None)
-        if split is not None:
-            raise ValueError(
-                f"the schedule has a backward for the weights alone, {split}, which no executor "
-                "runs yet: leave it out, and B is for inputs and weights"
-            )
         return found
 
     return checked
+
+
+def automatic(pipeline: Pipeline, microbatches: int) -> Schedule:
+    """The schedule with the shortest step at the memory of 1F1B, by simulation.
+
+    No worker holds more tapes than 1F1B's fullest one, and each of F, B and W takes one unit of
+    time at every stage.
+    """
+    stages, workers = len(pipeline.workers), len(pipeline.stages_of)
+    candidates = [named_schedule(name, pipeline, microbatches) for name in NAMES]
+    limit = max(named_schedule("1f1b", pipeline, microbatches).peak_tapes())
+    return fastest(candidates, Costs.uniform(stages), [limit] * workers)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 
 import torch
 
@@ -13,7 +14,7 @@ from taskgrad.graph.adjoint import adjoint
 from taskgrad.graph.calls import LOSS, Call, Draw, LayerStep, LossSpec, StepContext
 from taskgrad.graph.functions import template
 from taskgrad.graph.nodes import Node, ancestors
-from taskgrad.graph.pullback import Pullback
+from taskgrad.graph.pullback import Pullback, WeightPullback
 from taskgrad.graph.pytree import Slot
 from taskgrad.graph.shards import Shard, copied_names
 from taskgrad.layout import Layout
@@ -86,8 +87,9 @@ def build(
 ) -> Step:
     """The graph of a step, which starts on each shard when the step before is done there."""
     update = (number + 1) % settings.accumulate == 0
-    parts = [_microbatch(layout, batch, number, m, settings) for m in range(batch.count)]
     plan, earlier = settings.plan(batch.count), {} if before is None else before.last
+    split = {(a.stage, a.microbatch) for order in plan.orders for a in order if a.kind == "W"}
+    parts = [_microbatch(layout, batch, number, m, settings, split) for m in range(batch.count)]
     scheduled = _scheduled(parts, plan)
     order, tails = _order(batch, scheduled, layout, earlier)
     summary = {"update": update, "norms": settings.clip_norm is not None}
@@ -132,9 +134,18 @@ def build(
 
 
 def _microbatch(
-    layout: Layout, batch: Batch, number: int, index: int, settings: Settings
+    layout: Layout,
+    batch: Batch,
+    number: int,
+    index: int,
+    settings: Settings,
+    split: Container[tuple[int, int]],
 ) -> _Microbatch:
-    """Forward with the loss, and backward with the gradients that are complete after each part."""
+    """Forward with the loss, and backward with the gradients that are complete after each part.
+
+    `split` has the (stage, microbatch) of those whose weights have a backward of their own.
+    """
+    stages = count()
 
     def extend(
         steps: tuple[LayerStep, ...], inputs: tuple[Node, ...], last: bool
@@ -145,7 +156,8 @@ def _microbatch(
             steps = (*steps, (LOSS, "loss", batch.loss_kind))
             loss = LossSpec(_targets_at(len(inputs)), settings.check_finite)
             inputs = (*inputs, batch.targets[index])
-        return steps, inputs, StepContext(draw, recompute, loss)
+        is_split = (next(stages), index) in split
+        return steps, inputs, StepContext(draw, recompute, loss, is_split)
 
     draw = Draw(settings.seed, number, index)
     with torch.enable_grad():
@@ -178,7 +190,10 @@ def _scheduled(parts: Sequence[_Microbatch], plan: Plan) -> dict[str, dict[Node,
                 continue  # what `build` adds, for all shards together
             part = parts[action.microbatch]
             call = part.calls[action.stage]
-            nodes[call if action.kind == "F" else part.pullbacks[call]] = str(action)
+            node: Node = call if action.kind == "F" else part.pullbacks[call]
+            if action.kind == "W":
+                node = WeightPullback(part.pullbacks[call])
+            nodes[node] = str(action)
     return found
 
 

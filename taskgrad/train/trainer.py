@@ -77,9 +77,10 @@ class Trainer:
         How many slices a batch is cut into, as ``torch.tensor_split`` does; fewer if it has fewer
         samples. A microbatch counts by its share of the samples: a loss whose mean is over
         something else (``ignore_index``, class weights) is then not that of the whole batch.
-    schedule : {"1f1b", "gpipe"} or callable
-        The order of forwards and backwards; or what makes a `taskgrad.plan.schedule.Schedule` from
-        a ``Pipeline`` and the number of microbatches.
+    schedule : {"1f1b", "gpipe", "interleaved_1f1b", "zb_h1", "zb_h2", "zb_v", "auto"} or callable
+        The order of forwards and backwards: one of `taskgrad.plan.rules`, or by ``"auto"`` the one
+        of them with the shortest step at the memory of 1F1B, by simulation; or what makes a
+        `taskgrad.plan.schedule.Schedule` from a ``Pipeline`` and the number of microbatches.
     lr_scheduler : callable, optional
         Makes a scheduler from an optimizer, as ``functools.partial(StepLR, step_size=1)``. It takes
         a step after each step of the optimizer, so none where fp16 skipped that. One that needs a

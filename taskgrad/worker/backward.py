@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from taskgrad.errors import CotangentError, LayerError
 from taskgrad.graph.calls import Draw
-from taskgrad.graph.cotangents import Gradient, add_each
+from taskgrad.graph.cotangents import Gradient, add, add_each
+from taskgrad.graph.parameter_extras import has_hooks
 from taskgrad.graph.pytree import cotangents, describe
 from taskgrad.worker.communicator import Communicator
 from taskgrad.worker.failures import backward_error
@@ -19,7 +22,7 @@ from taskgrad.worker.hooks import hooks_off
 from taskgrad.worker.mailbox import GroupAborted
 from taskgrad.worker.shard_lock import exclusive
 from taskgrad.worker.store import Store
-from taskgrad.worker.tape import Tape
+from taskgrad.worker.tape import Tape, WeightTape
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,18 @@ class Backward:
             if not self.retain:
                 store.tape(self.token, keep=False)
             slots = {i: tape.inputs[i] for i in self.wanted}
+            alone = {
+                name: tape.parameters[name]
+                for name, sources in self.accumulate.items()
+                if not sources and name in tape.parameters and not has_hooks(tape.parameters[name])
+            }
+            recording = nullcontext() if tape.uses is None else tape.uses.record()
             try:
-                with tape.lock, hooks_off(tape.parameters.values()):
+                with tape.lock, hooks_off(tape.parameters.values()), recording:
                     found, parameters = _differentiate(tape, seeds, slots, self.retain)
-                if self.draw is not None and None in self.sources:
+                    late = self._split(store, tape, parameters, alone)
+                reached = tape.uses is not None and bool(tape.uses.recorded)
+                if self.draw is not None and None in self.sources and not reached:
                     _check_reached(self.draw, store.address, found, parameters)
             except (LayerError, GroupAborted):
                 raise
@@ -75,6 +86,8 @@ class Backward:
             if tape.shard is not None:
                 # What is complete is added to the shard's gradients; the rest is kept here.
                 for name, sources in self.accumulate.items():
+                    if name in late:
+                        continue
                     parts = [*store.parts(name, sources, values), parameters.pop(name, None)]
                     accumulate_into(
                         tape.shard, name, parts, values, address=store.address, draw=self.draw
@@ -88,6 +101,30 @@ class Backward:
             for i in self.wanted
         )
         return given[0] if len(given) == 1 else given
+
+    def _split(
+        self,
+        store: Store,
+        tape: Tape,
+        grads: dict[str, Gradient],
+        alone: dict[str, nn.Parameter],
+    ) -> dict[str, nn.Parameter]:
+        """Leave gradients of weights to `WeightBackward`; returns the parameters of these.
+
+        They are some of those that are used by this call `alone`. Of the others `grads` has all.
+        """
+        if tape.uses is None or tape.shard is None:
+            return {}
+        used, shard = tape.uses.parameters(), tape.shard
+        late = {n: p for n, p in alone.items() if p in used or store.is_pending(shard, n)}
+        now = {n: p for n, p in tape.parameters.items() if p in used and n not in late}
+        parts = tape.uses.gradients(now.values(), retain=True)
+        shared = [use.cotangent for use in tape.uses.recorded]
+        for name, part in own({n: parts[p] for n, p in now.items()}, shared).items():
+            grads[name] = add(grads[name], part)
+        found = {name: grads.pop(name) for name in late}
+        store.put(self.token, WeightTape(shard, tape.uses, late, found))
+        return late
 
     def _sum(self, tape: Tape, address: str, values: tuple[Any, ...]) -> list[Gradient]:
         """The cotangents of the output's leaves, those that meet summed in the order given."""
@@ -104,6 +141,34 @@ class Backward:
         found = self.factor if self.weight is None else self.factor * values[self.weight]
         shard = tape.shard if self.draw is not None else None  # in a training step
         return found * shard.training.scale if shard and shard.training else found
+
+
+@dataclass(frozen=True)
+class WeightBackward:
+    """The rest of a split backward: what `Backward` left of the tape `token`, added to gradients.
+
+    `title` and `draw` are the call's.
+    """
+
+    token: str
+    title: str
+    draw: Draw | None
+
+    def run(self, store: Store, *values: Any) -> None:
+        """Complete the gradients of the weights; the tape is used."""
+        tape = store.weight_tape(self.token)
+        shard, uses, parameters = tape.shard, tape.uses, tape.parameters
+        with exclusive(shard):
+            shared = [use.cotangent for use in uses.recorded]
+            try:
+                with tape.lock:
+                    grads = uses.gradients(parameters.values(), retain=False)
+            except BaseException as error:
+                raise backward_error(error, store.address, self.title, self.draw) from error
+            found = own({name: grads.get(p) for name, p in parameters.items()}, shared)
+            for name, grad in found.items():
+                parts = (tape.found[name], grad)
+                accumulate_into(shard, name, parts, (), address=store.address, draw=self.draw)
 
 
 @dataclass(frozen=True)

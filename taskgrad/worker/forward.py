@@ -27,6 +27,7 @@ from taskgrad.worker.mailbox import GroupAborted
 from taskgrad.worker.randomness import may_draw, random_stream
 from taskgrad.worker.shard import ResidentShard
 from taskgrad.worker.shard_lock import exclusive
+from taskgrad.worker.split_backward import WeightUses, splitting
 from taskgrad.worker.store import Store, buffers_key
 from taskgrad.worker.tape import Tape
 
@@ -80,12 +81,16 @@ class Forward:
         takes, structures, fed = self._feed(values, arguments, shard.device if shard else None)
         if shard is not None:
             _set_mode(shard, call.mode)
+        uses = WeightUses() if self.taped and call.context and call.context.split else None
         with contextlib.ExitStack() as regions:
             norms = shard.training.norms if shard and shard.training else None
             if norms is not None and call.draw is not None:
                 modules = _modules(shard, call.steps)
                 microbatch, (first, *_) = call.draw.microbatch, call.steps[0]
                 regions.enter_context(deferred(modules, norms, microbatch, first))
+            if uses is not None:
+                weights = _trainable(shard, call.steps).values()
+                regions.enter_context(splitting(uses, _modules(shard, call.steps), weights))
             output = self._call(store, shard, arguments, fed)
         if self.give_buffers:
             # By value: batch norm writes its statistics without counting a version.
@@ -112,6 +117,7 @@ class Forward:
                 shard,
                 comm,
                 recomputes=bool(call.context and call.context.recompute),
+                uses=uses,
             )
             store.put(call.key, tape)
         return self._give_all(shard, leaves, structure)

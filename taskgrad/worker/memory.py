@@ -15,7 +15,7 @@ import torch
 from taskgrad.graph.nodes import walk
 from taskgrad.graph.sparse import components
 from taskgrad.worker.shard import ResidentShard
-from taskgrad.worker.tape import Tape
+from taskgrad.worker.tape import Tape, WeightTape
 
 
 @dataclass
@@ -79,7 +79,7 @@ def _known_gradient_bytes(shard: ResidentShard) -> int:
     return shard.gradient_bytes
 
 
-def tape_bytes(tape: Tape) -> int:
+def tape_bytes(tape: Tape | WeightTape) -> int:
     """Memory of one tape: its inputs, outputs, and the tensors that autograd saved between them.
 
     If layers run again in the backward, only inputs and outputs are counted. While its backward
@@ -96,20 +96,25 @@ def tape_bytes(tape: Tape) -> int:
     return tape.nbytes
 
 
-def _kept_bytes(tape: Tape) -> int:
-    kept = storages([*tape.outputs, *(t for leaves in tape.inputs for t in leaves)])
-    if not tape.recomputes:
-        kept |= storages(_saved(tape.outputs))
+def _kept_bytes(tape: Tape | WeightTape) -> int:
+    if isinstance(tape, WeightTape):
+        uses = tape.uses.recorded
+        kept = storages([*(use.cotangent for use in uses), *tape.found.values()])
+        kept |= storages(_saved(use.output.node for use in uses))
+    else:
+        kept = storages([*tape.outputs, *(t for leaves in tape.inputs for t in leaves)])
+        if not tape.recomputes:
+            nodes = (t.grad_fn for t in tape.outputs if isinstance(t, torch.Tensor))
+            kept |= storages(_saved(node for node in nodes if node is not None))
     if tape.shard is not None:
         for address in storages(tape.shard.parameters.values()):
             kept.pop(address, None)
     return sum(kept.values())
 
 
-def _saved(outputs: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """Every tensor that the autograd graph behind these outputs has saved."""
-    starts: list[Any] = [t.grad_fn for t in outputs if isinstance(t, torch.Tensor) and t.grad_fn]
-    for node in walk(starts, lambda node: [n for n, _ in node.next_functions if n is not None]):
+def _saved(ends: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Every tensor that the autograd graph behind these nodes has saved."""
+    for node in walk(ends, lambda node: [n for n, _ in node.next_functions if n is not None]):
         for name in dir(node):
             if not (name.startswith("_saved_") or name == "saved_tensors"):
                 continue
@@ -133,7 +138,7 @@ def store_bytes(entries: dict[str, Any]) -> dict[str, MemoryUsage]:
     tokens = {id(e): key for key, e in entries.items() if isinstance(e, ResidentShard)}
     found = {key: shard_bytes(entries[key]) for key in tokens.values()}
     for entry in entries.values():
-        if isinstance(entry, Tape):
+        if isinstance(entry, Tape | WeightTape):
             token = tokens.get(id(entry.shard), "")
             found[token] = found.get(token, MemoryUsage()) + MemoryUsage(tapes=tape_bytes(entry))
         elif isinstance(entry, dict):

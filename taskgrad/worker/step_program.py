@@ -14,7 +14,7 @@ from typing import Any
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.plan.program import Program, Value
 from taskgrad.worker.actions import OnShard, ReadGradient
-from taskgrad.worker.backward import Backward
+from taskgrad.worker.backward import Backward, WeightBackward
 from taskgrad.worker.forward import Forward
 
 _STEP_NAMES = ("step", "number")
@@ -117,6 +117,12 @@ def _(action: Backward, step: int) -> Backward:
             for name, sources in action.accumulate.items()
         },
     )
+
+
+@at_step.register
+def _(action: WeightBackward, step: int) -> WeightBackward:
+    draw = None if action.draw is None else action.draw._replace(step=step)
+    return replace(action, token=_key(action.token, step), draw=draw)
 
 
 @at_step.register

@@ -18,7 +18,7 @@ import torch
 from taskgrad.errors import TapeError, WorkerLostError
 from taskgrad.worker.mailbox import Mailboxes
 from taskgrad.worker.shard import ResidentShard
-from taskgrad.worker.tape import Tape
+from taskgrad.worker.tape import Tape, WeightTape
 
 # Keys released before their task was done, so that it leaves nothing behind.
 _MAX_RELEASED_EARLY = 100_000
@@ -93,6 +93,22 @@ class Store:
             )
         return entry
 
+    def weight_tape(self, token: str) -> WeightTape:
+        """What a split backward left of the tape under this token, for its one use."""
+        with self._lock:
+            entry = self._remove(token)
+        if not isinstance(entry, WeightTape):
+            raise TapeError(
+                f"worker {self.address} holds nothing of {token.partition('-')[0]!r} for the "
+                "gradients of its weights: it was used, or released. Run the forward again"
+            )
+        return entry
+
+    def is_pending(self, shard: ResidentShard, parameter: str) -> bool:
+        """True if a split backward has yet to add to this parameter's gradient."""
+        tapes = [e for e in self.entries().values() if isinstance(e, WeightTape)]
+        return any(tape.shard is shard and parameter in tape.parameters for tape in tapes)
+
     def pop(self, key: str) -> Any:
         """Remove an entry and return it."""
         with self._lock:
@@ -159,6 +175,6 @@ class Store:
         entries = list(self.entries().values())
         return {
             "shards": sum(isinstance(e, ResidentShard) for e in entries),
-            "tapes": sum(isinstance(e, Tape) for e in entries),
+            "tapes": sum(isinstance(e, Tape | WeightTape) for e in entries),
             "gradients": sum(isinstance(e, dict) for e in entries),
         }

@@ -13,6 +13,7 @@ from taskgrad.graph.pytree import Structure
 from taskgrad.worker.communicator import Communicator
 from taskgrad.worker.settings import YieldingLock
 from taskgrad.worker.shard import ResidentShard
+from taskgrad.worker.split_backward import WeightUses
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Tape:
     shard: ResidentShard | None
     communicator: Communicator | None = None  # the rank of a group whose forward it was
     recomputes: bool = False  # looking at what autograd saved would run layers again
+    uses: WeightUses | None = None  # of weights, if the backward is split
     nbytes: int | None = None  # once counted
     # Held by a backward, and by code that reads what autograd saved: autograd frees it as it goes,
     # without the GIL, and reading it meanwhile would crash the process.
@@ -37,3 +39,19 @@ class Tape:
         """The leaves of a cotangent; CotangentError unless it fits the output."""
         where = f"{self.title!r} on {address}"
         return match(cotangent, self.outputs, self.output_structure, where)
+
+
+@dataclass
+class WeightTape:
+    """What is left of a tape for the gradients of weights, after the backward for inputs.
+
+    `parameters` are those whose gradients are to be completed; `found` has the parts of them that
+    were computed with the cotangents of the inputs.
+    """
+
+    shard: ResidentShard
+    uses: WeightUses
+    parameters: dict[str, nn.Parameter]
+    found: dict[str, Gradient]
+    nbytes: int | None = None
+    lock: YieldingLock = field(default_factory=lambda: YieldingLock(reentrant=False))
