@@ -512,3 +512,28 @@ def test_options_as_in_a_whole_backward(four, ours):
     assert losses == expected
     for name, value in whole.items():
         assert torch.equal(state[name], value), name
+
+
+def test_a_step_that_fails_leaves_nothing(four):
+    chain = tg.GraphChain(mlp(), client=four, placement=[0, 0, 1, 2, 2])
+    options = {"microbatches": 5}
+    trainer = tg.Trainer(
+        chain, refusing, ADAMW, schedule=partial(split, "end"), accumulate=2, **options
+    )
+    plain = PlainTrainer(mlp(), refusing, ADAMW, accumulate=2, **options)
+    (x, y), *rest = batches = rows(4)
+    bad = y.clone()
+    bad[-1] = torch.nan  # the last microbatch: others have gone back by then
+    losses = [trainer.step(x, y).item()]
+    with pytest.raises(tg.LayerError, match="not a number"):
+        trainer.step(x, bad).item()
+    assert wait_until(lambda: not total_held(four)["tapes"])
+    losses += [trainer.step(*batch).item() for batch in rest]
+    assert losses == plain.train(batches)
+    assert_same_training(chain, plain, four)
+
+
+def refusing(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    if target.isnan().any():
+        raise ValueError("not a number")
+    return F.mse_loss(output, target)
