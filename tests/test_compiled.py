@@ -43,7 +43,7 @@ def placed(layers: int, workers: int, per_worker: int) -> list[int]:
 
 @pytest.mark.parametrize("microbatches", [4, *long(1, 3, 8)])
 @pytest.mark.parametrize(("workers", "per_worker"), [(3, 2), *long_rows((1, 1), (2, 2), (4, 1))])
-@pytest.mark.parametrize("schedule", ["1f1b", *long("gpipe")])
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h2", *long("gpipe", "zb_h1", "zb_v")])
 def test_same_bits_as_plain_torch(four, schedule, workers, per_worker, microbatches):
     model = ConvNet()
     placement = placed(len(model), workers, per_worker)
