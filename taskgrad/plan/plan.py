@@ -70,6 +70,11 @@ class Plan:
         How many slices a batch is cut into.
     orders
         For every worker its actions, the last of them the update (U); `with_schedule` adds them.
+    flush
+        True if each worker's update waits until the gradients of all workers are complete, as
+        clipping by the norm of all of them needs. Else a worker updates as soon as its own are, and
+        goes on with the next step; it keeps what undoes the update until all have made theirs, as
+        post-validation in Qi et al. (2023), "Zero Bubble Pipeline Parallelism".
     cost
         The predicted seconds of a step; None if there is no prediction.
 
@@ -96,12 +101,23 @@ class Plan:
     schedule: str = ""
     microbatches: int = 0
     orders: tuple[tuple[Action, ...], ...] = ()
+    flush: bool = False
     cost: float | None = None
 
     @property
     def pipeline(self) -> Pipeline:
         """The stages as a schedule sees them: the worker of each, and those that it takes from."""
         return Pipeline(tuple(s.worker for s in self.stages), tuple(s.inputs for s in self.stages))
+
+    @property
+    def waits(self) -> frozenset[int]:
+        """The workers whose updates wait for the gradients of all.
+
+        Without a flush those where nothing is trained: that all others have made the step before is
+        known to the rest by the cotangents of this one.
+        """
+        trained = {stage.worker for stage in self.stages if stage.trained}
+        return frozenset(i for i in range(len(self.workers)) if self.flush or i not in trained)
 
     def with_schedule(self, schedule: Schedule) -> Plan:
         """The same stages at the same places, in the order of this schedule.
@@ -169,9 +185,10 @@ class Plan:
 
     def __str__(self) -> str:
         cost = "" if self.cost is None else f", {self.cost:.3g} s predicted"
+        flush = ", updates after a flush" if self.flush else ""
         lines = [
             f"Plan of {self.model}: {len(self.stages)} stages on {len(self.workers)} workers, "
-            f"{self.microbatches} microbatches, {self.schedule}{cost}"
+            f"{self.microbatches} microbatches, {self.schedule}{flush}{cost}"
         ]
         for i, stage in enumerate(self.stages):
             worker = self.workers[stage.worker]

@@ -67,7 +67,10 @@ def check_trainer(
     in_files = check_fits(chain, optimizer, given["microbatches"], given["accumulate"])
     kinds = {row.device.partition(":")[0] for row in chain.placement}
     settings = Settings(
-        plan=planner(chain, schedule),
+        # Clipping and loss scaling need the gradients of all workers.
+        plan=planner(
+            chain, schedule, flush=given["clip_norm"] is not None or given["amp"] == "fp16"
+        ),
         seed=given["seed"],
         accumulate=given["accumulate"],
         clip_norm=given["clip_norm"],

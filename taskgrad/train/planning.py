@@ -19,12 +19,15 @@ from taskgrad.plan.schedule import Costs, Pipeline, Schedule, check
 Maker = Callable[[Pipeline, int], Schedule]
 
 
-def planner(chain: GraphChain, make_schedule: Maker) -> Callable[[int], Plan]:
-    """A function from a number of microbatches to their plan; it caches the last plans."""
+def planner(chain: GraphChain, make_schedule: Maker, *, flush: bool) -> Callable[[int], Plan]:
+    """A function from a number of microbatches to their plan; it caches the last plans.
+
+    With `flush` no worker updates before the gradients of all are complete.
+    """
     layout = chain.layout
     devices = {row.worker: row.device for row in chain.placement}
     workers = tuple(PlannedWorker(shard.worker, devices[shard.worker]) for shard in layout.shards)
-    unscheduled = Plan(layout.title, stages_of(layout), workers)
+    unscheduled = Plan(layout.title, stages_of(layout), workers, flush=flush)
 
     @lru_cache(maxsize=16)
     def plan(microbatches: int) -> Plan:

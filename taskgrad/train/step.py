@@ -121,10 +121,10 @@ def build(
             shard,
             training.commit,
             {**arguments, "send": copied.get(shard, [])},
-            after=prepares,
+            after=prepares if i in plan.waits else [prepares[i]],
             name="update",
         )
-        for shard in layout.shards
+        for i, shard in enumerate(layout.shards)
     }
     last = dict(commits)
     if update:  # copies of tied parameters get the new values

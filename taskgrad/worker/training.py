@@ -1,9 +1,10 @@
 """A training step where the parameters live: begin, prepare, commit, or roll back.
 
-A step is two-phased, as a database's commit is. First every shard says that its gradients are
-complete. Then every shard commits: from the summaries of all of them each computes the same
-clipping and scaling, and updates its parameters. Until all shards have committed, a step can be
-taken back, from copies that `begin` and `commit` make; `optimizing.settle` drops them.
+A step is two-phased, as a database's commit is. First a shard says that its gradients are
+complete, then it commits: it updates its parameters. Where gradients are clipped by the norm of all
+or scaled, it first waits for the summaries of all shards, from which each computes the same
+clipping and scaling. Until all shards have committed, a step can be taken back, from copies that
+`begin` and `commit` make; `optimizing.settle` drops them.
 """
 
 from __future__ import annotations
