@@ -46,6 +46,7 @@ BAD = [
     *(("seed", v, TypeError) for v in ("1", None, float("nan"), 1.5, 1.0, True, [1])),
     *(("schedule", v, TypeError) for v in (None, 3, Pipeline, ["1f1b"])),
     ("schedule", "1F1B", ValueError),
+    *(("executor", v, ValueError) for v in ("dask", None, True, "Compiled")),
     *(("in_dims", v, TypeError) for v in ("0", 0.0, True, {"x": "0"}, (0, 1.5))),
     *(("target_dims", v, TypeError) for v in ("0", 1.0, [None, "1"])),
     *(("callbacks", v, TypeError) for v in ("x", None, tg.Callback, tg.Callback(), 3)),

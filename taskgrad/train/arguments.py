@@ -112,6 +112,12 @@ def check_counts(**counts: Any) -> None:
             raise ValueError(f"{name} is a whole number from 1 on; got {shown(number)}")
 
 
+def check_executor(executor: Any) -> None:
+    """Raise ValueError unless this is the name of an executor."""
+    if executor not in ("compiled", "futures"):
+        raise ValueError(f'executor is "compiled" or "futures"; got {shown(executor)}')
+
+
 def check_scheduler(lr_scheduler: Any) -> None:
     """Raise TypeError unless it can make a scheduler, or is None."""
     if lr_scheduler is not None and not callable(lr_scheduler):

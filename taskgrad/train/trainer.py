@@ -18,6 +18,7 @@ from taskgrad.plan.schedule import Schedule
 from taskgrad.train.arguments import (
     RecomputeOption,
     check_epochs,
+    check_executor,
     check_loader,
     check_metrics,
     check_trainer,
@@ -60,8 +61,9 @@ class Trainer:
 
     Each batch is cut into microbatches, which pass the stages in the order of a schedule. The loss
     is computed where the model's output is, the optimizer of each shard runs where its parameters
-    are, and a step is one graph of tasks, submitted at once. With a fixed placement and number of
-    microbatches a step has the same bits as plain torch. Several threads may call it.
+    are. A step is compiled to one program for each worker, which stays there. With a fixed
+    placement and number of microbatches a step has the same bits as plain torch. Several threads
+    may call it.
 
     Parameters
     ----------
@@ -114,6 +116,9 @@ class Trainer:
         layers need not have the same bits as plain torch.
     check_finite : bool
         A loss that is not finite is an error, and the step is not taken.
+    executor : {"compiled", "futures"}
+        How steps run: by programs on the workers, or as graphs of Dask tasks. A trainer whose steps
+        cannot be compiled uses tasks, and logs why.
 
     Raises
     ------
@@ -165,6 +170,7 @@ class Trainer:
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in _APART}
         given["seed"] = whole("seed", seed)
+        check_executor(executor)
         checked = check_trainer(chain, loss_fn, optimizer, callbacks, given)
         self.chain = chain
         self.callbacks = tuple(callbacks)
