@@ -72,6 +72,7 @@ class CompiledExecutor:
 
         False if that takes longer; WorkerLostError or TaskgradError if it cannot come.
         """
+        check_open(self._session.client)
         if not self._connections.lost:
             error = self._wait(lambda: self._connections.is_stopped, errors=False, seconds=seconds)
             if isinstance(error, TimeoutError):
@@ -93,6 +94,10 @@ class CompiledExecutor:
     def _wait(
         self, done: Callable[[], bool], *, errors: bool, seconds: float | None = None
     ) -> BaseException | None:
+        try:
+            check_open(self._session.client)
+        except TaskgradError as closed:
+            return closed
         connections, outages = self._connections, Outages()
         until = None if seconds is None else time.monotonic() + seconds
         with nested.waiting():
@@ -107,7 +112,10 @@ class CompiledExecutor:
                     error = connections.error
                 if errors and error is not None:
                     return self._lost(error) if isinstance(error, str) else error
-                problem = self._problem(outages)
+                try:
+                    problem = self._problem(outages)
+                except TaskgradError as unanswered:  # the client is closed, say
+                    return unanswered
                 if problem is not None:
                     return problem
                 if until is not None and time.monotonic() >= until:
@@ -115,10 +123,6 @@ class CompiledExecutor:
 
     def _problem(self, outages: Outages) -> BaseException | None:
         """Why the workers will not go on; None if nothing is known."""
-        try:
-            check_open(self._session.client)
-        except TaskgradError as closed:
-            return closed
         workers = self._connections.workers
         trouble = self._session.out_of_order(set(workers))
         gone = sorted(a for a, why in trouble.items() if why != "paused")

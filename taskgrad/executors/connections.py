@@ -129,6 +129,9 @@ class Connections:
 
     def stop(self) -> None:
         """End the steps that run; `is_stopped` is true when nothing of them runs any more."""
+        if self._client.status != "running":
+            self.close()
+            return
         client_calls.call_with_deadline(self._client, self._stop, "to stop")
 
     @property
@@ -322,3 +325,7 @@ def _close(client: Client, comms: Sequence[Comm]) -> None:
     if internals.loop_runs(client):
         loop: Any = client.loop
         asyncio.run_coroutine_threadsafe(close(), loop.asyncio_loop)
+    else:  # the client is closed
+        for comm in comms:
+            with contextlib.suppress(Exception):
+                comm.abort()
