@@ -7,11 +7,14 @@ import itertools
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from functools import partial
 
+import dask.array as da
 import distributed
 import psutil
 import pytest
@@ -229,3 +232,56 @@ def test_the_task_stream_shows_what_programs_did(client):
     report = loss.report
     assert set(report["busy"]) == set(report["waiting"]) == workers
     assert all(seconds > 0 for seconds in report["busy"].values())
+
+
+DRIVER = """
+import functools, sys, torch, taskgrad as tg
+from distributed import Client
+from torch import nn
+client = Client(sys.argv[1])
+model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+chain = tg.GraphChain(model, client=client, placement=[0, 0, 1, 1])
+trainer = tg.Trainer(chain, nn.functional.mse_loss, torch.optim.SGD, microbatches=2)
+while True:
+    trainer.step(torch.ones(8, 64), torch.ones(8, 64)).item()
+    print(trainer.steps, flush=True)
+"""
+
+
+def test_a_driver_that_is_killed(client):
+    before = client.run(threads_and_ports)
+    command = [sys.executable, "-c", DRIVER, client.scheduler.address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+        for line in driver.stdout:
+            if int(line) == 20:
+                break
+        assert total_held(client)["shards"] == 2
+        driver.kill()
+    assert wait_until(lambda: client.run(threads_and_ports) == before)
+    assert wait_until(lambda: not any(total_held(client).values()))
+    assert wait_until(lambda: not any(client.processing().values()))
+
+
+def test_a_batch_on_workers_is_taken_by_programs(client):
+    model = ConvNet()
+    trainer = trainer_on(client, model, placed(len(model), 2, 1), microbatches=3)
+    plain = PlainTrainer(ConvNet(), F.cross_entropy, ADAMW, microbatches=3)
+    batches = images(4)
+    losses = []
+    for x, y in batches:
+        on_workers = (da.from_array(t.numpy(), chunks=(4, *t.shape[1:])) for t in (x, y))
+        losses.append(trainer.step(*on_workers))
+    assert all("busy" in loss.report for loss in losses)
+    assert [loss.item() for loss in losses] == plain.train(batches)
+
+
+def test_a_batch_on_workers_that_several_take_is_taken_by_tasks(client, caplog):
+    model = nn.Sequential(tg.Parallel(torch.add, nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 1))
+    chain = tg.GraphChain(model, client=client, placement=[0, 1, 0, 0])
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    trainer = tg.Trainer(chain, F.mse_loss, sgd, microbatches=2)
+    x, y = (da.ones(shape, dtype="float32", chunks=2) for shape in ((4, 4), (4, 1)))
+    loss = trainer.step(x, y)
+    assert loss.item() > 0
+    assert "busy" not in loss.report
+    assert "several of them take the model's input" in caplog.text

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskgrad.plan.program import Instruction, Operation, Program, Value, check, programs
+from taskgrad.plan.program import (
+    Instruction,
+    Operation,
+    Position,
+    Program,
+    Value,
+    check,
+    programs,
+    unfinished,
+)
 from taskgrad.plan.rules import NAMES, schedule
 from taskgrad.plan.schedule import Pipeline
 
@@ -145,3 +154,41 @@ def test_a_value_that_is_never_received_is_found():
     sends = Program(0, (Instruction("send", Value("F0"), 1),))
     with pytest.raises(ValueError, match="worker 1 never receives F0"):
         check([sends, Program(1, ())])
+
+
+@given(st.data(), pipelines(), st.sampled_from(NAMES), st.integers(1, 4))
+def test_where_a_lost_worker_was_is_known_from_the_others(data, pipeline, name, microbatches):
+    """Programs run in any order that they allow; one is lost at some instruction."""
+    found = programs(operations(pipeline, name, microbatches))
+    at = [0] * len(found)
+    arrived: list[set[Value]] = [set() for _ in found]
+    for _ in range(data.draw(st.integers(0, sum(len(p.instructions) for p in found)))):
+        ready = []
+        for program in found:
+            if at[program.worker] < len(program.instructions):
+                kind, value, _ = program.instructions[at[program.worker]]
+                if kind != "receive" or value in arrived[program.worker]:
+                    ready.append(program.worker)
+        if not ready:
+            break
+        worker = data.draw(st.sampled_from(ready))
+        kind, value, peer = found[worker].instructions[at[worker]]
+        if kind == "send":
+            arrived[peer].add(value)
+        elif kind == "receive":
+            arrived[worker].remove(value)
+        at[worker] += 1
+    lost = data.draw(st.sampled_from(range(len(found))))
+    others = {
+        i: Position(7, at[i], frozenset((7, v) for v in arrived[i]))
+        for i in range(len(found))
+        if i != lost
+    }
+    named = unfinished(found, lost, 7, others)
+    left = [i.value.operation for i in found[lost].instructions[at[lost] :] if i.kind == "run"]
+    ran = [i.value.operation for i in found[lost].instructions[: at[lost]] if i.kind == "run"]
+    if left and found[lost].instructions[at[lost]].kind == "run":
+        assert left[0] in named  # what it was at
+    assert named == [*ran, *left][len(ran) - len(set(named) & set(ran)) :][: len(named)]
+    if len(found) == 1:
+        assert named == [*ran, *left]

@@ -403,6 +403,7 @@ def test_there_is_a_task_for_weights(client):
         place="end",
         placement=[0, 0, 1, 1, 1],
         microbatches=2,
+        ours={"executor": "futures"},
     )
     assert len(keys_of(client, "weights:") - before) == 8
     assert wait_until(lambda: not total_held(client)["tapes"])

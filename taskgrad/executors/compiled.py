@@ -20,6 +20,11 @@ from taskgrad.executors.monitor import CHECK_S, Outages, stays_out_of_order, wor
 from taskgrad.executors.step_lowering import LoweredStep
 from taskgrad.graph.nodes import new_key
 from taskgrad.graph.shards import Shard
+from taskgrad.plan.program import Position, unfinished
+
+# How long the error of a lost worker waits for the others to say where they are.
+_POSITIONS_S = 0.5
+_MOST_NAMED = 4  # operations that this error names
 
 
 class CompiledExecutor:
@@ -31,6 +36,8 @@ class CompiledExecutor:
     def __init__(self, session: Session, shards: Sequence[Shard]) -> None:
         self._session = session
         self._shards = shards
+        self._lowered: dict[int, LoweredStep] = {}
+        self._program_of: dict[int, int] = {}  # by steps that are on their way
         self._connections = Connections(
             session.client,
             new_key("steps").partition("-")[2],
@@ -42,6 +49,7 @@ class CompiledExecutor:
     def load(self, number: int, lowered: LoweredStep) -> None:
         """Send the workers their programs, which they keep under this number."""
         self._connections.load(number, [dumps_whole(p) for p in lowered.programs])
+        self._lowered[number] = lowered
 
     def submit(self, step: int, program: int, inputs: Sequence[Any]) -> None:
         """Have the workers take a step once those before it are done.
@@ -50,6 +58,7 @@ class CompiledExecutor:
         raises; no worker has got anything then.
         """
         check_open(self._session.client)
+        self._program_of[step] = program
         self._connections.step(step, program, inputs)
 
     def wait(self, step: int) -> BaseException | None:
@@ -61,6 +70,7 @@ class CompiledExecutor:
         found = self._reports(step)
         values = [value for rank in sorted(found) for value in found[rank][0]]
         self._connections.forget(step)
+        self._program_of.pop(step, None)
         return values, [found[rank][1] for rank in sorted(found)]
 
     def stop(self) -> None:
@@ -82,6 +92,7 @@ class CompiledExecutor:
         if self._connections.lost:
             raise self._lost(self._connections.lost[0])
         self._connections.begin_again()
+        self._program_of.clear()
         return True
 
     def close(self) -> None:
@@ -133,4 +144,28 @@ class CompiledExecutor:
         return self._connections.task_error()
 
     def _lost(self, address: str) -> WorkerLostError:
-        return worker_lost(self._session, address, (), self._connections.labels)
+        # The others say where they are when they have stopped.
+        connections = self._connections
+        with connections.changed:
+            connections.changed.wait_for(lambda: connections.is_stopped, _POSITIONS_S)
+            labels = self._unfinished(connections.workers.index(address))
+        return worker_lost(self._session, address, labels)
+
+    def _unfinished(self, lost: int) -> list[str]:
+        """What a lost worker had not finished, for a message."""
+        done = {step for step, by in self._connections.finished.items() if lost in by}
+        step = min(self._program_of.keys() - done, default=-1)
+        if step < 0:
+            return []
+        lowered = self._lowered[self._program_of[step]]
+        programs = [p.program for p in lowered.programs]
+        values = {number: value for value, number in lowered.programs[0].numbers.items()}
+        others = {
+            rank: Position(at[0], at[1], frozenset((s, values[n]) for s, n in arrived if s == step))
+            for rank, (at, arrived) in self._connections.positions.items()
+            if rank != lost
+        }
+        found = [lowered.titles[o] for o in unfinished(programs, lost, step, others)]
+        if len(found) > _MOST_NAMED:
+            return [f"{found[0]} to {found[-1]} of step {step}"]
+        return [f"{title} of step {step}" for title in found]

@@ -41,6 +41,9 @@ class Connections:
     error : tuple or None
         What ended the steps that run: the error that a worker raised, or the address of one that is
         lost.
+    positions : dict
+        Where each worker was when it was stopped, by rank: ((step, instructions executed), [(step,
+        number of a value that had arrived), ...]).
     changed : threading.Condition
     """
 
@@ -55,6 +58,7 @@ class Connections:
         self.workers = list(workers)
         self.finished: dict[int, dict[int, tuple[list[Any], list[Any]]]] = {}
         self.error: BaseException | str | None = None
+        self.positions: dict[int, tuple[list[int], list[list[int]]]] = {}
         self.changed = threading.Condition()
         self._client = client
         self._name = name
@@ -149,11 +153,6 @@ class Connections:
         failed = next((f for f in list(self._tasks.values()) if f.status == "error"), None)
         return None if failed is None else failed.exception(timeout=deadline("answer"))
 
-    @property
-    def labels(self) -> dict[str, str]:
-        """The keys of the tasks that take steps, with their names for messages."""
-        return {str(f.key): "the steps of a trainer" for f in self._tasks.values()}
-
     def forget(self, number: int) -> None:
         """Drop what was reported of a step."""
         with self.changed:
@@ -209,6 +208,7 @@ class Connections:
             self._epoch += 1
             self._accepting = False
             self._stopped.clear()
+            self.positions.clear()
         await self._to_all({"op": "stop", "epoch": self._epoch})
 
     async def _to_all(self, message: dict[str, Any]) -> None:
@@ -238,6 +238,7 @@ class Connections:
                 self._fail(remote_errors.loads(message["error"]))
             elif op == "stopped" and message["epoch"] == self._epoch:
                 self._stopped.add(rank)
+                self.positions[rank] = message["at"], message["arrived"]
                 self._tasks.pop(rank, None)
             elif op == "ended":
                 self._show()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from distributed import Future, KilledWorker
@@ -172,7 +172,16 @@ class _Monitor:
         trouble = self.session.out_of_order(pins)
         gone = {a for a, why in trouble.items() if why == "gone"}
         gone |= {a for a, why in trouble.items() if why == "restarted" and a in staged}
-        return worker_lost(self.session, min(gone), self._all(), self._labels) if gone else None
+        if not gone:
+            return None
+        address, nodes = min(gone), sorted(self._all(), key=lambda n: n.order)
+        known = {**self._labels, **{n.key: n.label for n in nodes}}
+        undone = self.session.unfinished(address)
+        again = "Call again"
+        if self._labels or any(map(needs_layers, nodes)):
+            again = _MAKE_AGAIN
+        tasks = [label for key, label in known.items() if key in undone]
+        return worker_lost(self.session, address, tasks, again)
 
     def _worker_out_of_order(self) -> WorkerLostError | None:
         found = {*self.table.behind(self.targets, self._unfinished), *self._behind}
@@ -204,6 +213,7 @@ _ENDED = (
     "If nobody stopped it, its process was killed (out of memory?), crashed, or was ended by the "
     "code that it ran (os._exit, os.abort): look at its log"
 )
+_MAKE_AGAIN = "Make the chain again"
 _START_ONE = (
     "Start a worker of that name, spawn it on another one, or raise Dask's setting "
     "taskgrad.worker-deadline"
@@ -215,20 +225,12 @@ _GIVE_MEMORY = (
 
 
 def worker_lost(
-    session: Session, address: str, nodes: Sequence[Node], labels: Mapping[str, str]
+    session: Session, address: str, unfinished: Sequence[str], again: str = _MAKE_AGAIN
 ) -> WorkerLostError:
-    """The error for layers or tapes that went with their worker.
-
-    `nodes` are those that were waited for and all behind them; `labels` the names, by their keys,
-    of further tasks, whose nodes are not held any more.
-    """
-    known = {**labels, **{n.key: n.label for n in sorted(nodes, key=lambda n: n.order)}}
-    undone = session.unfinished(address)
-    again = "Make the chain again" if labels or any(map(needs_layers, nodes)) else "Call again"
-    tasks = [label for key, label in known.items() if key in undone]
+    """The error for layers or tapes that went with their worker, with what it had not finished."""
     return WorkerLostError(
         f"{session.describe(address)} is gone, and with it the layers and tapes that it kept. "
-        + (f"It had not finished {_some(tasks)}. " if tasks else "")
+        + (f"It had not finished {_some(unfinished)}. " if unfinished else "")
         + f"{_ENDED}. {again} on the workers there are"
     )
 
@@ -243,6 +245,6 @@ def _workers_killed(error: KilledWorker, label: str) -> WorkerLostError:
     )
 
 
-def _some(tasks: list[str]) -> str:
+def _some(tasks: Sequence[str]) -> str:
     more = len(tasks) - _MOST_NAMED
     return "; ".join(tasks[:_MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")

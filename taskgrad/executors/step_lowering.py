@@ -9,7 +9,7 @@ from taskgrad.errors import TaskgradError
 from taskgrad.executors.lowering import action_of
 from taskgrad.graph.calls import Call
 from taskgrad.graph.leaves import Leaf
-from taskgrad.graph.nodes import Element, Node, walk
+from taskgrad.graph.nodes import Element, Node, label_of, walk
 from taskgrad.graph.pullback import Pullback
 from taskgrad.plan.program import Operation, Value, programs
 from taskgrad.worker.step_program import Job, StepProgram
@@ -46,6 +46,8 @@ class LoweredStep:
     """The program of each worker, and which of the step's leaves it takes as inputs, in order."""
 
     programs: tuple[StepProgram, ...]
+    titles: dict[str, str]
+    """The titles of operations, for messages."""
     inputs: tuple[tuple[Leaf, ...], ...]
 
 
@@ -59,6 +61,7 @@ def lower_step(step: StepNodes) -> LoweredStep:
     for node in nodes:
         if not isinstance(node, Leaf | Element):
             names.setdefault(node, f"{node.key.partition('-')[0]}.{len(names)}")
+    titles = {name: _title(node) for node, name in names.items()}
     inputs: list[dict[Leaf, int]] = [{} for _ in workers]
     jobs: list[dict[str, Job]] = [{} for _ in workers]
     orders: list[list[Operation]] = [[] for _ in workers]
@@ -89,6 +92,7 @@ def lower_step(step: StepNodes) -> LoweredStep:
             StepProgram(program, jobs[i], numbers, (names[step.report],) if i == reporter else ())
             for i, program in enumerate(lowered)
         ),
+        titles,
         tuple(tuple(given) for given in inputs),
     )
 
@@ -142,6 +146,13 @@ def _placed(address: str, step: StepNodes, nodes: Sequence[Node]) -> list[Node]:
         if node not in order:
             place(node)
     return list(order)
+
+
+def _title(node: Node) -> str:
+    """The task and its microbatch, without the step."""
+    call = node.call if isinstance(node, Pullback) else node
+    draw = call.spec.draw if isinstance(call, Call) else None
+    return label_of(node.key) + ("" if draw is None else f" in microbatch {draw.microbatch}")
 
 
 def _value(node: Node, names: Mapping[Node, str]) -> Value:

@@ -11,7 +11,7 @@ computations with sends and receives between them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -136,6 +136,60 @@ def _instructions(
         yield Instruction("run", Value(operation.name))
         for value, peer in sends.get(operation.name, ()):
             yield Instruction("send", value, peer)
+
+
+class Position(NamedTuple):
+    """Where a worker is: it has executed so many instructions of its program of a step.
+
+    `arrived` are the (step, value) that came from others and that it has not received yet.
+    """
+
+    step: int
+    executed: int
+    arrived: frozenset[tuple[int, Value]] = frozenset()
+
+
+def unfinished(
+    found: Sequence[Program], lost: int, step: int, others: Mapping[int, Position]
+) -> list[str]:
+    """The operations of which a worker had not finished all, from the positions of others.
+
+    It had executed the instructions up to the last send that reached one of the others, and none
+    after the first receive of what they have not sent.
+
+    Parameters
+    ----------
+    found
+        The programs of all workers.
+    lost
+        The worker.
+    step
+        The step that it was at.
+    others
+        Positions of other workers.
+    """
+
+    def has_executed(worker: int, index: int) -> bool:
+        at = others[worker]
+        return at.step > step or (at.step == step and at.executed > index)
+
+    def index_of(worker: int, kind: str, value: Value) -> int:
+        wanted = kind, value, lost
+        return next(i for i, one in enumerate(found[worker].instructions) if tuple(one) == wanted)
+
+    operations: list[str] = []
+    for kind, value, peer in found[lost].instructions:
+        if kind == "run":
+            operations.append(value.operation)
+        elif peer not in others:
+            continue
+        elif kind == "send":
+            came = (step, value) in others[peer].arrived
+            if came or has_executed(peer, index_of(peer, "receive", value)):
+                operations.clear()
+        elif not has_executed(peer, index_of(peer, "send", value)):
+            break
+    return operations
 
 
 def check(found: Sequence[Program], buffers: int | None = None) -> tuple[int, ...]:

@@ -97,6 +97,8 @@ class Resident:
     _stopping: bool = False
     _closed: bool = False
     _to_settle: int = -1
+    _at: tuple[int, int] = (-1, 0)  # step, and how many of its instructions were executed
+    _position: dict[str, Any] = field(default_factory=dict)  # at the last stop
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def settle(self, number: int) -> bool:
@@ -148,6 +150,10 @@ class Resident:
         with self._changed:
             self._stopping = True
             self._steps.clear()
+            self._position = {
+                "at": list(self._at),
+                "arrived": [[step, number] for _, step, number in self._arrived],
+            }
             self.epoch = epoch
             self._arrived = {tag: v for tag, v in self._arrived.items() if tag[0] >= epoch}
             self._changed.notify_all()
@@ -194,7 +200,7 @@ class Resident:
 
     def _stopped(self) -> None:
         self._stopping = False
-        self.host.tell({"op": "stopped", "epoch": self.epoch})
+        self.host.tell({"op": "stopped", "epoch": self.epoch, **self._position})
 
     def _next(self) -> StepInputs | None:
         """The next step; None if there is none for a while, or another task waits meanwhile."""
@@ -227,9 +233,10 @@ class Resident:
         timings: list[Timing] = []
         epoch = self.epoch
         try:
-            for (kind, value, peer), unused in zip(
-                program.program.instructions, drops, strict=True
+            for i, ((kind, value, peer), unused) in enumerate(
+                zip(program.program.instructions, drops, strict=True)
             ):
+                self._at = step.number, i
                 self._check()
                 if self._to_settle >= 0:
                     self.settle_now()
@@ -253,6 +260,7 @@ class Resident:
                     timings.append((f"receive-{value}", "transfer", start, time.time()))
                 for name in unused:
                     values.pop(name, None)
+            self._at = step.number + 1, 0
             self.host.flush()
             reports = [values[Value(name)] for name in program.reports]
             self.host.tell(
