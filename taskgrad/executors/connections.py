@@ -203,13 +203,14 @@ class Connections:
                     pure=False,
                 )
 
-    async def _stop(self) -> None:
+    def _stop(self) -> Coroutine[Any, Any, None]:
+        """Count everything as running; the coroutine has the workers stop."""
         with self.changed:
             self._epoch += 1
             self._accepting = False
             self._stopped.clear()
             self.positions.clear()
-        await self._to_all({"op": "stop", "epoch": self._epoch})
+        return self._to_all({"op": "stop", "epoch": self._epoch})
 
     async def _to_all(self, message: dict[str, Any]) -> None:
         ranks = range(len(self.workers))

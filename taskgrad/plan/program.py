@@ -154,8 +154,9 @@ def unfinished(
 ) -> list[str]:
     """The operations of which a worker had not finished all, from the positions of others.
 
-    It had executed the instructions up to the last send that reached one of the others, and none
-    after the first receive of what they have not sent.
+    It had executed the instructions up to the last send that reached one of the others; and none
+    after the first send that did not, or the first receive of what they have not sent. (A value
+    that was lost on its way with the worker counts as not sent.)
 
     Parameters
     ----------
@@ -177,19 +178,26 @@ def unfinished(
         wanted = kind, value, lost
         return next(i for i, one in enumerate(found[worker].instructions) if tuple(one) == wanted)
 
-    operations: list[str] = []
-    for kind, value, peer in found[lost].instructions:
-        if kind == "run":
-            operations.append(value.operation)
-        elif peer not in others:
-            continue
-        elif kind == "send":
-            came = (step, value) in others[peer].arrived
-            if came or has_executed(peer, index_of(peer, "receive", value)):
-                operations.clear()
-        elif not has_executed(peer, index_of(peer, "send", value)):
-            break
-    return operations
+    def has_arrived(value: Value, peer: int) -> bool:
+        received = has_executed(peer, index_of(peer, "receive", value))
+        return received or (step, value) in others[peer].arrived
+
+    instructions = found[lost].instructions
+    known = [(i, *one) for i, one in enumerate(instructions) if one.peer in others]
+    begin = max(
+        (i for i, kind, value, peer in known if kind == "send" and has_arrived(value, peer)),
+        default=-1,
+    )
+    end = min(
+        (
+            i
+            for i, kind, value, peer in known
+            if i > begin
+            and (kind == "send" or not has_executed(peer, index_of(peer, "send", value)))
+        ),
+        default=len(instructions),
+    )
+    return [i.value.operation for i in instructions[begin + 1 : end] if i.kind == "run"]
 
 
 def check(found: Sequence[Program], buffers: int | None = None) -> tuple[int, ...]:
