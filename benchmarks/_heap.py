@@ -8,5 +8,6 @@ import ctypes
 def keep_freed_memory() -> None:
     """As taskgrad does in workers; glibc only, like that."""
     libc = ctypes.CDLL(None)
-    for parameter in (-1, -3):  # trim threshold, mmap threshold
-        libc.mallopt(parameter, 1 << 30)
+    libc.mallopt(-1, 1 << 30)  # trim threshold
+    libc.mallopt(-2, 1 << 26)  # top pad
+    libc.mallopt(-3, 1 << 30)  # mmap threshold

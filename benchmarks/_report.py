@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,11 +19,28 @@ from typing import Any
 _PACKAGES = ("torch", "dask", "distributed", "taskgrad")
 
 
-def arguments(name: str, description: str | None = None) -> argparse.Namespace:
-    """The command line that all benchmarks share; ``.json`` is a path or None."""
+def arguments(
+    name: str, description: str | None = None, *, rows: Sequence[str] = (), rounds: int = 0
+) -> argparse.Namespace:
+    """The command line that all benchmarks share; ``.json`` is a path or None.
+
+    With `rows` the user may choose among them, and ``.rows`` are those to measure; with `rounds`,
+    the default, ``.rounds`` is how often each is measured.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results there, too")
-    return parser.parse_args()
+    if rows:
+        listed = ", ".join(rows)
+        parser.add_argument("rows", nargs="*", metavar="ROW", help=f"all by default, of: {listed}")
+    if rounds:
+        parser.add_argument("--rounds", type=int, default=rounds, help=f"{rounds} by default")
+    options = parser.parse_args()
+    if rows:
+        unknown = [row for row in options.rows if row not in rows]
+        if unknown:
+            parser.error(f"there is no row {unknown[0]!r}; there are {listed}")
+        options.rows = options.rows or list(rows)
+    return options
 
 
 class Report:
@@ -46,6 +64,7 @@ class Report:
         self.name = name
         self.figures: dict[str, dict[str, Any]] = {}
         self.ratios: dict[str, dict[str, Any]] = {}
+        self._shown: set[str] | None = None  # keys of what is printed; None before the first line
 
     def figure(self, key: str, seconds: Sequence[float], unit: str = "s") -> None:
         """Add repeated measurements of one thing, by default in seconds."""
@@ -55,19 +74,44 @@ class Report:
         """Add one number that has no spread, such as a count of bytes."""
         self.figure(key, [number], unit)
 
-    def ratio(self, key: str, ours: Sequence[float], theirs: Sequence[float]) -> float:
+    def ratio(
+        self, key: str, ours: Sequence[float], theirs: Sequence[float], of: str = ""
+    ) -> float:
         """Add our time over theirs, and return it: the median over the pairs.
 
         The measurements at one position were taken one right after the other, so whatever slowed
-        the machine then slowed both, and their ratio says more than the ratio of two medians.
+        the machine then slowed both, and their ratio says more than the ratio of two medians. `of`
+        says which of several ways are compared.
         """
         if len(ours) != len(theirs):
             raise ValueError(f"{key}: {len(ours)} measurements of ours and {len(theirs)} of theirs")
         self.ratios[key] = _spread([a / b for a, b in zip(ours, theirs, strict=True)])
+        if of:
+            self.ratios[key]["of"] = of
         return float(self.ratios[key]["median"])
+
+    def show(self) -> None:
+        """Print what was added since this was called before."""
+        if self._shown is None:
+            self._shown = set()
+            print(f"== {self.name}")
+            print(f"machine   {describe(machine())}")
+            print("versions  " + ", ".join(f"{k} {v}" for k, v in versions().items()))
+        figures = [key for key in self.figures if key not in self._shown]
+        ratios = [key for key in self.ratios if f"/{key}" not in self._shown]
+        width = max(map(len, [*figures, *ratios]), default=0)
+        for key in figures:
+            print(f"{key:<{width}}  {_line(self.figures[key], scale(self.figures[key]))}")
+        for key in ratios:
+            of = self.ratios[key].get("of")
+            line = _line(self.ratios[key], (1.0, "times the rival"))
+            print(f"{key:<{width}}  {line}{f', {of}' if of else ''}")
+        self._shown |= {*figures, *(f"/{key}" for key in ratios)}
+        sys.stdout.flush()
 
     def finish(self, json_path: str | Path | None = None) -> dict[str, Any]:
         """Print everything; write it as JSON if there is a path; return what was written."""
+        self.show()
         results = {
             "name": self.name,
             "machine": machine(),
@@ -75,14 +119,6 @@ class Report:
             "figures": self.figures,
             "ratios": self.ratios,
         }
-        print(f"== {self.name}")
-        print(f"machine   {describe(results['machine'])}")
-        print("versions  " + ", ".join(f"{k} {v}" for k, v in results["versions"].items()))
-        width = max(map(len, [*self.figures, *self.ratios]), default=0)
-        for key, figure in self.figures.items():
-            print(f"{key:<{width}}  {_line(figure, scale(figure))}")
-        for key, ratio in self.ratios.items():
-            print(f"{key:<{width}}  {_line(ratio, (1.0, 'times the rival'))}")
         if json_path is not None:
             Path(json_path).write_text(json.dumps(results, indent=2) + "\n")
         return results
