@@ -26,7 +26,7 @@ from benchmarks._cases import make
 from benchmarks._heap import keep_freed_memory
 from benchmarks._report import Report
 
-OURS = ("1f1b",)
+OURS = ("1f1b", "zb_h1", "zb_h2")
 """The Trainer's schedules; the one with the shortest step counts."""
 THEIRS = ("1f1b", "gpipe")
 """Those of torch.distributed.pipelining, of which the same holds."""

@@ -34,7 +34,7 @@ VALUES = {
 def test_a_value_comes_out_as_it_went_in(name):
     value = VALUES[name]
     first, *sent = pack(TAG, value)
-    assert first.shape == (FIRST_FRAME,)
+    assert len(first) <= FIRST_FRAME
     assert tag_of(first) == TAG
     rest = rest_of(first)
     assert [frame.shape for frame in rest] == [frame.shape for frame in sent]
@@ -55,7 +55,7 @@ def test_a_value_comes_out_as_it_went_in(name):
 
 def test_a_large_tensor_is_not_copied_to_be_sent():
     value = torch.randn(10_000)
-    _, frame = pack(TAG, value)
+    _, frame = pack(TAG, value)  # 40 kB
     assert frame.data_ptr() == value.data_ptr()
 
 

@@ -68,7 +68,8 @@ class CompiledExecutor:
     def report(self, step: int) -> tuple[list[Any], list[list[Any]]]:
         """What the programs of a step returned, and the timings of each worker; only once."""
         found = self._reports(step)
-        values = [value for rank in sorted(found) for value in found[rank][0]]
+        lowered = self._lowered[self._program_of[step]]
+        values = [found[rank][0][position] for rank, position in lowered.reports]
         self._connections.forget(step)
         self._program_of.pop(step, None)
         return values, [found[rank][1] for rank in sorted(found)]

@@ -31,23 +31,28 @@ class StepNodes:
         The names of scheduled nodes, as a plan prints them.
     targets
         What has to run in addition: the update.
-    report
-        The node whose value the driver gets.
+    reports
+        The nodes whose values the driver gets.
     """
 
     orders: Mapping[str, Sequence[Node]]
     names: Mapping[Node, str]
     targets: Sequence[Node]
-    report: Node
+    reports: Sequence[Node]
 
 
 @dataclass(frozen=True)
 class LoweredStep:
-    """The program of each worker, and which of the step's leaves it takes as inputs, in order."""
+    """The program of each worker, and which of the step's leaves it takes as inputs, in order.
+
+    `reports` says where each of the values for the driver is: the worker, and the position among
+    those that it reports.
+    """
 
     programs: tuple[StepProgram, ...]
     titles: dict[str, str]
     """The titles of operations, for messages."""
+    reports: tuple[tuple[int, int], ...]
     inputs: tuple[tuple[Leaf, ...], ...]
 
 
@@ -55,7 +60,7 @@ def lower_step(step: StepNodes) -> LoweredStep:
     """The programs of a step, whose batch is leaves."""
     workers = list(step.orders)
     rank = {address: i for i, address in enumerate(workers)}
-    nodes = _all_of([*step.names, *step.targets, step.report])
+    nodes = _all_of([*step.names, *step.targets, *step.reports])
     placed = {address: _placed(address, step, nodes) for address in workers}
     names = dict(step.names)
     for node in nodes:
@@ -83,16 +88,22 @@ def lower_step(step: StepNodes) -> LoweredStep:
             label = f"{node.key.partition('-')[0]}-{name}"
             jobs[at][name] = Job(label, action_of(node), settings, tuple(sources))
             orders[at].append(Operation(name, at, tuple(dict.fromkeys(taken))))
-    reporter = rank[step.report.worker or ""]
+    reported: list[list[str]] = [[] for _ in workers]
+    reports = []
+    for node in step.reports:
+        at = rank[node.worker or ""]
+        reports.append((at, len(reported[at])))
+        reported[at].append(names[node])
     lowered = programs(orders)
     sent = [i.value for p in lowered for i in p.instructions if i.kind == "send"]
     numbers = {value: number for number, value in enumerate(dict.fromkeys(sent))}
     return LoweredStep(
         tuple(
-            StepProgram(program, jobs[i], numbers, (names[step.report],) if i == reporter else ())
+            StepProgram(program, jobs[i], numbers, tuple(reported[i]))
             for i, program in enumerate(lowered)
         ),
         titles,
+        tuple(reports),
         tuple(tuple(given) for given in inputs),
     )
 

@@ -17,6 +17,7 @@ from taskgrad.graph.torch_settings import settings_now
 from taskgrad.layout import Layout
 from taskgrad.train.data import Batch
 from taskgrad.train.step import Settings, Step, build
+from taskgrad.worker import training
 from taskgrad.worker.step_program import StoredResult
 
 # Dask remembers how to compute again all that a task depended on: steps that wait for each other
@@ -77,7 +78,7 @@ class FuturesRunner:
         if error is not None:
             raise error
         report: dict[str, Any]
-        [report] = self._executor.values([running.report])
+        [report] = self._executor.values([running.reported])
         if running is not self._last:
             self._executor.forget(running.targets)
         return report
@@ -97,18 +98,28 @@ class FuturesRunner:
 
 
 class _Running(NamedTuple):
-    """A step on its way, and the slices of its batch that are on workers until it is done."""
+    """A step on its way.
+
+    `held` are the slices of its batch that stay on workers until it is done, `about` the arguments
+    of its report.
+    """
 
     number: int
     held: list[Slice]
+    about: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A program on the workers: its number there, and for each worker the leaves that it takes."""
+    """A program on the workers.
+
+    `number` is its own there, `takes` are the leaves of a batch that each worker takes, `about` the
+    arguments of the step's report.
+    """
 
     number: int
     takes: list[list[int]]
+    about: dict[str, Any]
 
 
 class CompiledRunner:
@@ -134,7 +145,7 @@ class CompiledRunner:
         loaded = self._program(batch, number, leaves, executor)
         inputs = [[leaves[i].sent() for i in given] for given in loaded.takes]
         executor.submit(number, loaded.number, inputs)
-        return _Running(number, slices)
+        return _Running(number, slices, loaded.about)
 
     def _connected(self) -> CompiledExecutor:
         if self._executor is None:
@@ -172,7 +183,7 @@ class CompiledRunner:
                 {address: list(nodes) for address, nodes in made.scheduled.items()},
                 {node: name for nodes in made.scheduled.values() for node, name in nodes.items()},
                 list(made.last.values()),
-                made.report,
+                made.report.inputs,
             )
         )
         free = len(self._loaded)  # the number of a program that is not in use
@@ -187,7 +198,7 @@ class CompiledRunner:
                     raise NotCompilableError(
                         "its batch is on workers, and several of them take the model's input"
                     )
-        self._loaded[shape] = _Loaded(free, takes)
+        self._loaded[shape] = _Loaded(free, takes, made.report.arguments)
         return self._loaded[shape]
 
     def wait(self, running: _Running) -> dict[str, Any]:
@@ -195,15 +206,14 @@ class CompiledRunner:
         error = self._executor.wait(running.number)
         if error is not None:
             raise error
-        report: dict[str, Any]
-        [report], timings = self._executor.report(running.number)
+        values, timings = self._executor.report(running.number)
         workers = [shard.worker for shard in self._layout.shards]
         spent = [{"compute": 0.0, "transfer": 0.0} for _ in workers]
         for times, rows in zip(spent, timings, strict=True):
             for _, action, start, stop in rows:
                 times[action] += stop - start
         return {
-            **report,
+            **training.report_of(values, **running.about),
             "busy": {w: t["compute"] for w, t in zip(workers, spent, strict=True)},
             "waiting": {w: t["transfer"] for w, t in zip(workers, spent, strict=True)},
         }

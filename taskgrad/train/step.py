@@ -16,7 +16,7 @@ from taskgrad.graph.functions import template
 from taskgrad.graph.nodes import Node, ancestors
 from taskgrad.graph.pullback import Pullback, WeightPullback
 from taskgrad.graph.pytree import Slot
-from taskgrad.graph.shards import Shard, copied_names
+from taskgrad.graph.shards import Shard, ShardCall, copied_names
 from taskgrad.layout import Layout
 from taskgrad.plan.plan import Plan
 from taskgrad.train.data import Batch
@@ -50,7 +50,7 @@ class Step:
     """
 
     number: int
-    report: Node
+    report: ShardCall
     last: dict[Shard, Node]
     settles: list[Node]
     order: dict[Node, tuple[Node, ...]]
@@ -59,15 +59,19 @@ class Step:
     """For each worker the actions of its schedule in order, with their names in the plan."""
     launch: Launch | None = None
 
+    def __post_init__(self) -> None:
+        self.reported: Node = self.report
+        """The task of the report, once it is launched."""
+
     @property
     def targets(self) -> list[Node]:
         """All that has to run."""
-        return [self.report, *self.last.values(), *self.settles]
+        return [self.reported, *self.last.values(), *self.settles]
 
     def launched(self, launch: Launch) -> None:
         """Keep references to its tasks only: drop the graph, and with it the steps before."""
         tasks = iter(launch.targets)
-        self.report = next(tasks)
+        self.reported = next(tasks)
         self.last = {shard: next(tasks) for shard in self.last}
         self.settles = list(tasks)
         self.order, self.scheduled = {}, {}

@@ -225,8 +225,13 @@ def roll_back(store: Store, token: str, *, done: int) -> None:
         shard.update = None
 
 
-def report(
-    store: Store, token: str, *values: Any, weights: list[float] | None, order: list[str] | None
+def report(store: Store, token: str, *values: Any, **about: Any) -> dict[str, Any]:
+    """`report_of` as a function on a shard."""
+    return report_of(values, **about)
+
+
+def report_of(
+    values: Sequence[Any], *, weights: list[float] | None, order: list[str] | None
 ) -> dict[str, Any]:
     """A step in numbers: its loss, the norm of its gradients, the idle share of the workers.
 

@@ -1,9 +1,9 @@
 """Worker: tagged values as frames of bytes, for channels that send tensors of bytes.
 
-The first frame has a fixed size. It holds the tag, says how long the parts of the value are, and
-has those parts that are small, as far as there is room; the others follow in frames of their own.
-A dense tensor in the order of its dimensions is one part, its memory. Any other value is pickled,
-with the memory of its tensors out of band.
+The first frame holds the tag, says how long the parts of the value are, and has those parts that
+are small, as far as there is room; the others follow in frames of their own. A dense tensor in the
+order of its dimensions is one part, its memory. Any other value is pickled, with the memory of its
+tensors out of band.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from taskgrad.cluster.wire.serialize import (
     pickle_with,
 )
 
-FIRST_FRAME = 4096
-"""Bytes of the first frame of each value."""
+FIRST_FRAME = 1 << 16
+"""The most bytes of the first frame of a value."""
 
 Tag = tuple[int, int, int]
 """Three numbers below 2**32 that say what a value is."""
@@ -32,7 +32,10 @@ Tag = tuple[int, int, int]
 _HEAD = struct.Struct("<IIIBBH")  # the tag; kind; dtype of a tensor; number of lengths that follow
 _TENSOR, _PICKLED = 0, 1
 # Parts up to so many bytes are in the first frame, if there is room.
-_SMALL = 2048
+_SMALL = 1 << 15
+# A part of the first frame is copied out of it up to so many bytes; a larger one keeps the frame.
+_COPIED = 1 << 12
+_ALIGNMENT = 64
 # As many lengths fit into the first frame, and leave room for small parts.
 _MAX_LENGTHS = 128
 
@@ -44,9 +47,9 @@ _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 
 def pack(tag: Tag, value: Any) -> list[torch.Tensor]:
-    """The frames of a value, each a one-dimensional tensor of bytes; the first of a fixed size.
+    """The frames of a value, each a one-dimensional tensor of bytes.
 
-    Frames share the memory of the value's tensors.
+    All but the first share the memory of the value's tensors.
     """
     lengths: Sequence[int]
     if type(value) is torch.Tensor and _is_plain(value):
@@ -60,16 +63,16 @@ def pack(tag: Tag, value: Any) -> list[torch.Tensor]:
     room = memoryview(first.numpy().data)
     _HEAD.pack_into(room, 0, *tag, kind, code, len(lengths))
     struct.pack_into(f"<{len(lengths)}Q", room, _HEAD.size, *lengths)
-    at = _HEAD.size + 8 * len(lengths)
+    at = _aligned(_HEAD.size + 8 * len(lengths))
     rest = []
     for part in parts:
         size = len(part)
         if _fits(size, at):
             room[at : at + size] = part
-            at += size
+            at = _aligned(at + size)
         else:
             rest.append(_bytes(part))
-    return [first, *rest]
+    return [first[:at], *rest]
 
 
 def tag_of(first: torch.Tensor) -> Tag:
@@ -84,7 +87,7 @@ def rest_of(first: torch.Tensor) -> list[torch.Tensor]:
     found = []
     for size in sizes:
         if _fits(size, at):
-            at += size
+            at = _aligned(at + size)
         else:
             found.append(torch.empty(size, dtype=torch.uint8))
     return found
@@ -99,8 +102,9 @@ def unpack(frames: Sequence[torch.Tensor]) -> Any:
     parts: list[Any] = []
     for size in sizes:
         if _fits(size, at):
-            parts.append(first[at : at + size].clone() if size else torch.empty(0, dtype=_BYTE))
-            at += size
+            part = first[at : at + size]
+            parts.append(part.clone() if size <= _COPIED else part)
+            at = _aligned(at + size)
         else:
             parts.append(next(following))
     _, _, _, kind, code, count = _HEAD.unpack_from(room)
@@ -113,9 +117,6 @@ def unpack(frames: Sequence[torch.Tensor]) -> Any:
         )
     head, *buffers = (part.numpy().data for part in parts)
     return pickle.loads(head, buffers=buffers)
-
-
-_BYTE = torch.uint8
 
 
 def _is_plain(t: torch.Tensor) -> bool:
@@ -148,13 +149,17 @@ def _sizes(first: torch.Tensor) -> tuple[list[int], int]:
     room = first.numpy().data
     *_, kind, code, count = _HEAD.unpack_from(room)
     found = struct.unpack_from(f"<{count}Q", room, _HEAD.size)
-    at = _HEAD.size + 8 * count
+    at = _aligned(_HEAD.size + 8 * count)
     if kind == _PICKLED:
         return list(found), at
     total = _DTYPES[code].itemsize
     for length in found:
         total *= length
     return ([total] if total else []), at
+
+
+def _aligned(at: int) -> int:
+    return (at + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
 
 
 def _fits(size: int, at: int) -> bool:
