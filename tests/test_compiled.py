@@ -75,9 +75,17 @@ def threads_and_ports(dask_worker) -> tuple[int, int]:
     return named, len(listening)
 
 
-def test_nothing_is_left_when_a_trainer_is_gone(client):
+def before_a_trainer(client: Client) -> dict[str, tuple[int, int]]:
+    """Threads and ports of the workers, once those of earlier trainers are gone."""
     gc.collect()
-    before = client.run(threads_and_ports)
+    assert wait_until(
+        lambda: all(named == 0 for named, _ in client.run(threads_and_ports).values())
+    )
+    return client.run(threads_and_ports)
+
+
+def test_nothing_is_left_when_a_trainer_is_gone(client):
+    before = before_a_trainer(client)
     model = ConvNet()
     trainer = trainer_on(client, model, placed(len(model), 2, 1), microbatches=2)
     trainer.step(*images(1)[0]).item()
@@ -249,7 +257,7 @@ while True:
 
 
 def test_a_driver_that_is_killed(client):
-    before = client.run(threads_and_ports)
+    before = before_a_trainer(client)
     command = [sys.executable, "-c", DRIVER, client.scheduler.address]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
         for line in driver.stdout:

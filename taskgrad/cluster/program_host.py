@@ -7,6 +7,7 @@ from the driver
     ``listen``, ``connect``  join the workers' channels
     ``load``                 keep a program
     ``step``                 take a step
+    ``rest``                 end the task that takes steps, when there are none left
     ``settle``               all workers have made a step
     ``stop``                 end the steps of earlier epochs
     ``close``                end; as does the end of the connection
@@ -200,6 +201,9 @@ class _ProgramHost:
     async def _settle(self, step: int) -> None:
         if not self.resident.settle(step):
             await self._in_thread(self.resident.settle_now)
+
+    async def _rest(self) -> None:
+        self.resident.rest()
 
     async def _stop(self, epoch: int) -> None:
         self.resident.stop(epoch)

@@ -74,6 +74,10 @@ class CompiledExecutor:
         self._program_of.pop(step, None)
         return values, [found[rank][1] for rank in sorted(found)]
 
+    def rest(self) -> None:
+        """No step comes for now: end the tasks that take them."""
+        self._connections.rest()
+
     def stop(self) -> None:
         """End the steps that run; `wait_stopped` says when nothing of them runs any more."""
         self._connections.stop()

@@ -131,6 +131,11 @@ class Connections:
         about = {"op": "step", "number": number, "program": program}
         self._send([{**about, "inputs": given} for given in packed], with_tasks=True)
 
+    def rest(self) -> None:
+        """No step comes for now: end the tasks that take them."""
+        if self._tasks and self._client.status == "running":
+            self._send([{"op": "rest"} for _ in self.workers])
+
     def stop(self) -> None:
         """End the steps that run; `is_stopped` is true when nothing of them runs any more."""
         if self._client.status != "running":

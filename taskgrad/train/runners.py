@@ -219,7 +219,8 @@ class CompiledRunner:
         }
 
     def finish(self) -> None:
-        pass  # nothing is held here
+        if self._executor is not None:
+            self._executor.rest()
 
     def cancel(self, running: list[_Running]) -> None:
         if self._executor is not None and running:

@@ -8,6 +8,7 @@ come from the other workers' programs; whatever receives them calls `deliver`.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections import deque
@@ -23,7 +24,10 @@ from taskgrad.worker.step_program import StepProgram, at_step, keys_of
 from taskgrad.worker.store import Store
 
 # How long a program waits for another step before its task ends.
-_IDLE_S = 1.0
+_IDLE_S = 0.25
+# How long a thread of the process that runs Python code may keep a program from doing so. Python's
+# own 5 ms, spent by the event loop while it reads a step's inputs, would stall every other worker.
+_SWITCH_S = 0.0005
 # How often a wait checks whether other tasks wait for its thread, if nothing wakes it.
 _CHECK_S = 0.5
 
@@ -97,6 +101,7 @@ class Resident:
     _stopping: bool = False
     _closed: bool = False
     _to_settle: int = -1
+    _rests: bool = False
     _at: tuple[int, int] = (-1, 0)  # step, and how many of its instructions were executed
     _position: dict[str, Any] = field(default_factory=dict)  # at the last stop
     _changed: threading.Condition = field(default_factory=threading.Condition)
@@ -127,8 +132,15 @@ class Resident:
         """Take one more step, once those before it are done."""
         with self._changed:
             if not self._stopping:
+                self._rests = False
                 self._steps.append(step)
                 self._changed.notify_all()
+
+    def rest(self) -> None:
+        """No step comes for now: end the task at once when there is none left."""
+        with self._changed:
+            self._rests = True
+            self._changed.notify_all()
 
     def deliver(self, tag: Tag, arrived: Any) -> None:
         """A value came from another worker; `Host.unpack` makes it."""
@@ -181,6 +193,8 @@ class Resident:
                 return 0
             self._running = True
         self.host.begin()
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(min(interval, _SWITCH_S))
         try:
             while (step := self._next()) is not None:
                 if not self._take(step):
@@ -189,6 +203,7 @@ class Resident:
         except Stopped:
             pass
         finally:
+            sys.setswitchinterval(interval)
             with self._changed:
                 self._running = False
                 if self._stopping:
@@ -210,7 +225,7 @@ class Resident:
                 while not self._steps and self._to_settle < 0:
                     self._check()
                     left = until - time.monotonic()
-                    if left <= 0 or self.host.is_wanted():
+                    if left <= 0 or self._rests or self.host.is_wanted():
                         return None
                     self._changed.wait(min(left, _CHECK_S))
                 if self._steps:
