@@ -36,15 +36,17 @@ from distributed.protocol.serialize import to_serialize
 
 from taskgrad import remote_errors
 from taskgrad.cluster import internals
-from taskgrad.cluster.actions import run_on, title_of
+from taskgrad.cluster.actions import title_of
 from taskgrad.cluster.channels.dask_comms import CHANNEL, DaskChannels
 from taskgrad.cluster.channels.frames import Tag
 from taskgrad.cluster.channels.gloo import GlooChannels
 from taskgrad.cluster.nested import give_thread_back
+from taskgrad.cluster.wire.picklable import check_picklable
 from taskgrad.errors import WorkerLostError
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.worker.failures import exit_error
 from taskgrad.worker.resident import Resident, StepInputs
+from taskgrad.worker.settings import applied
 from taskgrad.worker.step_program import StoredResult
 from taskgrad.worker.store import Store
 
@@ -134,6 +136,8 @@ class _ProgramHost:
         self._loop: Any = worker.loop
         self._outgoing: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._gave_thread_back = False
+        self._settings: TorchSettings | None = None  # those that hold now
+        self._applied = contextlib.ExitStack()
         self.resident = Resident(store, self, tokens)
         self.channels: GlooChannels | DaskChannels
         if gloo:
@@ -214,11 +218,25 @@ class _ProgramHost:
     def execute(self, action: Any, settings: TorchSettings | None, inputs: list[Any]) -> Any:
         """Run an action on the worker's store; see `Host`."""
         try:
-            return run_on(self._store, action, settings, inputs)
+            if settings is not None and settings != self._settings:
+                self.release()
+                self._applied.enter_context(
+                    applied(settings, self._store.address, self.give_thread_back)
+                )
+                self._settings = settings
+            result = action.run(self._store, *inputs)
+            check_picklable(result)
+            return result
         except Exception:
             raise
         except BaseException as error:
             raise exit_error(error, self._store.address, title_of(action)) from None
+
+    def release(self) -> None:
+        """Put torch's settings back: the program waits, and others may need other ones."""
+        if self._settings is not None:
+            self._settings = None
+            self._applied.close()
 
     def send(self, peer: int, tag: Tag, value: Any) -> None:
         """Send a value to another worker's program."""

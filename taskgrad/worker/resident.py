@@ -41,6 +41,9 @@ class Host(Protocol):
     def execute(self, action: Any, settings: TorchSettings | None, inputs: list[Any]) -> Any:
         """Run an action on the worker's store, as its task would."""
 
+    def release(self) -> None:
+        """Put torch's settings back, which `execute` leaves for the next action."""
+
     def send(self, peer: int, tag: Tag, value: Any) -> None:
         """Send a value to another worker's program."""
 
@@ -288,11 +291,14 @@ class Resident:
             self.host.tell({"op": "failed", "step": step.number, "error": error})
             return False
         finally:
+            self.host.release()
             values.clear()
             self.store.discard(keys_of(list(actions.values())))
 
     def _receive(self, tag: Tag) -> Any:
         with self._changed:
+            if tag not in self._arrived:
+                self.host.release()
             while tag not in self._arrived:
                 self._check()
                 if self.host.is_wanted():
