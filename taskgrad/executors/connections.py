@@ -72,15 +72,18 @@ class Connections:
         self._sent = 0  # steps since then
         self._taken = [0] * len(workers)
         self._tasks: dict[int, Future] = {}  # the tasks that take steps, by rank
-        self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._lost: set[int] = set()
         self._unshown: list[list[Any]] = [[] for _ in workers]  # what each did since `_shown_at`
         self._shown_at = time.monotonic()
         self._background: set[asyncio.Task[None]] = set()
-        client_calls.call_with_deadline(
-            client, lambda: self._open(tokens), "to prepare for compiled steps"
-        )
         self._finalizer = weakref.finalize(self, _close, client, self._comms)
+        try:
+            client_calls.call_with_deadline(
+                client, lambda: self._open(tokens), "to prepare for compiled steps"
+            )
+        except BaseException:
+            self.close()
+            raise
 
     async def _open(self, tokens: Sequence[str]) -> None:
         # TLS is a matter of Dask's own connections; gloo has none.
