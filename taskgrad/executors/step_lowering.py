@@ -33,12 +33,15 @@ class StepNodes:
         What has to run in addition: the update.
     reports
         The nodes whose values the driver gets.
+    ahead
+        For each worker a node that it may run, if it has to wait before it needs to.
     """
 
     orders: Mapping[str, Sequence[Node]]
     names: Mapping[Node, str]
     targets: Sequence[Node]
     reports: Sequence[Node]
+    ahead: Mapping[str, Node]
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,17 @@ def lower_step(step: StepNodes) -> LoweredStep:
         reports.append((at, len(reported[at])))
         reported[at].append(names[node])
     lowered = programs(orders)
+    ahead = [
+        Job(f"{n.key.partition('-')[0]}-{i}", action_of(n), n.settings, ())
+        if (n := step.ahead.get(address)) is not None
+        else None
+        for i, address in enumerate(workers)
+    ]
     sent = [i.value for p in lowered for i in p.instructions if i.kind == "send"]
     numbers = {value: number for number, value in enumerate(dict.fromkeys(sent))}
     return LoweredStep(
         tuple(
-            StepProgram(program, jobs[i], numbers, tuple(reported[i]))
+            StepProgram(program, jobs[i], numbers, tuple(reported[i]), ahead[i])
             for i, program in enumerate(lowered)
         ),
         titles,

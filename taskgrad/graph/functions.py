@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import cloudpickle
@@ -77,6 +78,16 @@ class Template:
     def __init__(self, data: bytes) -> None:
         self._leaves, self._structure = pack.loads_arguments(data)
 
+    @classmethod
+    def of(cls, data: bytes) -> Template:
+        """The arguments, unpickled once where calls can share them: nothing in them can change."""
+        return _shared(data) or cls(data)
+
+    @property
+    def is_constant(self) -> bool:
+        """True if it has only inputs, numbers and texts, in built-in containers."""
+        return self._structure.is_builtin and all(type(x) in _CONSTANT for x in self._leaves)
+
     @property
     def parameters(self) -> set[int]:
         """The positions of inputs that are Parameters of objects among the arguments."""
@@ -87,3 +98,12 @@ class Template:
         """The arguments, with the inputs in their slots."""
         given = [inputs[x.index] if type(x) is Slot else x for x in self._leaves]
         return self._structure.build(given)
+
+
+_CONSTANT = frozenset({Slot, type(None), bool, int, float, complex, str, bytes})
+
+
+@lru_cache(maxsize=1024)
+def _shared(data: bytes) -> Template | None:
+    found = Template(data)
+    return found if found.is_constant else None

@@ -118,6 +118,12 @@ class Structure(Opaque):
         return self.kind == "object" or any(child.has_objects for child in self.children)
 
     @cached_property
+    def is_builtin(self) -> bool:
+        """True if it has no containers but tuples, lists and dictionaries."""
+        own = self.kind in ("leaf", "tuple", "list", "dict")
+        return own and all(child.is_builtin for child in self.children)
+
+    @cached_property
     def takes_anything(self) -> bool:
         """True if the value can be built with any leaves, and then pickled and unpickled."""
         return _takes_anything(self.kind, self.context) and all(

@@ -184,6 +184,7 @@ class CompiledRunner:
                 {node: name for nodes in made.scheduled.values() for node, name in nodes.items()},
                 list(made.last.values()),
                 made.report.inputs,
+                {node.worker or "": node for node in made.ahead},
             )
         )
         free = len(self._loaded)  # the number of a program that is not in use

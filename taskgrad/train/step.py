@@ -57,6 +57,8 @@ class Step:
     """For an action the one before it in the schedule, if any, or in the step before."""
     scheduled: dict[str, dict[Node, str]]
     """For each worker the actions of its schedule in order, with their names in the plan."""
+    ahead: list[Node]
+    """Tasks of shards that may run before their updates, to make them shorter."""
     launch: Launch | None = None
 
     def __post_init__(self) -> None:
@@ -74,7 +76,7 @@ class Step:
         self.reported = next(tasks)
         self.last = {shard: next(tasks) for shard in self.last}
         self.settles = list(tasks)
-        self.order, self.scheduled = {}, {}
+        self.order, self.scheduled, self.ahead = {}, {}, []
         self.launch = launch
 
 
@@ -134,7 +136,8 @@ def build(
     if update:  # copies of tied parameters get the new values
         last |= layout.refreshes(commits)
     settles = layout.tasks(optimizing.settle, awaits=list(commits.values()), number=number)
-    return Step(number, report, last, list(settles), order, scheduled)
+    ahead = layout.tasks(training.copy_ahead, step=number) if update else []
+    return Step(number, report, last, list(settles), order, scheduled, list(ahead))
 
 
 def _microbatch(

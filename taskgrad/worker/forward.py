@@ -77,7 +77,7 @@ class Forward:
         comm: Communicator | None = None,
     ) -> Any:
         call = self.call
-        arguments = Template(call.template)
+        arguments = Template.of(call.template)
         takes, structures, fed = self._feed(values, arguments, shard.device if shard else None)
         if shard is not None:
             _set_mode(shard, call.mode)
@@ -185,7 +185,7 @@ class Forward:
             fn = self._function(shard, index, fed)
             loss = call.context.loss if index == LOSS and call.context is not None else None
             if loss is not None:
-                args = (*args, *Template(loss.template).fill(fed))
+                args = (*args, *Template.of(loss.template).fill(fed))
             try:
                 with self._stream(fn, name):
                     value = fn(*args, **kwargs)

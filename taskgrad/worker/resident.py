@@ -20,7 +20,7 @@ from taskgrad.errors import WorkerLostError
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.plan.program import Value
 from taskgrad.worker import optimizing
-from taskgrad.worker.step_program import StepProgram, at_step, keys_of
+from taskgrad.worker.step_program import Job, StepProgram, at_step, keys_of
 from taskgrad.worker.store import Store
 
 # How long a program waits for another step before its task ends.
@@ -247,40 +247,9 @@ class Resident:
         """Run one step and tell the driver; False if it failed."""
         program, drops = self._programs[step.program]
         actions = {name: at_step(job.action, step.number) for name, job in program.jobs.items()}
-        values: dict[Value, Any] = {}
         timings: list[Timing] = []
-        epoch = self.epoch
         try:
-            for i, ((kind, value, peer), unused) in enumerate(
-                zip(program.program.instructions, drops, strict=True)
-            ):
-                self._at = step.number, i
-                self._check()
-                if self._to_settle >= 0:
-                    self.settle_now()
-                start = time.time()
-                if kind == "run":
-                    job = program.jobs[value.operation]
-                    inputs = [
-                        step.inputs[s] if isinstance(s, int) else _found(values, s)
-                        for s in job.sources
-                    ]
-                    action = actions[value.operation]
-                    values[value] = self.host.execute(action, job.settings, inputs)
-                    del inputs
-                    timings.append((job.label, "compute", start, time.time()))
-                elif kind == "send":
-                    tag = epoch, step.number, program.numbers[value]
-                    self.host.send(peer, tag, _found(values, value))
-                else:
-                    tag = epoch, step.number, program.numbers[value]
-                    values[value] = self.host.unpack(self._receive(tag))
-                    timings.append((f"receive-{value}", "transfer", start, time.time()))
-                for name in unused:
-                    values.pop(name, None)
-            self._at = step.number + 1, 0
-            self.host.flush()
-            reports = [values[Value(name)] for name in program.reports]
+            reports = self._execute(program, drops, step, actions, timings)
             self.host.tell(
                 {"op": "done", "step": step.number, "reports": reports, "timings": timings}
             )
@@ -292,8 +261,53 @@ class Resident:
             return False
         finally:
             self.host.release()
-            values.clear()
             self.store.discard(keys_of(list(actions.values())))
+
+    def _execute(
+        self,
+        program: StepProgram,
+        drops: list[list[Value]],
+        step: StepInputs,
+        actions: dict[str, Any],
+        timings: list[Timing],
+    ) -> list[Any]:
+        """Execute the instructions of a step; returns the values that the driver gets."""
+        values: dict[Value, Any] = {}
+        epoch, ahead = self.epoch, program.ahead
+        for i, (kind, value, peer) in enumerate(program.program.instructions):
+            self._at = step.number, i
+            self._check()
+            if self._to_settle >= 0:
+                self.settle_now()
+            if kind == "run":
+                job = program.jobs[value.operation]
+                inputs = [
+                    step.inputs[s] if isinstance(s, int) else _found(values, s) for s in job.sources
+                ]
+                values[value] = self._run(job, actions[value.operation], inputs, timings)
+                del inputs
+            elif kind == "send":
+                tag = epoch, step.number, program.numbers[value]
+                self.host.send(peer, tag, _found(values, value))
+            else:
+                tag = epoch, step.number, program.numbers[value]
+                if ahead is not None and tag not in self._arrived:
+                    self._run(ahead, at_step(ahead.action, step.number), [], timings)
+                    ahead = None
+                start = time.time()
+                values[value] = self.host.unpack(self._receive(tag))
+                timings.append((f"receive-{value}", "transfer", start, time.time()))
+            for name in drops[i]:
+                values.pop(name, None)
+        self._at = step.number + 1, 0
+        self.host.flush()
+        return [values[Value(name)] for name in program.reports]
+
+    def _run(self, job: Job, action: Any, inputs: list[Any], timings: list[Timing]) -> Any:
+        start = time.time()
+        result = self.host.execute(action, job.settings, inputs)
+        timings.append((job.label, "compute", start, time.time()))
+        return result
 
     def _receive(self, tag: Tag) -> Any:
         with self._changed:

@@ -65,12 +65,15 @@ class StepProgram:
         The numbers of the values that travel, the same on all workers.
     reports
         The operations whose values the driver gets when the step is done.
+    ahead
+        What the worker runs when it first has to wait in a step, if it does.
     """
 
     program: Program
     jobs: dict[str, Job]
     numbers: dict[Value, int]
     reports: tuple[str, ...]
+    ahead: Job | None
 
     def drops(self) -> list[list[Value]]:
         """For each instruction the values that no later one takes."""

@@ -53,6 +53,23 @@ def begin(shard: ResidentShard, step: int) -> None:
     )
 
 
+def copy_ahead(store: Store, token: str, *, step: int) -> None:
+    """Make the copies that take back a step's update, for which `commit` need not wait then."""
+    with store.locked(token) as shard:
+        training = training_of(shard)
+        if training.done == step:
+            begin(shard, step)
+            _copy(shard, training)
+
+
+def _copy(shard: ResidentShard, training: Training) -> None:
+    """Copy all that an update changes, unless that was done ahead."""
+    before = training.before
+    if before is not None and before.update is None:
+        changing = [shard.optimizer, training.scheduler, training.scaler]
+        before.update = Undo(changing, training.copies, untouched_by(shard.optimizer))
+
+
 def prepare(store: Store, token: str, *, update: bool, norms: bool) -> Summary:
     """Summarize the gradients of a step, which are complete here, for the other shards.
 
@@ -110,8 +127,7 @@ def commit(
             finite = all(summary.finite for summary in summaries)
             total = total_norm(summaries, order) if update and clip_norm is not None else None
             if update:
-                changing = [shard.optimizer, training.scheduler, training.scaler]
-                before.update = Undo(changing, training.copies, untouched_by(shard.optimizer))
+                _copy(shard, training)
             try:
                 if update and finite and shard.optimizer is not None:
                     with update_errors(store.address, step, "clipping"):
