@@ -184,6 +184,7 @@ def test_faults_change_no_bit(client, steps):
     assert wait_until(lambda: total_held(client)["tapes"] == 0)
 
 
+@pytest.mark.timeout(900)  # most of it waits for workers that start again
 @pytest.mark.parametrize("kills", [2, *long(30)])
 def test_a_worker_that_is_killed(fresh, kills):
     rng = random.Random(1)
