@@ -38,7 +38,10 @@ class CheckpointError(TaskgradError, ValueError):
 
 
 class TravelError(TaskgradError, TypeError):
-    """A value cannot be sent to another process, and so cannot be a task's result."""
+    """A value cannot be sent to another process, and so cannot be a task's result.
+
+    It is a serialization error; the name stays because programs catch it.
+    """
 
 
 class DerivativeError(TaskgradError, NotImplementedError):

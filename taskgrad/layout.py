@@ -196,9 +196,9 @@ class Layout:
         return self._shard_of[layer.index]
 
     def home(self, name: str) -> Shard:
-        """The shard that has the parameter or buffer of this name.
+        """The shard that owns the parameter or buffer of this name; see `Shard.home`.
 
-        A tied parameter lives where its first name is; other shards have copies of it.
+        That of a tied parameter is the one with its first name; other shards have copies of it.
         """
         return self.shard_of(self.owner(name))
 

@@ -109,7 +109,7 @@ class FuturesExecutor:
         check_open(self.session.client)
         table = self.table
         table.batch_reads(targets)
-        targets = [table.carrier_of(t) for t in targets]
+        targets = [table.batch_of(t) for t in targets]
         nodes = table.missing(targets, {})
         states = [BufferState(n) for n in nodes if isinstance(n, Call) and n.spec.buffers]
         if states:
@@ -224,17 +224,17 @@ class FuturesExecutor:
     def wait(
         self, nodes: Sequence[Node], *, launch: Launch | None = None, seconds: float | None = None
     ) -> BaseException | None:
-        targets = [self.table.carrier_of(n) for n in nodes]
+        targets = [self.table.batch_of(n) for n in nodes]
         return wait_for(targets, self.session, self.table, launch, seconds)
 
     def values(self, nodes: Sequence[Node]) -> list[Any]:
         table = self.table
-        carriers = [table.carrier_of(n) for n in nodes]
-        there = [n for n in dict.fromkeys(carriers) if not isinstance(n, Leaf)]
+        batches = [table.batch_of(n) for n in nodes]
+        there = [n for n in dict.fromkeys(batches) if not isinstance(n, Leaf)]
         found = dict(zip(there, gather(there, self.session, table), strict=True))
         return [
             c.value if isinstance(c, Leaf) else self._own(c, table.value_from(c, n, found[c]))
-            for n, c in zip(nodes, carriers, strict=True)
+            for n, c in zip(nodes, batches, strict=True)
         ]
 
     def _own(self, node: Node, value: Any) -> Any:

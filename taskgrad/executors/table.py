@@ -72,14 +72,14 @@ class TaskTable:
                 for position, read in enumerate(reads):
                     self._elements[read] = Element(batch, position, key=read.key)
 
-    def carrier_of(self, node: Node) -> Node:
-        """The node whose task gives this one's value: a batch, for an element not taken alone."""
+    def batch_of(self, node: Node) -> Node:
+        """The node whose task returns this one's value: its batch if it has one, else the node."""
         node = self.resolve(node)
         if isinstance(node, Element) and node not in self.futures:
             return node.source if isinstance(node.source, BatchedRead) else node
         return node
 
-    def value_from(self, carrier: Node, node: Node, value: Any) -> Any:
-        """A node's value, given that of its carrier."""
+    def value_from(self, batch: Node, node: Node, value: Any) -> Any:
+        """A node's value, given that of its batch."""
         node = self.resolve(node)
-        return value[node.position] if isinstance(node, Element) and node is not carrier else value
+        return value[node.position] if isinstance(node, Element) and node is not batch else value

@@ -38,7 +38,10 @@ class Shard:
         self.hooked: set[str] = set()
 
     def home(self, parameter: str) -> Shard:
-        """The shard where a parameter of this one lives."""
+        """The shard that owns a parameter of this one; its gradients are summed there.
+
+        The word is that of directory-based cache coherence: the home of what has copies elsewhere.
+        """
         return self.homes.get(parameter, self)
 
 

@@ -31,7 +31,11 @@ logger = logging.getLogger("taskgrad")
 
 # From malloc.h, and by name, for environment variables and tunables.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-_PARAMETERS = {"trim_threshold": -1, "top_pad": -2, "mmap_threshold": -3}
+_PARAMETERS = {
+    "trim_threshold": _TRIM_THRESHOLD,
+    "top_pad": _TOP_PAD,
+    "mmap_threshold": _MMAP_THRESHOLD,
+}
 
 _MIB = 2**20
 # Free memory at the end of a heap is kept up to the first; the heaps of threads, 64 MiB each, are
