@@ -59,15 +59,15 @@ def copy_ahead(store: Store, token: str, *, step: int) -> None:
         training = training_of(shard)
         if training.done == step:
             begin(shard, step)
-            _copy(shard, training)
+            _copy(shard, training, without=[])  # any parameter may get a gradient yet
 
 
-def _copy(shard: ResidentShard, training: Training) -> None:
+def _copy(shard: ResidentShard, training: Training, without: list[torch.Tensor]) -> None:
     """Copy all that an update changes, unless that was done ahead."""
     before = training.before
     if before is not None and before.update is None:
         changing = [shard.optimizer, training.scheduler, training.scaler]
-        before.update = Undo(changing, training.copies, untouched_by(shard.optimizer))
+        before.update = Undo(changing, training.copies, without)
 
 
 def prepare(store: Store, token: str, *, update: bool, norms: bool) -> Summary:
@@ -127,7 +127,7 @@ def commit(
             finite = all(summary.finite for summary in summaries)
             total = total_norm(summaries, order) if update and clip_norm is not None else None
             if update:
-                _copy(shard, training)
+                _copy(shard, training, untouched_by(shard.optimizer))
             try:
                 if update and finite and shard.optimizer is not None:
                     with update_errors(store.address, step, "clipping"):
