@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers import assert_same
-from taskgrad.cluster.channels.frames import FIRST_FRAME, pack, rest_of, tag_of, unpack
+from taskgrad.cluster.channels.frames import Stream, pack
 from taskgrad.graph.pytree import flatten
 
 TAG = (3, 2**32 - 1, 7)
@@ -30,17 +30,38 @@ VALUES = {
 }
 
 
+def through(stream: Stream, sent: bytes, most: int):
+    """The values of these bytes, of which at most so many come at a time."""
+    found = []
+    while sent:
+        room = stream.room()
+        count = min(len(room), len(sent), most)
+        room[:count] = sent[:count]
+        found.extend(stream.received(room, count))
+        sent = sent[count:]
+    return found
+
+
+@pytest.mark.parametrize("most", [7, 1_000, 10**9])
+def test_many_values_in_a_row(most):
+    values = [v for v in VALUES.values() if isinstance(v, torch.Tensor) and v.is_contiguous()]
+    sent = b"".join(b for i, v in enumerate(values) for b in pack((0, i, 0), v))
+    stream = Stream()
+    found = through(stream, sent, most)
+    assert [value.tag for value in found] == [(0, i, 0) for i in range(len(values))]
+    for our, their in zip(found, values, strict=True):
+        assert_same(our.value(), their)
+    assert not stream.is_halfway
+
+
 @pytest.mark.parametrize("name", VALUES)
 def test_a_value_comes_out_as_it_went_in(name):
     value = VALUES[name]
-    first, *sent = pack(TAG, value)
-    assert len(first) <= FIRST_FRAME
-    assert tag_of(first) == TAG
-    rest = rest_of(first)
-    assert [frame.shape for frame in rest] == [frame.shape for frame in sent]
-    for to, frame in zip(rest, sent, strict=True):
-        to.copy_(frame)
-    found = unpack([first, *rest])
+    stream = Stream()
+    [arrived] = through(stream, b"".join(pack(TAG, value)), 10**9)
+    assert arrived.tag == TAG
+    assert not stream.is_halfway
+    found = arrived.value()
     ours, theirs = flatten(found)[0], flatten(value)[0]
     assert flatten(found)[1] == flatten(value)[1]
     for our, their in zip(ours, theirs, strict=True):
@@ -53,14 +74,19 @@ def test_a_value_comes_out_as_it_went_in(name):
         assert found.dtype == value.dtype
 
 
-def test_a_large_tensor_is_not_copied_to_be_sent():
-    value = torch.randn(10_000)
-    _, frame = pack(TAG, value)  # 40 kB
-    assert frame.data_ptr() == value.data_ptr()
+def test_a_tensor_is_not_copied_to_be_sent():
+    value = torch.zeros(100)
+    _, part = pack(TAG, value)
+    value += 1
+    assert torch.frombuffer(part, dtype=torch.float32).tolist() == [1] * 100
 
 
-def test_a_value_does_not_keep_the_first_frame():
-    first, *rest = pack(TAG, torch.ones(2))
-    found = unpack([first, *rest])
-    first.zero_()
-    assert found.tolist() == [1, 1]
+def test_a_value_has_memory_of_its_own():
+    stream = Stream()
+    first, second = through(
+        stream, b"".join([*pack(TAG, torch.ones(2)), *pack(TAG, (1, 2))]), 10**9
+    )
+    first.value().zero_()
+    stream.room()[:] = bytes([255]) * len(stream.room())  # where both came
+    assert first.value().tolist() == [0, 0]
+    assert second.value() == (1, 2)

@@ -39,7 +39,7 @@ from taskgrad.cluster import internals
 from taskgrad.cluster.actions import title_of
 from taskgrad.cluster.channels.dask_comms import CHANNEL, DaskChannels
 from taskgrad.cluster.channels.frames import Tag
-from taskgrad.cluster.channels.gloo import GlooChannels
+from taskgrad.cluster.channels.sockets import SocketChannels
 from taskgrad.cluster.nested import give_thread_back
 from taskgrad.cluster.wire.picklable import check_picklable
 from taskgrad.errors import WorkerLostError
@@ -95,7 +95,7 @@ class ProgramHosts:
     def task_is_ready(self) -> None:
         """A task waits for a thread, which a program may have."""
         for host in self.named.values():
-            host.resident.wake()
+            host.wake()
 
     async def _serve(self, comm: Comm, name: str, **about: Any) -> Any:
         host = _ProgramHost(self._worker, self._store, comm, name, **about)
@@ -127,7 +127,7 @@ class _ProgramHost:
         rank: int,
         addresses: Sequence[str],
         tokens: Sequence[str],
-        gloo: bool,
+        sockets: bool,
     ) -> None:
         self._worker = worker
         self._store = store
@@ -139,11 +139,10 @@ class _ProgramHost:
         self._settings: TorchSettings | None = None  # those that hold now
         self._applied = contextlib.ExitStack()
         self.resident = Resident(store, self, tokens)
-        self.channels: GlooChannels | DaskChannels
-        if gloo:
-            host = get_address_host(worker.address)
-            self.channels = GlooChannels(
-                host, rank, len(addresses), self.resident.deliver, self._lost
+        self.channels: SocketChannels | DaskChannels
+        if sockets:
+            self.channels = SocketChannels(
+                name, rank, len(addresses), self.resident.deliver, self._lost
             )
         else:
             self.channels = DaskChannels(worker, name, rank, self.resident.deliver, self._lost)
@@ -170,21 +169,23 @@ class _ProgramHost:
     async def close(self) -> None:
         """Close the channels."""
         channels = self.channels
-        if isinstance(channels, GlooChannels):
+        if isinstance(channels, SocketChannels):
             await self._in_thread(channels.close, _CLOSE_S)
         else:
             await channels.close()
 
     async def _listen(self) -> None:
-        assert isinstance(self.channels, GlooChannels)
-        self.tell({"op": "listening", "port": self.channels.listen()})
+        assert isinstance(self.channels, SocketChannels)
+        host = get_address_host(self._worker.address)
+        self.tell({"op": "listening", "port": self.channels.listen(host)})
 
-    async def _connect(self, seconds: float, port: int = 0) -> None:
+    async def _connect(self, seconds: float, ports: Sequence[int] = ()) -> None:
         channels = self.channels
         try:
-            if isinstance(channels, GlooChannels):
-                host = get_address_host(self._addresses[0])
-                await self._in_thread(channels.connect, host, port, seconds)
+            if isinstance(channels, SocketChannels):
+                hosts = map(get_address_host, self._addresses)
+                where = list(zip(hosts, ports, strict=True))
+                await self._in_thread(channels.connect, where, seconds)
             else:
                 await channels.connect(self._addresses, seconds)
         except Exception as error:
@@ -198,7 +199,9 @@ class _ProgramHost:
     async def _load(self, number: int, program: bytes) -> None:
         self.resident.load(number, pickle.loads(program))
 
-    async def _step(self, number: int, program: int, inputs: list[Any]) -> None:
+    async def _step(self, number: int, program: int, inputs: list[Any], settle: int) -> None:
+        if settle >= 0:
+            self.resident.settle(settle)
         found = [self._worker.data[i.key] if isinstance(i, StoredResult) else i for i in inputs]
         self.resident.add(StepInputs(number, program, found))
 
@@ -246,9 +249,13 @@ class _ProgramHost:
         """The value of what a channel delivered."""
         return self.channels.unpack(arrived)
 
-    def flush(self) -> None:
-        """All values of a step were sent: wait until they have arrived."""
-        self.channels.flush()
+    def wait(self, seconds: float) -> None:
+        """Wait until a value has come, or `wake` was called since the last time, or so long."""
+        self.channels.wait(seconds)
+
+    def wake(self) -> None:
+        """End the program's wait."""
+        self.channels.wake()
 
     def tell(self, message: dict[str, Any]) -> None:
         """Send a message to the driver; any thread may call."""
@@ -268,6 +275,11 @@ class _ProgramHost:
     def begin(self) -> None:
         """A task begins to take steps."""
         self._gave_thread_back = False
+        self.channels.attend(True)
+
+    def end(self) -> None:
+        """The task has ended."""
+        self.channels.attend(False)
 
     def is_wanted(self) -> bool:
         """True if other tasks wait for the thread of this one."""

@@ -48,7 +48,8 @@ class CompiledExecutor:
 
     def load(self, number: int, lowered: LoweredStep) -> None:
         """Send the workers their programs, which they keep under this number."""
-        self._connections.load(number, [dumps_whole(p) for p in lowered.programs])
+        labels = [p.labels() for p in lowered.programs]
+        self._connections.load(number, [dumps_whole(p) for p in lowered.programs], labels)
         self._lowered[number] = lowered
 
     def submit(self, step: int, program: int, inputs: Sequence[Any]) -> None:

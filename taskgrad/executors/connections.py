@@ -7,6 +7,7 @@ import contextlib
 import threading
 import time
 import weakref
+from array import array
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,10 @@ from taskgrad.errors import TaskgradError
 _SHOW_S = 0.5
 
 
+Row = tuple[str, str, float, float]
+"""(name, "compute" or "transfer", start, stop); times are in seconds since the epoch."""
+
+
 class Connections:
     """One connection to each worker of a trainer's chain.
 
@@ -37,7 +42,7 @@ class Connections:
     ----------
     finished : dict
         By the number of a step: the reports of the workers that have taken it, by rank, each
-        (values, timings).
+        (values, what was measured: rows of (name, "compute" or "transfer", start, stop)).
     error : tuple or None
         What ended the steps that run: the error that a worker raised, or the address of one that is
         lost.
@@ -56,7 +61,7 @@ class Connections:
         names: Mapping[str, Any],
     ) -> None:
         self.workers = list(workers)
-        self.finished: dict[int, dict[int, tuple[list[Any], list[Any]]]] = {}
+        self.finished: dict[int, dict[int, tuple[list[Any], list[Row]]]] = {}
         self.error: BaseException | str | None = None
         self.positions: dict[int, tuple[list[int], list[list[int]]]] = {}
         self.changed = threading.Condition()
@@ -70,10 +75,12 @@ class Connections:
         self._stopped = set(range(len(workers)))  # ranks on which nothing of old epochs runs
         self._accepting = True  # False from a stop until `begin_again`
         self._sent = 0  # steps since then
+        self._to_settle = -1  # the last step that all workers have taken, until they know
         self._taken = [0] * len(workers)
         self._tasks: dict[int, Future] = {}  # the tasks that take steps, by rank
         self._lost: set[int] = set()
-        self._unshown: list[list[Any]] = [[] for _ in workers]  # what each did since `_shown_at`
+        self._labels: dict[int, list[list[tuple[str, str]]]] = {}  # by program, by rank
+        self._unshown: list[list[Row]] = [[] for _ in workers]  # what each did since `_shown_at`
         self._shown_at = time.monotonic()
         self._background: set[asyncio.Task[None]] = set()
         self._finalizer = weakref.finalize(self, _close, client, self._comms)
@@ -86,8 +93,8 @@ class Connections:
             raise
 
     async def _open(self, tokens: Sequence[str]) -> None:
-        # TLS is a matter of Dask's own connections; gloo has none.
-        gloo = all(address.startswith("tcp://") for address in self.workers)
+        # TLS is a matter of Dask's own connections.
+        sockets = all(address.startswith("tcp://") for address in self.workers)
         seconds = deadline("answer")
         for rank, address in enumerate(self.workers):
             comm = await connect(address, seconds, **self._client.connection_args)
@@ -100,14 +107,15 @@ class Connections:
                     "rank": rank,
                     "addresses": self.workers,
                     "tokens": [tokens[rank]],
-                    "gloo": gloo,
+                    "sockets": sockets,
                 }
             )
         if len(self.workers) > 1:
             where = {}
-            if gloo:
-                await self._comms[0].write({"op": "listen"})
-                where = {"port": (await _read(self._comms[0]))["port"]}
+            if sockets:
+                for comm in self._comms:
+                    await comm.write({"op": "listen"})
+                where = {"ports": [(await _read(comm))["port"] for comm in self._comms]}
             for comm in self._comms:
                 await comm.write({"op": "connect", "seconds": seconds, **where})
             for address, comm in zip(self.workers, self._comms, strict=True):
@@ -119,8 +127,12 @@ class Connections:
             asyncio.create_task(_listen(this, rank, comm)) for rank, comm in enumerate(self._comms)
         ]
 
-    def load(self, number: int, programs: Sequence[bytes]) -> None:
-        """Send every worker its program."""
+    def load(
+        self, number: int, programs: Sequence[bytes], labels: list[list[tuple[str, str]]]
+    ) -> None:
+        """Send every worker its program; `labels` has what `StepProgram.labels` gives for each."""
+        with self.changed:
+            self._labels[number] = labels
         self._send([{"op": "load", "number": number, "program": p} for p in programs])
 
     def step(self, number: int, program: int, inputs: Sequence[Any]) -> None:
@@ -131,7 +143,8 @@ class Connections:
         packed = [_pack(list(given), comm) for given, comm in zip(inputs, self._comms, strict=True)]
         with self.changed:
             self._sent += 1
-        about = {"op": "step", "number": number, "program": program}
+            settle, self._to_settle = self._to_settle, -1
+        about = {"op": "step", "number": number, "program": program, "settle": settle}
         self._send([{**about, "inputs": given} for given in packed], with_tasks=True)
 
     def rest(self) -> None:
@@ -235,14 +248,17 @@ class Connections:
         with self.changed:
             op = message["op"]
             if op == "done":
-                reports = message["reports"], message["timings"]
-                self._unshown[rank] += message["timings"]
+                labels = self._labels[message["program"]][rank]
+                timed = array("d", message["timings"])
+                numbers, times = map(int, timed[::3]), zip(timed[1::3], timed[2::3], strict=True)
+                rows = [(*labels[i], *at) for i, at in zip(numbers, times, strict=True)]
+                self._unshown[rank] += rows
                 if time.monotonic() - self._shown_at > _SHOW_S:
                     self._show()
                 found = self.finished.setdefault(message["step"], {})
-                found[rank] = reports
+                found[rank] = message["reports"], rows
                 if len(found) == len(self.workers):
-                    self._start(self._to_all({"op": "settle", "step": message["step"]}))
+                    self._to_settle = message["step"]
             elif op == "failed":
                 self._fail(remote_errors.loads(message["error"]))
             elif op == "stopped" and message["epoch"] == self._epoch:
@@ -253,6 +269,9 @@ class Connections:
                 self._show()
                 self._tasks.pop(rank, None)
                 self._taken[rank] += message["taken"]
+                if self._to_settle >= 0:  # no step comes that could say it
+                    self._start(self._to_all({"op": "settle", "step": self._to_settle}))
+                    self._to_settle = -1
                 if self._accepting and self._taken[rank] < self._sent:
                     self._start_tasks()
             elif op == "peer_lost":

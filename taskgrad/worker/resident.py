@@ -11,6 +11,7 @@ import contextlib
 import sys
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from taskgrad.errors import WorkerLostError
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.plan.program import Value
 from taskgrad.worker import optimizing
-from taskgrad.worker.step_program import Job, StepProgram, at_step, keys_of
+from taskgrad.worker.step_program import StepProgram, at_step, keys_of
 from taskgrad.worker.store import Store
 
 # How long a program waits for another step before its task ends.
@@ -38,6 +39,9 @@ class Host(Protocol):
     def begin(self) -> None:
         """A task begins to take steps."""
 
+    def end(self) -> None:
+        """The task has ended."""
+
     def execute(self, action: Any, settings: TorchSettings | None, inputs: list[Any]) -> Any:
         """Run an action on the worker's store, as its task would."""
 
@@ -50,8 +54,11 @@ class Host(Protocol):
     def unpack(self, arrived: Any) -> Any:
         """The value of what was delivered."""
 
-    def flush(self) -> None:
-        """Wait until all values that were sent have arrived."""
+    def wait(self, seconds: float) -> None:
+        """Wait until a value has come, or `wake` was called since the last time, or so long."""
+
+    def wake(self) -> None:
+        """End the program's wait; any thread may call."""
 
     def tell(self, message: dict[str, Any]) -> None:
         """Send a message to the driver."""
@@ -74,11 +81,6 @@ class StepInputs:
     number: int
     program: int
     inputs: Sequence[Any]
-
-
-Timing = tuple[str, str, float, float]
-"""(key, "compute" or "transfer", start, stop) of an operation, or of a wait for a value; times are
-in seconds since the epoch."""
 
 
 class Stopped(BaseException):
@@ -107,21 +109,23 @@ class Resident:
     _rests: bool = False
     _at: tuple[int, int] = (-1, 0)  # step, and how many of its instructions were executed
     _position: dict[str, Any] = field(default_factory=dict)  # at the last stop
-    _changed: threading.Condition = field(default_factory=threading.Condition)
+    # Held to read or change several of these together; `Host.wake` tells the program of a change.
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def settle(self, number: int) -> bool:
         """All workers have made this step: have the program drop what could take it back.
 
-        False if no program runs; then `settle_now` is to be called.
+        False if no program runs; then `settle_now` is to be called, or the next step does it.
         """
-        with self._changed:
+        with self._lock:
             self._to_settle = number
-            self._changed.notify_all()
-            return self._running
+            running = self._running
+        self.host.wake()
+        return running
 
     def settle_now(self) -> None:
         """Drop what could take back the step that all workers have made. May wait for a shard."""
-        with self._changed:
+        with self._lock:
             number, self._to_settle = self._to_settle, -1
         for token in self.tokens if number >= 0 else ():
             with contextlib.suppress(WorkerLostError):  # the chain has gone
@@ -133,36 +137,29 @@ class Resident:
 
     def add(self, step: StepInputs) -> None:
         """Take one more step, once those before it are done."""
-        with self._changed:
+        with self._lock:
             if not self._stopping:
                 self._rests = False
                 self._steps.append(step)
-                self._changed.notify_all()
+        self.host.wake()
 
     def rest(self) -> None:
         """No step comes for now: end the task at once when there is none left."""
-        with self._changed:
-            self._rests = True
-            self._changed.notify_all()
+        self._rests = True
+        self.host.wake()
 
     def deliver(self, tag: Tag, arrived: Any) -> None:
         """A value came from another worker; `Host.unpack` makes it."""
-        with self._changed:
+        with self._lock:
             if tag[0] >= self.epoch:
                 self._arrived[tag] = arrived
-                self._changed.notify_all()
-
-    def wake(self) -> None:
-        """Look again whether other tasks wait for the thread."""
-        with self._changed:
-            self._changed.notify_all()
 
     def stop(self, epoch: int) -> None:
         """End the steps of earlier epochs, as soon as the instruction that runs has ended.
 
         The driver is told when nothing of them runs any more.
         """
-        with self._changed:
+        with self._lock:
             self._stopping = True
             self._steps.clear()
             self._position = {
@@ -171,17 +168,17 @@ class Resident:
             }
             self.epoch = epoch
             self._arrived = {tag: v for tag, v in self._arrived.items() if tag[0] >= epoch}
-            self._changed.notify_all()
             if not self._running:
                 self._stopped()
+        self.host.wake()
 
     def close(self) -> None:
         """The driver has gone, or needs no more steps."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._steps.clear()
             self._arrived.clear()
-            self._changed.notify_all()
+        self.host.wake()
 
     @property
     def is_running(self) -> bool:
@@ -191,7 +188,7 @@ class Resident:
     def run(self) -> int:
         """Take steps until there are none; returns how many were taken. A task calls this."""
         taken = 0
-        with self._changed:
+        with self._lock:
             if self._running:  # Dask runs the task again
                 return 0
             self._running = True
@@ -207,7 +204,8 @@ class Resident:
             pass
         finally:
             sys.setswitchinterval(interval)
-            with self._changed:
+            self.host.end()
+            with self._lock:
                 self._running = False
                 if self._stopping:
                     self._stopped()
@@ -224,20 +222,20 @@ class Resident:
         """The next step; None if there is none for a while, or another task waits meanwhile."""
         until = time.monotonic() + _IDLE_S
         while True:
-            with self._changed:
-                while not self._steps and self._to_settle < 0:
-                    self._check()
-                    left = until - time.monotonic()
-                    if left <= 0 or self._rests or self.host.is_wanted():
-                        return None
-                    self._changed.wait(min(left, _CHECK_S))
-                if self._steps:
-                    step = self._steps.popleft()
-                    break
-            self.settle_now()
+            self._check()
+            if self._to_settle >= 0:
+                self.settle_now()
+            if self._steps:
+                break
+            left = until - time.monotonic()
+            if left <= 0 or self._rests or self.host.is_wanted():
+                return None
+            self.host.wait(min(left, _CHECK_S))
         if self.host.is_wanted():
             self.host.give_thread_back()
-        return step
+        with self._lock:
+            self._check()
+            return self._steps.popleft()
 
     def _check(self) -> None:
         if self._stopping or self._closed:
@@ -247,12 +245,12 @@ class Resident:
         """Run one step and tell the driver; False if it failed."""
         program, drops = self._programs[step.program]
         actions = {name: at_step(job.action, step.number) for name, job in program.jobs.items()}
-        timings: list[Timing] = []
+        timings = array("d")
         try:
             reports = self._execute(program, drops, step, actions, timings)
-            self.host.tell(
-                {"op": "done", "step": step.number, "reports": reports, "timings": timings}
-            )
+            about = {"step": step.number, "program": step.program}
+            timed = timings.tobytes()
+            self.host.tell({"op": "done", **about, "reports": reports, "timings": timed})
             return True
         except Stopped:
             raise
@@ -269,11 +267,16 @@ class Resident:
         drops: list[list[Value]],
         step: StepInputs,
         actions: dict[str, Any],
-        timings: list[Timing],
+        timings: array[float],
     ) -> list[Any]:
-        """Execute the instructions of a step; returns the values that the driver gets."""
+        """Execute the instructions of a step; returns the values that the driver gets.
+
+        Appends to `timings` of each instruction that takes time: its number, when it began, and
+        when it ended, in seconds since the epoch.
+        """
         values: dict[Value, Any] = {}
         epoch, ahead = self.epoch, program.ahead
+        execute, now = self.host.execute, time.time
         for i, (kind, value, peer) in enumerate(program.program.instructions):
             self._at = step.number, i
             self._check()
@@ -284,45 +287,45 @@ class Resident:
                 inputs = [
                     step.inputs[s] if isinstance(s, int) else _found(values, s) for s in job.sources
                 ]
-                values[value] = self._run(job, actions[value.operation], inputs, timings)
+                start = now()
+                values[value] = execute(actions[value.operation], job.settings, inputs)
+                timings.extend((i, start, now()))
                 del inputs
             elif kind == "send":
                 tag = epoch, step.number, program.numbers[value]
                 self.host.send(peer, tag, _found(values, value))
             else:
                 tag = epoch, step.number, program.numbers[value]
-                if ahead is not None and tag not in self._arrived:
-                    self._run(ahead, at_step(ahead.action, step.number), [], timings)
+                if ahead is not None and not self._is_here(tag):
+                    start = now()
+                    execute(at_step(ahead.action, step.number), ahead.settings, [])
+                    timings.extend((len(drops), start, now()))
                     ahead = None
-                start = time.time()
+                start = now()
                 values[value] = self.host.unpack(self._receive(tag))
-                timings.append((f"receive-{value}", "transfer", start, time.time()))
+                timings.extend((i, start, now()))
             for name in drops[i]:
                 values.pop(name, None)
         self._at = step.number + 1, 0
-        self.host.flush()
         return [values[Value(name)] for name in program.reports]
 
-    def _run(self, job: Job, action: Any, inputs: list[Any], timings: list[Timing]) -> Any:
-        start = time.time()
-        result = self.host.execute(action, job.settings, inputs)
-        timings.append((job.label, "compute", start, time.time()))
-        return result
+    def _is_here(self, tag: Tag) -> bool:
+        """True if this value has come."""
+        if tag not in self._arrived:
+            self.host.wait(0.0)
+        return tag in self._arrived
 
     def _receive(self, tag: Tag) -> Any:
-        with self._changed:
-            if tag not in self._arrived:
-                self.host.release()
-            while tag not in self._arrived:
-                self._check()
-                if self.host.is_wanted():
-                    self._changed.release()
-                    try:
-                        self.host.give_thread_back()
-                    finally:
-                        self._changed.acquire()
-                    continue
-                self._changed.wait(_CHECK_S)
+        if tag not in self._arrived:
+            self.host.release()
+        while tag not in self._arrived:
+            self._check()
+            if self.host.is_wanted():
+                self.host.give_thread_back()
+            else:
+                self.host.wait(_CHECK_S)
+        with self._lock:
+            self._check()  # a stop drops what has arrived
             return self._arrived.pop(tag)
 
 

@@ -75,6 +75,19 @@ class StepProgram:
     reports: tuple[str, ...]
     ahead: Job | None
 
+    def labels(self) -> list[tuple[str, str]]:
+        """The name of each instruction and whether it is "compute" or "transfer".
+
+        Last of all comes what runs ahead.
+        """
+        found = [
+            (self.jobs[value.operation].label, "compute")
+            if kind == "run"
+            else (f"{kind}-{value}", "transfer")
+            for kind, value, _ in self.program.instructions
+        ]
+        return [*found, (self.ahead.label if self.ahead else "", "compute")]
+
     def drops(self) -> list[list[Value]]:
         """For each instruction the values that no later one takes."""
         last: dict[Value, int] = {}

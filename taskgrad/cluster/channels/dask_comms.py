@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ CHANNEL = "taskgrad_channel"
 
 
 class DaskChannels:
-    """This worker's channels to the others of a group; see `GlooChannels`.
+    """This worker's channels to the others of a group; see `SocketChannels`.
 
     Everything but `send` runs in the worker's event loop.
     """
@@ -44,6 +45,7 @@ class DaskChannels:
         self._writers: list[asyncio.Task[None]] = []
         self._comms: list[Comm] = []
         self._closing = False
+        self._woken = threading.Event()
 
     async def connect(self, addresses: list[str], seconds: float) -> None:
         """Connect to all others; raises OSError if that takes longer."""
@@ -66,8 +68,17 @@ class DaskChannels:
         loop: Any = self._worker.loop
         loop.asyncio_loop.call_soon_threadsafe(self._queues[peer].put_nowait, (tag, value))
 
-    def flush(self) -> None:
-        """Nothing to wait for: what is queued is referred to until it is written."""
+    def attend(self, on: bool) -> None:
+        """Nothing to do: the event loop receives, whether a program runs or not."""
+
+    def wait(self, seconds: float) -> None:
+        """Wait until a value has come, or `wake` was called since the last time, or so long."""
+        self._woken.wait(seconds)
+        self._woken.clear()
+
+    def wake(self) -> None:
+        """End the program's wait; any thread may call."""
+        self._woken.set()
 
     async def _write(self, peer: int, comm: Comm) -> None:
         try:
@@ -85,6 +96,7 @@ class DaskChannels:
             while True:
                 message: Any = await comm.read()
                 self._deliver(tuple(message["tag"]), message["value"])
+                self.wake()
                 del message
         except OSError:
             if not self._closing:

@@ -1,17 +1,15 @@
-"""Worker: tagged values as frames of bytes, for channels that send tensors of bytes.
+"""Worker: tagged values as bytes, for channels that are streams of bytes.
 
-The first frame holds the tag, says how long the parts of the value are, and has those parts that
-are small, as far as there is room; the others follow in frames of their own. A dense tensor in the
-order of its dimensions is one part, its memory. Any other value is pickled, with the memory of its
-tensors out of band.
+A value is a head and parts. The head has the tag and says what the value is and how long its parts
+are. A dense tensor in the order of its dimensions is one part, its memory. Any other value is
+pickled, with the memory of its tensors out of band.
 """
 
 from __future__ import annotations
 
 import pickle
 import struct
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,21 +21,14 @@ from taskgrad.cluster.wire.serialize import (
     pickle_with,
 )
 
-FIRST_FRAME = 1 << 16
-"""The most bytes of the first frame of a value."""
-
 Tag = tuple[int, int, int]
 """Three numbers below 2**32 that say what a value is."""
 
 _HEAD = struct.Struct("<IIIBBH")  # the tag; kind; dtype of a tensor; number of lengths that follow
 _TENSOR, _PICKLED = 0, 1
-# Parts up to so many bytes are in the first frame, if there is room.
-_SMALL = 1 << 15
-# A part of the first frame is copied out of it up to so many bytes; a larger one keeps the frame.
-_COPIED = 1 << 12
-_ALIGNMENT = 64
-# As many lengths fit into the first frame, and leave room for small parts.
 _MAX_LENGTHS = 128
+# Bytes that are received at a time. What is left of a longer part is received where it belongs.
+_ROOM = 1 << 16
 
 _DTYPES = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
@@ -46,77 +37,110 @@ _DTYPES = (
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 
-def pack(tag: Tag, value: Any) -> list[torch.Tensor]:
-    """The frames of a value, each a one-dimensional tensor of bytes.
-
-    All but the first share the memory of the value's tensors.
-    """
+def pack(tag: Tag, value: Any) -> list[memoryview]:
+    """A value's bytes: the head, and parts that share the memory of the value's tensors."""
     lengths: Sequence[int]
     if type(value) is torch.Tensor and _is_plain(value):
         kind, code, lengths = _TENSOR, _CODES[value.dtype], value.shape
-        parts = [value.detach().reshape(-1).view(torch.uint8).numpy().data] if value.numel() else []
+        parts = [_bytes_of(value)] if value.numel() else []
     else:
         kind, code = _PICKLED, 0
-        parts = _pickled(value)
+        parts = [memoryview(part) for part in _pickled(value)]
         lengths = [len(part) for part in parts]
-    first = torch.empty(FIRST_FRAME, dtype=torch.uint8)
-    room = memoryview(first.numpy().data)
-    _HEAD.pack_into(room, 0, *tag, kind, code, len(lengths))
-    struct.pack_into(f"<{len(lengths)}Q", room, _HEAD.size, *lengths)
-    at = _aligned(_HEAD.size + 8 * len(lengths))
-    rest = []
-    for part in parts:
-        size = len(part)
-        if _fits(size, at):
-            room[at : at + size] = part
-            at = _aligned(at + size)
+    head = _HEAD.pack(*tag, kind, code, len(lengths)) + struct.pack(f"<{len(lengths)}Q", *lengths)
+    return [memoryview(head), *parts]
+
+
+class Arriving:
+    """A value of which the head is here; `missing` is the memory for its parts, last one first."""
+
+    __slots__ = ("_code", "_parts", "_shape", "missing", "tag")
+
+    def __init__(self, head: memoryview) -> None:
+        *tag, kind, code, count = _HEAD.unpack_from(head)
+        lengths = struct.unpack_from(f"<{count}Q", head, _HEAD.size)
+        self.tag: Tag = (tag[0], tag[1], tag[2])
+        self._parts: list[torch.Tensor]
+        if kind == _TENSOR:
+            self._parts = [torch.empty(lengths, dtype=_DTYPES[code])]
         else:
-            rest.append(_bytes(part))
-    return [first[:at], *rest]
+            self._parts = [torch.empty(length, dtype=torch.uint8) for length in lengths]
+        self._code = kind
+        self.missing = [_bytes_of(part) for part in reversed(self._parts) if part.numel()]
+
+    def value(self) -> Any:
+        """The value, once nothing is missing; it may keep the memory of the parts."""
+        if self._code == _TENSOR:
+            return self._parts[0]
+        head, *buffers = (part.numpy().data for part in self._parts)
+        return pickle.loads(head, buffers=buffers)
 
 
-def tag_of(first: torch.Tensor) -> Tag:
-    """The tag of the value whose first frame this is."""
-    a, b, c, *_ = _HEAD.unpack_from(first.numpy().data)
-    return a, b, c
+class Stream:
+    """The values that come on a connection, from bytes as they are received."""
+
+    def __init__(self) -> None:
+        self._room = memoryview(bytearray(_ROOM))
+        self._stop = 0  # of what is in the room
+        self._arriving: Arriving | None = None
+
+    @property
+    def is_halfway(self) -> bool:
+        """True if a part of a value is here."""
+        return self._arriving is not None or self._stop > 0
+
+    def room(self) -> memoryview:
+        """Memory for the next bytes, to be given to `received` when some of it is filled."""
+        arriving = self._arriving
+        if arriving is not None and len(arriving.missing[-1]) >= _ROOM:
+            return arriving.missing[-1]
+        return self._room[self._stop :]
+
+    def received(self, room: memoryview, count: int) -> Iterator[Arriving]:
+        """So many bytes came into this room; yields the values that are complete with them."""
+        arriving = self._arriving
+        if arriving is not None and room is arriving.missing[-1]:
+            if self._fill(arriving, room[count:]):
+                yield arriving
+            return
+        room, self._stop = self._room[: self._stop + count], 0
+        while len(room):
+            if self._arriving is None:
+                size = _head_size(room)
+                if size is None:
+                    self._stop = len(room)
+                    self._room[: self._stop] = bytes(room)
+                    return
+                self._arriving, room = Arriving(room[:size]), room[size:]
+            arriving = self._arriving
+            while arriving.missing and len(room):
+                part = arriving.missing[-1]
+                count = min(len(part), len(room))
+                part[:count] = room[:count]
+                room = room[count:]
+                self._fill(arriving, part[count:])
+            if not arriving.missing:
+                self._arriving = None
+                yield arriving
+
+    def _fill(self, arriving: Arriving, rest: memoryview) -> bool:
+        """`rest` of the part is missing now; True if nothing is."""
+        if len(rest):
+            arriving.missing[-1] = rest
+            return False
+        arriving.missing.pop()
+        if not arriving.missing:
+            self._arriving = None
+        return not arriving.missing
 
 
-def rest_of(first: torch.Tensor) -> list[torch.Tensor]:
-    """Memory for the frames that follow this one."""
-    sizes, at = _sizes(first)
-    found = []
-    for size in sizes:
-        if _fits(size, at):
-            at = _aligned(at + size)
-        else:
-            found.append(torch.empty(size, dtype=torch.uint8))
-    return found
-
-
-def unpack(frames: Sequence[torch.Tensor]) -> Any:
-    """The value of these frames, whose memory it may keep."""
-    first, *rest = frames
-    room = memoryview(first.numpy().data)
-    sizes, at = _sizes(first)
-    following = iter(rest)
-    parts: list[Any] = []
-    for size in sizes:
-        if _fits(size, at):
-            part = first[at : at + size]
-            parts.append(part.clone() if size <= _COPIED else part)
-            at = _aligned(at + size)
-        else:
-            parts.append(next(following))
-    _, _, _, kind, code, count = _HEAD.unpack_from(room)
-    if kind == _TENSOR:
-        shape = struct.unpack_from(f"<{count}Q", room, _HEAD.size)
-        return (
-            parts[0].view(_DTYPES[code]).view(shape)
-            if parts
-            else torch.empty(shape, dtype=_DTYPES[code])
-        )
-    head, *buffers = (part.numpy().data for part in parts)
-    return pickle.loads(head, buffers=buffers)
+def _head_size(room: memoryview) -> int | None:
+    """The bytes of the head that begins here; None if not all of it is."""
+    if len(room) < _HEAD.size:
+        return None
+    *_, count = _HEAD.unpack_from(room)
+    size: int = _HEAD.size + 8 * count
+    return size if len(room) >= size else None
 
 
 def _is_plain(t: torch.Tensor) -> bool:
@@ -144,30 +168,6 @@ def _pickled(value: Any) -> list[Any]:
     return [pickled, *buffers]
 
 
-def _sizes(first: torch.Tensor) -> tuple[list[int], int]:
-    """The bytes of each part, and where the first small one of them begins."""
-    room = first.numpy().data
-    *_, kind, code, count = _HEAD.unpack_from(room)
-    found = struct.unpack_from(f"<{count}Q", room, _HEAD.size)
-    at = _aligned(_HEAD.size + 8 * count)
-    if kind == _PICKLED:
-        return list(found), at
-    total = _DTYPES[code].itemsize
-    for length in found:
-        total *= length
-    return ([total] if total else []), at
-
-
-def _aligned(at: int) -> int:
-    return (at + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
-
-
-def _fits(size: int, at: int) -> bool:
-    """True if a part of this size is in the first frame, of which `at` bytes are taken."""
-    return size <= _SMALL and at + size <= FIRST_FRAME
-
-
-def _bytes(part: Any) -> torch.Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that the memory may not be written
-        return torch.frombuffer(part, dtype=torch.uint8)
+def _bytes_of(t: torch.Tensor) -> memoryview:
+    found: memoryview = t.view(-1).view(torch.uint8).numpy().data
+    return found

@@ -1,0 +1,323 @@
+"""Worker: channels over TCP sockets of our own, one connection for each two workers.
+
+A program's thread sends what the socket takes at once, and receives while it waits for a value: so
+a small value needs no other thread on its way. While the program computes, or does not run, a
+thread of the channels receives, and sends what is left of large values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import itertools
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from taskgrad.cluster.channels.frames import Arriving, Stream, Tag, pack
+
+# How often the channels' thread looks after the connections of a program that computes.
+_NAP_S = 0.01
+_RANK = struct.Struct("<I")
+_MOST_BUFFERS = 512  # that are sent at once; systems have a limit, often of 1024
+
+
+class SocketChannels:
+    """This worker's channels to the others of a group.
+
+    Parameters
+    ----------
+    name
+        A name that only the group knows; who connects has to tell it.
+    rank, size
+        This worker's place among the workers, and their number.
+    deliver
+        Called in a thread with the tag of each value that comes, and what `unpack` makes it from.
+    lost
+        Called in a thread with the rank of a worker whose connection has ended.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rank: int,
+        size: int,
+        deliver: Callable[[Tag, Any], None],
+        lost: Callable[[int], None],
+    ) -> None:
+        self._name = name.encode()
+        self._rank = rank
+        self._size = size
+        self._deliver = deliver
+        self._lost = lost
+        self._listener: socket.socket | None = None
+        self._peers: dict[int, _Peer] = {}
+        self._selector = selectors.DefaultSelector()
+        self._wakes, self._woken_by = socket.socketpair()
+        self._selector.register(self._woken_by, selectors.EVENT_READ)
+        for end in (self._wakes, self._woken_by):
+            end.setblocking(False)
+        self._polling = threading.Lock()  # held by the thread that looks after the connections
+        self._attended = False  # by a program, whenever it waits
+        self._waits = False  # the program does
+        self._woken = False  # it has to look again at what it waits for
+        self._hurry = threading.Event()  # ends the nap of the channels' thread
+        self._closing = False
+        self._thread = threading.Thread(target=self._serve, name="taskgrad-channels", daemon=True)
+
+    # -- opening and closing ---------------------------------------------------------------------
+
+    def listen(self, host: str) -> int:
+        """Listen for the others at an address of this host; returns the port."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, 0), family=family, backlog=self._size)
+        port: int = self._listener.getsockname()[1]
+        return port
+
+    def connect(self, addresses: Sequence[tuple[str, int]], seconds: float) -> None:
+        """Connect to all others, who do the same; raises OSError if that takes longer."""
+        assert self._listener is not None
+        until = time.monotonic() + seconds
+        with self._listener as listener:
+            for rank in range(self._rank):
+                found = socket.create_connection(addresses[rank], _left(until))
+                found.sendall(self._name + _RANK.pack(self._rank))
+                self._add(rank, found)
+            while len(self._peers) < self._size - 1:
+                listener.settimeout(_left(until))
+                found, _ = listener.accept()
+                found.settimeout(_left(until))
+                with contextlib.suppress(EOFError, ConnectionError):
+                    self._add(self._rank_of(found), found)
+        self._thread.start()
+
+    def _rank_of(self, found: socket.socket) -> int:
+        """Who has connected; EOFError if it is none of the group."""
+        hello = b""
+        while len(hello) < len(self._name) + _RANK.size:
+            part = found.recv(len(self._name) + _RANK.size - len(hello))
+            if not part:
+                break
+            hello += part
+        name, rank = hello[: len(self._name)], hello[len(self._name) :]
+        if len(rank) != _RANK.size or not hmac.compare_digest(name, self._name):
+            found.close()
+            raise EOFError
+        return int(_RANK.unpack(rank)[0])
+
+    def _add(self, rank: int, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        peer = self._peers[rank] = _Peer(rank, connection)
+        self._selector.register(connection, selectors.EVENT_READ, peer)
+
+    def close(self, seconds: float) -> None:
+        """Close all connections; waits at most so long for the thread that looks after them."""
+        self._closing = True
+        self._interrupt()
+        self._hurry.set()
+        if self._thread.ident is not None:
+            self._thread.join(seconds)
+        for peer in self._peers.values():
+            peer.connection.close()
+        if self._listener is not None:
+            self._listener.close()
+        self._selector.close()
+        self._wakes.close()
+        self._woken_by.close()
+
+    # -- for the program -------------------------------------------------------------------------
+
+    @staticmethod
+    def unpack(arrived: Arriving) -> Any:
+        """The value that was delivered."""
+        return arrived.value()
+
+    def send(self, peer: int, tag: Tag, value: Any) -> None:
+        """Send a value, whose memory stays as it is until it has arrived."""
+        with contextlib.suppress(OSError):  # the peer is gone, as who reads from it finds
+            if not self._peers[peer].send(pack(tag, value)):
+                self._hurry.set()
+                if self._polling.locked():
+                    self._interrupt()
+
+    def attend(self, on: bool) -> None:
+        """From now on a program runs, and calls `wait` whenever it waits; or it ends."""
+        self._attended = on
+        if not on:
+            self._hurry.set()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until a value has come, or `wake` was called since the last time, or so long."""
+        self._waits = True
+        try:
+            if not self._polling.acquire(blocking=False):
+                self._interrupt()
+                self._polling.acquire()
+            try:
+                if not self._woken and not self._closing:
+                    self._poll(seconds)
+            finally:
+                self._polling.release()
+        finally:
+            self._waits = self._woken = False
+
+    def wake(self) -> None:
+        """End the program's wait; any thread may call."""
+        self._woken = True
+        if self._waits:
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        with contextlib.suppress(OSError):  # it was interrupted before, or is closed
+            self._wakes.send(b"!")
+
+    # -- in whichever thread looks after the connections -----------------------------------------
+
+    def _serve(self) -> None:
+        """Look after the connections while the program does not."""
+        while not self._closing:
+            if self._waits or (self._attended and not self._is_halfway()):
+                self._hurry.wait(_NAP_S)
+                self._hurry.clear()
+                seconds: float | None = 0.0
+            else:
+                seconds = None
+            if self._polling.acquire(blocking=seconds is None):
+                try:
+                    if not self._waits and self._poll(seconds):
+                        self.wake()
+                finally:
+                    self._polling.release()
+
+    def _is_halfway(self) -> bool:
+        return any(peer.is_halfway for peer in self._peers.values())
+
+    def _poll(self, seconds: float | None) -> bool:
+        """Receive what comes, and send what is left, once; True if a value has come."""
+        came = False
+        for peer in self._peers.values():
+            if peer.is_sending:
+                self._write(peer)
+        for key, events in self._selector.select(seconds):
+            peer = key.data
+            if peer is None:
+                with contextlib.suppress(OSError):
+                    self._woken_by.recv(1 << 10)
+                continue
+            if events & selectors.EVENT_WRITE:
+                self._write(peer)
+            if events & selectors.EVENT_READ:
+                try:
+                    for arrived in peer.receive():
+                        self._deliver(arrived.tag, arrived)
+                        came = True
+                except OSError:
+                    self._end(peer)
+        return came
+
+    def _write(self, peer: _Peer) -> None:
+        """Send what is left for a peer, and have the selector say when it takes more."""
+        with contextlib.suppress(OSError):  # who reads from it finds that it is gone
+            peer.flush()
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.is_sending else 0)
+        with contextlib.suppress(KeyError, ValueError):  # it has gone
+            if self._selector.get_key(peer.connection).events != wanted:
+                self._selector.modify(peer.connection, wanted, peer)
+
+    def _end(self, peer: _Peer) -> None:
+        self._selector.unregister(peer.connection)
+        peer.close()
+        if not self._closing:
+            self._lost(peer.rank)
+
+
+class _Peer:
+    """The connection to another worker."""
+
+    def __init__(self, rank: int, connection: socket.socket) -> None:
+        self.rank = rank
+        self.connection = connection
+        self._stream = Stream()
+        self._left: deque[memoryview] = deque()  # to be sent
+        self._sending = threading.Lock()
+
+    @property
+    def is_sending(self) -> bool:
+        """True if something is left to be sent."""
+        return bool(self._left)
+
+    @property
+    def is_halfway(self) -> bool:
+        """True if a value is on its way."""
+        return bool(self._left) or self._stream.is_halfway
+
+    def send(self, buffers: Sequence[memoryview]) -> bool:
+        """Send these bytes after what is left; False if some are left of them, too."""
+        with self._sending:
+            self._left.extend(buffers)
+            return self._flush()
+
+    def flush(self) -> bool:
+        """Send what the connection takes now; True if nothing is left."""
+        with self._sending:
+            return self._flush()
+
+    def _flush(self) -> bool:
+        left = self._left
+        while left:
+            try:
+                sent = _send(self.connection, left)
+            except BlockingIOError:
+                return False
+            except OSError:
+                left.clear()
+                raise
+            while left and sent >= len(left[0]):
+                sent -= len(left.popleft())
+            if sent:
+                left[0] = left[0][sent:]
+        return True
+
+    def receive(self) -> list[Arriving]:
+        """The values that are complete with what is there; ConnectionError if it has ended."""
+        found: list[Arriving] = []
+        while True:
+            room = self._stream.room()
+            try:
+                count = self.connection.recv_into(room)
+            except BlockingIOError:
+                return found
+            if not count:
+                if found:
+                    return found
+                raise ConnectionResetError
+            found.extend(self._stream.received(room, count))
+            if count < len(room):
+                return found
+
+    def close(self) -> None:
+        """Close the connection; what is left for it is dropped."""
+        with self._sending:
+            self._left.clear()
+            self.connection.close()
+
+
+def _send(connection: socket.socket, buffers: deque[memoryview]) -> int:
+    """Send what the connection takes of these; returns the number of bytes."""
+    if hasattr(connection, "sendmsg"):
+        return connection.sendmsg(itertools.islice(buffers, _MOST_BUFFERS))
+    return connection.send(buffers[0])  # on Windows
+
+
+def _left(until: float) -> float:
+    """The seconds until then; TimeoutError if there are none."""
+    seconds = until - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError("connecting took too long")
+    return seconds

@@ -1,0 +1,126 @@
+"""Channels over sockets: both ends in this process, as nothing else of a worker takes part."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import wait_until
+from taskgrad.cluster.channels.frames import Tag
+from taskgrad.cluster.channels.sockets import SocketChannels
+
+HOST = "127.0.0.1"
+
+
+class End:
+    """A worker's end, and what came to it."""
+
+    def __init__(self, rank: int, size: int, name: str = "a secret") -> None:
+        self.came: dict[Tag, Any] = {}
+        self.lost: list[int] = []
+        self.channels = SocketChannels(name, rank, size, self.came.__setitem__, self.lost.append)
+        self.port = self.channels.listen(HOST)
+
+    def value(self, tag: Tag) -> Any:
+        """Wait for a value, as a program does."""
+        until = time.monotonic() + 20
+        while tag not in self.came:
+            assert time.monotonic() < until
+            self.channels.wait(1)
+        return self.channels.unpack(self.came.pop(tag))
+
+
+def connect(ends: list[End]) -> None:
+    where = [(HOST, end.port) for end in ends]
+    threads = [threading.Thread(target=e.channels.connect, args=(where, 10)) for e in ends]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+
+
+@pytest.fixture
+def three():
+    ends = [End(rank, 3) for rank in range(3)]
+    connect(ends)
+    yield ends
+    for end in ends:
+        end.channels.close(5)
+    assert not any(t.name == "taskgrad-channels" for t in threading.enumerate())
+
+
+def test_values_come_from_everybody(three):
+    for rank, end in enumerate(three):
+        for peer in set(range(3)) - {rank}:
+            end.channels.send(peer, (0, rank, peer), torch.full((3,), float(rank)))
+    for rank, end in enumerate(three):
+        for peer in set(range(3)) - {rank}:
+            assert end.value((0, peer, rank)).tolist() == [peer] * 3
+
+
+@pytest.mark.parametrize("attended", [True, False])
+def test_large_values_pass_while_both_programs_compute(three, attended):
+    """More than the system keeps for a connection, and both ends send before they receive."""
+    ends = three[:2]
+    values = [torch.randn(8_000_000) for _ in ends]
+    for rank, end in enumerate(ends):
+        end.channels.attend(attended)
+        for i in range(2):
+            end.channels.send(1 - rank, (0, i, 0), values[rank])
+    # Nobody waits for them.
+    assert wait_until(lambda: all(len(end.came) == 2 for end in ends))
+    for rank, end in enumerate(ends):
+        assert torch.equal(end.value((0, 1, 0)), values[1 - rank])
+
+
+def test_a_wait_ends_when_it_is_told_to(three):
+    channels = three[0].channels
+    threading.Timer(0.2, channels.wake).start()
+    start = time.monotonic()
+    channels.wait(20)
+    assert time.monotonic() - start < 10
+    channels.wake()  # before the wait that looks again
+    channels.wait(20)
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("attended", [True, False])
+def test_a_lost_peer_is_found(three, attended):
+    for end in three:
+        end.channels.attend(attended)
+    three[0].channels.close(5)
+    assert wait_until(lambda: [end.lost for end in three] == [[], [0], [0]])
+    three[1].channels.send(0, (0, 0, 0), torch.ones(1))  # goes nowhere, and raises nothing
+    three[1].channels.send(2, (0, 0, 0), torch.ones(1))
+    assert three[2].value((0, 0, 0)).tolist() == [1]
+
+
+def test_strangers_are_refused():
+    ends = [End(0, 2), End(1, 2)]
+    stranger = socket.create_connection((HOST, ends[0].port))
+    stranger.sendall(b"no secret" + bytes(100))
+    early = socket.create_connection((HOST, ends[0].port))
+    early.close()
+    connect(ends)
+    ends[1].channels.send(0, (0, 0, 0), "from a friend")
+    assert ends[0].value((0, 0, 0)) == "from a friend"
+    stranger.settimeout(10)
+    with contextlib.suppress(ConnectionResetError):  # it had not read all
+        assert stranger.recv(1) == b""
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((HOST, ends[0].port))
+    for end in ends:
+        end.channels.close(5)
+
+
+def test_nobody_waits_for_ever_for_a_peer_that_does_not_come():
+    end = End(0, 2)
+    with pytest.raises(TimeoutError):
+        end.channels.connect([(HOST, end.port), (HOST, 1)], 0.3)
+    end.channels.close(5)
