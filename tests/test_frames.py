@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -45,7 +47,7 @@ def through(stream: Stream, sent: bytes, most: int):
 @pytest.mark.parametrize("most", [7, 1_000, 10**9])
 def test_many_values_in_a_row(most):
     values = [v for v in VALUES.values() if isinstance(v, torch.Tensor) and v.is_contiguous()]
-    sent = b"".join(b for i, v in enumerate(values) for b in pack((0, i, 0), v))
+    sent = b"".join(b for i, v in enumerate(values) for b in pack((0, i, 0), v).buffers)
     stream = Stream()
     found = through(stream, sent, most)
     assert [value.tag for value in found] == [(0, i, 0) for i in range(len(values))]
@@ -58,7 +60,7 @@ def test_many_values_in_a_row(most):
 def test_a_value_comes_out_as_it_went_in(name):
     value = VALUES[name]
     stream = Stream()
-    [arrived] = through(stream, b"".join(pack(TAG, value)), 10**9)
+    [arrived] = through(stream, b"".join(pack(TAG, value).buffers), 10**9)
     assert arrived.tag == TAG
     assert not stream.is_halfway
     found = arrived.value()
@@ -76,17 +78,30 @@ def test_a_value_comes_out_as_it_went_in(name):
 
 def test_a_tensor_is_not_copied_to_be_sent():
     value = torch.zeros(100)
-    _, part = pack(TAG, value)
+    _, part = pack(TAG, value).buffers
     value += 1
     assert torch.frombuffer(part, dtype=torch.float32).tolist() == [1] * 100
 
 
 def test_a_value_has_memory_of_its_own():
     stream = Stream()
-    first, second = through(
-        stream, b"".join([*pack(TAG, torch.ones(2)), *pack(TAG, (1, 2))]), 10**9
-    )
+    sent = [*pack(TAG, torch.ones(2)).buffers, *pack(TAG, (1, 2)).buffers]
+    first, second = through(stream, b"".join(sent), 10**9)
     first.value().zero_()
     stream.room()[:] = bytes([255]) * len(stream.room())  # where both came
     assert first.value().tolist() == [0, 0]
     assert second.value() == (1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_a_large_part_the_address_may_be_sent(dtype):
+    value = [torch.randn(1000, 1000).to(dtype), torch.randn(10), torch.zeros(1 << 20)]
+    for given in (value, value[0]):
+        packed = pack(TAG, given, lend=True)
+        assert sum(map(len, packed.buffers)) < 5_000 < len(packed.lent[0])
+        [arrived] = through(Stream(), b"".join(packed.buffers), 100)
+        assert arrived.is_lent
+        arrived.read(os.getpid())
+        assert not arrived.is_lent
+        for our, their in zip(flatten(arrived.value())[0], flatten(given)[0], strict=True):
+            assert_same(our, their)

@@ -65,18 +65,34 @@ def test_values_come_from_everybody(three):
 
 
 @pytest.mark.parametrize("attended", [True, False])
-def test_large_values_pass_while_both_programs_compute(three, attended):
+@pytest.mark.parametrize("lend", [True, False])
+def test_large_values_pass_while_both_programs_compute(three, lend, attended):
     """More than the system keeps for a connection, and both ends send before they receive."""
     ends = three[:2]
     values = [torch.randn(8_000_000) for _ in ends]
     for rank, end in enumerate(ends):
         end.channels.attend(attended)
+        peer = end.channels._peers[1 - rank]
+        assert peer.reads  # they are one process
+        peer.reads = lend
         for i in range(2):
             end.channels.send(1 - rank, (0, i, 0), values[rank])
+        assert len(peer.lent) == (2 if lend else 0)
     # Nobody waits for them.
     assert wait_until(lambda: all(len(end.came) == 2 for end in ends))
     for rank, end in enumerate(ends):
-        assert torch.equal(end.value((0, 1, 0)), values[1 - rank])
+        for i in range(2):
+            assert torch.equal(end.value((0, i, 0)), values[1 - rank])
+    assert wait_until(lambda: not any(p.lent for e in ends for p in e.channels._peers.values()))
+
+
+def test_what_nobody_reads_is_not_kept(three):
+    first, second, _ = three
+    for epoch in (0, 1):
+        first.channels.send(1, (epoch, 0, 0), torch.full((1 << 20,), float(epoch)))
+    first.channels.forget(1)
+    assert list(first.channels._peers[1].lent) == [(1, 0, 0)]
+    assert second.value((1, 0, 0))[5] == 1
 
 
 def test_a_wait_ends_when_it_is_told_to(three):

@@ -249,6 +249,10 @@ class _ProgramHost:
         """The value of what a channel delivered."""
         return self.channels.unpack(arrived)
 
+    def forget(self, epoch: int) -> None:
+        """Nobody waits any more for what was sent in earlier epochs."""
+        self.channels.forget(epoch)
+
     def wait(self, seconds: float) -> None:
         """Wait until a value has come, or `wake` was called since the last time, or so long."""
         self.channels.wait(seconds)

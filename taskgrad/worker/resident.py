@@ -54,6 +54,9 @@ class Host(Protocol):
     def unpack(self, arrived: Any) -> Any:
         """The value of what was delivered."""
 
+    def forget(self, epoch: int) -> None:
+        """Nobody waits any more for what was sent in earlier epochs."""
+
     def wait(self, seconds: float) -> None:
         """Wait until a value has come, or `wake` was called since the last time, or so long."""
 
@@ -216,6 +219,7 @@ class Resident:
 
     def _stopped(self) -> None:
         self._stopping = False
+        self.host.forget(self.epoch)
         self.host.tell({"op": "stopped", "epoch": self.epoch, **self._position})
 
     def _next(self) -> StepInputs | None:

@@ -68,6 +68,9 @@ class DaskChannels:
         loop: Any = self._worker.loop
         loop.asyncio_loop.call_soon_threadsafe(self._queues[peer].put_nowait, (tag, value))
 
+    def forget(self, epoch: int) -> None:
+        """Nothing to do: what was sent is not kept."""
+
     def attend(self, on: bool) -> None:
         """Nothing to do: the event loop receives, whether a program runs or not."""
 

@@ -2,18 +2,22 @@
 
 A value is a head and parts. The head has the tag and says what the value is and how long its parts
 are. A dense tensor in the order of its dimensions is one part, its memory. Any other value is
-pickled, with the memory of its tensors out of band.
+pickled, with the memory of its tensors out of band. Of a large part only the address may be sent,
+to a process that can read this one's memory; it answers with a receipt when it has.
 """
 
 from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from taskgrad.cluster.wire import thresholds
+from taskgrad.cluster.wire.process_memory import address_of, read
 from taskgrad.cluster.wire.serialize import (
     TensorCloudPickler,
     TensorPickler,
@@ -24,9 +28,13 @@ from taskgrad.cluster.wire.serialize import (
 Tag = tuple[int, int, int]
 """Three numbers below 2**32 that say what a value is."""
 
-_HEAD = struct.Struct("<IIIBBH")  # the tag; kind; dtype of a tensor; number of lengths that follow
-_TENSOR, _PICKLED = 0, 1
+# The tag; kind; dtype of a tensor; and of the numbers that follow, how many are its shape, and how
+# many the lengths of parts.
+_HEAD = struct.Struct("<IIIBBHH")
+_ADDRESS = struct.Struct("<Q")
+_TENSOR, _PICKLED, _RECEIPT = 0, 1, 2
 _MAX_LENGTHS = 128
+_BY_ADDRESS = 1 << 63  # in a length: the address comes in place of the part
 # Bytes that are received at a time. What is left of a longer part is received where it belongs.
 _ROOM = 1 << 16
 
@@ -37,40 +45,89 @@ _DTYPES = (
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 
-def pack(tag: Tag, value: Any) -> list[memoryview]:
-    """A value's bytes: the head, and parts that share the memory of the value's tensors."""
-    lengths: Sequence[int]
+@dataclass(frozen=True)
+class Packed:
+    """A value as bytes: its head and parts, which share the memory of the value's tensors.
+
+    `lent` are the parts of which only the address is among the bytes.
+    """
+
+    buffers: list[memoryview]
+    lent: list[memoryview]
+
+
+def pack(tag: Tag, value: Any, *, lend: bool = False) -> Packed:
+    """A value as bytes; with `lend` the receiver reads large parts from this process's memory."""
     if type(value) is torch.Tensor and _is_plain(value):
-        kind, code, lengths = _TENSOR, _CODES[value.dtype], value.shape
+        kind, code, shape = _TENSOR, _CODES[value.dtype], tuple(value.shape)
         parts = [_bytes_of(value)] if value.numel() else []
     else:
-        kind, code = _PICKLED, 0
+        kind, code, shape = _PICKLED, 0, ()
         parts = [memoryview(part) for part in _pickled(value)]
-        lengths = [len(part) for part in parts]
-    head = _HEAD.pack(*tag, kind, code, len(lengths)) + struct.pack(f"<{len(lengths)}Q", *lengths)
-    return [memoryview(head), *parts]
+    lent = [part for part in parts if len(part) >= thresholds.LEND_MIN] if lend else []
+    lengths = [len(part) for part in parts]
+    if lent:
+        large = [len(part) >= thresholds.LEND_MIN for part in parts]
+        lengths = [n | _BY_ADDRESS if at else n for n, at in zip(lengths, large, strict=True)]
+        parts = [
+            memoryview(_ADDRESS.pack(address_of(part))) if at else part
+            for part, at in zip(parts, large, strict=True)
+        ]
+    numbers = (*shape, *lengths)
+    head = _HEAD.pack(*tag, kind, code, len(shape), len(lengths))
+    head += struct.pack(f"<{len(numbers)}Q", *numbers)
+    return Packed([memoryview(head), *parts], lent)
+
+
+def receipt(tag: Tag) -> memoryview:
+    """The bytes that say that what was lent for this value has been read."""
+    return memoryview(_HEAD.pack(*tag, _RECEIPT, 0, 0, 0))
 
 
 class Arriving:
-    """A value of which the head is here; `missing` is the memory for its parts, last one first."""
+    """A value of which the head is here.
 
-    __slots__ = ("_code", "_parts", "_shape", "missing", "tag")
+    `missing` is the memory for what comes yet, last one first. `is_receipt` says that it is none,
+    but a receipt for the value with its tag; `is_lent` that parts of it are to be read.
+    """
+
+    __slots__ = ("_kind", "_parts", "_remote", "is_receipt", "missing", "tag")
 
     def __init__(self, head: memoryview) -> None:
-        *tag, kind, code, count = _HEAD.unpack_from(head)
-        lengths = struct.unpack_from(f"<{count}Q", head, _HEAD.size)
+        *tag, kind, code, dims, count = _HEAD.unpack_from(head)
+        numbers = struct.unpack_from(f"<{dims + count}Q", head, _HEAD.size)
         self.tag: Tag = (tag[0], tag[1], tag[2])
-        self._parts: list[torch.Tensor]
+        self.is_receipt = kind == _RECEIPT
+        self._kind = kind
+        self._remote: list[tuple[bytearray, memoryview]] = []
+        lengths = numbers[dims:]
         if kind == _TENSOR:
-            self._parts = [torch.empty(lengths, dtype=_DTYPES[code])]
+            self._parts = [torch.empty(numbers[:dims], dtype=_DTYPES[code])]
         else:
-            self._parts = [torch.empty(length, dtype=torch.uint8) for length in lengths]
-        self._code = kind
-        self.missing = [_bytes_of(part) for part in reversed(self._parts) if part.numel()]
+            self._parts = [torch.empty(n & ~_BY_ADDRESS, dtype=torch.uint8) for n in lengths]
+        missing: list[memoryview] = []
+        for part, length in zip(self._parts, lengths, strict=False):  # an empty tensor has no part
+            if length & _BY_ADDRESS:
+                address = bytearray(_ADDRESS.size)
+                self._remote.append((address, _bytes_of(part)))
+                missing.append(memoryview(address))
+            elif length:
+                missing.append(_bytes_of(part))
+        self.missing = missing[::-1]
+
+    @property
+    def is_lent(self) -> bool:
+        """True if parts are to be read from the sender's memory."""
+        return bool(self._remote)
+
+    def read(self, pid: int) -> None:
+        """Read what is lent from the memory of this process; OSError if that fails."""
+        read(pid, [(_ADDRESS.unpack(address)[0], to) for address, to in self._remote])
+        self._remote = []
 
     def value(self) -> Any:
-        """The value, once nothing is missing; it may keep the memory of the parts."""
-        if self._code == _TENSOR:
+        """The value, once nothing is missing or lent; it may keep the memory of the parts."""
+        if self._kind == _TENSOR:
             return self._parts[0]
         head, *buffers = (part.numpy().data for part in self._parts)
         return pickle.loads(head, buffers=buffers)
@@ -138,8 +195,8 @@ def _head_size(room: memoryview) -> int | None:
     """The bytes of the head that begins here; None if not all of it is."""
     if len(room) < _HEAD.size:
         return None
-    *_, count = _HEAD.unpack_from(room)
-    size: int = _HEAD.size + 8 * count
+    *_, dims, count = _HEAD.unpack_from(room)
+    size: int = _HEAD.size + 8 * (dims + count)
     return size if len(room) >= size else None
 
 

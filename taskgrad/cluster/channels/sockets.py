@@ -2,7 +2,8 @@
 
 A program's thread sends what the socket takes at once, and receives while it waits for a value: so
 a small value needs no other thread on its way. While the program computes, or does not run, a
-thread of the channels receives, and sends what is left of large values.
+thread of the channels receives, and sends what is left of large values. Between processes of one
+host that may read each other's memory, large values are read there.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from taskgrad.cluster.channels.frames import Arriving, Stream, Tag, pack
+from taskgrad.cluster.channels.frames import Arriving, Stream, Tag, pack, receipt
+from taskgrad.cluster.wire.leases import TOKEN_BYTES, BufferLease, ValidityToken
 
 # How often the channels' thread looks after the connections of a program that computes.
 _NAP_S = 0.01
-_RANK = struct.Struct("<I")
+# What either end of a connection says first: its rank, and where the other can try to read.
+_HELLO = struct.Struct(f"<IIQ{TOKEN_BYTES}s")
 _MOST_BUFFERS = 512  # that are sent at once; systems have a limit, often of 1024
 
 
@@ -51,6 +54,7 @@ class SocketChannels:
         lost: Callable[[int], None],
     ) -> None:
         self._name = name.encode()
+        self._lease = BufferLease()  # of nothing: its token is for the others to try to read
         self._rank = rank
         self._size = size
         self._deliver = deliver
@@ -86,34 +90,31 @@ class SocketChannels:
         with self._listener as listener:
             for rank in range(self._rank):
                 found = socket.create_connection(addresses[rank], _left(until))
-                found.sendall(self._name + _RANK.pack(self._rank))
-                self._add(rank, found)
+                found.sendall(self._name)
+                self._add(found, *self._introduce(found))
             while len(self._peers) < self._size - 1:
                 listener.settimeout(_left(until))
                 found, _ = listener.accept()
                 found.settimeout(_left(until))
                 with contextlib.suppress(EOFError, ConnectionError):
-                    self._add(self._rank_of(found), found)
+                    if hmac.compare_digest(_receive(found, len(self._name)), self._name):
+                        self._add(found, *self._introduce(found))
+                    else:
+                        found.close()
         self._thread.start()
 
-    def _rank_of(self, found: socket.socket) -> int:
-        """Who has connected; EOFError if it is none of the group."""
-        hello = b""
-        while len(hello) < len(self._name) + _RANK.size:
-            part = found.recv(len(self._name) + _RANK.size - len(hello))
-            if not part:
-                break
-            hello += part
-        name, rank = hello[: len(self._name)], hello[len(self._name) :]
-        if len(rank) != _RANK.size or not hmac.compare_digest(name, self._name):
-            found.close()
-            raise EOFError
-        return int(_RANK.unpack(rank)[0])
+    def _introduce(self, connection: socket.socket) -> tuple[int, int, bool]:
+        """Who is at the other end: rank and process id, and whether it can read this process."""
+        pid, address, content = self._lease.token
+        connection.sendall(_HELLO.pack(self._rank, pid, address, content))
+        rank, *token = _HELLO.unpack(_receive(connection, _HELLO.size))
+        connection.sendall(b"y" if ValidityToken(*token).is_readable() else b"n")
+        return rank, token[0], _receive(connection, 1) == b"y"
 
-    def _add(self, rank: int, connection: socket.socket) -> None:
+    def _add(self, connection: socket.socket, rank: int, pid: int, reads: bool) -> None:
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        peer = self._peers[rank] = _Peer(rank, connection)
+        peer = self._peers[rank] = _Peer(rank, connection, pid, reads)
         self._selector.register(connection, selectors.EVENT_READ, peer)
 
     def close(self, seconds: float) -> None:
@@ -124,27 +125,44 @@ class SocketChannels:
         if self._thread.ident is not None:
             self._thread.join(seconds)
         for peer in self._peers.values():
-            peer.connection.close()
+            peer.close()
         if self._listener is not None:
             self._listener.close()
+        self._lease.end()
         self._selector.close()
         self._wakes.close()
         self._woken_by.close()
 
     # -- for the program -------------------------------------------------------------------------
 
-    @staticmethod
-    def unpack(arrived: Arriving) -> Any:
-        """The value that was delivered."""
-        return arrived.value()
+    def unpack(self, arrived: tuple[_Peer, Arriving]) -> Any:
+        """The value that was delivered; OSError if it is lent, and the sender gone."""
+        peer, value = arrived
+        if value.is_lent:
+            value.read(peer.pid)
+            self._send(peer, [receipt(value.tag)])
+        return value.value()
 
     def send(self, peer: int, tag: Tag, value: Any) -> None:
         """Send a value, whose memory stays as it is until it has arrived."""
+        found = self._peers[peer]
+        packed = pack(tag, value, lend=found.reads)
+        if packed.lent:
+            found.lent[tag] = packed.lent
+        self._send(found, packed.buffers)
+
+    def _send(self, peer: _Peer, buffers: Sequence[memoryview]) -> None:
         with contextlib.suppress(OSError):  # the peer is gone, as who reads from it finds
-            if not self._peers[peer].send(pack(tag, value)):
+            if not peer.send(buffers):
                 self._hurry.set()
                 if self._polling.locked():
                     self._interrupt()
+
+    def forget(self, epoch: int) -> None:
+        """Nobody reads any more what was sent in earlier epochs."""
+        for peer in self._peers.values():
+            for tag in [tag for tag in peer.lent if tag[0] < epoch]:
+                peer.lent.pop(tag, None)
 
     def attend(self, on: bool) -> None:
         """From now on a program runs, and calls `wait` whenever it waits; or it ends."""
@@ -215,8 +233,11 @@ class SocketChannels:
             if events & selectors.EVENT_READ:
                 try:
                     for arrived in peer.receive():
-                        self._deliver(arrived.tag, arrived)
-                        came = True
+                        if arrived.is_receipt:
+                            peer.lent.pop(arrived.tag, None)
+                        else:
+                            self._deliver(arrived.tag, (peer, arrived))
+                            came = True
                 except OSError:
                     self._end(peer)
         return came
@@ -238,11 +259,18 @@ class SocketChannels:
 
 
 class _Peer:
-    """The connection to another worker."""
+    """The connection to another worker.
 
-    def __init__(self, rank: int, connection: socket.socket) -> None:
+    `pid` is its process on its host, and `reads` true if that can read this one's memory; `lent` is
+    what it is to read there.
+    """
+
+    def __init__(self, rank: int, connection: socket.socket, pid: int, reads: bool) -> None:
         self.rank = rank
         self.connection = connection
+        self.pid = pid
+        self.reads = reads
+        self.lent: dict[Tag, list[memoryview]] = {}
         self._stream = Stream()
         self._left: deque[memoryview] = deque()  # to be sent
         self._sending = threading.Lock()
@@ -305,6 +333,7 @@ class _Peer:
         """Close the connection; what is left for it is dropped."""
         with self._sending:
             self._left.clear()
+            self.lent.clear()
             self.connection.close()
 
 
@@ -313,6 +342,18 @@ def _send(connection: socket.socket, buffers: deque[memoryview]) -> int:
     if hasattr(connection, "sendmsg"):
         return connection.sendmsg(itertools.islice(buffers, _MOST_BUFFERS))
     return connection.send(buffers[0])  # on Windows
+
+
+def _receive(connection: socket.socket, count: int) -> bytes:
+    """So many bytes; EOFError if the connection ends before."""
+    found = b""
+    while len(found) < count:
+        part = connection.recv(count - len(found))
+        if not part:
+            connection.close()
+            raise EOFError
+        found += part
+    return found
 
 
 def _left(until: float) -> float:

@@ -12,6 +12,9 @@ LEASE_BUFFER_MIN = 16 << 10
 """From here on a buffer counts as large: it is leased, or published by its address."""
 OWN_FRAME_MIN = 64 << 10
 """From here on a buffer is worth a read of its own on the other side, to aligned memory."""
+LEND_MIN = 1 << 20
+"""From here on a part of a value that one worker's program sends another's on the host is read from
+its memory."""
 READ_WITH_GIL_MAX = 1 << 20
 """Up to here a read of another process's memory keeps the GIL. It takes less than 0.1 ms; to get
 the GIL back from a thread that runs Python code takes 5 ms."""
