@@ -41,6 +41,7 @@ from taskgrad.cluster.channels.dask_comms import CHANNEL, DaskChannels
 from taskgrad.cluster.channels.frames import Tag
 from taskgrad.cluster.channels.sockets import SocketChannels
 from taskgrad.cluster.nested import give_thread_back
+from taskgrad.cluster.wire.peers import registry_at
 from taskgrad.cluster.wire.picklable import check_picklable
 from taskgrad.errors import WorkerLostError
 from taskgrad.graph.torch_settings import TorchSettings
@@ -141,8 +142,9 @@ class _ProgramHost:
         self.resident = Resident(store, self, tokens)
         self.channels: SocketChannels | DaskChannels
         if sockets:
+            lends = registry_at(worker.address) is not None
             self.channels = SocketChannels(
-                name, rank, len(addresses), self.resident.deliver, self._lost
+                name, rank, len(addresses), lends, self.resident.deliver, self._lost
             )
         else:
             self.channels = DaskChannels(worker, name, rank, self.resident.deliver, self._lost)

@@ -39,6 +39,8 @@ class SocketChannels:
         A name that only the group knows; who connects has to tell it.
     rank, size
         This worker's place among the workers, and their number.
+    lends
+        True if other processes of this host may read large values in this one's memory.
     deliver
         Called in a thread with the tag of each value that comes, and what `unpack` makes it from.
     lost
@@ -50,6 +52,7 @@ class SocketChannels:
         name: str,
         rank: int,
         size: int,
+        lends: bool,
         deliver: Callable[[Tag, Any], None],
         lost: Callable[[int], None],
     ) -> None:
@@ -57,6 +60,7 @@ class SocketChannels:
         self._lease = BufferLease()  # of nothing: its token is for the others to try to read
         self._rank = rank
         self._size = size
+        self._lends = lends
         self._deliver = deliver
         self._lost = lost
         self._listener: socket.socket | None = None
@@ -108,8 +112,9 @@ class SocketChannels:
         pid, address, content = self._lease.token
         connection.sendall(_HELLO.pack(self._rank, pid, address, content))
         rank, *token = _HELLO.unpack(_receive(connection, _HELLO.size))
-        connection.sendall(b"y" if ValidityToken(*token).is_readable() else b"n")
-        return rank, token[0], _receive(connection, 1) == b"y"
+        able = self._lends and ValidityToken(*token).is_readable()
+        connection.sendall(b"y" if able else b"n")
+        return rank, token[0], _receive(connection, 1) == b"y" and self._lends
 
     def _add(self, connection: socket.socket, rank: int, pid: int, reads: bool) -> None:
         connection.setblocking(False)
