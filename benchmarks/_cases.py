@@ -53,17 +53,22 @@ class Case:
 def make(name: str) -> Case:
     """The same one in every process."""
     torch.manual_seed(0)
+    layers: list[nn.Module]
     match name:
         case "resnet50":
             return _resnet50(16, 128)
         case "resnet50_small":
             return _resnet50(8, 96)
+        case "main_job":
+            layers = list(_in_a_row(resnet(14, n_classes=10, in_channels=1, width=16, small_images=True)))
+            x, y = torch.randn(128, 1, 8, 8), torch.randint(10, (128,))
+            return Case(layers, (4,), x, y, steps=10)
         case "transformer":
             return _transformer(12, 512, 8)
         case "transformer_small":
             return _transformer(6, 256, 16)
         case "empty_8_workers":
-            layers: list[nn.Module] = [nn.Linear(8, 8) for _ in range(16)]
+            layers = [nn.Linear(8, 8) for _ in range(16)]
             x, y = torch.randn(16, 8), torch.randint(8, (16,))
             return Case(layers, tuple(range(2, 16, 2)), x, y, steps=10, microbatches=8)
     width, size, steps = MLPS[name]

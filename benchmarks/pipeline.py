@@ -8,9 +8,9 @@ of the allocator. Plain torch does the same batch at once, in one process with o
 two. A step is forward, loss, backward and SGD with momentum. All take turns within one run, and a
 turn has five steps or more, with no barrier between them.
 
-The `mlp_` rows have eight linear layers, with sizes for steps of about so long. `empty_8_workers`
-has sixteen tiny linear layers, eight microbatches and eight processes: nothing to compute, so what
-a step costs besides.
+`main_job` is the network of `make train` with its batches of 128 digits. The `mlp_` rows have eight
+linear layers, with sizes for steps of about so long. `empty_8_workers` has sixteen tiny linear
+layers, eight microbatches and eight processes: nothing to compute, so what a step costs besides.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks._report import Report, arguments
 from benchmarks._sides import ROUNDS, Side, free_port, measure, opened, ours, plain, ranks
 
 # With plain torch, and without.
-WITH_PLAIN = ("resnet50", "transformer")
+WITH_PLAIN = ("resnet50", "transformer", "main_job")
 ROWS = (*WITH_PLAIN, *MLPS, "empty_8_workers")
 
 

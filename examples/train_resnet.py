@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -58,13 +59,13 @@ def connect(args: argparse.Namespace) -> Client:
 
 
 class Losses(tg.Callback):
-    """Notes the loss of every step."""
+    """Notes the loss of every step. To read it here would wait for the step."""
 
     def __init__(self) -> None:
-        self.values: list[float] = []
+        self.noted: list[Any] = []
 
     def on_step(self, trainer: tg.Trainer, loss: Any) -> None:
-        self.values.append(loss.item())
+        self.noted.append(loss)
 
 
 def accuracy(scores: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -121,11 +122,13 @@ def main() -> None:
     start = time.perf_counter()
     history = trainer.fit(train, args.epochs, test, metrics={"accuracy": accuracy})
     seconds = time.perf_counter() - start
+    losses = [loss.item() for loss in noted.noted]
+    bubble = statistics.median(loss.report["bubble"] for loss in noted.noted)
     accuracies = [epoch["val_accuracy"] for epoch in history]
     scores = torch.cat(list(trainer.predict(images.test_x.split(args.batch))))
     trained = chain.eval().to_module().cpu()  # the network itself again, nothing of Dask in it
     client.close()
-    print(f"test accuracy: {accuracies[-1]:.2f} % after {seconds:.0f} s")
+    print(f"test accuracy: {accuracies[-1]:.2f} % after {seconds:.0f} s; bubble {bubble:.0%}")
 
     args.out.mkdir(parents=True, exist_ok=True)
     torch.save(
@@ -143,12 +146,13 @@ def main() -> None:
     metrics = {
         "test_accuracy": accuracies[-1],
         "seconds": seconds,
-        "steps": len(noted.values),
-        "losses": noted.values,
+        "steps": len(losses),
+        "losses": losses,
+        "bubble": bubble,
         "accuracies": accuracies,
     }
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    plots.plot_loss(noted.values, accuracies, args.out / "loss.png")
+    plots.plot_loss(losses, accuracies, args.out / "loss.png")
     plots.plot_predictions(images, scores.argmax(dim=1), args.out / "predictions.png")
     for name in ("loss.png", "predictions.png", "model.pt", "metrics.json"):
         print("saved", args.out / name)

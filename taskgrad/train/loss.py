@@ -38,8 +38,9 @@ class StepLoss:
     def report(self) -> dict[str, Any]:
         """The step in numbers; waits for it.
 
-        ``loss``; ``grad_norm`` before clipping (None without); ``bubble``, the share of the time in
-        which a worker had nothing to do; ``skipped``, whether fp16 gradients overflowed and the
+        ``loss``; ``grad_norm`` before clipping (None without); ``bubble``, the share of the time
+        from a worker's first action in the step to its last, its waits included, in which it did
+        not compute, over all workers; ``skipped``, whether fp16 gradients overflowed and the
         optimizer took no step. Compiled steps also have ``busy`` and ``waiting``: for each worker
         the seconds in which it computed, and in which it waited for values of others.
         """
