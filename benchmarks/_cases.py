@@ -60,7 +60,9 @@ def make(name: str) -> Case:
         case "resnet50_small":
             return _resnet50(8, 96)
         case "main_job":
-            layers = list(_in_a_row(resnet(14, n_classes=10, in_channels=1, width=16, small_images=True)))
+            layers = list(
+                _in_a_row(resnet(14, n_classes=10, in_channels=1, width=16, small_images=True))
+            )
             x, y = torch.randn(128, 1, 8, 8), torch.randint(10, (128,))
             return Case(layers, (4,), x, y, steps=10)
         case "transformer":
