@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 import weakref
@@ -26,7 +27,11 @@ from taskgrad.errors import TaskgradError
 
 # How often the scheduler is told what programs did, for the dashboard.
 _SHOW_S = 0.5
+# Each of two ways to connect workers may take this part of the time that an answer may.
+_TRIES = 3
 
+
+logger = logging.getLogger("taskgrad")
 
 Row = tuple[str, str, float, float]
 """(name, "compute" or "transfer", start, stop); times are in seconds since the epoch."""
@@ -85,47 +90,70 @@ class Connections:
         self._background: set[asyncio.Task[None]] = set()
         self._finalizer = weakref.finalize(self, _close, client, self._comms)
         try:
-            client_calls.call_with_deadline(
+            problem = client_calls.call_with_deadline(
                 client, lambda: self._open(tokens), "to prepare for compiled steps"
             )
+            if problem:
+                raise OSError(problem)
         except BaseException:
             self.close()
             raise
 
-    async def _open(self, tokens: Sequence[str]) -> None:
+    async def _open(self, tokens: Sequence[str]) -> str:
+        """Connect to the workers, and have them connect; returns why that failed, or ""."""
         # TLS is a matter of Dask's own connections.
-        sockets = all(address.startswith("tcp://") for address in self.workers)
-        seconds = deadline("answer")
-        for rank, address in enumerate(self.workers):
-            comm = await connect(address, seconds, **self._client.connection_args)
-            self._comms.append(comm)
-            self._locks.append(asyncio.Lock())
-            await comm.write(
-                {
-                    "op": PROGRAM,
-                    "name": self._name,
-                    "rank": rank,
-                    "addresses": self.workers,
-                    "tokens": [tokens[rank]],
-                    "sockets": sockets,
-                }
-            )
-        if len(self.workers) > 1:
+        plain = all(address.startswith("tcp://") for address in self.workers)
+        problem = await self._open_channels(tokens, plain) if plain else "not tried"
+        if problem:
+            if plain and self._comms:
+                logger.info("training steps send values over Dask's own connections: %s", problem)
+                self._name += "-dask"
+            await self._close_comms()
+            problem = await self._open_channels(tokens, sockets=False)
+        if not problem:
+            this = weakref.ref(self)
+            self._readers += [
+                asyncio.create_task(_listen(this, rank, comm))
+                for rank, comm in enumerate(self._comms)
+            ]
+        return problem
+
+    async def _open_channels(self, tokens: Sequence[str], sockets: bool) -> str:
+        """As `_open`, with channels over sockets, or over Dask's own connections."""
+        seconds = deadline("answer") / _TRIES
+        comms = self._comms
+        try:
+            for rank, address in enumerate(self.workers):
+                comm = await connect(address, seconds, **self._client.connection_args)
+                comms.append(comm)
+                self._locks.append(asyncio.Lock())
+                about = {"rank": rank, "addresses": self.workers, "tokens": [tokens[rank]]}
+                hello = {"op": PROGRAM, "name": self._name, "sockets": sockets, **about}
+                await comm.write(hello)
+            if len(comms) == 1:
+                return ""
             where = {}
             if sockets:
-                for comm in self._comms:
+                for comm in comms:
                     await comm.write({"op": "listen"})
-                where = {"ports": [(await _read(comm))["port"] for comm in self._comms]}
-            for comm in self._comms:
+                where = {"ports": [(await _read(comm))["port"] for comm in comms]}
+            for comm in comms:
                 await comm.write({"op": "connect", "seconds": seconds, **where})
-            for address, comm in zip(self.workers, self._comms, strict=True):
+            for address, comm in zip(self.workers, comms, strict=True):
                 problem = (await _read(comm))["error"]
                 if problem:
-                    raise OSError(f"{address} cannot be connected with the others: {problem}")
-        this = weakref.ref(self)
-        self._readers += [
-            asyncio.create_task(_listen(this, rank, comm)) for rank, comm in enumerate(self._comms)
-        ]
+                    return f"{address} cannot be connected with the others: {problem}"
+        except OSError as error:
+            return str(error)
+        return ""
+
+    async def _close_comms(self) -> None:
+        for comm in self._comms:
+            with contextlib.suppress(OSError):
+                await comm.write({"op": "close"})
+                await comm.close()
+        self._comms.clear()
+        self._locks.clear()
 
     def load(
         self, number: int, programs: Sequence[bytes], labels: list[list[tuple[str, str]]]

@@ -143,7 +143,14 @@ class CompiledRunner:
             batch = self._cut(batch, slices)
         leaves = [n for n in (*batch.inputs, *batch.targets) if isinstance(n, Leaf)]
         loaded = self._program(batch, number, leaves, executor)
-        inputs = [[leaves[i].sent() for i in given] for given in loaded.takes]
+        inputs = []
+        for shard, given in zip(self._layout.shards, loaded.takes, strict=True):
+            for value in (leaves[i].value for i in given):
+                if isinstance(value, StoredResult) and value.worker != shard.worker:
+                    raise NotCompilableError(
+                        "its batch is on workers, and several of them take the model's input"
+                    )
+            inputs.append([leaves[i].sent() for i in given])
         executor.submit(number, loaded.number, inputs)
         return _Running(number, slices, loaded.about)
 
@@ -193,12 +200,6 @@ class CompiledRunner:
         executor.load(free, lowered)
         position = {leaf: i for i, leaf in enumerate(leaves)}
         takes = [[position[leaf] for leaf in given] for given in lowered.inputs]
-        for shard, given in zip(self._layout.shards, lowered.inputs, strict=True):
-            for leaf in given:
-                if isinstance(leaf.value, StoredResult) and leaf.value.worker != shard.worker:
-                    raise NotCompilableError(
-                        "its batch is on workers, and several of them take the model's input"
-                    )
         self._loaded[shape] = _Loaded(free, takes, made.report.arguments)
         return self._loaded[shape]
 

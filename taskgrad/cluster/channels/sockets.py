@@ -81,9 +81,12 @@ class SocketChannels:
     # -- opening and closing ---------------------------------------------------------------------
 
     def listen(self, host: str) -> int:
-        """Listen for the others at an address of this host; returns the port."""
+        """Listen for the others at the address that they know of this host; returns the port."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, 0), family=family, backlog=self._size)
+        try:
+            self._listener = socket.create_server((host, 0), family=family, backlog=self._size)
+        except OSError:  # the address is translated on the way here
+            self._listener = socket.create_server(("", 0), family=family, backlog=self._size)
         port: int = self._listener.getsockname()[1]
         return port
 
