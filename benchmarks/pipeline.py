@@ -5,8 +5,10 @@ batch in as many microbatches: two processes and four microbatches, but for `emp
 torch's processes communicate over gloo. On each side the schedule with the shortest step counts, of
 1F1B and GPipe there. torch is measured as a user runs it, and once more with our workers' settings
 of the allocator. Plain torch does the same batch at once, in one process with one thread and with
-two. A step is forward, loss, backward and SGD with momentum. All take turns within one run, and a
-turn has five steps or more, with no barrier between them.
+two; `two_batches_at_once` are two such processes of one thread, each with a batch of its own: half of
+their time is what the machine needs for a batch where nothing ever waits. A step is forward, loss,
+backward and SGD with momentum. All take turns within one run, and a turn has five steps or more,
+with no barrier between them.
 
 `main_job` is the network of `make train` with its batches of 128 digits. The `mlp_` rows have eight
 linear layers, with sizes for steps of about so long. `empty_8_workers` has sixteen tiny linear
@@ -36,6 +38,7 @@ def main() -> None:
             if row in WITH_PLAIN:
                 sides["one_thread"] = Side(plain(row, 1))
                 sides["two_threads"] = Side(plain(row, 2), threads=2)
+                sides["two_batches_at_once"] = Side(plain(row, 1) * 2)
             with opened(sides):
                 measure(report, row, make(row).steps, sides, options.rounds)
     finally:
