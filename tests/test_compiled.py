@@ -163,6 +163,12 @@ def test_faults_change_no_bit(client, steps):
     batches = images(2 * steps)
     trap_at = trainer.chain.placement[7].worker
     expected = plain.train(batches)
+    interrupted_at: list[float] = []
+
+    def interrupt() -> None:
+        interrupted_at.append(time.monotonic())
+        signal.raise_signal(signal.SIGINT)
+
     for at, (x, y) in enumerate(batches):
         fault = rng.choice(["", "raise", "bad", "interrupt"]) if at < steps else ""
         if fault == "bad":
@@ -171,12 +177,13 @@ def test_faults_change_no_bit(client, steps):
         elif fault:
             client.run(set_trap, "raise" if fault == "raise" else "sleep", workers=[trap_at])
             error = tg.LayerError if fault == "raise" else KeyboardInterrupt
-            timer = threading.Timer(rng.uniform(0.0, 0.5), signal.raise_signal, [signal.SIGINT])
+            timer = threading.Timer(rng.uniform(0.0, 0.5), interrupt)
             with pytest.raises(error):  # noqa: PT012
                 if fault == "interrupt":
                     timer.start()
                 trainer.step(x, y).item()
                 time.sleep(2)
+            assert fault == "raise" or time.monotonic() - interrupted_at[-1] < 2
             client.run(set_trap, "", workers=[trap_at])
         while trainer.steps <= at:
             loss = trainer.step(x, y).item()

@@ -143,14 +143,12 @@ class CompiledRunner:
             batch = self._cut(batch, slices)
         leaves = [n for n in (*batch.inputs, *batch.targets) if isinstance(n, Leaf)]
         loaded = self._program(batch, number, leaves, executor)
-        inputs = []
-        for shard, given in zip(self._layout.shards, loaded.takes, strict=True):
-            for value in (leaves[i].value for i in given):
-                if isinstance(value, StoredResult) and value.worker != shard.worker:
-                    raise NotCompilableError(
-                        "its batch is on workers, and several of them take the model's input"
-                    )
-            inputs.append([leaves[i].sent() for i in given])
+        inputs = [[leaves[i].sent() for i in given] for given in loaded.takes]
+        for shard, given in zip(self._layout.shards, inputs, strict=True):
+            if any(isinstance(v, StoredResult) and v.worker != shard.worker for v in given):
+                raise NotCompilableError(
+                    "its batch is on workers, and several of them take the model's input"
+                )
         executor.submit(number, loaded.number, inputs)
         return _Running(number, slices, loaded.about)
 
@@ -160,7 +158,8 @@ class CompiledRunner:
                 self._executor = CompiledExecutor(self._layout.session, self._layout.shards)
             except (TaskgradError, OSError) as error:
                 check_open(self._layout.session.client)
-                raise NotCompilableError(f"the workers cannot be reached: {error}") from error
+                why = error.__cause__ or str(error).partition(". ")[0]
+                raise NotCompilableError(f"the workers cannot be reached: {why}") from error
         return self._executor
 
     def _cut(self, batch: Batch, slices: list[Slice]) -> Batch:

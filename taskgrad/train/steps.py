@@ -108,7 +108,7 @@ class Steps:
                 except NotCompilableError as reason:
                     self.wait()
                     self._runner = FuturesRunner(self._layout, self._settings)
-                    logger.warning("taskgrad runs these steps as Dask tasks: %s.", reason)
+                    logger.warning("taskgrad runs these steps as Dask tasks: %s.", str(reason))
                     running = self._runner.submit(batch, self.taken)
             except BaseException as error:
                 if isinstance(error, Exception) and not isinstance(error, TaskgradError | OSError):
