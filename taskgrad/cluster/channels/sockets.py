@@ -61,6 +61,7 @@ class SocketChannels:
         self._rank = rank
         self._size = size
         self._lends = lends
+        self._hosts: list[str] = []
         self._deliver = deliver
         self._lost = lost
         self._listener: socket.socket | None = None
@@ -94,6 +95,7 @@ class SocketChannels:
         """Connect to all others, who do the same; raises OSError if that takes longer."""
         assert self._listener is not None
         until = time.monotonic() + seconds
+        self._hosts = [host for host, _ in addresses]
         with self._listener as listener:
             for rank in range(self._rank):
                 found = socket.create_connection(addresses[rank], _left(until))
@@ -115,9 +117,9 @@ class SocketChannels:
         pid, address, content = self._lease.token
         connection.sendall(_HELLO.pack(self._rank, pid, address, content))
         rank, *token = _HELLO.unpack(_receive(connection, _HELLO.size))
-        able = self._lends and ValidityToken(*token).is_readable()
-        connection.sendall(b"y" if able else b"n")
-        return rank, token[0], _receive(connection, 1) == b"y" and self._lends
+        lends = self._lends and self._hosts[rank] == self._hosts[self._rank]
+        connection.sendall(b"y" if lends and ValidityToken(*token).is_readable() else b"n")
+        return rank, token[0], _receive(connection, 1) == b"y" and lends
 
     def _add(self, connection: socket.socket, rank: int, pid: int, reads: bool) -> None:
         connection.setblocking(False)
