@@ -127,6 +127,7 @@ def test_strangers_are_refused():
     stranger.sendall(b"no secret" + bytes(100))
     early = socket.create_connection((HOST, ends[0].port))
     early.close()
+    silent = socket.create_connection((HOST, ends[0].port))
     connect(ends)
     ends[1].channels.send(0, (0, 0, 0), "from a friend")
     assert ends[0].value((0, 0, 0)) == "from a friend"
@@ -135,6 +136,7 @@ def test_strangers_are_refused():
         assert stranger.recv(1) == b""
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((HOST, ends[0].port))
+    silent.close()
     for end in ends:
         end.channels.close(5)
 

@@ -25,6 +25,8 @@ from taskgrad.cluster.wire.leases import TOKEN_BYTES, BufferLease, ValidityToken
 
 # How often the channels' thread looks after the connections of a program that computes.
 _NAP_S = 0.01
+# How long somebody who connects may take to say the group's name.
+_STRANGER_S = 2.0
 # What either end of a connection says first: its rank, and where the other can try to read.
 _HELLO = struct.Struct(f"<IIQ{TOKEN_BYTES}s")
 _MOST_BUFFERS = 512  # that are sent at once; systems have a limit, often of 1024
@@ -104,8 +106,8 @@ class SocketChannels:
             while len(self._peers) < self._size - 1:
                 listener.settimeout(_left(until))
                 found, _ = listener.accept()
-                found.settimeout(_left(until))
-                with contextlib.suppress(EOFError, ConnectionError):
+                found.settimeout(min(_STRANGER_S, _left(until)))
+                with contextlib.suppress(EOFError, OSError):
                     if hmac.compare_digest(_receive(found, len(self._name)), self._name):
                         self._add(found, *self._introduce(found))
                     else:
