@@ -51,7 +51,7 @@ def take_back(module: nn.Module, x: torch.Tensor, *, split: bool, amp: bool = Fa
     inputs = [x.detach().requires_grad_()] if x.is_floating_point() else []
     torch.manual_seed(1)
     with (
-        splitting(uses, [module], named.values()),
+        splitting(uses, module.modules(), named.values()),
         torch.autocast("cpu", torch.bfloat16, enabled=amp),
     ):
         output = module(inputs[0] * 1 if inputs else x)
@@ -219,7 +219,7 @@ def test_frozen_parameters_and_compiled_modules():
     assert assert_same_bits(module, ROWS) == {"1.weight", "2.weight", "2.bias"}
     module[2].compile(backend="eager")
     uses = WeightUses()
-    with splitting(uses, [module], module.parameters()):
+    with splitting(uses, module.modules(), module.parameters()):
         output = module(ROWS)
     with uses.record():
         output.sum().backward()

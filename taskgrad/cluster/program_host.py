@@ -223,7 +223,8 @@ class _ProgramHost:
     def execute(self, action: Any, settings: TorchSettings | None, inputs: list[Any]) -> Any:
         """Run an action on the worker's store; see `Host`."""
         try:
-            if settings is not None and settings != self._settings:
+            now = self._settings
+            if settings is not None and settings is not now and settings != now:
                 self.release()
                 self._applied.enter_context(
                     applied(settings, self._store.address, self.give_thread_back)

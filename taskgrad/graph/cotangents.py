@@ -66,7 +66,7 @@ def match(
     if cotangent is None:
         return [None] * len(outputs)
     leaves, given = flatten(cotangent)
-    if given != structure:
+    if given is not structure and given != structure:
         try:
             if structure.takes_anything and given.takes_anything:
                 raise ValueError

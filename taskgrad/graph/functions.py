@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import cloudpickle
@@ -88,7 +88,7 @@ class Template:
         """True if it has only inputs, numbers and texts, in built-in containers."""
         return self._structure.is_builtin and all(type(x) in _CONSTANT for x in self._leaves)
 
-    @property
+    @cached_property
     def parameters(self) -> set[int]:
         """The positions of inputs that are Parameters of objects among the arguments."""
         leaves = [self._leaves[i] for i in self._structure.parameters]
@@ -96,8 +96,18 @@ class Template:
 
     def fill(self, inputs: Sequence[Any]) -> Any:
         """The arguments, with the inputs in their slots."""
+        if self._positional is not None:
+            return tuple([inputs[i] for i in self._positional]), {}
         given = [inputs[x.index] if type(x) is Slot else x for x in self._leaves]
         return self._structure.build(given)
+
+    @cached_property
+    def _positional(self) -> list[int] | None:
+        """The slots' positions, if these are (args, kwargs) with nothing but inputs in args."""
+        found = [x.index for x in self._leaves if type(x) is Slot]
+        args = Structure("tuple", None, (Structure("leaf"),) * len(found))
+        alone = Structure("tuple", None, (args, Structure("dict", ())))
+        return found if self._structure == alone else None
 
 
 _CONSTANT = frozenset({Slot, type(None), bool, int, float, complex, str, bytes})

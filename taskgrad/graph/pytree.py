@@ -58,7 +58,7 @@ class Structure(Opaque):
 
     def build(self, leaves: Sequence[Any]) -> Any:
         """The value with these leaves, in the order in which `flatten` returns them."""
-        return self._build(iter(leaves))
+        return leaves[0] if self.kind == "leaf" else self._build(iter(leaves))
 
     def _build(self, leaves: Iterator[Any]) -> Any:
         if self.kind == "leaf":
@@ -225,6 +225,8 @@ def flatten(tree: Any, holds: Holds = holds_inputs) -> tuple[Leaves, Structure]:
     Raises TravelError if such an object keeps a tensor that requires grad out of its pickle, or the
     value is nested too deeply.
     """
+    if type(tree) in _ATOMS:
+        return [tree], _LEAF
     if type(tree) is Cotangents:
         return list(tree.leaves), tree.structure
     leaves: Leaves = []

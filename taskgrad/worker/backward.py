@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +16,7 @@ from taskgrad.graph.parameter_extras import has_hooks
 from taskgrad.graph.pytree import cotangents, describe
 from taskgrad.worker.communicator import Communicator
 from taskgrad.worker.failures import backward_error
-from taskgrad.worker.gradients import accumulate_into, own
+from taskgrad.worker.gradients import accumulate_each, gradients, own, summed
 from taskgrad.worker.hooks import hooks_off
 from taskgrad.worker.mailbox import GroupAborted
 from taskgrad.worker.shard_lock import exclusive
@@ -66,17 +65,18 @@ class Backward:
             if not self.retain:
                 store.tape(self.token, keep=False)
             slots = {i: tape.inputs[i] for i in self.wanted}
-            alone = {
-                name: tape.parameters[name]
-                for name, sources in self.accumulate.items()
-                if not sources and name in tape.parameters and not has_hooks(tape.parameters[name])
-            }
-            recording = nullcontext() if tape.uses is None else tape.uses.record()
+            uses = tape.uses
+            late: dict[str, nn.Parameter] = {}
             try:
-                with tape.lock, hooks_off(tape.parameters.values()), recording:
-                    found, parameters = _differentiate(tape, seeds, slots, self.retain)
-                    late = self._split(store, tape, parameters, alone)
-                reached = tape.uses is not None and bool(tape.uses.recorded)
+                if uses is None:
+                    with tape.lock, hooks_off(tape.parameters.values()):
+                        found, parameters = _differentiate(tape, seeds, slots, self.retain)
+                else:
+                    alone = self._alone(tape)
+                    with tape.lock, hooks_off(tape.parameters.values()), uses.record():
+                        found, parameters = _differentiate(tape, seeds, slots, self.retain)
+                        late = self._split(store, tape, parameters, alone)
+                reached = uses is not None and bool(uses.recorded)
                 if self.draw is not None and None in self.sources and not reached:
                     _check_reached(self.draw, store.address, found, parameters)
             except (LayerError, GroupAborted):
@@ -85,22 +85,32 @@ class Backward:
                 raise backward_error(error, store.address, self.title, self.draw) from error
             if tape.shard is not None:
                 # What is complete is added to the shard's gradients; the rest is kept here.
+                totals: dict[str, Gradient] = {}
                 for name, sources in self.accumulate.items():
-                    if name in late:
-                        continue
-                    parts = [*store.parts(name, sources, values), parameters.pop(name, None)]
-                    accumulate_into(
-                        tape.shard, name, parts, values, address=store.address, draw=self.draw
-                    )
+                    if name not in late:
+                        total = parameters.pop(name, None)
+                        if sources:
+                            parts = [*store.parts(name, sources, values), total]
+                            total = summed(tape.shard.parameters[name], parts, values)
+                        totals[name] = total
+                accumulate_each(tape.shard, totals, address=store.address, draw=self.draw)
         if parameters:
             store.put(self.key, parameters)
-        given = tuple(
+        given = [
             cotangents(found[i], tape.input_structures[i])
             if any(g is not None for g in found[i])
             else None
             for i in self.wanted
-        )
-        return given[0] if len(given) == 1 else given
+        ]
+        return given[0] if len(given) == 1 else tuple(given)
+
+    def _alone(self, tape: Tape) -> dict[str, nn.Parameter]:
+        """The parameters that only this call uses, and that have no hooks."""
+        return {
+            name: tape.parameters[name]
+            for name, sources in self.accumulate.items()
+            if not sources and name in tape.parameters and not has_hooks(tape.parameters[name])
+        }
 
     def _split(
         self,
@@ -113,29 +123,31 @@ class Backward:
 
         They are some of those that are used by this call `alone`. Of the others `grads` has all.
         """
-        if tape.uses is None or tape.shard is None:
+        uses, shard = tape.uses, tape.shard
+        if uses is None or shard is None:
             return {}
-        used, shard = tape.uses.parameters(), tape.shard
-        late = {n: p for n, p in alone.items() if p in used or store.is_pending(shard, n)}
+        used, pending = uses.parameters(), store.pending(shard)
+        late = {n: p for n, p in alone.items() if p in used or n in pending}
         now = {n: p for n, p in tape.parameters.items() if p in used and n not in late}
-        parts = tape.uses.gradients(now.values(), retain=True)
-        shared = [use.cotangent for use in tape.uses.recorded]
-        for name, part in own({n: parts[p] for n, p in now.items()}, shared).items():
-            grads[name] = add(grads[name], part)
+        if now:
+            parts = uses.gradients(now.values(), retain=True)
+            shared = [use.cotangent for use in uses.recorded]
+            for name, part in own({n: parts[p] for n, p in now.items()}, shared).items():
+                grads[name] = add(grads[name], part)
         found = {name: grads.pop(name) for name in late}
-        store.put(self.token, WeightTape(shard, tape.uses, late, found))
+        store.put(self.token, WeightTape(shard, uses, late, found))
         return late
 
     def _sum(self, tape: Tape, address: str, values: tuple[Any, ...]) -> list[Gradient]:
         """The cotangents of the output's leaves, those that meet summed in the order given."""
-        total: list[Gradient] = [None] * len(tape.outputs)
+        total: list[Gradient] | None = None
         for source in self.sources:
             if source is None:
                 part: list[Gradient] = [_seed(tape, address, self._weight(tape, values))]
             else:
                 part = tape.match(values[source], address)
-            total = add_each(total, part)
-        return total
+            total = part if total is None else add_each(total, part)
+        return total or [None] * len(tape.outputs)
 
     def _weight(self, tape: Tape, values: tuple[Any, ...]) -> float:
         found = self.factor if self.weight is None else self.factor * values[self.weight]
@@ -166,9 +178,8 @@ class WeightBackward:
             except BaseException as error:
                 raise backward_error(error, store.address, self.title, self.draw) from error
             found = own({name: grads.get(p) for name, p in parameters.items()}, shared)
-            for name, grad in found.items():
-                parts = (tape.found[name], grad)
-                accumulate_into(shard, name, parts, (), address=store.address, draw=self.draw)
+            totals = {name: add(tape.found[name], grad) for name, grad in found.items()}
+            accumulate_each(shard, totals, address=store.address, draw=self.draw)
 
 
 @dataclass(frozen=True)
@@ -222,28 +233,25 @@ def _collectives(comm: Communicator) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def _differentiate(
     tape: Tape, seeds: list[Gradient], slots: dict[int, list[Gradient]], retain: bool
 ) -> tuple[dict[int, list[Gradient]], dict[str, Gradient]]:
-    pairs = [
-        (output, seed.to(output.device))
-        for output, seed in zip(tape.outputs, seeds, strict=True)
-        if seed is not None and output.requires_grad
-    ]
+    outputs, given = [], []
+    for output, seed in zip(tape.outputs, seeds, strict=True):
+        if seed is not None and output.requires_grad:
+            outputs.append(output)
+            given.append(seed.to(output.device))
     takers = [leaf for leaves in slots.values() for leaf in leaves if leaf is not None]
     takers += tape.parameters.values()
+    taken: list[Gradient] = [*given]
     ends = _collectives(tape.communicator) if tape.communicator is not None else []
-    if ends or (pairs and takers):
-        grads: Sequence[Gradient] = torch.autograd.grad(
-            [*(output for output, _ in pairs), *(last for last, _ in ends)],
-            [*takers, *(first for _, first in ends)],
-            [*(seed for _, seed in pairs), *(torch.zeros_like(last) for last, _ in ends)],
-            retain_graph=retain,
-            allow_unused=True,
-        )[: len(takers)]
-    else:
-        grads = (None,) * len(takers)
-    rest = iter(grads)
+    grads: Sequence[Gradient] = (None,) * len(takers)
+    if ends or (outputs and takers):
+        outputs += [last for last, _ in ends]
+        given += [torch.zeros_like(last) for last, _ in ends]
+        grads = gradients(outputs, [*takers, *(first for _, first in ends)], given, retain=retain)
+    rest = iter(grads[: len(takers)])
     found = {
         i: [next(rest) if leaf is not None else None for leaf in leaves]
         for i, leaves in slots.items()
     }
-    taken = [*(seed for _, seed in pairs), *(t for leaves in found.values() for t in leaves)]
+    for leaves in found.values():
+        taken += leaves
     return found, own(dict(zip(tape.parameters, rest, strict=True)), taken)

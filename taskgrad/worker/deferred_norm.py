@@ -8,7 +8,7 @@ are combined as Chan, Golub and LeVeque (1979) do it, in float64: nothing large 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
@@ -56,15 +56,14 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 @contextmanager
 def deferred(
-    modules: Sequence[nn.Module], found: Statistics, microbatch: int, first: int
+    modules: Iterable[nn.Module], found: Statistics, microbatch: int, first: int
 ) -> Iterator[None]:
     """Record the statistics of what is normalized while a microbatch passes these modules.
 
-    `first` is the first layer of the task that runs them.
+    They are all modules, each once; `first` is the first layer of the task that runs them.
     """
-    norms = [m for module in modules for m in module.modules() if isinstance(m, _BatchNorm)]
     with ExitStack() as regions:
-        for norm in dict.fromkeys(norms):
+        for norm in [m for m in modules if isinstance(m, _BatchNorm)]:
             regions.enter_context(_watched(norm, found, microbatch, first))
         yield
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +17,18 @@ from taskgrad.errors import LayerError, TravelError
 from taskgrad.graph import pack
 from taskgrad.graph.calls import LOSS, CallSpec
 from taskgrad.graph.functions import Template
-from taskgrad.graph.pytree import Structure, carries_gradient, describe, flatten
+from taskgrad.graph.pytree import Structure, describe, flatten
 from taskgrad.worker import training
 from taskgrad.worker.activation_checkpoint import recomputed
 from taskgrad.worker.communicator import Communicator
-from taskgrad.worker.deferred_norm import deferred
+from taskgrad.worker.deferred_norm import Statistics, deferred
 from taskgrad.worker.failures import forward_error
 from taskgrad.worker.mailbox import GroupAborted
 from taskgrad.worker.randomness import may_draw, random_stream
 from taskgrad.worker.shard import ResidentShard
 from taskgrad.worker.shard_lock import exclusive
 from taskgrad.worker.split_backward import WeightUses, splitting
+from taskgrad.worker.stage_modules import Members
 from taskgrad.worker.store import Store, buffers_key
 from taskgrad.worker.tape import Tape
 
@@ -60,9 +61,10 @@ class Forward:
         with exclusive(shard):
             tape = store.get(call.key)
             if tape is not None:
-                return self._give_all(shard, tape.outputs, tape.output_structure)
-            if shard is not None and call.draw is not None:
-                training.begin(shard, call.draw.step)
+                members = None if shard is None else shard.stage(call.steps).members()
+                return self._give_all(members, tape.outputs, tape.output_structure)
+            if shard is not None and call.context is not None:
+                training.begin(shard, call.context.draw.step)
             if call.rank is None:
                 return self._run(store, shard, values)
             comm = Communicator(call.rank, store.mailboxes)
@@ -77,21 +79,20 @@ class Forward:
         comm: Communicator | None = None,
     ) -> Any:
         call = self.call
+        context = call.context
         arguments = Template.of(call.template)
         takes, structures, fed = self._feed(values, arguments, shard.device if shard else None)
-        if shard is not None:
+        uses = WeightUses() if self.taped and context is not None and context.split else None
+        if shard is None:
+            output = self._call(store, None, arguments, fed)
+        else:
             _set_mode(shard, call.mode)
-        uses = WeightUses() if self.taped and call.context and call.context.split else None
-        with contextlib.ExitStack() as regions:
-            norms = shard.training.norms if shard and shard.training else None
-            if norms is not None and call.draw is not None:
-                modules = _modules(shard, call.steps)
-                microbatch, (first, *_) = call.draw.microbatch, call.steps[0]
-                regions.enter_context(deferred(modules, norms, microbatch, first))
-            if uses is not None:
-                weights = _trainable(shard, call.steps).values()
-                regions.enter_context(splitting(uses, _modules(shard, call.steps), weights))
-            output = self._call(store, shard, arguments, fed)
+            norms = shard.training.norms if shard.training is not None else None
+            if uses is None and (norms is None or context is None):
+                output = self._call(store, shard, arguments, fed)
+            else:
+                with self._watched(shard, uses, norms):
+                    output = self._call(store, shard, arguments, fed)
         if self.give_buffers:
             # By value: batch norm writes its statistics without counting a version.
             changed = [
@@ -104,8 +105,9 @@ class Forward:
         except TravelError as error:
             _, name, kind = call.steps[-1]
             raise forward_error(error, store.address, name, kind, (fed, {}), call.draw) from error
+        members = None if shard is None else shard.stage(call.steps).members()
         if self.taped:
-            parameters = _trainable(shard, call.steps)
+            parameters = {} if members is None else members.trainable()
             _refuse_unknown(parameters, shard, store.address)
             tape = Tape(
                 call.title,
@@ -116,21 +118,38 @@ class Forward:
                 parameters,
                 shard,
                 comm,
-                recomputes=bool(call.context and call.context.recompute),
+                recomputes=context is not None and bool(context.recompute),
                 uses=uses,
             )
             store.put(call.key, tape)
-        return self._give_all(shard, leaves, structure)
+        return self._give_all(members, leaves, structure)
+
+    @contextlib.contextmanager
+    def _watched(
+        self, shard: ResidentShard, uses: WeightUses | None, norms: Statistics | None
+    ) -> Iterator[None]:
+        """Record the statistics of batch norms if they are deferred, and uses of weights."""
+        steps, draw = self.call.steps, self.call.draw
+        members = shard.stage(steps).members()
+        with contextlib.ExitStack() as regions:
+            if norms is not None and draw is not None:
+                first, _, _ = steps[0]
+                regions.enter_context(deferred(members.modules, norms, draw.microbatch, first))
+            if uses is not None:
+                weights = members.trainable().values()
+                regions.enter_context(splitting(uses, members.modules, weights))
+            yield
 
     def _feed(
         self, values: tuple[Any, ...], arguments: Template, device: torch.device | None
     ) -> tuple[list[list[torch.Tensor | None]], list[Structure], list[Any]]:
         """For each slot the leaves that take gradients, the structure, and the layer's argument."""
         takes, structures, fed = [], [], []
+        parameters, raw = arguments.parameters, self.call.raw
         for slot, (value, wanted) in enumerate(zip(values, self.call.needs_grad, strict=True)):
             leaves, structure = flatten(value)
-            own = {0} if slot in arguments.parameters else structure.parameters
-            if self.call.raw:
+            own = {0} if slot in parameters else structure.parameters
+            if raw:
                 taken = [leaf if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
                 given = leaves
             else:
@@ -140,15 +159,14 @@ class Forward:
             fed.append(structure.build(given))
         return takes, structures, fed
 
-    def _give_all(
-        self, shard: ResidentShard | None, leaves: list[Any], structure: Structure
-    ) -> Any:
-        owned = _storages(shard, self.call.steps) if shard else set()
+    def _give_all(self, members: Members | None, leaves: list[Any], structure: Structure) -> Any:
+        owned = members.storages() if members is not None else set()
         given = [_give(leaf, owned) for leaf in leaves]
-        ours = _trainable(shard, self.call.steps).values() if structure.parameters else ()
-        for i in structure.parameters:
-            if self.taped and not _is_new(leaves[i], ours):
-                given[i] = nn.Parameter(given[i], requires_grad=False)
+        if structure.parameters and self.taped:
+            ours = members.trainable().values() if members is not None else ()
+            for i in structure.parameters:
+                if not _is_new(leaves[i], ours):
+                    given[i] = nn.Parameter(given[i], requires_grad=False)
         return structure.build(given)
 
     def _call(
@@ -156,14 +174,16 @@ class Forward:
     ) -> Any:
         args, kwargs = arguments.fill(fed)
         steps, context = self.call.steps, self.call.context
-        segments = dict(context.recompute) if context is not None and self.taped else {}
+        if context is None or not context.recompute or not self.taped:
+            return self._steps(store, shard, fed, 0, len(steps), *args, **kwargs)
+        segments = dict(context.recompute)
         at = 0
         while at < len(steps):
             stop = segments.get(at, at + 1)
             run = functools.partial(self._steps, store, shard, fed, at, stop)
             if at in segments:
-                modules = _modules(shard, steps[at:stop])
-                value = recomputed(run, modules, *args, **kwargs)
+                layers = shard.stage(steps[at:stop]).layers if shard is not None else []
+                value = recomputed(run, layers, *args, **kwargs)
             else:
                 value = run(*args, **kwargs)
             args, kwargs, at = (value,), {}, stop
@@ -181,13 +201,24 @@ class Forward:
     ) -> Any:
         """Run the steps from `start` to `stop`, each on the result of the one before."""
         call = self.call
+        rank, context = call.rank, call.context
         for index, name, kind in call.steps[start:stop]:
-            fn = self._function(shard, index, fed)
-            loss = call.context.loss if index == LOSS and call.context is not None else None
+            if shard is None:
+                tensors = [fed[i] for i in call.tensor_slots]
+                fn = pack.unpack(call.function, tensors, own=False)
+            else:
+                fn = shard.loss if index == LOSS else shard.layers[index]
+            loss = context.loss if index == LOSS and context is not None else None
             if loss is not None:
                 args = (*args, *Template.of(loss.template).fill(fed))
             try:
-                with self._stream(fn, name):
+                if rank is not None:
+                    with random_stream(rank.group.seed, 0, rank.index, "rank"):
+                        value = fn(*args, **kwargs)
+                elif context is not None and may_draw(fn):
+                    with random_stream(*context.draw, name):
+                        value = fn(*args, **kwargs)
+                else:
                     value = fn(*args, **kwargs)
                 if loss is not None:
                     _check_loss(value, loss.check_finite)
@@ -198,20 +229,6 @@ class Forward:
                 raise forward_error(error, store.address, name, kind, given, call.draw) from error
             args, kwargs = (value,), {}
         return args[0]
-
-    def _function(self, shard: ResidentShard | None, index: int, fed: list[Any]) -> Any:
-        if shard is None:
-            tensors = [fed[i] for i in self.call.tensor_slots]
-            return pack.unpack(self.call.function, tensors, own=False)
-        return shard.loss if index == LOSS else shard.layers[index]
-
-    def _stream(self, fn: Any, name: str) -> contextlib.AbstractContextManager[None]:
-        rank, draw = self.call.rank, self.call.draw
-        if rank is not None:
-            return random_stream(rank.group.seed, 0, rank.index, "rank")
-        if draw is None or not may_draw(fn):
-            return contextlib.nullcontext()
-        return random_stream(*draw, name)
 
 
 def _check_loss(value: Any, finite: bool) -> None:
@@ -247,11 +264,12 @@ def _feed(
             continue
         start: torch.Tensor = leaf.detach()
         moved: torch.Tensor
-        takes = wanted and carries_gradient(leaf)
+        takes = wanted and (leaf.is_floating_point() or leaf.is_complex())
         if takes and i in parameters:
             start = moved = nn.Parameter(start.to(device, copy=True))
         else:
-            start.requires_grad_(takes)
+            if takes:
+                start.requires_grad_()
             moved = start if device is None else start.to(device)
             moved = moved.clone() if moved is start else moved
         taken.append(start if takes else None)
@@ -278,39 +296,12 @@ def _give(leaf: Any, owned: set[int]) -> Any:
     return leaf
 
 
-def _modules(
-    shard: ResidentShard | None, steps: tuple[tuple[int, str, str], ...]
-) -> list[nn.Module]:
-    if shard is None:
-        return []
-    layers = [shard.layers[index] for index, _, _ in steps if index != LOSS]
-    return [layer for layer in layers if isinstance(layer, nn.Module)]
-
-
-def _storages(shard: ResidentShard, steps: tuple[tuple[int, str, str], ...]) -> set[int]:
-    found = set()
-    for module in _modules(shard, steps):
-        for tensor in [*module.parameters(), *module.buffers()]:
-            if tensor.layout is torch.strided:
-                found.add(tensor.untyped_storage().data_ptr())
-    return found - {0}
-
-
-def _trainable(
-    shard: ResidentShard | None, steps: tuple[tuple[int, str, str], ...]
-) -> dict[str, nn.Parameter]:
-    if shard is None:
-        return {}
-    used = {id(p) for module in _modules(shard, steps) for p in module.parameters()}
-    return {n: p for n, p in shard.parameters.items() if id(p) in used and p.requires_grad}
-
-
 def _refuse_unknown(
     parameters: dict[str, nn.Parameter], shard: ResidentShard | None, address: str
 ) -> None:
     """Raise for parameters that were frozen when the chain was made: their gradients are lost."""
-    late = [name for name in parameters if shard is not None and name not in shard.trainable]
-    if late:
+    if shard is not None and not shard.trainable.issuperset(parameters):
+        late = [name for name in parameters if name not in shard.trainable]
         raise LayerError(
             f"parameter {late[0]!r} on worker {address} was frozen when the chain was made and "
             "requires grad now: a layer set that in its forward. Set it before the chain is made",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import _engine_run_backward
 
 from taskgrad.graph.calls import Draw
 from taskgrad.graph.cotangents import Gradient, add
@@ -15,6 +16,34 @@ from taskgrad.graph.parameter_extras import has_hooks
 from taskgrad.worker.hooks import accumulate_hooked
 from taskgrad.worker.shard import ResidentShard
 
+_PLAIN = frozenset({torch.Tensor, nn.Parameter})
+
+
+def gradients(
+    outputs: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    cotangents: Sequence[torch.Tensor],
+    *,
+    retain: bool,
+) -> Sequence[Gradient]:
+    """As ``torch.autograd.grad``, None for inputs that the outputs do not depend on.
+
+    That takes longer to check its arguments than small layers take; cotangents fit already.
+    """
+    if not _PLAIN.issuperset(map(type, (*outputs, *inputs, *cotangents))):
+        return torch.autograd.grad(
+            outputs, inputs, cotangents, retain_graph=retain, allow_unused=True
+        )
+    return _engine_run_backward(
+        tuple(outputs),
+        tuple(cotangents),
+        retain,
+        False,
+        tuple(inputs),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
+
 
 def own(grads: dict[str, Gradient], shared: Iterable[Any]) -> dict[str, Gradient]:
     """The same gradients, each in memory that is all its own, so that it can be added to.
@@ -22,19 +51,22 @@ def own(grads: dict[str, Gradient], shared: Iterable[Any]) -> dict[str, Gradient
     Autograd may return one tensor for several: for both terms of a sum, say, and for the cotangent
     that came in. `shared` are the other tensors that go somewhere, as inputs or results of a task.
     """
+    strided = torch.strided
     taken = {
         t.untyped_storage().data_ptr()
         for t in shared
-        if isinstance(t, torch.Tensor) and t.layout is torch.strided
+        if isinstance(t, torch.Tensor) and t.layout is strided
     }
     found: dict[str, Gradient] = {}
     for name, grad in grads.items():
-        if grad is not None and grad.layout is torch.strided:
+        if grad is not None and grad.layout is strided:
             storage = grad.untyped_storage()
+            address = storage.data_ptr()
             # Not its size: what is expanded has less memory than elements, a view has more.
-            if storage.data_ptr() in taken or storage.nbytes() != grad.numel() * grad.itemsize:
+            if address in taken or storage.nbytes() != grad.nbytes:
                 grad = grad.clone()
-            taken.add(grad.untyped_storage().data_ptr())
+                address = grad.untyped_storage().data_ptr()
+            taken.add(address)
         found[name] = grad
     return found
 
@@ -67,28 +99,49 @@ def accumulate_into(
     `borrowed` are values whose memory belongs to Dask, and which must not be kept. Hooks draw
     random numbers from `draw`'s stream for the parameter's name.
     """
-    parameter = shard.parameters[name]
-    total = summed(parameter, parts, borrowed)
-    if total is None:
-        return
-    if has_hooks(parameter):
-        fixed = shard.why_fixed(name)
-        accumulate_hooked(
-            parameter, total.clone(), name=name, address=address, draw=draw, fixed=fixed
-        )
-        return
-    grad = parameter.grad
-    if grad is None:
-        parameter.grad = _laid_out_as(parameter, total)
-    elif grad.layout is total.layout is torch.strided:
-        grad.add_(total)
-    else:
-        parameter.grad = grad + total
+    total = summed(shard.parameters[name], parts, borrowed)
+    accumulate_each(shard, {name: total}, address=address, draw=draw)
+
+
+def accumulate_each(
+    shard: ResidentShard, totals: Mapping[str, Gradient], *, address: str, draw: Draw | None
+) -> None:
+    """Add to the gradients of parameters, by name; for the rest see `accumulate_into`.
+
+    Each is on its parameter's device, in memory of its own.
+    """
+    sums: list[torch.Tensor] = []
+    addends: list[torch.Tensor] = []
+    strided = torch.strided
+    for name, total in totals.items():
+        if total is None:
+            continue
+        parameter = shard.parameters[name]
+        if has_hooks(parameter):
+            if sums:  # which a hook may look at
+                torch._foreach_add_(sums, addends)
+                sums, addends = [], []
+            fixed = shard.why_fixed(name)
+            accumulate_hooked(
+                parameter, total.clone(), name=name, address=address, draw=draw, fixed=fixed
+            )
+            continue
+        grad = parameter.grad
+        if grad is None:
+            parameter.grad = _laid_out_as(parameter, total)
+        elif grad.layout is total.layout is strided:
+            sums.append(grad)
+            addends.append(total)
+        else:
+            parameter.grad = grad + total
+    if sums:
+        torch._foreach_add_(sums, addends)
 
 
 def _laid_out_as(parameter: nn.Parameter, grad: torch.Tensor) -> torch.Tensor:
     """The gradient with the strides that autograd would use: norms are summed in that order."""
-    if grad.layout is not torch.strided or parameter.layout is not torch.strided:
+    strided = torch.strided
+    if grad.layout is not strided or parameter.layout is not strided:
         return grad
     if grad.stride() == parameter.stride() or not is_dense(parameter):
         return grad

@@ -7,23 +7,32 @@ parameter lives: not the parts, and not on the workers of its copies.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
 
 from taskgrad.errors import LayerError
 from taskgrad.graph.calls import Draw
+from taskgrad.graph.parameter_extras import Hooks
 from taskgrad.worker.failures import layer_errors
 from taskgrad.worker.randomness import random_stream
 
 
-@contextmanager
-def hooks_off(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def hooks_off(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
     """Disable the hooks of these parameters."""
-    held = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+    hooks = [p._backward_hooks for p in parameters if p._backward_hooks]
+    return _disabled(hooks) if hooks else _NOTHING
+
+
+_NOTHING = nullcontext()
+
+
+@contextmanager
+def _disabled(of_each: list[Hooks]) -> Iterator[None]:
+    held = [(hooks, dict(hooks)) for hooks in of_each]
     try:
-        for hooks, _ in held:
+        for hooks in of_each:
             hooks.clear()
         yield
     finally:

@@ -150,11 +150,12 @@ def may_draw(fn: Any) -> bool:
     """False for modules of torch that cannot draw random numbers, True for all other layers."""
     if not isinstance(fn, nn.Module):
         return True
-    if fn not in _may_draw:
-        _may_draw[fn] = any(
+    known = _may_draw.get(fn)
+    if known is None:
+        known = _may_draw[fn] = any(
             not type(m).__module__.startswith("torch.nn.modules.")
             or isinstance(m, _DRAWING)
             or bool(m._forward_hooks or m._forward_pre_hooks)
             for m in fn.modules()
         )
-    return _may_draw[fn]
+    return known

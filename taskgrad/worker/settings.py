@@ -196,6 +196,8 @@ class YieldingLock:
     `give_thread_back`: what holds the lock may wait for tasks that are to run in that thread.
     """
 
+    __slots__ = ("_give_thread_back", "_lock")
+
     def __init__(
         self, give_thread_back: Callable[[], None] = lambda: None, *, reentrant: bool = True
     ) -> None:
@@ -219,10 +221,11 @@ class YieldingLock:
         self._lock.release()
 
     def __enter__(self) -> None:
-        self.acquire()
+        if not self._lock.acquire(False):
+            self.acquire()
 
     def __exit__(self, *error: object) -> None:
-        self.release()
+        self._lock.release()
 
 
 @contextmanager

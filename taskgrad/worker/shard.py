@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from taskgrad.graph.calls import LOSS, LayerStep
 from taskgrad.worker.settings import YieldingLock
+from taskgrad.worker.stage_modules import StageModules
 from taskgrad.worker.training_state import Training, Update
 from taskgrad.worker.undo import Undo
 
@@ -50,6 +53,7 @@ class ResidentShard:
     gradient_bytes: int = 0
     uncounted: bool = False
     lock: YieldingLock = field(default_factory=YieldingLock)
+    _stages: dict[Any, StageModules] = field(default_factory=dict)
 
     def use(self, trained: Trained) -> None:
         """Replace what trains this shard."""
@@ -59,6 +63,21 @@ class ResidentShard:
     def modules(self) -> dict[int, nn.Module]:
         """The layers that are modules, by their index."""
         return {i: m for i, m in self.layers.items() if isinstance(m, nn.Module)}
+
+    def stage(self, steps: Sequence[LayerStep]) -> StageModules:
+        """The modules of the layers that are steps of a call; the same object every time."""
+        found = self._stages.get(steps)
+        if found is None:
+            layers = [self.layers[index] for index, _, _ in steps if index != LOSS]
+            found = self._stages[steps] = StageModules(layers, self.parameters)
+        return found
+
+    @property
+    def all_modules(self) -> StageModules:
+        """The modules of all layers; the same object every time."""
+        if None not in self._stages:
+            self._stages[None] = StageModules(self.layers.values(), self.parameters)
+        return self._stages[None]
 
     def values(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Copies of these parameters on the host."""

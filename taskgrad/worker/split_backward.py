@@ -110,16 +110,15 @@ class WeightUses:
 
 
 def splitting(
-    uses: WeightUses | None, modules: Sequence[nn.Module], parameters: Iterable[nn.Parameter]
+    uses: WeightUses | None, modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter]
 ) -> AbstractContextManager[Any]:
-    """A block in which operations that use these parameters get graphs of their own."""
-    if uses is None or any(map(_is_compiled, modules)):
+    """A block in which operations that use these parameters get graphs of their own.
+
+    `modules` are all that run in it, the inner ones too.
+    """
+    if uses is None or any(m._compiled_call_impl or "_orig_mod" in m._modules for m in modules):
         return contextlib.nullcontext()
     return _Splitting(uses, parameters)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return any(m._compiled_call_impl or "_orig_mod" in m._modules for m in module.modules())
 
 
 class _Splitting(TorchFunctionMode):

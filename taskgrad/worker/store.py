@@ -104,10 +104,11 @@ class Store:
             )
         return entry
 
-    def is_pending(self, shard: ResidentShard, parameter: str) -> bool:
-        """True if a split backward has yet to add to this parameter's gradient."""
-        tapes = [e for e in self.entries().values() if isinstance(e, WeightTape)]
-        return any(tape.shard is shard and parameter in tape.parameters for tape in tapes)
+    def pending(self, shard: ResidentShard) -> set[str]:
+        """The shard's parameters to whose gradients split backwards have yet to add."""
+        with self._lock:
+            tapes = [e for e in self._entries.values() if type(e) is WeightTape]
+        return {name for tape in tapes if tape.shard is shard for name in tape.parameters}
 
     def pop(self, key: str) -> Any:
         """Remove an entry and return it."""
