@@ -9,7 +9,7 @@ backward (B) and in the backward for weights (W): gradients are summed in the or
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from taskgrad.plan.schedule import Action, Costs, Kind, Pipeline
@@ -94,9 +94,26 @@ class _Step:
         self._users, self._stages = pipeline.users, pipeline.stages_of
         self._split = rule.tapes is not None
         self._busy_until = [0.0] * len(self._stages)
-        self._end: dict[Action, float] = {}
-        # The next microbatch of each kind, at each stage.
-        self._f, self._b, self._w = ([0] * len(pipeline.workers) for _ in range(3))
+        # When actions end, of each kind at each stage, by microbatch: the next one is not there.
+        self._ends: dict[str, list[list[float]]] = {
+            kind: [[] for _ in pipeline.workers] for kind in "FBW"
+        }
+        # For each kind and stage: when the actions of other stages that it takes from end, each with
+        # the time from then until its worker has the result; and the workers that take its own.
+        before = {"F": pipeline.needs, "B": self._users}
+        after = {"F": self._users, "B": pipeline.needs, "W": ((),) * len(pipeline.workers)}
+        at, latency = pipeline.workers, costs.latency
+        self._before = {
+            kind: [
+                [(self._ends[kind][s], 0.0 if at[s] == at[stage] else latency) for s in others]
+                for stage, others in enumerate(of_stage)
+            ]
+            for kind, of_stage in before.items()
+        }
+        self._takers = {
+            kind: [{at[s] for s in others} - {at[stage]} for stage, others in enumerate(of_stage)]
+            for kind, of_stage in after.items()
+        }
         self.orders: list[list[Action]] = [[] for _ in self._stages]
 
     def total(self, worker: int) -> int:
@@ -110,58 +127,56 @@ class _Step:
         """
         if self._busy_until[worker] > now:
             return []
-        action = min(self._ready(worker, now), key=self._rule.key, default=None)
-        if action is None:
+        ready = self._ready(worker, now)
+        if not ready:
             return []
+        action = min(ready, key=self._rule.key) if len(ready) > 1 else ready[0]
         end = now + self._costs.of(action, self._split)
         self.orders[worker].append(action)
-        self._busy_until[worker] = self._end[action] = end
-        next_of = {"F": self._f, "B": self._b}.get(action.kind, self._w)
-        next_of[action.stage] += 1
-        users = {"F": self._users, "B": self._pipeline.needs}.get(action.kind)
-        workers = {self._pipeline.workers[user] for user in users[action.stage]} if users else set()
-        return [(end, worker), *((end + self._costs.latency, w) for w in workers - {worker})]
+        self._busy_until[worker] = end
+        self._ends[action.kind][action.stage].append(end)
+        there = end + self._costs.latency
+        return [(end, worker), *((there, w) for w in self._takers[action.kind][action.stage])]
 
-    def _ready(self, worker: int, now: float) -> Iterator[Action]:
-        stages = self._stages[worker]
-        forwards = self._next("F", self._f, stages)
+    def _ready(self, worker: int, now: float) -> list[Action]:
+        stages, (f, b, w) = self._stages[worker], self._ends.values()
+        ready = []
+        forwards = self._next("F", stages)
         for forward in forwards:
-            needs = self._pipeline.needs[forward.stage]
-            if self._allows(forward, worker) and self._has("F", needs, forward, worker, now):
-                yield forward
-        for backward in self._next("B", self._b, stages):
-            if backward.microbatch >= self._f[backward.stage] or (self._rule.flush and forwards):
-                continue
-            if self._has("B", self._users[backward.stage], backward, worker, now):
-                yield backward
-        for stage in stages if self._split else ():
-            if self._w[stage] < self._b[stage]:
-                yield Action("W", stage, self._w[stage])
+            if self._has(forward, now) and self._allows(forward, worker):
+                ready.append(forward)
+        for backward in self._next("B", stages):
+            if backward.microbatch < len(f[backward.stage]) and self._has(backward, now):
+                ready.append(backward)
+        if self._rule.flush and forwards:
+            ready = [action for action in ready if action.kind == "F"]
+        if self._split:
+            ready += [Action("W", s, len(w[s])) for s in stages if len(w[s]) < len(b[s])]
+        return ready
 
-    def _next(self, kind: Kind, next_of: list[int], stages: tuple[int, ...]) -> list[Action]:
+    def _next(self, kind: Kind, stages: tuple[int, ...]) -> list[Action]:
         """The next action of this kind at each stage, or only the one whose turn it is."""
-        found = [Action(kind, s, next_of[s]) for s in stages if next_of[s] < self._microbatches]
+        ends = self._ends[kind]
+        found = [Action(kind, s, len(ends[s])) for s in stages if len(ends[s]) < self._microbatches]
         return [min(found, key=self._rule.key)] if found and self._rule.in_turn else found
 
     def _allows(self, forward: Action, worker: int) -> bool:
         """True if the limits of the rule allow this forward."""
         rule, (_, stage, microbatch) = self._rule, forward
-        if rule.in_flight is not None and microbatch - self._b[stage] >= rule.in_flight[stage]:
+        f, b, w = self._ends.values()
+        if rule.in_flight is not None and microbatch - len(b[stage]) >= rule.in_flight[stage]:
             return False
-        if rule.tapes is not None and microbatch - self._w[stage] >= rule.tapes[stage]:
+        if rule.tapes is not None and microbatch - len(w[stage]) >= rule.tapes[stage]:
             return False
         if rule.in_flight_on_worker is None:
             return True
-        held = sum(self._f[s] - self._b[s] for s in self._stages[worker])
+        held = sum(len(f[s]) - len(b[s]) for s in self._stages[worker])
         return held < rule.in_flight_on_worker[worker]
 
-    def _has(
-        self, kind: Kind, stages: tuple[int, ...], action: Action, worker: int, now: float
-    ) -> bool:
-        """True if the worker has what these stages made of the microbatch."""
-        for stage in stages:
-            end = self._end.get(action._replace(kind=kind, stage=stage))
-            away = self._pipeline.workers[stage] != worker
-            if end is None or end + (self._costs.latency if away else 0.0) > now:
+    def _has(self, action: Action, now: float) -> bool:
+        """True if the worker has what the action takes from other stages."""
+        kind, stage, microbatch = action
+        for ends, delay in self._before[kind][stage]:
+            if len(ends) <= microbatch or ends[microbatch] + delay > now:
                 return False
         return True

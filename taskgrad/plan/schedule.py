@@ -8,7 +8,7 @@ each of them runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -265,16 +265,21 @@ class Schedule:
         for given in (costs.forward, costs.backward, costs.weight):
             if len(given) != stages:
                 raise ValueError(f"there are costs of {len(given)} stages, and {stages} stages")
-        split, at = self.split, self.pipeline.workers
-        ends: dict[Action, float] = {}
+        split, at, microbatches = self.split, self.pipeline.workers, self.microbatches
+        ends = [0.0] * (_KINDS * stages * microbatches)
         rows: list[list[Span]] = [[] for _ in self.orders]
-        for worker, action, before in _run_order(self):
-            arrivals = [ends[b] + costs.latency * (at[b.stage] != worker) for b in before]
-            free = rows[worker][-1].end if rows[worker] else 0.0
-            start = max(free, *arrivals, 0.0)
-            end = start + costs.of(action, action[1:] in split)
+        free = [0.0] * len(self.orders)
+        for worker, action, index, before in _run_order(self):
+            start = free[worker]
+            for other in before:
+                end = ends[other]
+                if at[other // microbatches % stages] != worker:
+                    end += costs.latency
+                if end > start:
+                    start = end
+            end = start + costs.of(action, action.kind == "B" and action[1:] in split)
             rows[worker].append(Span(action, start, end))
-            ends[_either(action)] = end
+            ends[index] = free[worker] = end
         return Timeline(tuple(map(tuple, rows)))
 
     def bubble(self, costs: Costs, flush: bool = False) -> float:
@@ -332,13 +337,15 @@ def _kinds(split: bool) -> tuple[Kind, ...]:
     return ("F", "B", "W") if split else ("F", "B")
 
 
-def _run_order(found: Schedule) -> Iterator[tuple[int, Action, set[Action]]]:
-    """All actions, each with its worker and after those that it needs, which come with it.
+def _run_order(found: Schedule) -> Iterator[tuple[int, Action, int, list[int]]]:
+    """All actions, each with its worker, its index, and those of the actions that it needs.
 
-    ValueError if workers wait for each other.
+    Every action comes after those that it needs. An index is (kind x stages + stage) x microbatches
+    + microbatch. ValueError if workers wait for each other.
     """
-    pipeline, users = found.pipeline, found.pipeline.users
-    done: set[Action] = set()
+    stages, microbatches = len(found.pipeline.workers), found.microbatches
+    needs = _needs(found.pipeline)
+    done = bytearray(_KINDS * stages * microbatches)
     at = [0] * len(found.orders)
     moved = True
     while moved:
@@ -346,13 +353,16 @@ def _run_order(found: Schedule) -> Iterator[tuple[int, Action, set[Action]]]:
         for worker, order in enumerate(found.orders):
             while at[worker] < len(order):
                 action = order[at[worker]]
-                before = _before(action, pipeline, users)
-                if not before <= done:
+                kind, stage, m = action
+                row = _ROW[kind] * stages + stage
+                before = [other * microbatches + m for other in needs[row]]
+                if 0 in map(done.__getitem__, before):
                     break
-                done.add(_either(action))
+                index = row * microbatches + m
+                done[index] = True
                 at[worker] += 1
                 moved = True
-                yield worker, action, before
+                yield worker, action, index, before
     stuck = [str(o[i]) for i, o in zip(at, found.orders, strict=True) if i < len(o)]
     if stuck:
         raise ValueError(f"this schedule waits for ever at {', '.join(stuck)}")
@@ -363,10 +373,14 @@ def _either(action: Action) -> Action:
     return action._replace(kind="B") if action.kind == "BW" else action
 
 
-def _before(action: Action, pipeline: Pipeline, users: Sequence[Sequence[int]]) -> set[Action]:
-    kind, stage, m = action
-    if kind == "F":
-        return {Action("F", s, m) for s in pipeline.needs[stage]}
-    if kind == "W":
-        return {Action("B", stage, m)}
-    return {Action("F", stage, m), *(Action("B", s, m) for s in users[stage])}
+# The place of each kind in an index of actions. Which backward it is matters to no other action.
+_ROW = {"F": 0, "B": 1, "BW": 1, "W": 2}
+_KINDS = 3
+
+
+def _needs(pipeline: Pipeline) -> list[list[int]]:
+    """For each kind and stage (kind x stages + stage) those of the actions that it needs."""
+    n, users = len(pipeline.workers), pipeline.users
+    forwards = [list(dict.fromkeys(needs)) for needs in pipeline.needs]
+    backwards = [[stage, *(n + user for user in users[stage])] for stage in range(n)]
+    return forwards + backwards + [[n + stage] for stage in range(n)]
