@@ -140,6 +140,7 @@ class Stream:
         self._room = memoryview(bytearray(_ROOM))
         self._stop = 0  # of what is in the room
         self._arriving: Arriving | None = None
+        self.has_had_large = False  # a part that does not fit in the room
 
     @property
     def is_halfway(self) -> bool:
@@ -150,6 +151,7 @@ class Stream:
         """Memory for the next bytes, to be given to `received` when some of it is filled."""
         arriving = self._arriving
         if arriving is not None and len(arriving.missing[-1]) >= _ROOM:
+            self.has_had_large = True
             return arriving.missing[-1]
         return self._room[self._stop :]
 

@@ -23,8 +23,9 @@ from typing import Any
 from taskgrad.cluster.channels.frames import Arriving, Stream, Tag, pack, receipt
 from taskgrad.cluster.wire.leases import TOKEN_BYTES, BufferLease, ValidityToken
 
-# How often the channels' thread looks after the connections of a program that computes.
-_NAP_S = 0.01
+# How often the channels' thread looks after the connections of a program that computes. Small values
+# wait in the system's memory; large ones do not fit there, and their senders wait.
+_NAP_S, _SHORT_NAP_S = 0.05, 0.005
 # How long somebody who connects may take to say the group's name.
 _STRANGER_S = 2.0
 # What either end of a connection says first: its rank, and where the other can try to read.
@@ -213,7 +214,8 @@ class SocketChannels:
         """Look after the connections while the program does not."""
         while not self._closing:
             if self._waits or (self._attended and not self._is_halfway()):
-                self._hurry.wait(_NAP_S)
+                large = any(peer.gets_large for peer in self._peers.values())
+                self._hurry.wait(_SHORT_NAP_S if large else _NAP_S)
                 self._hurry.clear()
                 seconds: float | None = 0.0
             else:
@@ -286,6 +288,11 @@ class _Peer:
         self._stream = Stream()
         self._left: deque[memoryview] = deque()  # to be sent
         self._sending = threading.Lock()
+
+    @property
+    def gets_large(self) -> bool:
+        """True if a large value has come on this connection."""
+        return self._stream.has_had_large
 
     @property
     def is_sending(self) -> bool:
