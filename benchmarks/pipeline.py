@@ -5,7 +5,7 @@ batch in as many microbatches: two processes and four microbatches, but for `emp
 torch's processes communicate over gloo. On each side the schedule with the shortest step counts, of
 1F1B and GPipe there. torch is measured as a user runs it, and once more with our workers' settings
 of the allocator. Plain torch does the same batch at once, in one process with one thread and with
-two; `two_batches_at_once` are two such processes of one thread, each with a batch of its own: half of
+two. `two_batches_at_once` are two processes of one thread, each with a batch of its own: half of
 their time is what the machine needs for a batch where nothing ever waits. A step is forward, loss,
 backward and SGD with momentum. All take turns within one run, and a turn has five steps or more,
 with no barrier between them.

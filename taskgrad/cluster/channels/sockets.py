@@ -23,8 +23,8 @@ from typing import Any
 from taskgrad.cluster.channels.frames import Arriving, Stream, Tag, pack, receipt
 from taskgrad.cluster.wire.leases import TOKEN_BYTES, BufferLease, ValidityToken
 
-# How often the channels' thread looks after the connections of a program that computes. Small values
-# wait in the system's memory; large ones do not fit there, and their senders wait.
+# How often the channels' thread looks after the connections of a program that computes. Small
+# values wait in the system's memory; large ones do not fit there, and their senders wait.
 _NAP_S, _SHORT_NAP_S = 0.05, 0.005
 # How long somebody who connects may take to say the group's name.
 _STRANGER_S = 2.0
