@@ -99,7 +99,7 @@ class _Step:
             kind: [[] for _ in pipeline.workers] for kind in "FBW"
         }
         # For each kind and stage: when the actions of other stages that it takes from end, each
-        # with the time from then until its worker has the result; and the workers that take its own.
+        # with the time until its worker has the result; and the workers that take its own.
         before = {"F": pipeline.needs, "B": self._users}
         after = {"F": self._users, "B": pipeline.needs, "W": ((),) * len(pipeline.workers)}
         at, latency = pipeline.workers, costs.latency
