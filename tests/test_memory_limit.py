@@ -146,7 +146,7 @@ def test_a_folder_without_room_for_optimizer_state_is_named(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     with pytest.raises(tg.TaskgradError, match="No such file or directory.*--local-directory"):
-        CopiesInFiles(str(tmp_path / "gone"), None)(parameter)
+        CopiesInFiles(str(tmp_path / "gone"), None).copy(parameter)
 
 
 def of_the_worker(dask_worker):

@@ -11,16 +11,18 @@ from typing import Any
 from torch import nn
 
 from taskgrad.worker.failures import NOTHING_LOADED, layer_errors
+from taskgrad.worker.offload import CopiesInFiles
 from taskgrad.worker.shard import Trained
 from taskgrad.worker.store import Store
-from taskgrad.worker.undo import Undo, copied
+from taskgrad.worker.undo import Undo
 
 
 def begin(store: Store, token: str) -> None:
     """Copy the shard as it is now, before a load."""
     with store.locked(token) as shard:
-        copy = copied if shard.training is None else shard.training.copies
-        layers = Undo(list(shard.layers.values()), copy, gradients="which")
+        in_files = shard.training.copies if shard.training is not None else None
+        copies = in_files if isinstance(in_files, CopiesInFiles) else None
+        layers = Undo(list(shard.layers.values()), copies, gradients="which")
         shard.before_load = layers, Trained(shard.optimizer, shard.training, shard.loss)
 
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from taskgrad.errors import TaskgradError
+from taskgrad.worker.undo import Copies
 
 Key = TypeVar("Key")
 
@@ -82,7 +83,7 @@ class SpilledState:
         self._maps = {address: m for address, m in self._maps.items() if address in kept}
 
 
-class CopiesInFiles:
+class CopiesInFiles(Copies):
     """Copies tensors to files; each new copy of a tensor overwrites the one before.
 
     `state` has the tensors that are in files themselves, if any are.
@@ -93,9 +94,8 @@ class CopiesInFiles:
         self._state = state
         self._known: dict[tuple[Any, ...], tuple[torch.Tensor, mmap.mmap]] = {}
 
-    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy, valid until the next one of this tensor is made."""
-        tensor = tensor.detach()
         if tensor.layout is not torch.strided or tensor.nbytes < _LEAST:
             return tensor.clone()
         key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())

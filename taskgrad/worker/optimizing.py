@@ -134,6 +134,7 @@ def settle(store: Store, token: str, *, number: int) -> None:
     """Every shard has made this step: drop the copies that could undo it."""
     with store.locked(token) as shard:
         if shard.update is not None and shard.update.number == number:
+            shard.update.release()
             shard.update = Update(number, None, settled=True)
 
 

@@ -19,6 +19,7 @@ import torch
 from taskgrad.errors import TaskgradError
 from taskgrad.worker import deferred_norm
 from taskgrad.worker.failures import update_errors
+from taskgrad.worker.offload import CopiesInFiles
 from taskgrad.worker.shard import ResidentShard
 from taskgrad.worker.store import Store
 from taskgrad.worker.training_state import Before, Summary, Training, Update
@@ -45,19 +46,23 @@ def begin(shard: ResidentShard, step: int) -> None:
     training.busy = 0.0
     if training.norms:
         training.norms.clear()
-    buffers = {id(b): b for m in shard.modules.values() for b in m.buffers()}
     trained = [shard.parameters[name] for name in training.names]
     training.before = Before(
-        [(b, b.detach().clone()) for b in buffers.values()],
+        training.buffer_copies.of(shard.all_modules.members().buffers),
+        training.buffer_copies,
         [(p, None if p.grad is None else p.grad.clone()) for p in trained],
     )
 
 
 def copy_ahead(store: Store, token: str, *, step: int) -> None:
-    """Make the copies that take back a step's update, for which `commit` need not wait then."""
+    """Make the copies that take back a step's update, for which `commit` need not wait then.
+
+    Copies in files would overwrite those of the step before, if these may be needed yet.
+    """
     with store.locked(token) as shard:
         training = training_of(shard)
-        if training.done == step:
+        unsettled = shard.update is not None and shard.update.before is not None
+        if training.done == step and not (unsettled and isinstance(training.copies, CopiesInFiles)):
             begin(shard, step)
             _copy(shard, training, without=[])  # any parameter may get a gradient yet
 
@@ -122,7 +127,9 @@ def commit(
                     f"step {step} was taken back on worker {store.address}, because it failed or "
                     "was interrupted: take it again"
                 )
-            shard.update = None  # the step before: all shards have it
+            if shard.update is not None:
+                shard.update.release()  # the step before: all shards have it
+                shard.update = None
             before = training.before
             finite = all(summary.finite for summary in summaries)
             total = total_norm(summaries, order) if update and clip_norm is not None else None

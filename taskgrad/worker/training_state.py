@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from taskgrad.worker.deferred_norm import Statistics
 from taskgrad.worker.offload import SpilledState
-from taskgrad.worker.undo import Undo, copied
+from taskgrad.worker.undo import Copied, Copies, ReusedCopies, Undo
 
 # As torch.amp.GradScaler.
 _FIRST_SCALE, _GROWTH, _BACKOFF, _INTERVAL = 2.0**16, 2.0, 0.5, 2000
@@ -37,7 +37,8 @@ class Scaler:
 class Before:
     """A shard before a step: its buffers and gradients, and what its update will change."""
 
-    buffers: list[tuple[torch.Tensor, torch.Tensor]]
+    buffers: list[Copied]
+    copies: Copies  # of the buffers
     gradients: list[tuple[nn.Parameter, torch.Tensor | None]]
     update: Undo | None = None
 
@@ -46,10 +47,17 @@ class Before:
         if self.update is not None:
             self.update.restore()
         with torch.no_grad():
-            for buffer, before in self.buffers:
+            for buffer, _, before in self.buffers:
                 buffer.copy_(before)
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
+
+    def release(self) -> None:
+        """Give the copies back: nothing is to be restored."""
+        if self.update is not None:
+            self.update.release()
+        self.copies.take_back(self.buffers)
+        self.buffers = []
 
 
 @dataclass
@@ -62,6 +70,12 @@ class Update:
     number: int
     before: Before | Undo | None
     settled: bool = False
+
+    def release(self) -> None:
+        """Give the copies back: the step is not to be taken back."""
+        if self.before is not None:
+            self.before.release()
+            self.before = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +110,8 @@ class Training:
     takes_metric: bool = False  # True if the scheduler's step does, at the end of an epoch
     scaler: Scaler | None = None
     spilled: SpilledState | None = None  # where the optimizer's state is, if not in memory
-    copies: Callable[[torch.Tensor], torch.Tensor] = copied  # makes the copies that undo a step
+    copies: Copies = field(default_factory=ReusedCopies)  # makes those that undo an update
+    buffer_copies: Copies = field(default_factory=ReusedCopies)
     done: int = 0
     begun: int | None = None
     before: Before | None = None
