@@ -53,6 +53,18 @@ def check_cotangent(node: Node, cotangent: Any) -> bool:
     return True
 
 
+def fits(leaf: torch.Tensor, output: Any) -> bool:
+    """True if a tensor can be the cotangent of an output, as `match` sees it."""
+    return (
+        type(output) is torch.Tensor
+        and leaf.dtype is output.dtype
+        and (leaf.is_floating_point() or leaf.is_complex())
+        and leaf.shape == output.shape
+        and leaf.layout is output.layout
+        and not leaf.is_meta
+    )
+
+
 def match(
     cotangent: Any, outputs: Sequence[Any], structure: Structure, where: str
 ) -> list[Gradient]:
@@ -95,7 +107,7 @@ def match(
                 f"the cotangent for {where} is {describe(leaf)}; the output is {describe(output)}. "
                 "Shape and dtype must be the same"
             )
-        if leaf.layout is not output.layout or leaf.device.type == "meta":
+        if leaf.layout is not output.layout or leaf.is_meta:
             raise CotangentError(
                 f"the cotangent for {where} has layout {leaf.layout} and device {leaf.device}; the "
                 f"output has layout {output.layout}. Give a tensor of the same layout, with values"

@@ -61,6 +61,11 @@ class TorchSettings:
     device: str | None = None
     flush_denormal: bool = False
 
+    @property
+    def of_thread(self) -> tuple[Any, ...]:
+        """The values of those settings that belong to a thread."""
+        return self.grad, self.autocast, self.autocast_cache, self.device, self.flush_denormal
+
     def under_autocast(self, regions: tuple[tuple[str, torch.dtype], ...]) -> TorchSettings:
         """The same settings within these regions of autocast, each (device type, dtype)."""
         if not regions:
@@ -104,7 +109,7 @@ _last: tuple[tuple[Any, ...], TorchSettings] = ((), STARTING)
 def settings_now() -> TorchSettings:
     """The settings of this thread now; the same object as last time if nothing changed."""
     global _last
-    found = (*_own_values(), *_thread_values())
+    found = (*_own_values(), *thread_values())
     values, settings = _last
     if found != values:
         settings = TorchSettings(differing(found[: len(SETTINGS)]), *found[len(SETTINGS) :])
@@ -139,8 +144,8 @@ def _own_values() -> tuple[Any, ...]:
     return tuple(own)
 
 
-def _thread_values() -> tuple[Any, ...]:
-    """The values of those fields of `TorchSettings` that belong to a thread."""
+def thread_values() -> tuple[Any, ...]:
+    """What `TorchSettings.of_thread` is for this thread now."""
     return (
         torch.is_grad_enabled(),
         _autocast(),
@@ -152,7 +157,7 @@ def _thread_values() -> tuple[Any, ...]:
 
 def thread_settings() -> TorchSettings:
     """The settings of this thread, without those of the process."""
-    return TorchSettings((), *_thread_values())
+    return TorchSettings((), *thread_values())
 
 
 def _autocast() -> tuple[tuple[str, bool, torch.dtype], ...]:

@@ -63,8 +63,9 @@ class Forward:
             if tape is not None:
                 members = None if shard is None else shard.stage(call.steps).members()
                 return self._give_all(members, tape.outputs, tape.output_structure)
-            if shard is not None and call.context is not None:
-                training.begin(shard, call.context.draw.step)
+            context = call.context
+            if shard is not None and context is not None:
+                training.begin(shard, context.draw.step)
             if call.rank is None:
                 return self._run(store, shard, values)
             comm = Communicator(call.rank, store.mailboxes)
@@ -160,8 +161,7 @@ class Forward:
         return takes, structures, fed
 
     def _give_all(self, members: Members | None, leaves: list[Any], structure: Structure) -> Any:
-        owned = members.storages() if members is not None else set()
-        given = [_give(leaf, owned) for leaf in leaves]
+        given = [_give(leaf, members) for leaf in leaves]
         if structure.parameters and self.taped:
             ours = members.trainable().values() if members is not None else ()
             for i in structure.parameters:
@@ -263,15 +263,17 @@ def _feed(
             given.append(leaf.copy() if type(leaf) is np.ndarray else leaf)
             continue
         start: torch.Tensor = leaf.detach()
-        moved: torch.Tensor
+        moved = start
         takes = wanted and (leaf.is_floating_point() or leaf.is_complex())
         if takes and i in parameters:
             start = moved = nn.Parameter(start.to(device, copy=True))
         else:
             if takes:
                 start.requires_grad_()
-            moved = start if device is None else start.to(device)
-            moved = moved.clone() if moved is start else moved
+            if device is not None and device != start.device:
+                moved = start.to(device)
+            if moved is start:
+                moved = start.clone()
         taken.append(start if takes else None)
         given.append(moved)
     return taken, given
@@ -284,14 +286,14 @@ def _is_new(leaf: torch.Tensor, ours: Collection[nn.Parameter]) -> bool:
     return leaf._version > 0 or not leaf.requires_grad
 
 
-def _give(leaf: Any, owned: set[int]) -> Any:
+def _give(leaf: Any, members: Members | None) -> Any:
     """An output leaf as a task's result: no autograd graph, no memory that a later step writes."""
     if not isinstance(leaf, torch.Tensor):
         return leaf
     leaf = leaf.detach()
-    if leaf.device.type not in ("cpu", "meta"):
+    if not (leaf.is_cpu or leaf.is_meta):
         return leaf.cpu()
-    if owned and leaf.layout is torch.strided and leaf.untyped_storage().data_ptr() in owned:
+    if members is not None and leaf.layout is torch.strided and members.hold(leaf):
         return leaf.clone()
     return leaf
 

@@ -110,17 +110,12 @@ def accumulate_each(
 
     Each is on its parameter's device, in memory of its own.
     """
-    sums: list[torch.Tensor] = []
-    addends: list[torch.Tensor] = []
     strided = torch.strided
     for name, total in totals.items():
         if total is None:
             continue
         parameter = shard.parameters[name]
         if has_hooks(parameter):
-            if sums:  # which a hook may look at
-                torch._foreach_add_(sums, addends)
-                sums, addends = [], []
             fixed = shard.why_fixed(name)
             accumulate_hooked(
                 parameter, total.clone(), name=name, address=address, draw=draw, fixed=fixed
@@ -130,12 +125,9 @@ def accumulate_each(
         if grad is None:
             parameter.grad = _laid_out_as(parameter, total)
         elif grad.layout is total.layout is strided:
-            sums.append(grad)
-            addends.append(total)
+            grad.add_(total)
         else:
             parameter.grad = grad + total
-    if sums:
-        torch._foreach_add_(sums, addends)
 
 
 def _laid_out_as(parameter: nn.Parameter, grad: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +19,14 @@ import torch
 from taskgrad.errors import ClusterMismatchError, TaskgradError
 from taskgrad.graph import torch_settings as known
 from taskgrad.graph.process_settings import SETTINGS, Setting, process_values
-from taskgrad.graph.torch_settings import TorchSettings, Values, differing, inside, thread_settings
+from taskgrad.graph.torch_settings import (
+    TorchSettings,
+    Values,
+    differing,
+    inside,
+    thread_settings,
+    thread_values,
+)
 from taskgrad.worker.randomness import paused
 
 # How long a call that waits for the settings keeps its thread.
@@ -50,6 +57,9 @@ class _Gate:
         """Return when these settings hold; they do until `leave` is called."""
         ticket = object()
         with self._changed:
+            if not self._queue and (not self._running or self._held == wanted):
+                self._start(wanted, where)
+                return
             self._queue.append(ticket)
         try:
             if not self._take(wanted, where, ticket, _KEEP_THREAD_S):
@@ -81,11 +91,14 @@ class _Gate:
         with self._changed:
             if not self._changed.wait_for(is_open, seconds):
                 return False
-            if not self._running:
-                _put(wanted, where)
-                self._held = wanted
-            self._running += 1
+            self._start(wanted, where)
             return True
+
+    def _start(self, wanted: Values, where: str) -> None:
+        if not self._running:
+            _put(wanted, where)
+            self._held = wanted
+        self._running += 1
 
 
 _gate = _Gate()
@@ -149,26 +162,43 @@ class _Hold:
             _gate.leave()
 
 
-@contextmanager
-def applied(
-    settings: TorchSettings, where: str, give_thread_back: Callable[[], None]
-) -> Iterator[None]:
+class applied:
     """Run a call with its settings; a call that has to wait for them first returns its thread.
 
     Raises ClusterMismatchError if this worker's torch lacks one of the settings; TaskgradError if a
     setting cannot be applied here: there is no such device, for example.
     """
-    hold = _Hold(where, give_thread_back)
-    hold.enter(settings.process)
-    token = inside.set(True)
-    _thread.hold = hold
-    try:
-        with in_thread(settings, where):
-            yield
-    finally:
+
+    __slots__ = ("_hold", "_of_thread", "_settings", "_token", "_where")
+
+    def __init__(
+        self, settings: TorchSettings, where: str, give_thread_back: Callable[[], None]
+    ) -> None:
+        self._settings = settings
+        self._where = where
+        self._hold = _Hold(where, give_thread_back)
+
+    def __enter__(self) -> None:
+        self._hold.enter(self._settings.process)
+        self._token = inside.set(True)
+        _thread.hold = self._hold
+        try:
+            self._of_thread = in_thread(self._settings, self._where)
+            self._of_thread.__enter__()
+        except BaseException:
+            self._leave()
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            self._of_thread.__exit__(*error)
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
         _thread.hold = None
-        inside.reset(token)
-        hold.leave()
+        inside.reset(self._token)
+        self._hold.leave()
 
 
 @contextmanager
@@ -228,9 +258,15 @@ class YieldingLock:
         self._lock.release()
 
 
-@contextmanager
-def in_thread(settings: TorchSettings, where: str) -> Iterator[None]:
+def in_thread(settings: TorchSettings, where: str) -> AbstractContextManager[None]:
     """Apply those settings that belong to a thread in this one."""
+    if settings.of_thread == thread_values():
+        return nullcontext()
+    return _in_thread(settings, where)
+
+
+@contextmanager
+def _in_thread(settings: TorchSettings, where: str) -> Iterator[None]:
     now = thread_settings()
     with ExitStack() as stack:
         if settings.grad != now.grad:

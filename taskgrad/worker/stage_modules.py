@@ -3,7 +3,7 @@
 A forward asks several times what its layers consist of, and a walk over all modules of a large one
 takes milliseconds. But a layer may register, replace or remove parameters, buffers and submodules
 in its forward. So what was found is checked before it is used again: the dictionaries of all
-modules must hold the same objects as before.
+modules must be the same ones, and hold the same objects as before.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter, is_, methodcaller
+from operator import is_
 from typing import Any
 
 import torch
 from torch import nn
 
-_DICTIONARIES = attrgetter("_parameters", "_buffers", "_modules")
-_VALUES = methodcaller("values")
 _WALKS = (
     "_named_members",
     "buffers",
@@ -47,13 +45,16 @@ class Members:
         """Those of the shard's parameters that require grad now."""
         return {name: p for name, p in self.named if p.requires_grad}
 
-    def storages(self) -> set[int]:
-        """The addresses of the memory of all parameters and buffers, as it is now."""
-        tensors = [*self.parameters, *self.buffers] if self.buffers else self.parameters
+    def hold(self, tensor: torch.Tensor) -> bool:
+        """True if a strided tensor lies in memory of a parameter or buffer now."""
+        address = tensor.untyped_storage().data_ptr()
+        if not address:
+            return False
         strided = torch.strided
-        found = {t.untyped_storage().data_ptr() for t in tensors if t.layout is strided}
-        found.discard(0)
-        return found
+        for t in chain(self.parameters, self.buffers):
+            if t.layout is strided and t.untyped_storage().data_ptr() == address:
+                return True
+        return False
 
 
 class StageModules:
@@ -67,21 +68,20 @@ class StageModules:
         self.layers: list[nn.Module] = [x for x in layers if isinstance(x, nn.Module)]
         self._named = named
         self._members: Members | None = None
-        self._contents: list[Any] = []  # of the dictionaries of all modules
-        self._sizes: list[int] = []
+        self._contents: list[Any] = []
 
     def members(self) -> Members:
         """What the layers consist of now; the same object as last time if nothing has changed."""
         members = self._members
         if members is not None:
-            contents, sizes = _contents_of(members.modules)
-            if sizes == self._sizes and all(map(is_, contents, self._contents)):
+            contents, known = _contents_of(members.modules), self._contents
+            if len(contents) == len(known) and all(map(is_, contents, known)):
                 return members
         members = self._walk()
         self._members = None
         if not any(map(_walks_its_own_way, members.modules)):
             self._members = members
-            self._contents, self._sizes = _contents_of(members.modules)
+            self._contents = _contents_of(members.modules)
         return members
 
     def _walk(self) -> Members:
@@ -92,10 +92,19 @@ class StageModules:
         return Members([*modules.values()], [*parameters.values()], [*buffers.values()], named)
 
 
-def _contents_of(modules: list[nn.Module]) -> tuple[list[Any], list[int]]:
-    """The parameters, buffers and submodules of these modules, and how many of each there are."""
-    held = list(chain.from_iterable(map(_DICTIONARIES, modules)))
-    return list(chain.from_iterable(map(_VALUES, held))), list(map(len, held))
+def _contents_of(modules: list[nn.Module]) -> list[Any]:
+    """The dictionaries of these modules, and after each one what it holds."""
+    found: list[Any] = []
+    append, extend = found.append, found.extend
+    for module in modules:
+        parameters, buffers, inner = module._parameters, module._buffers, module._modules
+        append(parameters)
+        extend(parameters.values())
+        append(buffers)
+        extend(buffers.values())
+        append(inner)
+        extend(inner.values())
+    return found
 
 
 def _walks_its_own_way(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from taskgrad.graph.cotangents import Gradient, match
+from taskgrad.graph.cotangents import Gradient, fits, match
 from taskgrad.graph.pytree import Structure
 from taskgrad.worker.communicator import Communicator
 from taskgrad.worker.settings import YieldingLock
@@ -37,6 +37,9 @@ class Tape:
 
     def match(self, cotangent: Any, address: str) -> list[Gradient]:
         """The leaves of a cotangent; CotangentError unless it fits the output."""
+        single = type(cotangent) is torch.Tensor and self.output_structure.kind == "leaf"
+        if single and fits(cotangent, self.outputs[0]):
+            return [cotangent]
         where = f"{self.title!r} on {address}"
         return match(cotangent, self.outputs, self.output_structure, where)
 

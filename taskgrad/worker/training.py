@@ -38,7 +38,7 @@ def training_of(shard: ResidentShard) -> Training:
 def begin(shard: ResidentShard, step: int) -> None:
     """Copy what the step will write before it commits: buffers, and gradients so far."""
     training = training_of(shard)
-    if training.begun == step:  # Dask runs this again; the copies are from before the step
+    if training.begun == step:  # an earlier microbatch began it, or Dask runs this again
         return
     training.begun = step
     training.summary = None

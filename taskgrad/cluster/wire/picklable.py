@@ -92,7 +92,7 @@ def tensor_problem(t: torch.Tensor) -> str | None:
     """The reason why this tensor cannot be sent, or None."""
     if t.layout not in _LAYOUTS:
         return f"its layout is {t.layout}; .to_dense() makes it one that can"
-    if t.device.type not in _DEVICES:
+    if not t.is_cpu and t.device.type not in _DEVICES:
         return f"it is on the device {t.device}"
     if is_functorch_wrapped_tensor(t):
         return "it exists only inside the torch.func transform that made it"
