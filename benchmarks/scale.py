@@ -4,7 +4,9 @@ The simulation runs the schedules on their timelines (`taskgrad.plan.schedule.Ti
 a worker, two microbatches for each worker, F, B and W of 10 ms each, and activations of 8 MiB at
 every cut, which take as long as a published link speed says: Ethernet of 10 and 100 Gbit/s with
 30 us, and NVLink 4, 450 GB/s one way, with 5 us. `step_` is the time from one step to the next, in
-seconds; its part in which a worker waits is `bubble_`. Nothing of it was measured.
+seconds; its part in which a worker waits is `bubble_`. `tapes_` is the most that a worker holds.
+`bubble_..._64_microbatches` is that of 64 microbatches, however many workers there are, at 100
+Gbit/s. Nothing of it was measured.
 
 What is measured is what a step costs besides its arithmetic, on real workers of one thread: two
 tiny linear layers for each and 8 microbatches. `cost_step_` is the wall time of a step,
@@ -25,7 +27,8 @@ from torch import nn
 
 from benchmarks._report import Report, arguments
 
-WORKERS = tuple(2**n for n in range(1, 11))
+WORKERS = (2, 4, 16, 64, 256, 1024)
+FIXED = 64  # microbatches
 SCHEDULES = ("1f1b", "zb_h1", "zb_h2")
 SECONDS = 0.01  # of F, of B, of W
 BYTES = 8 << 20
@@ -49,15 +52,21 @@ def simulate(report: Report) -> None:
     for workers in WORKERS:
         for name in SCHEDULES:
             made = schedule(name, Pipeline.line(workers), 2 * workers)
-            for link, (speed, delay) in LINKS.items():
-                latency = BYTES / speed + delay
-                costs = Costs.uniform(workers, SECONDS, SECONDS, SECONDS, latency)
-                timeline = made.timeline(costs)
+            report.value(f"tapes_{name}_{workers}", max(made.peak_tapes()), "")
+            costs = {
+                link: Costs.uniform(workers, SECONDS, SECONDS, SECONDS, BYTES / speed + delay)
+                for link, (speed, delay) in LINKS.items()
+            }
+            for link in LINKS:
+                timeline = made.timeline(costs[link])
                 key = f"{name}_{link}_{workers}"
                 report.value(f"step_{key}", timeline.period, "s")
                 report.value(f"bubble_{key}", timeline.bubble(), "")
                 del timeline
-            del made
+            fixed = schedule(name, Pipeline.line(workers), FIXED)
+            key = f"bubble_{name}_100gbit_{workers}_{FIXED}_microbatches"
+            report.value(key, fixed.bubble(costs["100gbit"]), "")
+            del made, fixed
             schedule.cache_clear()  # those of many workers are large
             report.show()
     gc.enable()

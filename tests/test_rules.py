@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskgrad.plan.ordering import Rule, carry_out, oldest_first
-from taskgrad.plan.rules import NAMES, drawing, fastest, schedule
+from taskgrad.plan.rules import _RULES, NAMES, drawing, fastest, schedule
 from taskgrad.plan.schedule import Action, Costs, Pipeline, Schedule, check
 from tests.test_schedule import pipelines, uneven_costs
 
@@ -49,7 +49,11 @@ def promised_tapes(name: str, pipeline: Pipeline, microbatches: int) -> list[int
     found = []
     for worker in range(p):
         mine = [stage for stage in range(n) if pipeline.workers[stage] == worker]
-        if name in of_stage:
+        if name not in (*WHOLE, *SPLIT):  # a new one: what its rule allows
+            rule = _RULES[name](pipeline, microbatches)
+            limits = rule.tapes or rule.in_flight or (microbatches,) * n
+            found.append(sum(limits[stage] for stage in mine))
+        elif name in of_stage:
             found.append(sum(of_stage[name][stage] for stage in mine))
         elif n == p:
             found.append(n - mine[0])
@@ -65,7 +69,7 @@ def test_any_graph_with_any_costs(pipeline, microbatches, name, uneven, data):
     costs = data.draw(uneven_costs(len(pipeline.workers))) if uneven else None
     found = schedule(name, pipeline, microbatches, costs)
     check(found)
-    assert bool(found.split) == (name in SPLIT)
+    assert bool(found.split) == (_RULES[name](pipeline, microbatches).tapes is not None)
     for order in found.orders:  # the order in which plain torch adds gradients
         for kind, stage in itertools.product("FBW", range(len(pipeline.workers))):
             passing = [a.microbatch for a in order if (a.kind, a.stage) == (kind, stage)]
@@ -85,6 +89,11 @@ def test_a_ring_holds_what_is_promised(workers, rounds, microbatches, name):
     peaks = schedule(name, pipeline, microbatches).peak_tapes()
     most = promised_tapes(name, pipeline, microbatches)
     assert all(peak <= limit for peak, limit in zip(peaks, most, strict=True))
+
+
+@pytest.mark.parametrize("name", [*WHOLE, *SPLIT])
+def test_backwards_are_split_or_whole(name):
+    assert bool(schedule(name, ring(2, 1), 3).split) == (name in SPLIT)
 
 
 LINES = pytest.mark.parametrize("p", [1, 2, 3, 4, 8])
