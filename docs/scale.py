@@ -46,13 +46,14 @@ def main() -> None:
     prepare(many, "two microbatches for each worker")
     prepare(fixed, "64 microbatches, 100 Gbit/s")
     for name, colour in COLOURS.items():
-        for link, (style, label) in LINKS.items():
+        for link, (style, _) in LINKS.items():
             bubbles = [figures[f"bubble_{name}_{link}_{n}"] for n in WORKERS]
-            many.plot(WORKERS, bubbles, style, color=colour, label=f"{name}, {label}")
+            many.plot(WORKERS, bubbles, style, color=colour)
         bubbles = [figures[f"bubble_{name}_100gbit_{n}_64_microbatches"] for n in WORKERS]
         fixed.plot(WORKERS, bubbles, "--", color=colour, label=name)
     many.set_ylabel("bubble")
-    many.legend(fontsize="x-small", ncols=3, loc="upper left")
+    styles = [plt.Line2D([], [], color="black", linestyle=style) for style, _ in LINKS.values()]
+    many.legend(styles, [label for _, label in LINKS.values()], loc="upper left")
     fixed.legend(loc="upper left")
     figure.savefig(PICTURE, dpi=110)
 
