@@ -131,7 +131,7 @@ def settled(store: Store, token: str, *, number: int) -> bool:
 
 
 def settle(store: Store, token: str, *, number: int) -> None:
-    """Every shard has made this step: drop the copies that could undo it."""
+    """Every shard has made this step: give back the copies that could undo it."""
     with store.locked(token) as shard:
         if shard.update is not None and shard.update.number == number:
             shard.update.release()

@@ -4,7 +4,7 @@ A step is two-phased, as a database's commit is. First a shard says that its gra
 complete, then it commits: it updates its parameters. Where gradients are clipped by the norm of all
 or scaled, it first waits for the summaries of all shards, from which each computes the same
 clipping and scaling. Until all shards have committed, a step can be taken back, from copies that
-`begin` and `commit` make; `optimizing.settle` drops them.
+`begin` and `commit` make; after `optimizing.settle` their memory serves the next step's copies.
 """
 
 from __future__ import annotations
