@@ -239,7 +239,8 @@ def test_the_task_stream_shows_what_programs_did(client):
     kinds = Counter(key_split(row["key"]).partition(":")[0] for row in computed)
     assert kinds["forward"] == kinds["backward"] == 3 * 2 * 3
     assert kinds["update"] == 3 * 2
-    assert any(row["startstops"][0]["action"] == "transfer" for row in shown)
+    moved = {r["key"].split("-")[0] for r in shown if r["startstops"][0]["action"] == "transfer"}
+    assert moved == {"send", "receive"}
     for worker in workers:
         times = sorted(
             (r["startstops"][0]["start"], r["startstops"][0]["stop"])

@@ -29,12 +29,15 @@ from taskgrad.errors import TaskgradError
 _SHOW_S = 0.5
 # Each of two ways to connect workers may take this part of the time that an answer may.
 _TRIES = 3
+_SOCKETS_S = 10.0  # for the first way at most: a firewall may drop what it does not let pass
 
 
 logger = logging.getLogger("taskgrad")
 
 Row = tuple[str, str, float, float]
-"""(name, "compute" or "transfer", start, stop); times are in seconds since the epoch."""
+"""(name, "run", "send" or "receive", start, stop); times are in seconds since the epoch."""
+_ACTIONS = {"run": "compute", "send": "transfer", "receive": "transfer"}
+"""What the dashboard's task stream calls them."""
 
 
 class Connections:
@@ -47,7 +50,7 @@ class Connections:
     ----------
     finished : dict
         By the number of a step: the reports of the workers that have taken it, by rank, each
-        (values, what was measured: rows of (name, "compute" or "transfer", start, stop)).
+        (values, what was measured: rows of (name, "run", "send" or "receive", start, stop)).
     error : tuple or None
         What ended the steps that run: the error that a worker raised, or the address of one that is
         lost.
@@ -121,6 +124,8 @@ class Connections:
     async def _open_channels(self, tokens: Sequence[str], sockets: bool) -> str:
         """As `_open`, with channels over sockets, or over Dask's own connections."""
         seconds = deadline("answer") / _TRIES
+        if sockets:
+            seconds = min(seconds, _SOCKETS_S)
         comms = self._comms
         try:
             for rank, address in enumerate(self.workers):
@@ -311,7 +316,8 @@ class Connections:
         self._shown_at = time.monotonic()
         for rank, (address, rows) in enumerate(zip(self.workers, self._unshown, strict=True)):
             if rows:
-                about = {"worker": address, "thread": rank, "rows": list(rows)}
+                shown = [(name, _ACTIONS[kind], *times) for name, kind, *times in rows]
+                about = {"worker": address, "thread": rank, "rows": shown}
                 internals.tell_scheduler(self._client, {"op": RAN, **about})
                 rows.clear()
 

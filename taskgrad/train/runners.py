@@ -209,17 +209,17 @@ class CompiledRunner:
             raise error
         values, timings = self._executor.report(running.number)
         workers = [shard.worker for shard in self._layout.shards]
-        spent = [{"compute": 0.0, "transfer": 0.0} for _ in workers]
+        spent = [{"run": 0.0, "send": 0.0, "receive": 0.0} for _ in workers]
         lasted = 0.0
         for times, rows in zip(spent, timings, strict=True):
-            for _, action, start, stop in rows:
-                times[action] += stop - start
+            for _, kind, start, stop in rows:
+                times[kind] += stop - start
             lasted += max(row[3] for row in rows) - min(row[2] for row in rows)
         return {
             **training.report_of(values, **running.about),
-            "bubble": max(0.0, 1 - sum(times["compute"] for times in spent) / lasted),
-            "busy": {w: t["compute"] for w, t in zip(workers, spent, strict=True)},
-            "waiting": {w: t["transfer"] for w, t in zip(workers, spent, strict=True)},
+            "bubble": max(0.0, 1 - sum(times["run"] for times in spent) / lasted),
+            "busy": {w: t["run"] for w, t in zip(workers, spent, strict=True)},
+            "waiting": {w: t["receive"] for w, t in zip(workers, spent, strict=True)},
         }
 
     def finish(self) -> None:

@@ -275,8 +275,8 @@ class Resident:
     ) -> list[Any]:
         """Execute the instructions of a step; returns the values that the driver gets.
 
-        Appends to `timings` of each instruction that takes time: its number, when it began, and
-        when it ended, in seconds since the epoch.
+        Appends to `timings` of each instruction its number, when it began, and when it ended, in
+        seconds since the epoch.
         """
         values: dict[Value, Any] = {}
         epoch, ahead = self.epoch, program.ahead
@@ -297,7 +297,9 @@ class Resident:
                 del inputs
             elif kind == "send":
                 tag = epoch, step.number, program.numbers[value]
+                start = now()
                 self.host.send(peer, tag, _found(values, value))
+                timings.extend((i, start, now()))
             else:
                 tag = epoch, step.number, program.numbers[value]
                 if ahead is not None and not self._is_here(tag):

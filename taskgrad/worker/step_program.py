@@ -78,17 +78,15 @@ class StepProgram:
     ahead: Job | None
 
     def labels(self) -> list[tuple[str, str]]:
-        """The name of each instruction and whether it is "compute" or "transfer".
+        """The name of each instruction and whether it is "run", "send" or "receive".
 
         Last of all comes what runs ahead.
         """
         found = [
-            (self.jobs[value.operation].label, "compute")
-            if kind == "run"
-            else (f"{kind}-{value}", "transfer")
+            (self.jobs[value.operation].label if kind == "run" else f"{kind}-{value}", kind)
             for kind, value, _ in self.program.instructions
         ]
-        return [*found, (self.ahead.label if self.ahead else "", "compute")]
+        return [*found, (self.ahead.label if self.ahead else "", "run")]
 
     def drops(self) -> list[list[Value]]:
         """For each instruction the values that no later one takes."""
