@@ -32,7 +32,6 @@ from distributed import Worker, get_worker
 from distributed.comm.addressing import get_address_host
 from distributed.comm.core import Comm
 from distributed.core import Status
-from distributed.protocol.serialize import to_serialize
 
 from taskgrad import remote_errors
 from taskgrad.cluster import internals
@@ -43,6 +42,7 @@ from taskgrad.cluster.channels.sockets import SocketChannels
 from taskgrad.cluster.nested import give_thread_back
 from taskgrad.cluster.wire.peers import registry_at
 from taskgrad.cluster.wire.picklable import check_picklable
+from taskgrad.cluster.wire.serialize import dumps_whole
 from taskgrad.errors import WorkerLostError
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.worker.failures import exit_error
@@ -276,7 +276,7 @@ class _ProgramHost:
             while True:
                 message = await self._outgoing.get()
                 if "reports" in message:
-                    message["reports"] = to_serialize(message["reports"])
+                    message["reports"] = dumps_whole(message["reports"])
                 await self._comm.write(message)
 
     def begin(self) -> None:

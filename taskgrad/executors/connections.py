@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import pickle
 import threading
 import time
 import weakref
@@ -289,7 +290,7 @@ class Connections:
                 if time.monotonic() - self._shown_at > _SHOW_S:
                     self._show()
                 found = self.finished.setdefault(message["step"], {})
-                found[rank] = message["reports"], rows
+                found[rank] = pickle.loads(message["reports"]), rows
                 if len(found) == len(self.workers):
                     self._to_settle = message["step"]
             elif op == "failed":

@@ -322,7 +322,7 @@ class Resident:
         return tag in self._arrived
 
     def _receive(self, tag: Tag) -> Any:
-        if tag not in self._arrived:
+        if not self._is_here(tag):
             self.host.release()
         while tag not in self._arrived:
             self._check()
