@@ -64,7 +64,7 @@ def make(name: str) -> Case:
                 _in_a_row(resnet(14, n_classes=10, in_channels=1, width=16, small_images=True))
             )
             x, y = torch.randn(128, 1, 8, 8), torch.randint(10, (128,))
-            return Case(layers, (4,), x, y, steps=10)
+            return Case(layers, (5,), x, y, steps=10)
         case "transformer":
             return _transformer(12, 512, 8)
         case "transformer_small":

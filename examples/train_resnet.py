@@ -8,6 +8,7 @@ python examples/train_resnet.py --scheduler-address tcp://host:8786   # on your 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import statistics
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from distributed import Client
+from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
@@ -25,6 +27,7 @@ import plots
 import resnet
 import taskgrad as tg
 from images import Images, load_images, shift
+from taskgrad.plan.placement import contiguous
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -68,6 +71,36 @@ class Losses(tg.Callback):
         self.noted.append(loss)
 
 
+def flattened(module: nn.Module) -> list[nn.Module]:
+    """The layers of containers in containers, in order, as a chain counts them."""
+    if type(module) is not nn.Sequential:
+        return [module]
+    return [layer for child in module for layer in flattened(child)]
+
+
+def balanced(model: nn.Module, x: torch.Tensor, n_workers: int) -> list[int]:
+    """The worker of each layer, so that all take about as long for these images.
+
+    A copy of each layer is timed here, on one thread. By itself a chain balances bytes, which says
+    little where the first layers have few weights and large images.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = []
+    for layer in flattened(copy.deepcopy(model).train()):
+        runs = []
+        for _ in range(5):
+            given = x.detach().requires_grad_()
+            start = time.perf_counter()
+            out = layer(given.clone())  # it may write into its input
+            out.sum().backward()
+            runs.append(time.perf_counter() - start)
+        seconds.append(min(runs))
+        x = out
+    torch.set_num_threads(threads)
+    return contiguous(seconds, n_workers)
+
+
 def accuracy(scores: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """Percent of the images whose own class has the highest score."""
     return 100 * (scores.argmax(dim=1) == t).float().mean()
@@ -104,7 +137,9 @@ def main() -> None:
 
     client = connect(args)
     print("dashboard:", client.dashboard_link)
-    chain = tg.GraphChain(model, client=client, device=args.device)
+    some = images.train_x[: max(1, args.batch // args.microbatches)]
+    placement = balanced(model, some, len(client.nthreads()))
+    chain = tg.GraphChain(model, client=client, device=args.device, placement=placement)
     print(chain.placement)
     train, test = loaders(images, args.batch)
     noted = Losses()
@@ -113,6 +148,7 @@ def main() -> None:
         F.cross_entropy,
         torch.optim.AdamW,
         microbatches=args.microbatches,
+        schedule="zb_h2",  # the shortest bubbles
         lr_scheduler=functools.partial(
             OneCycleLR, max_lr=args.lr, total_steps=args.epochs * len(train)
         ),
