@@ -56,6 +56,8 @@ def make(name: str) -> Case:
     match name:
         case "resnet50":
             return _resnet50(16, 128)
+        case "resnet50_batch_32":
+            return _resnet50(32, 128)
         case "resnet50_small":
             return _resnet50(8, 96)
         case "main_job":

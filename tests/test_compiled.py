@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from functools import partial
 
+import dask
 import dask.array as da
 import distributed
 import psutil
@@ -193,7 +194,18 @@ def test_faults_change_no_bit(client, steps):
     assert wait_until(lambda: total_held(client)["tapes"] == 0)
 
 
+@pytest.fixture
+def lost_workers_come_back():
+    """A LocalCluster ends the nanny of a worker that is not there 15 s after it was lost.
+
+    It would also end that of one which is lost once more at that moment.
+    """
+    with dask.config.set({"distributed.deploy.lost-worker-timeout": "1h"}):
+        yield
+
+
 @pytest.mark.timeout(900)  # most of it waits for workers that start again
+@pytest.mark.usefixtures("lost_workers_come_back")
 @pytest.mark.parametrize("kills", [2, *long(30)])
 def test_a_worker_that_is_killed(fresh, kills):
     rng = random.Random(1)
