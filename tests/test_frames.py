@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 import pytest
@@ -101,7 +102,8 @@ def test_of_a_large_part_the_address_may_be_sent(dtype):
         assert sum(map(len, packed.buffers)) < 5_000 < len(packed.lent[0])
         [arrived] = through(Stream(), b"".join(packed.buffers), 100)
         assert arrived.is_lent
-        arrived.read(os.getpid())
+        guard = ctypes.create_string_buffer(b"guard")
+        assert arrived.read(os.getpid(), ctypes.addressof(guard), 5) == b"guard"
         assert not arrived.is_lent
         for our, their in zip(flatten(arrived.value())[0], flatten(given)[0], strict=True):
             assert_same(our, their)

@@ -97,6 +97,8 @@ def test_what_nobody_reads_is_not_kept(three):
     first.channels.forget(1)
     assert list(first.channels._peers[1].lent) == [(1, 0, 0)]
     assert second.value((1, 0, 0))[5] == 1
+    with pytest.raises(ConnectionError, match="dropped a value"):
+        second.value((0, 0, 0))  # its memory may hold something else by now
 
 
 def test_a_wait_ends_when_it_is_told_to(three):

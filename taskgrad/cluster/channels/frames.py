@@ -120,10 +120,18 @@ class Arriving:
         """True if parts are to be read from the sender's memory."""
         return bool(self._remote)
 
-    def read(self, pid: int) -> None:
-        """Read what is lent from the memory of this process; OSError if that fails."""
-        read(pid, [(_ADDRESS.unpack(address)[0], to) for address, to in self._remote])
+    def read(self, pid: int, guard: int, nbytes: int) -> bytes:
+        """Read what is lent from the memory of this process; OSError if that fails.
+
+        Returns so many bytes from the address `guard` there, read last: they tell whether the rest
+        was still there.
+        """
+        last = bytearray(nbytes)
+        parts = [(_ADDRESS.unpack(address)[0], to) for address, to in self._remote]
+        read(pid, parts)
+        read(pid, [(guard, memoryview(last))])
         self._remote = []
+        return bytes(last)
 
     def value(self) -> Any:
         """The value, once nothing is missing or lent; it may keep the memory of the parts."""

@@ -9,6 +9,7 @@ host that may read each other's memory, large values are read there.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hmac
 import itertools
 import selectors
@@ -26,6 +27,9 @@ from taskgrad.cluster.wire.leases import TOKEN_BYTES, BufferLease, ValidityToken
 # How often the channels' thread looks after the connections of a program that computes. Small
 # values wait in the system's memory; large ones do not fit there, and their senders wait.
 _NAP_S, _SHORT_NAP_S = 0.05, 0.005
+_EPOCH = struct.Struct("<Q")
+_GUARD = struct.Struct(f"<{TOKEN_BYTES}sQ")
+_CLOSED = 2**63  # later than any epoch
 # How long somebody who connects may take to say the group's name.
 _STRANGER_S = 2.0
 # What either end of a connection says first: its rank, and where the other can try to read.
@@ -60,7 +64,9 @@ class SocketChannels:
         lost: Callable[[int], None],
     ) -> None:
         self._name = name.encode()
-        self._lease = BufferLease()  # of nothing: its token is for the others to try to read
+        # Of no buffers: the others read its token, and behind it the oldest epoch of which values
+        # may be read, to know whether what they have read was there.
+        self._lease = BufferLease(bytes(_EPOCH.size))
         self._rank = rank
         self._size = size
         self._lends = lends
@@ -115,19 +121,20 @@ class SocketChannels:
                         found.close()
         self._thread.start()
 
-    def _introduce(self, connection: socket.socket) -> tuple[int, int, bool]:
-        """Who is at the other end: rank and process id, and whether it can read this process."""
+    def _introduce(self, connection: socket.socket) -> tuple[int, ValidityToken, bool]:
+        """Who is at the other end: rank and token, and whether it can read this process."""
         pid, address, content = self._lease.token
         connection.sendall(_HELLO.pack(self._rank, pid, address, content))
-        rank, *token = _HELLO.unpack(_receive(connection, _HELLO.size))
+        rank, *about = _HELLO.unpack(_receive(connection, _HELLO.size))
+        token = ValidityToken(*about)
         lends = self._lends and self._hosts[rank] == self._hosts[self._rank]
-        connection.sendall(b"y" if lends and ValidityToken(*token).is_readable() else b"n")
-        return rank, token[0], _receive(connection, 1) == b"y" and lends
+        connection.sendall(b"y" if lends and token.is_readable() else b"n")
+        return rank, token, _receive(connection, 1) == b"y" and lends
 
-    def _add(self, connection: socket.socket, rank: int, pid: int, reads: bool) -> None:
+    def _add(self, connection: socket.socket, rank: int, token: ValidityToken, reads: bool) -> None:
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        peer = self._peers[rank] = _Peer(rank, connection, pid, reads)
+        peer = self._peers[rank] = _Peer(rank, connection, token, reads)
         self._selector.register(connection, selectors.EVENT_READ, peer)
 
     def close(self, seconds: float) -> None:
@@ -137,6 +144,7 @@ class SocketChannels:
         self._hurry.set()
         if self._thread.ident is not None:
             self._thread.join(seconds)
+        self.forget(_CLOSED)
         for peer in self._peers.values():
             peer.close()
         if self._listener is not None:
@@ -149,10 +157,16 @@ class SocketChannels:
     # -- for the program -------------------------------------------------------------------------
 
     def unpack(self, arrived: tuple[_Peer, Arriving]) -> Any:
-        """The value that was delivered; OSError if it is lent, and the sender gone."""
+        """The value that was delivered; OSError if it is lent, and the sender has it no more."""
         peer, value = arrived
         if value.is_lent:
-            value.read(peer.pid)
+            pid, address, content = peer.token
+            token, oldest = _GUARD.unpack(value.read(pid, address, _GUARD.size))
+            if token != content or oldest > value.tag[0]:
+                raise ConnectionError(
+                    "another worker has dropped a value before it was read there: its program was "
+                    "stopped. Take the step again"
+                )
             self._send(peer, [receipt(value.tag)])
         return value.value()
 
@@ -172,10 +186,13 @@ class SocketChannels:
                     self._interrupt()
 
     def forget(self, epoch: int) -> None:
-        """Nobody reads any more what was sent in earlier epochs."""
+        """Drop what was sent in earlier epochs; who reads it now finds that out."""
+        at = self._lease.token.address + TOKEN_BYTES
+        ctypes.memmove(at, _EPOCH.pack(epoch), _EPOCH.size)
         for peer in self._peers.values():
-            for tag in [tag for tag in peer.lent if tag[0] < epoch]:
-                peer.lent.pop(tag, None)
+            for tag in list(peer.lent):
+                if tag[0] < epoch:
+                    peer.lent.pop(tag, None)
 
     def attend(self, on: bool) -> None:
         """From now on a program runs, and calls `wait` whenever it waits; or it ends."""
@@ -275,14 +292,16 @@ class SocketChannels:
 class _Peer:
     """The connection to another worker.
 
-    `pid` is its process on its host, and `reads` true if that can read this one's memory; `lent` is
-    what it is to read there.
+    `token` is at an address of its process, and `reads` true if that can read this one's memory;
+    `lent` is what it is to read there.
     """
 
-    def __init__(self, rank: int, connection: socket.socket, pid: int, reads: bool) -> None:
+    def __init__(
+        self, rank: int, connection: socket.socket, token: ValidityToken, reads: bool
+    ) -> None:
         self.rank = rank
         self.connection = connection
-        self.pid = pid
+        self.token = token
         self.reads = reads
         self.lent: dict[Tag, list[memoryview]] = {}
         self._stream = Stream()
@@ -352,7 +371,6 @@ class _Peer:
         """Close the connection; what is left for it is dropped."""
         with self._sending:
             self._left.clear()
-            self.lent.clear()
             self.connection.close()
 
 
