@@ -1,0 +1,1 @@
+"""What runs on the driver at points of a training: the base of callbacks, and ready ones."""
