@@ -84,8 +84,8 @@ from taskgrad.streaming.imap import starmap as starmap
 from taskgrad.thunk import Thunk as Thunk
 from taskgrad.thunk import collect as collect
 from taskgrad.thunk import spawn as spawn
+from taskgrad.train.callbacks.base import Callback as Callback
 from taskgrad.train.optimizer import Optimizer as Optimizer
-from taskgrad.train.trainer import Callback as Callback
 from taskgrad.train.trainer import Trainer as Trainer
 from taskgrad.worker.randomness import random_stream as random_stream
 

@@ -62,6 +62,10 @@ class CompiledExecutor:
         self._program_of[step] = program
         self._connections.step(step, program, inputs)
 
+    def settle_up_to(self, step: int) -> None:
+        """Later steps can be taken back until this names them; without a call none can."""
+        self._connections.settle_up_to(step)
+
     def wait(self, step: int) -> BaseException | None:
         """Wait until all workers have taken a step, or cannot; returns the error, or None."""
         return self._wait(lambda: len(self._reports(step)) == len(self._shards), errors=True)

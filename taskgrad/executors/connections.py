@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import pickle
 import threading
 import time
@@ -85,6 +86,7 @@ class Connections:
         self._accepting = True  # False from a stop until `begin_again`
         self._sent = 0  # steps since then
         self._to_settle = -1  # the last step that all workers have taken, until they know
+        self._settle_limit = math.inf  # the last step that they may be told so of
         self._taken = [0] * len(workers)
         self._tasks: dict[int, Future] = {}  # the tasks that take steps, by rank
         self._lost: set[int] = set()
@@ -177,9 +179,24 @@ class Connections:
         packed = [_pack(list(given), comm) for given, comm in zip(inputs, self._comms, strict=True)]
         with self.changed:
             self._sent += 1
-            settle, self._to_settle = self._to_settle, -1
+            settle = self._settle()
         about = {"op": "step", "number": number, "program": program, "settle": settle}
         self._send([{**about, "inputs": given} for given in packed], with_tasks=True)
+
+    def settle_up_to(self, number: int) -> None:
+        """Let the workers drop what takes back steps up to this one, once all have taken them."""
+        with self.changed:
+            self._settle_limit = number
+            step = -1 if self._tasks else self._settle()  # a running task's end says it
+        if step >= 0 and self._client.status == "running":
+            self._send([{"op": "settle", "step": step} for _ in self.workers])
+
+    def _settle(self) -> int:
+        """The step that workers are to be told of as taken by all, -1 for none."""
+        if self._to_settle > self._settle_limit:
+            return -1
+        step, self._to_settle = self._to_settle, -1
+        return step
 
     def rest(self) -> None:
         """No step comes for now: end the tasks that take them."""
@@ -220,6 +237,7 @@ class Connections:
             self.finished.clear()
             self._accepting = True
             self._sent = 0
+            self._to_settle = -1
             self._taken = [0] * len(self.workers)
 
     def close(self) -> None:
@@ -303,9 +321,9 @@ class Connections:
                 self._show()
                 self._tasks.pop(rank, None)
                 self._taken[rank] += message["taken"]
-                if self._to_settle >= 0:  # no step comes that could say it
-                    self._start(self._to_all({"op": "settle", "step": self._to_settle}))
-                    self._to_settle = -1
+                settle = self._settle()
+                if settle >= 0:  # no step comes that could say it
+                    self._start(self._to_all({"op": "settle", "step": settle}))
                 if self._accepting and self._taken[rank] < self._sent:
                     self._start_tasks()
             elif op == "peer_lost":

@@ -39,7 +39,7 @@ _CONTENTS = "taskgrad"
 """The key in a file's metadata, and in that of the folder's index, for what taskgrad wrote."""
 _NEEDED = (
     *("step", "folder", "settings", "stage_of", "tensors", "optimizer", "schedulers", "scaler"),
-    *("extra", "files"),
+    *("extra", "files", "driver"),
 )
 
 

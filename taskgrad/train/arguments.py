@@ -16,6 +16,7 @@ from taskgrad.cluster.session import check_open
 from taskgrad.graph import pack
 from taskgrad.graph.layers import kind_of
 from taskgrad.graph.pytree import flatten
+from taskgrad.train.callbacks.base import Callback
 from taskgrad.train.data import MicrobatchSplitter, pair
 from taskgrad.train.memory import InFiles, check_fits
 from taskgrad.train.optimizer_factory import (
@@ -47,6 +48,7 @@ def check_trainer(
         raise TypeError(f"a Trainer trains a GraphChain; got {type(chain).__name__}")
     check_open(chain.layout.session.client)
     check_callbacks(callbacks)
+    check_monitor(given["monitor"])
     check_counts(microbatches=given["microbatches"], accumulate=given["accumulate"])
     check_limits(clip_norm=given["clip_norm"], clip_value=given["clip_value"])
     check_scheduler(given["lr_scheduler"])
@@ -66,6 +68,7 @@ def check_trainer(
         raise ValueError("the chain has no trainable parameters: all of them are frozen")
     in_files = check_fits(chain, optimizer, given["microbatches"], given["accumulate"])
     kinds = {row.device.partition(":")[0] for row in chain.placement}
+    groups = parameter_groups(layout.trainable, patterns)
     settings = Settings(
         # Clipping and loss scaling need the gradients of all workers.
         plan=planner(
@@ -79,6 +82,7 @@ def check_trainer(
         recompute=recompute,
         check_finite=given["check_finite"],
         order=layout.trainable,
+        groups=["default", *patterns],
     )
     splitter = MicrobatchSplitter(
         layout.session.client,
@@ -96,9 +100,9 @@ def check_trainer(
         scheduler=given["lr_scheduler"],
         scaled=given["amp"] == "fp16",
         deferred=bool(given["deferred_batch_norm"]),
+        monitor=given["monitor"],
         compiled=None if compiled is False else {} if compiled is True else dict(compiled),
     )
-    groups = parameter_groups(layout.trainable, patterns)
     return Checked(settings, splitter, (groups, options, loss, in_files))
 
 
@@ -171,12 +175,22 @@ def check_callbacks(callbacks: Any) -> None:
                 f"callbacks holds the class {callback.__name__}: give an instance, "
                 f"{callback.__name__}()"
             )
-        lacking = [n for n in ("on_step", "on_epoch") if not callable(getattr(callback, n, None))]
+        methods = [name for name in vars(Callback) if not name.startswith("_")]
+        lacking = [n for n in methods if not callable(getattr(callback, n, None))]
         if lacking:
             raise TypeError(
                 f"callbacks holds {shown(callback)}, which has no method "
-                f"{' and no '.join(lacking)}: derive it from tg.Callback"
+                f"{' and no '.join(lacking[:2])}: derive it from tg.Callback"
             )
+
+
+def check_monitor(monitor: Any) -> None:
+    """Raise TypeError unless this is the name of a result of an epoch."""
+    if not isinstance(monitor, str):
+        raise TypeError(
+            f'monitor names a result of an epoch, "val_loss" or "val_accuracy"; got '
+            f"{shown(monitor)}"
+        )
 
 
 def check_param_groups(groups: Any) -> None:

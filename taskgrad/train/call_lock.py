@@ -15,15 +15,17 @@ class CallLock(Generic[T]):
     """A reentrant lock that runs callbacks after its release.
 
     As the lock is free then, a callback may call the trainer, or wait for a thread that does. It is
-    called for each item that was passed to `notify_later`, in order and by one thread at a time.
+    called for each item that was passed to `notify_later`, in order, by one thread at a time and
+    never from within itself.
     """
 
     def __init__(self, callback: Callable[[T], None]) -> None:
         self._callback = callback
         self._lock = threading.RLock()
         self._depth = 0
-        self._notifying = threading.Lock()
+        self._state = threading.Condition()  # held to read or change what follows
         self._pending: deque[T] = deque()
+        self._notified: tuple[int, T] | None = None  # who runs the callback, for which item
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -43,12 +45,49 @@ class CallLock(Generic[T]):
 
     def notify_later(self, item: T) -> None:
         """Call the callback with this item once the lock is released."""
-        self._pending.append(item)
+        with self._state:
+            self._pending.append(item)
+
+    @property
+    def notified(self) -> T | None:
+        """In the callback, the item that it was called for; None elsewhere."""
+        now = self._notified
+        return now[1] if now is not None and now[0] == threading.get_ident() else None
+
+    def wait_for(self, concerns: Callable[[T], bool]) -> bool:
+        """Wait until no other thread is to run the callback for an item that this is true of.
+
+        Returns False if there was none, and in the callback itself. Not to be called while the lock
+        is held.
+        """
+        with self._state:
+            if not self._is_elsewhere(concerns):
+                return False
+            self._state.wait_for(lambda: not self._is_elsewhere(concerns))
+            return True
+
+    def is_elsewhere(self, concerns: Callable[[T], bool]) -> bool:
+        """True if another thread is to run the callback for an item that this is true of."""
+        with self._state:
+            return self._is_elsewhere(concerns)
+
+    def _is_elsewhere(self, concerns: Callable[[T], bool]) -> bool:
+        now = self._notified
+        if now is not None and now[0] == threading.get_ident():
+            return False
+        return any(map(concerns, [*self._pending, *([] if now is None else [now[1]])]))
 
     def _notify_all(self) -> None:
         # If another thread, or a callback below in this one, is notifying, it does the rest.
-        while self._pending and self._notifying.acquire(blocking=False):
+        while True:
+            with self._state:
+                if self._notified is not None or not self._pending:
+                    return
+                item = self._pending.popleft()
+                self._notified = threading.get_ident(), item
             try:
-                self._callback(self._pending.popleft())
+                self._callback(item)
             finally:
-                self._notifying.release()
+                with self._state:
+                    self._notified = None
+                    self._state.notify_all()

@@ -36,6 +36,17 @@ class Batch:
         """The number of microbatches."""
         return len(self.inputs)
 
+    @property
+    def is_intact(self) -> bool:
+        """False if a tensor of the driver's was written since the batch was split."""
+        try:
+            for node in (*self.inputs, *self.targets):
+                if isinstance(node, Leaf):
+                    node.sent()
+        except TaskgradError:
+            return False
+        return True
+
 
 @dataclass(frozen=True)
 class MicrobatchSplitter:
@@ -54,8 +65,10 @@ class MicrobatchSplitter:
     last: str
     loss_kind: str
 
-    def split(self, x: Any, y: Any) -> Batch:
+    def split(self, x: Any, y: Any, kept: bool = False) -> Batch:
         """Inputs and targets of one batch, in microbatches.
+
+        If it is `kept`, what could be written without torch's noticing is copied.
 
         Raises ValueError if inputs and targets differ in their number of samples, or have none;
         TaskgradError if there are thunks of another client.
@@ -94,9 +107,9 @@ class MicrobatchSplitter:
         for m in range(count):
             part = cut(x, self.in_dims, m, count, "the inputs")
             own = size // count + (m < size % count)
-            inputs.append(Leaf(part, needs_grad=False))
+            inputs.append(Leaf(part, needs_grad=False, kept=kept))
             target = cut(y, self.target_dims, m, count, "the targets")
-            targets.append(Leaf(target, needs_grad=False))
+            targets.append(Leaf(target, needs_grad=False, kept=kept))
             weights.append(own / size if self.weighted else 1.0)
         return Batch(list(inputs), list(targets), list(weights), size, self.loss_kind)
 

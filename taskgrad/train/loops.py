@@ -1,12 +1,10 @@
-"""Over a whole loader: fit, evaluate, predict."""
+"""Over a whole loader, without training: evaluate, predict."""
 
 from __future__ import annotations
 
 import itertools
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,19 +15,10 @@ from taskgrad.graph.slices import as_tensors, batch_size
 from taskgrad.layout import Layout
 from taskgrad.thunk import Thunk, collect, spawn
 from taskgrad.train.data import MicrobatchSplitter, check_size, on_workers, pair
-from taskgrad.train.loss import StepLoss
 from taskgrad.train.steps import Steps
 
 # How many batches are in flight at a time where nothing is trained: the shards' work overlaps.
 _IN_FLIGHT = 4
-
-
-def _bar(loader: Iterable[Any], title: str) -> Any:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return nullcontext()
-    return tqdm(total=len(loader) if isinstance(loader, Sized) else None, desc=title, unit="step")
 
 
 def _measure(
@@ -66,83 +55,6 @@ class Loops:
     splitter: MicrobatchSplitter
     autocast: tuple[tuple[str, torch.dtype], ...]
     loss_fn: Callable[..., torch.Tensor]
-
-    def fit(
-        self,
-        step: Callable[[Any, Any], StepLoss],
-        loader: Iterable[Any],
-        epochs: int,
-        val_loader: Iterable[Any] | None,
-        metrics: Mapping[str, Callable[..., Any]],
-        *,
-        progress: bool,
-    ) -> Iterator[dict[str, float]]:
-        """Train with `step` on every batch, and evaluate; the results of each epoch."""
-        steps = self.steps
-        if steps.metric_for is not None and val_loader is None:
-            raise ValueError(
-                f"the lr_scheduler is a {steps.metric_for}, which needs a metric: it is given the "
-                "validation loss after each epoch, so fit needs a val_loader"
-            )
-        for epoch in range(epochs):
-            title = f"epoch {epoch + 1}/{epochs}"
-            with steps.in_fit():
-                loss = self._train(step, loader, title, progress)
-            results = {"loss": loss}
-            if val_loader is not None:
-                found = self.evaluate(val_loader, metrics)
-                results |= {f"val_{name}": value for name, value in found.items()}
-                if steps.metric_for is not None:
-                    steps.advance(results["val_loss"])
-            yield results
-
-    def _train(
-        self, step: Callable[..., StepLoss], loader: Iterable[Any], title: str, progress: bool
-    ) -> float:
-        """Train on every batch of a loader; the mean loss, over samples unless it is a sum."""
-        means: list[tuple[float, int | None]] = []
-        samples = 0
-        waiting: deque[StepLoss] = deque()
-        start = time.perf_counter()
-        with _bar(loader, title) if progress else nullcontext() as bar:
-
-            def note(loss: StepLoss) -> None:
-                nonlocal samples
-                means.append((loss.item(), loss.size))
-                samples += loss.size or 0
-                if bar is not None:
-                    seconds = time.perf_counter() - start
-                    shown = {"loss": f"{loss:.4g}", "bubble": f"{loss.report['bubble']:.0%}"}
-                    if loss.size:
-                        shown["samples/s"] = f"{samples / seconds:.4g}"
-                    bar.set_postfix(shown, refresh=False)
-                    bar.update()
-
-            try:
-                for item in loader:
-                    x, y = pair(item, "the loader")
-                    waiting.append(step(x, y))
-                    while waiting and waiting[0].done:
-                        note(waiting.popleft())
-            except Exception:
-                self.steps.wait()  # what was given to it before is trained on
-                raise
-            except BaseException as error:  # Ctrl-C
-                self.steps.abort(error)
-                raise
-            self.steps.wait()
-            for loss in waiting:
-                note(loss)
-        if not means:
-            raise ValueError(
-                "the loader yielded no batches: it is empty, or an iterator that an earlier epoch "
-                "used up. Give something that can be iterated over again, such as a DataLoader or "
-                "a list"
-            )
-        sizes = [size for _, size in means]
-        known = [size for size in sizes if size is not None]
-        weights = known if len(known) == len(sizes) else [1] * len(sizes)
-        return _mean([of for of, _ in means], weights, self.splitter.weighted)
 
     def evaluate(
         self, loader: Iterable[Any], metrics: Mapping[str, Callable[..., Any]]
@@ -181,15 +93,15 @@ class Loops:
 
     def _stream(self, loader: Iterable[Any], start: Callable[[Any], Thunk]) -> Iterator[Any]:
         """Values of the thunks that are started for the items, in order, a few in flight."""
-        self.steps.wait()
+        with self.steps.idle():
+            pass  # its errors come before anything is read from the loader
         running: deque[Thunk] = deque()
         items = iter(loader)
         while True:
             # Not around the yield: the caller is in its own grad mode there.
             with torch.no_grad():
                 for item in itertools.islice(items, _IN_FLIGHT - len(running)):
-                    with self.steps.held():
-                        self.steps.wait()  # for steps that were taken meanwhile
+                    with self.steps.idle():  # steps may have been taken meanwhile
                         running.append(start(item).persist())
                         self.steps.add_reader(running[-1]._node)
                 if not running:

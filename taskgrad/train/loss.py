@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from taskgrad.train.data import Batch
+
 
 class StepLoss:
     """The loss of a batch, as `Trainer.step` returns it: fetched when it is read.
@@ -14,13 +16,16 @@ class StepLoss:
     """
 
     def __init__(
-        self, finish: Callable[[StepLoss], None], number: int, size: int | None, running: Any
+        self, finish: Callable[[StepLoss], None], number: int, batch: Batch, running: Any
     ) -> None:
         self.step = number
         """The number of the step, counted from 0."""
-        self.size = size
+        self.size = batch.size
         """The number of samples of the batch; None if it is on a worker."""
         self.running = running  # what the trainer knows the step by
+        self.is_read = False  # True if a callback will read the state after this step
+        self.may_be_read = False  # the same, or it is not known yet
+        self._batch: Batch | None = batch  # until the step is done
         self._finish = finish  # waits for this step
         self._report: dict[str, Any] | None = None
         self._error: BaseException | None = None
@@ -32,17 +37,21 @@ class StepLoss:
 
     def item(self) -> float:
         """The loss; waits for the step. Raises what `Trainer.step` does."""
-        return float(self.report["loss"])
+        loss: float = self.report["loss"]
+        return loss
 
     @property
     def report(self) -> dict[str, Any]:
-        """The step in numbers; waits for it.
+        """The step in numbers, plain ones; waits for it.
 
-        ``loss``; ``grad_norm`` before clipping (None without); ``bubble``, the share of the time
-        from a worker's first action in the step to its last, its waits included, in which it did
-        not compute, over all workers; ``skipped``, whether fp16 gradients overflowed and the
-        optimizer took no step. Compiled steps also have ``busy`` and ``waiting``: for each worker
-        the seconds in which it computed, and in which it waited for values of others.
+        ``step``, its number; ``loss``; ``learning_rates`` that it was taken with, by the patterns
+        of ``param_groups``, the rest as "default"; ``grad_norm`` before clipping (None without
+        ``clip_norm``; with ``clip_norm=math.inf`` it is only measured); ``skipped``, True if fp16
+        gradients overflowed and the optimizer took no step; ``seconds`` from a worker's first
+        action in the step to its last, of the slowest worker; ``busy``, for each worker the seconds
+        in which it computed; ``bubble``, the share of these times in which workers did not compute,
+        their waits included. Compiled steps also have ``waiting``: for each worker the seconds in
+        which it waited for values of others.
         """
         if self._report is None:
             self.raise_error()
@@ -50,13 +59,19 @@ class StepLoss:
         assert self._report is not None
         return self._report
 
+    @property
+    def batch(self) -> Batch:
+        """The batch of a step that is not done."""
+        assert self._batch is not None
+        return self._batch
+
     def settle(self, report: dict[str, Any]) -> None:
         """The step is done."""
-        self._report = report
+        self._report, self._batch = report, None
 
     def fail(self, error: BaseException) -> None:
         """The step will not be done."""
-        self._error = error
+        self._error, self._batch = error, None
 
     def raise_error(self) -> None:
         """Raise why the step will not be done, if that is known."""

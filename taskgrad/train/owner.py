@@ -54,8 +54,8 @@ def check_owner(chain: GraphChain, owner: Any, kind: str) -> None:
         )
 
 
-def recover(layout: Layout, *, seconds: float | None = None) -> int | None:
-    """Take every shard back to the last step that all of them have taken.
+def recover(layout: Layout, *, seconds: float | None = None, done: int | None = None) -> int | None:
+    """Take every shard back to the last step that all of them have taken, or to `done` steps.
 
     Returns the number of batches taken, 0 for a chain without a trainer; None if the shards are
     busy for longer than `seconds`, and nothing is changed then.
@@ -71,7 +71,8 @@ def recover(layout: Layout, *, seconds: float | None = None) -> int | None:
     taken = layout.executor.values(asked)
     if None in taken:
         return 0
-    done: int = min(taken)
+    if done is None:
+        done = min(taken)
     layout.run(layout.tasks(training.roll_back, done=done))
     layout.copy_tied()
     return done

@@ -31,9 +31,15 @@ _MAX_SHAPES = 16
 class Runner(Protocol):
     """Runs the steps of one trainer, several of which may be on their way."""
 
+    takes_back: bool
+    """True if a step that has ended can be taken back until `settle_up_to` names it."""
+
     @property
     def must_finish(self) -> bool:
         """True if the steps so far must have ended before the next one is submitted."""
+
+    def settle_up_to(self, step: int) -> None:
+        """Steps up to this one need not be taken back once they have ended."""
 
     def submit(self, batch: Batch, number: int) -> Any:
         """Submit a step; returns what the other methods know it by."""
@@ -54,6 +60,8 @@ class Runner(Protocol):
 class FuturesRunner:
     """Each step is one graph of Dask tasks, submitted at once."""
 
+    takes_back = False
+
     def __init__(self, layout: Layout, settings: Settings) -> None:
         self._layout = layout
         self._executor = layout.executor
@@ -65,6 +73,9 @@ class FuturesRunner:
     def must_finish(self) -> bool:
         """True if no further step may be chained to the last."""
         return self._chained == _MAX_CHAINED
+
+    def settle_up_to(self, step: int) -> None:
+        pass  # the last tasks of a step do
 
     def submit(self, batch: Batch, number: int) -> Step:
         made = build(self._layout, batch, number, self._settings, self._last)
@@ -125,6 +136,7 @@ class _Loaded:
 class CompiledRunner:
     """Each step is run by programs that stay on the workers."""
 
+    takes_back = True
     must_finish = False  # each step is a message: nothing piles up
 
     def __init__(self, layout: Layout, settings: Settings) -> None:
@@ -133,6 +145,12 @@ class CompiledRunner:
         self._executor: CompiledExecutor | None = None
         self._loaded: OrderedDict[Any, _Loaded] = OrderedDict()
         self._canceled = False
+        self._settled: int | None = None
+
+    def settle_up_to(self, step: int) -> None:
+        self._settled = step
+        if self._executor is not None:
+            self._executor.settle_up_to(step)
 
     def submit(self, batch: Batch, number: int) -> _Running:
         """Submit a step; NotCompilableError if it is to be run as tasks."""
@@ -160,6 +178,8 @@ class CompiledRunner:
                 check_open(self._layout.session.client)
                 why = error.__cause__ or str(error).partition(". ")[0]
                 raise NotCompilableError(f"the workers cannot be reached: {why}") from error
+            if self._settled is not None:
+                self._executor.settle_up_to(self._settled)
         return self._executor
 
     def _cut(self, batch: Batch, slices: list[Slice]) -> Batch:
@@ -210,14 +230,16 @@ class CompiledRunner:
         values, timings = self._executor.report(running.number)
         workers = [shard.worker for shard in self._layout.shards]
         spent = [{"run": 0.0, "send": 0.0, "receive": 0.0} for _ in workers]
-        lasted = 0.0
+        lasted = []
         for times, rows in zip(spent, timings, strict=True):
             for _, kind, start, stop in rows:
                 times[kind] += stop - start
-            lasted += max(row[3] for row in rows) - min(row[2] for row in rows)
+            lasted.append(max(row[3] for row in rows) - min(row[2] for row in rows))
         return {
             **training.report_of(values, **running.about),
-            "bubble": max(0.0, 1 - sum(times["run"] for times in spent) / lasted),
+            "step": running.number,
+            "bubble": max(0.0, 1 - sum(times["run"] for times in spent) / sum(lasted)),
+            "seconds": max(lasted),
             "busy": {w: t["run"] for w, t in zip(workers, spent, strict=True)},
             "waiting": {w: t["receive"] for w, t in zip(workers, spent, strict=True)},
         }

@@ -39,6 +39,7 @@ class Settings:
     recompute: Recompute
     check_finite: bool
     order: list[str]  # the trainable parameters, as in the model
+    groups: list[str]  # the names of the optimizer's groups
 
 
 @dataclass
@@ -109,8 +110,11 @@ def build(
         layout.shard_of(layout.layers[-1]),
         training.report,
         {
+            "step": number,
             "weights": None if weights else batch.weights,
             "order": settings.order if update and settings.clip_norm is not None else None,
+            "workers": [shard.worker for shard in layout.shards],
+            "groups": settings.groups,
         },
         after=[*losses, *weights, *prepares],
     )

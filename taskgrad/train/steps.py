@@ -14,6 +14,7 @@ from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.executors.step_lowering import NotCompilableError
 from taskgrad.graph.nodes import Node
 from taskgrad.train.call_lock import CallLock
+from taskgrad.train.callbacks.on_step import OnStep
 from taskgrad.train.data import Batch
 from taskgrad.train.loss import StepLoss
 from taskgrad.train.owner import check_owner, recover
@@ -29,10 +30,14 @@ logger = logging.getLogger("taskgrad")
 _INTERRUPT_S = 0.5
 
 
+def _is_read(loss: StepLoss) -> bool:
+    return loss.is_read
+
+
 class Steps:
     """The steps of one trainer, and the owner of its chain. Several threads may use it.
 
-    ``notify`` is called with the loss of each step that is done, in order.
+    ``notify`` is called with the loss of each step that is done, in order, and calls ``on_step``.
 
     Attributes
     ----------
@@ -46,6 +51,7 @@ class Steps:
         self,
         chain: GraphChain,
         settings: Settings,
+        on_step: OnStep,
         notify: Callable[[StepLoss], None],
         executor: str,
     ) -> None:
@@ -58,15 +64,22 @@ class Steps:
         self._settings = settings
         runner = CompiledRunner if executor == "compiled" else FuturesRunner
         self._runner: Runner = runner(chain.layout, settings)
-        self._lock = CallLock(notify)
+        self._on_step = on_step
+        self._notify = notify
+        self._lock = CallLock(self._notified)
         self._running: deque[StepLoss] = deque()
+        self._taken_back: list[StepLoss] = []  # to be taken again once a callback has returned
+        self._own: set[int] = set()  # steps whose callbacks take steps themselves
+        self._settled: int | None = None  # steps up to this may be so that they stay
         self._readers: WeakSet[Node] = WeakSet()  # what uses the model, not in a step
         self._unsettled = False  # a step was interrupted, and is yet to be taken back
         self._broken: BaseException | None = None
 
-    def held(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the lock of this trainer in the block."""
-        return self._lock.held()
+    @property
+    def taken_by_now(self) -> int:
+        """As `taken`; in a callback of a step how many were taken when that one was."""
+        loss = self._lock.notified
+        return self.taken if loss is None or loss.step in self._own else loss.step + 1
 
     @contextlib.contextmanager
     def in_fit(self) -> Iterator[None]:
@@ -86,78 +99,247 @@ class Steps:
             layout.run(layout.tasks(training.undo_advance, done=done))
             raise
 
-    def take(self, split: Callable[[], Batch]) -> StepLoss:
-        """Submit a step on the batch that `split` returns; see `Trainer.step`."""
+    def take(self, split: Callable[[bool], Batch]) -> StepLoss:
+        """Submit a step on the batch that `split` returns; see `Trainer.step`.
+
+        Its argument is True if the step may be taken back for a callback, and then again: what
+        might write the memory of the batch is not to change it.
+        """
         if self.metric_for is not None and not self._in_fit:
             raise TaskgradError(
                 f"the lr_scheduler is a {self.metric_for}, which needs a metric, and step() has "
                 "none to give: fit(loader, epochs, val_loader) gives it the validation loss after "
                 "each epoch"
             )
-        with self.held():
-            self._check_usable()
-            batch = split()
-            while len(self._running) >= _AHEAD:
-                self.finish(self._running[0])
-            if self._runner.must_finish:
-                self.wait()
-            self._wait_for_readers()
+        batch: Batch | None = None
+        while True:
+            with self._lock.held():
+                self._check_usable()
+                inside = self._lock.notified
+                if inside is not None:
+                    self._own.add(inside.step)
+                self._take_again()
+                batch = batch or split(bool(self._on_step))
+                if self._has_room():
+                    return self._submit(batch)
+            self._lock.wait_for(_is_read)
+
+    def make_room(self) -> None:
+        """Wait until another step can be submitted, and the callbacks before it have returned."""
+        room = False
+        while not room:
+            with self._lock.held():
+                self._check_usable()
+                self._take_again()
+                room = self._has_room()
+            self._lock.wait_for(_is_read)
+
+    def _has_room(self) -> bool:
+        """True if a step can be submitted now; else a step was waited for, or a thread is to be."""
+        held = self._running and self._running[-1].may_be_read
+        if held or len(self._running) >= _AHEAD:
+            self._finish_first()  # and then its callbacks, before the next step is submitted
+            return False
+        return not self._lock.is_elsewhere(_is_read)
+
+    def _submit(self, batch: Batch) -> StepLoss:
+        """Submit a step on this batch; those before may run."""
+        if self._runner.must_finish:
+            while self._running:
+                self._finish_first()
+            self._runner.finish()
+        self._wait_for_readers()
+        if self._on_step and self._settled is None:
+            self._settle_up_to(self.taken)
+        try:
             try:
-                try:
-                    running = self._runner.submit(batch, self.taken)
-                except NotCompilableError as reason:
-                    self.wait()
-                    self._runner = FuturesRunner(self._layout, self._settings)
-                    logger.warning("taskgrad runs these steps as Dask tasks: %s.", str(reason))
-                    running = self._runner.submit(batch, self.taken)
-            except BaseException as error:
-                if isinstance(error, Exception) and not isinstance(error, TaskgradError | OSError):
-                    error.add_note(
-                        f"The batch of step {self.taken} cannot be sent to the workers; nothing "
-                        "of this step was submitted, and steps before it are not affected."
-                    )
-                    raise
-                self.abort(error)
+                running = self._runner.submit(batch, self.taken)
+            except NotCompilableError as reason:
+                while self._running:
+                    self._finish_first()
+                self._runner.finish()
+                self._runner = FuturesRunner(self._layout, self._settings)
+                logger.warning("taskgrad runs these steps as Dask tasks: %s.", str(reason))
+                running = self._runner.submit(batch, self.taken)
+        except BaseException as error:
+            if isinstance(error, Exception) and not isinstance(error, TaskgradError | OSError):
+                error.add_note(
+                    f"The batch of step {self.taken} cannot be sent to the workers; nothing "
+                    "of this step was submitted, and steps before it are not affected."
+                )
                 raise
-            loss = StepLoss(self.finish, self.taken, batch.size, running)
-            self._running.append(loss)
-            self.taken += 1
-            return loss
+            self.abort(error)
+            raise
+        loss = StepLoss(self.finish, self.taken, batch, running)
+        loss.is_read = self._on_step.reads(self.taken)
+        loss.may_be_read = loss.is_read or self._on_step.any_uncalled
+        self._running.append(loss)
+        self.taken += 1
+        return loss
 
     def wait(self) -> None:
         """Return when every step so far is done; see `Trainer.wait`."""
-        with self.held():
-            self._check_usable()
-            while self._running:
-                self.finish(self._running[0])
-            self._runner.finish()
+        while True:
+            with self._lock.held():
+                self._check_usable()
+                self._take_again()
+                if not self._running:
+                    self._runner.finish()
+                    return
+                self._finish_first()
 
     def finish(self, loss: StepLoss) -> None:
         """Wait for the steps up to this one."""
-        with self.held():
-            while not loss.done:
+        while not loss.done:
+            with self._lock.held():
                 loss.raise_error()  # another thread may have found it
-                first = self._running[0]
-                try:
-                    report = self._runner.wait(first.running)
-                except BaseException as error:
-                    self.abort(error)
-                    raise
-                self._running.popleft()
-                first.settle(report)
-                self._lock.notify_later(first)
+                self._take_again()
+                if not loss.done:
+                    self._finish_first()
+
+    def _finish_first(self) -> None:
+        """Wait for the first step that runs; its callbacks come when the lock is released."""
+        first = self._running[0]
+        try:
+            report = self._runner.wait(first.running)
+        except BaseException as error:
+            self.abort(error)
+            raise
+        self._running.popleft()
+        first.settle(report)
+        self._lock.notify_later(first)
+
+    def _notified(self, loss: StepLoss) -> None:
+        """Call the callbacks of a step that is done; then take again what they had taken back."""
+        try:
+            self._notify(loss)
+        finally:
+            self._own.discard(loss.step)
+            with self._lock.held():
+                self._take_again()
+                self._settle_up_to(loss.step + 1)
+
+    def _settle_up_to(self, step: int) -> None:
+        """Let workers drop what takes this step back: the callbacks of the one before are done."""
+        self._settled = step
+        self._runner.settle_up_to(step)
+
+    @contextlib.contextmanager
+    def idle(self) -> Iterator[None]:
+        """Hold the lock in the block while no step runs.
+
+        In a callback's `on_step` the state then is that of its step.
+        """
+        self._hold_for_callback()
+        while True:
+            with self._lock.held():
+                self._check_usable()
+                if not self._running:
+                    if not self._taken_back:
+                        self._runner.finish()
+                    yield
+                    return
+                self._finish_first()
 
     @contextlib.contextmanager
     def between_steps(self, readers: Iterable[Node]) -> Iterator[None]:
         """Submit these nodes, which use the chain's layers, in the block.
 
-        They run after the steps so far, and before the next.
+        They run after the steps so far, and before the next. In a callback's `on_step` they see the
+        state of its step.
         """
-        with self.held():
-            if self._broken is None and (self._running or self._unsettled):
-                self.wait()
-            yield
-            self._readers.update(readers)
+        self._hold_for_callback()
+        waited = False
+        while True:
+            with self._lock.held():
+                if self._broken is None and (self._running or self._unsettled):
+                    self._check_usable()
+                if not self._running:
+                    if waited and not self._taken_back:
+                        self._runner.finish()
+                    yield
+                    self._readers.update(readers)
+                    return
+                self._finish_first()
+                waited = True
+
+    # -- steps that are taken back for a callback, and again when it has returned -----------------
+
+    def _hold_for_callback(self) -> None:
+        """If a callback of a step runs in this thread, take back the steps after that one.
+
+        Raises TaskgradError if they can no longer be taken back.
+        """
+        loss = self._lock.notified
+        if loss is None or loss.step in self._own:
+            return
+        name = self._on_step.note_reader()
+        with self._lock.held():
+            if self.taken > loss.step + 1:
+                self._take_back(loss.step + 1, name)
+
+    def drop_ahead(self) -> list[StepLoss]:
+        """In a callback of a step: do not take the steps after it, if they can be taken back.
+
+        Returns these.
+        """
+        if self._lock.notified is None:
+            return []
+        with contextlib.suppress(TaskgradError), self._lock.held():
+            self._hold_for_callback()
+            dropped, self._taken_back = self._taken_back, []
+            for loss in dropped:
+                loss.fail(TaskgradError(f"step {loss.step} was not taken: training was stopped"))
+            return dropped
+        return []
+
+    def _take_back(self, done: int, callback: str) -> None:
+        """Take back the steps from this number on; `_take_again` takes them again."""
+        ahead = list(self._running)
+        if not self._runner.takes_back:
+            why = "steps that run as Dask tasks cannot"
+        elif len(ahead) < self.taken - done or (self._settled or 0) >= done:
+            why = "it has ended, as another thread uses the trainer"
+        elif not all(loss.batch.is_intact for loss in ahead):
+            why = "the memory of its batch was written meanwhile"
+        else:
+            why = ""
+        if why:
+            raise TaskgradError(
+                f"the callback {callback} uses the state after step {done - 1} in on_step, when "
+                f"step {done} has begun, and that step cannot be taken back: {why}. Have the "
+                "callback say so before: def reads_state(self, step): return True"
+            )
+        self._running.clear()
+        self._unsettled = True
+        try:
+            self._runner.cancel([loss.running for loss in ahead])
+            self._runner.is_stopped(None)
+            recover(self._layout, done=done)
+        except BaseException as error:
+            for loss in ahead:
+                loss.fail(error)
+            if isinstance(error, TaskgradError):
+                self._broken = error
+            raise
+        self.taken, self._unsettled = done, False
+        self._taken_back = ahead
+
+    def _take_again(self) -> None:
+        """Submit the steps that were taken back."""
+        while self._taken_back:
+            loss = self._taken_back[0]
+            try:
+                self._wait_for_readers()
+                loss.running = self._runner.submit(loss.batch, self.taken)
+            except BaseException as error:
+                for each in self._taken_back:
+                    each.fail(error)
+                self._taken_back.clear()
+                self.abort(error)
+                raise
+            self._running.append(self._taken_back.pop(0))
+            self.taken += 1
 
     def add_reader(self, node: Node) -> None:
         """A submitted node that uses the model: it runs before the next step."""
@@ -172,7 +354,7 @@ class Steps:
 
     def abort(self, error: BaseException) -> None:
         """Cancel all steps that run, and go back to before the first of them."""
-        with self.held():
+        with self._lock.held():
             self._runner.cancel([loss.running for loss in self._running])
             for loss in self._running:
                 loss.fail(error)

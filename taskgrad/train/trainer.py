@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 
@@ -23,37 +23,28 @@ from taskgrad.train.arguments import (
     check_metrics,
     check_trainer,
 )
+from taskgrad.train.callbacks.base import Callback
+from taskgrad.train.callbacks.on_step import OnStep
 from taskgrad.train.checkpoints.read import restore
 from taskgrad.train.checkpoints.write import save
+from taskgrad.train.fit import Fit
+from taskgrad.train.fit_state import EpochMean, FitState
 from taskgrad.train.loops import Loops
 from taskgrad.train.loss import StepLoss
 from taskgrad.train.optimizer_factory import OptimizerFactory, optimizers_on
 from taskgrad.train.owner import take_over
+from taskgrad.train.repeating import random_states
 from taskgrad.train.steps import Steps
-
-
-class Callback:
-    """Base of callbacks: override what you need. They run on the driver, between steps.
-
-    Examples
-    --------
-    >>> import taskgrad as tg
-    >>> class Losses(tg.Callback):
-    ...     def __init__(self):
-    ...         self.values = []
-    ...     def on_step(self, trainer, loss):
-    ...         self.values.append(loss.item())
-    """
-
-    def on_step(self, trainer: Trainer, loss: StepLoss) -> None:
-        """Called when a step is done and its loss known; the next one already runs."""
-
-    def on_epoch(self, trainer: Trainer, epoch: int, results: dict[str, float]) -> None:
-        """Called after an epoch of `Trainer.fit`, counted from 0; no step runs."""
-
 
 # Arguments of a trainer that its checkpoints do not have.
 _APART = frozenset({"self", "chain", "loss_fn", "optimizer", "callbacks", "executor"})
+
+
+class _Resumed(NamedTuple):
+    """What a checkpoint has of a fit that had not ended, and the number of steps then."""
+
+    fit: Mapping[str, Any]
+    steps: int
 
 
 class Trainer:
@@ -86,7 +77,10 @@ class Trainer:
     lr_scheduler : callable, optional
         Makes a scheduler from an optimizer, as ``functools.partial(StepLR, step_size=1)``. It takes
         a step after each step of the optimizer, so none where fp16 skipped that. One that needs a
-        metric (``ReduceLROnPlateau``) takes a step after each epoch of `fit`, with ``val_loss``.
+        metric (``ReduceLROnPlateau``) takes a step after each epoch of `fit`, with `monitor`.
+    monitor : str
+        The result of an epoch that such a scheduler is given: ``"val_loss"``, ``"loss"``, or
+        ``"val_"`` plus the name of a metric.
     clip_norm, clip_value : float, optional
         As ``torch.nn.utils.clip_grad_norm_`` over all parameters of the model, and
         ``clip_grad_value_``; in this order.
@@ -153,6 +147,7 @@ class Trainer:
         microbatches: int = 1,
         schedule: str | Callable[..., Schedule] = "1f1b",
         lr_scheduler: Callable[[Any], Any] | None = None,
+        monitor: str = "val_loss",
         clip_norm: float | None = None,
         clip_value: float | None = None,
         accumulate: int = 1,
@@ -177,7 +172,12 @@ class Trainer:
         self._given = given
         self._splitter = checked.splitter
         self._plan = checked.settings.plan
-        self._steps = Steps(chain, checked.settings, self._notify, executor)
+        self._on_step = OnStep(self.callbacks)
+        self._steps = Steps(chain, checked.settings, self._on_step, self._notify, executor)
+        self._fits: list[FitState] = []  # those that run: a callback may begin another one
+        self._unfinished: _Resumed | None = None  # the last fit, if it did not come to its end
+        self._to_resume: _Resumed | None = None  # the fit of a checkpoint
+        self._loader: Any = None  # of the outermost fit
         self._loops = Loops(
             chain.layout, self._steps, self._splitter, checked.settings.autocast, loss_fn
         )
@@ -187,8 +187,13 @@ class Trainer:
 
     @property
     def steps(self) -> int:
-        """How many batches were taken, or are being taken."""
-        return self._steps.taken
+        """How many batches were taken, or are being taken; in `on_step`, up to that step."""
+        return self._steps.taken_by_now
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of `fit`, counted from 0; the next one between two epochs, 0 outside."""
+        return self._fits[-1].epoch if self._fits else 0
 
     @property
     def plan(self) -> Plan:
@@ -199,8 +204,20 @@ class Trainer:
         return self._plan(self._splitter.microbatches)
 
     def _notify(self, loss: StepLoss) -> None:
+        self._on_step.call(self, loss)
+
+    def _fit_to_save(self) -> Any:
+        """What a checkpoint keeps of the fit that runs, or that has not come to its end."""
+        if self._fits:
+            state = self._fits[0]
+            return _Resumed(state.saved(self.steps, random_states(self._loader)), self.steps)
+        unfinished = self._unfinished
+        return unfinished if unfinished and unfinished.steps == self.steps else None
+
+    def _call(self, method: str, *args: Any) -> None:
+        """Call a method of all callbacks, in order."""
         for callback in self.callbacks:
-            callback.on_step(self, loss)
+            getattr(callback, method)(self, *args)
 
     def step(self, x: Any, y: Any) -> StepLoss:
         """Train on one batch; returns its loss, which waits only when it is read.
@@ -225,7 +242,7 @@ class Trainer:
         WorkerLostError
             A worker is gone, and with it its layers.
         """
-        return self._steps.take(partial(self._splitter.split, x, y))
+        return self._steps.take(lambda kept: self._splitter.split(x, y, kept))
 
     def wait(self) -> None:
         """Return when every step so far is done.
@@ -261,9 +278,19 @@ class Trainer:
         Returns
         -------
         list of dict
-            For each epoch its mean ``loss`` over samples (of batches that lie on workers each
-            counts the same) and, with `val_loader`, ``val_loss`` and ``val_`` plus each metric's
-            name.
+            The history: for each epoch its mean ``loss`` over samples (of batches that lie on
+            workers each counts the same) and, with `val_loader`, ``val_loss`` and ``val_`` plus
+            each metric's name. After `stop` in mid-epoch the last one has the loss of the batches
+            so far, and no validation. A resumed fit has all epochs from its first beginning on.
+
+        Notes
+        -----
+        After `restore` from a checkpoint that was saved before a fit had come to its end, the next
+        call of `fit`, with the same arguments, goes on in the epoch and at the batch where that
+        stopped: `epochs` counts from the beginning of that fit. The random states of torch, Python
+        and NumPy and of the loader's generators are set as they were at the beginning of the epoch,
+        and as many batches are skipped as were trained on; a loader with a ``load_state_dict``
+        takes its own state. A loader that then yields another batch than before is warned of.
 
         Raises
         ------
@@ -272,20 +299,53 @@ class Trainer:
         ValueError
             `epochs` is negative; or the loader is empty in the first epoch or a later one, or
             yields something else than pairs; or one of the loaders is an iterator, which yields its
-            batches once, and there are more epochs. Or the scheduler needs a metric, and there is
-            no `val_loader`.
+            batches once, and there are more epochs. Or the scheduler needs a metric that an epoch
+            does not have; or a fit is resumed, and the loader yields fewer batches than it had.
         """
         epochs = check_epochs(epochs, loader=loader, val_loader=val_loader)
         flag("progress", progress)
-        history = []
-        fit = self._loops.fit(
-            self.step, loader, epochs, val_loader, check_metrics(metrics), progress=progress
+        evaluate = partial(self._loops.evaluate, metrics=check_metrics(metrics))
+        fit = Fit(
+            self._steps,
+            self.step,
+            evaluate,
+            self._call,
+            self._given["monitor"],
+            loader,
+            epochs,
+            val_loader,
+            progress,
         )
-        for epoch, results in enumerate(fit):
-            history.append(results)
-            for callback in self.callbacks:
-                callback.on_epoch(self, epoch, results)
-        return history
+        resumed, self._to_resume = self._to_resume, None
+        saved = resumed.fit if resumed is not None and resumed.steps == self.steps else None
+        state = FitState(EpochMean(self._splitter.weighted))
+        if saved is not None:
+            state = FitState.restored(saved)
+        if not self._fits:
+            self._loader = loader
+        self._fits.append(state)
+        ended = False
+        try:
+            history = fit.run(state, saved)
+            ended = not state.stopped
+            return history
+        except BaseException as error:
+            self._call("on_exception", error)
+            raise
+        finally:
+            if not ended and len(self._fits) == 1:
+                self._unfinished = self._fit_to_save()
+            self._fits.pop()
+
+    def stop(self) -> None:
+        """End the fit that runs after this step, or after this epoch if none runs.
+
+        A callback calls it, or another thread, or a signal handler. Steps that were begun ahead are
+        taken back if that is possible, and else come to their end. Without a fit it does nothing.
+        """
+        for state in self._fits[-1:]:
+            state.stopped = True
+            state.drop(self._steps.drop_ahead())
 
     def evaluate(
         self, loader: Iterable[Any], metrics: Mapping[str, Callable[..., Any]] | None = None
@@ -353,9 +413,14 @@ class Trainer:
         >>> client.close()
         """
         place = path_of(path)
-        with self._steps.held():
-            self.wait()
-            save(place, self.chain.layout, self.steps, self._given)
+        with self._steps.idle():
+            unfinished = self._fit_to_save()
+            driver = {
+                "fit": unfinished and dict(unfinished.fit),
+                "callbacks": [[type(c).__qualname__, c.state_dict()] for c in self.callbacks],
+            }
+            save(place, self.chain.layout, self.steps, self._given, driver)
+        self._call("on_save", place)
 
     @classmethod
     def restore(
@@ -384,7 +449,8 @@ class Trainer:
             another value, steps differ from there on; but not ``amp`` nor, between two steps of the
             optimizer, ``accumulate``, which what was saved depends on. Functions cannot be saved:
             ``lr_scheduler`` and a ``schedule`` or ``checkpoint`` of your own have to be given
-            again. ``callbacks`` are not saved.
+            again, and so do ``callbacks``: those whose class had one among the saved trainer's
+            get its state.
 
         Raises
         ------
@@ -399,6 +465,15 @@ class Trainer:
         if not isinstance(chain, GraphChain):
             raise TypeError(f"a checkpoint goes into a GraphChain; got {type(chain).__name__}")
         make = partial(cls, chain, loss_fn, optimizer)
-        trainer, steps = restore(make, path, chain, optimizer, options)
+        trainer, steps, driver = restore(make, path, chain, optimizer, options)
         trainer._steps.taken = steps
+        if driver["fit"] is not None:
+            trainer._to_resume = trainer._unfinished = _Resumed(driver["fit"], steps)
+        states = [list(given) for given in driver["callbacks"]]
+        for callback in trainer.callbacks:
+            kind = type(callback).__qualname__
+            found = next((given for given in states if given[0] == kind), None)
+            if found is not None:
+                states.remove(found)
+                callback.load_state_dict(found[1])
         return trainer

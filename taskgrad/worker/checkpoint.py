@@ -100,7 +100,7 @@ def save(
             for i, names in enumerate(in_rows({n: t.nbytes for n, t in tensors.items()}, _FILE), 1):
                 file = f"{kind}-{suffix}-{i:03d}.safetensors"
                 part = {name: tensors[name] for name in names}
-                files[file] = _write(store.address, Path(folder) / file, part)
+                files[file] = write(f"worker {store.address}", Path(folder) / file, part)
                 if training.spilled is not None:
                     training.spilled.leave_memory()
         return {**found, "files": files}
@@ -138,8 +138,11 @@ def _with_extra_state(shard: ResidentShard, layers: Mapping[int, str]) -> dict[s
     }
 
 
-def _write(address: str, file: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Write one file and sync it to disk; return a description of its contents."""
+def write(who: str, file: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Write one file and sync it to disk; return a description of its contents.
+
+    Raises CheckpointError, which says who could not.
+    """
     values = {}
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided:
@@ -159,7 +162,7 @@ def _write(address: str, file: Path, tensors: Mapping[str, torch.Tensor]) -> dic
             size = os.fstat(done.fileno()).st_size
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"worker {address} could not write {file}: {type(error).__name__}: {error}"
+            f"{who} could not write {file}: {type(error).__name__}: {error}"
         ) from error
     return {"bytes": size, "tensors": written}
 

@@ -62,7 +62,7 @@ def make_optimizer(
 
 
 def make_scheduler(
-    factory: Callable[..., Any], optimizer: torch.optim.Optimizer, address: str
+    factory: Callable[..., Any], optimizer: torch.optim.Optimizer, monitor: str, address: str
 ) -> Any:
     """A learning-rate scheduler of this optimizer.
 
@@ -85,7 +85,7 @@ def make_scheduler(
                     "that one's learning rates. Make it of the optimizer that the function is "
                     "given: lambda optimizer: StepLR(optimizer, step_size=10)"
                 )
-        if part is not made and needs_metric(part) and not needs_metric(made):
+        if part is not made and needs_metric(part, monitor) and not needs_metric(made, monitor):
             raise TypeError(
                 f"lr_scheduler gave a {type(made).__name__} with a {type(part).__name__} in it, "
                 "whose step() needs a metric that the outer one does not pass on: return a "
@@ -94,10 +94,11 @@ def make_scheduler(
     return made
 
 
-def needs_metric(scheduler: Any) -> bool:
+def needs_metric(scheduler: Any, monitor: str) -> bool:
     """True if its ``step`` needs the value of a metric, as that of ``ReduceLROnPlateau`` does.
 
-    Raises TypeError if it needs more arguments, or a metric of which larger values are better.
+    Raises TypeError if it needs more arguments, or if it takes larger values for better ones, and
+    `monitor`, the name of the metric, is a loss.
     """
     kinds = inspect.Parameter
     needed = [
@@ -113,10 +114,11 @@ def needs_metric(scheduler: Any) -> bool:
         )
     if not needed and not isinstance(scheduler, ReduceLROnPlateau):
         return False
-    if getattr(scheduler, "mode", None) == "max":
+    if getattr(scheduler, "mode", None) == "max" and monitor in ("loss", "val_loss"):
         raise TypeError(
-            f'lr_scheduler gave a {name} with mode="max"; it is given the validation loss, '
-            'of which smaller values are better: use mode="min"'
+            f'lr_scheduler gave a {name} with mode="max"; it is given {monitor!r}, '
+            'of which smaller values are better: use mode="min", or name another result of an '
+            "epoch as the trainer's monitor"
         )
     return True
 

@@ -46,9 +46,11 @@ def make(
             if any(names for names, _ in groups):
                 made.optimizer = make_optimizer(factory, shard.parameters, groups, store.address)
                 if made.training is not None and options is not None and options.scheduler:
-                    scheduler = make_scheduler(options.scheduler, made.optimizer, store.address)
+                    scheduler = make_scheduler(
+                        options.scheduler, made.optimizer, options.monitor, store.address
+                    )
                     made.training.scheduler = scheduler
-                    made.training.takes_metric = needs_metric(scheduler)
+                    made.training.takes_metric = needs_metric(scheduler, options.monitor)
         if options is not None and options.loss:
             [tensors] = loss_tensors
             made.loss = pack.unpack(options.loss, [t.clone() for t in tensors], own=True)

@@ -95,7 +95,10 @@ def prepare(store: Store, token: str, *, update: bool, norms: bool) -> Summary:
                 finite = all(bool(g.isfinite().all()) for g in present.values())
             if norms:
                 found = {n: torch.linalg.vector_norm(g, 2.0).cpu() for n, g in present.items()}
-        training.summary = Summary(found, finite, training.busy, training.began_at, time.time())
+        groups = () if shard.optimizer is None else shard.optimizer.param_groups
+        rates = tuple(float(group["lr"]) for group in groups if "lr" in group)
+        times = training.busy, training.began_at, time.time()
+        training.summary = Summary(found, finite, *times, rates)
         return training.summary
 
 
@@ -254,12 +257,18 @@ def report(store: Store, token: str, *values: Any, **about: Any) -> dict[str, An
 
 
 def report_of(
-    values: Sequence[Any], *, weights: list[float] | None, order: list[str] | None
+    values: Sequence[Any],
+    *,
+    step: int,
+    weights: list[float] | None,
+    order: list[str] | None,
+    workers: list[str],
+    groups: list[str],
 ) -> dict[str, Any]:
-    """A step in numbers: its loss, the norm of its gradients, the idle share of the workers.
+    """A step in numbers, as `StepLoss.report` has them; all but the time spent waiting.
 
     The values are the losses of the microbatches, then their shares of the batch if they are not
-    among the arguments, then every shard's `Summary`.
+    among the arguments, then the `Summary` of the shard on each of the workers.
     """
     summaries = [value for value in values if isinstance(value, Summary)]
     numbers = list(values[: len(values) - len(summaries)])
@@ -273,10 +282,16 @@ def report_of(
     )
     span = max(s.ended_at for s in summaries) - min(s.began_at for s in summaries)
     busy = sum(s.busy for s in summaries) / len(summaries)
-    norm = None if order is None else float(total_norm(summaries, order))
+    rates = max((summary.learning_rates for summary in summaries), key=len)
+    if len(rates) != len(groups):  # the function that makes the optimizer makes groups of its own
+        groups = [str(i) for i in range(len(rates))]
     return {
-        "loss": loss,
-        "grad_norm": norm,
-        "bubble": min(1.0, max(0.0, 1 - busy / span)) if span > 0 else math.nan,
+        "step": step,
+        "loss": float(loss),
+        "grad_norm": None if order is None else float(total_norm(summaries, order)),
+        "learning_rates": dict(zip(groups, rates, strict=True)),
         "skipped": not all(summary.finite for summary in summaries),
+        "bubble": min(1.0, max(0.0, 1 - busy / span)) if span > 0 else math.nan,
+        "seconds": span,
+        "busy": {worker: s.busy for worker, s in zip(workers, summaries, strict=True)},
     }

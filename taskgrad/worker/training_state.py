@@ -82,7 +82,8 @@ class Update:
 class TrainingOptions:
     """A trainer's options for one shard.
 
-    `names` are the trainable parameters that live there. `deferred` defers batch norm's statistics;
+    `names` are the trainable parameters that live there, `monitor` is the result of an epoch that a
+    scheduler with a metric is given. `deferred` defers batch norm's statistics;
     with `compiled`, options of ``torch.compile``, each layer is compiled at its first call.
     `in_files` has "state" if the optimizer's state is in files, "undo" if copies for taking a
     step back do. `loss` is the packed loss function, where the model's output is.
@@ -92,6 +93,7 @@ class TrainingOptions:
     scheduler: Callable[..., Any] | None
     scaled: bool
     deferred: bool
+    monitor: str
     compiled: dict[str, Any] | None
     in_files: frozenset[str] = frozenset()
     loss: bytes = b""
@@ -129,10 +131,14 @@ class Training:
 
 @dataclass(frozen=True)
 class Summary:
-    """A shard's gradients in numbers, once they are complete; `norms` by parameter."""
+    """A shard's gradients in numbers, once they are complete.
+
+    `norms` are by parameter, `learning_rates` those of the optimizer's groups in this step.
+    """
 
     norms: dict[str, torch.Tensor]
     finite: bool
     busy: float
     began_at: float
     ended_at: float
+    learning_rates: tuple[float, ...]

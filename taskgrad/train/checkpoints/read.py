@@ -12,7 +12,7 @@ from taskgrad.chain import GraphChain
 from taskgrad.errors import CheckpointError
 from taskgrad.executors.between_steps import between_steps
 from taskgrad.formats.encoding import decode, tensors_in
-from taskgrad.formats.weights import read_index
+from taskgrad.formats.weights import compare, opened, read_index
 from taskgrad.graph.shards import Shard
 from taskgrad.layout import Layout
 from taskgrad.train.checkpoints.inventory import NOT_WRITTEN, inventory, living_on
@@ -29,9 +29,10 @@ def restore(
     chain: GraphChain,
     optimizer: Any,
     options: Mapping[str, Any],
-) -> tuple[T, int]:
-    """Make a trainer with its options, load what was saved; the trainer, and the steps it took.
+) -> tuple[T, int, dict[str, Any]]:
+    """Make a trainer with its options, and load what was saved.
 
+    Returns the trainer, the number of steps that it took, and the state that was not on workers.
     See `Trainer.restore`.
     """
     layout = chain.layout
@@ -43,6 +44,7 @@ def restore(
         raise CheckpointError(f"the checkpoint has the state of {saved}, and {given} was given")
     options = _options_for(index, options)
     folder = str(path / index["folder"])
+    driver = _driver_state(index, Path(folder))
     needs = _parts(index, layout)
     layout.run(
         [
@@ -58,7 +60,21 @@ def restore(
                 for shard, need in needs.items()
             ]
         )
-    return trainer, index["step"]
+    return trainer, index["step"], driver
+
+
+def _driver_state(index: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The state that was not on the workers."""
+    written = index["files"]["driver.safetensors"]["tensors"]
+    with opened(folder / "driver.safetensors") as handle:
+
+        def read(name: str) -> torch.Tensor:
+            tensor: torch.Tensor = handle.get_tensor(name)
+            compare(tensor, written[name], name, folder / "driver.safetensors")
+            return tensor
+
+        found: dict[str, Any] = decode(index["driver"], read)
+        return found
 
 
 def _check_model(index: Mapping[str, Any], layout: Layout, path: Path) -> None:

@@ -17,6 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from taskgrad.errors import CheckpointError
 from taskgrad.formats.encoding import encode
 from taskgrad.formats.weights import (
@@ -35,8 +37,17 @@ from taskgrad.worker import checkpoint
 _OURS = re.compile(r"step-\d{8}-[0-9a-f]{8}")
 
 
-def save(path: Path, layout: Layout, step: int, options: Mapping[str, Any]) -> None:
-    """Write the state of a trainer while no step runs; see `Trainer.save`."""
+def save(
+    path: Path,
+    layout: Layout,
+    step: int,
+    options: Mapping[str, Any],
+    driver: Mapping[str, Any],
+) -> None:
+    """Write the state of a trainer while no step runs; see `Trainer.save`.
+
+    `driver` is the state that is not on the workers: plain values and tensors.
+    """
     folder = path / f"step-{step:08d}-{uuid.uuid4().hex[:8]}"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -50,6 +61,7 @@ def save(path: Path, layout: Layout, step: int, options: Mapping[str, Any]) -> N
             saves.append(layout.task(shard, checkpoint.save, arguments))
         answers = layout.results(saves)
         index = _index(layout, step, _settings(options), folder.name, answers)
+        index |= _write_driver(folder, driver, index["files"])
         _check_visible(folder, index["files"])
         _write_json(folder / WEIGHTS_INDEX, _weights_index(layout, answers))
         _sync(folder)
@@ -100,6 +112,14 @@ def _index(
         "extra": {name: value for a in answers for name, value in a["extra"].items()},
         "files": {file: about for a in answers for file, about in a["files"].items()},
     }
+
+
+def _write_driver(folder: Path, state: Any, files: dict[str, Any]) -> dict[str, Any]:
+    """Write the driver's state, its tensors to a file that is added to `files`."""
+    tensors: dict[str, torch.Tensor] = {}
+    encoded = encode(dict(state), "driver", tensors)
+    files["driver.safetensors"] = checkpoint.write("driver", folder / "driver.safetensors", tensors)
+    return {"driver": encoded}
 
 
 def _check_visible(folder: Path, files: Mapping[str, Any]) -> None:
