@@ -24,7 +24,10 @@ MLPS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model as layers in a row, where they are cut, and a batch; `steps` are taken in a turn."""
+    """A model as layers in a row, where they are cut, and a batch; `steps` are taken in a turn.
+
+    `other_counts` are numbers of microbatches that are tried besides, with one schedule each.
+    """
 
     layers: list[nn.Module]
     cuts: tuple[int, ...]
@@ -32,6 +35,7 @@ class Case:
     y: torch.Tensor
     steps: int
     microbatches: int = 4
+    other_counts: tuple[int, ...] = ()
 
     @property
     def parts(self) -> list[nn.Sequential]:
@@ -55,9 +59,9 @@ def make(name: str) -> Case:
     layers: list[nn.Module]
     match name:
         case "resnet50":
-            return _resnet50(16, 128)
+            return _resnet50(16, 128, (2, 3))
         case "resnet50_batch_32":
-            return _resnet50(32, 128)
+            return _resnet50(32, 128, (2, 3))
         case "resnet50_small":
             return _resnet50(8, 96)
         case "main_job":
@@ -79,10 +83,10 @@ def make(name: str) -> Case:
     return Case(layers, (4,), torch.randn(size, width), torch.randint(width, (size,)), steps)
 
 
-def _resnet50(batch: int, pixels: int) -> Case:
+def _resnet50(batch: int, pixels: int, other_counts: tuple[int, ...] = ()) -> Case:
     layers = list(_in_a_row(resnet(50, n_classes=10)))
     x, y = torch.randn(batch, 3, pixels, pixels), torch.randint(10, (batch,))
-    return Case(layers, (12,), x, y, steps=5)
+    return Case(layers, (12,), x, y, steps=5, other_counts=other_counts)
 
 
 def _transformer(blocks: int, width: int, batch: int) -> Case:

@@ -1,8 +1,9 @@
 """The sides of the pipeline benchmarks, each in processes of its own, and how they take turns.
 
 `python -m benchmarks._sides KIND CASE ...` is one such process. It reads lines of
-[schedule, steps], takes so many steps, and answers with the seconds of a step. No process waits
-for the others but where the training needs it: there is no barrier between the steps.
+[way, steps], takes so many steps, and answers with the seconds of a step. A way is a schedule, with
+a number of microbatches if that is another than the case's: "zb_h2" or "zb_h2 of 3". No process
+waits for the others but where the training needs it: there is no barrier between the steps.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks._cases import make
+from benchmarks._cases import Case, make
 from benchmarks._heap import keep_freed_memory
 from benchmarks._report import Report
 
@@ -56,10 +57,11 @@ def serve_ours(name: str, scheduler: str = "") -> None:
         client = tg.local_cluster(n_workers=count, dashboard_address=":0")
     placement = [f"host{i}" if scheduler else i for i in case.placement]
 
-    def prepare(schedule: str) -> Run:
+    def prepare(way: str) -> Run:
+        schedule, microbatches = _schedule_of(way, case)
         chain = tg.GraphChain(case.model, client=client, placement=placement)
         trainer = tg.Trainer(
-            chain, F.cross_entropy, OPTIMIZER, microbatches=case.microbatches, schedule=schedule
+            chain, F.cross_entropy, OPTIMIZER, microbatches=microbatches, schedule=schedule
         )
 
         def run(steps: int) -> None:
@@ -86,10 +88,11 @@ def serve_rank(name: str, rank: int, address: str, *, keep_memory: bool) -> None
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=last + 1)
     schedules = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
 
-    def prepare(kind: str) -> Run:
+    def prepare(way: str) -> Run:
+        kind, microbatches = _schedule_of(way, case)
         part = make(name).parts[rank]
         stage = PipelineStage(part, rank, last + 1, torch.device("cpu"))
-        schedule = schedules[kind](stage, case.microbatches, loss_fn=F.cross_entropy)
+        schedule = schedules[kind](stage, microbatches, loss_fn=F.cross_entropy)
         optimizer = OPTIMIZER(part.parameters())
 
         def run(steps: int) -> None:
@@ -125,13 +128,19 @@ def serve_plain(name: str, threads: int) -> None:
     _serve(lambda _: run)
 
 
+def _schedule_of(way: str, case: Case) -> tuple[str, int]:
+    """The name of the schedule, and the number of microbatches."""
+    schedule, _, count = way.partition(" of ")
+    return schedule, int(count) if count else case.microbatches
+
+
 def _serve(prepare: Callable[[str], Run]) -> None:
-    """Answer each line of [schedule, steps] with the seconds of a step, until there are no more."""
+    """Answer each line of [way, steps] with the seconds of a step, until there are no more."""
     prepare = functools.cache(prepare)
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
-        schedule, steps = json.loads(line)
-        run = prepare(schedule)
+        way, steps = json.loads(line)
+        run = prepare(way)
         start = time.perf_counter()
         run(steps)
         print(json.dumps((time.perf_counter() - start) / steps), flush=True)
@@ -179,11 +188,11 @@ class Side:
         """Wait until all processes are."""
         self._answers()
 
-    def step(self, schedule: str, steps: int) -> float:
+    def step(self, way: str, steps: int) -> float:
         """Seconds of a step, as the slowest of the processes has it."""
         for process in self.processes:
             assert process.stdin is not None
-            print(json.dumps([schedule, steps]), file=process.stdin, flush=True)
+            print(json.dumps([way, steps]), file=process.stdin, flush=True)
         return max(self._answers())
 
     def _answers(self) -> list[Any]:
@@ -246,13 +255,30 @@ def opened(sides: dict[str, Side]) -> Iterator[dict[str, Side]]:
             side.close()
 
 
-def measure(report: Report, row: str, steps: int, sides: dict[str, Side], rounds: int) -> None:
+def _with_counts(schedules: Sequence[str], case: Case, *, even: bool = False) -> tuple[str, ...]:
+    """These schedules, and the last of ours or the first of theirs with other counts.
+
+    If `even`, counts that do not divide the batch are left out: torch.distributed.pipelining needs
+    microbatches of one size.
+    """
+    chosen = schedules[0] if even else schedules[-1]
+    counts = [n for n in case.other_counts if not (even and len(case.x) % n)]
+    return (*schedules, *(f"{chosen} of {n}" for n in counts))
+
+
+def measure(report: Report, row: str, case: Case, sides: dict[str, Side], rounds: int) -> None:
     """Let the sides of a row take turns; report, and print, the seconds of a step and ratios.
 
-    A turn is a step that does not count, and then `steps`. Every other round has the reverse order.
+    A turn is a step that does not count, and then those of the case. Every other round has the
+    reverse order.
     """
-    schedules = {"ours": OURS, "torch": THEIRS, "torch_our_allocator": THEIRS}
-    ways = [(side, kind) for side in sides for kind in schedules.get(side, ("",))]
+    steps, theirs = case.steps, _with_counts(THEIRS, case, even=True)
+    kinds_of = {
+        "ours": _with_counts(OURS, case),
+        "torch": theirs,
+        "torch_our_allocator": theirs,
+    }
+    ways = [(side, kind) for side in sides for kind in kinds_of.get(side, ("",))]
     found: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
     for side, kind in ways:
         sides[side].step(kind, 2)
@@ -262,10 +288,10 @@ def measure(report: Report, row: str, steps: int, sides: dict[str, Side], rounds
             found[side, kind].append(sides[side].step(kind, steps))
     best = {}
     for side in sides:
-        kinds = schedules.get(side, ("",))
+        kinds = kinds_of.get(side, ("",))
         best[side] = min(kinds, key=lambda kind: statistics.median(found[side, kind]))
         for kind in kinds:
-            report.figure("_".join(filter(None, (row, side, kind))), found[side, kind])
+            report.figure("_".join(filter(None, (row, side, *kind.split()))), found[side, kind])
     names = {
         "torch": "torch_pipelining",
         "torch_our_allocator": "torch_pipelining_our_allocator",

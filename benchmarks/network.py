@@ -229,8 +229,8 @@ def _measure(report: Report, hosts: Hosts, row: str, rounds: int) -> None:
                 environment={"GLOO_SOCKET_IFNAME": LINK},
             )
         with opened(sides):
+            measure(report, row, make(case), sides, rounds)
             steps = make(case).steps
-            measure(report, row, steps, sides, rounds)
             sent = {}
             for side, schedules in {"ours": OURS, "torch": THEIRS}.items():
                 before = hosts.carried()

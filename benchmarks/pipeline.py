@@ -2,8 +2,9 @@
 
 Both cut the same model at the same layers, over as many processes of one thread, and take each
 batch in as many microbatches: two processes and four microbatches, but for `empty_8_workers`.
-torch's processes communicate over gloo. On each side the schedule with the shortest step counts, of
-1F1B and GPipe there. torch is measured as a user runs it, and once more with our workers' settings
+ResNet-50 also in two and three. (torch needs microbatches of one size, and so takes no three.)
+torch's processes communicate over gloo. On each side the schedule and number with the shortest step
+count, of 1F1B and GPipe there. torch is measured as a user runs it, and once more with our workers' settings
 of the allocator. Plain torch does the same batch at once, in one process with one thread and with
 two. `two_batches_at_once` are two processes of one thread, each with a batch of its own: half of
 their time is what the machine needs for a batch where nothing ever waits. A step is forward, loss,
@@ -47,7 +48,7 @@ def main() -> None:
                 sides["two_threads"] = Side(plain(row, 2), threads=2)
                 sides["two_batches_at_once"] = Side(plain(row, 1) * 2)
             with opened(sides):
-                measure(report, row, make(row).steps, sides, options.rounds)
+                measure(report, row, make(row), sides, options.rounds)
     finally:
         report.finish(options.json)
 

@@ -43,6 +43,7 @@ class Fit:
         """Train from this state on, which is from a checkpoint if that is `saved`."""
         self._check_monitor()
         self.call("on_fit_begin")
+        history = state.history
         while state.epoch < self.epochs and not state.stopped:
             self.call("on_epoch_begin", state.epoch)
             if state.stopped:
@@ -56,11 +57,12 @@ class Fit:
                     break
                 results = self._results(state)
                 bar.close_with(results)
-            epoch = state.epoch
-            state.next_epoch(results)
+            epoch, history = state.epoch, [*state.history, results]
+            if not state.stopped:
+                state.next_epoch(results)
             self.call("on_epoch", epoch, results)
-        self.call("on_fit_end", state.history)
-        return state.history
+        self.call("on_fit_end", history)
+        return history
 
     def _check_monitor(self) -> None:
         steps = self.steps
@@ -145,6 +147,7 @@ class _Bar:
         self._bar: Any = nullcontext()
         self._start = time.perf_counter()
         self._samples = 0
+        self._shown: dict[str, str] = {}
         if shown:
             try:
                 from tqdm.auto import tqdm
@@ -164,15 +167,16 @@ class _Bar:
         """A step is done."""
         if isinstance(self._bar, nullcontext):
             return
-        shown = {"loss": f"{loss:.4g}", "bubble": f"{loss.report['bubble']:.0%}"}
+        self._shown |= {"loss": f"{loss:.4g}", "bubble": f"{loss.report['bubble']:.0%}"}
         if loss.size:
             self._samples += loss.size
             speed = self._samples / (time.perf_counter() - self._start)
-            shown["samples/s"] = f"{speed:.4g}"
-        self._bar.set_postfix(shown, refresh=False)
+            self._shown["samples/s"] = f"{speed:.4g}"
+        self._bar.set_postfix(self._shown, refresh=False)
         self._bar.update()
 
     def close_with(self, results: Mapping[str, float]) -> None:
         """The results of the epoch, which stay when the bar is closed."""
         if not isinstance(self._bar, nullcontext):
-            self._bar.set_postfix({name: f"{value:.4g}" for name, value in results.items()})
+            found = {name: f"{value:.4g}" for name, value in results.items()}
+            self._bar.set_postfix(self._shown | found)

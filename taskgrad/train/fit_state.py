@@ -99,7 +99,7 @@ class FitState:
 
     def next_epoch(self, results: dict[str, float]) -> None:
         """This epoch is over."""
-        self.history.append(results)
+        self.history = [*self.history, results]
         self.mean = EpochMean(self.mean.weighted)
         self.epoch += 1
         self.skipped = 0
