@@ -163,6 +163,28 @@ def test_a_fit_that_was_stopped_is_saved_after_it(client, tmp_path):
         assert_same(again.chain.state_dict()[name], value, name)
 
 
+def test_a_fit_that_was_interrupted_is_saved_after_it(client, tmp_path):
+    class Interrupts(tg.Callback):
+        def on_step(self, trainer, loss):
+            if loss.step == 13:
+                raise KeyboardInterrupt
+
+    given = LOADERS["a list"]()
+    whole = trainer_of(client)
+    history = whole.fit(given, 2, progress=False)
+    stopped = trainer_of(client, callbacks=[Interrupts()])
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit(given, 2, progress=False)
+    stopped.save(tmp_path / "c")
+    again = trainer_of(client, tmp_path / "c")
+    assert 14 <= again.steps <= 15
+    found = again.fit(given, 2, progress=False)
+    assert found[0] == history[0]
+    assert len(found) == 2  # the loss of a step that was cut off is not in the second mean
+    for name, value in whole.chain.state_dict().items():
+        assert_same(again.chain.state_dict()[name], value, name)
+
+
 @pytest.mark.long
 def test_a_step_in_between_begins_a_new_fit(client, tmp_path):
     given = LOADERS["a list"]()

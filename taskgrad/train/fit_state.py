@@ -52,14 +52,19 @@ class _Drawn(NamedTuple):
     loader: Any
 
 
+_NONE_DRAWN = _Drawn(-1, None, None)
+
+
 @dataclass
 class FitState:
     """The state of a call of `Trainer.fit`.
 
     Attributes
     ----------
+    first
+        The number of the first step of this call in the epoch that runs, or that is next.
     epoch
-        The epoch that runs, or that is next.
+        This epoch.
     skipped
         How many batches of this epoch were trained on before the fit was resumed.
     mean
@@ -73,12 +78,14 @@ class FitState:
     """
 
     mean: EpochMean
+    first: int
     epoch: int = 0
     skipped: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     random: dict[str, Any] | None = None
     stopped: bool = False
     waiting: deque[StepLoss] = field(default_factory=deque)
+    _resumed_at: _Drawn = _NONE_DRAWN
     _steps: list[int] = field(default_factory=list)  # the numbers of this epoch's steps
     _drawn: deque[_Drawn] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
 
@@ -101,39 +108,48 @@ class FitState:
         """This epoch is over."""
         self.history = [*self.history, results]
         self.mean = EpochMean(self.mean.weighted)
+        self.first = self._steps[-1] + 1 if self._steps else self.first
         self.epoch += 1
         self.skipped = 0
         self.random = None
         self._steps.clear()
         self._drawn.clear()
 
+    def covers(self, taken: int) -> bool:
+        """True if this is the state after so many steps: none was taken before or since."""
+        return self.first <= taken <= (self._steps[-1] + 1 if self._steps else self.first)
+
     def saved(self, taken: int, random: dict[str, Any]) -> dict[str, Any]:
         """This as a checkpoint has it, in plain values and tensors, after so many steps.
 
-        `random` are the random states of now.
+        `random` are the random states at the beginning of the epoch.
         """
         batch = self.skipped + bisect_left(self._steps, taken)
         mean = replace(self.mean)
         for loss in self.waiting:
             if loss.done and loss.step < taken:
                 mean.add(loss.item(), loss.size)
-        last = next((d for d in self._drawn if d.number == batch - 1), _Drawn(-1, None, None))
+        last = next((d for d in self._drawn if d.number == batch - 1), self._resumed_at)
         return {
             "epoch": self.epoch,
             "batch": batch,
             "mean": asdict(mean),
             "history": [dict(results) for results in self.history],
-            "random": self.random or random,
+            "random": random,
             "checksum": last.checksum,
             "loader": last.loader,
         }
 
     @staticmethod
-    def restored(saved: Mapping[str, Any]) -> FitState:
+    def restored(saved: Mapping[str, Any], taken: int) -> FitState:
         """Inverse of `saved`."""
+        last = _Drawn(saved["batch"] - 1, saved["checksum"], saved["loader"])
         return FitState(
             mean=EpochMean(**saved["mean"]),
+            first=taken,
             epoch=saved["epoch"],
             skipped=saved["batch"],
             history=[dict(results) for results in saved["history"]],
+            random=saved["random"],
+            _resumed_at=last,
         )

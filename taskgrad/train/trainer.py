@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import torch
 
@@ -28,23 +28,15 @@ from taskgrad.train.callbacks.on_step import OnStep
 from taskgrad.train.checkpoints.read import restore
 from taskgrad.train.checkpoints.write import save
 from taskgrad.train.fit import Fit
-from taskgrad.train.fit_state import EpochMean, FitState
+from taskgrad.train.fits import Fits
 from taskgrad.train.loops import Loops
 from taskgrad.train.loss import StepLoss
 from taskgrad.train.optimizer_factory import OptimizerFactory, optimizers_on
 from taskgrad.train.owner import take_over
-from taskgrad.train.repeating import random_states
 from taskgrad.train.steps import Steps
 
 # Arguments of a trainer that its checkpoints do not have.
 _APART = frozenset({"self", "chain", "loss_fn", "optimizer", "callbacks", "executor"})
-
-
-class _Resumed(NamedTuple):
-    """What a checkpoint has of a fit that had not ended, and the number of steps then."""
-
-    fit: Mapping[str, Any]
-    steps: int
 
 
 class Trainer:
@@ -174,10 +166,7 @@ class Trainer:
         self._plan = checked.settings.plan
         self._on_step = OnStep(self.callbacks)
         self._steps = Steps(chain, checked.settings, self._on_step, self._notify, executor)
-        self._fits: list[FitState] = []  # those that run: a callback may begin another one
-        self._unfinished: _Resumed | None = None  # the last fit, if it did not come to its end
-        self._to_resume: _Resumed | None = None  # the fit of a checkpoint
-        self._loader: Any = None  # of the outermost fit
+        self._fits = Fits(self._steps, weighted=self._splitter.weighted)
         self._loops = Loops(
             chain.layout, self._steps, self._splitter, checked.settings.autocast, loss_fn
         )
@@ -193,7 +182,7 @@ class Trainer:
     @property
     def epoch(self) -> int:
         """The epoch of `fit`, counted from 0; the next one between two epochs, 0 outside."""
-        return self._fits[-1].epoch if self._fits else 0
+        return self._fits.epoch
 
     @property
     def plan(self) -> Plan:
@@ -205,14 +194,6 @@ class Trainer:
 
     def _notify(self, loss: StepLoss) -> None:
         self._on_step.call(self, loss)
-
-    def _fit_to_save(self) -> Any:
-        """What a checkpoint keeps of the fit that runs, or that has not come to its end."""
-        if self._fits:
-            state = self._fits[0]
-            return _Resumed(state.saved(self.steps, random_states(self._loader)), self.steps)
-        unfinished = self._unfinished
-        return unfinished if unfinished and unfinished.steps == self.steps else None
 
     def _call(self, method: str, *args: Any) -> None:
         """Call a method of all callbacks, in order."""
@@ -316,26 +297,12 @@ class Trainer:
             val_loader,
             progress,
         )
-        resumed, self._to_resume = self._to_resume, None
-        saved = resumed.fit if resumed is not None and resumed.steps == self.steps else None
-        state = FitState(EpochMean(self._splitter.weighted))
-        if saved is not None:
-            state = FitState.restored(saved)
-        if not self._fits:
-            self._loader = loader
-        self._fits.append(state)
-        ended = False
-        try:
-            history = fit.run(state, saved)
-            ended = not state.stopped
-            return history
-        except BaseException as error:
-            self._call("on_exception", error)
-            raise
-        finally:
-            if not ended and len(self._fits) == 1:
-                self._unfinished = self._fit_to_save()
-            self._fits.pop()
+        with self._fits.begun(loader) as (state, saved):
+            try:
+                return fit.run(state, saved)
+            except BaseException as error:
+                self._call("on_exception", error)
+                raise
 
     def stop(self) -> None:
         """End the fit that runs after this step, or after this epoch if none runs.
@@ -343,9 +310,7 @@ class Trainer:
         A callback calls it, or another thread, or a signal handler. Steps that were begun ahead are
         taken back if that is possible, and else come to their end. Without a fit it does nothing.
         """
-        for state in self._fits[-1:]:
-            state.stopped = True
-            state.drop(self._steps.drop_ahead())
+        self._fits.stop()
 
     def evaluate(
         self, loader: Iterable[Any], metrics: Mapping[str, Callable[..., Any]] | None = None
@@ -414,9 +379,8 @@ class Trainer:
         """
         place = path_of(path)
         with self._steps.idle():
-            unfinished = self._fit_to_save()
             driver = {
-                "fit": unfinished and dict(unfinished.fit),
+                "fit": self._fits.to_save(),
                 "callbacks": [[type(c).__qualname__, c.state_dict()] for c in self.callbacks],
             }
             save(place, self.chain.layout, self.steps, self._given, driver)
@@ -467,8 +431,7 @@ class Trainer:
         make = partial(cls, chain, loss_fn, optimizer)
         trainer, steps, driver = restore(make, path, chain, optimizer, options)
         trainer._steps.taken = steps
-        if driver["fit"] is not None:
-            trainer._to_resume = trainer._unfinished = _Resumed(driver["fit"], steps)
+        trainer._fits.resume(driver["fit"])
         states = [list(given) for given in driver["callbacks"]]
         for callback in trainer.callbacks:
             kind = type(callback).__qualname__
