@@ -85,6 +85,7 @@ from taskgrad.thunk import Thunk as Thunk
 from taskgrad.thunk import collect as collect
 from taskgrad.thunk import spawn as spawn
 from taskgrad.train.callbacks.base import Callback as Callback
+from taskgrad.train.callbacks.ema import EMA as EMA
 from taskgrad.train.optimizer import Optimizer as Optimizer
 from taskgrad.train.trainer import Trainer as Trainer
 from taskgrad.worker.randomness import random_stream as random_stream

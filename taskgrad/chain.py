@@ -183,8 +183,8 @@ class GraphChain(Lazy):
     def memory(self) -> Table[MemoryRow]:
         """Bytes that this chain holds on each worker now; a table.
 
-        Columns are parameters, buffers, gradients, optimizer (its state) and tapes (what forwards
-        keep for their backwards). Memory that several share counts once.
+        Columns are parameters, buffers, gradients, optimizer (its state, and averages of weights)
+        and tapes (what forwards keep for their backwards). Memory that several share counts once.
         """
         held = self.layout.results(self.layout.tasks(shard_ops.memory))
         return Table(
@@ -224,6 +224,7 @@ class GraphChain(Lazy):
             A module raised, on any worker: nothing is loaded on all of them.
         """
         strict = flag("strict", strict)
+        self.layout.ref.refuse_averages("load_state_dict")
         expected = {n: i for i in self.layout.tensors.values() if i.persistent for n in i.names}
         check_state(state, {name: info.dtype for name, info in expected.items()})
         missing = [n for n in expected if n not in state]

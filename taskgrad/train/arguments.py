@@ -17,6 +17,7 @@ from taskgrad.graph import pack
 from taskgrad.graph.layers import kind_of
 from taskgrad.graph.pytree import flatten
 from taskgrad.train.callbacks.base import Callback
+from taskgrad.train.callbacks.ema import ema_of
 from taskgrad.train.data import MicrobatchSplitter, pair
 from taskgrad.train.memory import InFiles, check_fits
 from taskgrad.train.optimizer_factory import (
@@ -49,6 +50,7 @@ def check_trainer(
     check_open(chain.layout.session.client)
     check_callbacks(callbacks)
     check_monitor(given["monitor"])
+    ema = ema_of(callbacks)
     check_counts(microbatches=given["microbatches"], accumulate=given["accumulate"])
     check_limits(clip_norm=given["clip_norm"], clip_value=given["clip_value"])
     check_scheduler(given["lr_scheduler"])
@@ -66,7 +68,8 @@ def check_trainer(
     loss, loss_kind = packed_loss(loss_fn)
     if not layout.trainable:
         raise ValueError("the chain has no trainable parameters: all of them are frozen")
-    in_files = check_fits(chain, optimizer, given["microbatches"], given["accumulate"])
+    microbatches, accumulate = given["microbatches"], given["accumulate"]
+    in_files = check_fits(chain, optimizer, microbatches, accumulate, averages=ema is not None)
     kinds = {row.device.partition(":")[0] for row in chain.placement}
     groups = parameter_groups(layout.trainable, patterns)
     settings = Settings(
@@ -102,6 +105,7 @@ def check_trainer(
         deferred=bool(given["deferred_batch_norm"]),
         monitor=given["monitor"],
         compiled=None if compiled is False else {} if compiled is True else dict(compiled),
+        decay=None if ema is None else ema.decay,
     )
     return Checked(settings, splitter, (groups, options, loss, in_files))
 
@@ -166,7 +170,10 @@ def check_limits(**limits: Any) -> None:
 
 
 def check_callbacks(callbacks: Any) -> None:
-    """Raise TypeError unless this is a sequence of objects with the methods of a Callback."""
+    """Raise TypeError unless this is a sequence of objects with the methods of a Callback.
+
+    Raises ValueError if several are an EMA.
+    """
     if not isinstance(callbacks, Sequence) or isinstance(callbacks, str | bytes):
         raise TypeError(f"callbacks is a list of tg.Callback instances; got {shown(callbacks)}")
     for callback in callbacks:
@@ -182,6 +189,7 @@ def check_callbacks(callbacks: Any) -> None:
                 f"callbacks holds {shown(callback)}, which has no method "
                 f"{' and no '.join(lacking[:2])}: derive it from tg.Callback"
             )
+    ema_of(callbacks)
 
 
 def check_monitor(monitor: Any) -> None:

@@ -27,15 +27,18 @@ class _Need(NamedTuple):
     """What the process uses now and keeps: not gradients and optimizer state, which are new."""
     gradients: int
     state: int
+    """Of the optimizer, and averages of the weights."""
     copies: int
-    """Of state and parameters, to take a step back."""
+    """Of the optimizer's state and parameters, to take a step back."""
     total: int
     """All but the copies."""
     least: int
-    """The same with the optimizer's state in files."""
+    """The same with the state in files."""
 
 
-def _need(layout: Layout, shard: Shard, used: int, kept: float, sets_of_gradients: int) -> _Need:
+def _need(
+    layout: Layout, shard: Shard, used: int, kept: float, sets_of_gradients: int, averages: bool
+) -> _Need:
     """`kept` is the optimizer's state for each byte of parameters."""
     trained = {
         name: layout.tensors[name].nbytes
@@ -44,19 +47,22 @@ def _need(layout: Layout, shard: Shard, used: int, kept: float, sets_of_gradient
     }
     largest = max(trained.values(), default=0)
     own = sum(n for name, n in trained.items() if layout.home(name) is shard)
-    gradients, state = sets_of_gradients * sum(trained.values()), int(kept * own)
+    gradients, state = sets_of_gradients * sum(trained.values()), int((kept + averages) * own)
     total = used + gradients + state + 2 * largest
-    least = total - state + min(state, int(kept * max(CHUNK, largest)))
-    return _Need(used, gradients, state, state + own, total, least)
+    least = total - state + min(state, int((kept + averages) * max(CHUNK, largest)))
+    return _Need(used, gradients, state, int(kept * own) + own, total, least)
 
 
-def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate: int) -> InFiles:
+def check_fits(
+    chain: GraphChain, optimizer: Any, microbatches: int, accumulate: int, *, averages: bool
+) -> InFiles:
     """The workers that have to keep state in files, and which; raises if that is not enough.
 
     Counted are the memory that each worker's process uses now, and what training adds: the
     gradients, those of a microbatch until they are added to the others, what accumulating keeps to
-    take a step back, the optimizer's state and working space, and copies of state and parameters
-    while it takes a step. Activations come on top, and depend on the batch: they are not counted.
+    take a step back, the optimizer's state and working space, averages of the weights if there are
+    any, and copies of state and parameters while it takes a step. Activations come on top, and
+    depend on the batch: they are not counted.
 
     Raises TypeError if the optimizer is not one; MemoryLimitError if workers are too small, with
     what each needs and how much is missing.
@@ -65,6 +71,7 @@ def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate:
     kept = state_per_parameter(optimizer, layout) or 0
     # One parameter after the other: torch's own optimizers do that, others may look at all.
     by_parameter = type(example_of(optimizer, layout)[0]).__module__.startswith("torch.optim")
+    kind = "optimizer state and averages" if averages else "optimizer state"
     sets_of_gradients = 1 + (microbatches > 1 or accumulate > 1) + (accumulate > 1)
     room = layout.session.memory([shard.worker for shard in layout.shards])
     if not any(room.values()):
@@ -78,7 +85,7 @@ def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate:
             continue
         used, limit = found
         used -= held[worker].gradients + held[worker].optimizer
-        need = _need(layout, shard, used, kept, sets_of_gradients)
+        need = _need(layout, shard, used, kept, sets_of_gradients, averages)
         if need.total + need.copies <= limit:
             continue
         if need.total <= limit:
@@ -94,10 +101,11 @@ def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate:
         if by_parameter and need.least <= limit:
             in_files[worker] = frozenset({"state", "undo"})
             logger.warning(
-                "worker %s keeps %s of optimizer state in files: it has no memory for them. More "
+                "worker %s keeps %s of %s in files: it has no memory for them. More "
                 "workers, or more memory, make steps faster",
                 worker,
                 format_bytes(need.state),
+                kind,
             )
             continue
         missing = (need.least if by_parameter else need.total) - limit
@@ -105,8 +113,8 @@ def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate:
             f"worker {worker} may use {format_bytes(limit)} of memory and uses {format_bytes(used)}"
             f" already, {format_bytes(held[worker].parameters)} of that for this chain's "
             f"parameters; training adds {format_bytes(need.gradients)} of gradients and "
-            f"{format_bytes(need.state)} of optimizer state: {format_bytes(missing)} are missing"
-            + (", even with the optimizer state in files" if by_parameter and need.state else "")
+            f"{format_bytes(need.state)} of {kind}: {format_bytes(missing)} are missing"
+            + (f", even with the {kind} in files" if by_parameter and need.state else "")
         )
     if problems:
         raise MemoryLimitError(

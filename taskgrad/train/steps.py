@@ -115,6 +115,7 @@ class Steps:
         while True:
             with self._lock.held():
                 self._check_usable()
+                self._layout.ref.refuse_averages("a step")
                 inside = self._lock.notified
                 if inside is not None:
                     self._own.add(inside.step)
@@ -242,6 +243,13 @@ class Steps:
                 self._finish_first()
 
     @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """As `idle`, and nothing else that uses the chain's layers runs."""
+        with self.idle():
+            self._wait_for_readers()
+            yield
+
+    @contextlib.contextmanager
     def between_steps(self, readers: Iterable[Node]) -> Iterator[None]:
         """Submit these nodes, which use the chain's layers, in the block.
 
@@ -327,6 +335,8 @@ class Steps:
 
     def _take_again(self) -> None:
         """Submit the steps that were taken back."""
+        if self._taken_back:
+            self._layout.ref.refuse_averages("a wait for a later step")
         while self._taken_back:
             loss = self._taken_back[0]
             try:

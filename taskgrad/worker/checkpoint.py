@@ -22,6 +22,7 @@ from torch import nn
 from taskgrad.errors import CheckpointError
 from taskgrad.formats.encoding import decode, encode
 from taskgrad.formats.weights import about, compare, contents, opened
+from taskgrad.worker import averaging
 from taskgrad.worker.failures import NOTHING_LOADED, layer_errors
 from taskgrad.worker.offload import in_rows
 from taskgrad.worker.shard import ResidentShard
@@ -77,6 +78,9 @@ def save(
             grad = shard.parameters[name].grad
             if grad is not None:
                 rest[f"gradient/{name}"] = grad
+        averaging.average(shard)
+        if training.averages is not None:
+            rest |= {f"average/{n}": value for n, value in training.averages.values.items()}
         scheduler = training.scheduler
         found = {
             "step": training.done,
@@ -85,6 +89,7 @@ def save(
             if scheduler is None
             else encode(scheduler.state_dict(), f"scheduler/{suffix}", rest),
             "scaler": training.scaler and asdict(training.scaler),
+            "averaged": training.averages and training.averages.updates,
             "extra": {
                 name: encode(module.get_extra_state(), f"extra/{name}", rest)
                 for name, module in _with_extra_state(shard, layers).items()
@@ -203,12 +208,14 @@ def load(
     scheduler: Any,
     scaler: Mapping[str, Any] | None,
     extra: Mapping[str, Any],
+    averaged: int,
     step: int,
 ) -> None:
     """Put a checkpoint into the shard, whose optimizer is new.
 
     `files` names the tensors that the shard needs. `state` and `options` are each parameter's
-    optimizer state and the options of the group that it was in.
+    optimizer state and the options of the group that it was in. `averaged` is the number of updates
+    of the averages among the tensors.
 
     Raises CheckpointError if parameters are in other groups of the optimizer than they were when it
     was saved.
@@ -233,17 +240,26 @@ def load(
             what = f"set_extra_state of {name.removesuffix(EXTRA).rstrip('.')!r}"
             with layer_errors(what, name, store.address, NOTHING_LOADED):
                 module.set_extra_state(decode(extra[name], read))
+        if training.averages is not None:
+            training.averages.updates = averaged
         training.done = step
 
 
 def _put(shard: ResidentShard, buffers: Mapping[str, Place], name: str, read: _Read) -> None:
-    """Read a parameter, its gradient, or a buffer, if this is the name of one."""
+    """Read a parameter, its gradient or average, or a buffer, if this is the name of one."""
     kind, _, rest = name.partition("/")
     if name in shard.parameters:
         shard.parameters[name].copy_(read(name))
     elif kind == "gradient" and rest in shard.parameters:
         parameter = shard.parameters[rest]
         parameter.grad = torch.empty_like(parameter).copy_(read(name))
+    elif kind == "average" and rest in shard.parameters:
+        training = training_of(shard)
+        if training.averages is not None:
+            part = {rest: torch.empty_like(shard.parameters[rest]).copy_(read(name))}
+            if training.spilled is not None:
+                training.spilled.put_away(part)
+            training.averages.values |= part
     elif name in buffers or (kind == "buffer" and rest in buffers):
         place = buffers[name if name in buffers else rest]
         shard.layers[place.layer].get_buffer(place.name).copy_(read(name))

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from taskgrad.worker import averaging
 from taskgrad.worker.failures import NOTHING_LOADED, layer_errors
 from taskgrad.worker.offload import CopiesInFiles
 from taskgrad.worker.shard import Trained
@@ -33,6 +34,7 @@ def undo(store: Store, token: str) -> None:
             (layers, trained), shard.before_load = shard.before_load, None
             layers.restore()
             shard.use(trained)
+            averaging.put_back(shard)
 
 
 def finish(store: Store, token: str) -> None:
@@ -49,6 +51,7 @@ def load(
     Raises LayerError if a layer raised.
     """
     with store.locked(token) as shard:
+        averaging.average(shard)
         for i, values in states.items():
             layer: nn.Module = shard.layers[i]
             what = f"loading a state into layer {names[i]!r}"

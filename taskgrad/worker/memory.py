@@ -51,6 +51,8 @@ def shard_bytes(shard: ResidentShard) -> MemoryUsage:
     # As lists, made in one go: a step adds to what it iterates over.
     state = list(shard.optimizer.state.values()) if shard.optimizer is not None else []
     spilled = shard.training.spilled if shard.training is not None else None
+    if shard.training is not None and shard.training.averages is not None:
+        state.append(shard.training.averages.values)
     kept = (v for values in state for v in list(values.values()) if isinstance(v, torch.Tensor))
     return MemoryUsage(
         parameters=sum(storages(shard.parameters.values()).values()),

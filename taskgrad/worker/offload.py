@@ -30,6 +30,8 @@ CHUNK = 64 << 20
 class SpilledState:
     """The state of one optimizer in files without a name, which the system deletes with the worker.
 
+    Averages of its parameters can be there, too.
+
     For optimizers that treat each parameter by itself, as all of torch's own do.
     """
 
@@ -120,8 +122,8 @@ def _in_file(folder: str, value: torch.Tensor) -> tuple[torch.Tensor, mmap.mmap]
             memory = mmap.mmap(file.fileno(), value.nbytes)
     except OSError as error:
         raise TaskgradError(
-            f"the optimizer's state or its undo needs {value.nbytes} bytes of room for a file in "
-            f"{folder}: {error.strerror}. Make room there, or start the worker with another "
+            f"the optimizer's state, its undo or an average needs {value.nbytes} bytes for a file "
+            f"in {folder}: {error.strerror}. Make room there, or start the worker with another "
             "--local-directory"
         ) from error
     flat = torch.frombuffer(memory, dtype=value.dtype)

@@ -19,7 +19,13 @@ from taskgrad.worker.offload import CopiesInFiles, SpilledState
 from taskgrad.worker.optimizers import Groups, make_optimizer, make_scheduler, needs_metric
 from taskgrad.worker.shard import ResidentShard, Trained
 from taskgrad.worker.store import Store
-from taskgrad.worker.training_state import Scaler, Training, TrainingOptions, Update
+from taskgrad.worker.training_state import (
+    Averages,
+    Scaler,
+    Training,
+    TrainingOptions,
+    Update,
+)
 from taskgrad.worker.undo import Undo, of_torch, untouched_by
 
 
@@ -64,6 +70,7 @@ def make(
 def _training(options: TrainingOptions, folder: str) -> Training:
     training = Training(options.names, scaler=Scaler() if options.scaled else None)
     training.norms = {} if options.deferred else None
+    training.averages = None if options.decay is None else Averages(options.decay)
     if options.compiled is not None:
         torch.compile(nn.Identity(), **options.compiled)  # raises what is wrong with the options
     if "state" in options.in_files:

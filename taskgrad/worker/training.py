@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from taskgrad.errors import TaskgradError
-from taskgrad.worker import deferred_norm
+from taskgrad.worker import averaging, deferred_norm
 from taskgrad.worker.failures import update_errors
 from taskgrad.worker.offload import CopiesInFiles
 from taskgrad.worker.shard import ResidentShard
@@ -57,11 +57,14 @@ def begin(shard: ResidentShard, step: int) -> None:
 def copy_ahead(store: Store, token: str, *, step: int) -> None:
     """Make the copies that take back a step's update, for which `commit` need not wait then.
 
+    Also average the parameters of the step before, if all shards have made that.
     Copies in files would overwrite those of the step before, if these may be needed yet.
     """
     with store.locked(token) as shard:
         training = training_of(shard)
         unsettled = shard.update is not None and shard.update.before is not None
+        if training.done == step and not unsettled:
+            averaging.average(shard)
         if training.done == step and not (unsettled and isinstance(training.copies, CopiesInFiles)):
             begin(shard, step)
             _copy(shard, training, without=[])  # any parameter may get a gradient yet
@@ -133,6 +136,7 @@ def commit(
             if shard.update is not None:
                 shard.update.release()  # the step before: all shards have it
                 shard.update = None
+            averaging.average(shard)
             before = training.before
             finite = all(summary.finite for summary in summaries)
             total = total_norm(summaries, order) if update and clip_norm is not None else None
@@ -159,11 +163,13 @@ def commit(
                 before.restore()
                 before.update = None
                 if training.spilled is not None and shard.optimizer is not None:
-                    training.spilled.forget_all_but(shard.optimizer.state)
+                    averages = training.averages.values if training.averages else {}
+                    training.spilled.forget_all_but({**shard.optimizer.state, "": averages})
                 raise
             if update:
                 for parameter in shard.parameters.values():
                     parameter.grad = None
+                averaging.after_update(shard, training)
             training.done, training.begun = step + 1, None
             training.before, shard.update = None, Update(step, before)
         return shard.values(send)
@@ -247,7 +253,10 @@ def roll_back(store: Store, token: str, *, done: int) -> None:
                     f"last ones; other workers have taken {done}. Restore a checkpoint"
                 )
             update.before.restore()
+            if training.averages is not None:
+                training.averages.due = None
             training.done = done
+        averaging.put_back(shard)
         shard.update = None
 
 

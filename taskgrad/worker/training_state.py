@@ -86,7 +86,8 @@ class TrainingOptions:
     scheduler with a metric is given. `deferred` defers batch norm's statistics;
     with `compiled`, options of ``torch.compile``, each layer is compiled at its first call.
     `in_files` has "state" if the optimizer's state is in files, "undo" if copies for taking a
-    step back do. `loss` is the packed loss function, where the model's output is.
+    step back do. `loss` is the packed loss function, where the model's output is. `decay` is that
+    of the parameters' averages, None without.
     """
 
     names: list[str]
@@ -97,6 +98,22 @@ class TrainingOptions:
     compiled: dict[str, Any] | None
     in_files: frozenset[str] = frozenset()
     loss: bytes = b""
+    decay: float | None = None
+
+
+@dataclass
+class Averages:
+    """Exponential moving averages of a shard's trainable parameters, after so many `updates`.
+
+    `due` are the parameters of the last step, yet to be averaged, with the count of writes to each;
+    None if there are none. `applied` are those that were exchanged with their averages.
+    """
+
+    decay: float
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
+    updates: int = 0
+    due: dict[str, int] | None = None
+    applied: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -111,7 +128,9 @@ class Training:
     scheduler: Any = None
     takes_metric: bool = False  # True if the scheduler's step does, at the end of an epoch
     scaler: Scaler | None = None
-    spilled: SpilledState | None = None  # where the optimizer's state is, if not in memory
+    # Where the optimizer's state and the averages are, if not in memory.
+    spilled: SpilledState | None = None
+    averages: Averages | None = None
     copies: Copies = field(default_factory=ReusedCopies)  # makes those that undo an update
     buffer_copies: Copies = field(default_factory=ReusedCopies)
     done: int = 0

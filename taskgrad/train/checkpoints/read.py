@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,12 +16,15 @@ from taskgrad.formats.encoding import decode, tensors_in
 from taskgrad.formats.weights import compare, opened, read_index
 from taskgrad.graph.shards import Shard
 from taskgrad.layout import Layout
+from taskgrad.train.arguments import check_callbacks
+from taskgrad.train.callbacks.ema import ema_of
 from taskgrad.train.checkpoints.inventory import NOT_WRITTEN, inventory, living_on
 from taskgrad.train.optimizer_factory import example_of
 from taskgrad.train.owner import restored_owner
 from taskgrad.worker import checkpoint
 
 T = TypeVar("T")
+logger = logging.getLogger("taskgrad")
 
 
 def restore(
@@ -36,7 +40,10 @@ def restore(
     See `Trainer.restore`.
     """
     layout = chain.layout
+    layout.ref.refuse_averages("restore")
+    check_callbacks(options.get("callbacks", ()))
     index = read_index(path)
+    averaged = index.get("averaged") if ema_of(options.get("callbacks", ())) else None
     _check_model(index, layout, path)
     made, _ = example_of(optimizer, layout)
     saved, given = index["optimizer"]["class"], type(made).__qualname__
@@ -45,7 +52,7 @@ def restore(
     options = _options_for(index, options)
     folder = str(path / index["folder"])
     driver = _driver_state(index, Path(folder))
-    needs = _parts(index, layout)
+    needs = _parts(index, layout, averaged)
     layout.run(
         [
             layout.task(shard, checkpoint.check, {"folder": folder, "files": need["files"]})
@@ -59,6 +66,12 @@ def restore(
                 layout.task(shard, checkpoint.load, {"folder": folder, **need})
                 for shard, need in needs.items()
             ]
+        )
+    if averaged is None and ema_of(options.get("callbacks", ())):
+        logger.warning(
+            "the checkpoint in %s has no averages of the weights: EMA begins with the next step of "
+            "the optimizer",
+            path,
         )
     return trainer, index["step"], driver
 
@@ -132,8 +145,13 @@ def _no_tensor(name: str) -> torch.Tensor:
     raise CheckpointError(f"the checkpoint's settings hold a tensor, {name!r}")
 
 
-def _parts(index: Mapping[str, Any], layout: Layout) -> dict[Shard, dict[str, Any]]:
-    """The parts of a checkpoint that each shard needs, for any placement at the time of saving."""
+def _parts(
+    index: Mapping[str, Any], layout: Layout, averaged: int | None
+) -> dict[Shard, dict[str, Any]]:
+    """The parts of a checkpoint that each shard needs, for any placement at the time of saving.
+
+    Averages of weights, after so many updates, are left out where `averaged` is None.
+    """
     groups = index["optimizer"]["groups"]
     group_of = {name: group for group in groups for name in group["parameters"]}
     homes = {name: file for file, about in index["files"].items() for name in about["tensors"]}
@@ -154,12 +172,14 @@ def _parts(index: Mapping[str, Any], layout: Layout) -> dict[Shard, dict[str, An
             "scheduler": _scheduler(index, {group_of[name]["stage"] for name in trained}),
             "scaler": index["scaler"],
             "extra": extra,
+            "averaged": averaged or 0,
             "step": index["step"],
         }
         copies = [
             n for n, i in layout.tensors.items() if any(layout.home(o) is shard for o in i.names)
         ]
         names = [*copies, *(f"buffer/{n}" for n in copies), *(f"gradient/{n}" for n in trained)]
+        names += [f"average/{n}" for n in trained] if averaged is not None else []
         names += tensors_in([part[key] for key in ("state", "options", "scheduler", "extra")])
         files: dict[str, Any] = {}
         for name in dict.fromkeys(n for n in names if n in homes):

@@ -48,6 +48,7 @@ def save(
 
     `driver` is the state that is not on the workers: plain values and tensors.
     """
+    layout.ref.refuse_averages("save")
     folder = path / f"step-{step:08d}-{uuid.uuid4().hex[:8]}"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -109,6 +110,7 @@ def _index(
         },
         "schedulers": {str(i): answers[i]["scheduler"] for i in optimizers},
         "scaler": answers[0]["scaler"],
+        "averaged": answers[0]["averaged"],
         "extra": {name: value for a in answers for name, value in a["extra"].items()},
         "files": {file: about for a in answers for file, about in a["files"].items()},
     }
