@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import logging
 import random
 import time
@@ -19,6 +18,9 @@ import taskgrad as tg
 from helpers import assert_same, long
 from plain import PlainTrainer, next_token, tokens, transformer
 from taskgrad.cluster.tasks import memory
+from taskgrad.cluster.worker_plugin import store_of
+from taskgrad.worker import offload
+from taskgrad.worker.shard import ResidentShard
 from test_transaction import Adam, batches, net, run_again, run_once, set_trap
 
 pytestmark = pytest.mark.usefixtures("executor")
@@ -208,6 +210,73 @@ def test_what_reads_the_weights_sees_the_averages(client):
     assert trainer.evaluate([(x, y)])["loss"] != found
 
 
+class Reads(tg.Callback):
+    """Notes the averages and the validation loss after each step, without saying so before."""
+
+    def __init__(self, ema, validation):
+        self.ema, self.validation, self.averages, self.losses = ema, validation, [], []
+
+    def on_step(self, trainer, loss):
+        with self.ema.applied(trainer):
+            time.sleep(random.random() * 0.02)
+            self.averages.append(trainer.chain.state_dict())
+            self.losses.append(trainer.evaluate(self.validation)["loss"])
+        time.sleep(random.random() * 0.02)
+
+
+def test_a_callback_reads_the_averages_of_its_own_step(client):
+    ema, data = tg.EMA(DECAY), batches(12)
+    reads = Reads(ema, data[:1])
+    chain = tg.GraphChain(net(), client=client, placement=[0, 0, 0, 1, 1])
+    trainer = tg.Trainer(chain, F.cross_entropy, Adam, microbatches=2, callbacks=[reads, ema])
+    plain = Averaging(net(), F.cross_entropy, Adam, microbatches=2)
+    losses = [trainer.step(x, y) for x, y in data]
+    trainer.wait()
+    for i, (x, y) in enumerate(data):
+        assert losses[i].item() == plain.train([(x, y)])[0]
+        for name, value in plain.averages.items():
+            assert_same(reads.averages[i][name], value.detach(), name)
+        assert reads.losses[i] == validation_loss(plain, *data[0])
+
+
+def validation_loss(plain, x, y, averages=True):
+    """Of the averages, or of the weights; both with the buffers of now."""
+    model = net().eval()
+    model.load_state_dict(plain.model.state_dict() | (plain.averages if averages else {}))
+    return F.cross_entropy(model(x), y).item()
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_fit_validates_the_averages(client, validate):
+    ema, data = tg.EMA(DECAY, validate=validate), batches(5)
+    chain = tg.GraphChain(net(), client=client, placement=[0, 0, 0, 1, 1])
+    options = {"microbatches": 2, "accumulate": 2}
+    trainer = tg.Trainer(chain, F.cross_entropy, Adam, callbacks=[ema], **options)
+    plain = Averaging(net(), F.cross_entropy, Adam, **options)
+    for train in (data[:1], data[1:], data):  # no step of the optimizer in the first
+        [results] = trainer.fit(train, 1, val_loader=data[:1], progress=False)
+        plain.train(train)
+        averages = validate and train is not data[:1] and len(train) > 1
+        assert results["val_loss"] == validation_loss(plain, *data[0], averages)
+        for name, value in plain.model.state_dict().items():
+            assert_same(chain.state_dict()[name], value, name)
+    assert_same_averages(ema, trainer, plain)
+
+
+def test_a_validation_that_raises_puts_the_weights_back(client):
+    def fails(output, targets):
+        raise ArithmeticError
+
+    ema, data = tg.EMA(DECAY), batches(3)
+    chain = tg.GraphChain(net(), client=client, placement=[0, 0, 0, 1, 1])
+    trainer = tg.Trainer(chain, F.cross_entropy, Adam, callbacks=[ema])
+    plain = Averaging(net(), F.cross_entropy, Adam)
+    with pytest.raises(tg.LayerError, match="ArithmeticError"):
+        trainer.fit(data, 1, val_loader=data, metrics={"fails": fails}, progress=False)
+    assert trainer.step(*data[0]).item() == plain.train([*data, data[0]])[-1]
+    assert_same_averages(ema, trainer, plain)
+
+
 def test_what_would_mix_weights_and_averages_is_refused(client, tmp_path):
     ema, other = tg.EMA(DECAY), tg.EMA(DECAY)
     chain = tg.GraphChain(net(), client=client)
@@ -333,50 +402,63 @@ def test_memory_of_the_averages_counts(client):
     assert held.column("optimizer") == held.column("parameters")
 
 
+def move_to_files(dask_worker, size):
+    """As for a worker without memory: what training keeps lies in files, from this size on."""
+    offload._LEAST = size
+    store = store_of(dask_worker)
+    for shard in store.entries().values():
+        if isinstance(shard, ResidentShard):
+            spilled = shard.training.spilled = offload.SpilledState(store.folder)
+            shard.training.copies = offload.CopiesInFiles(store.folder, spilled)
+
+
+def test_averages_in_files_have_the_same_bits(client, tmp_path):
+    ema = tg.EMA(DECAY)
+    chain = tg.GraphChain(net(), client=client, placement=[0, 0, 0, 1, 1])
+    trainer = tg.Trainer(chain, F.cross_entropy, Adam, callbacks=[ema])
+    plain = Averaging(net(), F.cross_entropy, Adam)
+    data, least = batches(8), offload._LEAST
+    client.run(move_to_files, size=8)
+    try:
+        client.run(set_trap, "optimizer", workers=[chain.placement[4].worker])
+        with pytest.raises(tg.LayerError, match="sprung"):
+            trainer.step(*data[0]).item()
+        assert [trainer.step(x, y).item() for x, y in data[:4]] == plain.train(data[:4])
+        assert_same_averages(ema, trainer, plain)
+        in_memory = chain.memory()
+        assert sum(in_memory.column("optimizer")) < sum(in_memory.column("parameters"))
+        trainer.save(tmp_path)
+        again = tg.EMA(DECAY)
+        restored = tg.Trainer.restore(tmp_path, chain, F.cross_entropy, Adam, callbacks=[again])
+        client.run(move_to_files, size=8)
+        assert [restored.step(x, y).item() for x, y in data[4:]] == plain.train(data[4:])
+        assert_same_averages(again, restored, plain)
+    finally:
+        client.run(move_to_files, size=least)
+
+
 def leave_free(dask_worker, megabytes):
-    """Leave the process so much of the memory that it may use; all of it for None."""
+    """Leave the process so much of the memory that it may use."""
     dask_worker.held_by_somebody = None
-    if megabytes is not None:
-        memory(dask_worker)  # which imports what leaves garbage
-        gc.collect()
-        used, limit = memory(dask_worker)
-        size = limit - used - (megabytes << 20)
-        dask_worker.held_by_somebody = torch.ones(size, dtype=torch.uint8)
+    used, limit = memory(dask_worker)
+    size = limit - used - (megabytes << 20)
+    dask_worker.held_by_somebody = torch.ones(size, dtype=torch.uint8)
 
 
-@pytest.mark.long
-def test_averages_that_do_not_fit_lie_in_files_or_are_refused(fresh, tmp_path, caplog):
-    def model():
-        torch.manual_seed(0)
-        return nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(16)))  # 256 MiB
-
+def test_averages_that_do_not_fit_go_to_files_or_are_refused(fresh, caplog):
+    """With 256 MiB of parameters: 288 without averages, 544 with them, 352 with those in files."""
     client = fresh(n_workers=1, memory_limit="3GiB")
     sgd = functools.partial(torch.optim.SGD, lr=0.1)
-    chain = tg.GraphChain(model(), client=client)
+    make = [functools.partial(nn.Linear, 2048, 2048)] * 16
+    chain = tg.GraphChain(lambda: nn.Sequential(*(linear() for linear in make)), client=client)
     client.run(leave_free, megabytes=450)
     tg.Trainer(chain, F.mse_loss, sgd)
     assert "averages in files" not in caplog.text
-    ema = tg.EMA(DECAY)
-    trainer = tg.Trainer(chain, F.mse_loss, sgd, callbacks=[ema])
+    tg.Trainer(chain, F.mse_loss, sgd, callbacks=[tg.EMA()])
     assert "256.12 MiB of optimizer state and averages in files" in caplog.text
-    plain = Averaging(model(), F.mse_loss, sgd)
-    torch.manual_seed(1)
-    data = [(torch.randn(4, 2048), torch.randn(4, 2048)) for _ in range(4)]
-    assert [trainer.step(x, y).item() for x, y in data] == plain.train(data)
-    trainer.save(tmp_path)
-    client.run(leave_free, megabytes=None)  # the state comes here
-    assert_same_averages(ema, trainer, plain)
-    assert sum(chain.memory().column("optimizer")) < 1 << 20
-    client.run(leave_free, megabytes=450)
-    again = tg.EMA(DECAY)
-    trainer = tg.Trainer.restore(tmp_path, chain, F.mse_loss, sgd, callbacks=[again])
-    assert [trainer.step(x, y).item() for x, y in data] == plain.train(data)
-    client.run(leave_free, megabytes=None)
-    assert_same_averages(again, trainer, plain)
-    assert sum(chain.memory().column("optimizer")) < 1 << 20
     client.run(leave_free, megabytes=250)
     with pytest.raises(tg.MemoryLimitError, match="even with the optimizer state and averages in"):
-        tg.Trainer(chain, F.mse_loss, sgd, callbacks=[ema])
+        tg.Trainer(chain, F.mse_loss, sgd, callbacks=[tg.EMA()])
 
 
 def test_a_parameter_that_its_layer_writes_is_refused(client):
