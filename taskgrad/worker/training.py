@@ -163,8 +163,7 @@ def commit(
                 before.restore()
                 before.update = None
                 if training.spilled is not None and shard.optimizer is not None:
-                    averages = training.averages.values if training.averages else {}
-                    training.spilled.forget_all_but({**shard.optimizer.state, "": averages})
+                    training.spilled.forget_all_but(shard.optimizer.state)
                 raise
             if update:
                 for parameter in shard.parameters.values():
