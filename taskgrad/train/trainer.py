@@ -414,7 +414,7 @@ class Trainer:
             optimizer, ``accumulate``, which what was saved depends on. Functions cannot be saved:
             ``lr_scheduler`` and a ``schedule`` or ``checkpoint`` of your own have to be given
             again, and so do ``callbacks``: those whose class had one among the saved trainer's
-            get its state.
+            get its state. Averages of the weights are dropped unless an `EMA` is among them.
 
         Raises
         ------
