@@ -224,7 +224,7 @@ class GraphChain(Lazy):
             A module raised, on any worker: nothing is loaded on all of them.
         """
         strict = flag("strict", strict)
-        self.layout.ref.refuse_averages("load_state_dict")
+        self.layout.refuse_averages("load_state_dict")
         expected = {n: i for i in self.layout.tensors.values() if i.persistent for n in i.names}
         check_state(state, {name: info.dtype for name, info in expected.items()})
         missing = [n for n in expected if n not in state]

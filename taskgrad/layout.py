@@ -241,6 +241,17 @@ class Layout:
         if self._parametrized:
             refuse_cached(self.title)
 
+    def refuse_averages(self, what: str) -> None:
+        """Raise TaskgradError if averages of the weights are in their place when `what` is called.
+
+        See `taskgrad.EMA`.
+        """
+        if self.ref.has_averages:
+            raise TaskgradError(
+                f"{what} was called in a block of EMA.applied, where the chain has the averages of "
+                "its weights: call it after the block"
+            )
+
     def task(
         self,
         shard: Shard,

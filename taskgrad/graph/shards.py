@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from taskgrad.errors import TaskgradError
 from taskgrad.graph.layers import Model, owner_of
 from taskgrad.graph.nodes import Node, label_of, new_key
 from taskgrad.graph.torch_settings import settings_now
@@ -22,14 +21,6 @@ class ChainRef:
         self.title = title
         self.trained_by: Callable[[], Any] = lambda: None
         self.has_averages = False
-
-    def refuse_averages(self, what: str) -> None:
-        """Raise TaskgradError if `what` was called while averages are in the parameters' place."""
-        if self.has_averages:
-            raise TaskgradError(
-                f"{what} was called in a block of EMA.applied, where the chain has the averages of "
-                "its weights: call it after the block"
-            )
 
 
 class Shard:

@@ -21,7 +21,7 @@ def take_over(chain: GraphChain, owner: Any, makes: Sequence[ShardCall]) -> list
     it left unfinished is taken back. Returns the results of `makes`.
     """
     layout = chain.layout
-    layout.ref.refuse_averages("a new Trainer or Optimizer")
+    layout.refuse_averages("a new Trainer or Optimizer")
     before = layout.ref.trained_by()
     if hasattr(before, "wait"):
         with contextlib.suppress(TaskgradError):  # a failed step's: raised when its loss is read

@@ -115,7 +115,7 @@ class Steps:
         while True:
             with self._lock.held():
                 self._check_usable()
-                self._layout.ref.refuse_averages("a step")
+                self._layout.refuse_averages("a step")
                 inside = self._lock.notified
                 if inside is not None:
                     self._own.add(inside.step)
@@ -336,7 +336,7 @@ class Steps:
     def _take_again(self) -> None:
         """Submit the steps that were taken back."""
         if self._taken_back:
-            self._layout.ref.refuse_averages("a wait for a later step")
+            self._layout.refuse_averages("a wait for a later step")
         while self._taken_back:
             loss = self._taken_back[0]
             try:

@@ -83,7 +83,7 @@ class EMA(Callback):
             raise ValueError("this EMA is not among the callbacks of the trainer")
         layout: Layout = trainer.chain.layout
         with trainer._steps.alone():
-            layout.ref.refuse_averages("EMA.applied")
+            layout.refuse_averages("EMA.applied")
             if not _averaged_steps(trainer):
                 raise TaskgradError(
                     "there is no average of the weights yet: the first one is made after the first "

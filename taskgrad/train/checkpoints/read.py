@@ -40,7 +40,7 @@ def restore(
     See `Trainer.restore`.
     """
     layout = chain.layout
-    layout.ref.refuse_averages("restore")
+    layout.refuse_averages("restore")
     check_callbacks(options.get("callbacks", ()))
     index = read_index(path)
     averaged = index.get("averaged") if ema_of(options.get("callbacks", ())) else None

@@ -48,7 +48,7 @@ def save(
 
     `driver` is the state that is not on the workers: plain values and tensors.
     """
-    layout.ref.refuse_averages("save")
+    layout.refuse_averages("save")
     folder = path / f"step-{step:08d}-{uuid.uuid4().hex[:8]}"
     try:
         path.mkdir(parents=True, exist_ok=True)
