@@ -53,6 +53,8 @@ class LearningRateMonitor(Callback):
             self.steps.pop()
             for values in self.rates.values():
                 values.pop()
+        if not self.steps:
+            self.rates = {}
         rates = loss.report["learning_rates"]
         for name in rates:
             self.rates.setdefault(name, [math.nan] * len(self.steps))
