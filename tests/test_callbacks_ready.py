@@ -265,6 +265,30 @@ def test_a_restored_training_knows_the_best_so_far(client, tmp_path):
     assert again.best_path == tmp_path / "best"
 
 
+def test_a_checkpoint_by_one_result_knows_the_best_by_another(client, tmp_path):
+    def worst(output, targets):
+        return F.cross_entropy(output, targets)
+
+    def callbacks():
+        return [
+            tg.ModelCheckpoint(tmp_path / "a", "val_loss"),
+            tg.ModelCheckpoint(tmp_path / "b", "val_worst", mode="max"),
+        ]
+
+    losses = [loss for loss, _ in plain_epochs(6)]
+    worst_epoch = losses.index(max(losses))
+    assert worst_epoch < 5
+    fit(trainer_of(callbacks()), worst_epoch + 1, metrics={"worst": worst})
+    a, b = again = callbacks()
+    trainer = restored(tmp_path / "a" / "last", again)
+    assert (a.best_epoch, b.best_epoch) == (losses.index(min(losses)), worst_epoch)
+    fit(trainer, 6, metrics={"worst": worst})
+    assert b.best_epoch == worst_epoch
+    assert_weights(b.best_path, plain_epochs(6)[worst_epoch][1])
+    with pytest.raises(ValueError, match="two ModelCheckpoint callbacks save to"):
+        fit(trainer_of([tg.ModelCheckpoint(tmp_path), tg.ModelCheckpoint(tmp_path, "loss")]), 1)
+
+
 def test_every_n_steps_the_state_of_that_step_is_saved(client, tmp_path):
     kept = tg.ModelCheckpoint(tmp_path, every=3)
     assert [step for step in range(9) if kept.reads_state(step)] == [2, 5, 8]

@@ -44,7 +44,8 @@ class ModelCheckpoint(Monitor):
     Raises
     ------
     ValueError
-        After an epoch: the results have none of this name; the message lists what there is.
+        When `Trainer.fit` begins: another callback of this kind has this folder. After an epoch:
+        the results have none of this name; the message lists what there is.
     CheckpointError
         As `Trainer.save`.
 
@@ -82,6 +83,13 @@ class ModelCheckpoint(Monitor):
         self.best_path: Path | None = None
         self.last_path: Path | None = None
 
+    def on_fit_begin(self, trainer: Any) -> None:
+        """Refuse a folder that another callback of this kind saves to."""
+        if any(other.folder == self.folder for other in self._savers(trainer) if other is not self):
+            raise ValueError(
+                f"two ModelCheckpoint callbacks save to {self.folder}: give each its own folder"
+            )
+
     def reads_state(self, step: int) -> bool:
         """True for the steps after which this callback saves."""
         return self.every is not None and (step + 1) % self.every == 0
@@ -93,11 +101,18 @@ class ModelCheckpoint(Monitor):
 
     def on_epoch(self, trainer: Any, epoch: int, results: dict[str, float]) -> None:
         """Save the last state, and the best one if this is it."""
-        if self.improved(epoch, results):
-            self.best_path = self.folder / "best"
-            # First, so that a "last" that was saved tells the truth about "best".
-            trainer.save(self.best_path)
-        self._save_last(trainer)
+        savers = self._savers(trainer)
+        if self is not savers[-1]:
+            return  # that one saves for all, so that each checkpoint has the state of all
+        for saver in [saver for saver in savers if saver.improved(epoch, results)]:
+            saver.best_path = saver.folder / "best"
+            trainer.save(saver.best_path)
+        # Now, and not before: what is in "last" tells the truth about "best" whenever this ends.
+        for saver in savers:
+            saver._save_last(trainer)
+
+    def _savers(self, trainer: Any) -> list[ModelCheckpoint]:
+        return [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)]
 
     def _save_last(self, trainer: Any) -> None:
         self.last_path = self.folder / "last"
