@@ -191,7 +191,7 @@ def test_a_restored_training_is_stopped_where_it_would_have_been(client, tmp_pat
     assert first.stopped_epoch is None
     again = tg.EarlyStopping()
     rest = fit(restored(tmp_path / "last", [tg.ModelCheckpoint(tmp_path), again]), 20)
-    assert rest[-1] == history[-1]
+    assert rest == history
     assert (again.best, again.best_epoch) == (whole.best, whole.best_epoch)
     assert again.stopped_epoch == whole.stopped_epoch
 
@@ -212,6 +212,36 @@ def test_a_training_that_was_stopped_stays_so_unless_it_may_wait_longer(client, 
     assert longer.steps == (expected[1] + 1) * len(TRAIN)
     fit(trainer, 1)  # who calls fit again wants more
     assert trainer.steps == steps + len(TRAIN)
+
+
+class StopAt(tg.Callback):
+    """Stops a training in the middle of an epoch, as a limit of time would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, trainer, loss):
+        if loss.step == self.step:
+            trainer.stop()
+
+
+@pytest.mark.parametrize("monitor", [None, "val_loss"])
+@pytest.mark.parametrize("whole", [0, 1], ids=["the first epoch", "the second"])
+def test_an_epoch_that_was_stopped_before_its_validation_is_not_compared(
+    client, tmp_path, monitor, whole
+):
+    callbacks = [tg.EarlyStopping(monitor, patience=1), tg.ModelCheckpoint(tmp_path, monitor)]
+    trainer = trainer_of([*callbacks, StopAt(whole * len(TRAIN) + 1)])
+    history = fit(trainer, 5)
+    assert [list(results) for results in history] == [["loss", "val_loss"]] * whole + [["loss"]]
+    for callback in callbacks:
+        assert callback.best_epoch == (0 if whole else None)
+    assert callbacks[0].stopped_epoch is None
+    assert_weights(tmp_path / "last", trainer.chain.state_dict())
+    # A fit that follows compares the result that it would have compared.
+    trainer = trainer_of(callbacks)
+    fit(trainer, 1)
+    assert callbacks[1].monitor == "val_loss"
 
 
 # Checkpoints

@@ -83,7 +83,10 @@ class EarlyStopping(Monitor):
     def on_epoch(self, trainer: Any, epoch: int, results: dict[str, float]) -> None:
         """Count the epochs without an improvement."""
         self._restored = False
-        self._waited = 0 if self.improved(epoch, results) else self._waited + 1
+        improved = self.improved(trainer, epoch, results)
+        if improved is None:
+            return
+        self._waited = 0 if improved else self._waited + 1
         if self._waited >= self.patience:
             self.stopped_epoch = epoch
             trainer.stop()

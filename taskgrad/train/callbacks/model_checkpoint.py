@@ -104,7 +104,7 @@ class ModelCheckpoint(Monitor):
         savers = self._savers(trainer)
         if self is not savers[-1]:
             return  # that one saves for all, so that each checkpoint has the state of all
-        for saver in [saver for saver in savers if saver.improved(epoch, results)]:
+        for saver in [saver for saver in savers if saver.improved(trainer, epoch, results)]:
             saver.best_path = saver.folder / "best"
             trainer.save(saver.best_path)
         # Now, and not before: what is in "last" tells the truth about "best" whenever this ends.

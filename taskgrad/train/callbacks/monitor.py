@@ -38,17 +38,23 @@ class Monitor(Callback):
         self.best: float | None = None
         self.best_epoch: int | None = None
 
-    def improved(self, epoch: int, results: Mapping[str, float]) -> bool:
-        """Compare the results of an epoch with the best so far; True if they are the best now."""
-        if self.monitor is None:  # from here on: a later fit may have other results
-            self.monitor = "val_loss" if "val_loss" in results else "loss"
-        if self.monitor not in results:
+    def improved(self, trainer: Any, epoch: int, results: Mapping[str, float]) -> bool | None:
+        """Compare the results of an epoch with the best so far; True if they are the best now.
+
+        None if there is nothing to compare: the epoch was ended by `Trainer.stop`, and has not all
+        results.
+        """
+        name = self.monitor or ("val_loss" if "val_loss" in results else "loss")
+        if trainer.stopping and (self.monitor or "val_loss") not in results:
+            return None
+        if name not in results:
             raise ValueError(
-                f"{type(self).__name__} monitors {self.monitor!r}, and there is no such result of "
-                f"epoch {epoch}; there is {', '.join(map(repr, results))}. Results that start with "
-                "val_ need a val_loader"
+                f"{type(self).__name__} monitors {name!r}, and there is no such result of epoch "
+                f"{epoch}; there is {', '.join(map(repr, results))}. Results that start with val_ "
+                "need a val_loader"
             )
-        value = float(results[self.monitor])
+        self.monitor = name  # from here on: a later fit may have other results
+        value = float(results[name])
         if math.isnan(value):
             return False
         if self.best is not None:
