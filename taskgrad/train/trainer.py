@@ -24,6 +24,7 @@ from taskgrad.train.arguments import (
     check_trainer,
 )
 from taskgrad.train.callbacks.base import Callback
+from taskgrad.train.callbacks.model_checkpoint import ModelCheckpoint
 from taskgrad.train.callbacks.on_step import OnStep
 from taskgrad.train.checkpoints.read import restore
 from taskgrad.train.checkpoints.write import save
@@ -160,7 +161,8 @@ class Trainer:
         check_executor(executor)
         checked = check_trainer(chain, loss_fn, optimizer, callbacks, given)
         self.chain = chain
-        self.callbacks = tuple(callbacks)
+        # Those that save come last: a checkpoint has what the others noted of the same epoch.
+        self.callbacks = tuple(sorted(callbacks, key=lambda c: isinstance(c, ModelCheckpoint)))
         self._given = given
         self._splitter = checked.splitter
         self._plan = checked.settings.plan
@@ -183,6 +185,11 @@ class Trainer:
     def epoch(self) -> int:
         """The epoch of `fit`, counted from 0; the next one between two epochs, 0 outside."""
         return self._fits.epoch
+
+    @property
+    def stopping(self) -> bool:
+        """True in a fit that is to end, as `stop` was called."""
+        return any(state.stopped for state in self._fits[-1:])
 
     @property
     def plan(self) -> Plan:
