@@ -295,6 +295,27 @@ def test_a_restored_training_knows_the_best_so_far(client, tmp_path):
     assert again.best_path == tmp_path / "best"
 
 
+def test_what_was_cut_off_between_two_saves_is_made_good(client, tmp_path):
+    """A "last" that names an epoch as the best, which "best" does not have, would stay so."""
+    losses = [loss for loss, _ in plain_epochs(5)]
+    best = losses.index(min(losses))
+    assert losses[1] > losses[0] > losses[best]
+    saves = []
+
+    class CutBetween(tg.Callback):
+        def on_save(self, trainer, path):
+            saves.append(path)
+            if len(saves) == best + 2:  # one save an epoch, and another one of the first
+                raise RuntimeError("cut off")
+
+    with pytest.raises(RuntimeError, match="cut off"):
+        fit(trainer_of([tg.ModelCheckpoint(tmp_path), CutBetween()]), 5)
+    kept = tg.ModelCheckpoint(tmp_path)
+    fit(restored(tmp_path / "last", [kept]), 5)
+    assert kept.best_epoch == best
+    assert_weights(kept.best_path, plain_epochs(5)[best][1])
+
+
 def test_a_checkpoint_by_one_result_knows_the_best_by_another(client, tmp_path):
     def worst(output, targets):
         return F.cross_entropy(output, targets)
@@ -368,6 +389,19 @@ def test_rows_have_the_very_numbers_of_their_steps(client, tmp_path):
     assert list(epochs[0]) == ["epoch", "step", "loss", "val_loss"]
     assert [(int(row["epoch"]), int(row["step"])) for row in epochs] == [(0, 4), (1, 8)]
     assert [{n: float(row[n]) for n in ("loss", "val_loss")} for row in epochs] == history
+
+
+def test_a_row_is_in_the_file_when_its_step_is_done(client, tmp_path):
+    class Reader(tg.Callback):
+        def on_step(self, trainer, loss):
+            assert len(rows(tmp_path / "steps.csv")) == loss.step + 1
+            assert len(scalars(tmp_path)["step/loss"]) == loss.step + 1
+
+        def on_epoch(self, trainer, epoch, results):
+            assert len(rows(tmp_path / "epochs.csv")) == epoch + 1
+            assert len(scalars(tmp_path)["epoch/val_loss"]) == epoch + 1
+
+    fit(trainer_of([tg.CSVLogger(tmp_path), tg.TensorBoardLogger(tmp_path), Reader()]), 2)
 
 
 def test_losses_are_those_of_plain_torch(client, tmp_path):
