@@ -85,6 +85,7 @@ class Trainer:
     seed : int
         Of dropout and all else that draws random numbers in a layer; see `random_stream`.
     callbacks : sequence of Callback
+        They are called in this order, each `ModelCheckpoint` after the others.
     checkpoint : {"never", "always", "except_last"} or callable
         Activation checkpointing: which forwards keep only the input of each stage and run again in
         the backward: none, all, all but the last microbatch's. A function of a layer's name says

@@ -32,7 +32,7 @@ class CSVLogger(StepLog):
 
     Examples
     --------
-    >>> import functools, tempfile, torch, taskgrad as tg
+    >>> import csv, functools, tempfile, torch, taskgrad as tg
     >>> client = tg.local_cluster(n_workers=2)
     >>> chain = tg.GraphChain(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)))
     >>> sgd = functools.partial(torch.optim.SGD, lr=0.1)

@@ -19,7 +19,7 @@ class ModelCheckpoint(Monitor):
     The checkpoints are in ``folder/"last"`` and ``folder/"best"``, each replaced by the next one:
     `Trainer.restore` goes on from them, and `load_state_dict` and ``GraphChain(weights=)`` read
     their weights. The trainer calls this callback after all others, so that a checkpoint has what
-    they noted of the same step or epoch.
+    they noted of the same step or epoch, the averages of `EMA` too.
 
     Parameters
     ----------
