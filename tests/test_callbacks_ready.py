@@ -442,6 +442,26 @@ def test_a_training_that_is_cut_off_and_restored_has_the_rows_of_an_undisturbed_
     assert again[-1].rates == {"default": [0.2] * 12}
 
 
+def test_a_training_that_was_stopped_in_an_epoch_goes_on_in_its_rows(client, tmp_path):
+    def callbacks(name):
+        return [
+            tg.CSVLogger(tmp_path / name),
+            tg.TensorBoardLogger(tmp_path / name),
+            tg.ModelCheckpoint(tmp_path / name),
+        ]
+
+    whole = callbacks("whole")[:2]
+    fit(trainer_of(whole), 3)
+    run = tmp_path / "run"
+    fit(trainer_of([*callbacks("run"), StopAt(5)]), 3)
+    assert [row["step"] for row in rows(run / "epochs.csv")] == ["4"]
+    fit(restored(run / "last", callbacks("run")), 3)
+    for name in ("steps.csv", "epochs.csv"):
+        assert without_times(run / name) == without_times(tmp_path / "whole" / name)
+    for tag in ("step/loss", "epoch/loss", "epoch/val_loss"):
+        assert scalars(run)[tag] == scalars(tmp_path / "whole")[tag]
+
+
 def test_an_epoch_that_the_checkpoint_has_not_seen_the_end_of_is_not_there_twice(client, tmp_path):
     run = tmp_path / "run"
 

@@ -188,11 +188,6 @@ class Trainer:
         return self._fits.epoch
 
     @property
-    def stopping(self) -> bool:
-        """True in a fit that is to end, as `stop` was called."""
-        return any(state.stopped for state in self._fits[-1:])
-
-    @property
     def plan(self) -> Plan:
         """The plan of a step: stages, placement and order of execution. It prints.
 

@@ -20,7 +20,8 @@ class CSVLogger(StepLog):
     each group of parameters (its pattern in `param_groups`, or ``default``), ``grad_norm`` (empty
     without clipping), ``bubble`` and ``seconds``; ``epochs.csv`` has ``epoch``, ``step`` (how many
     were taken) and the results, as the history of `Trainer.fit`. Numbers are written so that they
-    can be read to the bit, and each row is written when its step or epoch is done.
+    can be read to the bit, and each row is written when its step or epoch is done. An epoch that
+    `Trainer.stop` ended before its end has no row.
 
     A training that is restored goes on in the files: the rows of steps and epochs that are not in
     the checkpoint are removed. One that begins at step 0 replaces the files.
@@ -70,7 +71,7 @@ class CSVLogger(StepLog):
         """Write the row of a step."""
         self._steps.append({"step": loss.step, "epoch": trainer.epoch, **columns(loss)})
 
-    def on_epoch(self, trainer: Any, epoch: int, results: dict[str, float]) -> None:
+    def log_epoch(self, trainer: Any, epoch: int, results: dict[str, float]) -> None:
         """Write the row of an epoch."""
         self._epochs.append({"epoch": epoch, "step": trainer.steps, **results})
 

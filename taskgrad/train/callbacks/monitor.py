@@ -41,20 +41,19 @@ class Monitor(Callback):
     def improved(self, trainer: Any, epoch: int, results: Mapping[str, float]) -> bool | None:
         """Compare the results of an epoch with the best so far; True if they are the best now.
 
-        None if there is nothing to compare: the epoch was ended by `Trainer.stop`, and has not all
-        results.
+        None if there is nothing to compare: `Trainer.stop` ended the epoch before its end.
         """
-        name = self.monitor or ("val_loss" if "val_loss" in results else "loss")
-        if trainer.stopping and (self.monitor or "val_loss") not in results:
+        if trainer.epoch == epoch:  # and not the next one
             return None
-        if name not in results:
+        if self.monitor is None:  # from here on: a later fit may have other results
+            self.monitor = "val_loss" if "val_loss" in results else "loss"
+        if self.monitor not in results:
             raise ValueError(
-                f"{type(self).__name__} monitors {name!r}, and there is no such result of epoch "
-                f"{epoch}; there is {', '.join(map(repr, results))}. Results that start with val_ "
-                "need a val_loader"
+                f"{type(self).__name__} monitors {self.monitor!r}, and there is no such result of "
+                f"epoch {epoch}; there is {', '.join(map(repr, results))}. Results that start with "
+                "val_ need a val_loader"
             )
-        self.monitor = name  # from here on: a later fit may have other results
-        value = float(results[name])
+        value = float(results[self.monitor])
         if math.isnan(value):
             return False
         if self.best is not None:

@@ -23,6 +23,10 @@ class StepLog(Callback):
         """Log a step."""
         raise NotImplementedError
 
+    def log_epoch(self, trainer: Any, epoch: int, results: dict[str, float]) -> None:
+        """Log an epoch."""
+        raise NotImplementedError
+
     def on_fit_begin(self, trainer: Any) -> None:
         """Go on at the trainer's step."""
         self._go_on(trainer.steps)
@@ -32,6 +36,11 @@ class StepLog(Callback):
         self._go_on(loss.step)
         self.log_step(trainer, loss)
         self._next = loss.step + 1
+
+    def on_epoch(self, trainer: Any, epoch: int, results: dict[str, float]) -> None:
+        """Log the epoch, unless `Trainer.stop` ended it before its end: a resumed fit ends it."""
+        if trainer.epoch != epoch:  # but the next one
+            self.log_epoch(trainer, epoch, results)
 
     def _go_on(self, step: int) -> None:
         if self._next is None or step < self._next:

@@ -61,7 +61,7 @@ class TensorBoardLogger(StepLog):
         """Write the numbers of a step."""
         self._write("step", columns(loss), loss.step)
 
-    def on_epoch(self, trainer: Any, epoch: int, results: dict[str, float]) -> None:
+    def log_epoch(self, trainer: Any, epoch: int, results: dict[str, float]) -> None:
         """Write the results of an epoch, at its last step."""
         self._write("epoch", results, trainer.steps - 1)
 
