@@ -342,7 +342,7 @@ def test_a_checkpoint_by_one_result_knows_the_best_by_another(client, tmp_path):
         fit(trainer_of([tg.ModelCheckpoint(tmp_path), tg.ModelCheckpoint(tmp_path, "loss")]), 1)
 
 
-def test_every_n_steps_the_state_of_that_step_is_saved(client, tmp_path):
+def test_every_n_steps_the_state_of_that_step_is_saved(client, tmp_path, executor):
     kept = tg.ModelCheckpoint(tmp_path, every=3)
     assert [step for step in range(9) if kept.reads_state(step)] == [2, 5, 8]
     trainer = trainer_of([kept, CutOff(7)])
@@ -359,7 +359,7 @@ def test_every_n_steps_the_state_of_that_step_is_saved(client, tmp_path):
 # Rows of steps and epochs
 
 
-def test_rows_have_the_very_numbers_of_their_steps(client, tmp_path):
+def test_rows_have_the_very_numbers_of_their_steps(client, tmp_path, executor):
     scheduler = functools.partial(StepLR, step_size=3, gamma=0.5)
     losses = []
 
@@ -418,7 +418,7 @@ def test_losses_are_those_of_plain_torch(client, tmp_path):
 
 @pytest.mark.parametrize("cut", [5, 7], ids=["in the middle of an epoch", "at its end"])
 def test_a_training_that_is_cut_off_and_restored_has_the_rows_of_an_undisturbed_one(
-    client, tmp_path, cut
+    client, tmp_path, cut, executor
 ):
     fit(trainer_of([tg.CSVLogger(tmp_path / "whole")]), 3)
 
