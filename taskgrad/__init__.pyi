@@ -85,7 +85,12 @@ from taskgrad.thunk import Thunk as Thunk
 from taskgrad.thunk import collect as collect
 from taskgrad.thunk import spawn as spawn
 from taskgrad.train.callbacks.base import Callback as Callback
+from taskgrad.train.callbacks.csv_logger import CSVLogger as CSVLogger
+from taskgrad.train.callbacks.early_stopping import EarlyStopping as EarlyStopping
 from taskgrad.train.callbacks.ema import EMA as EMA
+from taskgrad.train.callbacks.learning_rates import LearningRateMonitor as LearningRateMonitor
+from taskgrad.train.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
+from taskgrad.train.callbacks.tensorboard_logger import TensorBoardLogger as TensorBoardLogger
 from taskgrad.train.optimizer import Optimizer as Optimizer
 from taskgrad.train.trainer import Trainer as Trainer
 from taskgrad.worker.randomness import random_stream as random_stream

@@ -24,6 +24,7 @@ from taskgrad.train.arguments import (
     check_trainer,
 )
 from taskgrad.train.callbacks.base import Callback
+from taskgrad.train.callbacks.model_checkpoint import ModelCheckpoint
 from taskgrad.train.callbacks.on_step import OnStep
 from taskgrad.train.checkpoints.read import restore
 from taskgrad.train.checkpoints.write import save
@@ -84,6 +85,7 @@ class Trainer:
     seed : int
         Of dropout and all else that draws random numbers in a layer; see `random_stream`.
     callbacks : sequence of Callback
+        They are called in this order, each `ModelCheckpoint` after the others.
     checkpoint : {"never", "always", "except_last"} or callable
         Activation checkpointing: which forwards keep only the input of each stage and run again in
         the backward: none, all, all but the last microbatch's. A function of a layer's name says
@@ -160,7 +162,8 @@ class Trainer:
         check_executor(executor)
         checked = check_trainer(chain, loss_fn, optimizer, callbacks, given)
         self.chain = chain
-        self.callbacks = tuple(callbacks)
+        # Those that save come last: a checkpoint has what the others noted of the same epoch.
+        self.callbacks = tuple(sorted(callbacks, key=lambda c: isinstance(c, ModelCheckpoint)))
         self._given = given
         self._splitter = checked.splitter
         self._plan = checked.settings.plan
