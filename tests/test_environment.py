@@ -52,9 +52,9 @@ def test_a_worker_without_a_package_is_named_at_once(fresh, tmp_path, packages):
             with pytest.raises(tg.ClusterMismatchError, match="Install the same") as failed:
                 use()
             for package in set(packages) - {"numpy"}:  # it comes with torch
-                found = rf"{package}: client .*, worker {address} has none"
+                found = rf"{package}: client .*, worker bare \({address}\) has none"
                 assert re.search(found, str(failed.value))
-            assert f"taskgrad cannot be imported by worker {address}" in str(failed.value)
+            assert f"taskgrad cannot be imported by worker bare ({address})" in str(failed.value)
     finally:
         worker.kill()
         worker.wait(30)

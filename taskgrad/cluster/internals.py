@@ -6,13 +6,16 @@ only slower. ``tests/test_internals.py`` fails when a new version of Dask change
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import functools
 import inspect
+import logging
+import re
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import distributed.client
 import distributed.worker
@@ -212,6 +215,44 @@ def show_in_task_stream(
 def tasks_wait(worker: Worker) -> bool:
     """True if tasks wait for one of a worker's threads."""
     return bool(getattr(getattr(worker, "state", None), "ready", ()))
+
+
+PORT_WARNING = r"Port \d+ is already in use"
+"""What Dask's warning begins with if the dashboard cannot have its port."""
+WORKER_LOGS = ("distributed.worker", "distributed.worker.state_machine")
+"""The loggers of workers whose records `ended_task` reads."""
+
+_CANCELED = re.compile(
+    r'Async instruction for <Task .*name="execute\((.*)\)".*CancelledError$', re.S
+)
+
+
+class EndedTask(NamedTuple):
+    """What a worker's log says of a task that failed, or that ran when the worker closed."""
+
+    key: Any
+    error: str
+
+
+def ended_task(record: logging.LogRecord) -> EndedTask | None:
+    """The task that a record of `WORKER_LOGS` is about; None if it is about something else."""
+    args = record.args
+    if str(record.msg).startswith("Compute Failed\nKey:"):
+        if not isinstance(args, tuple) or len(args) != 5:
+            return None
+        return EndedTask(args[0], str(args[3]).partition("\n")[0])
+    found = None if args else _CANCELED.match(str(record.msg))
+    if found is None:
+        return None
+    with contextlib.suppress(ValueError, SyntaxError):
+        return EndedTask(ast.literal_eval(found[1]), "the worker closes")
+    return None
+
+
+def function_of(worker: Worker, key: Any) -> Any:
+    """The function that a task on this worker calls; None if there is no such task."""
+    tasks = getattr(getattr(worker, "state", None), "tasks", {})
+    return getattr(getattr(tasks.get(key), "run_spec", None), "func", None)
 
 
 # Every line of a worker's `get_data` that deals with the receiver. It returns when the receiver has

@@ -74,6 +74,7 @@ def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate:
     held = {row.worker: row for row in chain.memory()}
     for shard in layout.shards:
         worker, found = shard.worker, room[shard.worker]
+        named = layout.session.describe(worker)
         if found is None:
             continue
         used, limit = found
@@ -84,26 +85,26 @@ def check_fits(chain: GraphChain, optimizer: Any, microbatches: int, accumulate:
         if need.total <= limit:
             in_files[worker] = frozenset({"undo"})
             logger.warning(
-                "worker %s writes %s to files in every step, what would take it back: it has no "
+                "%s writes %s to files in every step, what would take it back: it has no "
                 "memory for copies of parameters and optimizer state. More workers, or more "
                 "memory, make steps faster",
-                worker,
+                named,
                 format_bytes(need.copies),
             )
             continue
         if by_parameter and need.least <= limit:
             in_files[worker] = frozenset({"state", "undo"})
             logger.warning(
-                "worker %s keeps %s of optimizer state in files: it has no memory for them. More "
+                "%s keeps %s of optimizer state in files: it has no memory for them. More "
                 "workers, or more memory, make steps faster",
-                worker,
+                named,
                 format_bytes(need.state),
             )
             continue
         missing = (need.least if by_parameter else need.total) - limit
         problems.append(
-            f"worker {worker} may use {format_bytes(limit)} of memory and uses {format_bytes(used)}"
-            f" already, {format_bytes(held[worker].parameters)} of that for this chain's "
+            f"{named} may use {format_bytes(limit)} of memory and uses {format_bytes(used)} "
+            f"already, {format_bytes(held[worker].parameters)} of that for this chain's "
             f"parameters; training adds {format_bytes(need.gradients)} of gradients and "
             f"{format_bytes(need.state)} of optimizer state: {format_bytes(missing)} are missing"
             + (", even with the optimizer state in files" if by_parameter and need.state else "")

@@ -1,0 +1,41 @@
+"""Worker: what the log says of a task of ours that failed, or that ran when the worker closed.
+
+Dask logs each failed task as an error of several long lines, with its traceback escaped. The driver
+of a task of ours raises the error itself, in full. And a program that trains is a task that still
+runs when a script ends. So of these one line is left, at level INFO, which the workers of a
+``LocalCluster`` do not print. What Dask logs of other tasks stays as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from distributed import Worker
+
+from taskgrad.cluster import internals
+
+# The modules of the functions of our tasks, all of whose errors reach the driver.
+_MODULES = ("taskgrad.cluster.tasks", "taskgrad.cluster.program_host", "taskgrad.streaming.serving")
+
+
+@functools.cache
+def shorten(workers: Callable[[], Iterable[Worker]]) -> None:
+    """Log what ends tasks of ours in one line; `workers` returns the workers of this process."""
+
+    def is_kept(record: logging.LogRecord) -> bool:
+        ended = internals.ended_task(record)
+        if ended is None or not any(_is_ours(worker, ended.key) for worker in workers()):
+            return True
+        record.levelno, record.levelname = logging.INFO, logging.getLevelName(logging.INFO)
+        record.msg, record.args = "%s ended without a result: %s", ended
+        return logging.getLogger(record.name).isEnabledFor(logging.INFO)
+
+    for name in internals.WORKER_LOGS:
+        logging.getLogger(name).addFilter(is_kept)
+
+
+def _is_ours(worker: Worker, key: Any) -> bool:
+    return getattr(internals.function_of(worker, key), "__module__", None) in _MODULES
