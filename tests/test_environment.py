@@ -97,7 +97,7 @@ def test_workers_whose_torch_threads_differ_are_listed_once(fresh, tmp_path, cap
             assert tg.collect(chain(torch.ones(1, 2))).shape == (1, 2)
     [warning] = warnings(caplog)
     rows = warning.splitlines()[1:-1]
-    assert rows == [f"  client: {torch.get_num_threads()}", f"  {first}: 1", f"  {second}: 2"]
+    assert rows == [f"  client: {torch.get_num_threads()}", f"  0 ({first}): 1", f"  {second}: 2"]
     assert "OMP_NUM_THREADS" in warning.splitlines()[-1]
 
 

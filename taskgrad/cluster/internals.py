@@ -13,6 +13,7 @@ import functools
 import inspect
 import logging
 import re
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -188,6 +189,37 @@ def threads(worker: Worker) -> int:
     """How many tasks a worker runs at a time."""
     count = getattr(getattr(worker, "state", None), "nthreads", None)
     return count if isinstance(count, int) else 1
+
+
+# The modules of the dashboard, and their names of the function from a task's name to its colour.
+_COLOURS = (
+    ("distributed.diagnostics.progress_stream", "color_of"),
+    ("distributed.diagnostics.task_stream", "color_of"),
+    ("distributed.dashboard.components.scheduler", "color_of"),
+    ("distributed.dashboard.components.scheduler", "ts_color_of"),
+)
+
+
+def wrap_colours(colour: Callable[[str], str | None]) -> int:
+    """Have the dashboards of this process ask ``colour(name)`` first, and Dask's if that is None.
+
+    Returns how many functions were replaced: those of modules that are loaded.
+    """
+    count = 0
+    for module, name in _COLOURS:
+        stock = getattr(sys.modules.get(module), name, None)
+        if callable(stock) and not hasattr(stock, "taskgrad"):
+            setattr(sys.modules[module], name, _coloured(stock, colour))
+            count += 1
+    return count
+
+
+def _coloured(stock: Callable[..., Any], colour: Callable[[str], str | None]) -> Any:
+    def color_of(x: Any, *args: Any, **kwargs: Any) -> Any:
+        return colour(x) or stock(x, *args, **kwargs)
+
+    color_of.taskgrad = stock  # type: ignore[attr-defined]
+    return color_of
 
 
 def show_in_task_stream(
