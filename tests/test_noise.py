@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 import taskgrad as tg
-from taskgrad.cluster import local
+from taskgrad.cluster import internals, local, task_logs
 
 HEAD = """
 import functools, sys, time, torch, taskgrad as tg
@@ -174,6 +174,10 @@ def function(*args):
     return args
 
 
+def optimizer(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
 def test_a_missing_module_is_one_clear_error(fresh, tmp_path):
     """The worker cannot import this file."""
     client = fresh(n_workers=0)
@@ -193,7 +197,7 @@ def test_a_missing_module_is_one_clear_error(fresh, tmp_path):
                 lambda: tg.map(function, [1, 2]),
                 lambda: list(tg.imap(function, [1, 2])),
                 lambda: tg.Trainer(linear, function, torch.optim.SGD),
-                lambda: tg.Trainer(linear, nn.functional.mse_loss, function),
+                lambda: tg.Trainer(linear, nn.functional.mse_loss, optimizer),
                 lambda: tg.collect(linear(Mine())),
             ):
                 with pytest.raises(tg.TaskgradError, match="No module named 'test_noise'") as found:
@@ -244,3 +248,27 @@ def test_only_broken_pictures_are_an_error_that_names_them(images, tmp_path):
         pytest.raises(SystemExit, match=r"two classes or more[\s\S]*cats/0\.png cannot be read"),
     ):
         images.image_folder(str(tmp_path), 8)
+
+
+def test_a_worker_without_a_parent_does_not_log_that_the_scheduler_is_gone(monkeypatch, caplog):
+    class Parent:
+        alive = True
+
+        def is_alive(self):
+            return self.alive
+
+    parent = Parent()
+    monkeypatch.setattr(task_logs.multiprocessing, "parent_process", lambda: parent)
+    log = logging.getLogger("distributed.worker")
+    before = list(log.filters)
+    try:
+        task_logs.shorten.__wrapped__(lambda: [])
+        log.error("Failed to communicate with scheduler during heartbeat.")
+        log.error("something else")
+        parent.alive = False
+        log.error("Failed to communicate with scheduler during heartbeat.")
+        log.error("something else")
+    finally:
+        for name in internals.WORKER_LOGS:
+            logging.getLogger(name).filters[:] = before if name == log.name else []
+    assert [r.getMessage()[:6] for r in caplog.records] == ["Failed", "someth", "someth"]

@@ -251,6 +251,8 @@ def tasks_wait(worker: Worker) -> bool:
 
 PORT_WARNING = r"Port \d+ is already in use"
 """What Dask's warning begins with if the dashboard cannot have its port."""
+NO_SCHEDULER = "Failed to communicate with scheduler during heartbeat"
+"""What a worker logs if its scheduler does not answer."""
 WORKER_LOGS = ("distributed.worker", "distributed.worker.state_machine")
 """The loggers of workers whose records `ended_task` reads."""
 

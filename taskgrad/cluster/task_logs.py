@@ -1,15 +1,18 @@
-"""Worker: what the log says of a task of ours that failed, or that ran when the worker closed.
+"""Worker: what the log says of tasks of ours that failed, and of a driver that has ended.
 
 Dask logs each failed task as an error of several long lines, with its traceback escaped. The driver
 of a task of ours raises the error itself, in full. And a program that trains is a task that still
 runs when a script ends. So of these one line is left, at level INFO, which the workers of a
 ``LocalCluster`` do not print. What Dask logs of other tasks stays as it is.
+
+A worker whose parent process is gone is about to end. That it misses its scheduler is not logged.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import multiprocessing
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -25,7 +28,11 @@ _MODULES = ("taskgrad.cluster.tasks", "taskgrad.cluster.program_host", "taskgrad
 def shorten(workers: Callable[[], Iterable[Worker]]) -> None:
     """Log what ends tasks of ours in one line; `workers` returns the workers of this process."""
 
+    parent = multiprocessing.parent_process()
+
     def is_kept(record: logging.LogRecord) -> bool:
+        if str(record.msg).startswith(internals.NO_SCHEDULER):
+            return parent is None or parent.is_alive()
         ended = internals.ended_task(record)
         if ended is None or not any(_is_ours(worker, ended.key) for worker in workers()):
             return True
