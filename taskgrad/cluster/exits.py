@@ -30,7 +30,7 @@ _before_clients: dict[Callable[[], Any], int] = {}
 
 
 def close_at_exit(client: Client) -> None:
-    """Close a client when the program ends, and its cluster if Dask would, if they are open then."""
+    """Close a client, and a local cluster that it is of, when the program ends."""
     _register()
     _clients.add(client)
     if getattr(client.cluster, "shutdown_on_close", False):
