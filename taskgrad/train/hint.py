@@ -13,10 +13,13 @@ logger = logging.getLogger("taskgrad")
 
 # The first steps compile, and find free memory; then so many are looked at.
 _SKIPPED, _LOOKED_AT = 3, 10
-# Above these bubbles a hint is given: that of one slow worker, that of too few microbatches.
-_UNBALANCED, _EMPTY = 0.4, 0.5
-# How much more than the schedule's own bubble says that something else makes workers wait.
-_MORE = 0.15
+# A worker has too much if it computes for this share of a step, and does so many times its part.
+_MUCH, _TOO_MUCH = 0.6, 1.5
+# Below this speedup over one worker steps do not pay; below this one per worker, and above with a
+# slow one, they could be faster.
+_SPEEDUP, _EFFICIENCY, _BALANCED = 1.1, 0.5, 0.65
+# Seconds for which a forward or a backward has to compute to be worth its messages.
+_ACTION_S = 1e-3
 _SEE = 'See "When not to use it" in docs/training.md.'
 
 
@@ -26,7 +29,7 @@ def hint(reports: Sequence[Mapping[str, Any]], plan: Plan) -> str | None:
     Parameters
     ----------
     reports
-        ``loss.report`` of some steps with this plan; of these ``seconds``, ``busy`` and ``bubble``.
+        ``loss.report`` of some steps with this plan; of these ``seconds`` and ``busy``.
     plan
         What the steps ran.
 
@@ -34,7 +37,7 @@ def hint(reports: Sequence[Mapping[str, Any]], plan: Plan) -> str | None:
     --------
     >>> from taskgrad.plan.plan import PlannedWorker
     >>> workers = PlannedWorker("tcp://a", "cpu"), PlannedWorker("tcp://b", "cpu")
-    >>> report = {"seconds": 0.084, "busy": {"tcp://a": 0.002, "tcp://b": 0.001}, "bubble": 0.96}
+    >>> report = {"seconds": 0.084, "busy": {"tcp://a": 0.002, "tcp://b": 0.001}}
     >>> print(hint([report], Plan("Sequential", (), workers, "1f1b", 4)).partition(":")[0])
     The 2 workers computed for 0.003 s together in a step that took 0.084 s
     """
@@ -44,31 +47,37 @@ def hint(reports: Sequence[Mapping[str, Any]], plan: Plan) -> str | None:
     if count < 2 or not on_cpu or not reports:
         return None
     seconds = median(report["seconds"] for report in reports)
-    bubble = median(report["bubble"] for report in reports)
     busy = {w: median(report["busy"].get(w.address, 0.0) for report in reports) for w in workers}
     work, slowest = sum(busy.values()), max(workers, key=lambda worker: busy[worker])
-    of_schedule = (count - 1) / (microbatches + count - 1)
-    few = (
-        f"Workers had nothing to do in {bubble:.0%} of a step: {microbatches} "
-        f"microbatch{'es are' if microbatches > 1 else ' is'} few for {count} workers. Twice to "
-        f"four times as many as workers are a good start. {_SEE}"
+    if not work or not seconds:
+        return None
+    speedup = work / seconds  # over one worker, which would compute all of it
+    efficiency = f"The {count} workers computed in {speedup / count:.0%} of a step's time"
+    if speedup < _BALANCED * count and busy[slowest] > max(
+        _MUCH * seconds, _TOO_MUCH / count * work
+    ):
+        return (
+            f"{efficiency}, as worker {slowest.named} did {busy[slowest] / work:.0%} of its work: "
+            f"give that one fewer layers with placement=. {_SEE}"
+        )
+    good = 2 * count
+    worth_it = work / count / (2 * good) >= _ACTION_S  # with so many microbatches
+    if worth_it and (
+        (microbatches < count and speedup < _SPEEDUP)
+        or (microbatches < good and speedup < _EFFICIENCY * count)
+    ):
+        return (
+            f"{efficiency}, as {microbatches} microbatch{'es are' if microbatches > 1 else ' is'} "
+            f"few for them: twice to four times as many as workers are a good start. {_SEE}"
+        )
+    if speedup >= 1:
+        return None
+    fewer = f"fewer microbatches than {microbatches}, " if microbatches > 1 else ""
+    return (
+        f"The {count} workers computed for {work:.2g} s together in a step that took {seconds:.2g} "
+        f"s: one worker alone would be as fast. Take larger batches, {fewer}or fewer workers if "
+        f"the model fits on them. {_SEE}"
     )
-    if bubble > _UNBALANCED and busy[slowest] > max(0.6 * seconds, 1.5 / count * work):
-        return (
-            f"Worker {slowest.named} did {busy[slowest] / work:.0%} of the work of a step, and "
-            f"workers had nothing to do in {bubble:.0%} of it: give that one fewer layers with "
-            f"placement=. {_SEE}"
-        )
-    if work < seconds:
-        if microbatches < count and bubble < of_schedule + _MORE:
-            return few
-        fewer = f"fewer microbatches than {microbatches}, " if microbatches > 1 else ""
-        return (
-            f"The {count} workers computed for {work:.2g} s together in a step that took "
-            f"{seconds:.2g} s: one worker alone would be as fast. Take larger batches, {fewer}or "
-            f"fewer workers if the model fits on them. {_SEE}"
-        )
-    return few if bubble > _EMPTY and microbatches < 2 * count else None
 
 
 class Hints:

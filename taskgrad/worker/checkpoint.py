@@ -28,7 +28,6 @@ from taskgrad.worker.shard import ResidentShard
 from taskgrad.worker.store import Store
 from taskgrad.worker.training import training_of
 from taskgrad.worker.training_state import Scaler
-from taskgrad.worker_names import WorkerName
 
 EXTRA = "_extra_state"  # as torch names it in a state_dict
 
