@@ -324,7 +324,7 @@ def test_the_dashboard_asks_for_the_colours_of_layers(client):
         def record(name):
             about = {"worker": "w", "thread": 1, "status": "OK", "nbytes": 0, "type": b""}
             times = {"action": "compute", "start": 1.0, "stop": 2.0}
-            return {"key": f"{name}-{'a' * 32}", "startstops": (times,), **about}
+            return {"key": f"{name}-{'0' * 32}", "startstops": (times,), **about}
 
         names = ["forward:x0", "backward:x0", "weights:x0", "forward:x1", "update:x0", "train"]
         shown = task_stream.rectangles([record(name) for name in names])["color"]

@@ -253,6 +253,8 @@ PORT_WARNING = r"Port \d+ is already in use"
 """What Dask's warning begins with if the dashboard cannot have its port."""
 NO_SCHEDULER = "Failed to communicate with scheduler during heartbeat"
 """What a worker logs if its scheduler does not answer."""
+REMOVED = "Scheduler was unaware of this worker; shutting down."
+"""What a worker logs if it asks after it was removed: often when a cluster closes."""
 WORKER_LOGS = ("distributed.worker", "distributed.worker.state_machine")
 """The loggers of workers whose records `ended_task` reads."""
 

@@ -5,7 +5,9 @@ of a task of ours raises the error itself, in full. And a program that trains is
 runs when a script ends. So of these one line is left, at level INFO, which the workers of a
 ``LocalCluster`` do not print. What Dask logs of other tasks stays as it is.
 
-A worker whose parent process is gone is about to end. That it misses its scheduler is not logged.
+A worker whose parent process is gone is about to end: that it misses its scheduler is not logged.
+That the scheduler has removed it, as it does when a cluster closes, is at level INFO, too; if it was
+for another reason, the scheduler's log has that.
 """
 
 from __future__ import annotations
@@ -34,10 +36,11 @@ def shorten(workers: Callable[[], Iterable[Worker]]) -> None:
         if str(record.msg).startswith(internals.NO_SCHEDULER):
             return parent is None or parent.is_alive()
         ended = internals.ended_task(record)
-        if ended is None or not any(_is_ours(worker, ended.key) for worker in workers()):
+        if ended is not None and any(_is_ours(worker, ended.key) for worker in workers()):
+            record.msg, record.args = "%s ended without a result: %s", ended
+        elif record.msg != internals.REMOVED:
             return True
         record.levelno, record.levelname = logging.INFO, logging.getLevelName(logging.INFO)
-        record.msg, record.args = "%s ended without a result: %s", ended
         return logging.getLogger(record.name).isEnabledFor(logging.INFO)
 
     for name in internals.WORKER_LOGS:
