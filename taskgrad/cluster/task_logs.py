@@ -6,8 +6,8 @@ runs when a script ends. So of these one line is left, at level INFO, which the 
 ``LocalCluster`` do not print. What Dask logs of other tasks stays as it is.
 
 A worker whose parent process is gone is about to end: that it misses its scheduler is not logged.
-That the scheduler has removed it, as it does when a cluster closes, is at level INFO, too; if it was
-for another reason, the scheduler's log has that.
+That the scheduler has removed it, as it does when a cluster closes, is at level INFO, too; if there
+was another reason, the scheduler's log has that.
 """
 
 from __future__ import annotations
