@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,33 +51,45 @@ def digits() -> Images:
 
 
 def image_folder(folder: str, size: int) -> Images:
-    """A folder with one subfolder a class, resized to `size` by `size`, RGB, all in memory."""
+    """A folder with one subfolder a class, resized to `size` by `size`, RGB, all in memory.
+
+    A file that is no image is left out with a warning.
+    """
     root = Path(folder)
     if not root.is_dir():
         raise SystemExit(f"{folder} is not a folder")
-    files: list[Path] = []
+    images: list[torch.Tensor] = []
     labels: list[int] = []
     names: list[str] = []
+    broken: list[str] = []
     for inner in sorted(p for p in root.iterdir() if p.is_dir()):
-        found = sorted(p for p in inner.rglob("*") if p.suffix.lower() in ENDINGS)
+        found = []
+        for file in sorted(p for p in inner.rglob("*") if p.suffix.lower() in ENDINGS):
+            try:
+                found.append(_read(file, size))
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                broken.append(f"{file} cannot be read as an image ({error})")
+                warnings.warn(f"{broken[-1]}: it is left out", stacklevel=2)
         if len(found) == 1:
             raise SystemExit(
                 f"{inner} has one image only: a class needs one to train and one to test"
             )
         if found:
-            files += found
+            images += found
             labels += [len(names)] * len(found)
             names.append(inner.name)
     if len(names) < 2:
         raise SystemExit(
             f"{folder} must hold one subfolder of images for each of two classes or more"
+            + "".join(f"\n{problem}" for problem in broken)
         )
-    x = torch.empty(len(files), 3, size, size)
-    for i, file in enumerate(files):
-        with Image.open(file) as image:
-            pixels = np.asarray(image.convert("RGB").resize((size, size)), dtype=np.float32)
-        x[i] = torch.from_numpy(pixels).permute(2, 0, 1) / 255
-    return _split(x, torch.tensor(labels), names)
+    return _split(torch.stack(images), torch.tensor(labels), names)
+
+
+def _read(file: Path, size: int) -> torch.Tensor:
+    with Image.open(file) as image:
+        pixels = np.asarray(image.convert("RGB").resize((size, size)), dtype=np.float32)
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 255
 
 
 def _split(x: torch.Tensor, t: torch.Tensor, names: list[str]) -> Images:

@@ -13,7 +13,8 @@ from torch import nn
 from taskgrad.arguments import flag, whole
 from taskgrad.cluster.session import session
 from taskgrad.display.graph import call_graph, html
-from taskgrad.display.table import MemoryRow, PlacementRow, Table
+from taskgrad.display.placement import placement_table
+from taskgrad.display.table import MemoryRow, Table
 from taskgrad.executors.between_steps import between_steps
 from taskgrad.executors.placing import Placement, check_device, place
 from taskgrad.formats.weights import check_state, find_weights
@@ -118,8 +119,8 @@ class GraphChain(Lazy):
         refuse_module_hooks(title)
         taken = reached(flat)
         owner = session(client)
-        workers, starts = place(flat, taken, placement, stages_per_worker, owner)
-        self.layout = Layout(title, flat, workers, owner, starts)
+        placed = place(flat, taken, placement, stages_per_worker, owner)
+        self.layout = Layout(title, flat, placed.workers, owner, placed.starts)
         """The layers' placement, and the means to run something there; for taskgrad itself."""
         self._skeleton = flat.skeleton
         # A layer that occurs twice in the model, by its first occurrence.
@@ -130,19 +131,8 @@ class GraphChain(Lazy):
             kinds = {info.device.type for info in flat.tensors.values()} - {"cpu", "meta"}
             device = next(iter(kinds), None)
         devices = self.layout.deploy(flat, device, init_plans, seed)
-        sizes: dict[str, tuple[int, int]] = {}
-        for info in flat.tensors.values():
-            count, size = sizes.get(info.layer, (0, 0))
-            elements = 0 if info.is_buffer else info.nbytes // max(1, info.dtype.itemsize)
-            sizes[info.layer] = (count + elements, size + info.nbytes)
-        self.placement = Table(
-            PlacementRow,
-            [
-                PlacementRow(layer.name, layer.kind, w, devices[w], *sizes.get(layer.name, (0, 0)))
-                for layer, w in zip(flat.layers, workers, strict=True)
-            ],
-        )
-        """The worker of each layer: rows that print as a table."""
+        self.placement = placement_table(flat, placed.workers, devices, owner.names, placed.costs)
+        """The worker of each layer, and what the layer takes: rows that print as a table."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Thunk:
         """A thunk of the model's output; nothing runs.
@@ -187,9 +177,13 @@ class GraphChain(Lazy):
         and tapes (what forwards keep for their backwards). Memory that several share counts once.
         """
         held = self.layout.results(self.layout.tasks(shard_ops.memory))
+        names, workers = self.layout.session.names, [s.worker for s in self.layout.shards]
         return Table(
             MemoryRow,
-            [MemoryRow(s.worker, **h) for s, h in zip(self.layout.shards, held, strict=True)],
+            [
+                MemoryRow(worker, **found, worker_name=names.get(worker))
+                for worker, found in zip(workers, held, strict=True)
+            ],
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -287,4 +281,5 @@ class GraphChain(Lazy):
     def _repr_html_(self) -> str:
         with torch.no_grad():
             graph = call_graph([self(None)._node])
-        return html(repr(self), graph, self.placement._repr_html_())
+        names = self.layout.session.names
+        return html(repr(self), graph, names, self.placement._repr_html_())

@@ -15,16 +15,17 @@ from typing import Any
 from taskgrad.errors import LayerError, TravelError
 from taskgrad.graph.layers import kind_of
 from taskgrad.remote_errors import is_portable, message_of, text_of
+from taskgrad.worker_names import WorkerName
 
 
 def item_error(
-    error: BaseException, index: int, fn: Callable[..., Any], worker: str, frames: str = ""
+    error: BaseException, index: int, fn: Callable[..., Any], worker: WorkerName, frames: str = ""
 ) -> Exception:
     """The exception that a map of `fn` raises when the item at place `index` raised `error`.
 
-    `worker` is the address of the worker that ran it, or another name for where it ran; `frames`
-    its traceback there, from `own_frames`. To be called on the driver, as some exceptions lose
-    their notes when they are pickled.
+    `worker` names the worker that ran it, or where else it ran; `frames` is its traceback there,
+    from `own_frames`. To be called on the driver, as some exceptions lose their notes when they are
+    pickled.
     """
     what = f"item {index} of the map of {kind_of(fn)!r}"
     ends_iteration = isinstance(error, StopIteration | StopAsyncIteration)
@@ -35,7 +36,7 @@ def item_error(
             f"does not end {ended}: it is an error of this call."
             + (f" Its traceback there:\n{frames}" if frames else ""),
             what,
-            worker,
+            worker.address,
             error,
         )
     error.add_note(f"This is {what}, on worker {worker}.")

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import pickle
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cloudpickle
@@ -33,6 +35,7 @@ _MOST_BYTES = 1 << 20
 _MOST_ERRORS = 50
 _MOST_NOTES = 50
 _FIRST_FRAMES, _LAST_FRAMES = 10, 40
+_HERE = str(Path(__file__).parent) + os.sep
 # The attribute in which an unpickled exception keeps the others until it is joined to them.
 _UNPACKING = "_taskgrad_unpacking"
 
@@ -142,7 +145,7 @@ class _Packing:
             text_of(error),
             is_whole,
             tuple(_notes(error)),
-            tuple(_frames(error)),
+            tuple(_sent_frames(error)),
             self.number(error.__cause__),
             self.number(error.__context__),
             error.__suppress_context__,
@@ -292,6 +295,12 @@ def _frames(error: BaseException) -> list[_Frame]:
     if left_out > 0:
         found[_FIRST_FRAMES:-_LAST_FRAMES] = []
     return found
+
+
+def _sent_frames(error: BaseException) -> list[_Frame]:
+    """The frames to send. Those of taskgrad itself say nothing more than the text of its errors."""
+    frames = _frames(error)
+    return [f for f in frames if not (isinstance(error, TaskgradError) and f[0].startswith(_HERE))]
 
 
 def _first_of(data: bytes) -> BaseException:

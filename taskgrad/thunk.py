@@ -142,7 +142,8 @@ class Thunk(Delayed):
     def _repr_html_(self) -> str:
         owner = self._session or current_session()
         placed = None if owner is None else executor_of(owner).worker_of
-        return html(repr(self), call_graph([self._node], placed))
+        names = {} if owner is None else owner.names
+        return html(repr(self), call_graph([self._node], placed), names)
 
     def __reduce__(self) -> Any:
         raise TypeError(

@@ -52,9 +52,9 @@ def test_a_worker_without_a_package_is_named_at_once(fresh, tmp_path, packages):
             with pytest.raises(tg.ClusterMismatchError, match="Install the same") as failed:
                 use()
             for package in set(packages) - {"numpy"}:  # it comes with torch
-                found = rf"{package}: client .*, worker {address} has none"
+                found = rf"{package}: client .*, worker bare \({address}\) has none"
                 assert re.search(found, str(failed.value))
-            assert f"taskgrad cannot be imported by worker {address}" in str(failed.value)
+            assert f"taskgrad cannot be imported by worker bare ({address})" in str(failed.value)
     finally:
         worker.kill()
         worker.wait(30)
@@ -97,7 +97,7 @@ def test_workers_whose_torch_threads_differ_are_listed_once(fresh, tmp_path, cap
             assert tg.collect(chain(torch.ones(1, 2))).shape == (1, 2)
     [warning] = warnings(caplog)
     rows = warning.splitlines()[1:-1]
-    assert rows == [f"  client: {torch.get_num_threads()}", f"  {first}: 1", f"  {second}: 2"]
+    assert rows == [f"  client: {torch.get_num_threads()}", f"  0 ({first}): 1", f"  {second}: 2"]
     assert "OMP_NUM_THREADS" in warning.splitlines()[-1]
 
 

@@ -253,7 +253,9 @@ def test_versions_that_differ(client, monkeypatch, package, version, shown):
         return found
 
     monkeypatch.setattr(client, "get_versions", get_versions)
-    with pytest.raises(tg.ClusterMismatchError, match=f"{package}: client .* worker tcp.*{shown}"):
+    with pytest.raises(
+        tg.ClusterMismatchError, match=rf"{package}: client .* worker \d \(tcp.*{shown}"
+    ):
         sessions.Session(client)
 
 

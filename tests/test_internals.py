@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import distributed
 import pytest
+import torch
 from distributed import Client, LocalCluster, Scheduler
 from distributed.batched import BatchedSend
 
+import taskgrad as tg
 from conftest import about_workers, wait_until
-from taskgrad.cluster import client_calls, internals
+from taskgrad.cluster import client_calls, internals, task_colours
 
 
 @pytest.fixture(scope="module")
@@ -312,3 +314,32 @@ def test_a_client_can_be_told_by_the_scheduler_and_tell_it(plain):
     plain.run(on_worker, plain.id)
     assert wait_until(lambda: sorted(got) == ["client", "worker"])
     assert not internals.add_client_handler(SimpleNamespace(), "test-letter", print)
+
+
+def test_the_dashboard_asks_for_the_colours_of_layers(client):
+    def colours(dask_scheduler):
+        from distributed.diagnostics import progress_stream, task_stream
+        from distributed.utils import color_of
+
+        def record(name):
+            about = {"worker": "w", "thread": 1, "status": "OK", "nbytes": 0, "type": b""}
+            times = {"action": "compute", "start": 1.0, "stop": 2.0}
+            return {"key": f"{name}-{'0' * 32}", "startstops": (times,), **about}
+
+        names = ["forward:x0", "backward:x0", "weights:x0", "forward:x1", "update:x0", "train"]
+        shown = task_stream.rectangles([record(name) for name in names])["color"]
+        bars = list(map(progress_stream.color_of, names))
+        return shown, bars, list(map(color_of, names))
+
+    tg.collect(tg.spawn(abs, torch.ones(1)))  # taskgrad is on this scheduler
+    shown, bars, stock = client.run_on_scheduler(colours)
+    assert shown == bars
+    light, dark, middle = shown[:3]
+    assert shown[4:] == stock[4:]
+    assert any((light, middle, dark) == hue for hue in task_colours._HUES)
+    assert shown[3] in {hue[0] for hue in task_colours._HUES} - {light}
+
+
+def test_colours_are_of_modules_that_are_loaded(monkeypatch):
+    monkeypatch.setattr(internals, "_COLOURS", (("no.such.module", "color_of"),))
+    assert internals.wrap_colours(lambda name: None) == 0

@@ -107,7 +107,7 @@ def test_what_trains_ends_its_process(fresh, last, loss, optimizer, task):
     chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 1), last), client=client, placement=[0, 1])
     trainer = tg.Trainer(chain, loss, optimizer, microbatches=2)
     x, y = torch.ones(4, 2), torch.zeros(4, 1)
-    lost(lambda: trainer.step(x, y).item(), f"worker [01] at tcp://.* is gone.*{task}")
+    lost(lambda: trainer.step(x, y).item(), rf"worker [01] \(tcp://.* is gone.*{task}")
     with pytest.raises(tg.TaskgradError, match="lost part of its model"):
         trainer.step(x, y)
 
@@ -120,7 +120,7 @@ def test_functions_that_end_every_process_they_run_in(fresh):
 
     with client.as_current():
         usual = client.run_on_scheduler(allow_failures, 0)
-        lost(lambda: tg.collect(tg.spawn(ends, 1)), "'forward:ends'.*1 worker.*worker [01] at tcp")
+        lost(lambda: tg.collect(tg.spawn(ends, 1)), r"'forward:ends'.*1 worker.*worker [01] \(tcp")
         lost(lambda: tg.map(ends, range(4)), r"items [02] to [13] of the map of 'ends'")
         # Chunks of one item: the scheduler fails all that a lost worker had, in any order.
         lost(lambda: list(tg.imap(ends, range(4))), r"items ([0-3]) to \1 of the map of 'ends'")

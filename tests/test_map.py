@@ -832,7 +832,7 @@ def test_the_first_failing_items_own_exception(client, over, chunksize):
     assert str(raised.value) == "mine"
     note = raised.value.__notes__[0]
     assert "item 5 of the map of 'fn'" in note
-    assert "worker none" in note if over == "threads" else "worker tcp://" in note
+    assert "worker none" in note if over == "threads" else "(tcp://" in note
     assert wait_until(lambda: not any(total_held(client).values()))
 
 

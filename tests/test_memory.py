@@ -24,6 +24,7 @@ from taskgrad.worker.shard import ResidentShard
 from taskgrad.worker.shard_lock import exclusive
 from taskgrad.worker.store import Store
 from taskgrad.worker.tape import Tape
+from taskgrad.worker_names import WorkerName
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")
@@ -123,7 +124,7 @@ class Look(torch.autograd.Function):
 @pytest.mark.parametrize("retain", [False, True])
 def test_nobody_looks_at_a_tape_while_its_backward_runs(retain):
     """Autograd frees it meanwhile, without Python's lock: who looks takes the worker down."""
-    store, seen = Store("here", "."), []
+    store, seen = Store(WorkerName("here"), "."), []
     x = torch.randn(8, 16, requires_grad=True)
     leaves, structure = flatten(
         Look.apply(x.tanh(), lambda: seen.append(total_bytes(before))).sum()

@@ -116,6 +116,7 @@ def test_placement_table(client):
     assert (table[0].parameters, table[0].bytes, table[0].device) == (9, 36, "cpu")
     assert (table[1].parameters, table[1].bytes) == (6, 6 * 4 + 2 * 3 * 4 + 8)
     text = repr(table).splitlines()
-    assert text[0].split() == ["layer", "kind", "worker", "device", "parameters", "bytes"]
-    assert len({len(line) for line in text}) == 1
+    columns = ["layer", "kind", "worker", "device", "parameters", "bytes", "activations", "share"]
+    assert text[0].split() == columns
+    assert len({len(line) for line in text[:-1]}) == 1
     assert "<table>" in table._repr_html_()

@@ -59,9 +59,9 @@ def test_a_plan_prints_what_runs_where():
     plan = planned(Pipeline((0, 1, 0), ((), (0,), (0, 1))), "gpipe", 1)
     assert str(plan).splitlines() == [
         "Plan of Net: 3 stages on 2 workers, 1 microbatches, gpipe",
-        "stage 0: layers s0, on tcp://w0 (cpu), of the batch",
-        "stage 1: layers s1, on tcp://w1 (cpu), of stage 0",
-        "stage 2: layers s2, on tcp://w0 (cpu), of stage 0, stage 1",
+        "stage 0: layers s0, on tcp://w0, cpu, of the batch",
+        "stage 1: layers s1, on tcp://w1, cpu, of stage 0",
+        "stage 2: layers s2, on tcp://w0, cpu, of stage 0, stage 1",
         "tcp://w0: F0.0 F2.0 BW2.0 BW0.0 U",
         "tcp://w1: F1.0 BW1.0 U",
     ]

@@ -136,7 +136,7 @@ def test_a_rank_that_does_not_come_in_time(client):
     with dask.config.set({"taskgrad.collective-deadline": "500ms"}):
         error = failure(f, client, X[:2], tg.CollectiveError)
     assert "rank 0 of f" in str(error)
-    assert "has waited 0.5 s for rank 1 on worker tcp://" in str(error)
+    assert "has waited 0.5 s for rank 1 on worker 1 (tcp://" in str(error)
     assert "taskgrad.collective-deadline" in str(error)
 
 
@@ -151,7 +151,7 @@ def test_a_worker_that_is_killed_in_a_collective(fresh, tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
         return tg.psum(x, "i")
 
-    with pytest.raises(tg.WorkerLostError, match="rank 1 of f is gone with worker tcp://"):
+    with pytest.raises(tg.WorkerLostError, match=r"rank 1 of f is gone with worker 1 \(tcp://"):
         tg.pmap(f, "i", client=client)(X[:2])
     assert wait_until(lambda: len(client.nthreads()) == 2, 30)
     assert wait_until(lambda: empty(client))

@@ -590,5 +590,5 @@ def test_a_default_device_that_a_worker_does_not_have_is_named(client):
     settings = TorchSettings(device="cuda:1")
     made = tg.spawn(torch.relu, X)
     made._node.settings = settings
-    with pytest.raises(tg.TaskgradError, match=r"is cuda:1, and worker tcp\S+ has none"):
+    with pytest.raises(tg.TaskgradError, match=r"is cuda:1, and worker \d \(tcp\S+\) has none"):
         tg.collect(made)

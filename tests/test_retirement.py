@@ -51,7 +51,7 @@ def test_a_worker_that_holds_layers_stays_and_the_chain_goes_on(fresh):
     assert sorted(e["worker"] for e in told(client)) == sorted([first, first, second])
     assert all(e == {**event, "worker": e["worker"]} for e in told(client))
     logs = [line for _, line in client.get_scheduler_logs()]
-    assert any(f"worker {first} is not retired" in line for line in logs), logs
+    assert any(f"worker 0 ({first}) is not retired" in line for line in logs), logs
 
     del y, back, ours
     del chain

@@ -36,6 +36,7 @@ from taskgrad.worker.shard import ResidentShard
 from taskgrad.worker.split_backward import WeightUses, splitting
 from taskgrad.worker.store import Store
 from taskgrad.worker.training_state import Training
+from taskgrad.worker_names import WorkerName
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)
@@ -236,7 +237,7 @@ def actions(module: nn.Module):
     names = frozenset(parameters)
     shard = ResidentShard({0: module}, parameters, torch.device("cpu"), trainable=names)
     shard.training = Training(list(names))
-    store = Store("here", "")
+    store = Store(WorkerName("here"), "")
     store.put("shard", shard)
     step, draw = ((0, "layer", "Module"),), Draw(0, 0, 0)
     context = StepContext(draw, split=True)

@@ -15,6 +15,7 @@ from taskgrad.worker.shard import ResidentShard
 from taskgrad.worker.store import Store
 from taskgrad.worker.training_state import Training
 from taskgrad.worker.undo import ReusedCopies, Undo
+from taskgrad.worker_names import WorkerName
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -65,7 +66,7 @@ def test_a_step_can_be_taken_back_when_the_next_one_has_begun(tmp_path, files):
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(600, 600), nn.BatchNorm1d(600))  # large enough for a file
     parameters = dict(layer.named_parameters())
-    store = Store("tcp://somewhere", str(tmp_path))
+    store = Store(WorkerName("tcp://somewhere"), str(tmp_path))
     shard = ResidentShard({0: layer}, parameters, torch.device("cpu"))
     shard.optimizer = SGD(parameters.values())
     shard.training = Training(list(parameters))

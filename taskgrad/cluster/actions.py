@@ -15,7 +15,7 @@ from taskgrad.worker.store import Store
 
 def run_on(store: Store, action: Any, settings: TorchSettings | None, inputs: list[Any]) -> Any:
     """The action's result, which can be sent to another worker; TravelError if it cannot."""
-    with nullcontext() if settings is None else applied(settings, store.address, give_thread_back):
+    with nullcontext() if settings is None else applied(settings, store.worker, give_thread_back):
         result = action.run(store, *inputs)
     check_picklable(result)
     return result

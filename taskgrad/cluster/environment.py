@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -18,14 +18,17 @@ from distributed import Client
 
 from taskgrad.cluster import client_calls, tasks
 from taskgrad.errors import ClusterMismatchError
+from taskgrad.worker_names import WorkerName
 
 logger = logging.getLogger("taskgrad")
 
 _PACKAGES = ("taskgrad", "torch", "dask", "distributed", "python")
 
 
-def check(client: Client) -> dict[str, int]:
+def check(client: Client, named: Callable[[str], WorkerName]) -> dict[str, int]:
     """Compare versions; returns the number of torch threads on each worker.
+
+    `named` has the worker of an address, as it is printed.
 
     The scheduler's threads do not matter: it runs no torch. ClusterMismatchError, which lists what
     and where, if versions differ or taskgrad cannot be imported somewhere.
@@ -47,8 +50,8 @@ def check(client: Client) -> dict[str, int]:
     versions, on_scheduler, threads = client_calls.call_with_deadline(
         client, questions, "which versions they run"
     )
-    answers = {"scheduler": on_scheduler, **{f"worker {a}": v for a, v in threads.items()}}
-    problems = _different_versions(versions)
+    answers = {"scheduler": on_scheduler, **{f"worker {named(a)}": v for a, v in threads.items()}}
+    problems = _different_versions(versions, named)
     for place, found in answers.items():  # taskgrad, or what it needs, is missing or broken there
         if isinstance(found, BaseException):
             problems.append(f"  taskgrad cannot be imported by {place}: {found}")
@@ -62,10 +65,10 @@ def check(client: Client) -> dict[str, int]:
     return threads
 
 
-def _different_versions(versions: Any) -> list[str]:
+def _different_versions(versions: Any, named: Callable[[str], WorkerName]) -> list[str]:
     here = {**versions["client"]["packages"], "taskgrad": version("taskgrad")}
     places = {"scheduler": versions["scheduler"]}
-    places |= {f"worker {address}": v for address, v in versions["workers"].items()}
+    places |= {f"worker {named(address)}": v for address, v in versions["workers"].items()}
     problems = []
     for package in _PACKAGES:
         ours = _comparable(package, here.get(package))
@@ -90,7 +93,8 @@ def _comparable(package: str, version: str | None) -> str | None:
 class Threads:
     """The number of torch threads on each worker seen so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, named: Callable[[str], WorkerName]) -> None:
+        self._named = named
         self._counts: dict[str, int] = {}
         self._warned = False
 
@@ -109,6 +113,8 @@ class Threads:
     def _table(self) -> str:
         rows = [f"  client: {torch.get_num_threads()}"]
         for count in sorted(set(self._counts.values())):
-            who = ", ".join(a for a, theirs in self._counts.items() if theirs == count)
+            who = ", ".join(
+                str(self._named(a)) for a, theirs in self._counts.items() if theirs == count
+            )
             rows.append(f"  {who}: {count}")
         return "\n".join(rows)

@@ -1,7 +1,9 @@
 """Driver: close clients when Python exits, while threads and connections can still be started.
 
 Dask's own exit handlers run later, and close clusters before their clients, as if all workers had
-been lost. A program that does not close its client would end with errors in its log.
+been lost. A program that does not close its client would end with errors in its log. Local clusters
+are closed here, too, as Dask would when it can no longer start threads. What Dask logs from then on
+is about that end alone, and is not printed.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import logging
 import os
 import threading
 import weakref
@@ -21,14 +24,17 @@ from distributed import Client
 _LOOP_THREADS = ("asyncio_", "Dask-Offload")
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
+_clusters: weakref.WeakSet[Any] = weakref.WeakSet()
 _before_clients: dict[Callable[[], Any], int] = {}
 """Functions to call before clients are closed, with the ids of the processes that added them."""
 
 
 def close_at_exit(client: Client) -> None:
-    """Close a client when the program ends, if it is open then."""
+    """Close a client, and a local cluster that it is of, when the program ends."""
     _register()
     _clients.add(client)
+    if getattr(client.cluster, "shutdown_on_close", False):
+        _clusters.add(client.cluster)
 
 
 def at_exit(close: Callable[[], Any]) -> None:
@@ -61,6 +67,8 @@ def _early(process: int) -> None:
 
 def _close_all(process: int) -> None:
     """Close what this process, not one it was forked from, has opened."""
+    if process == os.getpid() and (_clients or _clusters):
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)
     for close, its in list(_before_clients.items()):
         not_at_exit(close)
         if its == os.getpid():
@@ -69,3 +77,6 @@ def _close_all(process: int) -> None:
         for client in list(_clients):
             with contextlib.suppress(Exception):  # Python ends, whatever the cluster does
                 client.close()
+        for cluster in list(_clusters):
+            with contextlib.suppress(Exception):
+                cluster.close()

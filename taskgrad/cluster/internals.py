@@ -6,13 +6,17 @@ only slower. ``tests/test_internals.py`` fails when a new version of Dask change
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import functools
 import inspect
+import logging
+import re
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import distributed.client
 import distributed.worker
@@ -187,6 +191,37 @@ def threads(worker: Worker) -> int:
     return count if isinstance(count, int) else 1
 
 
+# The modules of the dashboard, and their names of the function from a task's name to its colour.
+_COLOURS = (
+    ("distributed.diagnostics.progress_stream", "color_of"),
+    ("distributed.diagnostics.task_stream", "color_of"),
+    ("distributed.dashboard.components.scheduler", "color_of"),
+    ("distributed.dashboard.components.scheduler", "ts_color_of"),
+)
+
+
+def wrap_colours(colour: Callable[[str], str | None]) -> int:
+    """Have the dashboards of this process ask ``colour(name)`` first, and Dask's if that is None.
+
+    Returns how many functions were replaced: those of modules that are loaded.
+    """
+    count = 0
+    for module, name in _COLOURS:
+        stock = getattr(sys.modules.get(module), name, None)
+        if callable(stock) and not hasattr(stock, "taskgrad"):
+            setattr(sys.modules[module], name, _coloured(stock, colour))
+            count += 1
+    return count
+
+
+def _coloured(stock: Callable[..., Any], colour: Callable[[str], str | None]) -> Any:
+    def color_of(x: Any, *args: Any, **kwargs: Any) -> Any:
+        return colour(x) or stock(x, *args, **kwargs)
+
+    color_of.taskgrad = stock  # type: ignore[attr-defined]
+    return color_of
+
+
 def show_in_task_stream(
     scheduler: Scheduler, worker: str, thread: int, rows: Sequence[tuple[str, str, float, float]]
 ) -> None:
@@ -212,6 +247,48 @@ def show_in_task_stream(
 def tasks_wait(worker: Worker) -> bool:
     """True if tasks wait for one of a worker's threads."""
     return bool(getattr(getattr(worker, "state", None), "ready", ()))
+
+
+PORT_WARNING = r"Port \d+ is already in use"
+"""What Dask's warning begins with if the dashboard cannot have its port."""
+NO_SCHEDULER = "Failed to communicate with scheduler during heartbeat"
+"""What a worker logs if its scheduler does not answer."""
+REMOVED = "Scheduler was unaware of this worker; shutting down."
+"""What a worker logs if it asks after it was removed: often when a cluster closes."""
+WORKER_LOGS = ("distributed.worker", "distributed.worker.state_machine")
+"""The loggers of workers whose records `ended_task` reads."""
+
+_CANCELED = re.compile(
+    r'Async instruction for <Task .*name="execute\((.*)\)".*CancelledError$', re.S
+)
+
+
+class EndedTask(NamedTuple):
+    """What a worker's log says of a task that failed, or that ran when the worker closed."""
+
+    key: Any
+    error: str
+
+
+def ended_task(record: logging.LogRecord) -> EndedTask | None:
+    """The task that a record of `WORKER_LOGS` is about; None if it is about something else."""
+    args = record.args
+    if str(record.msg).startswith("Compute Failed\nKey:"):
+        if not isinstance(args, tuple) or len(args) != 5:
+            return None
+        return EndedTask(args[0], str(args[3]).partition("\n")[0])
+    found = None if args else _CANCELED.match(str(record.msg))
+    if found is None:
+        return None
+    with contextlib.suppress(ValueError, SyntaxError):
+        return EndedTask(ast.literal_eval(found[1]), "the worker closes")
+    return None
+
+
+def function_of(worker: Worker, key: Any) -> Any:
+    """The function that a task on this worker calls; None if there is no such task."""
+    tasks = getattr(getattr(worker, "state", None), "tasks", {})
+    return getattr(getattr(tasks.get(key), "run_spec", None), "func", None)
 
 
 # Every line of a worker's `get_data` that deals with the receiver. It returns when the receiver has

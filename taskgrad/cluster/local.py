@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import inspect
+import logging
 import multiprocessing
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +21,8 @@ from taskgrad.arguments import whole
 from taskgrad.cluster import internals
 from taskgrad.cluster.exits import close_at_exit
 from taskgrad.errors import TaskgradError
+
+logger = logging.getLogger("taskgrad")
 
 _DASHBOARD = 8787
 _LAST_PORT = 65535
@@ -50,7 +54,7 @@ def local_cluster(
         cores have room for.
     **kwargs
         Passed on to ``distributed.LocalCluster`` (``dashboard_address``, ``memory_limit``, ...).
-        The dashboard is at port 8787 if that is free.
+        The dashboard is at port 8787 if that is free, else at another one.
 
     Returns
     -------
@@ -88,14 +92,17 @@ def local_cluster(
         _hide_missing_script()
     os.environ[_STARTED_BY] = str(os.getpid())
     try:
-        # With no address, a Client starts a LocalCluster of its own and closes it with itself.
-        client = Client(n_workers=n_workers, threads_per_worker=threads_per_worker, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", internals.PORT_WARNING)
+            # With no address, a Client starts a LocalCluster of its own and closes it with itself.
+            client = Client(n_workers=n_workers, threads_per_worker=threads_per_worker, **options)
     except Exception as error:
         why = _why(error, ended)
         if why is None:
             raise
         raise TaskgradError(why) from None  # Dask's own error is only a timeout
     close_at_exit(client)
+    _note_port(client, options.get("dashboard_address"))
     return client
 
 
@@ -186,6 +193,16 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def _note_port(client: Client, wanted: Any) -> None:
+    """Say where the dashboard is if the user chose another port for it, which was taken."""
+    port = str(wanted or "").rpartition(":")[2]
+    if not port.isdigit() or not int(port):
+        return
+    link = client.dashboard_link
+    if link and f":{port}/" not in link:
+        logger.warning("port %s is taken, so the dashboard is at %s.", port, link)
 
 
 def _hide_missing_script() -> None:

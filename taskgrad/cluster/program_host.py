@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import pickle
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -44,12 +43,14 @@ from taskgrad.cluster.wire.peers import registry_at
 from taskgrad.cluster.wire.picklable import check_picklable
 from taskgrad.cluster.wire.serialize import dumps_whole
 from taskgrad.errors import WorkerLostError
+from taskgrad.graph import pack
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.worker.failures import exit_error
 from taskgrad.worker.resident import Resident, StepInputs
 from taskgrad.worker.settings import applied
 from taskgrad.worker.step_program import StoredResult
 from taskgrad.worker.store import Store
+from taskgrad.worker_names import WorkerName
 
 PROGRAM = "taskgrad_program"
 """A worker's handler for the connection of a driver."""
@@ -69,8 +70,8 @@ def run_program(name: str) -> int:
     host = None if hosts is None else hosts.named.get(name)
     if host is None:
         raise WorkerLostError(
-            f"worker {worker.address} has no program {name}: it was restarted, or its driver has "
-            "closed the connection"
+            f"worker {WorkerName(worker.address, worker.name)} has no program {name}: it was "
+            "restarted, or its driver has closed the connection"
         )
     return host.resident.run()
 
@@ -199,7 +200,7 @@ class _ProgramHost:
         await self._loop.asyncio_loop.run_in_executor(None, function, *args)
 
     async def _load(self, number: int, program: bytes) -> None:
-        self.resident.load(number, pickle.loads(program))
+        self.resident.load(number, pack.loads_plain(program))
 
     async def _step(self, number: int, program: int, inputs: list[Any], settle: int) -> None:
         if settle >= 0:
@@ -227,7 +228,7 @@ class _ProgramHost:
             if settings is not None and settings is not now and settings != now:
                 self.release()
                 self._applied.enter_context(
-                    applied(settings, self._store.address, self.give_thread_back)
+                    applied(settings, self._store.worker, self.give_thread_back)
                 )
                 self._settings = settings
             result = action.run(self._store, *inputs)
@@ -236,7 +237,7 @@ class _ProgramHost:
         except Exception:
             raise
         except BaseException as error:
-            raise exit_error(error, self._store.address, title_of(action)) from None
+            raise exit_error(error, self._store.worker, title_of(action)) from None
 
     def release(self) -> None:
         """Put torch's settings back: the program waits, and others may need other ones."""

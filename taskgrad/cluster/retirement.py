@@ -25,6 +25,7 @@ from distributed.scheduler import WorkerState
 from taskgrad.cluster import internals
 from taskgrad.errors import TaskgradError
 from taskgrad.worker.store import Store
+from taskgrad.worker_names import WorkerName
 
 # A child of the scheduler's logger: its messages are in the scheduler's log and on the dashboard.
 logger = logging.getLogger("distributed.scheduler.taskgrad")
@@ -161,8 +162,8 @@ class RetirementGuard:
         if internals.is_closing_itself(arguments.get("stimulus_id")):
             self._closing |= kept
             raise TaskgradError(
-                f"worker {', '.join(kept)} holds layers or tapes, which cannot be moved; it stays "
-                "until they are released, and then closes"
+                f"worker {', '.join(map(str, map(self._named, kept)))} holds layers or tapes, "
+                "which cannot be moved; it stays until they are released, and then closes"
             )
         return await retire(list(asked - kept), **arguments)
 
@@ -170,6 +171,10 @@ class RetirementGuard:
         self._logged |= set(addresses)
         if addresses:
             self._scheduler.loop.add_callback(self._log, sorted(addresses))
+
+    def _named(self, address: str) -> WorkerName:
+        worker = self._scheduler.workers.get(address)
+        return WorkerName(address, None if worker is None else worker.name)
 
     async def _log(self, addresses: list[str]) -> None:
         message = {"op": _HELD}
@@ -185,7 +190,7 @@ class RetirementGuard:
                 "once its chains and thunks are released: delete them, or make the chain on other "
                 "workers (placement=...) and load its state_dict there. If the worker must go, "
                 "stop it: what it holds is lost then",
-                address,
+                self._named(address),
                 counts or "a task that is running",
             )
             event = {"action": "taskgrad-not-retired", "worker": address, **held}

@@ -14,7 +14,7 @@ from distributed import Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import TaskState, WorkerState
 
-from taskgrad.cluster import internals
+from taskgrad.cluster import internals, task_colours
 from taskgrad.cluster.config import Settings, merge
 from taskgrad.cluster.retirement import RetirementGuard
 from taskgrad.cluster.tuning import server_settings
@@ -43,6 +43,7 @@ class TaskgradSchedulerPlugin(SchedulerPlugin):
         self._scheduler = scheduler
         self._guard = RetirementGuard(scheduler, _is_ours)
         self._clients: dict[str, Settings] = {}  # of those that use taskgrad, by id
+        task_colours.apply()
         scheduler.handlers[JOIN] = self._join
         scheduler.stream_handlers[RAN] = self._ran
 

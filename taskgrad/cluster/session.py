@@ -22,6 +22,7 @@ from taskgrad.cluster.scheduler_plugin import JOIN, TaskgradSchedulerPlugin
 from taskgrad.cluster.tasks import memory, worker_info
 from taskgrad.cluster.worker_plugin import TaskgradWorkerPlugin
 from taskgrad.errors import PlacementError, TaskgradError
+from taskgrad.worker_names import WorkerName
 
 logger = logging.getLogger("taskgrad")
 
@@ -32,15 +33,10 @@ _ENDING = ("closing", "closed", "failed")
 
 
 @dataclass(frozen=True)
-class WorkerInfo:
+class WorkerInfo(WorkerName):
     """One worker of the cluster."""
 
-    address: str
-    name: Any
     threads: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.name} at {self.address}" if self.name != self.address else self.address
 
 
 class Session:
@@ -51,9 +47,10 @@ class Session:
         self.client = client
         self.names: dict[str, Any] = {}
         """The name of every worker seen so far, by its address at the time."""
-        self._threads = environment.Threads()
+        self._threads = environment.Threads(self.named)
         settings = Settings.from_config()
-        self._threads.add(environment.check(client))
+        self._info()  # for the names in messages
+        self._threads.add(environment.check(client, self.named))
 
         async def load() -> None:
             await client.register_plugin(TaskgradSchedulerPlugin())
@@ -121,9 +118,13 @@ class Session:
                 found.update(map(str, event.get("processing-tasks", ())))
         return found
 
+    def named(self, address: str) -> WorkerName:
+        """The worker of this address, which prints with its name."""
+        return WorkerName(address, self.names.get(address))
+
     def describe(self, address: str) -> str:
         """A worker's name and address, for messages."""
-        return f"worker {WorkerInfo(address, self.names.get(address, address))}"
+        return f"worker {self.named(address)}"
 
     def known(self) -> list[WorkerInfo]:
         """The current workers, in no order; perhaps none."""

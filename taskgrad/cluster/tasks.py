@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,6 +12,7 @@ from taskgrad.cluster import internals
 from taskgrad.cluster.actions import run_on, title_of
 from taskgrad.cluster.tuning import malloc
 from taskgrad.cluster.worker_plugin import store_of
+from taskgrad.graph import pack
 from taskgrad.remote_errors import RemoteError
 from taskgrad.worker.failures import exit_error
 from taskgrad.worker.store import Store
@@ -38,7 +38,7 @@ def contained(what: str, run: Callable[..., T], *args: Any) -> T:
     except Exception as error:
         failed = RemoteError(error)
     except BaseException as error:
-        failed = RemoteError(exit_error(error, get_worker().address, what))
+        failed = RemoteError(exit_error(error, _store().worker, what))
     raise failed  # outside of except: a context's frames would keep tensors alive
 
 
@@ -50,7 +50,9 @@ def run_action(payload: bytes, *values: Any) -> Any:
     task only depends on. The payload is pickled before Dask pickles the graph, so that the
     scheduler does not unpickle it.
     """
-    action, settings, total, literals = contained("the unpickling of a call", pickle.loads, payload)
+    action, settings, total, literals = contained(
+        "the unpickling of a call", pack.loads_plain, payload
+    )
     given = iter(values)
     inputs = [literals[i] if i in literals else next(given) for i in range(total)]
     return contained(title_of(action), run_on, _store(), action, settings, inputs)

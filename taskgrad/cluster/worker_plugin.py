@@ -10,7 +10,7 @@ from typing import Any
 from distributed import Worker
 from distributed.diagnostics.plugin import WorkerPlugin
 
-from taskgrad.cluster import internals
+from taskgrad.cluster import internals, task_logs
 from taskgrad.cluster.config import Settings
 from taskgrad.cluster.messages.rank_comms import DaskTransport
 from taskgrad.cluster.program_host import ProgramHosts
@@ -20,6 +20,7 @@ from taskgrad.cluster.wire import message_leases, result_table
 from taskgrad.cluster.wire import serialize as _serialize  # noqa: F401  registers the tensor family
 from taskgrad.worker.memory import MemoryUsage, total_bytes
 from taskgrad.worker.store import Store
+from taskgrad.worker_names import WorkerName
 
 NAME = "taskgrad"
 """Of the plugins, on workers and scheduler."""
@@ -35,7 +36,13 @@ _stores: weakref.WeakKeyDictionary[Worker, Store] = weakref.WeakKeyDictionary()
 
 def store_of(worker: Worker) -> Store:
     """This worker's store. A process may hold several workers, each with its own."""
-    return _stores.setdefault(worker, Store(worker.address, worker.local_directory))
+    return _stores.setdefault(
+        worker, Store(WorkerName(worker.address, worker.name), worker.local_directory)
+    )
+
+
+def _workers() -> list[Worker]:
+    return list(_stores)
 
 
 _METRICS = tuple(field.name for field in fields(MemoryUsage))
@@ -80,6 +87,7 @@ class TaskgradWorkerPlugin(WorkerPlugin):
         self._transport = DaskTransport(worker, store.mailboxes)
         self._programs = ProgramHosts(worker, store)
         malloc.check_threads(worker)
+        task_logs.shorten(_workers)
         counts = _Counts(store)
         for name in _METRICS:  # columns of the dashboard's table of workers
             worker.metrics[f"{NAME}_{name}"] = functools.partial(counts.read, name)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from taskgrad.graph.calls import Call
 from taskgrad.graph.leaves import External, Leaf, Primal
 from taskgrad.graph.nodes import Node, ancestors
 from taskgrad.graph.pytree import describe
+from taskgrad.worker_names import WorkerName
 
 # Nesting that a repr shows before it says "...".
 _DEPTH = 2
@@ -106,7 +107,7 @@ def call_graph(
     return graph
 
 
-def svg(calls: CallGraph) -> str:
+def svg(calls: CallGraph, names: Mapping[str, Any]) -> str:
     """The graph drawn from left to right, a colour for each worker; "" without the extra viz."""
     try:
         import networkx as nx
@@ -143,7 +144,7 @@ def svg(calls: CallGraph) -> str:
         )
     axes.margins(0.15)
     if workers:
-        handles = [Patch(color=colour[w], label=w) for w in workers]
+        handles = [Patch(color=colour[w], label=WorkerName(w, names.get(w))) for w in workers]
         figure.legend(handles=handles, loc="lower center", ncols=len(workers), fontsize=7)
     file = io.StringIO()
     figure.savefig(file, format="svg", bbox_inches="tight")
@@ -151,13 +152,18 @@ def svg(calls: CallGraph) -> str:
     return drawn[drawn.index("<svg") :]
 
 
-def html(title: str, graph: CallGraph, table: str = "") -> str:
-    """A heading, the drawing, and a table of layers or of calls."""
-    drawing = svg(graph)
+def html(title: str, graph: CallGraph, names: Mapping[str, Any], table: str = "") -> str:
+    """A heading, the drawing, and a table of layers or of calls.
+
+    `names` has the names of workers by their addresses.
+    """
+    drawing = svg(graph, names)
     if not drawing and not table:
+        workers = [w and str(WorkerName(w, names.get(w))) for _, w in graph.nodes.values()]
+        labels = [label for label, _ in graph.nodes.values()]
         rows = [
-            f"<tr><td>{escape(label)}</td><td>{escape(str(worker or 'driver'))}</td></tr>"
-            for label, worker in graph.nodes.values()
+            f"<tr><td>{escape(label)}</td><td>{escape(worker or 'driver')}</td></tr>"
+            for label, worker in zip(labels, workers, strict=True)
         ]
         table = f"<table><tr><th>call</th><th>worker</th></tr>{''.join(rows[-_MAX_DRAWN:])}</table>"
     return f"<div><code>{escape(title)}</code>{drawing}{table}</div>"

@@ -26,6 +26,7 @@ from taskgrad.cluster.program_host import PROGRAM, run_program
 from taskgrad.cluster.scheduler_plugin import ANNOTATION, RAN
 from taskgrad.cluster.wire.serialize import dumps
 from taskgrad.errors import TaskgradError
+from taskgrad.worker_names import WorkerName
 
 # How often the scheduler is told what programs did, for the dashboard.
 _SHOW_S = 0.5
@@ -105,6 +106,9 @@ class Connections:
             self.close()
             raise
 
+    def _named(self, address: str) -> WorkerName:
+        return WorkerName(address, self._names.get(address))
+
     async def _open(self, tokens: Sequence[str]) -> str:
         """Connect to the workers, and have them connect; returns why that failed, or ""."""
         # TLS is a matter of Dask's own connections.
@@ -150,7 +154,7 @@ class Connections:
             for address, comm in zip(self.workers, comms, strict=True):
                 problem = (await _read(comm))["error"]
                 if problem:
-                    return f"{address} cannot be connected with the others: {problem}"
+                    return f"{self._named(address)} cannot be connected with the others: {problem}"
         except OSError as error:
             return str(error)
         return ""
@@ -346,8 +350,9 @@ class Connections:
             if self.error is None:
                 self._fail(
                     TaskgradError(
-                        f"other workers have lost their connection to worker {address}, which the "
-                        "driver still reaches: look at the network between them"
+                        "other workers have lost their connection to worker "
+                        f"{self._named(address)}, which the driver still "
+                        "reaches: look at the network between them"
                     )
                 )
             self.changed.notify_all()

@@ -24,6 +24,7 @@ from taskgrad.executors.base import Launch, is_stateless, needs_layers
 from taskgrad.executors.table import TaskTable
 from taskgrad.graph.nodes import Node, label_of
 from taskgrad.worker.settings import settings_released
+from taskgrad.worker_names import WorkerName
 
 # How often a wait checks that what it waits for can still come.
 CHECK_S = 1.0
@@ -240,7 +241,7 @@ def _workers_killed(error: KilledWorker, label: str) -> WorkerLostError:
     last = error.last_worker
     return WorkerLostError(
         f"{label}: {error.allowed_failures + 1} workers ran that one after the other, and each "
-        f"died; the last was worker {last.name} at {last.address}. {_ENDED}. Dask's "
+        f"died; the last was worker {WorkerName(last.address, last.name)}. {_ENDED}. Dask's "
         "setting distributed.scheduler.allowed-failures says how many it may take"
     )
 

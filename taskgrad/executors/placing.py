@@ -15,7 +15,7 @@ from taskgrad.errors import PlacementError
 from taskgrad.graph.deferred_init import named_tensors
 from taskgrad.graph.layers import Model
 from taskgrad.graph.memory_layout import overlapping
-from taskgrad.plan.costs import layer_costs
+from taskgrad.plan.costs import LayerCost, layer_costs
 from taskgrad.plan.placement import contiguous, round_robin, there_and_back
 
 Placement = Literal["round_robin", "v"] | Sequence[WorkerSpec] | None
@@ -45,11 +45,13 @@ def check_device(device: str | torch.device) -> str:
 class Placed(NamedTuple):
     """The worker of each layer, an address, and the layers that start a stage in any case.
 
-    A layer also starts one where the layer before it is on another worker.
+    A layer also starts one where the layer before it is on another worker. `costs` are what was
+    balanced; None if the placement was given.
     """
 
     workers: list[str]
     starts: frozenset[int] = frozenset()
+    costs: list[LayerCost] | None = None
 
 
 def place(
@@ -75,12 +77,13 @@ def place(
     bonds = list(_bonds(flat, reached))
     if placement is None or (isinstance(placement, str) and placement == "v"):
         per_worker = stages_per_worker if placement is None else 2
-        runs = contiguous(layer_costs(flat.path, flat.modules), per_worker * len(workers))
+        costs = layer_costs(flat.path, flat.modules)
+        runs = contiguous([cost.total for cost in costs], per_worker * len(workers))
         count = runs[-1] + 1
         at = there_and_back(count) if placement else round_robin(count, len(workers))
         placed = _together(bonds, [workers[at[run]].address for run in runs])
         starts = [i for i, (before, run) in enumerate(pairwise(runs), 1) if before != run]
-        return Placed(placed, frozenset(starts if per_worker > 1 else ()))
+        return Placed(placed, frozenset(starts if per_worker > 1 else ()), costs)
     if isinstance(placement, str):
         if placement != "round_robin":
             raise PlacementError(
@@ -105,8 +108,8 @@ def place(
         if asked[bond.first] != asked[bond.second]:
             raise PlacementError(
                 f"layer {flat.layers[bond.second].name!r} {bond.why} layer "
-                f"{flat.layers[bond.first].name!r} on worker {asked[bond.first]}: give the two one "
-                "worker"
+                f"{flat.layers[bond.first].name!r} on {owner.describe(asked[bond.first])}: give "
+                "the two one worker"
             )
     return Placed(asked)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from taskgrad.graph.nodes import Node, label_of, new_key
 from taskgrad.graph.shards import Shard
 from taskgrad.graph.torch_settings import TorchSettings, refuse_modes, settings_now
+from taskgrad.worker_names import WorkerName
 
 LOSS = -1
 """The index of the loss among the steps of a call, where layers have theirs."""
@@ -66,7 +67,7 @@ class ProcessGroup:
     axis
         The name of the mapped axis; None if it has none.
     workers
-        The address of each rank's worker, in rank order.
+        Each rank's worker, in rank order.
     seed
         What the ranks' random streams start from.
     deadline
@@ -75,7 +76,7 @@ class ProcessGroup:
 
     title: str
     axis: Hashable
-    workers: tuple[str, ...]
+    workers: tuple[WorkerName, ...]
     seed: int
     deadline: float
 

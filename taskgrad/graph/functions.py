@@ -76,7 +76,7 @@ class Template:
     """Unpickled arguments with slots."""
 
     def __init__(self, data: bytes) -> None:
-        self._leaves, self._structure = pack.loads_arguments(data)
+        self._leaves, self._structure = pack.loads_plain(data)
 
     @classmethod
     def of(cls, data: bytes) -> Template:

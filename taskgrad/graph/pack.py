@@ -71,18 +71,19 @@ def loads(data: bytes, load: Callable[[Any], Any]) -> Any:
     try:
         return unpickler.load()
     except (ImportError, AttributeError) as error:
-        raise _missing(error) from error
+        raise missing_code(error) from None
 
 
-def loads_arguments(data: bytes) -> Any:
-    """Undo plain pickling of arguments; raises as `loads` does."""
+def loads_plain(data: bytes) -> Any:
+    """Undo plain pickling; raises as `loads` does."""
     try:
         return pickle.loads(data)
     except (ImportError, AttributeError) as error:
-        raise _missing(error) from error
+        raise missing_code(error) from None
 
 
-def _missing(error: Exception) -> TaskgradError:
+def missing_code(error: Exception) -> TaskgradError:
+    """The error for code that cannot be imported where it is to run."""
     return TaskgradError(
         f"code that a layer or function needs is not on this worker ({error}). Install its "
         "package there, send the file with client.upload_file(path), or define it in the "

@@ -168,7 +168,9 @@ def run_items(shared: list[Any], items: list[Any], spec: MapSpec, start: int) ->
     _check_buffers(spec, tensors, leaves)
     results = Results.joined(segment.results for segment in segments)
     results.leaves = list(map(on_host, results.leaves))
-    if store.address.startswith("inproc:"):  # nothing is pickled, and the driver may write there
+    if store.worker.address.startswith(
+        "inproc:"
+    ):  # nothing is pickled, and the driver may write there
         results.leaves = own_copy(results.leaves)
     result = ChunkResult(uuid.uuid4().hex, results, segments, None)
     if spec.taped:
@@ -176,16 +178,16 @@ def run_items(shared: list[Any], items: list[Any], spec: MapSpec, start: int) ->
         for segment in segments:
             segment.shared = takers
         # A backward comes after the region of autocast that the map may be in.
-        with in_thread(thread_settings().outside_autocast(), store.address):
+        with in_thread(thread_settings().outside_autocast(), store.worker):
             result.eager = differentiate_eagerly(
-                segments, spec.eager, seconds, threads, spec.title, store.address
+                segments, spec.eager, seconds, threads, spec.title, store.worker
             )
     return [output for segment in segments for output in segment.outputs], result
 
 
 def _by_thread(items: list[Any], start: int, threads: int) -> list[SegmentInput]:
     data, *tensors = items
-    leaves, structure, wanted = pack.loads_arguments(data)
+    leaves, structure, wanted = pack.loads_plain(data)
     filled = [tensors[x.index] if type(x) is Slot else x for x in leaves]
     flags = [type(x) is Slot and wanted[x.index] for x in leaves]
     rows = structure.children
@@ -298,7 +300,7 @@ class PullBackChunks:
             try:
                 shared, taken = differentiate(segments, seeds, threads, retain=self.retain)
             except BaseException as error:
-                raise backward_error(error, store.address, self.title, None) from error
+                raise backward_error(error, store.worker, self.title, None) from error
         by_segment = iter(taken)
         items = {
             key: [on_host(g) for _ in taped for g in next(by_segment)]
@@ -313,7 +315,7 @@ def _taped(store: Store, key: str, attempt: str, title: str) -> tuple[Tape, Sequ
     # Another attempt may have drawn other random numbers: the results are not of its tape.
     if not isinstance(tape, Tape) or result is None or result.attempt != attempt:
         raise WorkerLostError(
-            f"worker {store.address} does not hold what the map of {title!r} left there: "
+            f"worker {store.worker} does not hold what the map of {title!r} left there: "
             "it was restarted since. Run the map again"
         )
     return tape, result.segments

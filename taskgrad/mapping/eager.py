@@ -21,6 +21,7 @@ from taskgrad.graph.cotangents import Gradient
 from taskgrad.mapping.reducing import Widened
 from taskgrad.mapping.segments import Segment, differentiate, on_host, total
 from taskgrad.worker.failures import backward_error
+from taskgrad.worker_names import WorkerName
 
 # Without a prediction: if the backward takes less than a round trip, and gradients are small.
 _MOST_S = 0.02
@@ -60,7 +61,7 @@ def differentiate_eagerly(
     seconds: float,
     threads: int,
     title: str,
-    address: str,
+    worker: WorkerName,
 ) -> EagerGradients | None:
     """Gradients, if they were asked for, or pay after a forward that took `seconds`.
 
@@ -88,7 +89,7 @@ def differentiate_eagerly(
         shared, taken = differentiate(segments, seeds, threads, retain=True)
     except Exception as error:
         if options.asked:
-            raise backward_error(error, address, title, None) from error
+            raise backward_error(error, worker, title, None) from error
         return None  # an error of the backward, if one comes
     positions, before = [], 0
     for segment, at in zip(segments, leads, strict=True):

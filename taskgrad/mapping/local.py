@@ -32,6 +32,7 @@ from taskgrad.mapping.segments import (
 )
 from taskgrad.mapping.threads import HERE
 from taskgrad.worker.failures import backward_error
+from taskgrad.worker_names import WorkerName
 
 
 def map_local(
@@ -61,9 +62,9 @@ def map_local(
     raise item_error(error, index, fn, _where())
 
 
-def _where() -> str:
+def _where() -> WorkerName:
     worker = current_worker()
-    return worker.address if worker else HERE
+    return WorkerName(worker.address, worker.name) if worker else HERE
 
 
 def _input(start: int, rows: Sequence[Row]) -> SegmentInput:

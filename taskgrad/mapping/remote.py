@@ -11,7 +11,7 @@ import cloudpickle
 import torch
 from distributed import Client
 
-from taskgrad.cluster.session import WorkerInfo, session
+from taskgrad.cluster.session import Session, WorkerInfo, session
 from taskgrad.errors import LayerError, TaskgradError
 from taskgrad.executors.base import Executor
 from taskgrad.executors.registry import executor_of
@@ -88,7 +88,7 @@ def map_remote(
         shared = leaf if len(some) == 1 else Shared([leaf], title, worker)
         parts.append(_WorkerChunks(spec, [chunk.chunk(spec, shared, worker) for chunk in some]))
     executor = executor_of(owner)
-    outputs = _run(fn, parts, executor)
+    outputs = _run(fn, parts, owner, executor)
     results = Results.joined(r.results for part in parts for r in part.results)
     if not outputs:
         executor.forget(chunk for part in parts for chunk in part.chunks)
@@ -149,7 +149,7 @@ def _with_slots(leaves: Sequence[Any]) -> list[Any]:
 
 
 def _run(
-    fn: Callable[..., Any], parts: Sequence[_WorkerChunks], executor: Executor
+    fn: Callable[..., Any], parts: Sequence[_WorkerChunks], owner: Session, executor: Executor
 ) -> list[torch.Tensor]:
     """Run all chunks; returns the outputs of their results."""
     chunks = [chunk for part in parts for chunk in part.chunks]
@@ -168,7 +168,7 @@ def _run(
     cause = error.__cause__ if isinstance(error, LayerError) else None
     if isinstance(cause, ItemError):
         where = next(c.worker for c in chunks if cause.index in c.rows)
-        raise item_error(cause.error, cause.index, fn, str(where), cause.frames)
+        raise item_error(cause.error, cause.index, fn, owner.named(str(where)), cause.frames)
     raise cause if isinstance(cause, Exception) else error
 
 

@@ -18,11 +18,12 @@ import torch
 from taskgrad.cluster.nested import current_worker
 from taskgrad.graph.torch_settings import refuse_modes, thread_settings
 from taskgrad.worker.settings import in_thread
+from taskgrad.worker_names import WorkerName
 
 S = TypeVar("S")
 T = TypeVar("T")
 
-HERE = "none: a thread of this process"
+HERE = WorkerName("none: a thread of this process")
 """What messages name instead of a worker's address."""
 
 # How many threads a map may start in a thread of another map.

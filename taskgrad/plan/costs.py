@@ -9,7 +9,7 @@ input's shape is guessed from the first module that has weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,17 +23,30 @@ _SIDE = 64
 _LENGTH = 128
 
 
-def layer_costs(path: Path, modules: Sequence[Callable[..., Any]]) -> list[int]:
-    """Bytes of each layer: parameters and buffers once, plus what backward keeps of a batch."""
-    costs = [
+class LayerCost(NamedTuple):
+    """Bytes of one layer: of parameters and buffers, and of what backward keeps of a batch."""
+
+    held: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.held + self.activations
+
+
+def layer_costs(path: Path, modules: Sequence[Callable[..., Any]]) -> list[LayerCost]:
+    """What each layer takes, parameters and buffers counted once."""
+    held = [
         sum(t.nbytes for t in [*m.parameters(), *m.buffers()]) if isinstance(m, nn.Module) else 0
         for m in modules
     ]
+    activations = [0] * len(held)
     sample = _guess_input(modules)
     if sample is not None:
         with torch.enable_grad():
-            _run_path(path, modules, sample, costs)
-    return costs
+            _run_path(path, modules, sample, activations)
+    return list(map(LayerCost, held, activations))
 
 
 def _guess_input(modules: Sequence[Callable[..., Any]]) -> torch.Tensor | None:

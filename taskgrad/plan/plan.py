@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from taskgrad.plan.schedule import UPDATE, Action, Pipeline, Schedule
+from taskgrad.worker_names import WorkerName
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,19 @@ class Stage:
 
 @dataclass(frozen=True)
 class PlannedWorker:
-    """A worker of a plan: the address of its process, and the torch device of its layers."""
+    """A worker of a plan: the address and the name of its process, the torch device of its layers.
+
+    The name is empty where it has none of its own.
+    """
 
     address: str
     device: str
+    name: str = ""
+
+    @property
+    def named(self) -> WorkerName:
+        """The worker, as it is printed."""
+        return WorkerName(self.address, self.name or None)
 
 
 @dataclass(frozen=True)
@@ -82,14 +92,14 @@ class Plan:
     --------
     >>> from taskgrad.plan.rules import schedule
     >>> stages = Stage("0", (0,), ("0",), 0, ()), Stage("1", (1,), ("1",), 1, (0,))
-    >>> workers = PlannedWorker("tcp://a", "cpu"), PlannedWorker("tcp://b", "cpu")
+    >>> workers = PlannedWorker("tcp://10.0.0.7:4040", "cpu", "a"), PlannedWorker("tcp://b", "cpu")
     >>> plan = Plan("Sequential", stages, workers)
     >>> plan = plan.with_schedule(schedule("1f1b", plan.pipeline, 2))
     >>> print(plan)
     Plan of Sequential: 2 stages on 2 workers, 2 microbatches, 1f1b
-    stage 0: layers 0, on tcp://a (cpu), of the batch
-    stage 1: layers 1, on tcp://b (cpu), of stage 0
-    tcp://a: F0.0 F0.1 BW0.0 BW0.1 U
+    stage 0: layers 0, on a (tcp://10.0.0.7:4040), cpu, of the batch
+    stage 1: layers 1, on tcp://b, cpu, of stage 0
+    a: F0.0 F0.1 BW0.0 BW0.1 U
     tcp://b: F1.0 BW1.0 F1.1 BW1.1 U
     >>> Plan.from_json(plan.to_json()) == plan
     True
@@ -194,11 +204,10 @@ class Plan:
             worker = self.workers[stage.worker]
             given = ", ".join(f"stage {n}" for n in stage.inputs) or "the batch"
             lines.append(
-                f"stage {i}: layers {stage.title}, on {worker.address} ({worker.device}), "
-                f"of {given}"
+                f"stage {i}: layers {stage.title}, on {worker.named}, {worker.device}, of {given}"
             )
         lines += [
-            f"{worker.address}: {' '.join(map(str, order))}"
+            f"{worker.named.short}: {' '.join(map(str, order))}"
             for worker, order in zip(self.workers, self.orders, strict=True)
         ]
         return "\n".join(lines)

@@ -25,6 +25,7 @@ from taskgrad.graph.pytree import Slot, Structure, describe, flatten
 from taskgrad.spmd.axes import Axis, check, is_axis, join, mapped_size, spread
 from taskgrad.thunk import Lazy, Thunk
 from taskgrad.worker.communicator import running
+from taskgrad.worker_names import WorkerName
 
 
 def pmap(
@@ -199,14 +200,14 @@ def _split(title: str, args: Any, kwargs: Any, in_axes: Any) -> _Split:
     return _Split(leaves, structure, axes, what)
 
 
-def _places(title: str, size: int, owner: Session) -> tuple[str, ...]:
+def _places(title: str, size: int, owner: Session) -> tuple[WorkerName, ...]:
     workers = owner.workers()
     if size > len(workers):
         raise ValueError(
             f"pmap of {title!r} over an axis of length {size} requires {size} workers, but only "
             f"{len(workers)} are there. Start more, or put torch.vmap inside for a part of the axis"
         )
-    return tuple(w.address for w in workers[:size])
+    return tuple(WorkerName(w.address, w.name) for w in workers[:size])
 
 
 def _calls(
@@ -214,7 +215,7 @@ def _calls(
     title: str,
     axis_name: Hashable,
     split: _Split,
-    workers: tuple[str, ...],
+    workers: tuple[WorkerName, ...],
 ) -> list[Call]:
     """One call a rank, each pinned to its worker."""
     program = _Program(fn, split.leaves, split.structure)
@@ -238,7 +239,7 @@ def _calls(
                 function=packed.data,
                 tensor_slots=tuple(range(len(shared))),
                 buffers=() if rank.index else buffers,
-                worker=workers[rank.index],
+                worker=workers[rank.index].address,
                 key=key,
                 rank=rank,
                 peers=keys,

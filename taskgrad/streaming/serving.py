@@ -16,7 +16,9 @@ from taskgrad.cluster.nested import give_thread_back
 from taskgrad.cluster.tasks import contained
 from taskgrad.cluster.wire.leases import BufferLease
 from taskgrad.cluster.wire.thresholds import LEASE_MESSAGE_MIN
+from taskgrad.cluster.worker_plugin import store_of
 from taskgrad.errors import TaskgradError, TravelError
+from taskgrad.graph.pack import missing_code
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.item_errors import portable
 from taskgrad.remote_errors import own_frames, text_of
@@ -94,7 +96,7 @@ def _run_batch(worker: Worker, task: BatchTask, items: Batch) -> Any:
         return None
     wanted = task_messages.broadcast_values(worker)
     try:
-        with applied(task.settings, worker.address, give_thread_back):
+        with applied(task.settings, store_of(worker).worker, give_thread_back):
             started = time.perf_counter()
             encoder, failure = _run(fn, items, task.star, wanted, task.token)
             seconds = time.perf_counter() - started
@@ -155,6 +157,8 @@ def _load(batch: Batch) -> Any:
     try:
         [fn] = batch
     except BaseException as error:
+        if isinstance(error.__cause__, ImportError | AttributeError):
+            raise missing_code(error.__cause__) from None
         raise TaskgradError(
             f"the mapped function arrived and cannot be unpickled there ({text_of(error)}). Are "
             "the modules that it needs installed on the workers? "

@@ -106,7 +106,8 @@ class Stream:
             failure = Failure(error)
         if failure is not None:
             if failure.of_item:
-                raise item_error(failure.error, index, self._fn, batch.ran_on, failure.frames)
+                where = self._session.named(batch.ran_on)
+                raise item_error(failure.error, index, self._fn, where, failure.frames)
             raise failure.error
 
     def _fetched(self, batch: InFlight) -> Batch | None:
@@ -136,8 +137,9 @@ class Stream:
     def _send_again(self, batch: InFlight) -> None:
         if batch.attempts >= _ATTEMPTS:
             raise WorkerLostError(
-                f"the results of {batch.label(self._title)} were on worker {batch.ran_on}, and are "
-                f"lost, for the {_ATTEMPTS}rd time. Look at the workers' logs"
+                f"the results of {batch.label(self._title)} were on "
+                f"{self._session.describe(batch.ran_on)}, and are lost, for the {_ATTEMPTS}rd "
+                "time. Look at the workers' logs"
             )
         with self._window.changed:
             batch.results = batch.failure = None

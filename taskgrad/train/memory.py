@@ -81,6 +81,7 @@ def check_fits(
     held = {row.worker: row for row in chain.memory()}
     for shard in layout.shards:
         worker, found = shard.worker, room[shard.worker]
+        named = layout.session.describe(worker)
         if found is None:
             continue
         used, limit = found
@@ -91,27 +92,27 @@ def check_fits(
         if need.total <= limit:
             in_files[worker] = frozenset({"undo"})
             logger.warning(
-                "worker %s writes %s to files in every step, what would take it back: it has no "
+                "%s writes %s to files in every step, what would take it back: it has no "
                 "memory for copies of parameters and optimizer state. More workers, or more "
                 "memory, make steps faster",
-                worker,
+                named,
                 format_bytes(need.copies),
             )
             continue
         if by_parameter and need.least <= limit:
             in_files[worker] = frozenset({"state", "undo"})
             logger.warning(
-                "worker %s keeps %s of %s in files: it has no memory for them. More "
+                "%s keeps %s of %s in files: it has no memory for them. More "
                 "workers, or more memory, make steps faster",
-                worker,
+                named,
                 format_bytes(need.state),
                 kind,
             )
             continue
         missing = (need.least if by_parameter else need.total) - limit
         problems.append(
-            f"worker {worker} may use {format_bytes(limit)} of memory and uses {format_bytes(used)}"
-            f" already, {format_bytes(held[worker].parameters)} of that for this chain's "
+            f"{named} may use {format_bytes(limit)} of memory and uses {format_bytes(used)} "
+            f"already, {format_bytes(held[worker].parameters)} of that for this chain's "
             f"parameters; training adds {format_bytes(need.gradients)} of gradients and "
             f"{format_bytes(need.state)} of {kind}: {format_bytes(missing)} are missing"
             + (f", even with the {kind} in files" if by_parameter and need.state else "")

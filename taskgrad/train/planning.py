@@ -15,6 +15,7 @@ from taskgrad.plan.plan import Plan, PlannedWorker, Stage
 from taskgrad.plan.rules import NAMES, fastest
 from taskgrad.plan.rules import schedule as named_schedule
 from taskgrad.plan.schedule import Costs, Pipeline, Schedule, check
+from taskgrad.worker_names import WorkerName
 
 Maker = Callable[[Pipeline, int], Schedule]
 
@@ -26,7 +27,10 @@ def planner(chain: GraphChain, make_schedule: Maker, *, flush: bool) -> Callable
     """
     layout = chain.layout
     devices = {row.worker: row.device for row in chain.placement}
-    workers = tuple(PlannedWorker(shard.worker, devices[shard.worker]) for shard in layout.shards)
+    workers = tuple(
+        PlannedWorker(s.worker, devices[s.worker], _own_name(layout.session.named(s.worker)))
+        for s in layout.shards
+    )
     unscheduled = Plan(layout.title, stages_of(layout), workers, flush=flush)
 
     @lru_cache(maxsize=16)
@@ -34,6 +38,10 @@ def planner(chain: GraphChain, make_schedule: Maker, *, flush: bool) -> Callable
         return unscheduled.with_schedule(make_schedule(unscheduled.pipeline, microbatches))
 
     return plan
+
+
+def _own_name(worker: WorkerName) -> str:
+    return "" if worker.short == worker.address else worker.short
 
 
 def stages_of(layout: Layout) -> tuple[Stage, ...]:

@@ -16,6 +16,7 @@ from taskgrad.graph.nodes import Node
 from taskgrad.train.call_lock import CallLock
 from taskgrad.train.callbacks.on_step import OnStep
 from taskgrad.train.data import Batch
+from taskgrad.train.hint import Hints
 from taskgrad.train.loss import StepLoss
 from taskgrad.train.owner import check_owner, recover
 from taskgrad.train.runners import CompiledRunner, FuturesRunner, Runner
@@ -64,6 +65,7 @@ class Steps:
         self._settings = settings
         runner = CompiledRunner if executor == "compiled" else FuturesRunner
         self._runner: Runner = runner(chain.layout, settings)
+        self._hints = Hints(settings.plan)
         self._on_step = on_step
         self._notify = notify
         self._lock = CallLock(self._notified)
@@ -207,6 +209,7 @@ class Steps:
             self.abort(error)
             raise
         self._running.popleft()
+        self._hints.note(report, first.batch.count)
         first.settle(report)
         self._lock.notify_later(first)
 

@@ -22,6 +22,7 @@ from taskgrad.worker.mailbox import GroupAborted
 from taskgrad.worker.shard_lock import exclusive
 from taskgrad.worker.store import Store
 from taskgrad.worker.tape import Tape, WeightTape
+from taskgrad.worker_names import WorkerName
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Backward:
 
     def _run(self, store: Store, tape: Tape, values: tuple[Any, ...]) -> Any:
         with exclusive(tape.shard):
-            seeds = self._sum(tape, store.address, values)
+            seeds = self._sum(tape, store.worker, values)
             if not self.retain:
                 store.tape(self.token, keep=False)
             slots = {i: tape.inputs[i] for i in self.wanted}
@@ -78,11 +79,11 @@ class Backward:
                         late = self._split(store, tape, parameters, alone)
                 reached = uses is not None and bool(uses.recorded)
                 if self.draw is not None and None in self.sources and not reached:
-                    _check_reached(self.draw, store.address, found, parameters)
+                    _check_reached(self.draw, store.worker, found, parameters)
             except (LayerError, GroupAborted):
                 raise
             except BaseException as error:
-                raise backward_error(error, store.address, self.title, self.draw) from error
+                raise backward_error(error, store.worker, self.title, self.draw) from error
             if tape.shard is not None:
                 # What is complete is added to the shard's gradients; the rest is kept here.
                 totals: dict[str, Gradient] = {}
@@ -93,7 +94,7 @@ class Backward:
                             parts = [*store.parts(name, sources, values), total]
                             total = summed(tape.shard.parameters[name], parts, values)
                         totals[name] = total
-                accumulate_each(tape.shard, totals, address=store.address, draw=self.draw)
+                accumulate_each(tape.shard, totals, worker=store.worker, draw=self.draw)
         if parameters:
             store.put(self.key, parameters)
         given = [
@@ -138,14 +139,14 @@ class Backward:
         store.put(self.token, WeightTape(shard, uses, late, found))
         return late
 
-    def _sum(self, tape: Tape, address: str, values: tuple[Any, ...]) -> list[Gradient]:
+    def _sum(self, tape: Tape, worker: WorkerName, values: tuple[Any, ...]) -> list[Gradient]:
         """The cotangents of the output's leaves, those that meet summed in the order given."""
         total: list[Gradient] | None = None
         for source in self.sources:
             if source is None:
-                part: list[Gradient] = [_seed(tape, address, self._weight(tape, values))]
+                part: list[Gradient] = [_seed(tape, worker, self._weight(tape, values))]
             else:
-                part = tape.match(values[source], address)
+                part = tape.match(values[source], worker)
             total = part if total is None else add_each(total, part)
         return total or [None] * len(tape.outputs)
 
@@ -176,10 +177,10 @@ class WeightBackward:
                 with tape.lock:
                     grads = uses.gradients(parameters.values(), retain=False)
             except BaseException as error:
-                raise backward_error(error, store.address, self.title, self.draw) from error
+                raise backward_error(error, store.worker, self.title, self.draw) from error
             found = own({name: grads.get(p) for name, p in parameters.items()}, shared)
             totals = {name: add(tape.found[name], grad) for name, grad in found.items()}
-            accumulate_each(shard, totals, address=store.address, draw=self.draw)
+            accumulate_each(shard, totals, worker=store.worker, draw=self.draw)
 
 
 @dataclass(frozen=True)
@@ -190,11 +191,14 @@ class CheckCotangent:
 
     def run(self, store: Store, cotangent: Any) -> None:
         """Raise CotangentError unless it does."""
-        store.tape(self.token, keep=True).match(cotangent, store.address)
+        store.tape(self.token, keep=True).match(cotangent, store.worker)
 
 
 def _check_reached(
-    draw: Draw, address: str, found: dict[int, list[Gradient]], parameters: dict[str, Gradient]
+    draw: Draw,
+    worker: WorkerName,
+    found: dict[int, list[Gradient]],
+    parameters: dict[str, Gradient],
 ) -> None:
     """Raise LayerError if the gradient of a step's loss reaches no output of the model."""
     grads = [*parameters.values(), *(g for leaves in found.values() for g in leaves)]
@@ -204,19 +208,19 @@ def _check_reached(
             "computed from a number (.item()), or from something else than the model's output"
         )
         message = (
-            f"layer 'loss' on worker {address}, in microbatch {draw.microbatch} of step "
+            f"layer 'loss' on worker {worker}, in microbatch {draw.microbatch} of step "
             f"{draw.step}: {error}"
         )
-        raise LayerError(message, "loss", address, error)
+        raise LayerError(message, "loss", worker.address, error)
 
 
-def _seed(tape: Tape, address: str, weight: float) -> torch.Tensor:
+def _seed(tape: Tape, worker: WorkerName, weight: float) -> torch.Tensor:
     (output, *more) = tape.outputs
     if more or not isinstance(output, torch.Tensor) or output.numel() != 1:
         value = tape.output_structure.build(tape.outputs)
         raise CotangentError(
             f"backward() without a cotangent needs a scalar output; {tape.title!r} on worker "
-            f"{address} gave {describe(value)}. Pass a cotangent of that shape"
+            f"{worker} gave {describe(value)}. Pass a cotangent of that shape"
         )
     return torch.full_like(output, weight)
 

@@ -97,7 +97,7 @@ def save(
         }
         if not Path(folder).is_dir():
             raise CheckpointError(
-                f"worker {store.address} does not see the folder {folder}, which the driver made: "
+                f"worker {store.worker} does not see the folder {folder}, which the driver made: "
                 "a checkpoint goes to a filesystem that the driver and all workers share"
             )
         files = {}
@@ -105,7 +105,7 @@ def save(
             for i, names in enumerate(in_rows({n: t.nbytes for n, t in tensors.items()}, _FILE), 1):
                 file = f"{kind}-{suffix}-{i:03d}.safetensors"
                 part = {name: tensors[name] for name in names}
-                files[file] = write(f"worker {store.address}", Path(folder) / file, part)
+                files[file] = write(f"worker {store.worker}", Path(folder) / file, part)
                 if training.spilled is not None:
                     training.spilled.leave_memory()
         return {**found, "files": files}
@@ -181,7 +181,7 @@ def check(store: Store, token: str, *, folder: str, files: Mapping[str, Any]) ->
         path = Path(folder) / file
         if not path.is_file():
             raise CheckpointError(
-                f"worker {store.address} does not see {path}: a checkpoint must be on a filesystem "
+                f"worker {store.worker} does not see {path}: a checkpoint must be on a filesystem "
                 "that the driver and all workers share"
             )
         size = path.stat().st_size
@@ -238,7 +238,7 @@ def load(
         training.scaler = None if scaler is None else Scaler(**scaler)
         for name, module in _with_extra_state(shard, layers).items():
             what = f"set_extra_state of {name.removesuffix(EXTRA).rstrip('.')!r}"
-            with layer_errors(what, name, store.address, NOTHING_LOADED):
+            with layer_errors(what, name, store.worker, NOTHING_LOADED):
                 module.set_extra_state(decode(extra[name], read))
         if training.averages is not None:
             training.averages.updates = averaged

@@ -137,7 +137,7 @@ class _Exchange:
         self._mailboxes = mailboxes
         self._key = key
         self._others = {
-            i: (worker, peer)
+            i: (worker.address, peer)
             for i, (worker, peer) in enumerate(zip(rank.group.workers, peers, strict=True))
             if i != rank.index
         }
@@ -234,7 +234,7 @@ class _Exchange:
             else f"has waited {seconds} until what it sent had arrived"
         )
         return (
-            f"{self._rank} on worker {self._mailboxes.address}, in {what}, its collective number "
+            f"{self._rank} on worker {self._mailboxes.worker}, in {what}, its collective number "
             f"{number + 1}, {why} Else raise Dask's setting taskgrad.collective-deadline"
         )
 

@@ -10,13 +10,14 @@ from taskgrad.errors import LayerError
 from taskgrad.graph.calls import Draw
 from taskgrad.graph.pytree import describe
 from taskgrad.remote_errors import message_of, own_frames, shorten
+from taskgrad.worker_names import WorkerName
 
 NOTHING_LOADED = "\nNothing was loaded on any worker."
 
 
 def forward_error(
     error: BaseException,
-    address: str,
+    worker: WorkerName,
     name: str,
     kind: str,
     given: tuple[Any, Any],
@@ -26,71 +27,79 @@ def forward_error(
     args, kwargs = given
     shown = ", ".join([*map(describe, args), *(f"{k}={describe(v)}" for k, v in kwargs.items())])
     return LayerError(
-        f"layer {shorten(name)!r} ({kind}) on worker {address} raised {_kind(error)}{_when(draw)}: "
+        f"layer {shorten(name)!r} ({kind}) on worker {worker} raised {_kind(error)}{_when(draw)}: "
         f"{message_of(error)}\nIt was given {shorten(shown)}. Check the layer before it, or the "
         f"input.\nThe layer's own traceback:\n{_ending(error)}",
         name,
-        address,
+        worker.address,
         error,
     )
 
 
-def backward_error(error: BaseException, address: str, title: str, draw: Draw | None) -> LayerError:
+def backward_error(
+    error: BaseException, worker: WorkerName, title: str, draw: Draw | None
+) -> LayerError:
     """Autograd raised in the backward of some layers."""
     return LayerError(
-        f"the backward of {shorten(title)!r} on worker {address} raised {_kind(error)}{_when(draw)}"
+        f"the backward of {shorten(title)!r} on worker {worker} raised {_kind(error)}{_when(draw)}"
         f": {message_of(error)}\n{_advice(error)}\nThe traceback there:\n{_ending(error)}",
         title,
-        address,
+        worker.address,
         error,
     )
 
 
 @contextmanager
 def layer_errors(
-    what: str, name: str, address: str, after: str = "", catch: type[BaseException] = Exception
+    what: str,
+    name: str,
+    worker: WorkerName,
+    after: str = "",
+    catch: type[BaseException] = Exception,
 ) -> Iterator[None]:
     """Raise what the block raises as a LayerError that says what raised it, and where."""
     try:
         yield
     except catch as error:
         raise LayerError(
-            f"{what} on worker {address} raised {_kind(error)}: {message_of(error)}{after}",
+            f"{what} on worker {worker} raised {_kind(error)}: {message_of(error)}{after}",
             name,
-            address,
+            worker.address,
             error,
         ) from error
 
 
 @contextmanager
-def update_errors(address: str, step: int | None, part: str, hint: str = "") -> Iterator[None]:
+def update_errors(
+    worker: WorkerName, step: int | None, part: str, hint: str = ""
+) -> Iterator[None]:
     """Raise what a part of an optimizer's step raises as a LayerError that says where."""
     try:
         yield
     except BaseException as error:
         when = "" if step is None else f" in step {step}"
         raise LayerError(
-            f"{part} on worker {address} raised {_kind(error)}{when}: {message_of(error)}.{hint}\n"
+            f"{part} on worker {worker} raised {_kind(error)}{when}: {message_of(error)}.{hint}\n"
             "The update is not made on any worker: parameters and optimizers are as they were "
             f"before it.\nThe traceback there:\n{_ending(error)}",
             part.removeprefix("the "),
-            address,
+            worker.address,
             error,
         ) from error
 
 
 @contextmanager
-def making_errors(address: str) -> Iterator[None]:
+def making_errors(worker: WorkerName) -> Iterator[None]:
     """Raise what the making of an optimizer or a scheduler raises as a LayerError."""
     try:
         yield
     except BaseException as error:
         raise LayerError(
-            f"the optimizer or lr_scheduler could not be made on worker {address}: "
+            f"the optimizer or lr_scheduler could not be made on worker {worker}: "
             f"{_kind(error)}: {message_of(error)}\nNothing was changed on any worker.\n"
             f"The traceback there:\n{_ending(error)}",
             "optimizer",
-            address,
+            worker.address,
             error,
         ) from error
 
@@ -104,14 +113,14 @@ def _advice(error: BaseException) -> str:
     return "A function of the layer's own, or a tensor that it wrote in place?"
 
 
-def exit_error(error: BaseException, address: str, what: str) -> LayerError:
+def exit_error(error: BaseException, worker: WorkerName, what: str) -> LayerError:
     """The user's code raised something that is no Exception, such as SystemExit."""
     return LayerError(
-        f"{shorten(what)} on worker {address} raised {_kind(error)}: {message_of(error)}\nIt does "
+        f"{shorten(what)} on worker {worker} raised {_kind(error)}: {message_of(error)}\nIt does "
         "not end the worker, nor the driver: it is an error of this call. The traceback there:\n"
         f"{_ending(error)}",
         what,
-        address,
+        worker.address,
         error,
     )
 

@@ -31,6 +31,7 @@ from taskgrad.worker.split_backward import WeightUses, splitting
 from taskgrad.worker.stage_modules import Members
 from taskgrad.worker.store import Store, buffers_key
 from taskgrad.worker.tape import Tape
+from taskgrad.worker_names import WorkerName
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,11 @@ class Forward:
             leaves, structure = flatten(output)
         except TravelError as error:
             _, name, kind = call.steps[-1]
-            raise forward_error(error, store.address, name, kind, (fed, {}), call.draw) from error
+            raise forward_error(error, store.worker, name, kind, (fed, {}), call.draw) from error
         members = None if shard is None else shard.stage(call.steps).members()
         if self.taped:
             parameters = {} if members is None else members.trainable()
-            _refuse_unknown(parameters, shard, store.address)
+            _refuse_unknown(parameters, shard, store.worker)
             tape = Tape(
                 call.title,
                 takes,
@@ -226,7 +227,7 @@ class Forward:
                 raise
             except BaseException as error:
                 given = (args, kwargs)
-                raise forward_error(error, store.address, name, kind, given, call.draw) from error
+                raise forward_error(error, store.worker, name, kind, given, call.draw) from error
             args, kwargs = (value,), {}
         return args[0]
 
@@ -299,16 +300,16 @@ def _give(leaf: Any, members: Members | None) -> Any:
 
 
 def _refuse_unknown(
-    parameters: dict[str, nn.Parameter], shard: ResidentShard | None, address: str
+    parameters: dict[str, nn.Parameter], shard: ResidentShard | None, worker: WorkerName
 ) -> None:
     """Raise for parameters that were frozen when the chain was made: their gradients are lost."""
     if shard is not None and not shard.trainable.issuperset(parameters):
         late = [name for name in parameters if name not in shard.trainable]
         raise LayerError(
-            f"parameter {late[0]!r} on worker {address} was frozen when the chain was made and "
+            f"parameter {late[0]!r} on worker {worker} was frozen when the chain was made and "
             "requires grad now: a layer set that in its forward. Set it before the chain is made",
             late[0],
-            address,
+            worker.address,
             None,
         )
 

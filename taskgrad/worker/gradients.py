@@ -15,6 +15,7 @@ from taskgrad.graph.memory_layout import is_dense
 from taskgrad.graph.parameter_extras import has_hooks
 from taskgrad.worker.hooks import accumulate_hooked
 from taskgrad.worker.shard import ResidentShard
+from taskgrad.worker_names import WorkerName
 
 _PLAIN = frozenset({torch.Tensor, nn.Parameter})
 
@@ -90,7 +91,7 @@ def accumulate_into(
     parts: Sequence[Gradient],
     borrowed: Iterable[Any],
     *,
-    address: str,
+    worker: WorkerName,
     draw: Draw | None = None,
 ) -> None:
     """Add the sum of these parts, in order, to a parameter's gradient.
@@ -100,11 +101,11 @@ def accumulate_into(
     random numbers from `draw`'s stream for the parameter's name.
     """
     total = summed(shard.parameters[name], parts, borrowed)
-    accumulate_each(shard, {name: total}, address=address, draw=draw)
+    accumulate_each(shard, {name: total}, worker=worker, draw=draw)
 
 
 def accumulate_each(
-    shard: ResidentShard, totals: Mapping[str, Gradient], *, address: str, draw: Draw | None
+    shard: ResidentShard, totals: Mapping[str, Gradient], *, worker: WorkerName, draw: Draw | None
 ) -> None:
     """Add to the gradients of parameters, by name; for the rest see `accumulate_into`.
 
@@ -118,7 +119,7 @@ def accumulate_each(
         if has_hooks(parameter):
             fixed = shard.why_fixed(name)
             accumulate_hooked(
-                parameter, total.clone(), name=name, address=address, draw=draw, fixed=fixed
+                parameter, total.clone(), name=name, worker=worker, draw=draw, fixed=fixed
             )
             continue
         grad = parameter.grad

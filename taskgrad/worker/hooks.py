@@ -17,6 +17,7 @@ from taskgrad.graph.calls import Draw
 from taskgrad.graph.parameter_extras import Hooks
 from taskgrad.worker.failures import layer_errors
 from taskgrad.worker.randomness import random_stream
+from taskgrad.worker_names import WorkerName
 
 
 def hooks_off(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
@@ -48,7 +49,7 @@ def accumulate_hooked(
     total: torch.Tensor,
     *,
     name: str,
-    address: str,
+    worker: WorkerName,
     draw: Draw | None,
     fixed: str | None,
 ) -> None:
@@ -63,26 +64,26 @@ def accumulate_hooked(
     if fixed is not None and parameter._post_accumulate_grad_hooks:
         before = parameter.detach().clone()
     stream = nullcontext() if draw is None else random_stream(*draw, name)
-    with layer_errors(f"a hook of parameter {name!r}", name, address), stream:
+    with layer_errors(f"a hook of parameter {name!r}", name, worker), stream:
         torch.autograd.backward(parameter, total)
     if before is not None and not torch.allclose(parameter, before, rtol=0, atol=0, equal_nan=True):
         with torch.no_grad():
             parameter.copy_(before)
         raise LayerError(
-            f"a hook of parameter {name!r} on worker {address} changed the parameter, {fixed}",
+            f"a hook of parameter {name!r} on worker {worker} changed the parameter, {fixed}",
             name,
-            address,
+            worker.address,
             None,
         )
 
 
 def hooked_gradient(
-    parameter: nn.Parameter, total: torch.Tensor, *, name: str, address: str
+    parameter: nn.Parameter, total: torch.Tensor, *, name: str, worker: WorkerName
 ) -> torch.Tensor:
     """A gradient after its hooks; nothing is accumulated.
 
     Raises LayerError if a hook raised.
     """
-    with layer_errors(f"a hook of parameter {name!r}", name, address):
+    with layer_errors(f"a hook of parameter {name!r}", name, worker):
         [found] = torch.autograd.grad(parameter, parameter, total)
     return found

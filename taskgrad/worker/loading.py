@@ -55,5 +55,5 @@ def load(
         for i, values in states.items():
             layer: nn.Module = shard.layers[i]
             what = f"loading a state into layer {names[i]!r}"
-            with layer_errors(what, names[i], store.address, NOTHING_LOADED):
+            with layer_errors(what, names[i], store.worker, NOTHING_LOADED):
                 layer.load_state_dict(values, strict=False)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from taskgrad.errors import TaskgradError
+from taskgrad.worker_names import WorkerName
 
 # How many ended tasks are remembered; the ranks of a group end within a message of each other.
 _MAX_ENDED = 10_000
@@ -85,7 +86,7 @@ class _Box:
 class Mailboxes:
     """The mailboxes of one worker. Safe from several threads.
 
-    `address` is that of the worker, `store` the id of its store, with which they are dropped.
+    `worker` names the worker, `store` is the id of its store, with which they are dropped.
     ``is_released(key)`` is True if no client needs the task's result any more.
     """
 
@@ -93,10 +94,10 @@ class Mailboxes:
         self,
         is_released: Callable[[str], bool] = lambda key: False,
         *,
-        address: str = "",
+        worker: WorkerName | None = None,
         store: str = "",
     ) -> None:
-        self.address = address
+        self.worker = worker
         self.store = store
         self.transport: Transport | None = None
         self._is_released = is_released

@@ -12,12 +12,13 @@ from taskgrad.formats.weights import opened
 from taskgrad.graph.deferred_init import InitPlan, named_tensors, reset_of
 from taskgrad.worker.failures import layer_errors
 from taskgrad.worker.randomness import random_stream
+from taskgrad.worker_names import WorkerName
 
 # Where a trainer's streams have the numbers of step and microbatch.
 _MAKING = -1
 
 
-def make_values(layer: nn.Module, plan: InitPlan, seed: int, address: str) -> None:
+def make_values(layer: nn.Module, plan: InitPlan, seed: int, worker: WorkerName) -> None:
     """Let modules set their values, each from a stream fixed by the seed and its name; read files.
 
     Raises LayerError if a module raised, or left some of its values unset; CheckpointError if a
@@ -28,7 +29,7 @@ def make_values(layer: nn.Module, plan: InitPlan, seed: int, address: str) -> No
         assert reset is not None
         what = f"reset_parameters() of {name!r}"
         with (
-            layer_errors(what, name, address, catch=BaseException),
+            layer_errors(what, name, worker, catch=BaseException),
             random_stream(seed, _MAKING, _MAKING, name),
         ):
             reset()
@@ -40,7 +41,7 @@ def make_values(layer: nn.Module, plan: InitPlan, seed: int, address: str) -> No
         for file, names in by_file.items():
             if not Path(file).is_file():
                 raise CheckpointError(
-                    f"worker {address} does not see {file}: weights lie on a filesystem that the "
+                    f"worker {worker} does not see {file}: weights lie on a filesystem that the "
                     "driver and all workers share"
                 )
             with opened(file) as handle:
@@ -50,10 +51,10 @@ def make_values(layer: nn.Module, plan: InitPlan, seed: int, address: str) -> No
         tensor = tensors[name].detach()
         if name not in plan.reads and tensor.is_floating_point() and tensor.isnan().any():
             raise LayerError(
-                f"reset_parameters() on worker {address} left {name!r} without values: it was made "
+                f"reset_parameters() on worker {worker} left {name!r} without values: it was made "
                 "on the meta device, and what __init__ does to it there is lost. Set all of it in "
                 "reset_parameters()",
                 name,
-                address,
+                worker.address,
                 None,
             )

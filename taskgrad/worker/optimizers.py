@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from taskgrad.graph.pytree import describe
+from taskgrad.worker_names import WorkerName
 
 Groups = Sequence[tuple[Sequence[str], Mapping[str, Any]]]
 
@@ -21,7 +22,7 @@ def make_optimizer(
     factory: Callable[..., Any],
     parameters: Mapping[str, nn.Parameter],
     groups: Groups,
-    address: str,
+    worker: WorkerName,
 ) -> torch.optim.Optimizer:
     """An optimizer over these parameters, in groups: names, and the options of each.
 
@@ -36,7 +37,7 @@ def make_optimizer(
     made = factory(given)
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(
-            f"optimizer is a function that makes one from parameters; on worker {address} it "
+            f"optimizer is a function that makes one from parameters; on worker {worker} it "
             f"gave {_kind(made)}"
         )
     names = {id(parameters[name]): name for members, _ in groups for name in members}
@@ -44,7 +45,7 @@ def make_optimizer(
     others = [p for p in found if id(p) not in names]
     if others:
         raise ValueError(
-            f"the optimizer that was made on worker {address} is over {len(others)} tensors that "
+            f"the optimizer that was made on worker {worker} is over {len(others)} tensors that "
             f"are not the model's parameters there ({describe(others[0])}, for one), and would "
             "train those. Make it of the parameters that the function is given, and not of copies "
             "or of what it closes over: lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
@@ -53,7 +54,7 @@ def make_optimizer(
     if missing:
         shown = ", ".join(sorted(missing)[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
         raise ValueError(
-            f"the optimizer that was made on worker {address} leaves out {len(missing)} of the "
+            f"the optimizer that was made on worker {worker} leaves out {len(missing)} of the "
             f"{len(names)} parameters that it was given ({shown}), and would not "
             "train those. Freeze what is not to be trained (requires_grad_(False)) before the "
             "chain is made"
@@ -62,7 +63,7 @@ def make_optimizer(
 
 
 def make_scheduler(
-    factory: Callable[..., Any], optimizer: torch.optim.Optimizer, monitor: str, address: str
+    factory: Callable[..., Any], optimizer: torch.optim.Optimizer, monitor: str, worker: WorkerName
 ) -> Any:
     """A learning-rate scheduler of this optimizer.
 
@@ -74,13 +75,13 @@ def make_scheduler(
     if not steps or not callable(getattr(made, "step", None)):
         raise TypeError(
             "lr_scheduler is a function that makes a scheduler from an optimizer; on worker "
-            f"{address} it gave {_kind(made)}"
+            f"{worker} it gave {_kind(made)}"
         )
     for part in _parts(made):
         for held in [part.optimizer] if hasattr(part, "optimizer") else vars(part).values():
             if isinstance(held, torch.optim.Optimizer) and held is not optimizer:
                 raise ValueError(
-                    f"the lr_scheduler that was made on worker {address}, a {type(part).__name__}, "
+                    f"the lr_scheduler that was made on worker {worker}, a {type(part).__name__}, "
                     "is of another optimizer than the one that it was given, and would not change "
                     "that one's learning rates. Make it of the optimizer that the function is "
                     "given: lambda optimizer: StepLR(optimizer, step_size=10)"

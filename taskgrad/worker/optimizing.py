@@ -46,14 +46,14 @@ def make(
     """
     with store.locked(token) as shard:
         made = Trained(None)
-        with making_errors(store.address):
+        with making_errors(store.worker):
             if options is not None:
                 made.training, made.compiled = _training(options, store.folder), options.compiled
             if any(names for names, _ in groups):
-                made.optimizer = make_optimizer(factory, shard.parameters, groups, store.address)
+                made.optimizer = make_optimizer(factory, shard.parameters, groups, store.worker)
                 if made.training is not None and options is not None and options.scheduler:
                     scheduler = make_scheduler(
-                        options.scheduler, made.optimizer, options.monitor, store.address
+                        options.scheduler, made.optimizer, options.monitor, store.worker
                     )
                     made.training.scheduler = scheduler
                     made.training.takes_metric = needs_metric(scheduler, options.monitor)
@@ -107,7 +107,7 @@ def update(store: Store, token: str, *, number: int, send: list[str]) -> dict[st
             _step(store, shard, number)
         elif shard.update.before is None and not shard.update.settled:
             raise TaskgradError(
-                f"optimizer step {number} was taken back on worker {store.address}, because it "
+                f"optimizer step {number} was taken back on worker {store.worker}, because it "
                 "failed on another one: call step() again"
             )
         return shard.values(send)
@@ -117,7 +117,7 @@ def _step(store: Store, shard: ResidentShard, number: int) -> None:
     optimizer = shard.optimizer
     if optimizer is None:
         raise TaskgradError(
-            f"the shard on worker {store.address} has no optimizer: make the Optimizer again"
+            f"the shard on worker {store.worker} has no optimizer: make the Optimizer again"
         )
     before = Undo(
         [optimizer],
@@ -125,7 +125,7 @@ def _step(store: Store, shard: ResidentShard, number: int) -> None:
         gradients="which" if of_torch(optimizer) else "values",
     )
     try:
-        with update_errors(store.address, None, "the optimizer"):
+        with update_errors(store.worker, None, "the optimizer"):
             optimizer.step()
     except BaseException:
         before.restore()

@@ -28,6 +28,7 @@ from taskgrad.graph.torch_settings import (
     thread_values,
 )
 from taskgrad.worker.randomness import paused
+from taskgrad.worker_names import WorkerName
 
 # How long a call that waits for the settings keeps its thread.
 _KEEP_THREAD_S = 0.005
@@ -53,7 +54,9 @@ class _Gate:
         self._held: Values = ()
         self._queue: deque[object] = deque()
 
-    def enter(self, wanted: Values, where: str, give_thread_back: Callable[[], None]) -> None:
+    def enter(
+        self, wanted: Values, where: WorkerName, give_thread_back: Callable[[], None]
+    ) -> None:
         """Return when these settings hold; they do until `leave` is called."""
         ticket = object()
         with self._changed:
@@ -80,7 +83,7 @@ class _Gate:
             self._changed.notify_all()
 
     def _take(
-        self, wanted: Values, where: str, ticket: object | None, seconds: float | None
+        self, wanted: Values, where: WorkerName, ticket: object | None, seconds: float | None
     ) -> bool:
         """Apply the settings, if possible within this time: in queue order if given a ticket."""
 
@@ -94,7 +97,7 @@ class _Gate:
             self._start(wanted, where)
             return True
 
-    def _start(self, wanted: Values, where: str) -> None:
+    def _start(self, wanted: Values, where: WorkerName) -> None:
         if not self._running:
             _put(wanted, where)
             self._held = wanted
@@ -104,7 +107,7 @@ class _Gate:
 _gate = _Gate()
 
 
-def _put(wanted: Values, where: str) -> None:
+def _put(wanted: Values, where: WorkerName) -> None:
     """Change the settings that differ from these values; raise if one cannot be set."""
     values = dict(wanted)
     missing = next((name for name in values if name not in _BY_NAME), None)
@@ -147,7 +150,7 @@ def _put_back() -> None:
 class _Hold:
     """One call's hold on the settings of the process."""
 
-    def __init__(self, where: str, give_thread_back: Callable[[], None]) -> None:
+    def __init__(self, where: WorkerName, give_thread_back: Callable[[], None]) -> None:
         self._where = where
         self._give_thread_back = give_thread_back
         self._entered = False
@@ -172,7 +175,7 @@ class applied:
     __slots__ = ("_hold", "_of_thread", "_settings", "_token", "_where")
 
     def __init__(
-        self, settings: TorchSettings, where: str, give_thread_back: Callable[[], None]
+        self, settings: TorchSettings, where: WorkerName, give_thread_back: Callable[[], None]
     ) -> None:
         self._settings = settings
         self._where = where
@@ -258,7 +261,7 @@ class YieldingLock:
         self._lock.release()
 
 
-def in_thread(settings: TorchSettings, where: str) -> AbstractContextManager[None]:
+def in_thread(settings: TorchSettings, where: WorkerName) -> AbstractContextManager[None]:
     """Apply those settings that belong to a thread in this one."""
     if settings.of_thread == thread_values():
         return nullcontext()
@@ -266,7 +269,7 @@ def in_thread(settings: TorchSettings, where: str) -> AbstractContextManager[Non
 
 
 @contextmanager
-def _in_thread(settings: TorchSettings, where: str) -> Iterator[None]:
+def _in_thread(settings: TorchSettings, where: WorkerName) -> Iterator[None]:
     now = thread_settings()
     with ExitStack() as stack:
         if settings.grad != now.grad:
@@ -285,7 +288,7 @@ def _in_thread(settings: TorchSettings, where: str) -> Iterator[None]:
         yield
 
 
-def _default_device(name: str, where: str) -> torch.device:
+def _default_device(name: str, where: WorkerName) -> torch.device:
     device = torch.device(name)
     try:
         torch.empty(0, device=device)

@@ -50,7 +50,7 @@ def install(
     if store.id != store_id:
         raise WorkerLostError(
             f"the worker that held {token.partition('-')[0]!r} is gone, and with it its layers; "
-            f"worker {store.address} cannot take its place. Make the chain again"
+            f"worker {store.worker} cannot take its place. Make the chain again"
         )
     known = store.get(token)
     if known is not None:  # trained meanwhile
@@ -63,7 +63,7 @@ def install(
     layers: dict[int, Any] = pack.unpack(data, values, own=True)
     # In reverse: of layers that share a parameter the first one sets it last.
     for index in reversed(init_plans):
-        make_values(layers[index], init_plans[index], seed, store.address)
+        make_values(layers[index], init_plans[index], seed, store.worker)
     modules = [m for m in layers.values() if isinstance(m, nn.Module)]
     place = there
     if device is None:
@@ -153,7 +153,7 @@ def accumulate(store: Store, token: str, *values: Any, parts: dict[str, list[str
     with store.locked(token) as shard:
         for name, sources in parts.items():
             found = store.parts(name, sources, values)
-            accumulate_into(shard, name, found, values, address=store.address)
+            accumulate_into(shard, name, found, values, worker=store.worker)
 
 
 def hooked(store: Store, token: str, *parts: torch.Tensor | None, name: str) -> Any:
@@ -166,7 +166,7 @@ def hooked(store: Store, token: str, *parts: torch.Tensor | None, name: str) -> 
         total = summed(parameter, parts, parts)
         if total is None:
             return None
-        return hooked_gradient(parameter, total, name=name, address=store.address).cpu()
+        return hooked_gradient(parameter, total, name=name, worker=store.worker).cpu()
 
 
 def give(store: Store, token: str, *, names: list[str]) -> dict[str, torch.Tensor]:

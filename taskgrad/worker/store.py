@@ -19,6 +19,7 @@ from taskgrad.errors import TapeError, WorkerLostError
 from taskgrad.worker.mailbox import Mailboxes
 from taskgrad.worker.shard import ResidentShard
 from taskgrad.worker.tape import Tape, WeightTape
+from taskgrad.worker_names import WorkerName
 
 # Keys released before their task was done, so that it leaves nothing behind.
 _MAX_RELEASED_EARLY = 100_000
@@ -32,11 +33,11 @@ def buffers_key(token: str) -> str:
 class Store:
     """Shards, tapes and gradients of one worker, by key. Safe from several threads."""
 
-    def __init__(self, address: str, folder: str) -> None:
-        self.address = address
+    def __init__(self, worker: WorkerName, folder: str) -> None:
+        self.worker = worker
         self.folder = folder  # the worker's own, on a disk
         self.id = uuid.uuid4().hex  # another one after every restart
-        self.mailboxes = Mailboxes(self.is_released, address=address, store=self.id)
+        self.mailboxes = Mailboxes(self.is_released, worker=worker, store=self.id)
         self.changed: Callable[[], None] = lambda: None
         """Called, in any thread, when the first entry has come or the last one has gone."""
         self._entries: dict[str, Any] = {}
@@ -70,7 +71,7 @@ class Store:
         entry = self._entries.get(token)
         if not isinstance(entry, ResidentShard):
             raise WorkerLostError(
-                f"worker {self.address} does not hold {token.partition('-')[0]!r}: it was "
+                f"worker {self.worker} does not hold {token.partition('-')[0]!r}: it was "
                 "restarted since the chain was made. Make the chain again"
             )
         return entry
@@ -88,7 +89,7 @@ class Store:
             entry = self._entries.get(token) if keep else self._remove(token)
         if not isinstance(entry, Tape):
             raise TapeError(
-                f"worker {self.address} holds no tape of {token.partition('-')[0]!r}: it was used "
+                f"worker {self.worker} holds no tape of {token.partition('-')[0]!r}: it was used "
                 "by an earlier backward, or released. Run the forward again"
             )
         return entry
@@ -99,7 +100,7 @@ class Store:
             entry = self._remove(token)
         if not isinstance(entry, WeightTape):
             raise TapeError(
-                f"worker {self.address} holds nothing of {token.partition('-')[0]!r} for the "
+                f"worker {self.worker} holds nothing of {token.partition('-')[0]!r} for the "
                 "gradients of its weights: it was used, or released. Run the forward again"
             )
         return entry

@@ -14,6 +14,7 @@ from taskgrad.worker.communicator import Communicator
 from taskgrad.worker.settings import YieldingLock
 from taskgrad.worker.shard import ResidentShard
 from taskgrad.worker.split_backward import WeightUses
+from taskgrad.worker_names import WorkerName
 
 
 @dataclass
@@ -35,12 +36,12 @@ class Tape:
     # without the GIL, and reading it meanwhile would crash the process.
     lock: YieldingLock = field(default_factory=lambda: YieldingLock(reentrant=False))
 
-    def match(self, cotangent: Any, address: str) -> list[Gradient]:
+    def match(self, cotangent: Any, worker: WorkerName) -> list[Gradient]:
         """The leaves of a cotangent; CotangentError unless it fits the output."""
         single = type(cotangent) is torch.Tensor and self.output_structure.kind == "leaf"
         if single and fits(cotangent, self.outputs[0]):
             return [cotangent]
-        where = f"{self.title!r} on {address}"
+        where = f"{self.title!r} on {worker}"
         return match(cotangent, self.outputs, self.output_structure, where)
 
 

@@ -130,7 +130,7 @@ def commit(
         if training.done <= step:
             if training.begun != step or training.before is None:
                 raise TaskgradError(
-                    f"step {step} was taken back on worker {store.address}, because it failed or "
+                    f"step {step} was taken back on worker {store.worker}, because it failed or "
                     "was interrupted: take it again"
                 )
             if shard.update is not None:
@@ -144,9 +144,9 @@ def commit(
                 _copy(shard, training, untouched_by(shard.optimizer))
             try:
                 if update and finite and shard.optimizer is not None:
-                    with update_errors(store.address, step, "clipping"):
+                    with update_errors(store.worker, step, "clipping"):
                         _clip(shard, training.names, clip_norm, clip_value, total)
-                    with update_errors(store.address, step, "the optimizer"):
+                    with update_errors(store.worker, step, "the optimizer"):
                         if training.spilled is not None:
                             training.spilled.step(shard.optimizer)
                         else:
@@ -157,7 +157,7 @@ def commit(
                     deferred_norm.commit(training.norms)
                 if update and finite and training.scheduler and not training.takes_metric:
                     hint = " It steps with every step of the optimizer, not every epoch."
-                    with update_errors(store.address, step, "the lr_scheduler", hint):
+                    with update_errors(store.worker, step, "the lr_scheduler", hint):
                         training.scheduler.step()
             except BaseException:
                 before.restore()
@@ -190,7 +190,7 @@ def advance(store: Store, token: str, *, metric: float, done: int) -> None:
         untouched += [v for v in kept if isinstance(v, torch.Tensor)]
         undo = Undo([training.scheduler, optimizer], without=untouched)
         try:
-            with update_errors(store.address, done - 1, "the lr_scheduler"):
+            with update_errors(store.worker, done - 1, "the lr_scheduler"):
                 training.scheduler.step(metric)
         except BaseException:
             undo.restore()
@@ -248,7 +248,7 @@ def roll_back(store: Store, token: str, *, done: int) -> None:
             update = shard.update
             if update is None or update.before is None or training.done != done + 1:
                 raise TaskgradError(
-                    f"worker {store.address} has taken {training.done} steps and cannot undo the "
+                    f"worker {store.worker} has taken {training.done} steps and cannot undo the "
                     f"last ones; other workers have taken {done}. Restore a checkpoint"
                 )
             update.before.restore()

@@ -26,6 +26,7 @@ from distributed import Worker
 from tornado.ioloop import PeriodicCallback
 
 from taskgrad.cluster import internals
+from taskgrad.worker_names import WorkerName
 
 logger = logging.getLogger("taskgrad")
 
@@ -145,9 +146,9 @@ def check_threads(worker: Worker) -> str | None:
         return None
     fits = max(1, CPU_COUNT // tasks)
     message = (
-        f"worker {worker.address} runs {tasks} tasks at a time with {each} torch threads each, "
-        f"{tasks * each} threads on {CPU_COUNT} cores. They will wait for each other: start it "
-        f"with OMP_NUM_THREADS={fits}, or with fewer threads (--nthreads)"
+        f"worker {WorkerName(worker.address, worker.name)} runs {tasks} tasks at a time with "
+        f"{each} torch threads each, {tasks * each} threads on {CPU_COUNT} cores. They will wait "
+        f"for each other: start it with OMP_NUM_THREADS={fits}, or with fewer threads (--nthreads)"
     )
     logger.warning(message)
     return message
