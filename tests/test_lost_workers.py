@@ -85,7 +85,7 @@ def test_a_layer_that_ends_its_process(fresh):
     layers = nn.Sequential(nn.Identity(), nn.Linear(2, 2), nn.Identity(), EndsForward())
     chain = tg.GraphChain(layers, client=client, placement=[0, 0, 1, 1])
     address = chain.placement[3].worker
-    named = f"worker 1 at {address} is gone.*had not finished 'forward:2..3'"
+    named = rf"worker 1 \({address}\) is gone.*had not finished 'forward:2..3'"
     lost(lambda: tg.collect(chain(torch.ones(1, 2))), named, "Make the chain again")
     other = tg.GraphChain(nn.Sequential(nn.Identity()), client=client, placement=[0])
     assert tg.collect(other(torch.ones(2))).tolist() == [1, 1]

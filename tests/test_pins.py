@@ -83,7 +83,7 @@ def test_a_pin_to_a_worker_that_stays_away_fails_within_the_deadline(fresh):
     address = thunk._node.worker
     client.retire_workers([address])
     # Which worker, which layer, what to do.
-    expected = rf"worker 1 at {address} has been gone for 2 s, and 'forward:where'.*Start a worker"
+    expected = rf"worker 1 \({address}\) has been gone for 2 s, and 'forward:where'.*Start a worker"
     with (
         dask.config.set({"taskgrad.worker-deadline": "2s"}),
         pytest.raises(tg.WorkerLostError, match=expected),

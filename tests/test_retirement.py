@@ -141,7 +141,7 @@ def test_a_worker_that_wants_to_leave_stays_open_until_it_holds_nothing(fresh):
     network, x = model(), torch.randn(5, 8)
     chain = tg.GraphChain(network, client=client, placement=[0, 0, 1])
     worker, other = dict.fromkeys(chain.placement.column("worker"))
-    with pytest.raises(tg.TaskgradError, match=f"{worker} holds layers or tapes.*then closes"):
+    with pytest.raises(tg.TaskgradError, match=rf"{worker}\) holds layers or tapes.*then closes"):
         client.run(close_gracefully, workers=[worker])
     assert addresses(client) == {worker, other}
     assert_vjp_equals_torch(chain, network, x)  # it takes tasks
