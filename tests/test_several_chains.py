@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import taskgrad as tg
 from conftest import total_held, wait_until
@@ -783,3 +784,28 @@ def test_a_module_over_chains_and_a_worker_with_a_function_alone(four):
 
 def _sin_loss(output, y):
     return F.mse_loss(torch.sin(output), y)
+
+
+@pytest.mark.usefixtures("executor")
+def test_averages_of_all_chains(client):
+    """A callback that works on the workers; one chain is loaded between steps."""
+    unet, plain, batches = Chains(client), plain_unet(microbatches=2), images(4)
+    ema = tg.EMA(0.5)
+    trainer = tg.Trainer(unet, F.mse_loss, SGD, microbatches=2, callbacks=[ema])
+    averaged = AveragedModel(plain.model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    for i, batch in enumerate(batches):
+        trainer.step(*batch).item()
+        plain.train([batch])
+        averaged.update_parameters(plain.model)
+        if i == 1:
+            unet.down.load_state_dict(UNet().down.state_dict())
+            plain.model.down.load_state_dict(UNet().down.state_dict())
+    with ema.applied(trainer):
+        names = dict(averaged.module.named_parameters())
+        found = {n: v for n, v in trainer.chain.state_dict().items() if n in names}
+        assert_states(found, names)
+        with pytest.raises(tg.TaskgradError, match=r"in a block of EMA\.applied"):
+            unet.down.load_state_dict(unet.down.state_dict())
+    assert_states(trainer.chain.state_dict(), plain.model.state_dict())
+    weights = sum(row.parameters for row in trainer.chain.memory())
+    assert sum(row.optimizer for row in trainer.chain.memory()) == 2 * weights  # and momentum
