@@ -28,6 +28,7 @@ from taskgrad.graph.shards import Shard
 from taskgrad.graph.torch_settings import refuse_module_hooks
 from taskgrad.layout import Layout
 from taskgrad.thunk import Lazy, Thunk
+from taskgrad.tracing import current_tracer
 from taskgrad.worker import loading, shard_ops
 
 
@@ -130,7 +131,8 @@ class GraphChain(Lazy):
         if device is None:  # a model on a GPU here belongs on the workers' own GPUs
             kinds = {info.device.type for info in flat.tensors.values()} - {"cpu", "meta"}
             device = next(iter(kinds), None)
-        devices = self.layout.deploy(flat, device, init_plans, seed)
+        self.layout.deploy(flat, device, init_plans, seed)
+        devices = self.layout.devices
         self.placement = placement_table(flat, placed.workers, devices, owner.names, placed.costs)
         """The worker of each layer, and what the layer takes: rows that print as a table."""
 
@@ -140,6 +142,10 @@ class GraphChain(Lazy):
         The arguments are those of the first layer: pytrees of tensors, thunks, Dask collections and
         plain values.
         """
+        tracer = current_tracer()
+        if tracer is not None:
+            recorded: Thunk = tracer.call(self.layout, args, kwargs)
+            return recorded
         output = self.layout.calls(args, kwargs, mode=self._mode)[-1]
         return Thunk(output, self.layout.session)
 

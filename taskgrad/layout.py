@@ -1,29 +1,28 @@
-"""Where the layers of a chain are: shards, calls of the layers, tasks on the shards."""
+"""Where the layers of a chain are: shards, and calls of the layers."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from taskgrad.cluster.session import Session
 from taskgrad.errors import TaskgradError
-from taskgrad.executors.registry import executor_of
 from taskgrad.graph import pack
-from taskgrad.graph.calls import Call, LayerStep, StepContext
+from taskgrad.graph.calls import LOSS, Call, LayerStep, StepContext
 from taskgrad.graph.deferred_init import InitPlan, TensorSpec, unsent_tensors
 from taskgrad.graph.functions import template
 from taskgrad.graph.layers import Branches, Layer, Model, Path, local_name, owner_of
 from taskgrad.graph.leaves import Leaf
-from taskgrad.graph.nodes import Node, new_key
+from taskgrad.graph.nodes import Node
 from taskgrad.graph.pytree import Slot
 from taskgrad.graph.sending import is_parametrized, refuse_cached
 from taskgrad.graph.shards import ChainRef, Shard, ShardCall, copied_names, shards_of
 from taskgrad.graph.torch_settings import TorchSettings, refuse_modes, settings_now
+from taskgrad.shard_tasks import ShardTasks
 from taskgrad.thunk import Inputs, Thunk
-from taskgrad.worker import loading, shard_ops
+from taskgrad.worker import shard_ops
 
 Autocast = tuple[tuple[str, torch.dtype], ...]
 """Regions of autocast, each (device type, dtype)."""
@@ -38,7 +37,7 @@ Extend = Callable[
 _ONE_INPUT = template(((Slot(0),), {}))
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
     """The arguments of the next call: nodes, and the template that they fill.
 
     `value` is the node that is its one argument, if it has one and that is a node.
@@ -49,10 +48,20 @@ class _Entry(NamedTuple):
     value: Node | None
 
 
-class _Walk:
+def entry_of(args: Sequence[Any], kwargs: Mapping[str, Any], title: str) -> Entry:
+    """These arguments of a call, pytrees of tensors, thunks, nodes, collections, plain values."""
+    inputs = Inputs()
+    if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor | Thunk | Node):
+        inputs.slot(args[0])
+        return Entry(tuple(inputs.nodes), _ONE_INPUT, inputs.nodes[0])
+    given = inputs.template((tuple(args), dict(kwargs)), title)
+    return Entry(tuple(inputs.nodes), given, None)
+
+
+class Walk:
     """One pass over a model's layers, which makes their calls: those of a stage as one.
 
-    All calls have the settings of torch that the first one is made with.
+    All calls have the settings of torch that the first one is made with, unless `begin` sets them.
     """
 
     def __init__(
@@ -64,8 +73,14 @@ class _Walk:
         self._autocast = autocast
         self._extend = extend
         self._settings: TorchSettings | None = None
+        self._suffix = ""
 
-    def path(self, path: Path, entry: _Entry, *, last: bool = False) -> _Entry:
+    def begin(self, settings: TorchSettings, suffix: str) -> None:
+        """Give the next calls these settings of torch, and their steps names with this suffix."""
+        self._settings = settings.under_autocast(self._autocast)
+        self._suffix = suffix
+
+    def path(self, path: Path, entry: Entry, *, last: bool = False) -> Entry:
         """Make the calls of a path; if `last`, the last one returns the model's output."""
         shard_of = self._layout.shard_of
         row: list[Layer] = []
@@ -75,7 +90,7 @@ class _Walk:
                 ends = [self._branch(branch, entry) for branch in part.paths]
                 joined = Inputs()
                 given = joined.template((tuple(ends), {}), self._layout.title)
-                entry = _Entry(tuple(joined.nodes), given, None)
+                entry = Entry(tuple(joined.nodes), given, None)
                 row = [part.connection]
                 continue
             apart = row and shard_of(row[-1]) is not shard_of(part)
@@ -85,7 +100,7 @@ class _Walk:
             row.append(part)
         return self._call(row, entry, last=last)
 
-    def _branch(self, path: Path, entry: _Entry) -> Node:
+    def _branch(self, path: Path, entry: Entry) -> Node:
         """The end of one branch. A skip is no call: its value goes straight to where it is used.
 
         So its cotangent also comes first of all to where the value was made, as in plain torch.
@@ -95,39 +110,57 @@ class _Walk:
             return entry.value
         return self.path(path, entry).inputs[0]
 
-    def _call(self, row: Sequence[Layer], entry: _Entry, *, last: bool = False) -> _Entry:
+    def _call(self, row: Sequence[Layer], entry: Entry, *, last: bool = False) -> Entry:
         """Make the call of layers in a row, if there are any; returns the next call's arguments."""
         if not row:
             return entry
         names = [layer.name or layer.kind for layer in row]
         title = names[0] if len(row) == 1 else f"{names[0]}..{names[-1]}"
+        steps = tuple([(r.index, name, r.kind) for r, name in zip(row, names, strict=True)])
+        layout = self._layout
+        parameters = dict.fromkeys([n for layer in row for n in layout.trained_by(layer)])
+        shard = layout.shard_of(row[0])
+        return self.call(title, steps, shard, entry, parameters=tuple(parameters), last=last)
+
+    def call(
+        self,
+        title: str,
+        steps: tuple[LayerStep, ...],
+        shard: Shard,
+        entry: Entry,
+        *,
+        last: bool = False,
+        **given: Any,
+    ) -> Entry:
+        """Make one call on a shard, with what else `Call` is given; the next call's arguments."""
         if self._settings is None:
             self._settings = settings_now().under_autocast(self._autocast)
-        steps = tuple([(r.index, name, r.kind) for r, name in zip(row, names, strict=True)])
         inputs, context = entry.inputs, None
         if self._extend is not None:
             steps, inputs, context = self._extend(steps, inputs, last)
-        layout = self._layout
-        shard = layout.shard_of(row[0])
-        parameters = dict.fromkeys([n for layer in row for n in layout.trained_by(layer)])
+        suffix = self._suffix
+        if suffix:
+            steps = tuple([(i, n if i == LOSS else n + suffix, kind) for i, n, kind in steps])
         call = Call(
             title=title,
             steps=steps,
             inputs=inputs,
             template=entry.template,
             shard=shard,
-            parameters=tuple(parameters),
             mode=self._mode,
             worker=shard.worker,
             context=context,
             settings=self._settings,
+            **given,
         )
         self.calls.append(call)
-        return _Entry((call,), _ONE_INPUT, call)
+        return Entry((call,), _ONE_INPUT, call)
 
 
-class Layout:
+class Layout(ShardTasks):
     """The placement of a model's layers on workers, and the means to run something there.
+
+    It makes the same calls for every batch, unless `is_traced`.
 
     Parameters
     ----------
@@ -145,12 +178,12 @@ class Layout:
 
     Attributes
     ----------
-    executor : Executor
-        What runs tasks and calls.
     ref : ChainRef
         Identifies the chain; says which trainer or optimizer it has.
-    shards : tuple of Shard
-        What each worker holds: all layers of the chain there.
+    path : Path
+        The layers as a graph.
+    devices : dict of str to str
+        By worker the device that its layers are on, once they are there.
     layers : list of Layer
         In the order in which they run.
     tensors : dict of str to ParameterInfo
@@ -158,6 +191,8 @@ class Layout:
     trainable : list of str
         The names of the trainable parameters, in the model's order.
     """
+
+    is_traced = False
 
     def __init__(
         self,
@@ -167,17 +202,15 @@ class Layout:
         session: Session,
         starts: frozenset[int] = frozenset(),
     ) -> None:
-        self.title = title
-        self.starts = starts
-        self.session = session
-        self.executor = executor_of(session)
         self.ref = ChainRef(title)
+        self._shard_of = shards_of(self.ref, flat, workers)
+        super().__init__(title, session, dict.fromkeys(self._shard_of))
+        self.starts = starts
         self.layers = flat.layers
         self.tensors = flat.tensors
-        self._shard_of = shards_of(self.ref, flat, workers)
-        self.shards = tuple(dict.fromkeys(self._shard_of))
-        self._path = flat.path
-        self._parametrized = is_parametrized(flat.modules)
+        self.path = flat.path
+        self.devices: dict[str, str] = {}
+        self.parametrized = is_parametrized(flat.modules)
         self._by_name = {layer.name: layer for layer in reversed(self.layers)}
         self.trainable = [
             name for name, i in self.tensors.items() if i.requires_grad and not i.is_buffer
@@ -202,6 +235,36 @@ class Layout:
         """
         return self.shard_of(self.owner(name))
 
+    @property
+    def first(self) -> Shard:
+        """The shard that takes the model's input."""
+        return self.shard_of(self.layers[0])
+
+    @property
+    def last(self) -> Shard:
+        """The shard that has the model's output."""
+        return self.shard_of(self.layers[-1])
+
+    @property
+    def refs(self) -> tuple[ChainRef, ...]:
+        """All chains whose layers these are."""
+        return (self.ref,)
+
+    @property
+    def parts(self) -> Mapping[str, Layout]:
+        """The layouts of several chains that are joined here, by name."""
+        return {}
+
+    @property
+    def called_again(self) -> Sequence[str]:
+        """Those of the parts that a batch passes more than once."""
+        return ()
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all that runs, in order."""
+        return [layer.name or layer.kind for layer in self.layers]
+
     def trained_by(self, layer: Layer) -> list[str]:
         """The trainable parameters that a layer uses, tied ones under their first name."""
         return self._uses[layer.index]
@@ -223,22 +286,14 @@ class Layout:
         what a training step needs.
         """
         self.refuse_modes()
-        inputs = Inputs()
-        alone = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor | Thunk | Node)
-        if alone:
-            inputs.slot(args[0])
-            entry = _Entry(tuple(inputs.nodes), _ONE_INPUT, inputs.nodes[0])
-        else:
-            given = inputs.template((tuple(args), dict(kwargs)), self.title)
-            entry = _Entry(tuple(inputs.nodes), given, None)
-        walk = _Walk(self, mode, autocast, extend)
-        walk.path(self._path, entry, last=True)
+        walk = Walk(self, mode, autocast, extend)
+        walk.path(self.path, entry_of(args, kwargs, self.title), last=True)
         return walk.calls
 
     def refuse_modes(self) -> None:
         """Raise TaskgradError in a mode of torch that would not reach the layers."""
         refuse_modes(self.title)
-        if self._parametrized:
+        if self.parametrized:
             refuse_cached(self.title)
 
     def refuse_averages(self, what: str) -> None:
@@ -246,50 +301,16 @@ class Layout:
 
         See `taskgrad.EMA`.
         """
-        if self.ref.has_averages:
+        if any(ref.has_averages for ref in self.refs):
             raise TaskgradError(
                 f"{what} was called in a block of EMA.applied, where the chain has the averages of "
                 "its weights: call it after the block"
             )
 
-    def task(
-        self,
-        shard: Shard,
-        function: Callable[..., Any],
-        arguments: Mapping[str, Any],
-        *,
-        after: Sequence[Node] = (),
-        awaits: Sequence[Node] = (),
-        name: str = "",
-    ) -> ShardCall:
-        """A task that calls a function of `taskgrad.worker` on a shard; it does not run yet.
-
-        `arguments` are keyword arguments, plain data; the values of the nodes in `after` are the
-        positional ones. The nodes in `awaits` run before. `name` is the task's name on the
-        dashboard, by default the function's.
-        """
-        key = new_key(name or function.__name__, self.title)
-        return ShardCall(shard, function, dict(arguments), key=key, after=after, awaits=awaits)
-
-    def tasks(
-        self, function: Callable[..., Any], *, awaits: Sequence[Node] = (), **arguments: Any
-    ) -> list[ShardCall]:
-        """The same task on every shard."""
-        return [self.task(shard, function, arguments, awaits=awaits) for shard in self.shards]
-
-    def run(self, tasks: Sequence[ShardCall]) -> None:
-        """Run tasks side by side; returns when all are done."""
-        self.executor.run(tasks)
-
-    def results(self, tasks: Sequence[ShardCall]) -> list[Any]:
-        """Run tasks side by side; returns their results."""
-        self.executor.run(tasks)
-        return self.executor.values(tasks)
-
     def deploy(
         self, flat: Model, device: str | None, init_plans: Mapping[int, InitPlan], seed: int
-    ) -> dict[str, str]:
-        """Send every shard to its worker; returns the device that each ended up on.
+    ) -> None:
+        """Send every shard to its worker.
 
         `init_plans` say which values are not sent but made there, from streams fixed by `seed`.
         """
@@ -329,45 +350,4 @@ class Layout:
         if init_plans:
             self.copy_tied()
         places = self.results(installs)
-        return {c.shard.worker: place for c, place in zip(installs, places, strict=True)}
-
-    @contextlib.contextmanager
-    def all_or_nothing(self, shards: Iterable[Shard]) -> Iterator[None]:
-        """Restore the layers of these shards, and their optimizers, if the block raises.
-
-        Each worker keeps copies of parameters and buffers until the block ends.
-        """
-        shards = list(shards)
-        self.run([self.task(shard, loading.begin, {}) for shard in shards])
-        try:
-            yield
-        except BaseException as error:
-            try:
-                self.run([self.task(shard, loading.undo, {}) for shard in shards])
-            except TaskgradError as broken:
-                error.add_note(f"What was loaded could not be taken back: {broken}")
-            raise
-        self.run([self.task(shard, loading.finish, {}) for shard in shards])
-
-    def refreshes(self, given: Mapping[Shard, Node]) -> dict[Shard, ShardCall]:
-        """Tasks that write new values into copies of tied parameters, by the shard of the copies.
-
-        `given` has for a shard the node whose value is the new values of what lives there.
-        """
-        found = {}
-        for shard in self.shards:
-            after = [given[h] for h in dict.fromkeys(shard.homes.values()) if h in given]
-            if after:
-                awaits = [given[shard]] if shard in given else []
-                found[shard] = self.task(
-                    shard, shard_ops.set_parameters, {}, after=after, awaits=awaits, name="update"
-                )
-        return found
-
-    def copy_tied(self) -> None:
-        """Give copies of tied parameters the values that they have where they live."""
-        gives = {
-            shard: self.task(shard, shard_ops.give, {"names": names}, name="tied")
-            for shard, names in copied_names(self.shards).items()
-        }
-        self.run(list(self.refreshes(gives).values()))
+        self.devices = {c.shard.worker: p for c, p in zip(installs, places, strict=True)}

@@ -29,6 +29,7 @@ from taskgrad.graph.leaves import External, Leaf, resolve
 from taskgrad.graph.nodes import Node, new_key
 from taskgrad.graph.pytree import Slot, flatten, plain
 from taskgrad.graph.refusals import refuse_hidden, refuse_writing
+from taskgrad.tracing import current_tracer, refuse_reading
 
 _LOSS_WORDS = ("loss", "entropy", "kl_div")  # in the names of functions that are losses
 
@@ -92,6 +93,7 @@ class Thunk(Delayed):
 
     def persist(self, **kwargs: Any) -> Thunk:
         """Start running on the cluster; returns this thunk, whose value then stays there."""
+        refuse_reading()
         executor = executor_of(self._session or session())
         executor.run([self._node], wait=False, tapes=torch.is_grad_enabled())
         return self
@@ -117,6 +119,7 @@ class Thunk(Delayed):
         TapeError
             The thunk needs no gradient, was made under ``torch.no_grad()``, or its tapes are used.
         """
+        refuse_reading()
         retain_graph = flag("retain_graph", retain_graph)
         seed = cotangent_node(self._node, cotangent)
         found = adjoint([(self._node, seed)], retain=retain_graph)
@@ -270,6 +273,10 @@ def spawn(
         raise TypeError(
             f"spawn takes a module, and {fn.__name__} is a class: give an instance of it"
         )
+    tracer = current_tracer()
+    if tracer is not None:
+        recorded: Thunk = tracer.spawn(fn, args, kwargs, worker)
+        return recorded
     title = kind_of(fn).strip("<>")
     packed = pack_function(fn, title)
     inputs = Inputs()
@@ -384,6 +391,7 @@ def collect(tree: Any) -> Any:
     refuse_hidden(tree, leaves, Thunk)
     if not at:
         return tree
+    refuse_reading()
     thunks: list[Thunk] = [leaves[i] for i in at]
     owners = {t._session.client: t._session for t in thunks if t._session is not None}
     if len(owners) > 1:

@@ -16,8 +16,10 @@ from taskgrad.cluster.session import check_open
 from taskgrad.graph import pack
 from taskgrad.graph.layers import kind_of
 from taskgrad.graph.pytree import flatten
+from taskgrad.layout import Layout
 from taskgrad.train.callbacks.base import Callback
 from taskgrad.train.callbacks.ema import ema_of
+from taskgrad.train.chain_group import ChainGroup
 from taskgrad.train.data import MicrobatchSplitter, pair
 from taskgrad.train.memory import InFiles, check_fits
 from taskgrad.train.optimizer_factory import (
@@ -41,16 +43,11 @@ class Checked(NamedTuple):
     optimizers: tuple[Groups, TrainingOptions, pack.Packed, InFiles]
 
 
-def check_trainer(
-    chain: Any, loss_fn: Any, optimizer: Any, callbacks: Any, given: Mapping[str, Any]
-) -> Checked:
-    """Check the arguments of a `Trainer`; `given` has the others, all with a default."""
-    if not isinstance(chain, GraphChain):
-        raise TypeError(f"a Trainer trains a GraphChain; got {type(chain).__name__}")
-    check_open(chain.layout.session.client)
+def check_options(callbacks: Any, executor: Any, given: Mapping[str, Any]) -> None:
+    """Check the options of a `Trainer`, before there is anything that it trains."""
     check_callbacks(callbacks)
+    check_executor(executor)
     check_monitor(given["monitor"])
-    ema = ema_of(callbacks)
     check_counts(microbatches=given["microbatches"], accumulate=given["accumulate"])
     check_limits(clip_norm=given["clip_norm"], clip_value=given["clip_value"])
     check_scheduler(given["lr_scheduler"])
@@ -59,8 +56,23 @@ def check_trainer(
     check_compile(given["compile"])
     flag("deferred_batch_norm", given["deferred_batch_norm"])
     flag("check_finite", given["check_finite"])
+    maker_of(given["schedule"])
+    recompute_rule(given["checkpoint"])
+    precision(given["amp"])
+
+
+def check_trainer(
+    chain: GraphChain | ChainGroup,
+    loss_fn: Any,
+    optimizer: Any,
+    callbacks: Sequence[Callback],
+    given: Mapping[str, Any],
+) -> Checked:
+    """Check what a `Trainer` is made of; `given` has its options, which are checked."""
+    ema = ema_of(callbacks)
+    check_open(chain.layout.session.client)
     schedule, recompute = maker_of(given["schedule"]), recompute_rule(given["checkpoint"])
-    check_chooser(given["checkpoint"], chain.placement.column("layer"))
+    check_chooser(given["checkpoint"], chain.layout.names)
     dtype = precision(given["amp"])
     layout, patterns = chain.layout, given["param_groups"] or {}
     example, _ = example_of(optimizer, layout)
@@ -68,14 +80,16 @@ def check_trainer(
     loss, loss_kind = packed_loss(loss_fn)
     if not layout.trainable:
         raise ValueError("the chain has no trainable parameters: all of them are frozen")
+    if given["microbatches"] > 1 and not given["deferred_batch_norm"]:
+        refuse_repeated_norms(layout)
     microbatches, accumulate = given["microbatches"], given["accumulate"]
     in_files = check_fits(chain, optimizer, microbatches, accumulate, averages=ema is not None)
-    kinds = {row.device.partition(":")[0] for row in chain.placement}
+    kinds = {device.partition(":")[0] for device in layout.devices.values()}
     groups = parameter_groups(layout.trainable, patterns)
     settings = Settings(
         # Clipping and loss scaling need the gradients of all workers.
         plan=planner(
-            chain, schedule, flush=given["clip_norm"] is not None or given["amp"] == "fp16"
+            layout, schedule, flush=given["clip_norm"] is not None or given["amp"] == "fp16"
         ),
         seed=given["seed"],
         accumulate=given["accumulate"],
@@ -93,8 +107,8 @@ def check_trainer(
         given["in_dims"],
         given["target_dims"],
         weighted=not adds_up(loss_fn),
-        first=chain.placement[0].worker,
-        last=chain.placement[-1].worker,
+        first=layout.first.worker,
+        last=layout.last.worker,
         loss_kind=loss_kind,
     )
     compiled = given["compile"]
@@ -108,6 +122,17 @@ def check_trainer(
         decay=None if ema is None else ema.decay,
     )
     return Checked(settings, splitter, (groups, options, loss, in_files))
+
+
+def refuse_repeated_norms(layout: Layout) -> None:
+    """Raise ValueError if microbatches would update batch norm in the order of the schedule."""
+    for name in layout.called_again:
+        if any(n.startswith(f"{name}.") and n.endswith(".running_mean") for n in layout.tensors):
+            raise ValueError(
+                f"{name!r} is called more than once and has batch norm, whose running statistics "
+                "would depend on the order in which the microbatches pass: "
+                "deferred_batch_norm=True makes them those of the whole batch"
+            )
 
 
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}

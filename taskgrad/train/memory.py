@@ -11,6 +11,7 @@ from taskgrad.chain import GraphChain
 from taskgrad.errors import MemoryLimitError
 from taskgrad.graph.shards import Shard
 from taskgrad.layout import Layout
+from taskgrad.train.chain_group import ChainGroup
 from taskgrad.train.optimizer_factory import example_of, state_per_parameter
 from taskgrad.worker.offload import CHUNK
 
@@ -54,7 +55,12 @@ def _need(
 
 
 def check_fits(
-    chain: GraphChain, optimizer: Any, microbatches: int, accumulate: int, *, averages: bool
+    chain: GraphChain | ChainGroup,
+    optimizer: Any,
+    microbatches: int,
+    accumulate: int,
+    *,
+    averages: bool,
 ) -> InFiles:
     """The workers that have to keep state in files, and which; raises if that is not enough.
 

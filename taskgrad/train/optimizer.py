@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +13,20 @@ from taskgrad.cluster.session import check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.graph.nodes import Node
 from taskgrad.graph.shards import ShardCall, copied_names
+from taskgrad.train.chain_group import ChainGroup, group_of
 from taskgrad.train.optimizer_factory import example_of, optimizers_on
 from taskgrad.train.owner import check_owner, take_over
 from taskgrad.worker import optimizing
 
 
 class Optimizer:
-    """A torch optimizer for each shard of a chain, on the shard's worker.
+    """A torch optimizer for each worker of a chain, or of several, over their parameters there.
 
     Parameters
     ----------
-    chain : GraphChain
+    chain : GraphChain, list or dict of GraphChain
+        Several chains take a step together: all of them or none. In a dict they have names, with
+        which messages begin the names of parameters.
     factory : callable
         Makes an optimizer from a list of parameters: ``torch.optim.Adam``, or
         ``functools.partial(torch.optim.SGD, lr=0.1)``. It is called once on each worker, over the
@@ -32,10 +35,10 @@ class Optimizer:
     Raises
     ------
     TypeError
-        `chain` is none, or `factory` does not make an optimizer from a list of parameters, or one
-        whose step needs a closure, as that of ``LBFGS`` does.
+        `chain` is no chain or chains, or `factory` does not make an optimizer from a list of
+        parameters, or one whose step needs a closure, as that of ``LBFGS`` does.
     ValueError
-        The chain has no trainable parameters.
+        The chains have no trainable parameters; or one of them is there twice.
     LayerError
         The factory raised on a worker, or made an optimizer over other parameters than it was
         given, or over fewer; an optimizer that the chain had before is still in use.
@@ -53,21 +56,26 @@ class Optimizer:
     >>> client.close()
     """
 
-    def __init__(self, chain: GraphChain, factory: Callable[..., torch.optim.Optimizer]) -> None:
-        if not isinstance(chain, GraphChain):
+    def __init__(
+        self,
+        chain: GraphChain | Sequence[GraphChain] | Mapping[str, GraphChain],
+        factory: Callable[..., torch.optim.Optimizer],
+    ) -> None:
+        trained = group_of(chain) if isinstance(chain, list | tuple | Mapping) else chain
+        if not isinstance(trained, GraphChain | ChainGroup):
             raise TypeError(f"an Optimizer updates a GraphChain; got {type(chain).__name__}")
-        layout = chain.layout
+        layout = trained.layout
         check_open(layout.session.client)
         example_of(factory, layout)
         if not layout.trainable:
             raise ValueError("the chain has no trainable parameters to optimize")
-        self._chain = chain
+        self._chain = trained
         homes = {layout.home(name) for name in layout.trainable}
         self._shards = [shard for shard in layout.shards if shard in homes]
         self._number = 0
         self._unsettled = False  # a step was interrupted, and is yet to be taken back
         self._lock = threading.RLock()
-        take_over(chain, self, optimizers_on(layout, factory, [(layout.trainable, {})]))
+        take_over(layout, self, optimizers_on(layout, factory, [(layout.trainable, {})]))
 
     def _tasks(self, function: Callable[..., Any], awaits: Sequence[Node] = ()) -> list[ShardCall]:
         """A task of the step under way on every shard with parameters to train."""

@@ -1,4 +1,4 @@
-"""The owner of a chain: the one trainer or optimizer that its shards have, and its last step."""
+"""The owner of chains: the one trainer or optimizer that their shards have, and its last step."""
 
 from __future__ import annotations
 
@@ -9,53 +9,70 @@ from typing import Any
 
 from taskgrad.chain import GraphChain
 from taskgrad.errors import TaskgradError
-from taskgrad.graph.shards import ShardCall
+from taskgrad.graph.shards import ChainRef, ShardCall
 from taskgrad.layout import Layout
+from taskgrad.shard_tasks import ShardTasks
+from taskgrad.train.chain_group import ChainGroup
 from taskgrad.worker import optimizing, training
 
 
-def take_over(chain: GraphChain, owner: Any, makes: Sequence[ShardCall]) -> list[Any]:
-    """Make `owner` the owner of a chain, once what it needs is made on all shards.
+def take_over(layout: Layout, owner: Any, makes: Sequence[ShardCall]) -> list[Any]:
+    """Make `owner` the owner of a layout's chains, once what it needs is made on all shards.
 
-    The steps of the previous owner are finished first. If that one no longer exists, a step that
-    it left unfinished is taken back. Returns the results of `makes`.
+    The steps of previous owners are finished first. If one no longer exists, a step that it left
+    unfinished is taken back. Returns the results of `makes`.
     """
-    layout = chain.layout
     layout.refuse_averages("a new Trainer or Optimizer")
-    before = layout.ref.trained_by()
-    if hasattr(before, "wait"):
-        with contextlib.suppress(TaskgradError):  # a failed step's: raised when its loss is read
-            before.wait()
-    elif before is None and isinstance(layout.ref.trained_by, weakref.ref):
-        recover(layout)
+    for ref in layout.refs:
+        before = ref.trained_by()
+        if hasattr(before, "wait"):
+            with contextlib.suppress(TaskgradError):  # a failed step's: raised when it is read
+                before.wait()
+        elif before is None and isinstance(ref.trained_by, weakref.ref):
+            recover(ref.trained_on or _own_shards(layout, ref))
     layout.run(layout.tasks(optimizing.use, awaits=makes))
     answers = layout.results(makes)
-    layout.ref.trained_by = weakref.ref(owner)
+    together = None
+    if len(layout.refs) > 1:  # not the layout itself, which has what the user's function has
+        together = ShardTasks(layout.title, layout.session, layout.shards)
+    for ref in layout.refs:
+        ref.trained_by = weakref.ref(owner)
+        ref.trained_on = None if ref is layout.ref else together
     return answers
 
 
+def _own_shards(layout: Layout, ref: ChainRef) -> ShardTasks:
+    """The shards of one of a layout's chains by itself."""
+    return next((part for part in layout.parts.values() if part.ref is ref), layout)
+
+
 @contextlib.contextmanager
-def restored_owner(chain: GraphChain) -> Iterator[None]:
-    """Restore the chain's owner if the block raises."""
-    before = chain.layout.ref.trained_by
+def restored_owner(layout: Layout) -> Iterator[None]:
+    """Restore the owners of a layout's chains if the block raises."""
+    before = [(ref, ref.trained_by, ref.trained_on) for ref in layout.refs]
     try:
         yield
     except BaseException:
-        chain.layout.ref.trained_by = before
+        for ref, owner, shards in before:
+            ref.trained_by, ref.trained_on = owner, shards
         raise
 
 
-def check_owner(chain: GraphChain, owner: Any, kind: str) -> None:
-    """Raise TaskgradError if something else trains the chain now."""
-    if chain.layout.ref.trained_by() is not owner:
-        raise TaskgradError(
-            f"{chain!r} has another Trainer or Optimizer since this {kind} was "
-            "made, whose optimizers have taken the place of this one's on the workers: use that "
-            "one, or make a new one"
-        )
+def check_owner(chain: GraphChain | ChainGroup, owner: Any, kind: str) -> None:
+    """Raise TaskgradError if something else trains the chain, or one of several, now."""
+    for ref in chain.layout.refs:
+        if ref.trained_by() is not owner:
+            named = {part.ref: f"chain {name!r}" for name, part in chain.layout.parts.items()}
+            raise TaskgradError(
+                f"{named.get(ref, repr(chain))} has another Trainer or Optimizer since this {kind} "
+                "was made, whose optimizers have taken the place of this one's on the workers: use "
+                "that one, or make a new one"
+            )
 
 
-def recover(layout: Layout, *, seconds: float | None = None, done: int | None = None) -> int | None:
+def recover(
+    layout: ShardTasks, *, seconds: float | None = None, done: int | None = None
+) -> int | None:
     """Take every shard back to the last step that all of them have taken, or to `done` steps.
 
     Returns the number of batches taken, 0 for a chain without a trainer; None if the shards are

@@ -8,7 +8,9 @@ from functools import lru_cache, partial
 import torch
 
 from taskgrad.arguments import shown
-from taskgrad.chain import GraphChain
+from taskgrad.function_layout import random_state_kept
+from taskgrad.graph.adjoint import calls_behind
+from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import Node
 from taskgrad.layout import Layout
 from taskgrad.plan.plan import Plan, PlannedWorker, Stage
@@ -20,13 +22,12 @@ from taskgrad.worker_names import WorkerName
 Maker = Callable[[Pipeline, int], Schedule]
 
 
-def planner(chain: GraphChain, make_schedule: Maker, *, flush: bool) -> Callable[[int], Plan]:
+def planner(layout: Layout, make_schedule: Maker, *, flush: bool) -> Callable[[int], Plan]:
     """A function from a number of microbatches to their plan; it caches the last plans.
 
     With `flush` no worker updates before the gradients of all are complete.
     """
-    layout = chain.layout
-    devices = {row.worker: row.device for row in chain.placement}
+    devices = layout.devices
     workers = tuple(
         PlannedWorker(s.worker, devices[s.worker], _own_name(layout.session.named(s.worker)))
         for s in layout.shards
@@ -47,8 +48,9 @@ def _own_name(worker: WorkerName) -> str:
 def stages_of(layout: Layout) -> tuple[Stage, ...]:
     """The stages of a chain: each is one of its calls."""
     workers = [shard.worker for shard in layout.shards]
-    with torch.enable_grad():
-        calls = layout.calls((None,), {}, mode=True)
+    with torch.enable_grad(), random_state_kept():
+        calls = layout.calls((Leaf(None, needs_grad=False),), {}, mode=True)
+    reached = set(calls_behind(calls[-1:]))
     index: dict[Node, int] = {call: i for i, call in enumerate(calls)}
     return tuple(
         Stage(
@@ -57,7 +59,7 @@ def stages_of(layout: Layout) -> tuple[Stage, ...]:
             names=tuple(name for _, name, _ in call.spec.steps),
             worker=workers.index(call.worker or ""),
             inputs=tuple(index[node] for node in call.inputs if node in index),
-            trained=call.needs_grad,
+            trained=call in reached,
         )
         for call in calls
     )

@@ -10,13 +10,15 @@ from taskgrad.cluster.session import check_open
 from taskgrad.errors import TaskgradError
 from taskgrad.executors.compiled import CompiledExecutor
 from taskgrad.executors.step_lowering import NotCompilableError, StepNodes, lower_step
+from taskgrad.function_layout import constants, structure
+from taskgrad.graph.calls import Call
 from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import Node
 from taskgrad.graph.slices import Slice
 from taskgrad.graph.torch_settings import settings_now
 from taskgrad.layout import Layout
 from taskgrad.train.data import Batch
-from taskgrad.train.step import Settings, Step, build
+from taskgrad.train.step import Settings, Step, build, calls_of
 from taskgrad.worker import training
 from taskgrad.worker.step_program import StoredResult
 
@@ -160,7 +162,11 @@ class CompiledRunner:
         if slices:
             batch = self._cut(batch, slices)
         leaves = [n for n in (*batch.inputs, *batch.targets) if isinstance(n, Leaf)]
-        loaded = self._program(batch, number, leaves, executor)
+        calls = None
+        if self._layout.is_traced:  # calls may take other values of the driver's each time
+            calls = calls_of(self._layout, batch, number, self._settings)
+            leaves += constants(calls, leaves)
+        loaded = self._program(batch, number, leaves, calls, executor)
         inputs = [[leaves[i].sent() for i in given] for given in loaded.takes]
         for shard, given in zip(self._layout.shards, inputs, strict=True):
             if any(isinstance(v, StoredResult) and v.worker != shard.worker for v in given):
@@ -195,15 +201,21 @@ class CompiledRunner:
         return replace(batch, inputs=given[0], targets=given[1], weights=found)
 
     def _program(
-        self, batch: Batch, number: int, leaves: list[Leaf], executor: CompiledExecutor
+        self,
+        batch: Batch,
+        number: int,
+        leaves: list[Leaf],
+        calls: list[list[Call]] | None,
+        executor: CompiledExecutor,
     ) -> _Loaded:
         """The program for a batch of this shape."""
         update = (number + 1) % self._settings.accumulate == 0
-        shape = batch.count, update, tuple(batch.weights), batch.loss_kind, settings_now()
+        traced = None if calls is None else structure(calls, leaves)
+        shape = batch.count, update, tuple(batch.weights), batch.loss_kind, settings_now(), traced
         if shape in self._loaded:
             self._loaded.move_to_end(shape)
             return self._loaded[shape]
-        made = build(self._layout, batch, number, self._settings, None)
+        made = build(self._layout, batch, number, self._settings, None, calls)
         lowered = lower_step(
             StepNodes(
                 {address: list(nodes) for address, nodes in made.scheduled.items()},

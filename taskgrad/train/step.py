@@ -90,13 +90,21 @@ class _Microbatch:
 
 
 def build(
-    layout: Layout, batch: Batch, number: int, settings: Settings, before: Step | None
+    layout: Layout,
+    batch: Batch,
+    number: int,
+    settings: Settings,
+    before: Step | None,
+    calls: Sequence[list[Call]] | None = None,
 ) -> Step:
-    """The graph of a step, which starts on each shard when the step before is done there."""
+    """The graph of a step, which starts on each shard when the step before is done there.
+
+    `calls` are those of its microbatches, if they have been made.
+    """
     update = (number + 1) % settings.accumulate == 0
     plan, earlier = settings.plan(batch.count), {} if before is None else before.last
-    split = {(a.stage, a.microbatch) for order in plan.orders for a in order if a.kind == "W"}
-    parts = [_microbatch(layout, batch, number, m, settings, split) for m in range(batch.count)]
+    calls = calls or calls_of(layout, batch, number, settings)
+    parts = [_microbatch(part, batch, m, settings) for m, part in enumerate(calls)]
     scheduled = _scheduled(parts, plan)
     order, tails = _order(batch, scheduled, layout, earlier)
     summary = {"update": update, "norms": settings.clip_norm is not None}
@@ -107,7 +115,7 @@ def build(
     losses = [part.calls[-1] for part in parts]
     weights = [w for w in batch.weights if isinstance(w, Node)]
     report = layout.task(
-        layout.shard_of(layout.layers[-1]),
+        layout.last,
         training.report,
         {
             "step": number,
@@ -144,15 +152,22 @@ def build(
     return Step(number, report, last, list(settles), order, scheduled, list(ahead))
 
 
-def _microbatch(
+def calls_of(layout: Layout, batch: Batch, number: int, settings: Settings) -> list[list[Call]]:
+    """The calls of each microbatch of a step, the last one with the loss."""
+    orders = settings.plan(batch.count).orders
+    split = {(a.stage, a.microbatch) for order in orders for a in order if a.kind == "W"}
+    return [_calls(layout, batch, number, m, settings, split) for m in range(batch.count)]
+
+
+def _calls(
     layout: Layout,
     batch: Batch,
     number: int,
     index: int,
     settings: Settings,
     split: Container[tuple[int, int]],
-) -> _Microbatch:
-    """Forward with the loss, and backward with the gradients that are complete after each part.
+) -> list[Call]:
+    """The calls of one microbatch.
 
     `split` has the (stage, microbatch) of those whose weights have a backward of their own.
     """
@@ -172,9 +187,13 @@ def _microbatch(
 
     draw = Draw(settings.seed, number, index)
     with torch.enable_grad():
-        calls = layout.calls(
+        return layout.calls(
             (batch.inputs[index],), {}, mode=True, autocast=settings.autocast, extend=extend
         )
+
+
+def _microbatch(calls: list[Call], batch: Batch, index: int, settings: Settings) -> _Microbatch:
+    """Forward, and backward with the gradients that are complete after each part."""
     share = batch.weights[index]
     scale: tuple[float, Node | None] = (
         (1 / settings.accumulate, share)
@@ -182,7 +201,11 @@ def _microbatch(
         else (share / settings.accumulate, None)
     )
     found = adjoint([(calls[-1], None)], scale=scale, accumulate=True)
-    return _Microbatch(calls, {pullback.call: pullback for pullback in found.pullbacks})
+    pullbacks = {pullback.call: pullback for pullback in found.pullbacks}
+    for call in calls:
+        if call not in pullbacks:
+            call.tape.drop()  # what takes its value was called without grad
+    return _Microbatch(calls, pullbacks)
 
 
 @cache

@@ -15,6 +15,7 @@ from taskgrad.executors.step_lowering import NotCompilableError
 from taskgrad.graph.nodes import Node
 from taskgrad.train.call_lock import CallLock
 from taskgrad.train.callbacks.on_step import OnStep
+from taskgrad.train.chain_group import ChainGroup
 from taskgrad.train.data import Batch
 from taskgrad.train.hint import Hints
 from taskgrad.train.loss import StepLoss
@@ -50,7 +51,7 @@ class Steps:
 
     def __init__(
         self,
-        chain: GraphChain,
+        chain: GraphChain | ChainGroup,
         settings: Settings,
         on_step: OnStep,
         notify: Callable[[StepLoss], None],

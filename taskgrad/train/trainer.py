@@ -18,14 +18,15 @@ from taskgrad.plan.schedule import Schedule
 from taskgrad.train.arguments import (
     RecomputeOption,
     check_epochs,
-    check_executor,
     check_loader,
     check_metrics,
+    check_options,
     check_trainer,
 )
 from taskgrad.train.callbacks.base import Callback
 from taskgrad.train.callbacks.model_checkpoint import ModelCheckpoint
 from taskgrad.train.callbacks.on_step import OnStep
+from taskgrad.train.chain_group import ChainGroup, to_train
 from taskgrad.train.checkpoints.read import restore
 from taskgrad.train.checkpoints.write import save
 from taskgrad.train.fit import Fit
@@ -37,7 +38,7 @@ from taskgrad.train.owner import take_over
 from taskgrad.train.steps import Steps
 
 # Arguments of a trainer that its checkpoints do not have.
-_APART = frozenset({"self", "chain", "loss_fn", "optimizer", "callbacks", "executor"})
+_APART = frozenset({"self", "chain", "loss_fn", "optimizer", "callbacks", "executor", "chains"})
 
 
 class Trainer:
@@ -51,7 +52,13 @@ class Trainer:
 
     Parameters
     ----------
-    chain : GraphChain
+    chain : GraphChain or callable
+        A chain; or a function of the input that calls several chains, and functions and modules by
+        `spawn`, and returns the output. It is called for every microbatch, where it may not read
+        values, and has to make the same calls each time. Names of parameters and layers begin with
+        the name by which the function knows their chain, as in ``"down.0.weight"``. A module with
+        parameters that it gives to `spawn` becomes a chain for as long as it exists, which
+        ``trainer.chain.chains`` has by name; the module itself stays as it is.
     loss_fn : callable
         ``loss_fn(output, targets)`` returns one number; the mean over samples, unless it has
         ``reduction="sum"``.
@@ -107,6 +114,9 @@ class Trainer:
     executor : {"compiled", "futures"}
         How steps run: by programs on the workers, or as graphs of Dask tasks. A trainer whose steps
         cannot be compiled uses tasks, and logs why.
+    chains : mapping, optional
+        Names for the chains and modules that a function calls, all of them. By default the names of
+        variables that it closes over, of globals that it uses, and of attributes of its object.
 
     Raises
     ------
@@ -134,7 +144,7 @@ class Trainer:
 
     def __init__(
         self,
-        chain: GraphChain,
+        chain: GraphChain | ChainGroup | Callable[..., Any],
         loss_fn: Callable[..., torch.Tensor],
         optimizer: OptimizerFactory,
         *,
@@ -156,25 +166,27 @@ class Trainer:
         compile: bool | Mapping[str, Any] = False,
         check_finite: bool = False,
         executor: Literal["compiled", "futures"] = "compiled",
+        chains: Mapping[str, Any] | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in _APART}
         given["seed"] = whole("seed", seed)
-        check_executor(executor)
-        checked = check_trainer(chain, loss_fn, optimizer, callbacks, given)
-        self.chain = chain
+        check_options(callbacks, executor, given)
+        self.chain = trained = to_train(chain, chains)
+        """What is trained: the chain, or of a function the group of those that it calls."""
+        checked = check_trainer(trained, loss_fn, optimizer, callbacks, given)
         # Those that save come last: a checkpoint has what the others noted of the same epoch.
         self.callbacks = tuple(sorted(callbacks, key=lambda c: isinstance(c, ModelCheckpoint)))
         self._given = given
         self._splitter = checked.splitter
         self._plan = checked.settings.plan
         self._on_step = OnStep(self.callbacks)
-        self._steps = Steps(chain, checked.settings, self._on_step, self._notify, executor)
+        self._steps = Steps(trained, checked.settings, self._on_step, self._notify, executor)
         self._fits = Fits(self._steps, weighted=self._splitter.weighted)
         self._loops = Loops(
-            chain.layout, self._steps, self._splitter, checked.settings.autocast, loss_fn
+            trained.layout, self._steps, self._splitter, checked.settings.autocast, loss_fn
         )
-        makes = optimizers_on(chain.layout, optimizer, *checked.optimizers)
-        needing = [name for name in take_over(chain, self._steps, makes) if name is not None]
+        makes = optimizers_on(trained.layout, optimizer, *checked.optimizers)
+        needing = [n for n in take_over(trained.layout, self._steps, makes) if n is not None]
         self._steps.metric_for = next(iter(needing), None)
 
     @property
@@ -393,9 +405,11 @@ class Trainer:
     def restore(
         cls,
         path: str | os.PathLike[str],
-        chain: GraphChain,
+        chain: GraphChain | Callable[..., Any],
         loss_fn: Callable[..., torch.Tensor],
         optimizer: Callable[..., torch.optim.Optimizer],
+        *,
+        chains: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Self:
         """A trainer that goes on where `save` was called.
@@ -408,7 +422,7 @@ class Trainer:
         ----------
         path
             The folder that was given to `save`.
-        chain, loss_fn, optimizer
+        chain, loss_fn, optimizer, chains
             As for the trainer that was saved. The chain's own weights, and options of the optimizer
             such as its learning rate, are replaced by what was saved.
         **options
@@ -429,10 +443,9 @@ class Trainer:
             is changed on any worker: a trainer that the chain had before can go on.
         """
         path = path_of(path)
-        if not isinstance(chain, GraphChain):
-            raise TypeError(f"a checkpoint goes into a GraphChain; got {type(chain).__name__}")
-        make = partial(cls, chain, loss_fn, optimizer)
-        trainer, steps, driver = restore(make, path, chain, optimizer, options)
+        group = to_train(chain, chains)
+        make = partial(cls, group, loss_fn, optimizer)
+        trainer, steps, driver = restore(make, path, group, optimizer, options)
         trainer._steps.taken = steps
         trainer._fits.resume(driver["fit"])
         states = [list(given) for given in driver["callbacks"]]

@@ -37,17 +37,21 @@ class Moments:
         return Moments(count, mean, squares)
 
 
+First = tuple[int, str]
+"""The first step of a task: the index of its layer, and its name, another one in each call."""
+
+
 @dataclass
 class Recorded:
     """The statistics of one batch norm in a step.
 
     `before` are its running statistics as the step found them. `calls` has the moments of each of
-    its calls in one forward of the model, by microbatch: in the task that starts with a layer of
-    this index, the call of this number.
+    its calls in one forward of the model, by microbatch: in the task that starts with this layer,
+    the call of this number.
     """
 
     before: dict[str, torch.Tensor]
-    calls: dict[tuple[int, int], dict[int, Moments]] = field(default_factory=dict)
+    calls: dict[tuple[First, int], dict[int, Moments]] = field(default_factory=dict)
 
 
 Statistics = dict[_BatchNorm, Recorded]
@@ -56,11 +60,11 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 @contextmanager
 def deferred(
-    modules: Iterable[nn.Module], found: Statistics, microbatch: int, first: int
+    modules: Iterable[nn.Module], found: Statistics, microbatch: int, first: First
 ) -> Iterator[None]:
     """Record the statistics of what is normalized while a microbatch passes these modules.
 
-    They are all modules, each once; `first` is the first layer of the task that runs them.
+    They are all modules, each once; `first` is the first step of the task that runs them.
     """
     with ExitStack() as regions:
         for norm in [m for m in modules if isinstance(m, _BatchNorm)]:
@@ -69,7 +73,7 @@ def deferred(
 
 
 @contextmanager
-def _watched(norm: _BatchNorm, found: Statistics, microbatch: int, first: int) -> Iterator[None]:
+def _watched(norm: _BatchNorm, found: Statistics, microbatch: int, first: First) -> Iterator[None]:
     count = 0
 
     def record(x: torch.Tensor) -> None:

@@ -135,7 +135,8 @@ class Forward:
         members = shard.stage(steps).members()
         with contextlib.ExitStack() as regions:
             if norms is not None and draw is not None:
-                first, _, _ = steps[0]
+                index, name, _ = steps[0]
+                first = index, name
                 regions.enter_context(deferred(members.modules, norms, draw.microbatch, first))
             if uses is not None:
                 weights = members.trainable().values()
@@ -204,11 +205,15 @@ class Forward:
         call = self.call
         rank, context = call.rank, call.context
         for index, name, kind in call.steps[start:stop]:
-            if shard is None:
+            if index == LOSS and shard is not None:
+                fn = shard.loss
+            elif shard is None or call.function:
                 tensors = [fed[i] for i in call.tensor_slots]
                 fn = pack.unpack(call.function, tensors, own=False)
+                if shard is not None and isinstance(fn, nn.Module) and call.mode is not None:
+                    fn.train(call.mode)
             else:
-                fn = shard.loss if index == LOSS else shard.layers[index]
+                fn = shard.layers[index]
             loss = context.loss if index == LOSS and context is not None else None
             if loss is not None:
                 args = (*args, *Template.of(loss.template).fill(fed))
@@ -316,8 +321,8 @@ def _refuse_unknown(
 
 def _set_mode(shard: ResidentShard, mode: bool | None) -> None:
     """Put the whole shard in training or evaluation mode, if it is not yet in it."""
-    if mode is None or mode is shard.layer_mode:
-        return
-    for layer in shard.modules.values():
-        layer.train(mode)
-    shard.layer_mode = mode
+    for part in shard.parts or (shard,):
+        if mode is not None and mode is not part.layer_mode:
+            for layer in part.modules.values():
+                layer.train(mode)
+            part.layer_mode = mode

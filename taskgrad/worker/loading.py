@@ -13,7 +13,6 @@ from torch import nn
 from taskgrad.worker import averaging
 from taskgrad.worker.failures import NOTHING_LOADED, layer_errors
 from taskgrad.worker.offload import CopiesInFiles
-from taskgrad.worker.shard import Trained
 from taskgrad.worker.store import Store
 from taskgrad.worker.undo import Undo
 
@@ -21,10 +20,11 @@ from taskgrad.worker.undo import Undo
 def begin(store: Store, token: str) -> None:
     """Copy the shard as it is now, before a load."""
     with store.locked(token) as shard:
-        in_files = shard.training.copies if shard.training is not None else None
+        training = shard.trains.training
+        in_files = training.copies if training is not None else None
         copies = in_files if isinstance(in_files, CopiesInFiles) else None
         layers = Undo(list(shard.layers.values()), copies, gradients="which")
-        shard.before_load = layers, Trained(shard.optimizer, shard.training, shard.loss)
+        shard.before_load = layers, shard.trained
 
 
 def undo(store: Store, token: str) -> None:
@@ -34,7 +34,7 @@ def undo(store: Store, token: str) -> None:
             (layers, trained), shard.before_load = shard.before_load, None
             layers.restore()
             shard.use(trained)
-            averaging.put_back(shard)
+            averaging.put_back(shard.trains)
 
 
 def finish(store: Store, token: str) -> None:
@@ -51,7 +51,7 @@ def load(
     Raises LayerError if a layer raised.
     """
     with store.locked(token) as shard:
-        averaging.average(shard)
+        averaging.average(shard.trains)
         for i, values in states.items():
             layer: nn.Module = shard.layers[i]
             what = f"loading a state into layer {names[i]!r}"

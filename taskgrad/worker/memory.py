@@ -47,12 +47,20 @@ def storages(tensors: Iterable[Any]) -> dict[int, int]:
 
 
 def shard_bytes(shard: ResidentShard) -> MemoryUsage:
-    """Memory of one shard without its tapes. A step may run at the same time."""
+    """Memory of one shard without its tapes. A step may run at the same time.
+
+    What a joined shard has counts for its parts.
+    """
+    if shard.parts:
+        return MemoryUsage()
+    trains, own = shard.trains, set(shard.parameters.values())
     # As lists, made in one go: a step adds to what it iterates over.
-    state = list(shard.optimizer.state.values()) if shard.optimizer is not None else []
-    spilled = shard.training.spilled if shard.training is not None else None
-    if shard.training is not None and shard.training.averages is not None:
-        state.append(shard.training.averages.values)
+    every = list(trains.optimizer.state.items()) if trains.optimizer is not None else []
+    state = [values for p, values in every if p in own or not isinstance(p, torch.Tensor)]
+    spilled = trains.training.spilled if trains.training is not None else None
+    if trains.training is not None and trains.training.averages is not None:
+        averages = list(trains.training.averages.values.items())
+        state.append({n: v for n, v in averages if trains.parameters[n] in own})
     kept = (v for values in state for v in list(values.values()) if isinstance(v, torch.Tensor))
     return MemoryUsage(
         parameters=sum(storages(shard.parameters.values()).values()),

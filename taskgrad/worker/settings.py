@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -259,6 +259,42 @@ class YieldingLock:
 
     def __exit__(self, *error: object) -> None:
         self._lock.release()
+
+
+class JointLock:
+    """Several locks as one. All threads take them in the order in which they are given here."""
+
+    __slots__ = ("_locks",)
+
+    def __init__(self, locks: Sequence[YieldingLock]) -> None:
+        self._locks = tuple(locks)
+
+    def acquire(self, blocking: bool = True) -> bool:
+        """Take all locks; False if another thread has one of them and `blocking` is False."""
+        taken: list[YieldingLock] = []
+        try:
+            for lock in self._locks:
+                if not lock.acquire(blocking):
+                    break
+                taken.append(lock)
+            else:
+                taken = []
+                return True
+        finally:
+            for lock in reversed(taken):
+                lock.release()
+        return False
+
+    def release(self) -> None:
+        """Release all locks."""
+        for lock in reversed(self._locks):
+            lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
 
 def in_thread(settings: TorchSettings, where: WorkerName) -> AbstractContextManager[None]:

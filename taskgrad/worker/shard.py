@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from taskgrad.graph.calls import LOSS, LayerStep
-from taskgrad.worker.settings import YieldingLock
+from taskgrad.graph.calls import LayerStep
+from taskgrad.worker.settings import JointLock, YieldingLock
 from taskgrad.worker.stage_modules import StageModules
 from taskgrad.worker.training_state import Training, Update
 from taskgrad.worker.undo import Undo
@@ -18,12 +19,18 @@ from taskgrad.worker.undo import Undo
 
 @dataclass
 class Trained:
-    """What trains a shard. A shard keeps that of its next trainer, and from before a load."""
+    """What trains a shard. A shard keeps that of its next trainer, and from before a load.
+
+    `compiled` are options of ``torch.compile`` for the layers. `parts` is what trained the parts of
+    a joined shard; `joined` refers to the joined shard that trains a part.
+    """
 
     optimizer: torch.optim.Optimizer | None
     training: Training | None = None
     loss: Any = None
-    compiled: dict[str, Any] | None = None  # options of ``torch.compile`` for the layers
+    compiled: dict[str, Any] | None = None
+    parts: tuple[Trained, ...] = ()
+    joined: weakref.ref[ResidentShard] | None = None
 
 
 @dataclass
@@ -35,7 +42,8 @@ class ResidentShard:
     each. `lock` is held while any of it runs, so that a worker of several threads does not tear it.
     `gradient_bytes` is the last count; `uncounted` asks the holder of the lock to count again.
     `copied` are the parameters of which other shards have copies, `trainable` those that the chain
-    knows as such.
+    knows as such. `parts` are the shards of several chains whose layers this one has, too, to be
+    trained together; `joined` refers to the shard that trains this one as a part.
     """
 
     layers: dict[int, Any]
@@ -52,12 +60,30 @@ class ResidentShard:
     training: Training | None = None  # what a trainer keeps here
     gradient_bytes: int = 0
     uncounted: bool = False
-    lock: YieldingLock = field(default_factory=YieldingLock)
+    lock: YieldingLock | JointLock = field(default_factory=YieldingLock)
+    parts: tuple[ResidentShard, ...] = ()
+    joined: weakref.ref[ResidentShard] | None = None
     _stages: dict[Any, StageModules] = field(default_factory=dict)
 
     def use(self, trained: Trained) -> None:
-        """Replace what trains this shard."""
+        """Replace what trains this shard, and what trains its parts."""
         self.optimizer, self.training, self.loss = trained.optimizer, trained.training, trained.loss
+        self.joined = trained.joined
+        before = trained.parts or [Trained(None, joined=weakref.ref(self)) for _ in self.parts]
+        for part, own in zip(self.parts, before, strict=True):
+            part.use(own)
+
+    @property
+    def trained(self) -> Trained:
+        """What trains this shard and its parts now."""
+        parts = tuple([part.trained for part in self.parts])
+        return Trained(self.optimizer, self.training, self.loss, parts=parts, joined=self.joined)
+
+    @property
+    def trains(self) -> ResidentShard:
+        """The shard with the optimizer of these parameters: this one, or that it is joined to."""
+        found = None if self.joined is None else self.joined()
+        return self if found is None else found
 
     @property
     def modules(self) -> dict[int, nn.Module]:
@@ -65,10 +91,10 @@ class ResidentShard:
         return {i: m for i, m in self.layers.items() if isinstance(m, nn.Module)}
 
     def stage(self, steps: Sequence[LayerStep]) -> StageModules:
-        """The modules of the layers that are steps of a call; the same object every time."""
+        """The modules of those steps of a call that are layers; the same object every time."""
         found = self._stages.get(steps)
         if found is None:
-            layers = [self.layers[index] for index, _, _ in steps if index != LOSS]
+            layers = [self.layers[index] for index, _, _ in steps if index in self.layers]
             found = self._stages[steps] = StageModules(layers, self.parameters)
         return found
 

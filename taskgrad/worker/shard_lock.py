@@ -60,9 +60,10 @@ class _Exclusive(AbstractContextManager[None]):
         try:
             if shard.training is not None:
                 shard.training.busy += time.perf_counter() - self._start
-            if shard.uncounted:
-                shard.gradient_bytes = gradient_bytes(shard)
-                shard.uncounted = False
+            for part in (shard, *shard.parts):
+                if part.uncounted:
+                    part.gradient_bytes = gradient_bytes(part)
+                    part.uncounted = False
         finally:
             shard.lock.release()
             _using_shard.reset(self._token)

@@ -89,7 +89,7 @@ class EMA(Callback):
                     "there is no average of the weights yet: the first one is made after the first "
                     "step of the optimizer"
                 )
-            layout.ref.has_averages = True
+            _mark(layout, averages=True)
             try:
                 _exchange(layout, applied=True)
             except BaseException:
@@ -129,6 +129,11 @@ def _averaged_steps(trainer: Any) -> int:
         return min(layout.results(layout.tasks(averaging.averaged_steps)))
 
 
+def _mark(layout: Layout, *, averages: bool) -> None:
+    for ref in layout.refs:
+        ref.has_averages = averages
+
+
 def _exchange(layout: Layout, *, applied: bool) -> None:
     layout.run(layout.tasks(averaging.exchange_averages, applied=applied))
     layout.copy_tied()
@@ -140,7 +145,7 @@ def _put_back(trainer: Any, tries: int = 2) -> None:
     try:
         with trainer._steps.alone():
             _exchange(layout, applied=False)
-            layout.ref.has_averages = False
+            _mark(layout, averages=False)
     except BaseException:
         if tries > 1:
             _put_back(trainer, tries - 1)

@@ -18,6 +18,7 @@ from taskgrad.graph.shards import Shard
 from taskgrad.layout import Layout
 from taskgrad.train.arguments import check_callbacks
 from taskgrad.train.callbacks.ema import ema_of
+from taskgrad.train.chain_group import ChainGroup
 from taskgrad.train.checkpoints.inventory import NOT_WRITTEN, inventory, living_on
 from taskgrad.train.optimizer_factory import example_of
 from taskgrad.train.owner import restored_owner
@@ -30,7 +31,7 @@ logger = logging.getLogger("taskgrad")
 def restore(
     make: Callable[..., T],
     path: Path,
-    chain: GraphChain,
+    chain: GraphChain | ChainGroup,
     optimizer: Any,
     options: Mapping[str, Any],
 ) -> tuple[T, int, dict[str, Any]]:
@@ -59,7 +60,7 @@ def restore(
             for shard, need in needs.items()
         ]
     )
-    with between_steps((), [layout.ref]), restored_owner(chain), layout.all_or_nothing(needs):
+    with between_steps((), layout.refs), restored_owner(layout), layout.all_or_nothing(needs):
         trainer = make(**options)
         layout.run(
             [
