@@ -296,17 +296,17 @@ def go_wrong(dask_worker, how, folder):
     """Have a worker's writes go wrong, in one way until the next call of this."""
     from taskgrad.worker import checkpoint
 
-    checkpoint.write = getattr(checkpoint, "write", checkpoint._write)
+    checkpoint.right = getattr(checkpoint, "right", checkpoint.write)
 
-    def wrong(address, file, tensors):
-        about = checkpoint.write(address, file, tensors)
+    def wrong(who, file, tensors):
+        about = checkpoint.right(who, file, tensors)
         if how == "elsewhere":
             os.rename(file, f"{folder}/elsewhere")
         elif how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         return about
 
-    checkpoint._write = wrong
+    checkpoint.write = wrong
 
 
 @pytest.mark.parametrize(

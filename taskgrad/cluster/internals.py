@@ -209,7 +209,7 @@ def wrap_colours(colour: Callable[[str], str | None]) -> int:
     for module, name in _COLOURS:
         stock = getattr(sys.modules.get(module), name, None)
         if callable(stock) and not hasattr(stock, "taskgrad"):
-            vars(sys.modules[module])[name] = _coloured(stock, colour)
+            vars(sys.modules[module]).update({name: _coloured(stock, colour)})
             count += 1
     return count
 

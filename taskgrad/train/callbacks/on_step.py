@@ -40,12 +40,12 @@ class OnStep:
     def call(self, trainer: Any, loss: StepLoss) -> None:
         """Call all of them, in order."""
         for i, callback in enumerate(self._callbacks):
-            self._now.position = i
+            self._now.calling = i
             self._called.add(i)
             callback.on_step(trainer, loss)
 
     def note_reader(self) -> str:
         """The callback that runs in this thread reads the state; returns the name of its class."""
-        position: int = self._now.position
+        position: int = self._now.calling
         self._readers.add(position)
         return type(self._callbacks[position]).__name__
