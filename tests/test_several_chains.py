@@ -279,10 +279,12 @@ def test_reading_a_chain_waits_for_the_steps_of_all(client):
         plain.train([batch])
         assert_same(state["0.weight"], plain.model.bottom[0].weight.detach(), f"step {count}")
     trainer.step(*batches[0])
-    value = tg.collect(unet.down.eval()(batches[0][0]))
+    x = batches[0][0]
+    both = tg.collect([unet.down.eval()(x), unet.bottom.eval()(x.expand(-1, 4, -1, -1))])
     plain.train(batches[:1])
     plain.model.eval()
-    assert_same(value.detach(), plain.model.down(batches[0][0]).detach())
+    assert_same(both[0].detach(), plain.model.down(x).detach())
+    assert_same(both[1].detach(), plain.model.bottom(x.expand(-1, 4, -1, -1)).detach())
     # The mode of that call is not that of a step.
     plain.model.train()
     assert trainer.step(*batches[1]).item() == plain.train([batches[1]])[0]

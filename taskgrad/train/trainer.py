@@ -231,7 +231,7 @@ class Trainer:
             The batch is empty, or inputs and targets do not fit together; nothing is submitted.
         TaskgradError
             The batch has thunks of another client; or another trainer was made over the chain, or
-            the scheduler needs a metric.
+            the scheduler needs a metric; or the function that is trained makes other calls.
         LayerError
             A layer or the loss raised, in this step or one before that was not read: the message
             names layer, microbatch and worker. The trainer is as it was before that step.
