@@ -20,6 +20,7 @@ from conftest import total_held, wait_until
 from helpers import assert_same, long, long_rows
 from plain import Embed, Head, PlainTrainer, _draw_from_streams, next_token, tokens
 from taskgrad.cluster.worker_plugin import store_of
+from taskgrad.thunk import Thunk
 from test_transaction import Adam, set_trap
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -809,5 +810,10 @@ def test_averages_of_all_chains(client):
         with pytest.raises(tg.TaskgradError, match=r"in a block of EMA\.applied"):
             unet.down.load_state_dict(unet.down.state_dict())
     assert_states(trainer.chain.state_dict(), plain.model.state_dict())
-    weights = sum(row.parameters for row in trainer.chain.memory())
-    assert sum(row.optimizer for row in trainer.chain.memory()) == 2 * weights  # and momentum
+    held = trainer.chain.memory()
+    assert sum(held.column("optimizer")) == 2 * sum(held.column("parameters"))  # and momentum
+    assert sum(held.column("tapes")) == 0
+    layout = trainer.chain.layout
+    output = Thunk(layout.calls((batches[0][0],), {}, mode=True)[-1], layout.session)
+    tg.collect(output)
+    assert sum(trainer.chain.memory().column("tapes")) > 0

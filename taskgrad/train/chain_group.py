@@ -56,7 +56,7 @@ class ChainGroup:
     def memory(self) -> Table[MemoryRow]:
         """Bytes that the chains hold on each worker now, as `GraphChain.memory` of all of them."""
         total = {shard.worker: Counter[str]() for shard in self.layout.shards}
-        for part in self.layout.parts.values():
+        for part in (self.layout, *self.layout.parts.values()):  # tapes of steps are the layout's
             held = part.results(part.tasks(shard_ops.memory))
             for shard, sizes in zip(part.shards, held, strict=True):
                 total[shard.worker].update(sizes)
