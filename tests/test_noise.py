@@ -76,7 +76,6 @@ caught(lambda: tg.collect(tg.spawn(fails)))
 caught(lambda: tg.map(fails, [1, 2]))
 caught(lambda: list(tg.imap(fails, [1, 2])))
 caught(lambda: tg.pmap(fails, "i")(torch.ones(2)))
-client.close()
 """
 
 
