@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import taskgrad as tg
-from tests.helpers import assert_same, long
-from tests.plain import PlainTrainer
+from helpers import assert_same, long
+from plain import PlainTrainer
 
 SGD = torch.optim.SGD
 PLACEMENT = [0, 0, 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import threading
 import time
@@ -282,3 +283,32 @@ def test_values_of_any_kind_whose_shapes_change(four, schedule):
     losses = [trainer.step(x, y) for x, y in batches]
     assert [loss.item() for loss in losses] == plain.train(batches)
     assert_same_training(chain, plain, four)
+
+
+def delay_steps(seconds: float, dask_worker) -> None:
+    """Have the messages that bring steps arrive later; 0 ends that."""
+    kind = program_host._ProgramHost
+    kind.prompt = getattr(kind, "prompt", kind._step)
+
+    async def delayed(self, **message):
+        await asyncio.sleep(seconds)
+        await kind.prompt(self, **message)
+
+    kind._step = delayed if seconds else kind.prompt
+
+
+def test_a_step_that_arrives_after_its_task_has_ended(client):
+    """The task waits for a quarter of a second; then another one takes the step."""
+    chain = tg.GraphChain(net(), client=client, placement=[0, 0, 1, 1])
+    trainer = tg.Trainer(chain, F.mse_loss, torch.optim.SGD, microbatches=2)
+    given = rows(3)
+    losses = []
+    client.run(delay_steps, 0.6)
+    try:
+        for x, y in given:
+            losses.append(trainer.step(x, y).item())
+            trainer.wait()
+    finally:
+        client.run(delay_steps, 0.0)
+    plain = PlainTrainer(net(), F.mse_loss, torch.optim.SGD, microbatches=2)
+    assert losses == plain.train(given)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import taskgrad as tg
-from tests.helpers import assert_same, long_rows
+from helpers import assert_same, long_rows
 
 ADAM = torch.optim.Adam
 
@@ -316,7 +316,7 @@ def run_job(folder, killed_at):
 def test_a_job_that_is_killed_three_times_ends_as_if_it_was_not(tmp_path):
     def run(folder, killed_at):
         folder.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "tests.test_resuming", str(folder), str(killed_at)]
+        command = [sys.executable, __file__, str(folder), str(killed_at)]
         return subprocess.run(command, timeout=120, check=False).returncode
 
     for killed_at in (7, 16, 24):  # in mid-epoch, with steps that are not saved

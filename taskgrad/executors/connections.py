@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import pickle
@@ -90,6 +91,7 @@ class Connections:
         self._settle_limit = math.inf  # the last step that they may be told so of
         self._taken = [0] * len(workers)
         self._tasks: dict[int, Future] = {}  # the tasks that take steps, by rank
+        self._numbers = itertools.count()  # of these tasks
         self._lost: set[int] = set()
         self._labels: dict[int, list[list[tuple[str, str]]]] = {}  # by program, by rank
         self._unshown: list[list[Row]] = [[] for _ in workers]  # what each did since `_shown_at`
@@ -276,7 +278,8 @@ class Connections:
                     run_program,
                     self._name,
                     workers=[address],
-                    key=f"train-{self._name}-{rank}-{self._epoch}-{self._sent}",
+                    # Dask would take a task of a key that it knows for one that is done.
+                    key=f"train-{self._name}-{rank}-{next(self._numbers)}",
                     pure=False,
                 )
 

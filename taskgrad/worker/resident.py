@@ -195,6 +195,7 @@ class Resident:
             if self._running:  # Dask runs the task again
                 return 0
             self._running = True
+            self._rests = self._rests and bool(self._steps)  # else a step is on its way
         self.host.begin()
         interval = sys.getswitchinterval()
         sys.setswitchinterval(min(interval, _SWITCH_S))
