@@ -302,7 +302,7 @@ def test_a_batch_on_workers_is_taken_by_programs(client):
     for x, y in batches:
         on_workers = (da.from_array(t.numpy(), chunks=(4, *t.shape[1:])) for t in (x, y))
         losses.append(trainer.step(*on_workers))
-    assert all("busy" in loss.report for loss in losses)
+    assert all("waiting" in loss.report for loss in losses)
     assert [loss.item() for loss in losses] == plain.train(batches)
 
 
@@ -314,5 +314,5 @@ def test_a_batch_on_workers_that_several_take_is_taken_by_tasks(client, caplog):
     x, y = (da.ones(shape, dtype="float32", chunks=2) for shape in ((4, 4), (4, 1)))
     loss = trainer.step(x, y)
     assert loss.item() > 0
-    assert "busy" not in loss.report
+    assert "waiting" not in loss.report
     assert "several of them take the model's input" in caplog.text

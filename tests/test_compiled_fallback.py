@@ -41,7 +41,7 @@ def assert_runs_as_tasks(client, caplog, reason: str, deadline: str = "2m") -> s
     assert [loss.item() for loss in losses] == plain.train(images(4))
     assert_same_training(chain, plain, client)
     assert len(keys_of(client, "forward") - tasks) == 4 * 4 * 2
-    assert all("busy" not in loss.report for loss in losses)
+    assert all("waiting" not in loss.report for loss in losses)
     warnings = [r for r in caplog.records if r.name == "taskgrad" and r.levelname == "WARNING"]
     [message] = [record.getMessage() for record in warnings]
     assert message.startswith("taskgrad runs these steps as Dask tasks: ")
@@ -110,7 +110,7 @@ def test_workers_that_reach_each_other_by_dasks_connections_only(client, caplog)
         assert [loss.item() for loss in losses] == plain.train(images(4))
         assert_same_training(chain, plain, client)
         assert "over Dask's own connections" in caplog.text
-        assert all("busy" in loss.report for loss in losses)
+        assert all("waiting" in loss.report for loss in losses)
         assert client.run(threads_and_ports) == before
     finally:
         client.run(join_again)

@@ -138,7 +138,7 @@ def test_options(four, tmp_path, name, option):
     losses += [trainer.step(x, y) for x, y in data[5:]]
     assert [loss.item() for loss in losses] == expected
     assert_same_training(chain, plain, four)
-    assert all("busy" in loss.report for loss in losses)  # by programs
+    assert all("waiting" in loss.report for loss in losses)  # by programs
     if option == "fp16":
         assert True in {loss.report["skipped"] for loss in losses}
 
