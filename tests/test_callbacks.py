@@ -388,3 +388,14 @@ def test_a_scheduler_gets_the_metric_that_monitor_names(client):
         trainer.fit(given, 1, val_loader=given, progress=False)
     with pytest.raises(tg.LayerError, match="smaller values are better"):
         made(client, [], lr_scheduler=plateau)
+
+
+def test_a_module_that_is_fetched_for_evaluation_leaves_training_as_it_is(client):
+    given = batches(4)
+    trainer = made(client, [])
+    trainer.step(*given[0])
+    module = trainer.chain.eval().to_module()
+    assert not any(part.training for part in module.modules())
+    for item in given[1:]:
+        trainer.step(*item)
+    same(trainer.chain.state_dict(), plain_states(given)[-1])

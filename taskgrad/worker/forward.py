@@ -88,7 +88,7 @@ class Forward:
         if shard is None:
             output = self._call(store, None, arguments, fed)
         else:
-            _set_mode(shard, call.mode)
+            shard.set_mode(call.mode)
             norms = shard.training.norms if shard.training is not None else None
             if uses is None and (norms is None or context is None):
                 output = self._call(store, shard, arguments, fed)
@@ -317,12 +317,3 @@ def _refuse_unknown(
             worker.address,
             None,
         )
-
-
-def _set_mode(shard: ResidentShard, mode: bool | None) -> None:
-    """Put the whole shard in training or evaluation mode, if it is not yet in it."""
-    for part in shard.parts or (shard,):
-        if mode is not None and mode is not part.layer_mode:
-            for layer in part.modules.values():
-                layer.train(mode)
-            part.layer_mode = mode

@@ -73,6 +73,14 @@ class ResidentShard:
         for part, own in zip(self.parts, before, strict=True):
             part.use(own)
 
+    def set_mode(self, mode: bool | None) -> None:
+        """Put all layers in training or evaluation mode, if they are not in it; None leaves them."""
+        for part in self.parts or (self,):
+            if mode is not None and mode is not part.layer_mode:
+                for layer in part.modules.values():
+                    layer.train(mode)
+                part.layer_mode = mode
+
     @property
     def trained(self) -> Trained:
         """What trains this shard and its parts now."""

@@ -99,9 +99,7 @@ def fetch(
 ) -> tuple[bytes, list[torch.Tensor | View]]:
     """The shard's layers, packed, their tensors as copies on the host."""
     with store.locked(token) as shard:
-        if mode is not None:
-            for layer in shard.modules.values():
-                layer.train(mode)
+        shard.set_mode(mode)
         packed = pack.pack(shard.layers, hooks=True)
         return packed.data, [t if isinstance(t, View) else _copy(t) for t in packed.laid_out()]
 

@@ -12,6 +12,9 @@ from taskgrad.worker.checkpoint import Place
 NOT_WRITTEN = "$not-written"
 """Stands in an index for an argument that cannot be written there, such as a function."""
 
+DRIVER = "training-driver.safetensors"
+"""The file of the tensors that are not on a worker."""
+
 
 def inventory(layout: Layout) -> dict[str, Any]:
     """Every tensor of the model by its first name, as an index has it."""

@@ -19,7 +19,7 @@ from taskgrad.layout import Layout
 from taskgrad.train.arguments import check_callbacks
 from taskgrad.train.callbacks.ema import ema_of
 from taskgrad.train.chain_group import ChainGroup
-from taskgrad.train.checkpoints.inventory import NOT_WRITTEN, inventory, living_on
+from taskgrad.train.checkpoints.inventory import DRIVER, NOT_WRITTEN, inventory, living_on
 from taskgrad.train.optimizer_factory import example_of
 from taskgrad.train.owner import restored_owner
 from taskgrad.worker import checkpoint
@@ -79,12 +79,12 @@ def restore(
 
 def _driver_state(index: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The state that was not on the workers."""
-    written = index["files"]["driver.safetensors"]["tensors"]
-    with opened(folder / "driver.safetensors") as handle:
+    written = index["files"][DRIVER]["tensors"]
+    with opened(folder / DRIVER) as handle:
 
         def read(name: str) -> torch.Tensor:
             tensor: torch.Tensor = handle.get_tensor(name)
-            compare(tensor, written[name], name, folder / "driver.safetensors")
+            compare(tensor, written[name], name, folder / DRIVER)
             return tensor
 
         found: dict[str, Any] = decode(index["driver"], read)
