@@ -74,7 +74,7 @@ class ResidentShard:
             part.use(own)
 
     def set_mode(self, mode: bool | None) -> None:
-        """Put all layers in training or evaluation mode, if they are not in it; None leaves them."""
+        """Put all layers in training or evaluation mode, where they are not; None leaves them."""
         for part in self.parts or (self,):
             if mode is not None and mode is not part.layer_mode:
                 for layer in part.modules.values():

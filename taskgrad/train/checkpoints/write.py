@@ -120,9 +120,7 @@ def _write_driver(folder: Path, state: Any, files: dict[str, Any]) -> dict[str, 
     """Write the driver's state, its tensors to a file that is added to `files`."""
     tensors: dict[str, torch.Tensor] = {}
     encoded = encode(dict(state), "driver", tensors)
-    files["training-driver.safetensors"] = checkpoint.write(
-        "driver", folder / "training-driver.safetensors", tensors
-    )
+    files[DRIVER] = checkpoint.write("the driver", folder / DRIVER, tensors)
     return {"driver": encoded}
 
 
