@@ -30,7 +30,7 @@ from taskgrad.formats.weights import (
     with_checksum,
 )
 from taskgrad.layout import Layout
-from taskgrad.train.checkpoints.inventory import NOT_WRITTEN, inventory, living_on
+from taskgrad.train.checkpoints.inventory import DRIVER, NOT_WRITTEN, inventory, living_on
 from taskgrad.worker import checkpoint
 
 # No other folder is ever removed.
