@@ -294,5 +294,5 @@ def test_a_plateau_in_a_chain_is_refused(client):
         two_stages(lr_scheduler=both)
     with pytest.raises(tg.LayerError, match="gave a Around with a ReduceLROnPlateau in it"):
         two_stages(lr_scheduler=Around)
-    with pytest.raises(tg.LayerError, match='mode="max"; it is given the validation loss'):
+    with pytest.raises(tg.LayerError, match='mode="max"; it is given .val_loss.'):
         two_stages(lr_scheduler=partial(ReduceLROnPlateau, mode="max"))

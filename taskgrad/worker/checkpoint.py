@@ -179,20 +179,25 @@ def check(store: Store, token: str, *, folder: str, files: Mapping[str, Any]) ->
     """
     for file, written in files.items():
         path = Path(folder) / file
-        if not path.is_file():
-            raise CheckpointError(
-                f"worker {store.worker} does not see {path}: a checkpoint must be on a filesystem "
-                "that the driver and all workers share"
-            )
-        size = path.stat().st_size
-        if size != written["bytes"]:
-            raise CheckpointError(
-                f"{path} has {size} bytes and had {written['bytes']} when it was written: it was "
-                "cut short or written over"
-            )
+        check_file(path, written, f"worker {store.worker}")
         with opened(path) as handle:
             for name, about_it in written["tensors"].items():
                 compare(handle.get_tensor(name), about_it, name, path)
+
+
+def check_file(path: Path, written: Mapping[str, Any], who: str) -> None:
+    """Raise CheckpointError, which says who does not see it, unless a file is as it was written."""
+    if not path.is_file():
+        raise CheckpointError(
+            f"{who} does not see {path}: a checkpoint must be on a filesystem that the driver and "
+            "all workers share"
+        )
+    size = path.stat().st_size
+    if size != written["bytes"]:
+        raise CheckpointError(
+            f"{path} has {size} bytes and had {written['bytes']} when it was written: it was cut "
+            "short or written over"
+        )
 
 
 def load(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hmac
 import itertools
 import selectors
@@ -161,12 +162,18 @@ class SocketChannels:
         peer, value = arrived
         if value.is_lent:
             pid, address, content = peer.token
-            token, oldest = _GUARD.unpack(value.read(pid, address, _GUARD.size))
+            dropped = ConnectionError(
+                "another worker has dropped a value before it was read there: its program was "
+                "stopped. Take the step again"
+            )
+            try:
+                token, oldest = _GUARD.unpack(value.read(pid, address, _GUARD.size))
+            except OSError as error:
+                if error.errno == errno.EFAULT:  # even the memory is gone
+                    raise dropped from error
+                raise
             if token != content or oldest > value.tag[0]:
-                raise ConnectionError(
-                    "another worker has dropped a value before it was read there: its program was "
-                    "stopped. Take the step again"
-                )
+                raise dropped
             self._send(peer, [receipt(value.tag)])
         return value.value()
 

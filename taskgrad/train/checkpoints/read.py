@@ -79,6 +79,7 @@ def restore(
 
 def _driver_state(index: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The state that was not on the workers."""
+    checkpoint.check_file(folder / DRIVER, index["files"][DRIVER], "the driver")
     written = index["files"][DRIVER]["tensors"]
     with opened(folder / DRIVER) as handle:
 
