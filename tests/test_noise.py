@@ -110,11 +110,18 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("body", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(body, id=name, marks=[] if name == "a trainer at work" else pytest.mark.long)
+        for name, body in ENDS.items()
+    ],
+)
 def test_a_client_that_is_not_closed_ends_in_silence(tmp_path, body):
     assert run(f"client = tg.local_cluster(2, dashboard_address=None)\n{body}", tmp_path) == ""
 
 
+@pytest.mark.long
 def test_an_error_of_the_script_is_all_that_is_printed(tmp_path):
     body = f"client = tg.local_cluster(2)\n{ENDS['a trainer at work']}\nraise ValueError('mine')"
     printed = run(body, tmp_path, status=1)
@@ -123,6 +130,7 @@ def test_an_error_of_the_script_is_all_that_is_printed(tmp_path):
     assert printed.count("File ") == 1
 
 
+@pytest.mark.long
 def test_a_cluster_that_is_left_open_ends_in_silence(tmp_path):
     """Its client is closed, and the workers are not: they must not miss the scheduler."""
     body = f"""
