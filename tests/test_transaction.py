@@ -406,6 +406,50 @@ def test_a_trainer_that_is_let_go_in_the_middle_of_a_step_leaves_nothing(client)
     assert wait_until(lambda: total_held(client)["tapes"] == 0)
 
 
+class Pause(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        spring("backward")
+        return cotangent
+
+
+class Pauses(nn.Module):
+    def forward(self, x):
+        return Pause.apply(x)
+
+
+@pytest.mark.parametrize("use", ["state_dict", "load_state_dict"])
+def test_a_chain_whose_trainer_is_let_go_in_the_middle_of_a_step_is_of_one_step(client, use):
+    """The last worker has made its update when the first one is cut off."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), Pauses(), nn.Linear(8, 3))
+    chain = tg.GraphChain(model, client=client, placement=[0, 0, 1])
+    plain = PlainTrainer(model, F.cross_entropy, Adam)
+    data = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(2)]
+    trainer = tg.Trainer(chain, F.cross_entropy, Adam)
+    trainer.step(*data[0]).item()
+    client.run(set_trap, "backward: slow", workers=[chain.placement[0].worker])
+    trainer.step(*data[1])
+    time.sleep(0.5)
+    del trainer
+    gc.collect()
+    if use == "load_state_dict":
+        expected = [{name: torch.ones_like(v) for name, v in model.state_dict().items()}]
+        chain.load_state_dict(expected[0])
+        tg.Trainer(chain, F.cross_entropy, Adam)
+    else:
+        expected = []
+        for item in data:
+            plain.train([item])
+            expected.append({n: v.clone() for n, v in plain.model.state_dict().items()})
+    found = chain.state_dict()
+    assert any(all(torch.equal(found[n], v) for n, v in state.items()) for state in expected)
+
+
 # -- where copies lie in files ---------------------------------------------------------------------
 
 

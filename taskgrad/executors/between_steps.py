@@ -17,8 +17,9 @@ def between_steps(nodes: Sequence[Node], chains: Iterable[ChainRef] = ()) -> Ite
     """A block in which nodes are submitted that use layers, or in which these chains' are used.
 
     Steps that a trainer has submitted end first, and later ones wait for these nodes: else a value
-    would be of one step on one worker, and of another step on another. LayerError or
-    WorkerLostError if such a step failed.
+    would be of one step on one worker, and of another step on another. A step that was unfinished
+    when its trainer ceased to exist is taken back. LayerError or WorkerLostError if such a step
+    failed.
     """
     used: dict[ChainRef, list[Node]] = {chain: [] for chain in chains}
     for node in nodes:
@@ -27,6 +28,8 @@ def between_steps(nodes: Sequence[Node], chains: Iterable[ChainRef] = ()) -> Ite
     with ExitStack() as entered:
         for chain, users in used.items():
             trainer: Any = chain.trained_by()
+            if trainer is None:
+                chain.recover()
             if hasattr(trainer, "between_steps"):
                 entered.enter_context(trainer.between_steps(users))
         yield

@@ -14,15 +14,15 @@ class ChainRef:
     """What tells the shards of one chain from those of another: its title, and identity.
 
     `trained_by` returns the Trainer or Optimizer that trains them, None if there is none now. If it
-    trains other chains with them, `trained_on` are the shards of all, else None. `has_averages` is
-    True while averages of the parameters are in their place.
+    no longer exists, `recover` takes back a step that it left unfinished. `has_averages` is True
+    while averages of the parameters are in their place.
     """
 
     def __init__(self, title: str) -> None:
         self.title = title
         self.trained_by: Callable[[], Any] = lambda: None
+        self.recover: Callable[[], None] = lambda: None
         self.has_averages = False
-        self.trained_on: Any = None
 
 
 class Shard:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from taskgrad.chain import GraphChain
@@ -28,33 +29,37 @@ def take_over(layout: Layout, owner: Any, makes: Sequence[ShardCall]) -> list[An
         if hasattr(before, "wait"):
             with contextlib.suppress(TaskgradError):  # a failed step's: raised when it is read
                 before.wait()
-        elif before is None and isinstance(ref.trained_by, weakref.ref):
-            recover(ref.trained_on or _own_shards(layout, ref))
+        elif before is None:
+            ref.recover()
     layout.run(layout.tasks(optimizing.use, awaits=makes))
     answers = layout.results(makes)
-    together = None
-    if len(layout.refs) > 1:  # not the layout itself, which has what the user's function has
-        together = ShardTasks(layout.title, layout.session, layout.shards)
+    # Of several chains not the layout itself, which has what the user's function has.
+    together = ShardTasks(layout.title, layout.session, layout.shards)
     for ref in layout.refs:
         ref.trained_by = weakref.ref(owner)
-        ref.trained_on = None if ref is layout.ref else together
+        # A layout refers to its own chain; a reference to it from there would keep both.
+        of = weakref.ref(layout) if ref is layout.ref else together
+        ref.recover = partial(_recover_once, ref, of)
     return answers
 
 
-def _own_shards(layout: Layout, ref: ChainRef) -> ShardTasks:
-    """The shards of one of a layout's chains by itself."""
-    return next((part for part in layout.parts.values() if part.ref is ref), layout)
+def _recover_once(ref: ChainRef, of: ShardTasks | weakref.ref[Layout]) -> None:
+    """Take back what the owner of a chain left unfinished, which no longer exists."""
+    shards = of() if isinstance(of, weakref.ref) else of
+    if shards is not None:
+        recover(shards)
+    ref.recover = lambda: None
 
 
 @contextlib.contextmanager
 def restored_owner(layout: Layout) -> Iterator[None]:
     """Restore the owners of a layout's chains if the block raises."""
-    before = [(ref, ref.trained_by, ref.trained_on) for ref in layout.refs]
+    before = [(ref, ref.trained_by, ref.recover) for ref in layout.refs]
     try:
         yield
     except BaseException:
-        for ref, owner, shards in before:
-            ref.trained_by, ref.trained_on = owner, shards
+        for ref, owner, recover_it in before:
+            ref.trained_by, ref.recover = owner, recover_it
         raise
 
 
