@@ -151,8 +151,28 @@ def test_what_cannot_be_taken_back_is_refused(client):
     with pytest.raises(tg.TaskgradError, match=r"callback Reads uses the state after step 3"):
         trainer.fit(given, progress=False)
     trainer.wait()
-    again = len(given) - trainer.steps
-    assert trainer.fit(given[-again:], progress=False) if again else True
+    taken = trainer.steps
+    assert taken > 4  # the step after the one that was to be read
+    trainer.step(*given[0]).item()  # it can go on
+    same(trainer.chain.state_dict(), plain_states([*given[:taken], given[0]])[-1])
+
+
+def test_a_callback_that_cannot_say_what_it_reads_takes_no_step(client):
+    class Unsure(tg.Callback):
+        def reads_state(self, step):
+            return 1 / (step - 2) > 0
+
+        def on_step(self, trainer, loss):
+            self.seen = loss.step
+
+    given = batches(4)
+    unsure = Unsure()
+    trainer = made(client, [unsure])
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(given, progress=False)
+    assert trainer.steps == 2
+    assert unsure.seen == 1
+    same(trainer.chain.state_dict(), plain_states(given)[1])
 
 
 def test_a_batch_whose_memory_was_reused_is_not_taken_again(client):

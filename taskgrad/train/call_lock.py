@@ -54,17 +54,14 @@ class CallLock(Generic[T]):
         now = self._notified
         return now[1] if now is not None and now[0] == threading.get_ident() else None
 
-    def wait_for(self, concerns: Callable[[T], bool]) -> bool:
+    def wait_for(self, concerns: Callable[[T], bool]) -> None:
         """Wait until no other thread is to run the callback for an item that this is true of.
 
-        Returns False if there was none, and in the callback itself. Not to be called while the lock
-        is held.
+        Returns at once in the callback itself. Not to be called while the lock is held. As with any
+        lock, how long it takes is up to the thread that it waits for: that runs the user's code.
         """
         with self._state:
-            if not self._is_elsewhere(concerns):
-                return False
             self._state.wait_for(lambda: not self._is_elsewhere(concerns))
-            return True
 
     def is_elsewhere(self, concerns: Callable[[T], bool]) -> bool:
         """True if another thread is to run the callback for an item that this is true of."""

@@ -148,6 +148,7 @@ class Steps:
 
     def _submit(self, batch: Batch) -> StepLoss:
         """Submit a step on this batch; those before may run."""
+        is_read = self._on_step.reads(self.taken)  # first, as it is the user's code
         if self._runner.must_finish:
             while self._running:
                 self._finish_first()
@@ -175,8 +176,7 @@ class Steps:
             self.abort(error)
             raise
         loss = StepLoss(self.finish, self.taken, batch, running)
-        loss.is_read = self._on_step.reads(self.taken)
-        loss.may_be_read = loss.is_read or self._on_step.any_uncalled
+        loss.is_read, loss.may_be_read = is_read, is_read or self._on_step.any_uncalled
         self._running.append(loss)
         self.taken += 1
         return loss
