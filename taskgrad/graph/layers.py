@@ -17,13 +17,15 @@ from taskgrad.graph.parallel import Parallel
 class Layer:
     """One node of the model: its index in the running order, its name, and its type.
 
-    The module itself lives on a worker. `passes` is True if it returns its input unchanged.
+    The module itself lives on a worker. `passes` is True if it returns its input unchanged, `holds`
+    if it only holds what a module that is cut has of its own.
     """
 
     index: int
     name: str
     kind: str
     passes: bool = False
+    holds: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,11 @@ class ParameterInfo:
 
 @dataclass
 class Model:
-    """A flattened model, as `flatten_model` returns it."""
+    """A model as a list of layers.
+
+    `path` is there if it is made of Sequentials and Parallels; else its forward says in which order
+    the layers run.
+    """
 
     path: Path
     layers: list[Layer]
@@ -68,19 +74,21 @@ class Model:
     tensors: dict[str, ParameterInfo] = field(default_factory=dict)
 
 
-_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_STATE_HOOKS = (
+CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+STATE_HOOKS = (
     *("_state_dict_hooks", "_state_dict_pre_hooks"),
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
-# A container that overrides one of these cannot be replaced by its parts.
-_METHODS = (
-    *("forward", "__call__", "train", "state_dict", "load_state_dict", "_save_to_state_dict"),
+# A module that overrides one of these cannot be replaced by its parts.
+STATE_METHODS = (
+    *("train", "state_dict", "load_state_dict", "_save_to_state_dict"),
     *("_load_from_state_dict", "get_extra_state", "set_extra_state"),
 )
+_METHODS = ("forward", "__call__", *STATE_METHODS)
 
 
-def _hooked(module: nn.Module, names: Iterable[str] = _CALL_HOOKS) -> bool:
+def hooked(module: nn.Module, names: Iterable[str] = CALL_HOOKS) -> bool:
+    """True if a module has hooks of these kinds."""
     return any(getattr(module, name, None) for name in names)
 
 
@@ -91,9 +99,21 @@ def _opens(module: nn.Module, kind: type[nn.Module]) -> bool:
         isinstance(module, kind)
         and all(getattr(type(module), name) is getattr(kind, name) for name in _METHODS)
         and not any(name in vars(module) for name in _METHODS)
-        and not _hooked(module, (*_CALL_HOOKS, *_STATE_HOOKS))
+        and not hooked(module, (*CALL_HOOKS, *STATE_HOOKS))
         and not own_tensors
     )
+
+
+class OwnTensors(nn.Module):
+    """A layer that holds the parameters and buffers of a module that is cut, without its parts."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        for name, parameter in module._parameters.items():
+            self.register_parameter(name, parameter)
+        for name, buffer in module._buffers.items():
+            persistent = name not in module._non_persistent_buffers_set
+            self.register_buffer(name, buffer, persistent=persistent)
 
 
 def kind_of(fn: Any) -> str:
@@ -124,7 +144,7 @@ def flatten_model(model: nn.Module) -> Model:
     modules: list[Callable[..., Any]] = []
 
     def add(name: str, fn: Callable[..., Any]) -> Layer:
-        passes = type(fn) is nn.Identity and not _hooked(fn)
+        passes = type(fn) is nn.Identity and not hooked(fn)
         layer = Layer(len(layers), name, kind_of(fn), passes)
         layers.append(layer)
         modules.append(fn)
@@ -159,6 +179,33 @@ def flatten_model(model: nn.Module) -> Model:
         )
     tensors = _inventory(model, layers)
     return Model(path, layers, modules, _skeleton(model, modules), tensors)
+
+
+def model_in_pieces(
+    model: nn.Module, layers: Mapping[str, nn.Module], holders: Mapping[str, nn.Module]
+) -> Model:
+    """A model whose layers are these submodules, by name, in this order.
+
+    `holders` have by the names of other modules what parameters and buffers these have themselves.
+    The layer of each comes before the first layer that is a part of that module.
+
+    Raises ValueError if a parameter has no shape yet.
+    """
+    found: list[Layer] = []
+    modules: list[Callable[..., Any]] = []
+    left = dict(holders)
+
+    def add(name: str, module: nn.Module, *, holds: bool) -> None:
+        found.append(Layer(len(found), name, kind_of(module), holds=holds))
+        modules.append(module)
+
+    for name, module in layers.items():
+        for outer in [n for n in left if not n or name.startswith(f"{n}.")]:
+            add(outer, left.pop(outer), holds=True)
+        add(name, module, holds=False)
+    for name, module in left.items():
+        add(name, module, holds=True)
+    return Model((), found, modules, _skeleton(model, modules), _inventory(model, found))
 
 
 def _inventory(model: nn.Module, layers: list[Layer]) -> dict[str, ParameterInfo]:
@@ -218,8 +265,15 @@ def local_name(name: str, layer: Layer) -> str:
 
 
 def _skeleton(model: nn.Module, modules: list[Callable[..., Any]]) -> bytes:
-    """The model's containers pickled, with the index of each layer in its place: no weights."""
-    marks = {id(module): i for i, module in enumerate(modules)}
+    """The model's containers pickled, with the index of each layer in its place: no weights.
+
+    What a layer only holds for another module has its index and name there.
+    """
+    marks: dict[int, Any] = {id(module): i for i, module in enumerate(modules)}
+    for i, module in enumerate(modules):
+        if isinstance(module, OwnTensors):
+            named = {**module._parameters, **module._buffers}
+            marks |= {id(t): (i, name) for name, t in named.items() if t is not None}
     return pack.dumps(model, lambda part: marks.get(id(part)))
 
 
@@ -227,7 +281,14 @@ def rebuild_model(
     skeleton: bytes, modules: list[Callable[..., Any]], tensors: Iterable[ParameterInfo]
 ) -> nn.Module:
     """The model again, of its containers and these layers; what was tied is tied again."""
-    model: nn.Module = pack.loads(skeleton, lambda mark: modules[mark])
+
+    def load(mark: Any) -> Any:
+        if isinstance(mark, int):
+            return modules[mark]
+        index, name = mark
+        return getattr(modules[index], name)
+
+    model: nn.Module = pack.loads(skeleton, load)
     for info in tensors:
         table, name = _place_of(model, info.name)
         for other in info.names[1:]:
