@@ -221,6 +221,8 @@ def _inventory(model: nn.Module, layers: list[Layer]) -> dict[str, ParameterInfo
         for name, b in module._buffers.items():
             if b is not None:
                 found.append((dot + name, b, True, name not in module._non_persistent_buffers_set))
+    # A module that is at two places of the model is one layer, with the first name.
+    found = [entry for entry in found if _has_owner(entry[0], by_name)]
     for name, tensor, _, _ in found:
         names.setdefault(id(tensor), []).append(name)
     tensors: dict[str, ParameterInfo] = {}
@@ -257,6 +259,14 @@ def owner_of(name: str, layers: Mapping[str, Layer]) -> Layer:
         if prefix in layers:
             return layers[prefix]
     raise KeyError(name)
+
+
+def _has_owner(name: str, layers: Mapping[str, Layer]) -> bool:
+    try:
+        owner_of(name, layers)
+    except KeyError:
+        return False
+    return True
 
 
 def local_name(name: str, layer: Layer) -> str:

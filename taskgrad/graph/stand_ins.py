@@ -1,0 +1,135 @@
+"""A model without values, whose forward can be followed on the driver.
+
+Its tensors are torch's fake ones: they have shapes, and take no memory. Its modules are of classes
+that tell what follows them when they are called; to the model's own code they look the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from taskgrad.graph import pack
+from taskgrad.graph.deferred_init import TensorSpec
+
+
+class Follower(Protocol):
+    """What stand-ins tell of their calls."""
+
+    paused: bool
+    """True while calls are to run as they are."""
+
+    def layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A layer is called."""
+
+    def inside(self, module: nn.Module, run: Callable[[], Any]) -> Any:
+        """The forward of a module that is cut begins; `run` runs it."""
+
+
+follower: ContextVar[Follower | None] = ContextVar("taskgrad_follower", default=None)
+"""What follows the forward that runs in this thread, if any."""
+
+
+def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy of a model whose parameters and buffers are fake."""
+    made: dict[int, torch.Tensor] = {}
+
+    def persist(part: Any) -> Any:
+        if not pack.is_plain(part):
+            return None
+        if id(part) not in made:
+            spec = TensorSpec.of(part)
+            with mode:
+                fake = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype)
+                if isinstance(part, nn.Parameter):
+                    fake = nn.Parameter(fake, part.requires_grad)
+            made[id(part)] = fake
+        return id(part)
+
+    data = pack.dumps(model, persist)
+    found: nn.Module = pack.loads(data, made.__getitem__)
+    return found
+
+
+def with_values(module: nn.Module) -> nn.Module:
+    """A copy of a module of the fake ones, with values of no meaning."""
+    made: dict[int, torch.Tensor] = {}
+
+    def persist(part: Any) -> Any:
+        if not isinstance(part, torch.Tensor):
+            return None
+        if id(part) not in made:
+            value = meaningless(part)
+            if isinstance(part, nn.Parameter):
+                value = nn.Parameter(value, part.requires_grad)
+            made[id(part)] = value
+        return id(part)
+
+    kind = type(module)
+    module.__class__ = getattr(kind, "_taskgrad_class", kind)
+    try:
+        data = pack.dumps(module, persist)
+    finally:
+        module.__class__ = kind
+    found: nn.Module = pack.loads(data, made.__getitem__)
+    return found
+
+
+def meaningless(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor like this one, with values: halves, zeros or True."""
+    value = 0.5 if tensor.is_floating_point() or tensor.is_complex() else 0
+    full = torch.full(tuple(tensor.shape), value, dtype=torch.float32)
+    return torch.ones_like(full, dtype=torch.bool) if tensor.dtype is torch.bool else full.to(
+        tensor.dtype
+    )
+
+
+def stand_in(module: nn.Module, *, is_layer: bool) -> None:
+    """Let calls of a module go to what follows them."""
+    make = _layer_class if is_layer else _opened_class
+    module.__class__ = make(type(module))
+
+
+@cache
+def _layer_class(kind: type[nn.Module]) -> type[nn.Module]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        following = follower.get()
+        if following is None or following.paused:
+            return kind.__call__(self, *args, **kwargs)
+        return following.layer(self, args, kwargs)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        following = follower.get()
+        if following is None or following.paused:
+            return kind.forward(self, *args, **kwargs)
+        return following.layer(self, args, kwargs)
+
+    return _named_as(kind, {"__call__": call, "forward": forward})
+
+
+@cache
+def _opened_class(kind: type[nn.Module]) -> type[nn.Module]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        following = follower.get()
+        if following is None or following.paused:
+            return kind.__call__(self, *args, **kwargs)
+        return following.inside(self, lambda: kind.__call__(self, *args, **kwargs))
+
+    return _named_as(kind, {"__call__": call})
+
+
+def _named_as(kind: type[nn.Module], methods: Mapping[str, Any]) -> type[nn.Module]:
+    names = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+        "_taskgrad_class": kind,
+    }
+    made: type[nn.Module] = type(kind)(kind.__name__, (kind,), {**names, **methods})
+    return made
