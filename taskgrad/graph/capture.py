@@ -22,7 +22,7 @@ from taskgrad.graph.following import (
     Parts,
     functions_followed,
 )
-from taskgrad.graph.known_values import KnownValues, Repeat
+from taskgrad.graph.known_values import ForeignTensorError, KnownValues, Repeat
 from taskgrad.graph.layer_graph import Captured, LayerGraph
 from taskgrad.graph.layers import Layer, OwnTensors
 from taskgrad.graph.pytree import flatten
@@ -74,6 +74,7 @@ class Capture:
 
     def _parts_of(self, layers: Sequence[Layer]) -> Parts:
         modules: dict[int, tuple[int, str]] = {}
+        hooks: dict[int, frozenset[int]] = {}
         tensors: dict[int, tuple[int, str, str, bool]] = {}
         for layer in layers:
             module = self._model.get_submodule(layer.name)
@@ -86,12 +87,14 @@ class Capture:
                 tensors.setdefault(id(buffer), (layer.index, name, full, True))
             if not layer.holds:
                 modules[id(module)] = layer.index, layer.name
+                keys = (*module._forward_pre_hooks, *module._forward_hooks)
+                hooks[id(module)] = frozenset(keys)
                 stand_in(module, is_layer=True)
         opened = {id(module): name for name, module in self._opened.items() if name}
         for name, module in self._opened.items():
             if name:
                 stand_in(module, is_layer=False)
-        return Parts(modules, opened, tensors, self._mode)
+        return Parts(modules, opened, tensors, hooks, self._mode)
 
     def find(
         self,
@@ -152,6 +155,8 @@ class Capture:
                     if select is not None:
                         output = select(output)
                 graph, given = following.graph(output)
+            except ForeignTensorError as error:
+                raise following.from_inside(str(error)) from None
             finally:
                 follower.reset(token)
         return graph, given, known.repeat(given), following

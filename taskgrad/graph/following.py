@@ -11,6 +11,7 @@ where there are some.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,10 +41,11 @@ from taskgrad.graph.known_values import KnownValues
 from taskgrad.graph.layer_graph import FUNCTION, Expected, GraphStep, LayerGraph, Value
 from taskgrad.graph.layers import kind_of
 from taskgrad.graph.pytree import Slot, Structure, flatten
-from taskgrad.graph.stand_ins import follower, meaningless, with_values
-from taskgrad.graph.swapping import swap
+from taskgrad.graph.stand_ins import follower, meaningless, run_with_values
+from taskgrad.graph.swapping import contents, restore, swap
 from taskgrad.graph.torch_settings import TorchSettings, settings_now
 
+_fake_log = logging.getLogger("torch._subclasses.fake_tensor")
 _Tensor: Any = torch.Tensor
 # They read the values of their argument.
 _READS = {
@@ -65,11 +67,15 @@ _NO_SHAPES = (
 
 
 class CannotFollowError(TaskgradError):
-    """A forward that cannot be followed; `module` is the name of the one that is at fault."""
+    """A forward that cannot be followed; `module` is the name of the one that is at fault.
 
-    def __init__(self, message: str, module: str) -> None:
+    If it is a layer that has to be cut further, `cut_further` is True.
+    """
+
+    def __init__(self, message: str, module: str, cut_further: bool = False) -> None:
         super().__init__(message)
         self.module = module
+        self.cut_further = cut_further
 
 
 class Activation(torch.Tensor):
@@ -96,16 +102,12 @@ class Activation(torch.Tensor):
         return made
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = next(t for t in _tensors((args, kwargs or {})) if isinstance(t, Activation))
         return found.following.operation(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = next(t for t in _tensors((args, kwargs or {})) if isinstance(t, Activation))
         raise found.following.cannot(f"{func} is called by other means than torch's functions")
 
@@ -151,14 +153,20 @@ class Parts:
     tensors
         Of each fake parameter and buffer, by its id: layer's index, name there, full name, whether
         it is a buffer.
+    hooks
+        For each layer, by its id, the keys of the hooks that it came with: these run on its worker.
     mode
         Of the fake tensors.
+    unknown_shapes
+        The classes of layers of which the shapes cannot be inferred.
     """
 
     layers: Mapping[int, tuple[int, str]]
     opened: Mapping[int, str]
     tensors: Mapping[int, tuple[int, str, str, bool]]
+    hooks: Mapping[int, frozenset[int]]
     mode: FakeTensorMode
+    unknown_shapes: set[type] = field(default_factory=set)
 
 
 class Following(TorchFunctionMode):
@@ -219,16 +227,26 @@ class Following(TorchFunctionMode):
         kind = type(module).__name__
         step = _Step(index, name, kind, None, None, None, [], settings_now())
 
-        def with_some_values(args: Any, kwargs: Any) -> Any:
-            copy = with_values(module)
-            return copy(*args, **kwargs)
-
-        return self._step(step, module, args, kwargs, with_some_values)
+        own = self._parts.hooks[id(module)]
+        added = _hooks_added(module, own)
+        for hook, takes_kwargs in added[0]:
+            found = hook(module, args, kwargs) if takes_kwargs else hook(module, args)
+            if takes_kwargs and found is not None:
+                args, kwargs = found
+            elif found is not None:
+                args = found if isinstance(found, tuple) else (found,)
+        with _without(module, own):
+            result = self._step(
+                step, module, args, kwargs, lambda a, k: run_with_values(module, a, k)
+            )
+        for hook, takes_kwargs in added[1]:
+            given = (args, kwargs) if takes_kwargs else (args,)
+            found = hook(module, *given, result)
+            result = result if found is None else found
+        return result
 
     # -- operations -------------------------------------------------------------------------------
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.paused or not self._concerns(args, kwargs):
             if not self.paused and func in _READS:
@@ -302,11 +320,11 @@ class Following(TorchFunctionMode):
         target: Any,
         args: Any,
         kwargs: Any,
-        run_with_values: Callable[[Any, Any], Any],
+        with_values: Callable[[Any, Any], Any],
     ) -> Any:
         """Add a step to the graph; returns what stands for its result."""
         with self._not_followed():
-            return self._added(step, target, args, kwargs, run_with_values)
+            return self._added(step, target, args, kwargs, with_values)
 
     def _added(
         self,
@@ -314,43 +332,50 @@ class Following(TorchFunctionMode):
         target: Any,
         args: Any,
         kwargs: Any,
-        run_with_values: Callable[[Any, Any], Any],
+        with_values: Callable[[Any, Any], Any],
     ) -> Any:
         leaves, structure = flatten((args, kwargs))
+        self._refuse_foreign(leaves)
+        was = contents((args, kwargs))
         held = _held(structure)
         given = [self._activation_of(_as_it_is(leaf)) for leaf in leaves]
         fakes = [self._fake_of(leaf) for leaf in given]
         before = {id(f): f._version for f in fakes if isinstance(f, FakeTensor)}
         args, kwargs = self._swap_in((args, kwargs))
         touched: set[int] = set()
+        saved, infers, changed = 0, True, set[int]()
+        kind = type(target)
         try:
+            if kind in self._parts.unknown_shapes:
+                raise UnsupportedOperatorException(kind)
             result, saved = self._run(target, args, kwargs, touched)
-            infers = True
-        except _NO_SHAPES as error:
-            args, kwargs = self._swap_out((args, kwargs))
-            if step.layer == FUNCTION:
-                result = self._shaped_by_values(target, args, kwargs, error)
-            else:
-                result = self._shaped_by_running(args, kwargs, run_with_values)
-            saved, infers = 0, False
-            args, kwargs = self._swap_in((args, kwargs))
         except CannotFollowError:
             raise
-        except Exception:
+        except Exception as error:
             # The fake run may fail where the layer does not; if that does too, it is the user's.
-            args, kwargs = self._swap_out((args, kwargs))
-            if step.layer == FUNCTION:
+            infers = False
+            restore(was)
+            if step.layer != FUNCTION:
+                args, kwargs = self._swap_in((args, kwargs))
+                name = self._parts.layers[id(target)][1]
+                result, args, kwargs, changed = self._shaped_by_running(
+                    name, args, kwargs, with_values
+                )
+                self._parts.unknown_shapes.add(kind)
+            elif isinstance(error, _NO_SHAPES):
+                args, kwargs = self._swap_out((args, kwargs))
+                result = self._shaped_by_values(target, args, kwargs)
+                args, kwargs = self._swap_in((args, kwargs))
+            else:
                 raise
-            result = self._shaped_by_running(args, kwargs, run_with_values)
-            saved, infers = 0, False
-            args, kwargs = self._swap_in((args, kwargs))
+        changed |= {id(f) for f in _written(before, fakes)}
         found, _ = flatten(result)
         has_tensors = any(isinstance(leaf, torch.Tensor) for leaf in found)
-        if step.layer == FUNCTION and not has_tensors and not _written(before, fakes):
+        if step.layer == FUNCTION and not has_tensors and not changed:
             self._swap_out((args, kwargs))
             return result  # a shape, or another property
         self._add(step, target)
-        written = {id(f) for f in _written(before, fakes)}
+        written = changed
         self._clone_if_shared(step, given, written)
         number = len(self._steps) - 1
         if infers:
@@ -385,9 +410,7 @@ class Following(TorchFunctionMode):
         self._swap_out((args, kwargs))
         return self._swap_out(result)
 
-    def _run(
-        self, target: Any, args: Any, kwargs: Any, touched: set[int]
-    ) -> tuple[Any, int]:
+    def _run(self, target: Any, args: Any, kwargs: Any, touched: set[int]) -> tuple[Any, int]:
         """Run on fake tensors; returns the result, and the bytes that autograd would keep."""
         kept: dict[int, int] = {}
 
@@ -397,9 +420,30 @@ class Following(TorchFunctionMode):
             return tensor
 
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
-        with self._not_followed(), self._parts.mode, _Touched(touched), hooks:
-            result = target(*args, **kwargs)
+        made: list[torch.Tensor] = []
+        was, _fake_log.disabled = _fake_log.disabled, True  # it logs what is an exception, too
+        try:
+            with self._not_followed(), self._parts.mode, _Touched(touched, made), hooks:
+                result = target(*args, **kwargs)
+        finally:
+            _fake_log.disabled = was
+        if isinstance(target, nn.Module):
+            name = self._parts.layers[id(target)][1]
+            for tensor in made:
+                self.known.foreign[tensor.untyped_storage()._cdata] = tensor, name
         return result, sum(kept.values())
+
+    def _refuse_foreign(self, leaves: Sequence[Any]) -> None:
+        """Raise if one of these was made inside of a layer, and is not what that returned."""
+        for leaf in leaves:
+            if not isinstance(leaf, torch.Tensor) or isinstance(leaf, Activation):
+                continue
+            strided = leaf.layout is torch.strided
+            if not strided or id(leaf) in self._fakes or id(leaf) in self._parts.tensors:
+                continue
+            _, layer = self.known.foreign.get(leaf.untyped_storage()._cdata, (None, ""))
+            if layer or isinstance(leaf, FakeTensor):
+                raise _inside(layer or self._stack[-1])
 
     @contextlib.contextmanager
     def _not_followed(self) -> Iterator[None]:
@@ -410,27 +454,55 @@ class Following(TorchFunctionMode):
         finally:
             self.paused = before
 
-    def _shaped_by_running(self, args: Any, kwargs: Any, run: Callable[[Any, Any], Any]) -> Any:
-        """The result of a layer, as fake tensors, from a run on values of no meaning."""
+    def _shaped_by_running(
+        self, name: str, args: Any, kwargs: Any, run: Callable[[Any, Any], Any]
+    ) -> tuple[Any, Any, Any, set[int]]:
+        """The result of a layer, as fake tensors, from a run on values of no meaning.
 
-        def real(tensor: torch.Tensor) -> torch.Tensor:
-            if not isinstance(tensor, Activation | FakeTensor):
-                return tensor.detach().clone()
-            value = meaningless(tensor)
-            return value.requires_grad_(tensor.requires_grad)
+        Also its arguments after that, and the ids of those that it has written.
+        """
+        real: dict[int, torch.Tensor] = {}
+        fakes: dict[int, torch.Tensor] = {}
+
+        def to_real(fake: torch.Tensor) -> torch.Tensor:
+            if id(fake) not in real:
+                known = self._fakes.get(id(fake))
+                is_known = isinstance(known, torch.Tensor) and not isinstance(known, Activation)
+                value = known.detach().clone() if is_known else meaningless(fake)
+                real[id(fake)] = value.requires_grad_(fake.requires_grad)
+                if fake.requires_grad:  # not a leaf: it may be written
+                    real[id(fake)] = real[id(fake)].clone()
+                fakes[id(real[id(fake)])] = fake
+            return real[id(fake)]
+
+        def to_fake(tensor: torch.Tensor) -> torch.Tensor:
+            if isinstance(tensor, FakeTensor):
+                return tensor
+            if id(tensor) not in fakes:
+                made = self._parts.mode.from_tensor(tensor.detach().clone())
+                fakes[id(tensor)] = made.requires_grad_(tensor.requires_grad)
+                real[id(made)] = tensor
+            return fakes[id(tensor)]
 
         with self._not_followed():
-            leaves, structure = flatten((args, kwargs))
-            given = [real(x) if isinstance(x, torch.Tensor) else x for x in leaves]
-            args, kwargs = structure.build(given)
+            args, kwargs = swap((args, kwargs), to_real)
+            versions = {key: value._version for key, value in real.items()}
             state = torch.get_rng_state()
+            made: list[torch.Tensor] = []
             try:
-                result = run(args, kwargs)
+                with _Touched(set(), made):
+                    result = run(args, kwargs)
             finally:
                 torch.set_rng_state(state)
-            return self._as_fakes(result)
+            for tensor in made:
+                self.known.foreign[tensor.untyped_storage()._cdata] = tensor, name
+            changed = {key for key, seen in versions.items() if real[key]._version != seen}
+            result = swap(result, to_fake)
+            args, kwargs = swap((args, kwargs), to_fake)
+            self._alive.append((real, fakes))
+        return result, args, kwargs, changed
 
-    def _shaped_by_values(self, target: Any, args: Any, kwargs: Any, error: Exception) -> Any:
+    def _shaped_by_values(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The result of a function, as fake tensors, whose shapes depend on values."""
         with self._values_read(args, kwargs) as (real_args, real_kwargs):
             return self._as_fakes(target(*real_args, **real_kwargs))
@@ -516,6 +588,7 @@ class Following(TorchFunctionMode):
         self._values[number] = _value_of(fake, step)
         known = self._fakes.get(id(fake))
         storage = fake.untyped_storage()._cdata
+        self.known.foreign.pop(storage, None)
         if isinstance(known, Activation):  # it was written in place
             known.value = number
         else:
@@ -598,6 +671,7 @@ class Following(TorchFunctionMode):
     def graph(self, output: Any) -> tuple[LayerGraph, list[torch.Tensor]]:
         """The graph of what was followed, with this output, and the values of its inputs."""
         leaves, structure = flatten(((output,), {}))
+        self._refuse_foreign(leaves)
         slots = [self._slot_of(self._activation_of(leaf)) for leaf in leaves]
         for tensor, version in self._versions:
             if version is not None and tensor._version != version:
@@ -616,9 +690,9 @@ class Following(TorchFunctionMode):
             return Slot(at(leaf.index)) if type(leaf) is Slot else leaf
 
         given = [tensor for _, tensor in self._inputs.values()]
-        values = [
-            Value(None, tuple(t.shape), t.dtype, t.requires_grad) for t in given
-        ] + list(self._values.values())
+        values = [Value(None, tuple(t.shape), t.dtype, t.requires_grad) for t in given] + list(
+            self._values.values()
+        )
         steps = tuple(
             GraphStep(
                 step.layer,
@@ -656,6 +730,10 @@ class Following(TorchFunctionMode):
                 f"an argument of {step.name!r} cannot be pickled ({type(error).__name__}: {error})"
             ) from error
 
+    def from_inside(self, layer: str) -> CannotFollowError:
+        """The error for a value that leaves the inside of a layer."""
+        return _inside(layer)
+
     def cannot(self, why: str) -> CannotFollowError:
         """The error for a forward that cannot be followed."""
         module = self._stack[-1]
@@ -663,17 +741,64 @@ class Following(TorchFunctionMode):
 
 
 class _Touched(TorchDispatchMode):
-    """Notes the tensors that operations take."""
+    """Notes the tensors that operations take, and those that they make."""
 
-    def __init__(self, touched: set[int]) -> None:
+    def __init__(self, touched: set[int], made: list[torch.Tensor]) -> None:
         super().__init__()
         self._touched = touched
+        self._made = made
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._touched.update(id(t) for t in _tensors((args, kwargs or {})))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        given = {id(t) for t in _tensors((args, kwargs or {}))}
+        self._made += [
+            t
+            for t in _tensors(result)
+            if t.layout is torch.strided and id(t) not in given and not func.is_view
+        ]
+        return result
+
+
+def _inside(layer: str) -> CannotFollowError:
+    return CannotFollowError(
+        f"a value from inside of {layer!r} is used outside of it, as by a hook on a part of it",
+        layer,
+        cut_further=True,
+    )
+
+
+_Hooks = list[tuple[Callable[..., Any], bool]]
+
+
+def _hooks_added(module: nn.Module, own: frozenset[int]) -> tuple[_Hooks, _Hooks]:
+    """The hooks before and after the forward that the model has added since it was copied."""
+    before = [
+        (hook, key in module._forward_pre_hooks_with_kwargs)
+        for key, hook in module._forward_pre_hooks.items()
+        if key not in own
+    ]
+    after = [
+        (hook, key in module._forward_hooks_with_kwargs)
+        for key, hook in module._forward_hooks.items()
+        if key not in own
+    ]
+    return before, after
+
+
+@contextlib.contextmanager
+def _without(module: nn.Module, own: frozenset[int]) -> Iterator[None]:
+    """Leave a module only its own hooks in the block."""
+    tables: list[Any] = [module._forward_pre_hooks, module._forward_hooks]
+    was = [dict(table) for table in tables]
+    for table in tables:
+        for key in [key for key in table if key not in own]:
+            del table[key]
+    try:
+        yield
+    finally:
+        for table, entries in zip(tables, was, strict=True):
+            table.update(entries)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,10 @@ def _identity(tensor: torch.Tensor) -> _Identity:
     )
 
 
+class ForeignTensorError(Exception):
+    """A tensor that was made inside of a layer, which the message names, is used outside."""
+
+
 class KnownValues(TorchDispatchMode):
     """Records operations on tensors that have values here, while it is active.
 
@@ -48,6 +52,8 @@ class KnownValues(TorchDispatchMode):
         False if what was done cannot be repeated for other inputs.
     paused : bool
         True while operations are not to be recorded.
+    foreign : dict
+        Tensors that are not to be used, by their storage, each with where it was made.
     """
 
     def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
@@ -61,6 +67,7 @@ class KnownValues(TorchDispatchMode):
         self._given: set[int] = set()  # storages of inputs and constants
         self._guards: list[tuple[fx.Node, Callable[[Any], bool]]] = []
         self._draws = False
+        self.foreign: dict[int, tuple[torch.Tensor, str]] = {}
         for i, tensor in enumerate(inputs):
             self._note(tensor, self._graph.placeholder(f"input_{i}"))
             self._given.add(tensor.untyped_storage()._cdata)
@@ -74,9 +81,7 @@ class KnownValues(TorchDispatchMode):
         finally:
             self.paused = before
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
@@ -117,6 +122,8 @@ class KnownValues(TorchDispatchMode):
             return value
         identity = _identity(value)
         if identity not in self._nodes:
+            if identity[0] in self.foreign:
+                raise ForeignTensorError(self.foreign[identity[0]][1])
             name = f"constant_{len(self._constants)}"
             self._constants[name] = value
             self._note(value, self._graph.get_attr(name))

@@ -57,36 +57,34 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     return found
 
 
-def with_values(module: nn.Module) -> nn.Module:
-    """A copy of a module of the fake ones, with values of no meaning."""
+def run_with_values(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Call a module of a copy with values of no meaning in the place of its own tensors."""
     made: dict[int, torch.Tensor] = {}
-
-    def persist(part: Any) -> Any:
-        if not isinstance(part, torch.Tensor):
-            return None
-        if id(part) not in made:
-            value = meaningless(part)
-            if isinstance(part, nn.Parameter):
-                value = nn.Parameter(value, part.requires_grad)
-            made[id(part)] = value
-        return id(part)
-
-    kind = type(module)
-    module.__class__ = getattr(kind, "_taskgrad_class", kind)
+    named = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    for _, tensor in named:
+        if id(tensor) not in made:
+            made[id(tensor)] = meaningless(tensor).requires_grad_(tensor.requires_grad)
+    values = {name: made[id(tensor)] for name, tensor in named}
+    before = [(vars(m), dict(vars(m))) for m in module.modules()]
     try:
-        data = pack.dumps(module, persist)
+        return torch.func.functional_call(module, values, args, kwargs, tie_weights=False)
     finally:
-        module.__class__ = kind
-    found: nn.Module = pack.loads(data, made.__getitem__)
-    return found
+        for attributes, was in before:
+            attributes.clear()
+            attributes.update(was)
 
 
 def meaningless(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor like this one, with values: halves, zeros or True."""
     value = 0.5 if tensor.is_floating_point() or tensor.is_complex() else 0
     full = torch.full(tuple(tensor.shape), value, dtype=torch.float32)
-    return torch.ones_like(full, dtype=torch.bool) if tensor.dtype is torch.bool else full.to(
-        tensor.dtype
+    return (
+        torch.ones_like(full, dtype=torch.bool)
+        if tensor.dtype is torch.bool
+        else full.to(tensor.dtype)
     )
 
 

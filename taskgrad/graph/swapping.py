@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -22,6 +23,40 @@ def swap(value: Any, new: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     Lists, dictionaries and attributes of objects are written; tuples are made anew.
     """
     return _swap(value, new, {})
+
+
+def contents(value: Any) -> list[tuple[Any, Any]]:
+    """All that `swap` would write in a value, each with a copy of what is in it now."""
+    found: dict[int, tuple[Any, Any]] = {}
+
+    def walk(part: Any) -> None:
+        if isinstance(part, (torch.Tensor, *_ENDS)) or id(part) in found:
+            return
+        attributes = getattr(part, "__dict__", None)
+        if isinstance(part, list | dict):
+            found[id(part)] = part, part.copy() if type(part) in (list, dict) else copy(part)
+        if isinstance(part, list | tuple):
+            inner = list(part)
+        else:
+            inner = list(part.values()) if isinstance(part, dict) else []
+        if isinstance(attributes, dict):
+            found[id(attributes)] = attributes, dict(attributes)
+            inner += list(attributes.values())
+        for each in inner:
+            walk(each)
+
+    walk(value)
+    return list(found.values())
+
+
+def restore(before: list[tuple[Any, Any]]) -> None:
+    """Undo what was written since `contents`."""
+    for part, was in before:
+        if isinstance(part, list):
+            part[:] = was
+        else:
+            dict.clear(part)
+            dict.update(part, was)
 
 
 def _swap(value: Any, new: Callable[[torch.Tensor], torch.Tensor], seen: dict[int, Any]) -> Any:
