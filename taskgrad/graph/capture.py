@@ -169,7 +169,7 @@ class Capture:
             for module in modes:
                 module.training = mode
         before = self._state()
-        drawn = random.getstate(), np.random.get_state()[1].tobytes()
+        drawn = random.getstate(), _numpy_state()
         buffers = {m: dict(m._buffers) for m in self._opened.values()}
         try:
             yield
@@ -178,7 +178,7 @@ class Capture:
                 module.training = training
         if before != self._state(mode):
             known.repeatable = False
-        if drawn != (random.getstate(), np.random.get_state()[1].tobytes()):
+        if drawn != (random.getstate(), _numpy_state()):
             known.repeatable = False
         for name, module in self._opened.items():
             if module._buffers.keys() != buffers[module].keys() or any(
@@ -197,6 +197,11 @@ class Capture:
             }
             for module in self._opened.values()
         ]
+
+
+def _numpy_state() -> Any:
+    state: Any = np.random.get_state()
+    return state[1].tobytes(), state[2]
 
 
 _MODULE_STATE = frozenset(vars(nn.Module()))

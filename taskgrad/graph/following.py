@@ -88,7 +88,7 @@ class Activation(torch.Tensor):
     @staticmethod
     def of(fake: torch.Tensor, value: int, following: Following) -> Activation:
         """One that looks like a fake tensor, and stands for a value of the graph."""
-        make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make: Any = torch.Tensor._make_wrapper_subclass
         made: Activation = make(
             Activation,
             fake.shape,
@@ -347,7 +347,7 @@ class Following(TorchFunctionMode):
         kind = type(target)
         try:
             if kind in self._parts.unknown_shapes:
-                raise UnsupportedOperatorException(kind)
+                raise NotImplementedError(kind)
             result, saved = self._run(target, args, kwargs, touched)
         except CannotFollowError:
             raise
@@ -359,7 +359,7 @@ class Following(TorchFunctionMode):
                 args, kwargs = self._swap_in((args, kwargs))
                 name = self._parts.layers[id(target)][1]
                 result, args, kwargs, changed = self._shaped_by_running(
-                    name, args, kwargs, with_values
+                    name, args, kwargs, with_values, touched
                 )
                 self._parts.unknown_shapes.add(kind)
             elif isinstance(error, _NO_SHAPES):
@@ -378,13 +378,13 @@ class Following(TorchFunctionMode):
         written = changed
         self._clone_if_shared(step, given, written)
         number = len(self._steps) - 1
-        if infers:
-            unused = touched.isdisjoint
-            for i in held:
-                leaf = given[i]
-                if isinstance(leaf, Activation) and unused({id(leaf.fake)} | written):
-                    shape, dtype = tuple(leaf.fake.shape), leaf.fake.dtype
-                    given[i] = torch.empty(shape, dtype=dtype, device="meta")
+        if not isinstance(target, nn.Module):
+            held = set()
+        for i in held:
+            leaf = given[i]
+            if isinstance(leaf, Activation) and id(leaf.fake) not in touched | written:
+                shape, dtype = tuple(leaf.fake.shape), leaf.fake.dtype
+                given[i] = torch.empty(shape, dtype=dtype, device="meta")
         step.leaves = [self._slot_of(leaf) for leaf in given]
         step.structure = structure
         step.inputs = list(dict.fromkeys(x.index for x in step.leaves if type(x) is Slot))
@@ -455,7 +455,12 @@ class Following(TorchFunctionMode):
             self.paused = before
 
     def _shaped_by_running(
-        self, name: str, args: Any, kwargs: Any, run: Callable[[Any, Any], Any]
+        self,
+        name: str,
+        args: Any,
+        kwargs: Any,
+        run: Callable[[Any, Any], Any],
+        touched: set[int],
     ) -> tuple[Any, Any, Any, set[int]]:
         """The result of a layer, as fake tensors, from a run on values of no meaning.
 
@@ -467,8 +472,10 @@ class Following(TorchFunctionMode):
         def to_real(fake: torch.Tensor) -> torch.Tensor:
             if id(fake) not in real:
                 known = self._fakes.get(id(fake))
-                is_known = isinstance(known, torch.Tensor) and not isinstance(known, Activation)
-                value = known.detach().clone() if is_known else meaningless(fake)
+                if isinstance(known, torch.Tensor) and not isinstance(known, Activation):
+                    value = known.detach().clone()
+                else:
+                    value = meaningless(fake)
                 real[id(fake)] = value.requires_grad_(fake.requires_grad)
                 if fake.requires_grad:  # not a leaf: it may be written
                     real[id(fake)] = real[id(fake)].clone()
@@ -489,13 +496,15 @@ class Following(TorchFunctionMode):
             versions = {key: value._version for key, value in real.items()}
             state = torch.get_rng_state()
             made: list[torch.Tensor] = []
+            used: set[int] = set()
             try:
-                with _Touched(set(), made):
+                with _Touched(used, made):
                     result = run(args, kwargs)
             finally:
                 torch.set_rng_state(state)
             for tensor in made:
                 self.known.foreign[tensor.untyped_storage()._cdata] = tensor, name
+            touched |= {key for key, value in real.items() if id(value) in used}
             changed = {key for key, seen in versions.items() if real[key]._version != seen}
             result = swap(result, to_fake)
             args, kwargs = swap((args, kwargs), to_fake)

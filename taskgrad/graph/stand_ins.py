@@ -90,7 +90,7 @@ def meaningless(tensor: torch.Tensor) -> torch.Tensor:
 
 def stand_in(module: nn.Module, *, is_layer: bool) -> None:
     """Let calls of a module go to what follows them."""
-    make = _layer_class if is_layer else _opened_class
+    make: Any = _layer_class if is_layer else _opened_class
     module.__class__ = make(type(module))
 
 
@@ -129,5 +129,6 @@ def _named_as(kind: type[nn.Module], methods: Mapping[str, Any]) -> type[nn.Modu
         "__doc__": kind.__doc__,
         "_taskgrad_class": kind,
     }
-    made: type[nn.Module] = type(kind)(kind.__name__, (kind,), {**names, **methods})
+    metaclass: Any = type(kind)
+    made: type[nn.Module] = metaclass(kind.__name__, (kind,), {**names, **methods})
     return made
