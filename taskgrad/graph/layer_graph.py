@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from taskgrad.graph.torch_settings import TorchSettings
+from taskgrad.graph.torch_settings import STARTING, TorchSettings
 
 FUNCTION = -2
 """The index of a function among the steps of a call, where layers have theirs."""
@@ -127,6 +127,9 @@ class LayerGraph:
     together
         Groups of steps that have to be in one stage: one of them writes in place into what others
         of them give, or see a part of.
+    settings
+        Torch's where the model was called. A step with others runs with what differs of them in
+        place of that of the call, whichever settings this is made with.
     """
 
     values: tuple[Value, ...]
@@ -135,6 +138,7 @@ class LayerGraph:
     output: bytes
     output_values: tuple[int, ...]
     together: tuple[tuple[int, ...], ...] = ()
+    settings: TorchSettings = STARTING
 
     @cached_property
     def users(self) -> Mapping[int, tuple[int, ...]]:
