@@ -156,6 +156,7 @@ def _same(found: Sequence[Any], expected: Sequence[Any]) -> bool:
             equal = bool(ours == theirs)
         except Exception:
             equal = False
-        if not equal and (kind is not type(theirs) or kind.__eq__ is not object.__eq__):
+        by_identity = "__eq__" not in {n for c in kind.__mro__[:-1] for n in vars(c)}
+        if not equal and not (by_identity and kind is type(theirs)):
             return False
     return True
