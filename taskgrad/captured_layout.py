@@ -192,17 +192,14 @@ class CapturedLayout(Layout):
             stages = graph_stages(
                 graph, self._workers, starts=self.starts, functions=self._functions
             )
-            names = _names(graph)
-            made = tuple(self._stage(graph, s, s is stages[-1], names) for s in stages)
+            made = tuple(self._stage(graph, s, s is stages[-1]) for s in stages)
             found = _Stages(graph, made, tuple((s.worker, s.needs) for s in stages))
             self._stages[id(graph)] = found
             if len(self._stages) > _MAX_GRAPHS:
                 self._stages.popitem(last=False)
         return found
 
-    def _stage(
-        self, graph: LayerGraph, stage: GraphStage, last: bool, names: Mapping[int, str]
-    ) -> _Stage:
+    def _stage(self, graph: LayerGraph, stage: GraphStage, last: bool) -> _Stage:
         used = [graph.steps[number] for number in stage.steps]
         layers = [self.layers[step.layer] for step in used if step.layer != FUNCTION]
         parameters = dict.fromkeys(n for layer in layers for n in self.trained_by(layer))
@@ -211,9 +208,7 @@ class CapturedLayout(Layout):
         carries = [graph.values[value].requires_grad for value in stage.outputs]
         return _Stage(
             title=titles[0] if len(titles) == 1 else f"{titles[0]}..{titles[-1]}",
-            steps=tuple(
-                [(graph.steps[n].layer, names[n], graph.steps[n].kind) for n in stage.steps]
-            ),
+            steps=tuple([(step.layer, step.name, step.kind) for step in used]),
             shard=next(shard for shard in self.shards if shard.worker == stage.worker),
             inputs=stage.inputs,
             outputs=stage.outputs,
@@ -241,19 +236,6 @@ class CapturedLayout(Layout):
             "name the part of the model that decides in keep_together=, give its layers one "
             "worker, or make another Trainer"
         )
-
-
-def _names(graph: LayerGraph) -> dict[int, str]:
-    """The name of each step. Those of further calls of a layer say which call it is."""
-    counts: dict[int, int] = {}
-    found: dict[int, str] = {}
-    for number, step in enumerate(graph.steps):
-        found[number] = step.name
-        if step.layer != FUNCTION and step.target is None:
-            count = counts[step.layer] = counts.get(step.layer, 0) + 1
-            if count > 1:
-                found[number] = f"{step.name} (call {count})"
-    return found
 
 
 def _value(argument: Any) -> Any:

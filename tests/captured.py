@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,15 +33,13 @@ class Plain:
         self._draw = draw
         self._counts: Counter[str] = Counter()
 
-    def layer(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    def _called(self, name: str) -> str:
         self._counts[name] += 1
         count = self._counts[name]
-        return self._run(
-            name if count == 1 else f"{name} (call {count})",
-            self.model.get_submodule(name),
-            *args,
-            **kwargs,
-        )
+        return name if count == 1 else f"{name} (call {count})"
+
+    def layer(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return self._run(self._called(name), self.model.get_submodule(name), *args, **kwargs)
 
     def function(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._counts[fn.__name__] += 1
@@ -112,7 +109,8 @@ class Recorder(Plain):
     def layer(self, name: str, *args: Any, **kwargs: Any) -> Any:
         module = self.model.get_submodule(name)
         result = module(*args, **kwargs)
-        self._add(self._index[name], name, type(module).__name__, None, args, kwargs, result)
+        kind = type(module).__name__
+        self._add(self._index[name], self._called(name), kind, None, args, kwargs, result)
         return result
 
     def function(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

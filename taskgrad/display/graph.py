@@ -6,13 +6,16 @@ import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from taskgrad.graph.calls import Call
 from taskgrad.graph.leaves import External, Leaf, Primal
 from taskgrad.graph.nodes import Element, Node, ancestors, whole
 from taskgrad.graph.pytree import describe
 from taskgrad.worker_names import WorkerName
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Nesting that a repr shows before it says "...".
 _DEPTH = 2

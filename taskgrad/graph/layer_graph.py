@@ -51,7 +51,8 @@ class Value:
 class Expected:
     """What a layer's result has to be like where its shapes could not be inferred.
 
-    `shapes` has the shape of each leaf that is a tensor, None for others; `others` these others.
+    `shapes` has the shape of each leaf that is a tensor, None for others; `others` has the leaves
+    that are none, and None for tensors.
     """
 
     shapes: tuple[tuple[int, ...] | None, ...]
@@ -67,9 +68,9 @@ class GraphStep:
     layer
         The index of the layer in the model; `FUNCTION` for a function.
     name, kind
-        The layer's name and class; of a function a name of its own in the graph (``"add_1"``), and
-        what it is (``"add"``); of a read the parameter's full name, and ``"Parameter"`` or
-        ``"Buffer"``.
+        The layer's name and class, of further calls of one layer with their number after the name
+        (``"block (call 2)"``); of a function a name of its own in the graph (``"add_1"``), and what
+        it is (``"add"``); of a read the parameter's full name, and ``"Parameter"`` or ``"Buffer"``.
     target
         None: the layer is called. A text: the result is the layer's parameter or buffer of this
         name. Bytes: a packed function, without tensors.

@@ -17,6 +17,7 @@ from taskgrad.graph.layer_graph import Expected
 from taskgrad.graph.pytree import flatten
 from taskgrad.graph.segments import Segment, SegmentStep
 from taskgrad.graph.torch_settings import thread_settings
+from taskgrad.remote_errors import shorten
 from taskgrad.worker.activation_checkpoint import recomputed
 from taskgrad.worker.failures import forward_error
 from taskgrad.worker.randomness import may_draw, random_stream
@@ -120,17 +121,16 @@ class SegmentRun:
     def _check(self, expected: Expected, leaves: list[Any], name: str, kind: str) -> None:
         """Raise LayerError unless a result is like the one that the model was captured with."""
         shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in leaves]
-        others = [x for x in leaves if not isinstance(x, torch.Tensor)]
+        others = [None if isinstance(x, torch.Tensor) else x for x in leaves]
         if shapes == list(expected.shapes) and _same(others, expected.others):
             return
-        given = [str(list(s)) for s in shapes if s is not None] + [repr(x) for x in others]
-        before = [str(list(s)) for s in expected.shapes if s is not None]
-        before += [repr(x) for x in expected.others]
+        pairs = zip(expected.shapes, expected.others, strict=True)
         raise LayerError(
-            f"layer {name!r} ({kind}) on worker {self._worker} gave {', '.join(given)}, and "
-            f"{', '.join(before)} when the model's forward was followed: what the forward made of "
-            "that would be wrong. Name the part of the model that uses it in keep_together=, so "
-            "that it runs whole on its worker",
+            f"layer {name!r} ({kind}) on worker {self._worker} gave "
+            f"{', '.join(map(_shown, leaves))}, and "
+            f"{', '.join(_shown(x) if s is None else str(list(s)) for s, x in pairs)} when the "
+            "model's forward was followed: what the forward made of that would be wrong. Name the "
+            "part of the model that uses it in keep_together=, so that it runs whole on its worker",
             name,
             self._worker.address,
             None,
@@ -141,6 +141,10 @@ def _tensor(layer: nn.Module, name: str) -> Any:
     """A parameter or buffer by its name in a layer: itself, so that its gradient is its own."""
     inner, _, name = name.rpartition(".")
     return getattr(layer.get_submodule(inner), name)
+
+
+def _shown(leaf: Any) -> str:
+    return str(list(leaf.shape)) if isinstance(leaf, torch.Tensor) else shorten(repr(leaf))
 
 
 def _same(found: Sequence[Any], expected: Sequence[Any]) -> bool:
