@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,16 @@ from taskgrad.captured_layout import CapturedLayout
 from taskgrad.cluster.session import session
 from taskgrad.display.placement import placement_table
 from taskgrad.graph.functions import pack_function, template
-from taskgrad.graph.layer_graph import FUNCTION, Captured, GraphStep, LayerGraph, Value
+from taskgrad.graph.layer_graph import (
+    FUNCTION,
+    Captured,
+    Expected,
+    GraphStep,
+    LayerGraph,
+    Value,
+)
 from taskgrad.graph.layers import Layer, Model, _inventory, _skeleton
-from taskgrad.graph.pytree import Slot, flatten
+from taskgrad.graph.pytree import Slot, flatten, map_leaves
 from taskgrad.graph.torch_settings import settings_now
 
 
@@ -73,6 +80,8 @@ class Recorder(Plain):
         for value in inputs:
             self._give(value, None)
         self._inputs = len(inputs)
+        self._before: Any = ()
+        self.expects = False  # whether the results of functions are checked
 
     def _give(self, tensor: torch.Tensor, step: int | None) -> int:
         number = self._number.get(id(tensor))
@@ -95,19 +104,33 @@ class Recorder(Plain):
     def _add(
         self, layer: int, name: str, kind: str, target: Any, args: Any, kwargs: Any, result: Any
     ) -> None:
-        packed, inputs = self._packed((args, kwargs))
+        packed, inputs = self._packed(self._before)
         step = len(self._steps)
-        results = tuple(
-            (i, self._give(leaf, step))
-            for i, leaf in enumerate(flatten(result)[0])
-            if isinstance(leaf, torch.Tensor)
+        results = self._new(result, step)
+        leaves = flatten(result)[0]
+        expected = Expected(
+            tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in leaves),
+            tuple(None if isinstance(x, torch.Tensor) else x for x in leaves),
         )
         self._steps.append(
-            GraphStep(layer, name, kind, target, packed, inputs, results, settings_now())
+            GraphStep(
+                *(layer, name, kind, target, packed, inputs, results, settings_now()),
+                expected if self.expects else None,
+                self._new((args, kwargs), step),
+            )
+        )
+
+    def _new(self, tree: Any, step: int) -> tuple[tuple[int, int], ...]:
+        """The places and numbers of tensors that were not there before."""
+        return tuple(
+            (i, self._give(leaf, step))
+            for i, leaf in enumerate(flatten(tree)[0])
+            if isinstance(leaf, torch.Tensor) and id(leaf) not in self._number
         )
 
     def layer(self, name: str, *args: Any, **kwargs: Any) -> Any:
         module = self.model.get_submodule(name)
+        self._before = copy.copy(map_leaves(lambda leaf: leaf, (args, kwargs)))
         result = module(*args, **kwargs)
         kind = type(module).__name__
         self._add(self._index[name], self._called(name), kind, None, args, kwargs, result)
@@ -116,6 +139,7 @@ class Recorder(Plain):
     def function(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._counts[fn.__name__] += 1
         name = f"{fn.__name__}_{self._counts[fn.__name__]}"
+        self._before = args, kwargs
         result = fn(*args, **kwargs)
         data = pack_function(fn, name).data
         self._add(FUNCTION, name, fn.__name__, data, args, kwargs, result)
@@ -123,6 +147,9 @@ class Recorder(Plain):
 
     def read(self, layer: str, name: str) -> Any:
         found = super().read(layer, name)
+        if id(found) in self._number:
+            return found
+        self._before = (), {}
         kind = "Parameter" if isinstance(found, nn.Parameter) else "Buffer"
         self._add(self._index[layer], f"{layer}.{name}", kind, name, (), {}, found)
         return found
@@ -150,11 +177,14 @@ class Recorder(Plain):
 Forward = Callable[..., Any]
 
 
-def graph_of(model: nn.Module, forward: Forward, *inputs: torch.Tensor) -> LayerGraph:
+def graph_of(
+    model: nn.Module, forward: Forward, *inputs: torch.Tensor, expected: bool = False
+) -> LayerGraph:
     """The graph of one call."""
     model = copy.deepcopy(model)
     with torch.enable_grad():
         recorder = Recorder(model, inputs)
+        recorder.expects = expected
         return recorder.graph(forward(recorder, *inputs))
 
 
@@ -172,8 +202,12 @@ def captured_chain(
     placement: Sequence[int],
     *example: torch.Tensor,
     starts: frozenset[int] = frozenset(),
+    expected: bool = False,
 ) -> tg.GraphChain:
-    """A chain of a model whose forward is this one; `placement` is by layer."""
+    """A chain of a model whose forward is this one; `placement` is by layer.
+
+    With `expected` the graph is that of two samples, whatever is given, and results are checked.
+    """
     model = copy.deepcopy(model)
     graphs: dict[Any, LayerGraph] = {}
 
@@ -181,7 +215,8 @@ def captured_chain(
         leaves = [leaf for leaf in flatten(args)[0] if isinstance(leaf, torch.Tensor)]
         seen = (mode, *((t.shape, t.requires_grad) for t in leaves))
         if seen not in graphs:
-            graphs[seen] = graph_of(model, forward, *leaves)
+            shown = [t[:2] for t in leaves] if expected else leaves
+            graphs[seen] = graph_of(model, forward, *shown, expected=expected)
         return Captured(graphs[seen], tuple(leaves))
 
     owner = session()
@@ -198,8 +233,3 @@ def captured_chain(
     if example:
         layout.plan_for(capture(example, {}, True))
     return chain
-
-
-def steps(graph: LayerGraph, stages: Sequence[Any]) -> Iterator[list[str]]:
-    """The names of the steps of each stage."""
-    return ([graph.steps[n].name for n in stage.steps] for stage in stages)

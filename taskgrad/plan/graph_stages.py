@@ -51,8 +51,9 @@ def graph_stages(
 
     A layer and a read of a parameter run on their layer's worker; a function where the newest of
     the values that it takes is made. It runs where a parameter is that it takes if that is larger
-    than its other values, and where its first user runs if it takes inputs alone. Steps that
-    nothing of the output needs are left out.
+    than its other values, and where its first user runs if it takes inputs alone. What depends on
+    parameters alone runs in each stage on its worker that takes it. Steps that nothing of the
+    output needs are left out.
 
     Parameters
     ----------
@@ -88,7 +89,7 @@ def graph_stages(
     if not live:
         return (GraphStage(worker_of[0], (), graph.output_values, (), ()),)
     workers = _workers(graph, live, groups, worker_of, {} if functions is None else functions)
-    stages = _merged(graph, live, groups, workers, frozenset(starts))
+    stages = _merged(graph, live, groups, workers, starts)
     _check_together(graph, groups, stages)
     return _built(graph, _ordered(stages))
 
@@ -125,7 +126,7 @@ def _workers(
     functions: MutableMapping[str, str],
 ) -> dict[int, str]:
     found: dict[int, str] = {}
-    constant: set[int] = set()  # the steps whose values depend on parameters alone
+    constant = _constant(graph, live)
     alive = set(live)
 
     def of_group(number: int) -> str | None:
@@ -142,15 +143,11 @@ def _workers(
         if step.layer != FUNCTION:
             of_group(number)
             found[number] = worker_of[step.layer]
-            if step.target is not None:
-                constant.add(number)
             continue
         worker = of_group(number) or functions.get(step.name)
         made = [
             (graph.values[v], s) for v in step.inputs if (s := graph.values[v].step) is not None
         ]
-        if made and len(made) == len(step.inputs) and all(s in constant for _, s in made):
-            constant.add(number)
         if worker is None:
             placed = [(value, s) for value, s in made if s in found]
             own = [(value, s) for value, s in placed if s not in constant]
@@ -197,43 +194,103 @@ class _Stage:
         return False
 
 
+class _Merging:
+    """Puts each step into the newest stage of its worker, or into a new one if it has to wait.
+
+    What depends on parameters alone (`constant`) is put into each stage of its worker that takes
+    it: there the parameters are at hand.
+    """
+
+    def __init__(
+        self,
+        graph: LayerGraph,
+        groups: dict[int, tuple[int, ...]],
+        workers: dict[int, str],
+        constant: set[int],
+        starts: Collection[int],
+    ) -> None:
+        self.stages: list[_Stage] = []
+        self._graph, self._groups, self._workers = graph, groups, workers
+        self._constant = constant
+        self._starts = starts
+        self._stage_of: dict[int, _Stage] = {}  # where others find a step's values
+        self._newest: dict[str, _Stage] = {}
+
+    def place(self, number: int) -> _Stage:
+        """The stage in which other stages find the values of a step; it is put there if need be."""
+        if number in self._stage_of:
+            return self._stage_of[number]
+        step, worker = self._graph.steps[number], self._workers[number]
+        own, sources = self._needs(number)
+        stage = next((self._stage_of[m] for m in self._group(number) if m in self._stage_of), None)
+        if stage is not None:
+            if stage.worker != worker or not _fits(stage, sources):
+                raise _torn([self._graph.steps[m] for m in self._group(number)])
+        else:
+            begins = step.target is None and step.layer in self._starts
+            stage = None if begins else self._newest.get(worker)
+            if stage is None or not _fits(stage, sources):
+                stage = self._newest[worker] = _Stage(worker, [], [])
+                self.stages.append(stage)
+        stage.steps = sorted({*stage.steps, *own, number})
+        stage.needs += [s for s in sources if s is not stage and s not in stage.needs]
+        self._stage_of[number] = stage
+        return stage
+
+    def _group(self, number: int) -> tuple[int, ...]:
+        return self._groups.get(number, ())
+
+    def _needs(self, number: int) -> tuple[list[int], list[_Stage]]:
+        """The constant steps to run with a step, and the stages of its other values."""
+        own: list[int] = []
+        sources: dict[int, _Stage] = {}
+        for made in self._givers(number):
+            if made in self._constant and self._workers[made] == self._workers[number]:
+                further, others = self._needs(made)
+                own += [*further, made]
+                sources |= {id(stage): stage for stage in others}
+            else:
+                stage = self.place(made)
+                sources[id(stage)] = stage
+        return own, list(sources.values())
+
+    def _givers(self, number: int) -> list[int]:
+        """The steps whose values a step takes."""
+        values = self._graph.values
+        return [s for v in self._graph.steps[number].inputs if (s := values[v].step) is not None]
+
+
+def _fits(stage: _Stage, sources: Sequence[_Stage]) -> bool:
+    """True if a stage can take what these give: none of them waits for it."""
+    return not any(source is not stage and source.depends_on(stage) for source in sources)
+
+
 def _merged(
     graph: LayerGraph,
     live: list[int],
     groups: dict[int, tuple[int, ...]],
     workers: dict[int, str],
-    starts: frozenset[int],
+    starts: Collection[int],
 ) -> list[_Stage]:
-    """Put each step into the newest stage of its worker, or into a new one if it has to wait."""
-    stages: list[_Stage] = []
-    stage_of: dict[int, _Stage] = {}
-    newest: dict[str, _Stage] = {}
+    constant = {n for n in _constant(graph, live) if n not in groups}
+    merging = _Merging(graph, groups, workers, constant, starts)
+    ends = {graph.values[value].step for value in graph.output_values}
     for number in live:
-        step, worker = graph.steps[number], workers[number]
-        made = [s for v in step.inputs if (s := graph.values[v].step) is not None]
-        sources = list({id(stage_of[s]): stage_of[s] for s in made}.values())
+        if number not in constant or number in ends:
+            merging.place(number)
+    return merging.stages
 
-        def fits(
-            stage: _Stage | None, sources: Sequence[_Stage] = sources, worker: str = worker
-        ) -> bool:
-            return stage is not None and not any(
-                source is not stage and source.depends_on(stage) for source in sources
-            )
 
-        stage = next((stage_of[m] for m in groups.get(number, ()) if m in stage_of), None)
-        if stage is not None:
-            if stage.worker != worker or not fits(stage):
-                raise _torn([graph.steps[m] for m in groups[number]])
-        else:
-            begins = step.target is None and step.layer in starts
-            stage = None if begins else newest.get(worker)
-            if stage is None or not fits(stage):
-                stage = newest[worker] = _Stage(worker, [], [])
-                stages.append(stage)
-        stage.steps.append(number)
-        stage.needs += [s for s in sources if s is not stage and s not in stage.needs]
-        stage_of[number] = stage
-    return stages
+def _constant(graph: LayerGraph, live: list[int]) -> set[int]:
+    """The steps whose values depend on parameters and buffers alone."""
+    found: set[int] = set()
+    for number in live:
+        step = graph.steps[number]
+        made = [graph.values[value].step for value in step.inputs]
+        is_read = isinstance(step.target, str)
+        if is_read or (step.layer == FUNCTION and made and all(s in found for s in made)):
+            found.add(number)
+    return found
 
 
 def _torn(steps: Sequence[GraphStep]) -> TaskgradError:
@@ -252,7 +309,9 @@ def _check_together(
     """Raise TaskgradError if another stage takes a value that is written later in its own stage."""
     stage_of = {number: stage for stage in stages for number in stage.steps}
     for number, stage in stage_of.items():
-        until = max(groups.get(number, (number,)))
+        if number not in groups:
+            continue
+        until = max(groups[number])
         for value in graph.steps[number].given:
             for user in graph.users.get(value, ()):
                 if user < until and stage_of.get(user, stage) is not stage:
@@ -279,15 +338,19 @@ def _ordered(stages: Sequence[_Stage]) -> list[_Stage]:
 
 
 def _built(graph: LayerGraph, stages: Sequence[_Stage]) -> tuple[GraphStage, ...]:
-    place = {number: i for i, stage in enumerate(stages) for number in stage.steps}
+    place: dict[int, int] = {}
+    for i, stage in enumerate(stages):
+        for number in stage.steps:
+            place.setdefault(number, i)
     last = len(stages) - 1
 
     def taken(i: int) -> Iterator[int]:
         """The values that a stage takes of others, or of the driver."""
+        own = {*stages[i].steps}
         given = [v for number in stages[i].steps for v in graph.steps[number].inputs]
         for value in dict.fromkeys([*given, *(graph.output_values if i == last else ())]):
             step = graph.values[value].step
-            if step is None or place[step] != i:
+            if step is None or step not in own:
                 yield value
 
     inputs = [tuple(taken(i)) for i in range(len(stages))]
