@@ -16,7 +16,7 @@ from taskgrad.errors import TaskgradError
 from taskgrad.graph.calls import Call
 from taskgrad.graph.layers import Branches, Layer, Model, ParameterInfo, Path
 from taskgrad.graph.leaves import Leaf
-from taskgrad.graph.nodes import Node, new_key
+from taskgrad.graph.nodes import Element, Node, new_key, whole
 from taskgrad.graph.shards import ChainRef, Shard, ShardCall, copied_names
 from taskgrad.layout import Autocast, Extend, Layout, Walk
 from taskgrad.recording import RecordedCall, Recording, record
@@ -316,8 +316,16 @@ def structure(calls: Sequence[Sequence[Call]], leaves: Sequence[Leaf]) -> tuple[
     """All of these calls but the values of their inputs; equal for equal calls."""
     number: dict[Node, int] = {leaf: -1 - i for i, leaf in enumerate(leaves)}
     number |= {call: i for i, call in enumerate(c for part in calls for c in part)}
+
+    def place(node: Node) -> Any:
+        at = number.get(whole(node))
+        return (at, node.position) if isinstance(node, Element) else at
+
     return tuple(
-        (*call.spec[2:7], call.settings, tuple([number.get(node) for node in call.inputs]))
+        (
+            *(*call.spec[2:8], call.spec.needs_grad, call.tape.wanted, call.settings),
+            tuple([place(node) for node in call.inputs]),
+        )
         for part in calls
         for call in part
     )

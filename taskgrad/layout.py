@@ -290,6 +290,10 @@ class Layout(ShardTasks):
         walk.path(self.path, entry_of(args, kwargs, self.title), last=True)
         return walk.calls
 
+    def planned_calls(self) -> list[Call]:
+        """Calls as those of a training step, to make a plan of; they do not run."""
+        return self.calls((Leaf(None, needs_grad=False),), {}, mode=True)
+
     def refuse_modes(self) -> None:
         """Raise TaskgradError in a mode of torch that would not reach the layers."""
         refuse_modes(self.title)

@@ -6,13 +6,16 @@ import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from taskgrad.graph.calls import Call
 from taskgrad.graph.leaves import External, Leaf, Primal
-from taskgrad.graph.nodes import Node, ancestors
+from taskgrad.graph.nodes import Element, Node, ancestors, whole
 from taskgrad.graph.pytree import describe
 from taskgrad.worker_names import WorkerName
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Nesting that a repr shows before it says "...".
 _DEPTH = 2
@@ -32,10 +35,15 @@ def _numbers(node: Node) -> dict[int, int]:
     """For each node: the number of its last step."""
     total, numbers = 0, {}
     for n in sorted(ancestors([node]), key=lambda n: n.order):
-        if not isinstance(n, Leaf | External | Primal):
+        if not isinstance(n, Leaf | External | Primal) and not _is_output(n):
             total += len(_steps(n))
             numbers[id(n)] = total
     return numbers
+
+
+def _is_output(node: Node) -> bool:
+    """True for one of several outputs of a call, which is shown as the call."""
+    return isinstance(node, Element) and isinstance(node.source, Call)
 
 
 def _steps(node: Node) -> Sequence[str]:
@@ -45,8 +53,9 @@ def _steps(node: Node) -> Sequence[str]:
 
 
 def _nested(node: Node, numbers: dict[int, int], step: int, depth: int) -> str:
-    if isinstance(node, Primal):
-        return _nested(node.source, numbers, len(_steps(node.source)), depth)
+    if isinstance(node, Primal) or _is_output(node):
+        source = node.source if isinstance(node, Primal) else whole(node)
+        return _nested(source, numbers, len(_steps(source)), depth)
     if isinstance(node, Leaf):
         return describe(node.value)
     if isinstance(node, External):
@@ -86,8 +95,8 @@ def call_graph(
     graph = CallGraph({}, [])
     ends: dict[Node, str] = {}
     for node in sorted(ancestors(outputs), key=lambda n: n.order):
-        if isinstance(node, Primal):
-            ends[node] = ends[node.source]
+        if isinstance(node, Primal) or _is_output(node):
+            ends[node] = ends[node.source if isinstance(node, Primal) else whole(node)]
             continue
         if isinstance(node, Leaf):
             names = [describe(node.value)]
@@ -108,15 +117,28 @@ def call_graph(
 
 
 def svg(calls: CallGraph, names: Mapping[str, Any]) -> str:
-    """The graph drawn from left to right, a colour for each worker; "" without the extra viz."""
-    try:
-        import networkx as nx
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError:
-        return ""
+    """The graph drawn as SVG; "" if it is large, or without the extra viz."""
     if not calls.nodes or len(calls.nodes) > _MAX_DRAWN:
         return ""
+    try:
+        figure = drawn(calls, names)
+    except ImportError:
+        return ""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", bbox_inches="tight")
+    text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+def drawn(calls: CallGraph, names: Mapping[str, Any]) -> Figure:
+    """The graph drawn from left to right, a colour for each worker.
+
+    Raises ImportError without networkx and matplotlib, the extra viz.
+    """
+    import networkx as nx
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
     graph = nx.DiGraph()
     graph.add_nodes_from(calls.nodes)
     graph.add_edges_from(calls.edges)
@@ -146,10 +168,7 @@ def svg(calls: CallGraph, names: Mapping[str, Any]) -> str:
     if workers:
         handles = [Patch(color=colour[w], label=WorkerName(w, names.get(w))) for w in workers]
         figure.legend(handles=handles, loc="lower center", ncols=len(workers), fontsize=7)
-    file = io.StringIO()
-    figure.savefig(file, format="svg", bbox_inches="tight")
-    drawn = file.getvalue()
-    return drawn[drawn.index("<svg") :]
+    return figure
 
 
 def html(title: str, graph: CallGraph, names: Mapping[str, Any], table: str = "") -> str:

@@ -64,6 +64,7 @@ def _(node: Pullback) -> Backward:
         token=node.call.key,
         title=node.call.title,
         sources=tuple(None if c is None else next(positions) for c in node.cotangents),
+        positions=node.positions,
         wanted=node.wanted,
         retain=node.retain,
         draw=node.call.spec.draw,

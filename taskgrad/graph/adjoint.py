@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from taskgrad.errors import TapeError
 from taskgrad.graph.calls import Call
 from taskgrad.graph.leaves import Leaf, Primal
-from taskgrad.graph.nodes import Element, Node, ancestors, new_key, sum_of, walk
+from taskgrad.graph.nodes import Element, Node, ancestors, new_key, sum_of, walk, whole
 from taskgrad.graph.pullback import CotangentCheck, ParameterGrad, Pullback
 from taskgrad.graph.shards import Shard
 
@@ -50,10 +50,15 @@ def calls_behind(outputs: Iterable[Node]) -> list[Call]:
     Stops at leaves and primals, and where nothing upstream can take a gradient.
     """
     found = walk(
-        [n for n in outputs if isinstance(n, Call) and n.needs_grad],
-        lambda call: [i for i in call.inputs if isinstance(i, Call) and i.needs_grad],
+        _calls_of(outputs),
+        lambda call: _calls_of(call.inputs),
     )
     return sorted(found, key=lambda call: call.order, reverse=True)
+
+
+def _calls_of(nodes: Iterable[Node]) -> list[Call]:
+    """The calls that give these values, where a gradient can be taken."""
+    return [call for n in nodes if isinstance(call := whole(n), Call) and n.needs_grad]
 
 
 def adjoint(
@@ -81,11 +86,11 @@ def adjoint(
     Raises TapeError if an output cannot be differentiated, or a tape was already used.
     """
     calls = _differentiable_calls([output for output, _ in seeds])
-    arriving: defaultdict[Node, list[Node | None]] = defaultdict(list)
+    arriving: defaultdict[Node, list[tuple[int | None, Node | None]]] = defaultdict(list)
     leaves: defaultdict[Leaf | Primal, list[Node]] = defaultdict(list)
     parameters: defaultdict[tuple[Shard, str], list[ParameterGrad]] = defaultdict(list)
     for output, cotangent in seeds:
-        arriving[output].append(cotangent)
+        arriving[whole(output)].append((_position_of(output), cotangent))
         if isinstance(output, Leaf | Primal) and cotangent is not None:  # it is an output itself
             leaves[output].append(cotangent)
     pullbacks: list[Pullback] = []
@@ -95,12 +100,14 @@ def adjoint(
     for call in calls:
         wanted = tuple([i for i, node in enumerate(call.inputs) if node.needs_grad])
         key, keys = peers.get(call, ("", ()))
+        cotangents = [cotangent for _, cotangent in arriving[call]]
         pullback = Pullback(
             call,
-            arriving[call],
+            cotangents,
             wanted,
             retain or call in keep,
-            scale=scale if None in arriving[call] else (1.0, None),
+            positions=tuple([position for position, _ in arriving[call]]),
+            scale=scale if None in cotangents else (1.0, None),
             accumulate={
                 name: [
                     g.pullback if g.worker == home.worker else g
@@ -121,7 +128,7 @@ def adjoint(
             if isinstance(source, Leaf | Primal):
                 leaves[source].append(part)
             else:
-                arriving[source].append(part)
+                arriving[whole(source)].append((_position_of(source), part))
         if call.shard is not None:
             for name in call.parameters:
                 parameters[call.shard.home(name), name].append(ParameterGrad(pullback, name))
@@ -132,6 +139,11 @@ def adjoint(
         {leaf: tuple(parts) for leaf, parts in leaves.items()},
         {key: tuple(parts) for key, parts in parameters.items()},
     )
+
+
+def _position_of(node: Node) -> int | None:
+    """Which of the outputs of a call this is; None for all of it."""
+    return node.position if isinstance(node, Element) else None
 
 
 def _differentiable_calls(outputs: Sequence[Node]) -> list[Call]:

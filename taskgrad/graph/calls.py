@@ -109,6 +109,9 @@ class CallSpec(NamedTuple):
         The packed function; its tensors are inputs, at the slots `tensor_slots`.
     template
         Pickled (args, kwargs) of the first step, with a `Slot` for each input.
+    segment
+        The packed `Segment` of a stage of a model's graph, whose steps have arguments of their own;
+        else empty.
     mode
         True: the layers train, False: they evaluate, None: as they are.
     needs_grad
@@ -131,6 +134,7 @@ class CallSpec(NamedTuple):
     function: bytes
     tensor_slots: tuple[int, ...]
     template: bytes
+    segment: bytes
     mode: bool | None
     needs_grad: tuple[bool, ...]
     buffers: tuple[int, ...]
@@ -185,8 +189,9 @@ class TapeUse:
 class Call(Node):
     """One forward task.
 
-    `parameters` are the names of the trainable parameters that its layers use. Without `settings`
-    torch's are read now. For the rest see `CallSpec`.
+    `parameters` are the names of the trainable parameters that its layers use. It is not
+    `differentiable` if no gradient can reach what it gives, whatever it is given. Without
+    `settings` torch's are read now. For the rest see `CallSpec`.
     """
 
     __slots__ = ("parameters", "shard", "spec", "tape")
@@ -198,10 +203,12 @@ class Call(Node):
         steps: tuple[LayerStep, ...],
         inputs: Sequence[Node],
         template: bytes,
+        segment: bytes = b"",
         shard: Shard | None = None,
         function: bytes = b"",
         tensor_slots: tuple[int, ...] = (),
         parameters: tuple[str, ...] = (),
+        differentiable: bool = True,
         buffers: tuple[int, ...] = (),
         mode: bool | None = None,
         worker: str | None = None,
@@ -220,7 +227,8 @@ class Call(Node):
         needs_grad = tuple([i.needs_grad for i in inputs])
         self.shard = shard
         self.parameters = parameters
-        self.tape = TapeUse(bool(parameters) or True in needs_grad, settings.grad)
+        wanted = differentiable and (bool(parameters) or True in needs_grad)
+        self.tape = TapeUse(wanted, settings.grad)
         self.spec = CallSpec(
             key,
             title,
@@ -229,6 +237,7 @@ class Call(Node):
             function,
             tensor_slots,
             template,
+            segment,
             mode,
             needs_grad,
             buffers,

@@ -195,6 +195,7 @@ class Following(TorchFunctionMode):
         self.saved: Counter[int] = Counter()  # bytes for the backward, by layer
         self._parts = parts
         self._read = read
+        self._settings = settings_now()
         self._steps: list[_Step] = []
         self._values: dict[int, Value] = {}
         self._inputs: dict[Any, tuple[int, torch.Tensor]] = {}  # numbers below zero
@@ -727,6 +728,7 @@ class Following(TorchFunctionMode):
             template_of(placed_output, structure),
             tuple(dict.fromkeys(x.index for x in placed_output if type(x) is Slot)),
             tuple(tuple(sorted(group)) for group in self._together),
+            self._settings,
         )
         return found, given
 

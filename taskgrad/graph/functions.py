@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -94,7 +94,7 @@ class Template:
         leaves = [self._leaves[i] for i in self._structure.parameters]
         return {leaf.index for leaf in leaves if type(leaf) is Slot}
 
-    def fill(self, inputs: Sequence[Any]) -> Any:
+    def fill(self, inputs: Sequence[Any] | Mapping[int, Any]) -> Any:
         """The arguments, with the inputs in their slots."""
         if self._positional is not None:
             return tuple([inputs[i] for i in self._positional]), {}
@@ -110,7 +110,12 @@ class Template:
         return found if self._structure == alone else None
 
 
-_CONSTANT = frozenset({Slot, type(None), bool, int, float, complex, str, bytes})
+_CONSTANT = frozenset(
+    {
+        *(Slot, type(None), bool, int, float, complex, str, bytes, slice, range, type(Ellipsis)),
+        *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
+    }
+)
 
 
 @lru_cache(maxsize=1024)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from taskgrad.graph.torch_settings import TorchSettings
+from taskgrad.graph.torch_settings import STARTING, TorchSettings
 
 FUNCTION = -2
 """The index of a function among the steps of a call, where layers have theirs."""
@@ -51,7 +51,8 @@ class Value:
 class Expected:
     """What a layer's result has to be like where its shapes could not be inferred.
 
-    `shapes` has the shape of each leaf that is a tensor, None for others; `others` these others.
+    `shapes` has the shape of each leaf that is a tensor, None for others; `others` has the leaves
+    that are none, and None for tensors.
     """
 
     shapes: tuple[tuple[int, ...] | None, ...]
@@ -67,9 +68,9 @@ class GraphStep:
     layer
         The index of the layer in the model; `FUNCTION` for a function.
     name, kind
-        The layer's name and class; of a function a name of its own in the graph (``"add_1"``), and
-        what it is (``"add"``); of a read the parameter's full name, and ``"Parameter"`` or
-        ``"Buffer"``.
+        The layer's name and class, of further calls of one layer with their number after the name
+        (``"block (call 2)"``); of a function a name of its own in the graph (``"add_1"``), and what
+        it is (``"add"``); of a read the parameter's full name, and ``"Parameter"`` or ``"Buffer"``.
     target
         None: the layer is called. A text: the result is the layer's parameter or buffer of this
         name. Bytes: a packed function, without tensors.
@@ -127,6 +128,9 @@ class LayerGraph:
     together
         Groups of steps that have to be in one stage: one of them writes in place into what others
         of them give, or see a part of.
+    settings
+        Torch's where the model was called. A step with others runs with what differs of them in
+        place of that of the call, whichever settings this is made with.
     """
 
     values: tuple[Value, ...]
@@ -135,6 +139,7 @@ class LayerGraph:
     output: bytes
     output_values: tuple[int, ...]
     together: tuple[tuple[int, ...], ...] = ()
+    settings: TorchSettings = STARTING
 
     @cached_property
     def users(self) -> Mapping[int, tuple[int, ...]]:

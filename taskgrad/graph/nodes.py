@@ -69,14 +69,24 @@ class Node(Opaque):
 
 
 class Element(Node):
-    """One element of another node's value, which is a sequence."""
+    """One element of another node's value, which is a sequence.
 
-    __slots__ = ("position", "source")
+    A gradient can reach it only if it `carries_gradient`.
+    """
 
-    def __init__(self, source: Node, position: int, *, key: str) -> None:
+    __slots__ = ("carries_gradient", "position", "source")
+
+    def __init__(
+        self, source: Node, position: int, *, key: str, carries_gradient: bool = False
+    ) -> None:
         super().__init__(key, source.worker, [source])
         self.source = source
         self.position = position
+        self.carries_gradient = carries_gradient
+
+    @property
+    def needs_grad(self) -> bool:
+        return self.carries_gradient and self.source.needs_grad
 
 
 class Sum(Node):
@@ -93,6 +103,11 @@ def sum_of(parts: Sequence[Node], name: str, worker: str | None = None) -> Node 
     if len(parts) > 1:
         return Sum(parts, name, worker or parts[0].worker)
     return parts[0] if parts else None
+
+
+def whole(node: Node) -> Node:
+    """The node that an element is of; any other node itself."""
+    return node.source if isinstance(node, Element) else node
 
 
 def walk(starts: Iterable[T], onward: Callable[[T], Iterable[T]]) -> list[T]:

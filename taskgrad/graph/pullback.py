@@ -20,6 +20,9 @@ class Pullback(Node):
         The forward whose tape it uses, on the worker where that is.
     cotangents
         Nodes to sum, in this order; None means ones (the output must be a scalar).
+    positions
+        For each cotangent the position of the element of the output that it is of; None for the
+        whole output. Without this all are.
     wanted
         The input slots whose cotangents are returned.
     retain
@@ -35,7 +38,9 @@ class Pullback(Node):
         Nodes that must have run before.
     """
 
-    __slots__ = ("accumulate", "call", "cotangents", "peers", "retain", "scale", "wanted")
+    __slots__ = (
+        *("accumulate", "call", "cotangents", "peers", "positions", "retain", "scale", "wanted"),
+    )
 
     def __init__(
         self,
@@ -44,6 +49,7 @@ class Pullback(Node):
         wanted: tuple[int, ...],
         retain: bool,
         *,
+        positions: tuple[int | None, ...] = (),
         scale: tuple[float, Node | None] = (1.0, None),
         accumulate: Mapping[str, Sequence[Node]] | None = None,
         key: str = "",
@@ -53,6 +59,7 @@ class Pullback(Node):
         refuse_modes(f"the backward of {call.title}")
         self.call = call
         self.cotangents = tuple(cotangents)
+        self.positions = positions or (None,) * len(self.cotangents)
         self.wanted = wanted
         self.retain = retain
         self.scale = scale

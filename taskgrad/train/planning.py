@@ -10,8 +10,8 @@ import torch
 from taskgrad.arguments import shown
 from taskgrad.function_layout import random_state_kept
 from taskgrad.graph.adjoint import calls_behind
-from taskgrad.graph.leaves import Leaf
-from taskgrad.graph.nodes import Node
+from taskgrad.graph.layer_graph import FUNCTION
+from taskgrad.graph.nodes import Node, whole
 from taskgrad.layout import Layout
 from taskgrad.plan.plan import Plan, PlannedWorker, Stage
 from taskgrad.plan.rules import NAMES, fastest
@@ -49,16 +49,16 @@ def stages_of(layout: Layout) -> tuple[Stage, ...]:
     """The stages of a chain: each is one of its calls."""
     workers = [shard.worker for shard in layout.shards]
     with torch.enable_grad(), random_state_kept():
-        calls = layout.calls((Leaf(None, needs_grad=False),), {}, mode=True)
+        calls = layout.planned_calls()
     reached = set(calls_behind(calls[-1:]))
     index: dict[Node, int] = {call: i for i, call in enumerate(calls)}
     return tuple(
         Stage(
             title=call.title,
-            layers=tuple(i for i, _, _ in call.spec.steps),
-            names=tuple(name for _, name, _ in call.spec.steps),
+            layers=tuple(i for i, _, _ in call.spec.steps if i != FUNCTION),
+            names=tuple(name for i, name, _ in call.spec.steps if i != FUNCTION),
             worker=workers.index(call.worker or ""),
-            inputs=tuple(index[node] for node in call.inputs if node in index),
+            inputs=tuple({index[n]: None for i in call.inputs if (n := whole(i)) in index}),
             trained=call in reached,
         )
         for call in calls

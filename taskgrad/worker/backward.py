@@ -30,7 +30,8 @@ class Backward:
     """One backward task; `key` is its own, `token` that of the forward whose tape it uses.
 
     `sources` says where each cotangent is: a position among the task's values, or None for ones.
-    Those are multiplied by `factor`, and by the number at position `weight`. `wanted` are the input
+    Those are multiplied by `factor`, and by the number at position `weight`. `positions` says which
+    element of the output each cotangent is of, None for all of it. `wanted` are the input
     slots whose cotangents are returned. `accumulate` lists, for each parameter whose gradient is
     complete with this backward, the sources of the parts before its own (see `Store.parts`).
     `peers` are the keys of the backward tasks of all ranks, if the forward was one of a process
@@ -41,6 +42,7 @@ class Backward:
     token: str
     title: str
     sources: tuple[int | None, ...]
+    positions: tuple[int | None, ...]
     wanted: tuple[int, ...]
     retain: bool
     draw: Draw | None = None
@@ -142,11 +144,17 @@ class Backward:
     def _sum(self, tape: Tape, worker: WorkerName, values: tuple[Any, ...]) -> list[Gradient]:
         """The cotangents of the output's leaves, those that meet summed in the order given."""
         total: list[Gradient] | None = None
-        for source in self.sources:
+        for source, position in zip(self.sources, self.positions, strict=True):
             if source is None:
                 part: list[Gradient] = [_seed(tape, worker, self._weight(tape, values))]
-            else:
+            elif position is None:
                 part = tape.match(values[source], worker)
+            else:
+                total = total or [None] * len(tape.outputs)
+                at = tape.leaves_of(position)
+                found = tape.match(values[source], worker, position)
+                total[at] = add_each(total[at], found)
+                continue
             total = part if total is None else add_each(total, part)
         return total or [None] * len(tape.outputs)
 

@@ -18,6 +18,7 @@ from taskgrad.graph import pack
 from taskgrad.graph.calls import LOSS, CallSpec
 from taskgrad.graph.functions import Template
 from taskgrad.graph.pytree import Structure, describe, flatten
+from taskgrad.graph.segments import Segment
 from taskgrad.worker import training
 from taskgrad.worker.activation_checkpoint import recomputed
 from taskgrad.worker.communicator import Communicator
@@ -25,6 +26,7 @@ from taskgrad.worker.deferred_norm import Statistics, deferred
 from taskgrad.worker.failures import forward_error
 from taskgrad.worker.mailbox import GroupAborted
 from taskgrad.worker.randomness import may_draw, random_stream
+from taskgrad.worker.segment_run import SegmentRun
 from taskgrad.worker.shard import ResidentShard
 from taskgrad.worker.shard_lock import exclusive
 from taskgrad.worker.split_backward import WeightUses, splitting
@@ -136,7 +138,8 @@ class Forward:
         with contextlib.ExitStack() as regions:
             if norms is not None and draw is not None:
                 index, name, _ = steps[0]
-                first = index, name
+                given = self.call.segment
+                first = Segment.of(given).first if given else index, name
                 regions.enter_context(deferred(members.modules, norms, draw.microbatch, first))
             if uses is not None:
                 weights = members.trainable().values()
@@ -174,8 +177,12 @@ class Forward:
     def _call(
         self, store: Store, shard: ResidentShard | None, arguments: Template, fed: list[Any]
     ) -> Any:
-        args, kwargs = arguments.fill(fed)
         steps, context = self.call.steps, self.call.context
+        if self.call.segment and shard is not None:
+            segment = SegmentRun(self.call, store.worker, shard, fed)
+            value = segment.output(context.recompute if context is not None and self.taped else ())
+            return self._steps(store, shard, fed, segment.count, len(steps), value)  # the loss
+        args, kwargs = arguments.fill(fed)
         if context is None or not context.recompute or not self.taped:
             return self._steps(store, shard, fed, 0, len(steps), *args, **kwargs)
         segments = dict(context.recompute)

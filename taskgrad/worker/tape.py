@@ -36,13 +36,23 @@ class Tape:
     # without the GIL, and reading it meanwhile would crash the process.
     lock: YieldingLock = field(default_factory=lambda: YieldingLock(reentrant=False))
 
-    def match(self, cotangent: Any, worker: WorkerName) -> list[Gradient]:
-        """The leaves of a cotangent; CotangentError unless it fits the output."""
-        single = type(cotangent) is torch.Tensor and self.output_structure.kind == "leaf"
-        if single and fits(cotangent, self.outputs[0]):
+    def leaves_of(self, position: int) -> slice:
+        """Where the leaves of the output's element at a position are among all."""
+        children = self.output_structure.children
+        start = sum(child.count for child in children[:position])
+        return slice(start, start + children[position].count)
+
+    def match(
+        self, cotangent: Any, worker: WorkerName, position: int | None = None
+    ) -> list[Gradient]:
+        """The leaves of a cotangent; CotangentError unless it fits the output, or its element."""
+        outputs, structure = self.outputs, self.output_structure
+        if position is not None:
+            outputs, structure = outputs[self.leaves_of(position)], structure.children[position]
+        single = type(cotangent) is torch.Tensor and structure.kind == "leaf"
+        if single and fits(cotangent, outputs[0]):
             return [cotangent]
-        where = f"{self.title!r} on {worker}"
-        return match(cotangent, self.outputs, self.output_structure, where)
+        return match(cotangent, outputs, structure, f"{self.title!r} on {worker}")
 
 
 @dataclass

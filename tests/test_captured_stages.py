@@ -1,0 +1,344 @@
+"""The stages of a model's graph on workers, against plain torch."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from beside import assert_same_grads, assert_same_state
+from captured import Plain, captured_chain, graph_of
+from distributed import Client
+from helpers import assert_same, long
+from torch import nn
+from torch.optim import AdamW
+
+import taskgrad as tg
+from taskgrad.graph.calls import Call
+from taskgrad.graph.nodes import Element
+from taskgrad.graph.pullback import Pullback
+from taskgrad.graph.pytree import flatten
+
+
+class Rows(nn.Module):
+    """Layers `l0`, `l1` and so on, for forwards that are given apart."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        for i, layer in enumerate(layers):
+            self.add_module(f"l{i}", layer)
+
+
+def linears(count: int, size: int = 6) -> Rows:
+    torch.manual_seed(0)
+    return Rows(*(nn.Linear(size, size) for _ in range(count)))
+
+
+def skip(g: Plain, x: torch.Tensor) -> Any:
+    """The value of layer 0 is used by the stages of layers 1 and 2."""
+    a = g.layer("l0", x)
+    b = g.layer("l1", g.function(torch.relu, a))
+    c = g.layer("l2", g.function(torch.add, b, a))
+    return g.layer("l3", c)
+
+
+def towers(g: Plain, x: torch.Tensor) -> Any:
+    a = g.layer("l1", g.layer("l0", x))
+    b = g.layer("l3", g.layer("l2", g.function(torch.sin, x)))
+    return {"sum": g.function(torch.add, a, b), "towers": [a, (b, 3)]}
+
+
+def used_twice(g: Plain, x: torch.Tensor) -> Any:
+    """The value of layer 0 is used by both other workers, and each by several steps."""
+    a = g.layer("l0", x)
+    b = g.function(torch.mul, g.layer("l1", a), a)
+    c = g.function(torch.mul, g.layer("l2", a), a)
+    return g.layer("l3", g.function(torch.add, b, g.function(torch.mul, c, b)))
+
+
+def with_parameter(g: Plain, x: torch.Tensor) -> Any:
+    """The weight of layer 0 is used on both workers, by functions."""
+    weight = g.read("l0", "weight")
+    a = g.layer("l1", g.function(F.linear, g.layer("l0", x), weight))
+    return g.layer("l2", g.function(F.linear, a, g.function(torch.sin, weight)))
+
+
+def without_grad(g: Plain, x: torch.Tensor) -> Any:
+    a = g.layer("l0", x)
+    with torch.no_grad():
+        scale = g.layer("l1", g.function(torch.sigmoid, a))
+    return g.layer("l2", g.function(torch.mul, a, scale))
+
+
+def in_place(g: Plain, x: torch.Tensor) -> Any:
+    a = g.layer("l0", x)
+    b = g.function(torch.mul, a, 2.0)
+    view = g.function(torch.narrow, b, 1, 0, 2)
+    g.function(torch.Tensor.mul_, view, 3.0)
+    g.together(b, view)
+    return g.layer("l2", g.layer("l1", b))
+
+
+FORWARDS = [skip, towers, used_twice, with_parameter, without_grad, in_place]
+
+
+def scalar(output: Any) -> torch.Tensor:
+    leaves = [leaf for leaf in flatten(output)[0] if isinstance(leaf, torch.Tensor)]
+    return torch.stack([leaf.square().sum() for leaf in leaves]).sum()
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_values_and_gradients_are_those_of_plain_torch(client: Client, forward: Any) -> None:
+    model, x = linears(4), torch.randn(3, 6, requires_grad=True)
+    chain = captured_chain(model, forward, [0, 1, 0, 1])
+    ours = tg.collect(chain(x))
+    theirs = forward(Plain(model), x)
+    (a, structure), (b, expected) = flatten(ours), flatten(theirs)
+    assert structure == expected
+    for mine, plain in zip(a, b, strict=True):
+        if isinstance(plain, torch.Tensor):
+            assert_same(mine.detach(), plain.detach())
+        else:
+            assert mine == plain
+    scalar(ours).backward()
+    gx = x.grad
+    x.grad = None
+    scalar(theirs).backward()
+    assert_same(gx, x.grad)
+    used = {n for n, p in model.named_parameters() if p.grad is not None}
+    found = tg.collect(chain.grads())
+    for name, parameter in model.named_parameters():
+        assert (found[name] is not None) == (name in used)
+        if name in used:
+            assert_same(found[name], parameter.grad, name)
+    with torch.no_grad():
+        again = tg.collect(chain.eval()(x.detach()))
+    assert_same(flatten(again)[0][0], flatten(theirs)[0][0].detach())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_three_workers(four: Client, forward: Any) -> None:
+    with four.as_current():
+        model, x = linears(4), torch.randn(3, 6)
+        chain = captured_chain(
+            model, forward, [0, 0, 0, 0] if forward is in_place else [0, 1, 2, 1]
+        )
+        tg.spawn(scalar, chain(x)).backward()
+        scalar(forward(Plain(model), x)).backward()
+        found = tg.collect(chain.grads())
+        for name, parameter in model.named_parameters():
+            assert_same(found[name], parameter.grad, name)
+
+
+def trained(
+    model: nn.Module,
+    forward: Any,
+    placement: list[int],
+    *,
+    batches: Any = None,
+    starts: frozenset[int] = frozenset(),
+    **options: Any,
+) -> tuple[tg.GraphChain, tg.Trainer]:
+    """A chain after three steps, whose state is that of plain torch."""
+    torch.manual_seed(1)
+    x, y = torch.randn(8, 6), torch.randn(8, 6)
+    model.train()
+    chain = captured_chain(model, forward, placement, x[:2], starts=starts)
+    make = partial(AdamW, lr=0.05)
+    trainer = tg.Trainer(chain, F.mse_loss, make, microbatches=4, clip_norm=1.0, **options)
+    plain = copy.deepcopy(model)
+    theirs = make(plain.parameters())
+    for number in range(3):
+        trainer.step(x, y)
+        for m, (part, wanted) in enumerate(zip(x.chunk(4), y.chunk(4), strict=True)):
+            with torch.autocast("cpu", torch.bfloat16, enabled="amp" in options):
+                loss = F.mse_loss(forward(Plain(plain, (0, number, m)), part), wanted)
+            (loss / 4).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        theirs.step(), theirs.zero_grad()
+    trainer.wait()
+    assert_same_state(chain.state_dict(), plain.state_dict())
+    return chain, trainer
+
+
+def dropping(count: int) -> Rows:
+    torch.manual_seed(0)
+    return Rows(*(nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.2)) for _ in range(count)))
+
+
+def dropped(g: Plain, x: torch.Tensor) -> Any:
+    """Layers and functions that draw random numbers; layer 1 is called twice."""
+    a = g.layer("l0", x)
+    b = g.layer("l1", g.function(F.dropout, a, 0.3))
+    c = g.layer("l2", g.function(torch.add, b, a))
+    return g.function(torch.add, g.layer("l1", g.function(F.dropout, c, 0.3)), b)
+
+
+@pytest.mark.parametrize("options", [{}, *long({"checkpoint": "always"}, {"schedule": "zb_h1"})])
+def test_steps_are_those_of_plain_torch(
+    client: Client, executor: str, options: dict[str, Any]
+) -> None:
+    _, trainer = trained(dropping(3), dropped, [0, 1, 0], **options)
+    assert len(trainer.plan.stages) == 4
+    assert [stage.inputs for stage in trainer.plan.stages] == [(), (0,), (0, 1), (1, 2)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "options", [{"amp": "bf16"}, {"checkpoint": lambda name: name == "l1"}, {"compile": True}]
+)
+def test_steps_with_other_options(client: Client, executor: str, options: dict[str, Any]) -> None:
+    if "compile" in options:  # its kernels need not give torch's own bits
+        torch.manual_seed(1)
+        x = torch.randn(8, 6)
+        chain = captured_chain(linears(4), skip, [0, 1, 0, 1], x[:2])
+        trainer = tg.Trainer(chain, F.mse_loss, AdamW, microbatches=2, **options)
+        losses = [float(trainer.step(x, x)) for _ in range(3)]
+        assert losses[-1] < losses[0]
+    else:
+        trained(dropping(3), dropped, [0, 1, 0], **options)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("forward", [used_twice, with_parameter, without_grad])
+def test_steps_of_other_graphs(client: Client, executor: str, forward: Any) -> None:
+    trained(linears(4), forward, [0, 1, 0, 1])
+
+
+def test_a_parameter_that_is_tied_over_two_workers(client: Client) -> None:
+    model = linears(3)
+    model.l2.weight = model.l0.weight
+    trained(model, lambda g, x: g.layer("l2", g.layer("l1", g.layer("l0", x))), [0, 0, 1])
+
+
+def normed(g: Plain, x: torch.Tensor) -> Any:
+    return g.layer("l2", g.layer("l1", g.layer("l0", x)))
+
+
+def test_deferred_batch_norm(client: Client) -> None:
+    torch.manual_seed(0)
+    model, x = Rows(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6)), torch.randn(8, 6)
+    chain = captured_chain(model, normed, [0, 0, 1], x[:4])
+    trainer = tg.Trainer(chain, F.mse_loss, AdamW, microbatches=2, deferred_batch_norm=True)
+    trainer.step(x, x)
+    trainer.wait()
+    normed(Plain(model.train()), x)
+    ours, theirs = chain.state_dict(), model.state_dict()
+    torch.testing.assert_close(ours["l1.running_mean"], theirs["l1.running_mean"])
+    torch.testing.assert_close(ours["l1.running_var"], theirs["l1.running_var"])
+
+
+def test_only_what_is_needed_travels(client: Client) -> None:
+    chain = captured_chain(linears(4), without_grad, [0, 1, 0, 1])
+    first, second, third = chain.layout.calls((torch.randn(3, 6),), {}, mode=True)
+    assert first is third.inputs[0]
+    assert isinstance(third.inputs[1], Element)  # alone, though no gradient can reach it
+    assert third.spec.needs_grad == (True, False)
+    assert not second.tape.wanted
+    [_, pullback] = tg.vjp(chain, torch.randn(3, 6))[1](torch.ones(3, 6))
+    assert pullback is not None
+    behind = {n.call.title for n in _pullbacks(pullback._node)}
+    assert behind == {"l0", "l2"}
+
+
+def _pullbacks(node: Any) -> list[Pullback]:
+    found, stack = [], [node]
+    while stack:
+        one = stack.pop()
+        found += [one] if isinstance(one, Pullback) else []
+        stack += [i for i in one.inputs if not isinstance(i, Call)]
+    return found
+
+
+def test_an_error_names_the_layer_and_its_frames(client: Client) -> None:
+    model = linears(3)
+    model.l2 = nn.Linear(7, 6)
+
+    def late(g: Plain, x: torch.Tensor) -> Any:
+        a = g.layer("l1", g.layer("l0", x))
+        return g.function(torch.add, a, g.function(narrowed, a))
+
+    chain = captured_chain(model, late, [0, 1, 0])
+    y = chain(torch.randn(3, 6))
+    assert tg.collect(y).shape == (3, 6)
+    with pytest.raises(tg.LayerError, match=r"'narrowed_1' \(narrowed\) on worker .*too few") as e:
+        tg.collect(chain(torch.full((3, 6), torch.nan)))
+    assert "in narrowed" in str(e.value)
+
+
+def narrowed(x: torch.Tensor) -> torch.Tensor:
+    if x.isnan().any():
+        raise ValueError("too few")
+    return x
+
+
+def test_a_result_that_is_another_than_expected(client: Client) -> None:
+    model = linears(2)
+
+    def forward(g: Plain, x: torch.Tensor) -> Any:
+        return g.layer("l1", g.function(kept, g.layer("l0", x)))
+
+    chain = captured_chain(model, forward, [0, 1], expected=True)
+    with pytest.raises(
+        tg.LayerError, match=r"'kept_1'.*gave \[3, 6\], and \[2, 6\].*keep_together"
+    ):
+        tg.collect(chain(torch.randn(3, 6)))
+
+
+def kept(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def test_arguments_that_a_call_writes_into(client: Client) -> None:
+    """A layer adds to a list that it is given: the values in it are those of later steps."""
+
+    class Appending(nn.Linear):
+        def forward(self, x: torch.Tensor, cache: list[torch.Tensor]) -> torch.Tensor:
+            cache.append(x * 2)
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model, x = Rows(Appending(6, 6), Appending(6, 6)), torch.randn(3, 6)
+
+    def forward(g: Plain, x: torch.Tensor) -> Any:
+        cache: list[torch.Tensor] = []
+        y = g.layer("l1", g.layer("l0", x, cache), cache)
+        return {"y": y, "cache": cache}
+
+    chain = captured_chain(model, forward, [0, 1])
+    ours, theirs = tg.collect(chain(x)), forward(Plain(model), x)
+    for mine, plain in zip(flatten(ours)[0], flatten(theirs)[0], strict=True):
+        assert_same(mine.detach(), plain.detach())
+    scalar(ours).backward(), scalar(theirs).backward()
+    assert_same_grads(chain, model)
+
+
+def test_other_stages_than_the_plan_has_are_an_error(client: Client) -> None:
+    def forward(g: Plain, x: torch.Tensor) -> Any:
+        return g.layer("l1", g.layer("l0", x)) if len(x) == 2 else g.layer("l0", g.layer("l1", x))
+
+    x = torch.randn(8, 6)
+    chain = captured_chain(linears(2), forward, [0, 1], x[:2])
+    trainer = tg.Trainer(chain, F.mse_loss, AdamW, microbatches=4)
+    trainer.step(x, x)
+    with pytest.raises(tg.TaskgradError, match="takes another way .* keep_together="):
+        trainer.step(x[:4], x[:4])
+
+
+def test_the_calls_of_a_graph_that_was_seen_are_made_of_what_is_kept(client: Client) -> None:
+    x = torch.randn(3, 6)
+    chain = captured_chain(linears(4), skip, [0, 1, 0, 1])
+    first, second = (chain.layout.calls((x,), {}, mode=True) for _ in range(2))
+    assert all(a.spec.segment is b.spec.segment for a, b in zip(first, second, strict=True))
+
+
+def test_a_thunk_of_several_stages_is_shown(client: Client) -> None:
+    chain = captured_chain(linears(4), skip, [0, 1, 0, 1])
+    y = chain(torch.randn(3, 6))
+    assert repr(y).startswith("Thunk[6](Linear, ")
+    assert "l3" in y._repr_html_()
+    assert len(graph_of(linears(4), skip, torch.randn(3, 6)).steps) == 6
