@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from distributed import Client
 from torch import nn
 
 from taskgrad.arguments import flag, whole
+from taskgrad.captured_layout import CapturedLayout
 from taskgrad.cluster.session import session
 from taskgrad.display.graph import call_graph, html
 from taskgrad.display.placement import placement_table
@@ -19,9 +20,12 @@ from taskgrad.executors.between_steps import between_steps
 from taskgrad.executors.placing import Placement, check_device, place
 from taskgrad.formats.weights import check_state, find_weights
 from taskgrad.graph import pack
+from taskgrad.graph.any_model import in_layers
+from taskgrad.graph.cut import Cut
 from taskgrad.graph.deferred_init import from_factory, plan_init
-from taskgrad.graph.layers import ParameterInfo, flatten_model, local_name, rebuild_model
+from taskgrad.graph.layers import ParameterInfo, local_name, rebuild_model
 from taskgrad.graph.leaves import Leaf
+from taskgrad.graph.output_capturing import without_output_capturing
 from taskgrad.graph.pullback import StoredGrad
 from taskgrad.graph.sending import reached
 from taskgrad.graph.shards import Shard
@@ -108,30 +112,37 @@ class GraphChain(Lazy):
         device: str | torch.device | None = None,
         weights: str | os.PathLike[str] | None = None,
         seed: int = 0,
+        example_inputs: Any = None,
+        cut: Cut = None,
+        keep_together: str | Sequence[str] | None = None,
     ) -> None:
         seed = whole("seed", seed)
         stages_per_worker = whole("stages_per_worker", stages_per_worker, least=1)
         device = None if device is None else check_device(device)
         module = from_factory(model)
-        flat = flatten_model(module)
-        stored = None if weights is None else find_weights(weights)
-        init_plans = plan_init(flat, stored)
         title = type(module).__name__
         refuse_module_hooks(title)
-        taken = reached(flat)
         owner = session(client)
-        placed = place(flat, taken, placement, stages_per_worker, owner)
-        self.layout = Layout(title, flat, placed.workers, owner, placed.starts)
-        """The layers' placement, and the means to run something there; for taskgrad itself."""
-        self._skeleton = flat.skeleton
-        # A layer that occurs twice in the model, by its first occurrence.
-        first: dict[int, int] = {}
-        self._same_as = [first.setdefault(id(m), i) for i, m in enumerate(flat.modules)]
-        self._mode: bool | None = None
-        if device is None:  # a model on a GPU here belongs on the workers' own GPUs
-            kinds = {info.device.type for info in flat.tensors.values()} - {"cpu", "meta"}
-            device = next(iter(kinds), None)
-        self.layout.deploy(flat, device, init_plans, seed)
+        with without_output_capturing(module):
+            workers = len(owner.workers()) * stages_per_worker
+            layered = in_layers(module, example_inputs, cut, keep_together, workers)
+            flat, capture = layered.flat, layered.capture
+            stored = None if weights is None else find_weights(weights)
+            init_plans = plan_init(flat, stored)
+            taken = reached(flat)
+            placed = place(flat, taken, placement, stages_per_worker, owner)
+            made = title, flat, placed.workers, owner, placed.starts
+            self.layout = Layout(*made) if capture is None else CapturedLayout(*made, capture)
+            """The layers' placement, and the means to run something there; for taskgrad itself."""
+            self._skeleton = flat.skeleton
+            # A layer that occurs twice in the model, by its first occurrence.
+            first: dict[int, int] = {}
+            self._same_as = [first.setdefault(id(m), i) for i, m in enumerate(flat.modules)]
+            self._mode: bool | None = None
+            if device is None:  # a model on a GPU here belongs on the workers' own GPUs
+                kinds = {info.device.type for info in flat.tensors.values()} - {"cpu", "meta"}
+                device = next(iter(kinds), None)
+            self.layout.deploy(flat, device, init_plans, seed)
         devices = self.layout.devices
         self.placement = placement_table(flat, placed.workers, devices, owner.names, placed.costs)
         """The worker of each layer, and what the layer takes: rows that print as a table."""

@@ -77,7 +77,7 @@ def place(
     bonds = list(_bonds(flat, reached))
     if placement is None or (isinstance(placement, str) and placement == "v"):
         per_worker = stages_per_worker if placement is None else 2
-        costs = layer_costs(flat.path, flat.modules)
+        costs = layer_costs(flat.path, flat.modules, flat.activations)
         runs = contiguous([cost.total for cost in costs], per_worker * len(workers))
         count = runs[-1] + 1
         at = there_and_back(count) if placement else round_robin(count, len(workers))

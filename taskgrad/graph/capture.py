@@ -96,6 +96,15 @@ class Capture:
                 stand_in(module, is_layer=False)
         return Parts(modules, opened, tensors, hooks, self._mode)
 
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], mode: bool | None
+    ) -> Captured:
+        """The graph of a call without values of activations; see `find`."""
+        try:
+            return self.find(args, kwargs, mode, refuse_reading)
+        except CannotFollowError as error:
+            raise not_captured(self.title, error) from None
+
     def find(
         self,
         args: Sequence[Any],

@@ -8,7 +8,7 @@ has of its own, such as a class token, is a layer too: `OwnTensors`.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,13 @@ class Pieces:
         }
 
 
-def pieces(model: nn.Module, cut: Cut, keep_together: Any, workers: int) -> Pieces:
+def pieces(
+    model: nn.Module,
+    cut: Cut,
+    keep_together: Any,
+    workers: int,
+    further: Container[str] = frozenset(),
+) -> Pieces:
     """Cut a model into layers.
 
     Parameters
@@ -67,11 +73,13 @@ def pieces(model: nn.Module, cut: Cut, keep_together: Any, workers: int) -> Piec
         modules are layers, and so is all that is beside one of them or of a module above one.
     keep_together
         Names or patterns of modules that are not cut.
+    further
+        Names of modules that are cut in any case, if they can be.
 
     Raises ValueError if a name or pattern matches no module, TypeError if it is no text.
     """
     names = {name: module for name, module in model.named_modules() if name}
-    kept = matching(keep_together, names, "keep_together")
+    kept = matching(keep_together, {"": model, **names}, "keep_together")
     if cut is None or isinstance(cut, int):
         if isinstance(cut, bool) or (cut is not None and cut < 1):
             raise ValueError(f"cut is a depth from 1 on, names or patterns; got {shown(cut)}")
@@ -95,7 +103,8 @@ def pieces(model: nn.Module, cut: Cut, keep_together: Any, workers: int) -> Piec
         seen.add(id(module))
         prefix = f"{name}." if name else ""
         is_list = isinstance(module, _LISTS) or type(module) is Parallel
-        if name in kept or not may_open(module) or not (not name or is_list or rule(name, module)):
+        opens = not name or is_list or name in further or rule(name, module)
+        if name in kept or not may_open(module) or not opens:
             layers[name] = module
             return
         opened[name] = module

@@ -107,7 +107,7 @@ class Activation(torch.Tensor):
         return found.following.operation(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         found = next(t for t in _tensors((args, kwargs or {})) if isinstance(t, Activation))
         raise found.following.cannot(f"{func} is called by other means than torch's functions")
 

@@ -72,6 +72,7 @@ class Model:
     modules: list[Callable[..., Any]]
     skeleton: bytes
     tensors: dict[str, ParameterInfo] = field(default_factory=dict)
+    activations: list[int] | None = None  # bytes that the backward of each layer needs, if known
 
 
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -102,6 +103,11 @@ def _opens(module: nn.Module, kind: type[nn.Module]) -> bool:
         and not hooked(module, (*CALL_HOOKS, *STATE_HOOKS))
         and not own_tensors
     )
+
+
+def is_sequential(model: nn.Module) -> bool:
+    """True if a model is a Sequential or a Parallel that can be replaced by its parts."""
+    return _opens(model, nn.Sequential) or _opens(model, Parallel)
 
 
 class OwnTensors(nn.Module):

@@ -17,10 +17,10 @@ _INSTALLED = "_output_capturing_hooks_installed"
 
 
 @contextlib.contextmanager
-def without_output_capturing(model: nn.Module) -> Iterator[None]:
+def without_output_capturing(model: Any) -> Iterator[None]:
     """Take these hooks off a model in the block."""
     before: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
-    for module in model.modules():
+    for module in model.modules() if isinstance(model, nn.Module) else ():
         hooks = module._forward_hooks
         found = [k for k, h in hooks.items() if getattr(h, "__module__", "") == _MODULE]
         if found or _INSTALLED in vars(module):

@@ -35,14 +35,21 @@ class LayerCost(NamedTuple):
         return self.held + self.activations
 
 
-def layer_costs(path: Path, modules: Sequence[Callable[..., Any]]) -> list[LayerCost]:
-    """What each layer takes, parameters and buffers counted once."""
+def layer_costs(
+    path: Path, modules: Sequence[Callable[..., Any]], kept: Sequence[int] | None = None
+) -> list[LayerCost]:
+    """What each layer takes, parameters and buffers counted once.
+
+    `kept` are the bytes of activations, if they are known.
+    """
     held = [
         sum(t.nbytes for t in [*m.parameters(), *m.buffers()]) if isinstance(m, nn.Module) else 0
         for m in modules
     ]
+    if kept is not None:
+        return list(map(LayerCost, held, kept))
     activations = [0] * len(held)
-    sample = _guess_input(modules)
+    sample = _guess_input(modules) if path else None
     if sample is not None:
         with torch.enable_grad():
             _run_path(path, modules, sample, activations)
