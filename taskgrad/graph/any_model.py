@@ -1,4 +1,4 @@
-"""A model of any kind in layers: listed if it is sequential, else cut, with a capture of its graph."""
+"""A model of any kind in layers: listed if it is sequential, else cut and captured."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def in_layers(
         if not found.opened:
             _say(whole, title)
             return LayeredModel(flatten_model(model), whole=whole)
-        flat = model_in_pieces(model, found.layers, found.holders)
+        parts = found.parts
+        flat = model_in_pieces(model, parts)
         capture = Capture(model, flat.layers, list(found.opened), title)
         if example is None:
             return LayeredModel(flat, capture)
@@ -88,22 +89,10 @@ def in_layers(
         _say(whole, title)
         used = dict.fromkeys(following.used)
         order = [*used, *(layer.index for layer in flat.layers if layer.index not in used)]
-        in_order = reordered(model, flat, order)
+        in_order = model_in_pieces(model, [parts[i] for i in order])
         capture = Capture(model, in_order.layers, list(found.opened), title)
-        saved = {(x.name, x.holds): following.saved[x.index] for x in flat.layers}
-        in_order.activations = [saved[x.name, x.holds] for x in in_order.layers]
+        in_order.activations = [following.saved[i] for i in order]
         return LayeredModel(in_order, capture, whole)
-
-
-def reordered(model: nn.Module, flat: Model, order: list[int]) -> Model:
-    """A model in pieces with its layers in another order."""
-    layers: dict[str, Any] = {
-        flat.layers[i].name: flat.modules[i] for i in order if not flat.layers[i].holds
-    }
-    holders: dict[str, Any] = {
-        flat.layers[i].name: flat.modules[i] for i in order if flat.layers[i].holds
-    }
-    return model_in_pieces(model, layers, holders)
 
 
 def _no_value(following: Following, activation: Activation) -> torch.Tensor:

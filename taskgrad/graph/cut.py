@@ -47,13 +47,19 @@ class Pieces:
     opened: dict[str, nn.Module]
 
     @property
-    def holders(self) -> dict[str, OwnTensors]:
-        """By the name of an opened module a layer with its own parameters and buffers, if any."""
-        return {
+    def parts(self) -> list[tuple[str, nn.Module]]:
+        """The layers by name; what an opened module has itself comes before what is in it."""
+        left = {
             name: OwnTensors(module)
             for name, module in self.opened.items()
             if any(t is not None for t in (*module._parameters.values(), *module._buffers.values()))
         }
+        found: list[tuple[str, nn.Module]] = []
+        for name, module in self.layers.items():
+            outer = [n for n in left if not n or name.startswith(f"{n}.")]
+            found += [(n, left.pop(n)) for n in outer]
+            found.append((name, module))
+        return [*found, *left.items()]
 
 
 def pieces(

@@ -265,10 +265,7 @@ class Following(TorchFunctionMode):
     def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         """An operation of torch on activations or parameters."""
         if follower.get() is not self:
-            raise TaskgradError(
-                "an activation of an earlier call is used: the model's forward kept it in an "
-                "attribute. Its value is not here; have the forward return what it is to keep"
-            )
+            raise TaskgradError("an activation is used after the call in which it was made")
         if func in _LOST:
             raise self.cannot(f"{kind_of(func)}() of an activation has no effect here")
         if func is _Tensor.__iter__:
@@ -553,6 +550,12 @@ class Following(TorchFunctionMode):
     # -- values -----------------------------------------------------------------------------------
     def _activation_of(self, leaf: Any) -> Any:
         """An activation in the place of a parameter; other leaves as they are."""
+        if isinstance(leaf, Activation) and leaf.following is not self:
+            raise TaskgradError(
+                "an activation of an earlier call is used: the model's forward kept it in an "
+                "attribute, and its value is not here. Have the forward return what it is to keep"
+                f"{line_of_user()}"
+            )
         about = self._parts.tensors.get(id(leaf)) if isinstance(leaf, torch.Tensor) else None
         if about is None:
             return leaf
@@ -886,6 +889,7 @@ def _packed(target: Any, name: str) -> bytes:
 
 _OURS = Path(__file__).parents[1]
 _TORCH = Path(torch.__file__).parent
+_PYTHON = Path(contextlib.__file__).parent
 
 
 def line_of_user() -> str:
@@ -893,7 +897,8 @@ def line_of_user() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if _OURS not in path.parents and _TORCH not in path.parents and path.exists():
+        inner = {_OURS, _TORCH} & set(path.parents) or path.parent == _PYTHON
+        if not inner and path.exists():
             return f" ({path.name}, line {frame.f_lineno}, in {frame.f_code.co_name})"
         frame = frame.f_back  # type: ignore[assignment]
     return ""
@@ -922,14 +927,12 @@ def functions_followed() -> Iterator[None]:
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         following = follower.get()
-        if (
-            not isinstance(following, Following)
-            or following.paused
-            or not following._concerns(args, kwargs)
-        ):
+        if not isinstance(following, Following) or following.paused:
             return _apply(cls, *args, **kwargs)
         if issubclass(cls, CheckpointFunction):
             return args[0](*args[2:])
+        if not following._concerns(args, kwargs):
+            return _apply(cls, *args, **kwargs)
         return following.function(cls.__name__, _Applied(cls), args, kwargs)
 
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]

@@ -187,31 +187,20 @@ def flatten_model(model: nn.Module) -> Model:
     return Model(path, layers, modules, _skeleton(model, modules), tensors)
 
 
-def model_in_pieces(
-    model: nn.Module, layers: Mapping[str, nn.Module], holders: Mapping[str, nn.Module]
-) -> Model:
-    """A model whose layers are these submodules, by name, in this order.
+def model_in_pieces(model: nn.Module, parts: Iterable[tuple[str, nn.Module]]) -> Model:
+    """A model whose layers are these, by the names of submodules, in this order.
 
-    `holders` have by the names of other modules what parameters and buffers these have themselves.
-    The layer of each comes before the first layer that is a part of that module.
+    Those that are `OwnTensors` hold what the module of that name has itself.
 
     Raises ValueError if a parameter has no shape yet.
     """
-    found: list[Layer] = []
+    layers: list[Layer] = []
     modules: list[Callable[..., Any]] = []
-    left = dict(holders)
-
-    def add(name: str, module: nn.Module, *, holds: bool) -> None:
-        found.append(Layer(len(found), name, kind_of(module), holds=holds))
+    for name, module in parts:
+        holds = isinstance(module, OwnTensors)
+        layers.append(Layer(len(layers), name, kind_of(module), holds=holds))
         modules.append(module)
-
-    for name, module in layers.items():
-        for outer in [n for n in left if not n or name.startswith(f"{n}.")]:
-            add(outer, left.pop(outer), holds=True)
-        add(name, module, holds=False)
-    for name, module in left.items():
-        add(name, module, holds=True)
-    return Model((), found, modules, _skeleton(model, modules), _inventory(model, found))
+    return Model((), layers, modules, _skeleton(model, modules), _inventory(model, layers))
 
 
 def _inventory(model: nn.Module, layers: list[Layer]) -> dict[str, ParameterInfo]:
