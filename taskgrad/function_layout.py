@@ -169,6 +169,7 @@ class FunctionLayout(JoinedLayout):
     """
 
     is_traced = True
+    takes_one_input = True
 
     def __init__(
         self,

@@ -190,9 +190,12 @@ class Layout(ShardTasks):
         Parameters and buffers, by the first name of each.
     trainable : list of str
         The names of the trainable parameters, in the model's order.
+    takes : Signature or None
+        The arguments that the model takes, where they are known.
     """
 
     is_traced = False
+    takes_one_input = False
 
     def __init__(
         self,
@@ -209,6 +212,7 @@ class Layout(ShardTasks):
         self.layers = flat.layers
         self.tensors = flat.tensors
         self.path = flat.path
+        self.takes = flat.takes
         self.devices: dict[str, str] = {}
         self.parametrized = is_parametrized(flat.modules)
         self._by_name = {layer.name: layer for layer in reversed(self.layers)}

@@ -33,11 +33,13 @@ class LossSpec(NamedTuple):
     """How the loss is computed in the last call of a microbatch.
 
     `template` are its pickled arguments after the output; with `check_finite` it is an error if it
-    is not a finite number.
+    is not a finite number. `weight` is the slot of its weight, where that is a value of the step: a
+    loss of weight 0 may be anything.
     """
 
     template: bytes
     check_finite: bool
+    weight: int | None = None
 
 
 class StepContext(NamedTuple):

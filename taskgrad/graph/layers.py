@@ -11,6 +11,7 @@ from torch import nn
 
 from taskgrad.graph import pack
 from taskgrad.graph.parallel import Parallel
+from taskgrad.graph.signature import Signature, signature_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Model:
     """A model as a list of layers.
 
     `path` is there if it is made of Sequentials and Parallels; else its forward says in which order
-    the layers run.
+    the layers run. `takes` are the arguments of the forward, of a Sequential's first layer; None if
+    they are not known.
     """
 
     path: Path
@@ -73,6 +75,7 @@ class Model:
     skeleton: bytes
     tensors: dict[str, ParameterInfo] = field(default_factory=dict)
     activations: list[int] | None = None  # bytes that the backward of each layer needs, if known
+    takes: Signature | None = None
 
 
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -184,7 +187,12 @@ def flatten_model(model: nn.Module) -> Model:
             f"and this {type(model).__name__} has none"
         )
     tensors = _inventory(model, layers)
-    return Model(path, layers, modules, _skeleton(model, modules), tensors)
+    first = modules[path[0].index] if isinstance(path[0], Layer) else None
+    takes = signature_of(first) if isinstance(first, nn.Module) else None
+    if takes is not None and len(layers) > 1:  # the loss is not the first layer's
+        takes = takes._replace(shifts_labels=False)
+    skeleton = _skeleton(model, modules)
+    return Model(path, layers, modules, skeleton, tensors, takes=takes)
 
 
 def model_in_pieces(model: nn.Module, parts: Iterable[tuple[str, nn.Module]]) -> Model:
@@ -200,7 +208,8 @@ def model_in_pieces(model: nn.Module, parts: Iterable[tuple[str, nn.Module]]) ->
         holds = isinstance(module, OwnTensors)
         layers.append(Layer(len(layers), name, kind_of(module), holds=holds))
         modules.append(module)
-    return Model((), layers, modules, _skeleton(model, modules), _inventory(model, layers))
+    skeleton, tensors = _skeleton(model, modules), _inventory(model, layers)
+    return Model((), layers, modules, skeleton, tensors, takes=signature_of(model))
 
 
 def _inventory(model: nn.Module, layers: list[Layer]) -> dict[str, ParameterInfo]:

@@ -15,12 +15,15 @@ from taskgrad.chain import GraphChain
 from taskgrad.cluster.session import check_open
 from taskgrad.graph import pack
 from taskgrad.graph.layers import kind_of
+from taskgrad.graph.own_loss import own_loss
 from taskgrad.graph.pytree import flatten
 from taskgrad.layout import Layout
+from taskgrad.train.batch_form import BatchForm
 from taskgrad.train.callbacks.base import Callback
 from taskgrad.train.callbacks.ema import ema_of
 from taskgrad.train.chain_group import ChainGroup
-from taskgrad.train.data import MicrobatchSplitter, pair
+from taskgrad.train.data import MicrobatchSplitter
+from taskgrad.train.loss_weight import LossWeight
 from taskgrad.train.memory import InFiles, check_fits
 from taskgrad.train.optimizer_factory import (
     Groups,
@@ -54,6 +57,7 @@ def check_options(callbacks: Any, executor: Any, given: Mapping[str, Any]) -> No
     check_param_groups(given["param_groups"])
     check_dims(in_dims=given["in_dims"], target_dims=given["target_dims"])
     check_compile(given["compile"])
+    check_loss_weight(given["loss_weight"])
     flag("deferred_batch_norm", given["deferred_batch_norm"])
     flag("check_finite", given["check_finite"])
     maker_of(given["schedule"])
@@ -68,7 +72,10 @@ def check_trainer(
     callbacks: Sequence[Callback],
     given: Mapping[str, Any],
 ) -> Checked:
-    """Check what a `Trainer` is made of; `given` has its options, which are checked."""
+    """Check what a `Trainer` is made of; `given` has its options, which are checked.
+
+    Without a `loss_fn` the loss is the model's own.
+    """
     ema = ema_of(callbacks)
     check_open(chain.layout.session.client)
     schedule, recompute = maker_of(given["schedule"]), recompute_rule(given["checkpoint"])
@@ -77,7 +84,7 @@ def check_trainer(
     layout, patterns = chain.layout, given["param_groups"] or {}
     example, _ = example_of(optimizer, layout)
     check_group_options(patterns, example)
-    loss, loss_kind = packed_loss(loss_fn)
+    loss, loss_kind = packed_loss(own_loss if loss_fn is None else loss_fn)
     if not layout.trainable:
         raise ValueError("the chain has no trainable parameters: all of them are frozen")
     if given["microbatches"] > 1 and not given["deferred_batch_norm"]:
@@ -101,6 +108,13 @@ def check_trainer(
         order=layout.trainable,
         groups=["default", *patterns],
     )
+    form = BatchForm(layout.takes, own_loss=loss_fn is None, one_input=layout.takes_one_input)
+    weight = given["loss_weight"]
+    if weight is not None and adds_up(loss_fn):
+        raise ValueError(
+            "loss_weight weighs losses that are means, and this one is a sum, reduction='sum': its "
+            "microbatches just add up"
+        )
     splitter = MicrobatchSplitter(
         layout.session.client,
         given["microbatches"],
@@ -110,6 +124,8 @@ def check_trainer(
         first=layout.first.worker,
         last=layout.last.worker,
         loss_kind=loss_kind,
+        form=form,
+        loss_weight=None if weight is None else LossWeight(weight, form),
     )
     compiled = given["compile"]
     options = TrainingOptions(
@@ -254,6 +270,17 @@ def check_compile(options: Any) -> None:
         )
 
 
+def check_loss_weight(weight: Any) -> None:
+    """Raise TypeError unless this is a function of a batch, the name of a field, or None."""
+    if weight is None or isinstance(weight, str):
+        return
+    if isinstance(weight, type) or not callable(weight):
+        raise TypeError(
+            "loss_weight is a function of a microbatch that returns a number, such as that of its "
+            f"tokens, or the name of a field of labels; got {shown(weight)}"
+        )
+
+
 def check_chooser(checkpoint: Any, names: Iterable[str]) -> None:
     """Raise TypeError if a function of layers' names does not return a boolean for each."""
     if not callable(checkpoint):
@@ -277,8 +304,8 @@ def check_loader(name: str, loader: Any) -> None:
         )
 
 
-def check_epochs(epochs: Any, **loaders: Any) -> int:
-    """The number of epochs.
+def check_epochs(epochs: Any, form: BatchForm, **loaders: Any) -> int:
+    """The number of epochs; `form` is that of the batches in lists.
 
     Raises TypeError unless it is one and the loaders are iterables, ValueError if one of them can
     be iterated over once only and there are more epochs.
@@ -298,7 +325,7 @@ def check_epochs(epochs: Any, **loaders: Any) -> int:
             if not len(loader):
                 raise ValueError("val_loader is empty: there is nothing to evaluate on")
             for item in loader if isinstance(loader, list | tuple) else ():
-                pair(item, "val_loader")
+                form.of_item(item, "val_loader")
     return epochs
 
 
@@ -347,8 +374,8 @@ def packed_loss(loss: Any) -> tuple[pack.Packed, str]:
         )
     if not callable(loss):
         raise TypeError(
-            "the loss is a function of (output, targets) such as torch.nn.functional.cross_entropy;"
-            f" got {type(loss).__name__}"
+            "the loss is a function of (output, targets) such as torch.nn.functional.cross_entropy,"
+            f" or None for the model's own; got {type(loss).__name__}"
         )
     packed = pack.pickle_or_explain(lambda: pack.pack(loss), "the loss")
     if any(t.requires_grad for t in packed.tensors):

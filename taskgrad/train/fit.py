@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from taskgrad.train.data import pair
+from taskgrad.train.batch_form import BatchForm
 from taskgrad.train.fit_state import FitState
 from taskgrad.train.loss import StepLoss
 from taskgrad.train.repeating import (
@@ -30,6 +30,7 @@ class Fit:
     """
 
     steps: Steps
+    form: BatchForm
     step: Callable[[Any, Any], StepLoss]
     evaluate: Callable[[Iterable[Any]], dict[str, float]]
     call: Callable[..., None]
@@ -120,7 +121,7 @@ class Fit:
             )
 
     def _batches(self, state: FitState, saved: Mapping[str, Any] | None) -> Iterator[Any]:
-        """The pairs of an epoch that are not trained on yet."""
+        """The batches of an epoch that are not trained on yet: inputs and targets."""
         set_epoch(self.loader, state.epoch)
         if saved is None:
             state.random = random_states(self.loader)
@@ -130,13 +131,13 @@ class Fit:
             state.random = saved["random"]
         for item in items:
             state.drew(checksum(item), loader_state(self.loader))
-            yield pair(item, "the loader")
+            yield self.form.of_item(item, "the loader")
 
 
 def _note(state: FitState, bar: _Bar) -> None:
     """The first of the losses that were waited for is there."""
     loss = state.waiting.popleft()
-    state.mean.add(loss.item(), loss.size)
+    state.mean.add(loss.item(), loss.weight)
     bar.add(loss)
 
 

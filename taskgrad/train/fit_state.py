@@ -18,18 +18,19 @@ _REMEMBERED = 8
 class EpochMean:
     """The mean loss of batches: over samples, unless it is a sum over them (`weighted` is False).
 
-    Of batches whose number of samples is not known each counts the same.
+    Of batches whose number of samples is not known each counts the same. Where losses have weights,
+    the sums of these take the place of numbers of samples.
     """
 
     weighted: bool
     weighted_sum: float = 0.0
-    samples: int = 0
+    samples: float = 0
     plain_sum: float = 0.0
     batches: int = 0
     sizes_known: bool = True
 
-    def add(self, loss: float, size: int | None) -> None:
-        """One more batch, of so many samples."""
+    def add(self, loss: float, size: float | None) -> None:
+        """One more batch, of so many samples or of this weight."""
         self.weighted_sum += loss * (size or 0)
         self.samples += size or 0
         self.plain_sum += loss
@@ -128,7 +129,7 @@ class FitState:
         mean = replace(self.mean)
         for loss in self.waiting:
             if loss.done and loss.step < taken:
-                mean.add(loss.item(), loss.size)
+                mean.add(loss.item(), loss.weight)
         last = next((d for d in self._drawn if d.number == batch - 1), self._resumed_at)
         return {
             "epoch": self.epoch,

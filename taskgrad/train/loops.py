@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from taskgrad.graph.slices import as_tensors, batch_size
 from taskgrad.layout import Layout
 from taskgrad.thunk import Thunk, collect, spawn
-from taskgrad.train.data import MicrobatchSplitter, check_size, on_workers, pair
+from taskgrad.train.data import MicrobatchSplitter, check_size, on_workers
 from taskgrad.train.steps import Steps
 
 # How many batches are in flight at a time where nothing is trained: the shards' work overlaps.
@@ -59,14 +59,27 @@ class Loops:
     def evaluate(
         self, loader: Iterable[Any], metrics: Mapping[str, Callable[..., Any]]
     ) -> dict[str, float]:
-        """The mean of the loss, which may be a sum over samples, and of each metric."""
+        """The mean of the loss, which may be a sum over samples, and of each metric.
+
+        Where the model computes the loss, metrics get the batch as their targets.
+        """
         splitter, functions = self.splitter, {"loss": self.loss_fn, **metrics}
-        measure = partial(_measure, functions, splitter.target_dims)
+        form, loss_weight = splitter.form, splitter.loss_weight
+        measure = partial(_measure, functions, None if form.own_loss else splitter.target_dims)
         count = partial(_inputs_size, splitter.in_dims)
+        weights: list[float] = []
 
         def start(item: Any) -> Thunk:
-            x, y = pair(item, "the loader")
+            x, y = form.of_item(item, "the loader")
+            x = form.inputs(x)
+            form.check_trains(x, y)
+            if loss_weight is not None:
+                if on_workers(x) or on_workers(y):
+                    splitter.refuse_weighing(x)
+                weights.append(loss_weight.of(as_tensors(x), as_tensors(y)))
             size = spawn(count, x, worker=splitter.first) if on_workers(x) else count(x)
+            if form.own_loss and metrics:
+                y = x
             return spawn(measure, size, self._forward(x), y, worker=splitter.last)
 
         values: dict[str, list[float]] = {name: [] for name in functions}
@@ -77,8 +90,12 @@ class Loops:
                 values[name].append(value)
         if not sizes:
             raise ValueError("the loader yielded no batches to evaluate on")
+        if loss_weight is not None and not sum(weights):
+            raise ValueError("loss_weight is 0 for every batch: there is nothing to evaluate on")
         return {
-            name: _mean(of, sizes, name != "loss" or splitter.weighted)
+            name: _mean(of, weights or sizes, splitter.weighted)
+            if name == "loss"
+            else _mean(of, sizes, means=True)
             for name, of in values.items()
         }
 
@@ -87,8 +104,10 @@ class Loops:
         return self._stream(loader, self._forward)
 
     def _forward(self, x: Any) -> Thunk:
-        args = (x if isinstance(x, Thunk) else as_tensors(x),)
-        calls = self.layout.calls(args, {}, mode=False, autocast=self.autocast)
+        form = self.splitter.form
+        x = form.inputs(x)
+        args, kwargs = form.arguments(x if isinstance(x, Thunk) else as_tensors(x))
+        calls = self.layout.calls(args, kwargs, mode=False, autocast=self.autocast)
         return Thunk(calls[-1], self.layout.session)
 
     def _stream(self, loader: Iterable[Any], start: Callable[[Any], Thunk]) -> Iterator[Any]:
@@ -111,7 +130,10 @@ class Loops:
             yield value
 
 
-def _mean(values: list[float], sizes: list[int], means: bool) -> float:
-    """The mean over samples of what are means over the samples of each batch, or else sums."""
-    total = sum(v * n if means else v for v, n in zip(values, sizes, strict=True))
+def _mean(values: list[float], sizes: Sequence[float], means: bool) -> float:
+    """The mean over samples of what are means over the samples of each batch, or else sums.
+
+    A batch of size 0 counts for nothing, whatever its value is.
+    """
+    total = sum(v * n if means else v for v, n in zip(values, sizes, strict=True) if n)
     return total / sum(sizes)

@@ -22,6 +22,8 @@ class StepLoss:
         """The number of the step, counted from 0."""
         self.size = batch.size
         """The number of samples of the batch; None if it is on a worker."""
+        self.weight = batch.weight
+        """What it counts for in a mean over steps: its ``loss_weight``, or else its `size`."""
         self.running = running  # what the trainer knows the step by
         self.is_read = False  # True if a callback will read the state after this step
         self.may_be_read = False  # the same, or it is not known yet

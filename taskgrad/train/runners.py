@@ -17,7 +17,7 @@ from taskgrad.graph.nodes import Node
 from taskgrad.graph.slices import Slice
 from taskgrad.graph.torch_settings import settings_now
 from taskgrad.layout import Layout
-from taskgrad.train.data import Batch
+from taskgrad.train.data import Arguments, Batch
 from taskgrad.train.step import Settings, Step, build, calls_of
 from taskgrad.worker import training
 from taskgrad.worker.step_program import StoredResult
@@ -158,10 +158,10 @@ class CompiledRunner:
         """Submit a step; NotCompilableError if it is to be run as tasks."""
         executor = self._connected()
         self._layout.refuse_modes()
-        slices = [n for n in (*batch.inputs, *batch.targets) if isinstance(n, Slice)]
+        slices = [n for n in batch.values if isinstance(n, Slice)]
         if slices:
             batch = self._cut(batch, slices)
-        leaves = [n for n in (*batch.inputs, *batch.targets) if isinstance(n, Leaf)]
+        leaves = batch.leaves
         calls = None
         if self._layout.is_traced:  # calls may take other values of the driver's each time
             calls = calls_of(self._layout, batch, number, self._settings)
@@ -174,7 +174,8 @@ class CompiledRunner:
                     "its batch is on workers, and several of them take the model's input"
                 )
         executor.submit(number, loaded.number, inputs)
-        return _Running(number, slices, loaded.about)
+        # A program's shares are those of the batch that it was made for.
+        return _Running(number, slices, {**loaded.about, "weights": batch.weights})
 
     def _connected(self) -> CompiledExecutor:
         if self._executor is None:
@@ -194,11 +195,18 @@ class CompiledRunner:
         weights = [w for w in batch.weights if isinstance(w, Node)]
         executor.run([*slices, *weights])
         found = executor.values(weights) or batch.weights
-        given: list[list[Node]] = [
-            [Leaf(StoredResult(n.key, n.worker or ""), needs_grad=False) for n in nodes]
-            for nodes in (batch.inputs, batch.targets)
+
+        def stored(node: Node) -> Node:
+            if not isinstance(node, Slice):
+                return node
+            return Leaf(StoredResult(node.key, node.worker or ""), needs_grad=False)
+
+        inputs = [
+            Arguments(tuple(map(stored, args)), {name: stored(n) for name, n in kwargs.items()})
+            for args, kwargs in batch.inputs
         ]
-        return replace(batch, inputs=given[0], targets=given[1], weights=found)
+        targets = [stored(node) for node in batch.targets]
+        return replace(batch, inputs=inputs, targets=targets, weights=found)
 
     def _program(
         self,
@@ -211,7 +219,9 @@ class CompiledRunner:
         """The program for a batch of this shape."""
         update = (number + 1) % self._settings.accumulate == 0
         traced = None if calls is None else structure(calls, leaves)
-        shape = batch.count, update, tuple(batch.weights), batch.loss_kind, settings_now(), traced
+        weights = None if batch.scales else tuple(batch.weights)  # scales are sent with each step
+        about = batch.count, batch.form, batch.loss_kind
+        shape = about, update, weights, settings_now(), traced
         if shape in self._loaded:
             self._loaded.move_to_end(shape)
             return self._loaded[shape]

@@ -108,8 +108,9 @@ def build(
     scheduled = _scheduled(parts, plan)
     order, tails = _order(batch, scheduled, layout, earlier)
     summary = {"update": update, "norms": settings.clip_norm is not None}
+    rescale = [] if batch.rescale is None else [batch.rescale]
     prepares = [
-        layout.task(shard, training.prepare, summary, awaits=[tails[shard]])
+        layout.task(shard, training.prepare, summary, after=rescale, awaits=[tails[shard]])
         for shard in layout.shards
     ]
     losses = [part.calls[-1] for part in parts]
@@ -180,26 +181,29 @@ def _calls(
         loss = None
         if last:
             steps = (*steps, (LOSS, "loss", batch.loss_kind))
-            loss = LossSpec(_targets_at(len(inputs)), settings.check_finite)
-            inputs = (*inputs, batch.targets[index])
+            at = len(inputs)
+            scale = batch.scales[index : index + 1]
+            loss = LossSpec(_targets_at(at), settings.check_finite, at + 1 if scale else None)
+            inputs = (*inputs, batch.targets[index], *scale)
         is_split = (next(stages), index) in split
         return steps, inputs, StepContext(draw, recompute, loss, is_split)
 
     draw = Draw(settings.seed, number, index)
+    args, kwargs = batch.inputs[index]
     with torch.enable_grad():
-        return layout.calls(
-            (batch.inputs[index],), {}, mode=True, autocast=settings.autocast, extend=extend
-        )
+        return layout.calls(args, kwargs, mode=True, autocast=settings.autocast, extend=extend)
 
 
 def _microbatch(calls: list[Call], batch: Batch, index: int, settings: Settings) -> _Microbatch:
     """Forward, and backward with the gradients that are complete after each part."""
     share = batch.weights[index]
-    scale: tuple[float, Node | None] = (
-        (1 / settings.accumulate, share)
-        if isinstance(share, Node)
-        else (share / settings.accumulate, None)
-    )
+    scale: tuple[float, Node | None]
+    if batch.scales:
+        scale = 1.0, batch.scales[index]
+    elif isinstance(share, Node):
+        scale = 1 / settings.accumulate, share
+    else:
+        scale = share / settings.accumulate, None
     found = adjoint([(calls[-1], None)], scale=scale, accumulate=True)
     pullbacks = {pullback.call: pullback for pullback in found.pullbacks}
     for call in calls:
@@ -240,7 +244,7 @@ def _order(
     """For every action the one before it in the plan, if any; the last one of each shard."""
     order: dict[Node, tuple[Node, ...]] = {
         node: (before[node.shard],)
-        for node in ancestors([*batch.inputs, *batch.targets])
+        for node in ancestors(batch.values)
         if isinstance(node, Call) and node.shard in before
     }
     tails: dict[Shard, Node] = {}

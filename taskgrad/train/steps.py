@@ -6,12 +6,15 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
 from weakref import WeakSet
 
 from taskgrad.chain import GraphChain
 from taskgrad.cluster.session import check_open
 from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.executors.step_lowering import NotCompilableError
+from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import Node
 from taskgrad.train.call_lock import CallLock
 from taskgrad.train.callbacks.on_step import OnStep
@@ -19,6 +22,7 @@ from taskgrad.train.chain_group import ChainGroup
 from taskgrad.train.data import Batch
 from taskgrad.train.hint import Hints
 from taskgrad.train.loss import StepLoss
+from taskgrad.train.loss_weight import Accumulation
 from taskgrad.train.owner import check_owner, recover
 from taskgrad.train.runners import CompiledRunner, FuturesRunner, Runner
 from taskgrad.train.step import Settings
@@ -47,6 +51,8 @@ class Steps:
         How many batches were taken, or are being taken.
     metric_for : str or None
         The class of the learning-rate scheduler, if its step needs a metric.
+    accumulation : Accumulation
+        The weights of the batches since the last update, where losses have weights.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class Steps:
     ) -> None:
         self.taken = 0
         self.metric_for: str | None = None
+        self.accumulation = Accumulation(settings.accumulate)
         self._in_fit = False
         self._chain = chain
         self._layout = chain.layout
@@ -158,14 +165,14 @@ class Steps:
             self._settle_up_to(self.taken)
         try:
             try:
-                running = self._runner.submit(batch, self.taken)
+                running = self._launch(batch)
             except NotCompilableError as reason:
                 while self._running:
                     self._finish_first()
                 self._runner.finish()
                 self._runner = FuturesRunner(self._layout, self._settings)
                 logger.warning("taskgrad runs these steps as Dask tasks: %s.", str(reason))
-                running = self._runner.submit(batch, self.taken)
+                running = self._launch(batch)
         except BaseException as error:
             if isinstance(error, Exception) and not isinstance(error, TaskgradError | OSError):
                 error.add_note(
@@ -180,6 +187,17 @@ class Steps:
         self._running.append(loss)
         self.taken += 1
         return loss
+
+    def _launch(self, batch: Batch) -> Any:
+        """Submit the next step; what the runner knows it by."""
+        if batch.loss_weights:
+            scales, rescale = self.accumulation.scales(batch.loss_weights, self.taken)
+            batch = replace(
+                batch,
+                scales=tuple([Leaf(scale, needs_grad=False) for scale in scales]),
+                rescale=None if rescale is None else Leaf(rescale, needs_grad=False),
+            )
+        return self._runner.submit(batch, self.taken)
 
     def wait(self) -> None:
         """Return when every step so far is done; see `Trainer.wait`."""
@@ -345,7 +363,7 @@ class Steps:
             loss = self._taken_back[0]
             try:
                 self._wait_for_readers()
-                loss.running = self._runner.submit(loss.batch, self.taken)
+                loss.running = self._launch(loss.batch)
             except BaseException as error:
                 for each in self._taken_back:
                     each.fail(error)

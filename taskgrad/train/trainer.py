@@ -12,6 +12,7 @@ import torch
 from taskgrad.arguments import flag, whole
 from taskgrad.chain import GraphChain
 from taskgrad.formats.weights import path_of
+from taskgrad.graph.own_loss import own_loss
 from taskgrad.graph.slices import Dims
 from taskgrad.plan.plan import Plan
 from taskgrad.plan.schedule import Schedule
@@ -59,17 +60,17 @@ class Trainer:
         the name by which the function knows their chain, as in ``"down.0.weight"``. A module with
         parameters that it gives to `spawn` becomes a chain for as long as it exists, which
         ``trainer.chain.chains`` has by name; the module itself stays as it is.
-    loss_fn : callable
+    loss_fn : callable or None
         ``loss_fn(output, targets)`` returns one number; the mean over samples, unless it has
-        ``reduction="sum"``.
+        ``reduction="sum"``. None takes the loss that the model computes itself: ``output.loss``,
+        ``output["loss"]``, or an output that is one number. A batch then has no targets.
     optimizer : callable
         A class of ``torch.optim``, a ``functools.partial`` of one, or a function of a list of
         parameters (or of groups). It is called on each worker with the parameters there, all of
         which it has to be over.
     microbatches : int
         How many slices a batch is cut into, as ``torch.tensor_split`` does; fewer if it has fewer
-        samples. A microbatch counts by its share of the samples: a loss whose mean is over
-        something else (``ignore_index``, class weights) is then not that of the whole batch.
+        samples. A microbatch counts by its share of the samples, unless there is a `loss_weight`.
     schedule : {"1f1b", "gpipe", "interleaved_1f1b", "zb_h1", "zb_h2", "zb_v", "auto"} or callable
         The order of forwards and backwards: one of `taskgrad.plan.rules`, or by ``"auto"`` the one
         of them with the shortest step at the memory of 1F1B, by simulation; or what makes a
@@ -114,6 +115,16 @@ class Trainer:
     executor : {"compiled", "futures"}
         How steps run: by programs on the workers, or as graphs of Dask tasks. A trainer whose steps
         cannot be compiled uses tasks, and logs why.
+    loss_weight : callable or str, optional
+        What the loss of a microbatch counts for, where its mean is over something else than samples
+        (tokens that are not padding, class weights): a function that is called as `step` is, with
+        the part of inputs and targets that a microbatch has, and returns a number; without targets
+        just with the inputs. Or the name of a field of a batch that is a dict: its entries that are
+        not -100 count, without the first of each row if the model compares labels with the logits
+        before them, as causal language models of transformers do. The loss and the gradient of a
+        step, of `accumulate` batches too, are then the weighted means: those of one forward over
+        all of it. A microbatch of weight 0 counts for nothing, whatever its loss is. `fit` and
+        `evaluate` weigh batches the same way.
     chains : mapping, optional
         Names for the chains and modules that a function calls, all of them. By default the names of
         variables that it closes over, of globals that it uses, and of attributes of its object.
@@ -145,7 +156,7 @@ class Trainer:
     def __init__(
         self,
         chain: GraphChain | ChainGroup | Callable[..., Any],
-        loss_fn: Callable[..., torch.Tensor],
+        loss_fn: Callable[..., torch.Tensor] | None,
         optimizer: OptimizerFactory,
         *,
         microbatches: int = 1,
@@ -165,6 +176,7 @@ class Trainer:
         deferred_batch_norm: bool = False,
         compile: bool | Mapping[str, Any] = False,
         check_finite: bool = False,
+        loss_weight: Callable[..., Any] | str | None = None,
         executor: Literal["compiled", "futures"] = "compiled",
         chains: Mapping[str, Any] | None = None,
     ) -> None:
@@ -183,7 +195,11 @@ class Trainer:
         self._steps = Steps(trained, checked.settings, self._on_step, self._notify, executor)
         self._fits = Fits(self._steps, weighted=self._splitter.weighted)
         self._loops = Loops(
-            trained.layout, self._steps, self._splitter, checked.settings.autocast, loss_fn
+            trained.layout,
+            self._steps,
+            self._splitter,
+            checked.settings.autocast,
+            own_loss if loss_fn is None else loss_fn,
         )
         makes = optimizers_on(trained.layout, optimizer, *checked.optimizers)
         needing = [n for n in take_over(trained.layout, self._steps, makes) if n is not None]
@@ -215,7 +231,7 @@ class Trainer:
         for callback in self.callbacks:
             getattr(callback, method)(self, *args)
 
-    def step(self, x: Any, y: Any) -> StepLoss:
+    def step(self, x: Any, y: Any = None) -> StepLoss:
         """Train on one batch; returns its loss, which waits only when it is read.
 
         Parameters
@@ -223,12 +239,25 @@ class Trainer:
         x, y
             Inputs and targets: tensors, NumPy arrays, or pytrees of them; or both Dask collections
             (arrays, Delayed, thunks), which are then cut on the workers. The model is called as
-            ``model(x)``, the loss as ``loss_fn(output, y)``.
+            ``model(x)``, the loss as ``loss_fn(output, y)``. With ``loss_fn=None`` there is no `y`,
+            and `x` is the batch; a tuple or list are then several arguments, ``model(*x)``.
+
+        Notes
+        -----
+        A mapping, such as a dict or the ``BatchEncoding`` of a tokenizer, is passed as keyword
+        arguments, ``model(**x)``, if its keys are names of parameters of the model's forward (for
+        an ``nn.Sequential``, of its first layer), and it has all of those without a default. Else
+        it is one argument, ``model(x)``, as it is where the one parameter is annotated as a mapping
+        (``def forward(self, batch: dict)``), and for a function that calls chains.
 
         Raises
         ------
         ValueError
-            The batch is empty, or inputs and targets do not fit together; nothing is submitted.
+            The batch is empty, or inputs and targets do not fit together, or what a `loss_weight`
+            gives is negative, not finite, or 0 for all microbatches; nothing is submitted.
+        TypeError
+            The keys of the batch are others than the model's forward takes, or there are targets
+            and no ``loss_fn``; nothing is submitted.
         TaskgradError
             The batch has thunks of another client; or another trainer was made over the chain, or
             the scheduler needs a metric; or the function that is trained makes other calls.
@@ -265,6 +294,7 @@ class Trainer:
         ----------
         loader, val_loader
             Iterables of pairs (inputs, targets), new ones for each epoch: a ``DataLoader``, a list.
+            With ``loss_fn=None``, of batches, as `step` takes them.
         metrics
             As in `evaluate`, on `val_loader` after each epoch.
         progress
@@ -274,10 +304,11 @@ class Trainer:
         Returns
         -------
         list of dict
-            The history: for each epoch its mean ``loss`` over samples (of batches that lie on
-            workers each counts the same) and, with `val_loader`, ``val_loss`` and ``val_`` plus
-            each metric's name. After `stop` in mid-epoch the last one has the loss of the batches
-            so far, and no validation. A resumed fit has all epochs from its first beginning on.
+            The history: for each epoch its mean ``loss`` over samples, or by `loss_weight` (of
+            batches that lie on workers each counts the same) and, with `val_loader`, ``val_loss``
+            and ``val_`` plus each metric's name. After `stop` in mid-epoch the last one has the
+            loss of the batches so far, and no validation. A resumed fit has all epochs from its
+            first beginning on.
 
         Notes
         -----
@@ -298,11 +329,13 @@ class Trainer:
             batches once, and there are more epochs. Or the scheduler needs a metric that an epoch
             does not have; or a fit is resumed, and the loader yields fewer batches than it had.
         """
-        epochs = check_epochs(epochs, loader=loader, val_loader=val_loader)
+        form = self._splitter.form
+        epochs = check_epochs(epochs, form, loader=loader, val_loader=val_loader)
         flag("progress", progress)
         evaluate = partial(self._loops.evaluate, metrics=check_metrics(metrics))
         fit = Fit(
             self._steps,
+            form,
             self.step,
             evaluate,
             self._call,
@@ -333,21 +366,25 @@ class Trainer:
         """The mean loss over a loader, in evaluation mode, and the mean of each metric.
 
         A batch counts by its number of samples: that of its targets, or of its inputs where there
-        are none. A loss that is a sum over samples is divided by the number of all of them.
+        are none. A loss that is a sum over samples is divided by the number of all of them. With a
+        `loss_weight` the loss, and that alone, counts by the weight of each batch.
 
         Parameters
         ----------
         loader
-            An iterable of pairs (inputs, targets).
+            An iterable of pairs (inputs, targets); with ``loss_fn=None`` of batches, as `step`
+            takes them.
         metrics
             Functions of (output, targets) that return a number, a mean over samples. They run where
-            the output is.
+            the output is. With ``loss_fn=None`` the batch is in the place of the targets.
         """
         check_loader("loader", loader)
         return self._loops.evaluate(loader, check_metrics(metrics))
 
     def predict(self, loader: Iterable[Any]) -> Iterator[Any]:
         """The model's outputs in evaluation mode, one for each batch of inputs, in order.
+
+        Inputs are what `step` takes as such.
 
         A generator: a few batches are on their way at a time, however many there are.
         """
@@ -397,6 +434,7 @@ class Trainer:
             driver = {
                 "fit": self._fits.to_save(),
                 "callbacks": [[type(c).__qualname__, c.state_dict()] for c in self.callbacks],
+                "loss_weights": self._steps.accumulation.to_save(self.steps),
             }
             save(place, self.chain.layout, self.steps, self._given, driver)
         self._call("on_save", place)
@@ -406,7 +444,7 @@ class Trainer:
         cls,
         path: str | os.PathLike[str],
         chain: GraphChain | Callable[..., Any],
-        loss_fn: Callable[..., torch.Tensor],
+        loss_fn: Callable[..., torch.Tensor] | None,
         optimizer: Callable[..., torch.optim.Optimizer],
         *,
         chains: Mapping[str, Any] | None = None,
@@ -428,10 +466,11 @@ class Trainer:
         **options
             Of `Trainer`. What is not given is as it was saved. What is given counts, and if it is
             another value, steps differ from there on; but not ``amp`` nor, between two steps of the
-            optimizer, ``accumulate``, which what was saved depends on. Functions cannot be saved:
-            ``lr_scheduler`` and a ``schedule`` or ``checkpoint`` of your own have to be given
-            again, and so do ``callbacks``: those whose class had one among the saved trainer's
-            get its state. Averages of the weights are dropped unless an `EMA` is among them.
+            optimizer, ``accumulate`` or whether there is a ``loss_weight``, which what was saved
+            depends on. Functions cannot be saved: ``lr_scheduler`` and a ``schedule``,
+            ``checkpoint`` or ``loss_weight`` of your own have to be given again, and so do
+            ``callbacks``: those whose class had one among the saved trainer's get its state.
+            Averages of the weights are dropped unless an `EMA` is among them.
 
         Raises
         ------
@@ -447,6 +486,7 @@ class Trainer:
         make = partial(cls, group, loss_fn, optimizer)
         trainer, steps, driver = restore(make, path, group, optimizer, options)
         trainer._steps.taken = steps
+        trainer._steps.accumulation.resume(driver.get("loss_weights", ()), steps)
         trainer._fits.resume(driver["fit"])
         states = [list(given) for given in driver["callbacks"]]
         for callback in trainer.callbacks:

@@ -30,12 +30,12 @@ class Backward:
     """One backward task; `key` is its own, `token` that of the forward whose tape it uses.
 
     `sources` says where each cotangent is: a position among the task's values, or None for ones.
-    Those are multiplied by `factor`, and by the number at position `weight`. `positions` says which
-    element of the output each cotangent is of, None for all of it. `wanted` are the input
-    slots whose cotangents are returned. `accumulate` lists, for each parameter whose gradient is
-    complete with this backward, the sources of the parts before its own (see `Store.parts`).
-    `peers` are the keys of the backward tasks of all ranks, if the forward was one of a process
-    group.
+    Those are multiplied by `factor`, and by the number at position `weight`; where that is 0 no
+    gradient is taken, as 0 times it could be NaN. `positions` says which element of the output each
+    cotangent is of, None for all of it. `wanted` are the input slots whose cotangents are returned.
+    `accumulate` lists, for each parameter whose gradient is complete with this backward, the
+    sources of the parts before its own (see `Store.parts`). `peers` are the keys of the backward
+    tasks of all ranks, if the forward was one of a process group.
     """
 
     key: str
@@ -80,7 +80,8 @@ class Backward:
                         found, parameters = _differentiate(tape, seeds, slots, self.retain)
                         late = self._split(store, tape, parameters, alone)
                 reached = uses is not None and bool(uses.recorded)
-                if self.draw is not None and None in self.sources and not reached:
+                seeded = None in self.sources and any(seed is not None for seed in seeds)
+                if self.draw is not None and seeded and not reached:
                     _check_reached(self.draw, store.worker, found, parameters)
             except (LayerError, GroupAborted):
                 raise
@@ -146,7 +147,8 @@ class Backward:
         total: list[Gradient] | None = None
         for source, position in zip(self.sources, self.positions, strict=True):
             if source is None:
-                part: list[Gradient] = [_seed(tape, worker, self._weight(tape, values))]
+                weight = self._weight(tape, values)
+                part: list[Gradient] = [_seed(tape, worker, weight) if weight else None]
             elif position is None:
                 part = tape.match(values[source], worker)
             else:

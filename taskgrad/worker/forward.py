@@ -234,7 +234,8 @@ class Forward:
                 else:
                     value = fn(*args, **kwargs)
                 if loss is not None:
-                    _check_loss(value, loss.check_finite)
+                    counts = loss.weight is None or fed[loss.weight] != 0
+                    _check_loss(value, loss.check_finite, counts)
             except GroupAborted:
                 raise
             except BaseException as error:
@@ -244,11 +245,13 @@ class Forward:
         return args[0]
 
 
-def _check_loss(value: Any, finite: bool) -> None:
+def _check_loss(value: Any, finite: bool, counts: bool) -> None:
     if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.is_floating_point():
         raise TypeError(
             f"a loss is one floating-point number, a tensor; this one gave {describe(value)}"
         )
+    if not counts:  # nothing is made of it
+        return
     if not value.requires_grad or value.grad_fn is None:
         raise TypeError(
             "the loss does not depend on what is trained, so that nothing would be: it is a "

@@ -78,10 +78,11 @@ def _copy(shard: ResidentShard, training: Training, without: list[torch.Tensor])
         before.update = Undo(changing, training.copies, without)
 
 
-def prepare(store: Store, token: str, *, update: bool, norms: bool) -> Summary:
+def prepare(store: Store, token: str, *factors: float, update: bool, norms: bool) -> Summary:
     """Summarize the gradients of a step, which are complete here, for the other shards.
 
-    If Dask runs the task again, it must not divide the gradients by the scale twice.
+    They are multiplied by the `factors`, and divided by the loss scale: once, also if Dask runs the
+    task again.
     """
     with store.locked(token) as shard:
         training = training_of(shard)
@@ -92,9 +93,11 @@ def prepare(store: Store, token: str, *, update: bool, norms: bool) -> Summary:
         if update:
             grads = {name: shard.parameters[name].grad for name in training.names}
             present = {name: g for name, g in grads.items() if g is not None}
-            if training.scaler is not None:
+            factor = math.prod(factors) / training.scale
+            if factor != 1:
                 for grad in present.values():
-                    grad.mul_(1 / training.scale)
+                    grad.mul_(factor)
+            if training.scaler is not None:
                 finite = all(bool(g.isfinite().all()) for g in present.values())
             if norms:
                 found = {n: torch.linalg.vector_norm(g, 2.0).cpu() for n, g in present.items()}
@@ -276,7 +279,8 @@ def report_of(
     """A step in numbers, as `StepLoss.report` has them; all but the time spent waiting.
 
     The values are the losses of the microbatches, then their shares of the batch if they are not
-    among the arguments, then the `Summary` of the shard on each of the workers.
+    among the arguments, then the `Summary` of the shard on each of the workers. A loss without a
+    share counts for nothing, whatever it is.
     """
     summaries = [value for value in values if isinstance(value, Summary)]
     numbers = list(values[: len(values) - len(summaries)])
@@ -284,10 +288,8 @@ def report_of(
         half = len(numbers) // 2
         numbers, weights = numbers[:half], numbers[half:]
     numbers = [n.float() if n.dtype in _HALF else n for n in numbers]  # to add many of them up
-    loss = sum(
-        (loss * weight for loss, weight in zip(numbers[1:], weights[1:], strict=True)),
-        numbers[0] * weights[0],
-    )
+    first, *rest = [loss * w for loss, w in zip(numbers, weights, strict=True) if w]
+    loss = sum(rest, first)
     span = max(s.ended_at for s in summaries) - min(s.began_at for s in summaries)
     busy = sum(s.busy for s in summaries) / len(summaries)
     rates = max((summary.learning_rates for summary in summaries), key=len)

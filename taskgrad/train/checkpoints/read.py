@@ -137,6 +137,12 @@ def _options_for(index: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
                 f"the checkpoint was saved with {name}={saved[name]!r} and its state depends on "
                 f"that; {name}={options[name]!r} was given"
             )
+    weighed, was_weighed = (o.get("loss_weight") is not None for o in (options, saved))
+    if between and weighed != was_weighed:
+        raise CheckpointError(
+            f"the checkpoint was saved with{'' if was_weighed else 'out'} a loss_weight, between "
+            "two steps of the optimizer, and the gradients so far depend on that: restore it so too"
+        )
     if (options["lr_scheduler"] is None) != (saved["lr_scheduler"] is None):
         was = "without an" if saved["lr_scheduler"] is None else "with an"
         raise CheckpointError(f"the checkpoint was saved {was} lr_scheduler: restore it so too")
