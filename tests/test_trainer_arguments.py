@@ -67,7 +67,8 @@ BAD = [
     ("param_groups", {"*.bias": {"weight_decy": 0.1}}, ValueError),
     ("param_groups", {"*.bias": {"lr": 0.1}, "*": {"betas": (0.9, 0.99)}}, ValueError),
     *(("lr_scheduler", v, TypeError) for v in (3, "StepLR", StepLR(SGD(net().parameters()), 1))),
-    *(("loss_fn", v, TypeError) for v in (nn.CrossEntropyLoss, None, "mse", torch.Tensor)),
+    *(("loss_fn", v, TypeError) for v in (nn.CrossEntropyLoss, 1, "mse", torch.Tensor)),
+    *(("loss_weight", v, TypeError) for v in (1, True, int, ["labels"])),
     *(("optimizer", v, TypeError) for v in (None, "SGD", SGD(net().parameters()), nn.Linear)),
     *(("optimizer", v, TypeError) for v in (torch.optim.LBFGS, NeedsClosure, torch.ones)),
 ]
