@@ -65,6 +65,7 @@ def _(node: Pullback) -> Backward:
         title=node.call.title,
         sources=tuple(None if c is None else next(positions) for c in node.cotangents),
         positions=node.positions,
+        carried=tuple((slot, inputs.index(given)) for slot, given in node.carried),
         wanted=node.wanted,
         retain=node.retain,
         draw=node.call.spec.draw,

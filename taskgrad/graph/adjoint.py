@@ -97,6 +97,8 @@ def adjoint(
     completes = _completing(calls) if accumulate else {}
     peers = _peers(calls)
     checks = _checks(seeds)
+    onward = _onward(calls)
+    carried: defaultdict[Call, list[tuple[int, Node]]] = defaultdict(list)
     for call in calls:
         wanted = tuple([i for i, node in enumerate(call.inputs) if node.needs_grad])
         key, keys = peers.get(call, ("", ()))
@@ -107,6 +109,7 @@ def adjoint(
             wanted,
             retain or call in keep,
             positions=tuple([position for position, _ in arriving[call]]),
+            carried=tuple(carried[call]),
             scale=scale if None in cotangents else (1.0, None),
             accumulate={
                 name: [
@@ -125,7 +128,10 @@ def adjoint(
             part: Node = pullback
             if len(wanted) > 1:
                 part = Element(pullback, position, key=new_key("cotangent", call.title))
-            if isinstance(source, Leaf | Primal):
+            if (call, slot) in onward:
+                other, at = onward[call, slot]
+                carried[other].append((at, part))
+            elif isinstance(source, Leaf | Primal):
                 leaves[source].append(part)
             else:
                 arriving[whole(source)].append((_position_of(source), part))
@@ -139,6 +145,30 @@ def adjoint(
         {leaf: tuple(parts) for leaf, parts in leaves.items()},
         {key: tuple(parts) for key, parts in parameters.items()},
     )
+
+
+def _onward(calls: Sequence[Call]) -> dict[tuple[Call, int], tuple[Call, int]]:
+    """For input slots of stages of a graph, the slot of another call that takes the same value.
+
+    That is the newest of the older calls that wait for this one's backward anyway. The cotangent
+    goes there first, to be summed with those of the uses within that stage: so all are summed one
+    by one, from the newest use to the oldest, as torch's engine does.
+    """
+    users: defaultdict[Node, list[tuple[Call, int]]] = defaultdict(list)
+    for call in calls:
+        for slot, node in enumerate(call.inputs if call.spec.segment else ()):
+            if node.needs_grad:
+                users[node].append((call, slot))
+    found: dict[tuple[Call, int], tuple[Call, int]] = {}
+    behind: dict[Call, set[Call]] = {}
+    for places in users.values():
+        for i, (call, slot) in enumerate(places[:-1]):
+            if call not in behind:
+                behind[call] = set(calls_behind(call.inputs))
+            older = next((place for place in places[i + 1 :] if place[0] in behind[call]), None)
+            if older is not None:
+                found[call, slot] = older
+    return found
 
 
 def _position_of(node: Node) -> int | None:

@@ -27,6 +27,8 @@ class Pullback(Node):
         The input slots whose cotangents are returned.
     retain
         Keep the tape for another backward.
+    carried
+        (slot, cotangent): further cotangents of inputs, to which this backward adds its own.
     scale
         The factor of a cotangent of ones: a number, and the node of another factor, if any.
     accumulate
@@ -39,7 +41,8 @@ class Pullback(Node):
     """
 
     __slots__ = (
-        *("accumulate", "call", "cotangents", "peers", "positions", "retain", "scale", "wanted"),
+        *("accumulate", "call", "carried", "cotangents", "peers", "positions", "retain", "scale"),
+        "wanted",
     )
 
     def __init__(
@@ -50,6 +53,7 @@ class Pullback(Node):
         retain: bool,
         *,
         positions: tuple[int | None, ...] = (),
+        carried: tuple[tuple[int, Node], ...] = (),
         scale: tuple[float, Node | None] = (1.0, None),
         accumulate: Mapping[str, Sequence[Node]] | None = None,
         key: str = "",
@@ -60,6 +64,7 @@ class Pullback(Node):
         self.call = call
         self.cotangents = tuple(cotangents)
         self.positions = positions or (None,) * len(self.cotangents)
+        self.carried = carried
         self.wanted = wanted
         self.retain = retain
         self.scale = scale
@@ -68,7 +73,7 @@ class Pullback(Node):
         found = [c for c in (*self.cotangents, scale[1]) if c is not None]
         parts = dict.fromkeys(p for parts in self.accumulate.values() for p in parts)
         key = key or new_key("backward", call.title)
-        inputs = (*found, *parts)
+        inputs = (*found, *(node for _, node in carried), *parts)
         super().__init__(key, call.worker, inputs, settings=settings_now(), awaits=awaits)
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge
 
 from taskgrad.errors import CotangentError, LayerError
 from taskgrad.graph.calls import Draw
@@ -24,6 +25,9 @@ from taskgrad.worker.store import Store
 from taskgrad.worker.tape import Tape, WeightTape
 from taskgrad.worker_names import WorkerName
 
+Root = torch.Tensor | GradientEdge
+"""Where cotangents enter autograd's graph."""
+
 
 @dataclass(frozen=True)
 class Backward:
@@ -31,11 +35,11 @@ class Backward:
 
     `sources` says where each cotangent is: a position among the task's values, or None for ones.
     Those are multiplied by `factor`, and by the number at position `weight`. `positions` says which
-    element of the output each cotangent is of, None for all of it. `wanted` are the input
-    slots whose cotangents are returned. `accumulate` lists, for each parameter whose gradient is
-    complete with this backward, the sources of the parts before its own (see `Store.parts`).
-    `peers` are the keys of the backward tasks of all ranks, if the forward was one of a process
-    group.
+    element of the output each cotangent is of, None for all of it. `carried` are further cotangents
+    of inputs, (slot, position), to which this one adds its own. `wanted` are the input slots whose
+    cotangents are returned. `accumulate` lists, for each parameter whose gradient is complete with
+    this backward, the sources of the parts before its own (see `Store.parts`). `peers` are the keys
+    of the backward tasks of all ranks, if the forward was one of a process group.
     """
 
     key: str
@@ -50,6 +54,7 @@ class Backward:
     weight: int | None = None
     accumulate: dict[str, list[str | int]] = field(default_factory=dict)
     peers: tuple[str, ...] = ()
+    carried: tuple[tuple[int, int], ...] = ()
 
     def run(self, store: Store, *values: Any) -> Any:
         """Cotangents of the wanted slots (one, or a tuple); parameters' gradients are stored.
@@ -68,16 +73,17 @@ class Backward:
             if not self.retain:
                 store.tape(self.token, keep=False)
             slots = {i: tape.inputs[i] for i in self.wanted}
+            roots, included = self._roots(store, tape, values)
             uses = tape.uses
             late: dict[str, nn.Parameter] = {}
             try:
                 if uses is None:
                     with tape.lock, hooks_off(tape.parameters.values()):
-                        found, parameters = _differentiate(tape, seeds, slots, self.retain)
+                        found, parameters = _differentiate(tape, seeds, slots, roots, self.retain)
                 else:
                     alone = self._alone(tape)
                     with tape.lock, hooks_off(tape.parameters.values()), uses.record():
-                        found, parameters = _differentiate(tape, seeds, slots, self.retain)
+                        found, parameters = _differentiate(tape, seeds, slots, roots, self.retain)
                         late = self._split(store, tape, parameters, alone)
                 reached = uses is not None and bool(uses.recorded)
                 if self.draw is not None and None in self.sources and not reached:
@@ -92,7 +98,7 @@ class Backward:
                 for name, sources in self.accumulate.items():
                     if name not in late:
                         total = parameters.pop(name, None)
-                        if sources:
+                        if sources and name not in included:
                             parts = [*store.parts(name, sources, values), total]
                             total = summed(tape.shard.parameters[name], parts, values)
                         totals[name] = total
@@ -106,6 +112,24 @@ class Backward:
             for i in self.wanted
         ]
         return given[0] if len(given) == 1 else tuple(given)
+
+    def _roots(
+        self, store: Store, tape: Tape, values: tuple[Any, ...]
+    ) -> tuple[list[tuple[Root, Any]], set[str]]:
+        """What newer uses in other stages give of inputs and parameters, where it comes to here.
+
+        Autograd adds to it one use after the other, as if these were uses in this stage. Also
+        returns the names of the parameters that are among these.
+        """
+        if tape.edges is None or tape.shard is None:
+            return [], set()
+        included = {n for n, s in self.accumulate.items() if s and n in tape.parameters}
+        roots: list[tuple[Root, Any]] = [(tape.edges[s], values[i]) for s, i in self.carried]
+        for name in included:
+            parts = store.parts(name, self.accumulate[name], values)
+            roots += [(tape.parameters[name], part) for part in parts]
+        device = tape.shard.device
+        return [(root, part.to(device)) for root, part in roots if part is not None], included
 
     def _alone(self, tape: Tape) -> dict[str, nn.Parameter]:
         """The parameters that only this call uses, and that have no hooks."""
@@ -243,13 +267,21 @@ def _collectives(comm: Communicator) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def _differentiate(
-    tape: Tape, seeds: list[Gradient], slots: dict[int, list[Gradient]], retain: bool
+    tape: Tape,
+    seeds: list[Gradient],
+    slots: dict[int, list[Gradient]],
+    roots: list[tuple[Root, torch.Tensor]],
+    retain: bool,
 ) -> tuple[dict[int, list[Gradient]], dict[str, Gradient]]:
-    outputs, given = [], []
+    outputs: list[Root] = []
+    given: list[torch.Tensor] = []
     for output, seed in zip(tape.outputs, seeds, strict=True):
         if seed is not None and output.requires_grad:
             outputs.append(output)
             given.append(seed.to(output.device))
+    for root, part in roots:
+        outputs.append(root)
+        given.append(part)
     takers = [leaf for leaves in slots.values() for leaf in leaves if leaf is not None]
     takers += tape.parameters.values()
     taken: list[Gradient] = [*given]
