@@ -52,11 +52,12 @@ def towers(g: Plain, x: torch.Tensor) -> Any:
 
 
 def used_twice(g: Plain, x: torch.Tensor) -> Any:
-    """The value of layer 0 is used by both other workers, and each by several steps."""
+    """The value of layer 0 is used in four stages, in each of them several times."""
     a = g.layer("l0", x)
-    b = g.function(torch.mul, g.layer("l1", a), a)
-    c = g.function(torch.mul, g.layer("l2", a), a)
-    return g.layer("l3", g.function(torch.add, b, g.function(torch.mul, c, b)))
+    b = g.layer("l1", g.function(torch.add, a, g.function(torch.sin, a)))
+    c = g.layer("l2", g.function(torch.mul, b, a))
+    d = g.layer("l3", g.function(torch.mul, c, g.function(torch.mul, a, g.function(torch.cos, a))))
+    return g.function(torch.mul, d, g.function(torch.mul, a, g.function(torch.sin, a)))
 
 
 def with_parameter(g: Plain, x: torch.Tensor) -> Any:

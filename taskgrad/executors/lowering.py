@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import singledispatch
 from typing import Any
@@ -59,6 +59,13 @@ def _(node: Pullback) -> Backward:
     inputs = list(node.inputs)
     positions = iter(range(len(node.cotangents)))
     factor, weight = node.scale
+
+    def sources(parts_of: Mapping[str, Sequence[Node]]) -> dict[str, list[str | int]]:
+        return {
+            name: [p.key if isinstance(p, Pullback) else inputs.index(p) for p in parts]
+            for name, parts in parts_of.items()
+        }
+
     return Backward(
         key=node.key,
         token=node.call.key,
@@ -71,10 +78,8 @@ def _(node: Pullback) -> Backward:
         draw=node.call.spec.draw,
         factor=factor,
         weight=None if weight is None else inputs.index(weight),
-        accumulate={
-            name: [p.key if isinstance(p, Pullback) else inputs.index(p) for p in parts]
-            for name, parts in node.accumulate.items()
-        },
+        includes=sources(node.includes),
+        accumulate=sources(node.accumulate),
         peers=node.peers,
     )
 

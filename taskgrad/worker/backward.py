@@ -37,9 +37,11 @@ class Backward:
     Those are multiplied by `factor`, and by the number at position `weight`. `positions` says which
     element of the output each cotangent is of, None for all of it. `carried` are further cotangents
     of inputs, (slot, position), to which this one adds its own. `wanted` are the input slots whose
-    cotangents are returned. `accumulate` lists, for each parameter whose gradient is complete with
-    this backward, the sources of the parts before its own (see `Store.parts`). `peers` are the keys
-    of the backward tasks of all ranks, if the forward was one of a process group.
+    cotangents are returned. `includes` lists for parameters the sources of gradients of newer
+    backwards (see `Store.parts`), to which this one adds its own. `accumulate` lists, for each
+    parameter whose gradient is complete with this backward, the sources of the other parts before
+    its own. `peers` are the keys of the backward tasks of all ranks, if the forward was one of a
+    process group.
     """
 
     key: str
@@ -52,6 +54,7 @@ class Backward:
     draw: Draw | None = None
     factor: float = 1.0
     weight: int | None = None
+    includes: dict[str, list[str | int]] = field(default_factory=dict)
     accumulate: dict[str, list[str | int]] = field(default_factory=dict)
     peers: tuple[str, ...] = ()
     carried: tuple[tuple[int, int], ...] = ()
@@ -73,7 +76,7 @@ class Backward:
             if not self.retain:
                 store.tape(self.token, keep=False)
             slots = {i: tape.inputs[i] for i in self.wanted}
-            roots, included = self._roots(store, tape, values)
+            roots = self._roots(store, tape, values)
             uses = tape.uses
             late: dict[str, nn.Parameter] = {}
             try:
@@ -98,7 +101,7 @@ class Backward:
                 for name, sources in self.accumulate.items():
                     if name not in late:
                         total = parameters.pop(name, None)
-                        if sources and name not in included:
+                        if sources:
                             parts = [*store.parts(name, sources, values), total]
                             total = summed(tape.shard.parameters[name], parts, values)
                         totals[name] = total
@@ -115,28 +118,29 @@ class Backward:
 
     def _roots(
         self, store: Store, tape: Tape, values: tuple[Any, ...]
-    ) -> tuple[list[tuple[Root, Any]], set[str]]:
+    ) -> list[tuple[Root, torch.Tensor]]:
         """What newer uses in other stages give of inputs and parameters, where it comes to here.
 
-        Autograd adds to it one use after the other, as if these were uses in this stage. Also
-        returns the names of the parameters that are among these.
+        Autograd adds to it one use after the other, as if these were uses in this stage.
         """
         if tape.edges is None or tape.shard is None:
-            return [], set()
-        included = {n for n, s in self.accumulate.items() if s and n in tape.parameters}
+            return []
         roots: list[tuple[Root, Any]] = [(tape.edges[s], values[i]) for s, i in self.carried]
-        for name in included:
-            parts = store.parts(name, self.accumulate[name], values)
-            roots += [(tape.parameters[name], part) for part in parts]
+        for name, sources in self.includes.items():
+            parameter = tape.shard.parameters[name]
+            roots += [(parameter, part) for part in store.parts(name, sources, values)]
         device = tape.shard.device
-        return [(root, part.to(device)) for root, part in roots if part is not None], included
+        return [(root, part.to(device)) for root, part in roots if part is not None]
 
     def _alone(self, tape: Tape) -> dict[str, nn.Parameter]:
         """The parameters that only this call uses, and that have no hooks."""
         return {
             name: tape.parameters[name]
             for name, sources in self.accumulate.items()
-            if not sources and name in tape.parameters and not has_hooks(tape.parameters[name])
+            if not sources
+            and name not in self.includes
+            and name in tape.parameters
+            and not has_hooks(tape.parameters[name])
         }
 
     def _split(
