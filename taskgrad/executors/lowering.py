@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import singledispatch
 from typing import Any
@@ -59,21 +59,27 @@ def _(node: Pullback) -> Backward:
     inputs = list(node.inputs)
     positions = iter(range(len(node.cotangents)))
     factor, weight = node.scale
+
+    def sources(parts_of: Mapping[str, Sequence[Node]]) -> dict[str, list[str | int]]:
+        return {
+            name: [p.key if isinstance(p, Pullback) else inputs.index(p) for p in parts]
+            for name, parts in parts_of.items()
+        }
+
     return Backward(
         key=node.key,
         token=node.call.key,
         title=node.call.title,
         sources=tuple(None if c is None else next(positions) for c in node.cotangents),
         positions=node.positions,
+        carried=tuple((slot, inputs.index(given)) for slot, given in node.carried),
         wanted=node.wanted,
         retain=node.retain,
         draw=node.call.spec.draw,
         factor=factor,
         weight=None if weight is None else inputs.index(weight),
-        accumulate={
-            name: [p.key if isinstance(p, Pullback) else inputs.index(p) for p in parts]
-            for name, parts in node.accumulate.items()
-        },
+        includes=sources(node.includes),
+        accumulate=sources(node.accumulate),
         peers=node.peers,
     )
 

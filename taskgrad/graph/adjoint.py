@@ -7,7 +7,7 @@ are summed in torch's order and to torch's bits. Nothing runs here: the result i
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from taskgrad.errors import TapeError
@@ -97,22 +97,25 @@ def adjoint(
     completes = _completing(calls) if accumulate else {}
     peers = _peers(calls)
     checks = _checks(seeds)
+    behind = _Behind()
+    onward = _onward(calls, behind)
+    carried: defaultdict[Call, list[tuple[int, Node]]] = defaultdict(list)
     for call in calls:
         wanted = tuple([i for i, node in enumerate(call.inputs) if node.needs_grad])
         key, keys = peers.get(call, ("", ()))
         cotangents = [cotangent for _, cotangent in arriving[call]]
+        includes = _included(call, parameters, behind)
         pullback = Pullback(
             call,
             cotangents,
             wanted,
             retain or call in keep,
             positions=tuple([position for position, _ in arriving[call]]),
+            carried=tuple(carried[call]),
+            includes={name: _parts_at(call, parts) for name, parts in includes.items()},
             scale=scale if None in cotangents else (1.0, None),
             accumulate={
-                name: [
-                    g.pullback if g.worker == home.worker else g
-                    for g in parameters.get((home, name), ())
-                ]
+                name: [] if name in includes else _parts_at(call, parameters.get((home, name), ()))
                 for home, name in completes.get(call, ())
             },
             key=key,
@@ -125,13 +128,19 @@ def adjoint(
             part: Node = pullback
             if len(wanted) > 1:
                 part = Element(pullback, position, key=new_key("cotangent", call.title))
-            if isinstance(source, Leaf | Primal):
+            if (call, slot) in onward:
+                other, at = onward[call, slot]
+                carried[other].append((at, part))
+            elif isinstance(source, Leaf | Primal):
                 leaves[source].append(part)
             else:
                 arriving[whole(source)].append((_position_of(source), part))
         if call.shard is not None:
             for name in call.parameters:
-                parameters[call.shard.home(name), name].append(ParameterGrad(pullback, name))
+                parts = parameters[call.shard.home(name), name]
+                if name in includes:
+                    parts.clear()
+                parts.append(ParameterGrad(pullback, name))
         if not pullback.retain:
             call.tape.spend()
     return Adjoint(
@@ -139,6 +148,65 @@ def adjoint(
         {leaf: tuple(parts) for leaf, parts in leaves.items()},
         {key: tuple(parts) for key, parts in parameters.items()},
     )
+
+
+class _Behind:
+    """The calls that wait for the backward of a call, as all behind it do; found once."""
+
+    def __init__(self) -> None:
+        self._found: dict[Call, set[Call]] = {}
+
+    def of(self, call: Call) -> set[Call]:
+        """All calls whose backwards take part in what this one's gives."""
+        if call not in self._found:
+            self._found[call] = set(calls_behind(call.inputs))
+        return self._found[call]
+
+
+def _parts_at(call: Call, parts: Sequence[ParameterGrad]) -> list[Node]:
+    """Gradients as the pullback of a call takes them: those on its worker by their pullbacks."""
+    return [part.pullback if part.worker == call.worker else part for part in parts]
+
+
+def _included(
+    call: Call, parameters: Mapping[tuple[Shard, str], list[ParameterGrad]], behind: _Behind
+) -> dict[str, list[ParameterGrad]]:
+    """The gradients from newer stages to which that of this one is added, use by use.
+
+    They are those of parameters that the stage of a graph has, where its backward waits for that of
+    the newer ones anyway.
+    """
+    shard = call.shard
+    if shard is None or not call.spec.segment:
+        return {}
+    found = {name: parameters.get((shard.home(name), name), []) for name in call.parameters}
+    return {
+        name: list(parts)
+        for name, parts in found.items()
+        if parts and all(call in behind.of(part.pullback.call) for part in parts)
+    }
+
+
+def _onward(calls: Sequence[Call], behind: _Behind) -> dict[tuple[Call, int], tuple[Call, int]]:
+    """For input slots of stages of a graph, the slot of another call that takes the same value.
+
+    That is the newest of the older calls that wait for this one's backward anyway. The cotangent
+    goes there first, to be summed with those of the uses within that stage: so all are summed one
+    by one, from the newest use to the oldest, as torch's engine does.
+    """
+    users: defaultdict[Node, list[tuple[Call, int]]] = defaultdict(list)
+    for call in calls:
+        for slot, node in enumerate(call.inputs if call.spec.segment else ()):
+            if node.needs_grad:
+                users[node].append((call, slot))
+    found: dict[tuple[Call, int], tuple[Call, int]] = {}
+    for places in users.values():
+        for i, (call, slot) in enumerate(places[:-1]):
+            others = behind.of(call)
+            older = next((place for place in places[i + 1 :] if place[0] in others), None)
+            if older is not None:
+                found[call, slot] = older
+    return found
 
 
 def _position_of(node: Node) -> int | None:

@@ -27,6 +27,10 @@ class Pullback(Node):
         The input slots whose cotangents are returned.
     retain
         Keep the tape for another backward.
+    carried
+        (slot, cotangent): further cotangents of inputs, to which this backward adds its own.
+    includes
+        For parameters the gradients of newer backwards to which this one adds its own.
     scale
         The factor of a cotangent of ones: a number, and the node of another factor, if any.
     accumulate
@@ -39,7 +43,8 @@ class Pullback(Node):
     """
 
     __slots__ = (
-        *("accumulate", "call", "cotangents", "peers", "positions", "retain", "scale", "wanted"),
+        *("accumulate", "call", "carried", "cotangents", "includes", "peers", "positions"),
+        *("retain", "scale", "wanted"),
     )
 
     def __init__(
@@ -50,6 +55,8 @@ class Pullback(Node):
         retain: bool,
         *,
         positions: tuple[int | None, ...] = (),
+        carried: tuple[tuple[int, Node], ...] = (),
+        includes: Mapping[str, Sequence[Node]] | None = None,
         scale: tuple[float, Node | None] = (1.0, None),
         accumulate: Mapping[str, Sequence[Node]] | None = None,
         key: str = "",
@@ -60,15 +67,18 @@ class Pullback(Node):
         self.call = call
         self.cotangents = tuple(cotangents)
         self.positions = positions or (None,) * len(self.cotangents)
+        self.carried = carried
+        self.includes = includes or {}
         self.wanted = wanted
         self.retain = retain
         self.scale = scale
         self.accumulate = accumulate or {}
         self.peers = peers
         found = [c for c in (*self.cotangents, scale[1]) if c is not None]
-        parts = dict.fromkeys(p for parts in self.accumulate.values() for p in parts)
+        added = (*self.includes.values(), *self.accumulate.values())
+        parts = dict.fromkeys(p for parts in added for p in parts)
         key = key or new_key("backward", call.title)
-        inputs = (*found, *parts)
+        inputs = (*found, *(node for _, node in carried), *parts)
         super().__init__(key, call.worker, inputs, settings=settings_now(), awaits=awaits)
 
     @property

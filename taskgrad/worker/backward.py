@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge
 
 from taskgrad.errors import CotangentError, LayerError
 from taskgrad.graph.calls import Draw
@@ -24,6 +25,9 @@ from taskgrad.worker.store import Store
 from taskgrad.worker.tape import Tape, WeightTape
 from taskgrad.worker_names import WorkerName
 
+Root = torch.Tensor | GradientEdge
+"""Where cotangents enter autograd's graph."""
+
 
 @dataclass(frozen=True)
 class Backward:
@@ -32,10 +36,12 @@ class Backward:
     `sources` says where each cotangent is: a position among the task's values, or None for ones.
     Those are multiplied by `factor`, and by the number at position `weight`; where that is 0 no
     gradient is taken, as 0 times it could be NaN. `positions` says which element of the output each
-    cotangent is of, None for all of it. `wanted` are the input slots whose cotangents are returned.
-    `accumulate` lists, for each parameter whose gradient is complete with this backward, the
-    sources of the parts before its own (see `Store.parts`). `peers` are the keys of the backward
-    tasks of all ranks, if the forward was one of a process group.
+    cotangent is of, None for all of it. `carried` are further cotangents of inputs, (slot,
+    position), to which this one adds its own. `wanted` are the input slots whose cotangents are
+    returned. `includes` lists for parameters the sources of gradients of newer backwards (see
+    `Store.parts`), to which this one adds its own. `accumulate` lists, for each parameter whose
+    gradient is complete with this backward, the sources of the other parts before its own. `peers`
+    are the keys of the backward tasks of all ranks, if the forward was one of a process group.
     """
 
     key: str
@@ -48,8 +54,10 @@ class Backward:
     draw: Draw | None = None
     factor: float = 1.0
     weight: int | None = None
+    includes: dict[str, list[str | int]] = field(default_factory=dict)
     accumulate: dict[str, list[str | int]] = field(default_factory=dict)
     peers: tuple[str, ...] = ()
+    carried: tuple[tuple[int, int], ...] = ()
 
     def run(self, store: Store, *values: Any) -> Any:
         """Cotangents of the wanted slots (one, or a tuple); parameters' gradients are stored.
@@ -68,16 +76,17 @@ class Backward:
             if not self.retain:
                 store.tape(self.token, keep=False)
             slots = {i: tape.inputs[i] for i in self.wanted}
+            roots = self._roots(store, tape, values)
             uses = tape.uses
             late: dict[str, nn.Parameter] = {}
             try:
                 if uses is None:
                     with tape.lock, hooks_off(tape.parameters.values()):
-                        found, parameters = _differentiate(tape, seeds, slots, self.retain)
+                        found, parameters = _differentiate(tape, seeds, slots, roots, self.retain)
                 else:
                     alone = self._alone(tape)
                     with tape.lock, hooks_off(tape.parameters.values()), uses.record():
-                        found, parameters = _differentiate(tape, seeds, slots, self.retain)
+                        found, parameters = _differentiate(tape, seeds, slots, roots, self.retain)
                         late = self._split(store, tape, parameters, alone)
                 reached = uses is not None and bool(uses.recorded)
                 seeded = None in self.sources and any(seed is not None for seed in seeds)
@@ -108,12 +117,31 @@ class Backward:
         ]
         return given[0] if len(given) == 1 else tuple(given)
 
+    def _roots(
+        self, store: Store, tape: Tape, values: tuple[Any, ...]
+    ) -> list[tuple[Root, torch.Tensor]]:
+        """What newer uses in other stages give of inputs and parameters, where it comes to here.
+
+        Autograd adds to it one use after the other, as if these were uses in this stage.
+        """
+        if tape.edges is None or tape.shard is None:
+            return []
+        roots: list[tuple[Root, Any]] = [(tape.edges[s], values[i]) for s, i in self.carried]
+        for name, sources in self.includes.items():
+            parameter = tape.shard.parameters[name]
+            roots += [(parameter, part) for part in store.parts(name, sources, values)]
+        device = tape.shard.device
+        return [(root, part.to(device)) for root, part in roots if part is not None]
+
     def _alone(self, tape: Tape) -> dict[str, nn.Parameter]:
         """The parameters that only this call uses, and that have no hooks."""
         return {
             name: tape.parameters[name]
             for name, sources in self.accumulate.items()
-            if not sources and name in tape.parameters and not has_hooks(tape.parameters[name])
+            if not sources
+            and name not in self.includes
+            and name in tape.parameters
+            and not has_hooks(tape.parameters[name])
         }
 
     def _split(
@@ -245,13 +273,21 @@ def _collectives(comm: Communicator) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def _differentiate(
-    tape: Tape, seeds: list[Gradient], slots: dict[int, list[Gradient]], retain: bool
+    tape: Tape,
+    seeds: list[Gradient],
+    slots: dict[int, list[Gradient]],
+    roots: list[tuple[Root, torch.Tensor]],
+    retain: bool,
 ) -> tuple[dict[int, list[Gradient]], dict[str, Gradient]]:
-    outputs, given = [], []
+    outputs: list[Root] = []
+    given: list[torch.Tensor] = []
     for output, seed in zip(tape.outputs, seeds, strict=True):
         if seed is not None and output.requires_grad:
             outputs.append(output)
             given.append(seed.to(output.device))
+    for root, part in roots:
+        outputs.append(root)
+        given.append(part)
     takers = [leaf for leaves in slots.values() for leaf in leaves if leaf is not None]
     takers += tape.parameters.values()
     taken: list[Gradient] = [*given]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from taskgrad.errors import LayerError, TravelError
 from taskgrad.graph import pack
@@ -86,6 +87,7 @@ class Forward:
         context = call.context
         arguments = Template.of(call.template)
         takes, structures, fed = self._feed(values, arguments, shard.device if shard else None)
+        edges = _edges(takes, fed) if call.segment and self.taped else None
         uses = WeightUses() if self.taped and context is not None and context.split else None
         if shard is None:
             output = self._call(store, None, arguments, fed)
@@ -124,6 +126,7 @@ class Forward:
                 comm,
                 recomputes=context is not None and bool(context.recompute),
                 uses=uses,
+                edges=edges,
             )
             store.put(call.key, tape)
         return self._give_all(members, leaves, structure)
@@ -293,6 +296,15 @@ def _feed(
         taken.append(start if takes else None)
         given.append(moved)
     return taken, given
+
+
+def _edges(takes: list[list[torch.Tensor | None]], fed: list[Any]) -> dict[int, GradientEdge]:
+    """Of each slot that is one tensor with a gradient: where steps take it from."""
+    return {
+        slot: get_gradient_edge(fed[slot])
+        for slot, leaves in enumerate(takes)
+        if len(leaves) == 1 and leaves[0] is not None and isinstance(fed[slot], torch.Tensor)
+    }
 
 
 def _is_new(leaf: torch.Tensor, ours: Collection[nn.Parameter]) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.autograd.graph import _engine_run_backward
+from torch.autograd.graph import GradientEdge, _engine_run_backward
 
 from taskgrad.graph.calls import Draw
 from taskgrad.graph.cotangents import Gradient, add
@@ -17,11 +17,11 @@ from taskgrad.worker.hooks import accumulate_hooked
 from taskgrad.worker.shard import ResidentShard
 from taskgrad.worker_names import WorkerName
 
-_PLAIN = frozenset({torch.Tensor, nn.Parameter})
+_PLAIN = frozenset({torch.Tensor, nn.Parameter, GradientEdge})
 
 
 def gradients(
-    outputs: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor | GradientEdge],
     inputs: Sequence[torch.Tensor],
     cotangents: Sequence[torch.Tensor],
     *,
@@ -33,7 +33,7 @@ def gradients(
     """
     if not _PLAIN.issuperset(map(type, (*outputs, *inputs, *cotangents))):
         return torch.autograd.grad(
-            outputs, inputs, cotangents, retain_graph=retain, allow_unused=True
+            cast(Any, outputs), inputs, cotangents, retain_graph=retain, allow_unused=True
         )
     return _engine_run_backward(
         tuple(outputs),

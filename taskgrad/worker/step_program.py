@@ -121,18 +121,21 @@ def _forward(action: Forward, step: int) -> Forward:
 
 
 def _backward(action: Backward, step: int) -> Backward:
-    accumulate = action.accumulate
-    if any(accumulate.values()):
-        accumulate = {
+    def at(parts: dict[str, list[str | int]]) -> dict[str, list[str | int]]:
+        if not any(parts.values()):
+            return parts
+        return {
             name: [_key(s, step) if isinstance(s, str) else s for s in sources]
-            for name, sources in accumulate.items()
+            for name, sources in parts.items()
         }
+
     return _changed(
         action,
         key=_key(action.key, step),
         token=_key(action.token, step),
         draw=_draw(action.draw, step),
-        accumulate=accumulate,
+        includes=at(action.includes),
+        accumulate=at(action.accumulate),
     )
 
 

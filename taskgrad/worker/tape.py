@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge
 
 from taskgrad.graph.cotangents import Gradient, fits, match
 from taskgrad.graph.pytree import Structure
@@ -32,6 +33,8 @@ class Tape:
     recomputes: bool = False  # looking at what autograd saved would run layers again
     uses: WeightUses | None = None  # of weights, if the backward is split
     nbytes: int | None = None  # once counted
+    # By slot, where the steps of a segment take an input from; None if the call has no segment.
+    edges: dict[int, GradientEdge] | None = None
     # Held by a backward, and by code that reads what autograd saved: autograd frees it as it goes,
     # without the GIL, and reading it meanwhile would crash the process.
     lock: YieldingLock = field(default_factory=lambda: YieldingLock(reentrant=False))
