@@ -21,8 +21,9 @@ from taskgrad.executors.placing import Placement, check_device, place
 from taskgrad.formats.weights import check_state, find_weights
 from taskgrad.graph import pack
 from taskgrad.graph.any_model import in_layers
+from taskgrad.graph.constructing import construct
 from taskgrad.graph.cut import Cut
-from taskgrad.graph.deferred_init import from_factory, plan_init
+from taskgrad.graph.deferred_init import plan_init
 from taskgrad.graph.layers import ParameterInfo, local_name, rebuild_model
 from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.output_capturing import without_output_capturing
@@ -30,6 +31,7 @@ from taskgrad.graph.pullback import StoredGrad
 from taskgrad.graph.sending import reached
 from taskgrad.graph.shards import Shard
 from taskgrad.graph.torch_settings import refuse_module_hooks
+from taskgrad.graph.weight_names import match
 from taskgrad.layout import Layout
 from taskgrad.thunk import Lazy, Thunk
 from taskgrad.tracing import current_tracer
@@ -119,7 +121,8 @@ class GraphChain(Lazy):
         seed = whole("seed", seed)
         stages_per_worker = whole("stages_per_worker", stages_per_worker, least=1)
         device = None if device is None else check_device(device)
-        module = from_factory(model)
+        constructed = construct(model)
+        module = constructed.module
         title = type(module).__name__
         refuse_module_hooks(title)
         owner = session(client)
@@ -127,8 +130,10 @@ class GraphChain(Lazy):
             workers = len(owner.workers()) * stages_per_worker
             layered = in_layers(module, example_inputs, cut, keep_together, workers)
             flat, capture = layered.flat, layered.capture
-            stored = None if weights is None else find_weights(weights)
-            init_plans = plan_init(flat, stored)
+            stored = None if weights is None else match(module, flat, find_weights(weights))
+            deferred = plan_init(
+                module, flat, stored, lambda wanted: constructed.constructed(wanted, seed)
+            )
             taken = reached(flat)
             placed = place(flat, taken, placement, stages_per_worker, owner)
             made = title, flat, placed.workers, owner, placed.starts
@@ -142,7 +147,7 @@ class GraphChain(Lazy):
             if device is None:  # a model on a GPU here belongs on the workers' own GPUs
                 kinds = {info.device.type for info in flat.tensors.values()} - {"cpu", "meta"}
                 device = next(iter(kinds), None)
-            self.layout.deploy(flat, device, init_plans, seed)
+            self.layout.deploy(flat, device, deferred, seed)
         devices = self.layout.devices
         self.placement = placement_table(flat, placed.workers, devices, owner.names, placed.costs)
         """The worker of each layer, and what the layer takes: rows that print as a table."""
