@@ -18,7 +18,7 @@ from taskgrad.display.placement import placement_table
 from taskgrad.display.table import MemoryRow, Table
 from taskgrad.executors.between_steps import between_steps
 from taskgrad.executors.placing import Placement, check_device, place
-from taskgrad.formats.weights import check_state, find_weights
+from taskgrad.formats.weights import check_state, find_weights, path_of
 from taskgrad.graph import pack
 from taskgrad.graph.any_model import in_layers
 from taskgrad.graph.constructing import construct
@@ -33,6 +33,7 @@ from taskgrad.graph.shards import Shard
 from taskgrad.graph.torch_settings import refuse_module_hooks
 from taskgrad.graph.weight_names import match
 from taskgrad.layout import Layout
+from taskgrad.pretrained import Pretrained, save, shard_size
 from taskgrad.thunk import Lazy, Thunk
 from taskgrad.tracing import current_tracer
 from taskgrad.worker import loading, shard_ops
@@ -140,6 +141,7 @@ class GraphChain(Lazy):
             self.layout = Layout(*made) if capture is None else CapturedLayout(*made, capture)
             """The layers' placement, and the means to run something there; for taskgrad itself."""
             self._skeleton = flat.skeleton
+            self._pretrained = Pretrained.of(module)
             # A layer that occurs twice in the model, by its first occurrence.
             first: dict[int, int] = {}
             self._same_as = [first.setdefault(id(m), i) for i, m in enumerate(flat.modules)]
@@ -226,6 +228,41 @@ class GraphChain(Lazy):
             for layer in self.layout.layers
             for key, value in by_index.get(layer.index, {}).items()
         }
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB"
+    ) -> None:
+        """Write the weights as a folder that ``from_pretrained`` of transformers reads.
+
+        The workers write their own layers' weights, under the names that the model's state_dict
+        has; of tied ones those that transformers has in its files. The folder also gets
+        ``config.json`` and, if the model has one, ``generation_config.json``. If writing fails it
+        keeps the weights that it had. Waits for the steps of a trainer that are on their way.
+
+        Parameters
+        ----------
+        folder : path
+            On a filesystem that all workers share with the driver; it is made if it is not there.
+        max_shard_size : int or str
+            The most bytes of weights in one file, unless it has a single tensor: a number, or a
+            text such as ``"500MB"``.
+
+        Raises
+        ------
+        TypeError
+            The model is not one of transformers, or has adapters of peft's.
+        CheckpointError
+            The folder cannot be written.
+        """
+        if self._pretrained is None:
+            raise TypeError(
+                "save_pretrained is for models of transformers, which have a config, without "
+                f"adapters; this is a {self.layout.title}. Trainer.save writes its weights, too, "
+                "state_dict() returns them, and to_module() the model with methods of its own"
+            )
+        path, most = path_of(folder), shard_size(max_shard_size)
+        with between_steps((), [self.layout.ref]):
+            save(self.layout, self._pretrained, path, most)
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
         """Load parameters and buffers by the model's own names into the workers.

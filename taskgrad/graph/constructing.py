@@ -30,12 +30,13 @@ _lock = threading.RLock()  # held while `nn.Module.register_parameter` is anothe
 class Made:
     """A module, and the function that made it on the meta device, if one did.
 
-    `registered` are the parameters that modules were given meanwhile, in this order.
+    `registered` are the parameters that modules were given meanwhile, in this order, each with the
+    module and its name there.
     """
 
     module: Any
     factory: Callable[[], Any] | None = None
-    registered: tuple[nn.Parameter, ...] = ()
+    registered: tuple[tuple[nn.Module, str, nn.Parameter], ...] = ()
 
     def constructed(self, wanted: Iterable[ParameterInfo], seed: int) -> dict[str, torch.Tensor]:
         """The values that constructors give these tensors, by their first names.
@@ -48,13 +49,25 @@ class Made:
         if self.factory is None or not infos:
             return {}
         ours = named_tensors(self.module)
-        parameters = {id(ours[n]) for n, info in infos.items() if not info.is_buffer}
-        if sum(info.nbytes for info in infos.values() if not info.is_buffer) > _MOST:
-            parameters = set()
-        keep = {i for i, p in enumerate(self.registered) if id(p) in parameters}
+        parameters = [name for name, info in infos.items() if not info.is_buffer]
+        if sum(infos[name].nbytes for name in parameters) > _MOST:
+            parameters = []
+        kept = {id(ours[name]) for name in parameters}
+        # Parametrizations compute their own parameters of the one that they replace.
+        replaced = {name.partition(".parametrizations.")[::2] for name in parameters}
+        places = {
+            (id(self.module.get_submodule(outer)), inner.partition(".")[0])
+            for outer, inner in replaced
+            if inner
+        }
+        keep = {
+            i
+            for i, (module, name, parameter) in enumerate(self.registered)
+            if id(parameter) in kept or (id(module), name) in places
+        }
         count = 0
 
-        def put_away(parameter: nn.Parameter) -> nn.Parameter:
+        def put_away(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
             nonlocal count
             count += 1
             return parameter if count - 1 in keep else _on_meta(parameter)
@@ -81,10 +94,10 @@ def construct(model: Any) -> Made:
     """
     if isinstance(model, nn.Module) or not callable(model):
         return Made(model)
-    registered: list[nn.Parameter] = []
+    registered: list[tuple[nn.Module, str, nn.Parameter]] = []
 
-    def note(parameter: nn.Parameter) -> nn.Parameter:
-        registered.append(parameter)
+    def note(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        registered.append((module, name, parameter))
         return parameter
 
     try:
@@ -105,7 +118,9 @@ def construct(model: Any) -> Made:
 
 
 @contextmanager
-def _registering(replace: Callable[[nn.Parameter], nn.Parameter]) -> Iterator[None]:
+def _registering(
+    replace: Callable[[nn.Module, str, nn.Parameter], nn.Parameter],
+) -> Iterator[None]:
     """Give modules that this thread makes the parameters that `replace` returns for theirs."""
     thread = threading.get_ident()
     with _lock:
@@ -114,7 +129,7 @@ def _registering(replace: Callable[[nn.Parameter], nn.Parameter]) -> Iterator[No
         def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
             original(self, name, param)
             if param is not None and threading.get_ident() == thread:
-                self._parameters[name] = replace(param)
+                self._parameters[name] = replace(self, name, param)
 
         nn.Module.register_parameter = register  # type: ignore[method-assign]
         try:

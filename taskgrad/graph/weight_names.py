@@ -38,13 +38,15 @@ def match(model: nn.Module, flat: Model, stored: Mapping[str, Stored]) -> dict[s
     expected = {n: info for info in flat.tensors.values() if info.persistent for n in info.names}
     found: dict[str, Source] = dict(stored)
     optional: set[str] = set()
+    warned: set[str] = set()
     if set(stored) != set(expected):
-        found, optional = _of_library(model, expected, stored)
-    missing = [
+        found, optional, warned = _of_library(model, expected, stored)
+    lacking = [
         name
         for name, info in flat.tensors.items()
-        if info.persistent and not any(n in found or n in optional for n in info.names)
+        if info.persistent and not any(n in found for n in info.names)
     ]
+    missing = [name for name in lacking if name not in optional]
     unexpected = [name for name in found if name not in expected]
     wrong = [
         f"{name}: the model has {list(info.shape)}, the file has {list(found[name].shape)}"
@@ -56,18 +58,24 @@ def match(model: nn.Module, flat: Model, stored: Mapping[str, Stored]) -> dict[s
             f"the weights do not fit this model. Missing: {missing or 'none'}. Unexpected: "
             f"{unexpected or 'none'}. Wrong shape: {wrong or 'none'}"
         )
+    new = [name for name in lacking if name in warned]
+    if new:
+        warnings.warn(
+            f"the weights lack {new}, which are initialized at random: train them before use",
+            stacklevel=3,
+        )
     return found
 
 
 def _of_library(
     model: nn.Module, expected: Iterable[str], stored: Mapping[str, Stored]
-) -> tuple[dict[str, Source], set[str]]:
-    """What the files have by the model's names, and names that may be missing."""
+) -> tuple[dict[str, Source], set[str], set[str]]:
+    """What the files have by the model's names; names that may be missing; those of a new head."""
     base = _base_of(model, expected)
     found: dict[str, Source] = dict(stored)
     theirs = set(base.names.values())
-    optional: set[str] = set(expected) - set(base.names)
-    lacking: set[str] = set()
+    head: set[str] = set()
+    may_lack = re.compile(r"(?!)")
     if is_root(base.module):
         found = _converted(base.module, theirs, stored)
         prefix = f"{base.module.base_model_prefix}."
@@ -75,20 +83,16 @@ def _of_library(
             if any(name.startswith(prefix) for name in stored):
                 found = {name: s for name, s in found.items() if name in theirs}
         elif not any(name in theirs and not name.startswith(prefix) for name in found):
-            lacking = {name for name in theirs if not name.startswith(prefix)}
+            head = {name for name in theirs if not name.startswith(prefix)}
         superfluous = _patterns(base.module, "_keys_to_ignore_on_load_unexpected", _SUPERFLUOUS)
         may_lack = _patterns(base.module, "_keys_to_ignore_on_load_missing")
         found = {n: s for n, s in found.items() if n in theirs or not superfluous.search(n)}
-        lacking |= {name for name in theirs if may_lack.search(name)}
     ours = {name: source for name, source in found.items() if name not in theirs}
     ours |= {name: found[other] for name, other in base.names.items() if other in found}
-    new = [name for name, other in base.names.items() if other in lacking and name not in ours]
-    if new:
-        warnings.warn(
-            f"the weights lack {new}, which are initialized at random: train them before use",
-            stacklevel=4,
-        )
-    return ours, optional | set(new)
+    new = {name for name, other in base.names.items() if other in head}
+    lackable = {name for name, other in base.names.items() if may_lack.search(other)}
+    adapters = set(expected) - set(base.names)
+    return ours, adapters | lackable | new, new
 
 
 @dataclass(frozen=True)
