@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from taskgrad.formats.conversions import Source
+from taskgrad.graph.adapters import Adapters
 from taskgrad.graph.class_init import InitCall, Initializers, OnMeta, calls_for, initializers
 from taskgrad.graph.layers import Layer, Model, ParameterInfo, kind_of, local_name, owner_of
 
@@ -87,37 +88,6 @@ class DeferredInit(NamedTuple):
     values: Mapping[int, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class LoraLayer:
-    """A layer of peft's with low-rank adapters: its name, and how each of them is initialized."""
-
-    name: str
-    adapters: tuple[tuple[str, Any], ...]
-
-    def sets(self, module: str) -> bool:
-        """True if it sets the tensors of the module of this name."""
-        inner = module.removeprefix(f"{self.name}.") if self.name else module
-        return inner.startswith("lora_") and (not self.name or inner != module)
-
-
-def lora_layers(model: nn.Module) -> list[LoraLayer]:
-    """The layers of peft's with low-rank adapters in a model.
-
-    Raises ValueError if the adapters' first values are computed from the weights.
-    """
-    inits: dict[str, Any] = {}
-    for module in model.modules():
-        for name, config in dict(vars(module).get("peft_config") or {}).items():
-            inits.setdefault(name, getattr(config, "init_lora_weights", True))
-    found = []
-    for name, module in model.named_modules():
-        if not callable(getattr(type(module), "reset_lora_parameters", None)):
-            continue
-        names = [n for part in ("lora_A", "lora_embedding_A") for n in getattr(module, part, ())]
-        found.append(LoraLayer(name, tuple((n, inits.get(n, True)) for n in dict.fromkeys(names))))
-    return found
-
-
 def reset_of(module: nn.Module) -> Callable[[], Any] | None:
     """The method with which a module sets its own values; attention's has an underscore."""
     found = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
@@ -187,15 +157,18 @@ def plan_init(
         else:
             making[id(ours[first])] = first
     inits = initializers(model, making)
-    adapters = lora_layers(model)
+    adapters = Adapters.of(model)
     wanted: dict[str, str] = {}
     for owner, names in to_make.items():
         part = model.get_submodule(owner)
-        resets = reset_of(part) is not None or any(a.sets(owner) for a in adapters)
+        if adapters.has(owner):
+            resets = adapters.sets(owner)
+        else:
+            resets = reset_of(part) is not None
         own_class = type(part).__module__.split(".")[0] != "torch"
         for name in names:
             first = making[id(ours[name])]
-            if first != name or first in inits.writers:
+            if first != name or (first in inits.writers and not adapters.has(owner)):
                 continue
             whole = not ours[name].is_floating_point()  # has no NaN to find it unset by
             if not resets or (whole and own_class):
@@ -203,7 +176,7 @@ def plan_init(
     values = constructed([flat.tensors[name] for name in wanted])
     for name, owner in wanted.items():
         part = model.get_submodule(owner)
-        if name not in values and reset_of(part) is None:
+        if name not in values and (reset_of(part) is None or adapters.has(owner)):
             lacking = [n for n in to_make[owner] if n in wanted and n not in values]
             raise ValueError(_no_reset(owner, part, lacking, stored is not None))
     for name in values:
@@ -226,7 +199,7 @@ def _plan_layer(
     to_make: Mapping[str, list[str]],
     making: Mapping[int, str],
     inits: Initializers,
-    adapters: list[LoraLayer],
+    adapters: Adapters,
 ) -> None:
     """Add to a layer's plan how the tensors in `to_make` are made that are part of it."""
     roots: dict[str, int] = {}
@@ -235,9 +208,8 @@ def _plan_layer(
     parts = reversed(list(module.named_modules(remove_duplicate=False)))
     for inner, part in parts:
         owner = ".".join(filter(None, (layer.name, inner)))
-        lora = next((a for a in adapters if a.name == owner and any(map(a.sets, to_make))), None)
-        if lora is not None:
-            plan.resets.append(Reset(inner, owner, lora.adapters))
+        if owner in adapters.lora and any(adapters.sets(name, owner) for name in to_make):
+            plan.resets.append(Reset(inner, owner, adapters.lora[owner]))
         if owner not in to_make:
             continue
         own = model.get_submodule(owner)
@@ -249,7 +221,8 @@ def _plan_layer(
                 plan.calls.append(call)
         elif reset_of(part) is not None:
             plan.resets.append(Reset(inner, owner))
-        plan.calls += calls_for(inits, owner, inner, local, roots)
+        if not adapters.has(owner):
+            plan.calls += calls_for(inits, owner, inner, local, roots)
     plan.roots = [inits.root(name) for name in roots]
 
 
