@@ -35,13 +35,14 @@ class Made:
     """
 
     module: Any
+    seed: int = 0
     factory: Callable[[], Any] | None = None
     registered: tuple[tuple[nn.Module, str, nn.Parameter], ...] = ()
 
-    def constructed(self, wanted: Iterable[ParameterInfo], seed: int) -> dict[str, torch.Tensor]:
+    def constructed(self, wanted: Iterable[ParameterInfo]) -> dict[str, torch.Tensor]:
         """The values that constructors give these tensors, by their first names.
 
-        Those that cannot be had so are left out. Random ones are fixed by `seed`.
+        Those that cannot be had so are left out. Random ones are fixed by the seed.
 
         Raises what the function raises.
         """
@@ -72,8 +73,7 @@ class Made:
             count += 1
             return parameter if count - 1 in keep else _on_meta(parameter)
 
-        with torch.random.fork_rng(devices=[]), _registering(put_away):
-            torch.manual_seed(seed)
+        with _seeded(self.seed), _registering(put_away):
             found = named_tensors(self.factory())
         # Else it does not make the same modules every time.
         if count != len(self.registered):
@@ -87,8 +87,11 @@ class Made:
         }
 
 
-def construct(model: Any) -> Made:
+def construct(model: Any, seed: int) -> Made:
     """The module that a function makes, without values; a module as it is.
+
+    What it draws, for tensors that are on a real device in spite of the meta device, is fixed by
+    the seed.
 
     Raises TypeError if the function takes arguments, or does not return a module.
     """
@@ -101,7 +104,7 @@ def construct(model: Any) -> Made:
         return parameter
 
     try:
-        with torch.device("meta"), _registering(note):
+        with torch.device("meta"), _seeded(seed), _registering(note):
             made = model()
     except TypeError as error:
         raise TypeError(
@@ -114,7 +117,14 @@ def construct(model: Any) -> Made:
             "GraphChain takes an nn.Module, or a function that makes one; got "
             f"{kind_of(model)}, which gave a {type(made).__name__}"
         )
-    return Made(made, model, tuple(registered))
+    return Made(made, seed, model, tuple(registered))
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager
