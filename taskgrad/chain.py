@@ -122,7 +122,7 @@ class GraphChain(Lazy):
         seed = whole("seed", seed)
         stages_per_worker = whole("stages_per_worker", stages_per_worker, least=1)
         device = None if device is None else check_device(device)
-        constructed = construct(model)
+        constructed = construct(model, seed)
         module = constructed.module
         title = type(module).__name__
         refuse_module_hooks(title)
@@ -132,9 +132,7 @@ class GraphChain(Lazy):
             layered = in_layers(module, example_inputs, cut, keep_together, workers)
             flat, capture = layered.flat, layered.capture
             stored = None if weights is None else match(module, flat, find_weights(weights))
-            deferred = plan_init(
-                module, flat, stored, lambda wanted: constructed.constructed(wanted, seed)
-            )
+            deferred = plan_init(module, flat, stored, constructed.constructed)
             taken = reached(flat)
             placed = place(flat, taken, placement, stages_per_worker, owner)
             made = title, flat, placed.workers, owner, placed.starts
