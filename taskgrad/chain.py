@@ -18,11 +18,12 @@ from taskgrad.display.placement import placement_table
 from taskgrad.display.table import MemoryRow, Table
 from taskgrad.executors.between_steps import between_steps
 from taskgrad.executors.placing import Placement, check_device, place
-from taskgrad.formats.weights import check_state, find_weights
+from taskgrad.formats.weights import check_state, find_weights, path_of
 from taskgrad.graph import pack
 from taskgrad.graph.any_model import in_layers
+from taskgrad.graph.constructing import construct
 from taskgrad.graph.cut import Cut
-from taskgrad.graph.deferred_init import from_factory, plan_init
+from taskgrad.graph.deferred_init import plan_init
 from taskgrad.graph.layers import ParameterInfo, local_name, rebuild_model
 from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.output_capturing import without_output_capturing
@@ -30,7 +31,9 @@ from taskgrad.graph.pullback import StoredGrad
 from taskgrad.graph.sending import reached
 from taskgrad.graph.shards import Shard
 from taskgrad.graph.torch_settings import refuse_module_hooks
+from taskgrad.graph.weight_names import match
 from taskgrad.layout import Layout
+from taskgrad.pretrained import Pretrained, save, shard_size
 from taskgrad.thunk import Lazy, Thunk
 from taskgrad.tracing import current_tracer
 from taskgrad.worker import loading, shard_ops
@@ -119,7 +122,8 @@ class GraphChain(Lazy):
         seed = whole("seed", seed)
         stages_per_worker = whole("stages_per_worker", stages_per_worker, least=1)
         device = None if device is None else check_device(device)
-        module = from_factory(model)
+        constructed = construct(model, seed)
+        module = constructed.module
         title = type(module).__name__
         refuse_module_hooks(title)
         owner = session(client)
@@ -127,14 +131,15 @@ class GraphChain(Lazy):
             workers = len(owner.workers()) * stages_per_worker
             layered = in_layers(module, example_inputs, cut, keep_together, workers)
             flat, capture = layered.flat, layered.capture
-            stored = None if weights is None else find_weights(weights)
-            init_plans = plan_init(flat, stored)
+            stored = None if weights is None else match(module, flat, find_weights(weights))
+            deferred = plan_init(module, flat, stored, constructed.constructed)
             taken = reached(flat)
             placed = place(flat, taken, placement, stages_per_worker, owner)
             made = title, flat, placed.workers, owner, placed.starts
             self.layout = Layout(*made) if capture is None else CapturedLayout(*made, capture)
             """The layers' placement, and the means to run something there; for taskgrad itself."""
             self._skeleton = flat.skeleton
+            self._pretrained = Pretrained.of(module)
             # A layer that occurs twice in the model, by its first occurrence.
             first: dict[int, int] = {}
             self._same_as = [first.setdefault(id(m), i) for i, m in enumerate(flat.modules)]
@@ -142,7 +147,7 @@ class GraphChain(Lazy):
             if device is None:  # a model on a GPU here belongs on the workers' own GPUs
                 kinds = {info.device.type for info in flat.tensors.values()} - {"cpu", "meta"}
                 device = next(iter(kinds), None)
-            self.layout.deploy(flat, device, init_plans, seed)
+            self.layout.deploy(flat, device, deferred, seed)
         devices = self.layout.devices
         self.placement = placement_table(flat, placed.workers, devices, owner.names, placed.costs)
         """The worker of each layer, and what the layer takes: rows that print as a table."""
@@ -221,6 +226,41 @@ class GraphChain(Lazy):
             for layer in self.layout.layers
             for key, value in by_index.get(layer.index, {}).items()
         }
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB"
+    ) -> None:
+        """Write the weights as a folder that ``from_pretrained`` of transformers reads.
+
+        The workers write their own layers' weights, under the names that the model's state_dict
+        has; of tied ones those that transformers has in its files. The folder also gets
+        ``config.json`` and, if the model has one, ``generation_config.json``. If writing fails it
+        keeps the weights that it had. Waits for the steps of a trainer that are on their way.
+
+        Parameters
+        ----------
+        folder : path
+            On a filesystem that all workers share with the driver; it is made if it is not there.
+        max_shard_size : int or str
+            The most bytes of weights in one file, unless it has a single tensor: a number, or a
+            text such as ``"500MB"``.
+
+        Raises
+        ------
+        TypeError
+            The model is not one of transformers, or has adapters of peft's.
+        CheckpointError
+            The folder cannot be written.
+        """
+        if self._pretrained is None:
+            raise TypeError(
+                "save_pretrained is for models of transformers, which have a config, without "
+                f"adapters; this is a {self.layout.title}. Trainer.save writes its weights, too, "
+                "state_dict() returns them, and to_module() the model with methods of its own"
+            )
+        path, most = path_of(folder), shard_size(max_shard_size)
+        with between_steps((), [self.layout.ref]):
+            save(self.layout, self._pretrained, path, most)
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
         """Load parameters and buffers by the model's own names into the workers.

@@ -11,7 +11,7 @@ from taskgrad.cluster.session import Session
 from taskgrad.errors import TaskgradError
 from taskgrad.graph import pack
 from taskgrad.graph.calls import LOSS, Call, LayerStep, StepContext
-from taskgrad.graph.deferred_init import InitPlan, TensorSpec, unsent_tensors
+from taskgrad.graph.deferred_init import DeferredInit, TensorSpec, unsent_tensors
 from taskgrad.graph.functions import template
 from taskgrad.graph.layers import Branches, Layer, Model, Path, local_name, owner_of
 from taskgrad.graph.leaves import Leaf
@@ -315,13 +315,12 @@ class Layout(ShardTasks):
                 "its weights: call it after the block"
             )
 
-    def deploy(
-        self, flat: Model, device: str | None, init_plans: Mapping[int, InitPlan], seed: int
-    ) -> None:
+    def deploy(self, flat: Model, device: str | None, deferred: DeferredInit, seed: int) -> None:
         """Send every shard to its worker.
 
-        `init_plans` say which values are not sent but made there, from streams fixed by `seed`.
+        `deferred` says which values are not sent but made there, from streams fixed by `seed`.
         """
+        init_plans, values = deferred
         copied = copied_names(self.shards)
         store_ids = self.session.store_ids([shard.worker for shard in self.shards])
         unsent = unsent_tensors(flat, init_plans)
@@ -345,12 +344,14 @@ class Layout(ShardTasks):
                 "copied": copied.get(shard, []),
             }
             sent = [
-                TensorSpec.of(t) if isinstance(t, torch.Tensor) and id(t) in unsent else t
+                TensorSpec.of(t)
+                if isinstance(t, torch.Tensor) and id(t) in unsent
+                else values.get(id(t), t)
                 for t in packed.laid_out()
             ]
-            values = Leaf(sent, needs_grad=False)
+            leaf = Leaf(sent, needs_grad=False)
             installs.append(
-                ShardCall(shard, shard_ops.install, arguments, key=shard.token, after=[values])
+                ShardCall(shard, shard_ops.install, arguments, key=shard.token, after=[leaf])
             )
         self.run(installs)
         for call in installs:

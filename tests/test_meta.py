@@ -159,9 +159,14 @@ class Forgetful(nn.Module):
 def test_computed_buffers(client):
     message = r"'0\.table' of module '0' \(Rotary\) is on the meta device.*no reset_parameters"
     with pytest.raises(ValueError, match=message):
-        tg.GraphChain(lambda: nn.Sequential(Rotary()), client=client)
-    chain = tg.GraphChain(lambda: nn.Sequential(RotaryThatCan()), client=client)
-    assert_same(tg.collect(chain(torch.zeros(4))), torch.arange(4.0))
+        tg.GraphChain(on_meta(lambda: nn.Sequential(Rotary())), client=client)
+    for model in (
+        on_meta(lambda: nn.Sequential(RotaryThatCan())),
+        lambda: nn.Sequential(RotaryThatCan()),
+        lambda: nn.Sequential(Rotary()),
+    ):
+        chain = tg.GraphChain(model, client=client)
+        assert_same(tg.collect(chain(torch.zeros(4))), torch.arange(4.0))
 
 
 def test_values_that_are_left_unset(client):

@@ -32,6 +32,7 @@ CHECKPOINT = "checkpoint.json"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+_RESAVE = "load it in plain torch or transformers and save it as safetensors"
 _VERSION = 1
 FORMAT = {"format": "taskgrad", "version": _VERSION}
 """The entries that the index of every checkpoint has."""
@@ -184,6 +185,8 @@ def find_weights(path: str | os.PathLike[str]) -> dict[str, Stored]:
     Raises CheckpointError if there are no weights at `path`, or they cannot be read.
     """
     place = path_of(path)
+    if place.suffix in (".bin", ".pt", ".pth") and place.is_file():
+        raise CheckpointError(f"{place} is a pickle, which is not read: {_RESAVE}")
     if place.is_file():
         return _of_file(place)
     if not place.is_dir():
@@ -195,9 +198,11 @@ def find_weights(path: str | os.PathLike[str]) -> dict[str, Stored]:
     if not (place / WEIGHTS_INDEX).is_file():
         if (place / SINGLE).is_file():
             return _of_file(place / SINGLE)
+        pickled = next((file.name for file in sorted(place.glob("*.bin"))), None)
         raise CheckpointError(
             f"there are no weights in {place}: it has none of {CHECKPOINT}, {WEIGHTS_INDEX}, "
             f"{SINGLE}"
+            + (f". {pickled} is a pickle, which is not read: {_RESAVE}" if pickled else "")
         )
     weight_map, tied, known = _read_weights_index(place / WEIGHTS_INDEX)
     known = known | {n: kept for file in files.values() for n, kept in file["tensors"].items()}

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from taskgrad.errors import CheckpointError
-from taskgrad.formats.weights import Stored
-from taskgrad.graph.layers import Model, kind_of, local_name, owner_of
+from taskgrad.formats.conversions import Source
+from taskgrad.graph.adapters import Adapters
+from taskgrad.graph.class_init import InitCall, Initializers, OnMeta, calls_for, initializers
+from taskgrad.graph.layers import Layer, Model, ParameterInfo, kind_of, local_name, owner_of
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,53 @@ class TensorSpec:
         return found.fill_(torch.nan) if found.is_floating_point() else found.zero_()
 
 
-@dataclass
-class InitPlan:
-    """How a layer's unsent tensors get their values.
+class Reset(NamedTuple):
+    """A module that sets its own values: its name in its layer, and its name in the model.
 
-    `resets` are the modules inside it that make them, in this order, each with its full name, which
-    its random stream is named after; `reads` are then read from files, by their names in the layer.
+    The latter is that of its random stream. `adapters` are those of a LoRA layer to set.
     """
 
-    resets: list[tuple[str, str]] = field(default_factory=list)
-    reads: dict[str, Stored] = field(default_factory=dict)
+    inner: str
+    name: str
+    adapters: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass
+class InitPlan:
+    """How a layer's unsent tensors get their values, in this order.
+
+    Attributes
+    ----------
+    resets
+        The modules inside it that set their values.
+    calls
+        The calls of ``_init_weights`` of the model's class, with `roots`, the objects that have it.
+    reads
+        What is read from files, by its name in the layer.
+    equal
+        What the files have for a tied tensor under its other names, which has to be the same.
+    unsent
+        The names in the layer of all these tensors.
+    """
+
+    resets: list[Reset] = field(default_factory=list)
+    calls: list[InitCall] = field(default_factory=list)
+    roots: list[OnMeta] = field(default_factory=list)
+    reads: dict[str, Source] = field(default_factory=dict)
+    equal: dict[str, list[Source]] = field(default_factory=dict)
     unsent: list[str] = field(default_factory=list)
+
+    @property
+    def does_something(self) -> bool:
+        """True if there are tensors that are not sent, or a module sets what was sent."""
+        return bool(self.unsent or self.resets or self.calls)
+
+
+class DeferredInit(NamedTuple):
+    """By layer how its unsent tensors get their values; by the id of others what is sent."""
+
+    plans: Mapping[int, InitPlan]
+    values: Mapping[int, torch.Tensor]
 
 
 def reset_of(module: nn.Module) -> Callable[[], Any] | None:
@@ -57,13 +94,13 @@ def reset_of(module: nn.Module) -> Callable[[], Any] | None:
     return found if callable(found) else None
 
 
-def unsent_names(flat: Model, stored: Mapping[str, Stored] | None) -> set[str]:
+def unsent_names(flat: Model, stored: Mapping[str, Source] | None) -> list[str]:
     """The first names of tensors whose values are not sent: meta ones, and those in files."""
-    return {
+    return [
         name
         for name, info in flat.tensors.items()
-        if info.device.type == "meta" or (stored is not None and info.persistent)
-    }
+        if info.device.type == "meta" or any(n in (stored or ()) for n in info.names)
+    ]
 
 
 def unsent_tensors(flat: Model, init_plans: Mapping[int, InitPlan]) -> set[int]:
@@ -83,65 +120,110 @@ def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return named | dict(module.named_parameters(remove_duplicate=False))
 
 
-def from_factory(model: Any) -> Any:
-    """The module that a function makes, without values; a module as it is.
+def plan_init(
+    model: nn.Module,
+    flat: Model,
+    stored: Mapping[str, Source] | None,
+    constructed: Callable[[list[ParameterInfo]], Mapping[str, torch.Tensor]],
+) -> DeferredInit:
+    """How the tensors that are not sent get their values.
 
-    Raises TypeError if the function takes arguments, or does not return a module.
+    `constructed` returns the values that the constructors of modules compute, of those of these
+    tensors of which it can.
+
+    Raises ValueError if a module cannot make its own values.
     """
-    if isinstance(model, nn.Module) or not callable(model):
-        return model
-    try:
-        with torch.device("meta"):
-            made = model()
-    except TypeError as error:
-        raise TypeError(
-            "GraphChain takes an nn.Module, or a function without arguments that makes one; got "
-            f"{kind_of(model)}, which raised: {error}. For a function of tensors use "
-            "tg.spawn(fn, ...)."
-        ) from error
-    if not isinstance(made, nn.Module):
-        raise TypeError(
-            "GraphChain takes an nn.Module, or a function that makes one; got "
-            f"{kind_of(model)}, which gave a {type(made).__name__}"
-        )
-    return made
-
-
-def plan_init(flat: Model, stored: Mapping[str, Stored] | None) -> dict[int, InitPlan]:
-    """For each layer with unsent tensors, how they get their values.
-
-    Raises CheckpointError if the files lack tensors of the model, or have others, or of another
-    shape; ValueError if a module cannot make its own values.
-    """
-    if stored is not None:
-        _check(flat, stored)
     by_name = {layer.name: layer for layer in reversed(flat.layers)}
     found: dict[int, InitPlan] = {}
-    to_reset: dict[str, list[str]] = {}
+    to_make: dict[str, list[str]] = {}  # names of tensors, by their modules'
+    making: dict[int, str] = {}
+    ours = named_tensors(model)
     for first in unsent_names(flat, stored):
         info = flat.tensors[first]
-        in_file = next((n for n in info.names if stored and n in stored), None)
+        in_file = [stored[n] for n in info.names if stored and n in stored]
         for name in info.names:
             layer = owner_of(name, by_name)
             plan = found.setdefault(layer.index, InitPlan())
             plan.unsent.append(local_name(name, layer))
-            if stored is not None and in_file is not None:
-                plan.reads[local_name(name, layer)] = stored[in_file]
+            if in_file:
+                plan.reads[local_name(name, layer)] = in_file[0]
             else:
-                to_reset.setdefault(name.rpartition(".")[0], []).append(name)
-    for layer, module in zip(flat.layers, flat.modules, strict=True):
-        if layer.index not in found or not isinstance(module, nn.Module):
-            continue
-        # Inner modules first: an outer one may overwrite their values. A tied tensor keeps the
-        # values of the module that has it first.
-        for inner, part in reversed(list(module.named_modules(remove_duplicate=False))):
-            full = ".".join(filter(None, (layer.name, inner)))
-            if full not in to_reset:
+                to_make.setdefault(name.rpartition(".")[0], []).append(name)
+        if in_file:
+            others = [other for other in dict.fromkeys(in_file[1:]) if other != in_file[0]]
+            layer = owner_of(first, by_name)
+            if others:
+                found[layer.index].equal[local_name(first, layer)] = others
+        else:
+            making[id(ours[first])] = first
+    inits = initializers(model, making)
+    adapters = Adapters.of(model)
+    wanted: dict[str, str] = {}
+    for owner, names in to_make.items():
+        part = model.get_submodule(owner)
+        if adapters.has(owner):
+            resets = adapters.sets(owner)
+        else:
+            resets = reset_of(part) is not None
+        own_class = type(part).__module__.split(".")[0] != "torch"
+        for name in names:
+            first = making[id(ours[name])]
+            if first != name or (first in inits.writers and not adapters.has(owner)):
                 continue
-            if reset_of(part) is None:
-                raise ValueError(_no_reset(full, part, to_reset[full], stored is not None))
-            found[layer.index].resets.append((inner, full))
-    return found
+            whole = not ours[name].is_floating_point()  # has no NaN to find it unset by
+            if not resets or (whole and own_class):
+                wanted[first] = owner
+    values = constructed([flat.tensors[name] for name in wanted])
+    for name, owner in wanted.items():
+        part = model.get_submodule(owner)
+        if name not in values and (reset_of(part) is None or adapters.has(owner)):
+            lacking = [n for n in to_make[owner] if n in wanted and n not in values]
+            raise ValueError(_no_reset(owner, part, lacking, stored is not None))
+    for name in values:
+        for alias in flat.tensors[name].names:
+            layer = owner_of(alias, by_name)
+            found[layer.index].unsent.remove(local_name(alias, layer))
+    for layer, module in zip(flat.layers, flat.modules, strict=True):
+        if layer.index in found and isinstance(module, nn.Module):
+            plan = found[layer.index]
+            _plan_layer(plan, model, layer, module, to_make, making, inits, adapters)
+    by_id = {id(ours[name]): value for name, value in values.items()}
+    return DeferredInit({i: plan for i, plan in found.items() if plan.does_something}, by_id)
+
+
+def _plan_layer(
+    plan: InitPlan,
+    model: nn.Module,
+    layer: Layer,
+    module: nn.Module,
+    to_make: Mapping[str, list[str]],
+    making: Mapping[int, str],
+    inits: Initializers,
+    adapters: Adapters,
+) -> None:
+    """Add to a layer's plan how the tensors in `to_make` are made that are part of it."""
+    roots: dict[str, int] = {}
+    # Inner modules first: an outer one may overwrite their values. A tied tensor keeps the values
+    # of the module that has it first.
+    parts = reversed(list(module.named_modules(remove_duplicate=False)))
+    for inner, part in parts:
+        owner = ".".join(filter(None, (layer.name, inner)))
+        if owner in adapters.lora and any(adapters.sets(name, owner) for name in to_make):
+            plan.resets.append(Reset(inner, owner, adapters.lora[owner]))
+        if owner not in to_make:
+            continue
+        own = model.get_submodule(owner)
+        firsts = [n for n in to_make[owner] if n in making.values()]
+        local = [n.rpartition(".")[2] for n in firsts]
+        if layer.holds:
+            if reset_of(own) is not None:
+                call = InitCall(inner, tuple(local), owner, None, OnMeta.of(own), "")
+                plan.calls.append(call)
+        elif reset_of(part) is not None:
+            plan.resets.append(Reset(inner, owner))
+        if not adapters.has(owner):
+            plan.calls += calls_for(inits, owner, inner, local, roots)
+    plan.roots = [inits.root(name) for name in roots]
 
 
 def _no_reset(name: str, module: nn.Module, tensors: list[str], files: bool) -> str:
@@ -152,23 +234,3 @@ def _no_reset(name: str, module: nn.Module, tensors: list[str], files: bool) -> 
         "worker. Write one (it also makes what the module computes in its __init__), "
         + ("or make the module on a real device" if files else "or give weights=")
     )
-
-
-def _check(flat: Model, stored: Mapping[str, Stored]) -> None:
-    expected = {n: info for info in flat.tensors.values() if info.persistent for n in info.names}
-    missing = [
-        name
-        for name, info in flat.tensors.items()
-        if info.persistent and not any(n in stored for n in info.names)
-    ]
-    unexpected = [name for name in stored if name not in expected]
-    wrong = [
-        f"{name}: the model has {list(info.shape)}, the file has {list(stored[name].shape)}"
-        for name, info in expected.items()
-        if name in stored and stored[name].shape != info.shape
-    ]
-    if missing or unexpected or wrong:
-        raise CheckpointError(
-            f"the weights do not fit this model. Missing: {missing or 'none'}. Unexpected: "
-            f"{unexpected or 'none'}. Wrong shape: {wrong or 'none'}"
-        )

@@ -95,11 +95,7 @@ def save(
                 for name, module in _with_extra_state(shard, layers).items()
             },
         }
-        if not Path(folder).is_dir():
-            raise CheckpointError(
-                f"worker {store.worker} does not see the folder {folder}, which the driver made: "
-                "a checkpoint goes to a filesystem that the driver and all workers share"
-            )
+        _check_folder(store, folder)
         files = {}
         for kind, tensors in (("model", weights), ("training", rest)):
             for i, names in enumerate(in_rows({n: t.nbytes for n, t in tensors.items()}, _FILE), 1):
@@ -109,6 +105,47 @@ def save(
                 if training.spilled is not None:
                     training.spilled.leave_memory()
         return {**found, "files": files}
+
+
+def save_weights(
+    store: Store,
+    token: str,
+    *,
+    folder: str,
+    files: Mapping[str, Mapping[str, str]],
+    buffers: Mapping[str, Place],
+) -> dict[str, Any]:
+    """Write weights of the shard to these files; return a description of their contents.
+
+    `files` has the first names of a file's tensors, by the names that they get there; `buffers` are
+    the places of those that are no parameters.
+
+    Raises CheckpointError as `save` does.
+    """
+    with store.locked(token) as shard:
+        _check_folder(store, folder)
+        training = shard.trains.training
+        spilled = None if training is None else training.spilled
+        done = {}
+        for file, names in files.items():
+            part = {
+                name: shard.layers[buffers[first].layer].get_buffer(buffers[first].name)
+                if first in buffers
+                else shard.parameters[first]
+                for name, first in names.items()
+            }
+            done[file] = write(f"worker {store.worker}", Path(folder) / file, part)
+            if spilled is not None:
+                spilled.leave_memory()
+        return done
+
+
+def _check_folder(store: Store, folder: str) -> None:
+    if not Path(folder).is_dir():
+        raise CheckpointError(
+            f"worker {store.worker} does not see the folder {folder}, which the driver made: "
+            "a checkpoint goes to a filesystem that the driver and all workers share"
+        )
 
 
 def _optimizer(

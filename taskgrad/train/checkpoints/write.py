@@ -7,7 +7,6 @@ count, those of a crash too, are removed by the next save.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ import torch
 
 from taskgrad.errors import CheckpointError
 from taskgrad.formats.encoding import encode
+from taskgrad.formats.files import check_visible, sync_folder, write_json
 from taskgrad.formats.weights import (
     CHECKPOINT,
     FORMAT,
@@ -63,13 +63,13 @@ def save(
         answers = layout.results(saves)
         index = _index(layout, step, _settings(options), folder.name, answers)
         index |= _write_driver(folder, driver, index["files"])
-        _check_visible(folder, index["files"])
-        _write_json(folder / WEIGHTS_INDEX, _weights_index(layout, answers))
-        _sync(folder)
-        _sync(path)
-        _write_json(path / f"{CHECKPOINT}.new", with_checksum(index))
+        check_visible(folder, index["files"])
+        write_json(folder / WEIGHTS_INDEX, _weights_index(layout, answers))
+        sync_folder(folder)
+        sync_folder(path)
+        write_json(path / f"{CHECKPOINT}.new", with_checksum(index))
         os.replace(path / f"{CHECKPOINT}.new", path / CHECKPOINT)
-        _sync(path)
+        sync_folder(path)
     except OSError as error:
         raise CheckpointError(f"cannot write a checkpoint to {path}: {error}") from error
     finally:
@@ -124,18 +124,6 @@ def _write_driver(folder: Path, state: Any, files: dict[str, Any]) -> dict[str, 
     return {"driver": encoded}
 
 
-def _check_visible(folder: Path, files: Mapping[str, Any]) -> None:
-    for file, about in files.items():
-        there = folder / file
-        size = there.stat().st_size if there.is_file() else None
-        if size != about["bytes"]:
-            raise CheckpointError(
-                f"a worker wrote {there} ({about['bytes']} bytes), and the driver sees "
-                f"{'no such file' if size is None else f'{size} bytes there'}: a checkpoint goes "
-                "to a filesystem that the driver and all workers share"
-            )
-
-
 def _weights_index(layout: Layout, answers: list[dict[str, Any]]) -> dict[str, Any]:
     """The index of the folder with the weights."""
     files = [(file, about) for answer in answers for file, about in answer["files"].items()]
@@ -147,22 +135,6 @@ def _weights_index(layout: Layout, answers: list[dict[str, Any]]) -> dict[str, A
     written = {n: kept for _, about in files for n, kept in about["tensors"].items()}
     total = sum(info.nbytes for info in infos)
     return new_weights_index(weights, tied, {name: written[name] for name in weights}, total)
-
-
-def _write_json(file: Path, value: Any) -> None:
-    with file.open("w", encoding="utf-8") as out:
-        json.dump(value, out, indent=1, allow_nan=False)
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _sweep(path: Path) -> None:
