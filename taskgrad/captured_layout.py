@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
+
+import torch
 
 from taskgrad.cluster.session import Session
 from taskgrad.errors import TaskgradError
-from taskgrad.graph.calls import Call, LayerStep
+from taskgrad.graph.calls import Call, Draw, LayerStep
+from taskgrad.graph.capture import Capture, Read, refuse_reading
+from taskgrad.graph.following import CannotFollowError
 from taskgrad.graph.functions import template
 from taskgrad.graph.layer_graph import FUNCTION, Captured, LayerGraph
 from taskgrad.graph.layers import Model
@@ -18,13 +24,12 @@ from taskgrad.graph.pytree import flatten
 from taskgrad.graph.segments import packed
 from taskgrad.graph.shards import Shard
 from taskgrad.graph.torch_settings import settings_now
-from taskgrad.layout import Autocast, Extend, Layout
+from taskgrad.layout import Autocast, Extend, Layout, Select
 from taskgrad.plan.graph_stages import GraphStage, graph_stages
+from taskgrad.tracing import random_state_kept
+from taskgrad.worker.randomness import random_stream
 from taskgrad.worker.settings import in_thread
 from taskgrad.worker_names import WorkerName
-
-Capture = Callable[[tuple[Any, ...], Mapping[str, Any], bool | None], Captured]
-"""(args, kwargs, mode) of a call of the model -> its graph, with the values of the inputs."""
 
 # The arguments of a call whose steps have arguments of their own.
 _NO_ARGUMENTS = template(((), {}))
@@ -67,7 +72,9 @@ class CapturedLayout(Layout):
     title, flat, workers, session, starts
         See `Layout`. The model's layers, in any order; what runs in which order is in its graphs.
     capture
-        Gives the graph of one call, and the tensors that are its inputs.
+        Finds the graph of one call, and the tensors that are its inputs.
+    example
+        The arguments (args, kwargs) of a call, if there are some before the first one.
     """
 
     is_traced = True
@@ -80,41 +87,47 @@ class CapturedLayout(Layout):
         session: Session,
         starts: frozenset[int],
         capture: Capture,
+        example: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(title, flat, workers, session, starts)
         self._capture = capture
         self._workers = tuple(workers)
         self._functions: dict[str, str] = {}  # by name, the workers of functions
         self._stages: OrderedDict[int, _Stages] = OrderedDict()  # by the ids of their graphs
-        self._planned: Captured | None = None
+        self._example = example
+        self._planned: dict[Select | None, Captured] = {}
 
-    def plan_for(self, captured: Captured) -> None:
-        """Make training steps for calls like this one: `planned_calls`, `first` and `last` are its.
+    def planned_calls(self, select: Select | None = None) -> list[Call]:
+        if select not in self._planned and self._example is not None:
+            args, kwargs = self._example
+            with contextlib.suppress(TypeError):  # it need not have what the loss is computed of
+                self.plan_by(args, kwargs, (), select)
+        if select not in self._planned:
+            raise TaskgradError(
+                f"{self.title} has no plan before its forward was followed: take a step, or give "
+                "GraphChain example_inputs= as batches have them"
+            )
+        return self.calls_of(self._planned[select], mode=True)
+
+    def plan_by(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        autocast: Autocast,
+        select: Select | None,
+    ) -> None:
+        """Make training steps for calls like this one.
 
         Calls of a step whose stages are others are errors from now on.
         """
-        self._stages_of(captured.graph)
-        self._planned = captured
+        if select not in self._planned:
+            with torch.enable_grad(), random_state_kept():
+                captured = self._find(args, kwargs, True, autocast, refuse_reading, select, None)
+            self._stages_of(captured.graph)
+            self._planned[select] = captured
 
-    def planned_calls(self) -> list[Call]:
-        if self._planned is None:
-            raise TaskgradError(
-                f"{self.title} has no plan before its forward was followed: give GraphChain "
-                "example_inputs=, or the trainer a batch"
-            )
-        return self.calls_of(self._planned, mode=True)
-
-    @property
-    def first(self) -> Shard:
-        return super().first if self._planned is None else self._end(0)
-
-    @property
-    def last(self) -> Shard:
-        return super().last if self._planned is None else self._end(-1)
-
-    def _end(self, place: int) -> Shard:
-        assert self._planned is not None
-        return self._stages_of(self._planned.graph).stages[place].shard
+    def may_end_at(self, shard: Shard) -> bool:
+        return True
 
     def calls(
         self,
@@ -124,16 +137,39 @@ class CapturedLayout(Layout):
         mode: bool | None,
         autocast: Autocast = (),
         extend: Extend | None = None,
+        select: Select | None = None,
+        draw: Draw | None = None,
     ) -> list[Call]:
         self.refuse_modes()
+        captured = self._find(args, kwargs, mode, autocast, refuse_reading, select, draw)
+        planned = None if extend is None else self._planned.get(select)
+        return self.calls_of(captured, planned, mode=mode, autocast=autocast, extend=extend)
+
+    def _find(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        mode: bool | None,
+        autocast: Autocast,
+        read: Read,
+        select: Select | None,
+        draw: Draw | None,
+    ) -> Captured:
         given = tuple(map(_value, args)), {name: _value(value) for name, value in kwargs.items()}
+
+        def stream() -> AbstractContextManager[None]:
+            return nullcontext() if draw is None else random_stream(*draw, self.title)
+
         with in_thread(settings_now().under_autocast(autocast), WorkerName("driver")):
-            captured = self._capture(*given, mode)
-        return self.calls_of(captured, mode=mode, autocast=autocast, extend=extend)
+            try:
+                return self._capture.find(*given, mode, read, select, stream)
+            except CannotFollowError as error:
+                raise TaskgradError(_why_not_followed(self.title, error)) from None
 
     def calls_of(
         self,
         captured: Captured,
+        planned: Captured | None = None,
         *,
         mode: bool | None,
         autocast: Autocast = (),
@@ -141,12 +177,12 @@ class CapturedLayout(Layout):
     ) -> list[Call]:
         """The calls of a captured one, one a stage; the last one returns the model's output.
 
-        Raises TaskgradError if they are of a training step, and of other stages than its plan.
+        Raises TaskgradError if they are of other stages than what was `planned`.
         """
         graph = captured.graph
         found = self._stages_of(graph)
-        if extend is not None:
-            self._compare(found)
+        if planned is not None:
+            self._compare(found, self._stages_of(planned.graph))
         settings = settings_now().under_autocast(autocast)
         nodes: dict[int, Node] = {}
         calls: list[Call] = []
@@ -218,10 +254,9 @@ class CapturedLayout(Layout):
             parameters=tuple(parameters),
         )
 
-    def _compare(self, found: _Stages) -> None:
+    def _compare(self, found: _Stages, planned: _Stages) -> None:
         """Raise TaskgradError if these stages are not those that a trainer has a plan of."""
-        planned = None if self._planned is None else self._stages_of(self._planned.graph)
-        if planned is None or planned.needs == found.needs:
+        if planned.needs == found.needs:
             return
 
         def described(stages: _Stages) -> Iterator[str]:
@@ -236,6 +271,20 @@ class CapturedLayout(Layout):
             "name the part of the model that decides in keep_together=, give its layers one "
             "worker, or make another Trainer"
         )
+
+
+def _why_not_followed(title: str, error: CannotFollowError) -> str:
+    if error.cut_further:
+        return (
+            f"the forward of {title} cannot be followed: {error}. Give tg.GraphChain "
+            f"example_inputs=, with which it finds out where to cut, or name parts of "
+            f"{error.module!r} in cut="
+        )
+    module = error.module or title
+    return (
+        f"the forward of {module} cannot be followed: {error}. Keep it in one layer, with "
+        f"keep_together=[{error.module!r}] of tg.GraphChain"
+    )
 
 
 def _value(argument: Any) -> Any:

@@ -136,7 +136,11 @@ class GraphChain(Lazy):
             taken = reached(flat)
             placed = place(flat, taken, placement, stages_per_worker, owner)
             made = title, flat, placed.workers, owner, placed.starts
-            self.layout = Layout(*made) if capture is None else CapturedLayout(*made, capture)
+            self.layout = (
+                Layout(*made)
+                if capture is None
+                else CapturedLayout(*made, capture, layered.example)
+            )
             """The layers' placement, and the means to run something there; for taskgrad itself."""
             self._skeleton = flat.skeleton
             self._pretrained = Pretrained.of(module)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
-import torch
 from torch import nn
 
 from taskgrad.cluster.session import Session
 from taskgrad.errors import TaskgradError
-from taskgrad.graph.calls import Call
+from taskgrad.graph.calls import Call, Draw
 from taskgrad.graph.layers import Branches, Layer, Model, ParameterInfo, Path
 from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import Element, Node, new_key, whole
 from taskgrad.graph.shards import ChainRef, Shard, ShardCall, copied_names
-from taskgrad.layout import Autocast, Extend, Layout, Walk
+from taskgrad.layout import Autocast, Extend, Layout, Select, Walk
 from taskgrad.recording import RecordedCall, Recording, record
 from taskgrad.thunk import Thunk
 from taskgrad.worker import joining
@@ -237,6 +235,8 @@ class FunctionLayout(JoinedLayout):
         mode: bool | None,
         autocast: Autocast = (),
         extend: Extend | None = None,
+        select: Select | None = None,
+        draw: Draw | None = None,
     ) -> list[Call]:
         self.refuse_modes()
         [given] = args
@@ -330,13 +330,3 @@ def structure(calls: Sequence[Sequence[Call]], leaves: Sequence[Leaf]) -> tuple[
         for part in calls
         for call in part
     )
-
-
-@contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Restore torch's random state after a block, in which a function may draw."""
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)

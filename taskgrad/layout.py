@@ -10,7 +10,7 @@ import torch
 from taskgrad.cluster.session import Session
 from taskgrad.errors import TaskgradError
 from taskgrad.graph import pack
-from taskgrad.graph.calls import LOSS, Call, LayerStep, StepContext
+from taskgrad.graph.calls import LOSS, Call, Draw, LayerStep, StepContext
 from taskgrad.graph.deferred_init import DeferredInit, TensorSpec, unsent_tensors
 from taskgrad.graph.functions import template
 from taskgrad.graph.layers import Branches, Layer, Model, Path, local_name, owner_of
@@ -32,6 +32,9 @@ Extend = Callable[
     tuple[tuple[LayerStep, ...], tuple[Node, ...], StepContext],
 ]
 """(steps, inputs, whether it is the last) of a call -> what a training step makes of them."""
+
+Select = Callable[[Any], Any]
+"""Takes what is needed of a model's output. Equal for equal selections."""
 
 # The arguments of a call whose one argument is the result of the call before it.
 _ONE_INPUT = template(((Slot(0),), {}))
@@ -281,22 +284,39 @@ class Layout(ShardTasks):
         mode: bool | None,
         autocast: Autocast = (),
         extend: Extend | None = None,
+        select: Select | None = None,
+        draw: Draw | None = None,
     ) -> list[Call]:
         """The calls of all layers; the last one returns the model's output.
 
         The layers of a stage are one call. The first layer takes `args` and `kwargs`:
         pytrees of tensors, thunks, nodes, Dask collections and plain values. `mode` is True to
         train, False to evaluate, None to leave the layers as they are. `extend` adds to each call
-        what a training step needs.
+        what a training step needs. If only a part of the output is needed, `select` takes it of the
+        output; a sequential model gives all of it. `draw` says what the model's own forward draws
+        random numbers for, where that runs on the driver.
         """
         self.refuse_modes()
         walk = Walk(self, mode, autocast, extend)
         walk.path(self.path, entry_of(args, kwargs, self.title), last=True)
         return walk.calls
 
-    def planned_calls(self) -> list[Call]:
+    def planned_calls(self, select: Select | None = None) -> list[Call]:
         """Calls as those of a training step, to make a plan of; they do not run."""
         return self.calls((Leaf(None, needs_grad=False),), {}, mode=True)
+
+    def plan_by(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        autocast: Autocast,
+        select: Select | None,
+    ) -> None:
+        """Make training steps for calls with such arguments, if no plan was made; see `calls`."""
+
+    def may_end_at(self, shard: Shard) -> bool:
+        """True if the model's output may be made there."""
+        return shard is self.last
 
     def refuse_modes(self) -> None:
         """Raise TaskgradError in a mode of torch that would not reach the layers."""

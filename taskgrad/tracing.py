@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+import torch
+
 from taskgrad.errors import TaskgradError
 
 
@@ -45,3 +47,13 @@ def refuse_reading() -> None:
             "calls a batch passes, before any of them runs: use functions of the thunk, "
             "tg.spawn(fn, thunk)"
         )
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Restore torch's random state after a block, in which a function may draw."""
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import taskgrad as tg
 from taskgrad.captured_layout import CapturedLayout
 from taskgrad.cluster.session import session
 from taskgrad.display.placement import placement_table
+from taskgrad.graph.deferred_init import DeferredInit
 from taskgrad.graph.functions import pack_function, template
 from taskgrad.graph.layer_graph import (
     FUNCTION,
@@ -211,7 +213,7 @@ def captured_chain(
     model = copy.deepcopy(model)
     graphs: dict[Any, LayerGraph] = {}
 
-    def capture(args: tuple[Any, ...], kwargs: Mapping[str, Any], mode: Any) -> Captured:
+    def find(args: tuple[Any, ...], kwargs: Mapping[str, Any], mode: Any, *rest: Any) -> Captured:
         leaves = [leaf for leaf in flatten(args)[0] if isinstance(leaf, torch.Tensor)]
         seen = (mode, *((t.shape, t.requires_grad) for t in leaves))
         if seen not in graphs:
@@ -224,12 +226,13 @@ def captured_chain(
     workers = [addresses[i] for i in placement]
     flat = model_of(model)
     chain: Any = object.__new__(tg.GraphChain)
+    capture: Any = SimpleNamespace(find=find)
     layout = CapturedLayout(type(model).__name__, flat, workers, owner, starts, capture)
     chain.layout = layout
     chain._skeleton, chain._same_as = flat.skeleton, list(range(len(flat.modules)))
     chain._mode = None
-    layout.deploy(flat, None, {}, 0)
+    layout.deploy(flat, None, DeferredInit({}, {}), 0)
     chain.placement = placement_table(flat, workers, layout.devices, owner.names, None)
     if example:
-        layout.plan_for(capture(example, {}, True))
+        layout.plan_by(example, {}, (), None)
     return chain

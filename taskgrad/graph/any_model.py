@@ -36,12 +36,15 @@ class LayeredModel:
         The layers; in the order in which the example passes them, if there was one.
     capture
         What finds the graph of a call; None if the model is sequential, or one layer.
+    example
+        The arguments of a call, if they were given.
     whole
         For modules that are one layer though they have parts that could be cut, why that is so.
     """
 
     flat: Model
     capture: Capture | None = None
+    example: Arguments | None = None
     whole: dict[str, str] = field(default_factory=dict)
 
 
@@ -77,7 +80,7 @@ def in_layers(
         try:
             *_, following = capture.follow(*example, None, _no_value)
         except _ValueReadError:  # at the first call there are values
-            return LayeredModel(flat, capture)
+            return LayeredModel(flat, capture, example)
         except CannotFollowError as error:
             if error.cut_further and error.module not in further:
                 further.add(error.module)
@@ -92,7 +95,7 @@ def in_layers(
         in_order = model_in_pieces(model, [parts[i] for i in order])
         capture = Capture(model, in_order.layers, list(found.opened), title)
         in_order.activations = [following.saved[i] for i in order]
-        return LayeredModel(in_order, capture, whole)
+        return LayeredModel(in_order, capture, example, whole)
 
 
 def _no_value(following: Following, activation: Activation) -> torch.Tensor:

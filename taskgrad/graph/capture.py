@@ -6,6 +6,7 @@ import contextlib
 import random
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from taskgrad.errors import TaskgradError
 from taskgrad.graph.following import (
     Activation,
     CannotFollowError,
@@ -27,7 +27,7 @@ from taskgrad.graph.layer_graph import Captured, LayerGraph
 from taskgrad.graph.layers import Layer, OwnTensors
 from taskgrad.graph.pytree import flatten
 from taskgrad.graph.stand_ins import fake_copy, follower, stand_in
-from taskgrad.graph.torch_settings import TorchSettings, settings_now
+from taskgrad.graph.torch_settings import settings_now
 
 _MOST = 32  # graphs that are kept for calls of one structure
 
@@ -96,15 +96,6 @@ class Capture:
                 stand_in(module, is_layer=False)
         return Parts(modules, opened, tensors, hooks, self._mode)
 
-    def __call__(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], mode: bool | None
-    ) -> Captured:
-        """The graph of a call without values of activations; see `find`."""
-        try:
-            return self.find(args, kwargs, mode, refuse_reading)
-        except CannotFollowError as error:
-            raise not_captured(self.title, error) from None
-
     def find(
         self,
         args: Sequence[Any],
@@ -112,6 +103,7 @@ class Capture:
         mode: bool | None,
         read: Read,
         select: Select | None = None,
+        stream: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Captured:
         """The graph of a call, and the values of its inputs.
 
@@ -123,6 +115,8 @@ class Capture:
             Returns the value of an activation; raises if it cannot be had.
         select
             Takes what is needed of the output; equal objects for equal selections.
+        stream
+            A context in which random numbers are drawn.
 
         Raises what the model's forward does; CannotFollowError if it cannot be followed.
         """
@@ -135,10 +129,14 @@ class Capture:
         except TypeError:  # an argument that has no hash
             entries = []
         for entry in entries:
-            found = entry.repeat(inputs) if entry.repeat is not None else None
+            if entry.repeat is None:
+                continue
+            with stream() if entry.repeat.draws else nullcontext():
+                found = entry.repeat(inputs)
             if found is not None:
                 return Captured(entry.graph, tuple(found))
-        graph, given, repeat, _ = self.follow(args, kwargs, mode, read, select)
+        with stream():
+            graph, given, repeat, _ = self.follow(args, kwargs, mode, read, select)
         entries[:] = [entry for entry in entries if entry.repeat is not None][: _MOST - 1]
         if repeat is not None:
             entries.insert(0, Entry(graph, repeat))
@@ -245,15 +243,3 @@ def _signature(value: Any, depth: int = 3) -> Any:
 def refuse_reading(following: Following, activation: Activation) -> torch.Tensor:
     """For `Capture.find` where no value can be had."""
     raise following.cannot("its forward depends on the value of an activation")
-
-
-def not_captured(title: str, error: CannotFollowError) -> TaskgradError:
-    """The error for a model that cannot be captured now that its layers are placed."""
-    module = error.module or title
-    return TaskgradError(
-        f"the forward of {module} cannot be followed: {error}. Keep it in one layer, with "
-        f"keep_together=[{error.module!r}] of tg.GraphChain"
-    )
-
-
-__all__ = ["CannotFollowError", "Capture", "Captured", "TorchSettings", "refuse_reading"]

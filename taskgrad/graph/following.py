@@ -138,6 +138,7 @@ class _Step:
     written: list[tuple[int, int]] = field(default_factory=list)
     inputs: list[int] = field(default_factory=list)
     saved: int = 0  # bytes that autograd would keep
+    has_effects: bool = False
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,6 @@ class Following(TorchFunctionMode):
         self._by_storage: dict[int, list[Activation]] = {}
         self._calls: Counter[Any] = Counter()
         self._stack: list[str] = [""]
-        self._where = ""
 
     # -- calls of modules -------------------------------------------------------------------------
     def inside(self, module: nn.Module, run: Callable[[], Any]) -> Any:
@@ -227,7 +227,8 @@ class Following(TorchFunctionMode):
             name = f"{name} (call {self._calls[index]})"
         kind = type(module).__name__
         step = _Step(index, name, kind, None, None, None, [], settings_now())
-
+        has_buffers = next(module.buffers(), None) is not None
+        step.has_effects = has_buffers and any(m.training for m in module.modules())
         own = self._parts.hooks[id(module)]
         added = _hooks_added(module, own)
         for hook, takes_kwargs in added[0]:
@@ -732,6 +733,7 @@ class Following(TorchFunctionMode):
             tuple(dict.fromkeys(x.index for x in placed_output if type(x) is Slot)),
             tuple(tuple(sorted(group)) for group in self._together),
             self._settings,
+            tuple(i for i, step in enumerate(self._steps) if step.has_effects),
         )
         return found, given
 

@@ -157,18 +157,21 @@ class KnownValues(TorchDispatchMode):
 
 
 class Repeat:
-    """Computes what a forward computed of its inputs, for other inputs."""
+    """Computes what a forward computed of its inputs, for other inputs.
+
+    `draws` is True if random numbers are drawn for it.
+    """
 
     def __init__(
         self, run: Callable[..., Any], checks: list[Callable[[Any], bool]], draws: bool
     ) -> None:
         self._run = run
         self._checks = checks
-        self._draws = draws
+        self.draws = draws
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
         """The tensors; None if the forward would not do the same with these inputs."""
-        state = torch.get_rng_state() if self._draws else None
+        state = torch.get_rng_state() if self.draws else None
         try:
             found, read = self._run(*inputs)
             if all(check(value) for check, value in zip(self._checks, read, strict=True)):

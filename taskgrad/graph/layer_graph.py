@@ -131,6 +131,8 @@ class LayerGraph:
     settings
         Torch's where the model was called. A step with others runs with what differs of them in
         place of that of the call, whichever settings this is made with.
+    effects
+        Steps that run though nothing may take what they give: layers that may write their buffers.
     """
 
     values: tuple[Value, ...]
@@ -140,6 +142,7 @@ class LayerGraph:
     output_values: tuple[int, ...]
     together: tuple[tuple[int, ...], ...] = ()
     settings: TorchSettings = STARTING
+    effects: tuple[int, ...] = ()
 
     @cached_property
     def users(self) -> Mapping[int, tuple[int, ...]]:

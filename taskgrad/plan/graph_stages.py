@@ -105,9 +105,10 @@ def _groups(graph: LayerGraph) -> dict[int, tuple[int, ...]]:
 
 
 def _live(graph: LayerGraph, groups: dict[int, tuple[int, ...]]) -> list[int]:
-    """The steps that the output needs, and those that have to be together with one of them."""
+    """The steps that the output needs, or that have effects, and those together with one."""
     found: set[int] = set()
     stack = [s for v in graph.output_values if (s := graph.values[v].step) is not None]
+    stack += graph.effects
     while stack:
         number = stack.pop()
         if number not in found:

@@ -93,10 +93,11 @@ def check_trainer(
     in_files = check_fits(chain, optimizer, microbatches, accumulate, averages=ema is not None)
     kinds = {device.partition(":")[0] for device in layout.devices.values()}
     groups = parameter_groups(layout.trainable, patterns)
+    select = own_loss if loss_fn is None else None
     settings = Settings(
         # Clipping and loss scaling need the gradients of all workers.
         plan=planner(
-            layout, schedule, flush=given["clip_norm"] is not None or given["amp"] == "fp16"
+            layout, schedule, select, flush=given["clip_norm"] is not None or given["amp"] == "fp16"
         ),
         seed=given["seed"],
         accumulate=given["accumulate"],
@@ -107,6 +108,7 @@ def check_trainer(
         check_finite=given["check_finite"],
         order=layout.trainable,
         groups=["default", *patterns],
+        select=select,
     )
     form = BatchForm(layout.takes, own_loss=loss_fn is None, one_input=layout.takes_one_input)
     weight = given["loss_weight"]

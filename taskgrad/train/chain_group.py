@@ -16,12 +16,13 @@ from taskgrad.cluster.session import Session, check_open, session
 from taskgrad.display.table import MemoryRow, PlacementRow, Table
 from taskgrad.errors import TaskgradError
 from taskgrad.executors.between_steps import between_steps
-from taskgrad.function_layout import FunctionLayout, JoinedLayout, random_state_kept
+from taskgrad.function_layout import FunctionLayout, JoinedLayout
 from taskgrad.graph.deferred_init import named_tensors
 from taskgrad.graph.layers import flatten_model, kind_of
 from taskgrad.graph.leaves import Leaf
 from taskgrad.layout import Layout
 from taskgrad.recording import Recording, record
+from taskgrad.tracing import random_state_kept
 from taskgrad.train.chain_names import named_in
 from taskgrad.worker import shard_ops
 from taskgrad.worker.memory import MemoryUsage

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from taskgrad.graph.own_loss import own_loss
 from taskgrad.graph.slices import as_tensors, batch_size
-from taskgrad.layout import Layout
+from taskgrad.layout import Layout, Select
 from taskgrad.thunk import Thunk, collect, spawn
 from taskgrad.train.data import MicrobatchSplitter, check_size, on_workers
 from taskgrad.train.steps import Steps
@@ -80,7 +81,8 @@ class Loops:
             size = spawn(count, x, worker=splitter.first) if on_workers(x) else count(x)
             if form.own_loss and metrics:
                 y = x
-            return spawn(measure, size, self._forward(x), y, worker=splitter.last)
+            output = self._forward(x, own_loss if form.own_loss and not metrics else None)
+            return spawn(measure, size, output, y, worker=output._node.worker)
 
         values: dict[str, list[float]] = {name: [] for name in functions}
         sizes: list[int] = []
@@ -103,11 +105,11 @@ class Loops:
         """Outputs for the batches of inputs, in order."""
         return self._stream(loader, self._forward)
 
-    def _forward(self, x: Any) -> Thunk:
+    def _forward(self, x: Any, select: Select | None = None) -> Thunk:
         form = self.splitter.form
         x = form.inputs(x)
         args, kwargs = form.arguments(x if isinstance(x, Thunk) else as_tensors(x))
-        calls = self.layout.calls(args, kwargs, mode=False, autocast=self.autocast)
+        calls = self.layout.calls(args, kwargs, mode=False, autocast=self.autocast, select=select)
         return Thunk(calls[-1], self.layout.session)
 
     def _stream(self, loader: Iterable[Any], start: Callable[[Any], Thunk]) -> Iterator[Any]:

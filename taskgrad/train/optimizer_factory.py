@@ -154,7 +154,7 @@ def optimizers_on(
     makes = []
     for shard in layout.shards:
         mine = {name for name in layout.trainable if layout.home(name) is shard}
-        own = loss if shard is layout.last else None
+        own = loss if layout.may_end_at(shard) else None
         arguments = {
             "factory": factory,
             "groups": [([n for n in names if n in mine], given) for names, given in groups],

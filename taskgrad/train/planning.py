@@ -3,40 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 
 import torch
 
 from taskgrad.arguments import shown
-from taskgrad.function_layout import random_state_kept
 from taskgrad.graph.adjoint import calls_behind
 from taskgrad.graph.layer_graph import FUNCTION
 from taskgrad.graph.nodes import Node, whole
-from taskgrad.layout import Layout
+from taskgrad.layout import Layout, Select
 from taskgrad.plan.plan import Plan, PlannedWorker, Stage
 from taskgrad.plan.rules import NAMES, fastest
 from taskgrad.plan.rules import schedule as named_schedule
 from taskgrad.plan.schedule import Costs, Pipeline, Schedule, check
+from taskgrad.tracing import random_state_kept
 from taskgrad.worker_names import WorkerName
 
 Maker = Callable[[Pipeline, int], Schedule]
 
 
-def planner(layout: Layout, make_schedule: Maker, *, flush: bool) -> Callable[[int], Plan]:
+def planner(
+    layout: Layout, make_schedule: Maker, select: Select | None, *, flush: bool
+) -> Callable[[int], Plan]:
     """A function from a number of microbatches to their plan; it caches the last plans.
 
-    With `flush` no worker updates before the gradients of all are complete.
+    `select` is what steps take of the model's output. With `flush` no worker updates before the
+    gradients of all are complete.
     """
     devices = layout.devices
     workers = tuple(
         PlannedWorker(s.worker, devices[s.worker], _own_name(layout.session.named(s.worker)))
         for s in layout.shards
     )
-    unscheduled = Plan(layout.title, stages_of(layout), workers, flush=flush)
+
+    @cache
+    def unscheduled() -> Plan:
+        return Plan(layout.title, stages_of(layout, select), workers, flush=flush)
 
     @lru_cache(maxsize=16)
     def plan(microbatches: int) -> Plan:
-        return unscheduled.with_schedule(make_schedule(unscheduled.pipeline, microbatches))
+        found = unscheduled()
+        return found.with_schedule(make_schedule(found.pipeline, microbatches))
 
     return plan
 
@@ -45,11 +52,11 @@ def _own_name(worker: WorkerName) -> str:
     return "" if worker.short == worker.address else worker.short
 
 
-def stages_of(layout: Layout) -> tuple[Stage, ...]:
+def stages_of(layout: Layout, select: Select | None = None) -> tuple[Stage, ...]:
     """The stages of a chain: each is one of its calls."""
     workers = [shard.worker for shard in layout.shards]
     with torch.enable_grad(), random_state_kept():
-        calls = layout.planned_calls()
+        calls = layout.planned_calls(select)
     reached = set(calls_behind(calls[-1:]))
     index: dict[Node, int] = {call: i for i, call in enumerate(calls)}
     return tuple(

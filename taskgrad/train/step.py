@@ -17,7 +17,7 @@ from taskgrad.graph.nodes import Node, ancestors
 from taskgrad.graph.pullback import Pullback, WeightPullback
 from taskgrad.graph.pytree import Slot
 from taskgrad.graph.shards import Shard, ShardCall, copied_names
-from taskgrad.layout import Layout
+from taskgrad.layout import Layout, Select
 from taskgrad.plan.plan import Plan
 from taskgrad.train.data import Batch
 from taskgrad.worker import optimizing, training
@@ -40,6 +40,7 @@ class Settings:
     check_finite: bool
     order: list[str]  # the trainable parameters, as in the model
     groups: list[str]  # the names of the optimizer's groups
+    select: Select | None  # what steps take of the model's output
 
 
 @dataclass
@@ -102,8 +103,8 @@ def build(
     `calls` are those of its microbatches, if they have been made.
     """
     update = (number + 1) % settings.accumulate == 0
-    plan, earlier = settings.plan(batch.count), {} if before is None else before.last
     calls = calls or calls_of(layout, batch, number, settings)
+    plan, earlier = settings.plan(batch.count), {} if before is None else before.last
     parts = [_microbatch(part, batch, m, settings) for m, part in enumerate(calls)]
     scheduled = _scheduled(parts, plan)
     order, tails = _order(batch, scheduled, layout, earlier)
@@ -116,7 +117,7 @@ def build(
     losses = [part.calls[-1] for part in parts]
     weights = [w for w in batch.weights if isinstance(w, Node)]
     report = layout.task(
-        layout.last,
+        losses[0].shard or layout.last,
         training.report,
         {
             "step": number,
@@ -155,6 +156,7 @@ def build(
 
 def calls_of(layout: Layout, batch: Batch, number: int, settings: Settings) -> list[list[Call]]:
     """The calls of each microbatch of a step, the last one with the loss."""
+    layout.plan_by(*batch.inputs[0], settings.autocast, settings.select)
     orders = settings.plan(batch.count).orders
     split = {(a.stage, a.microbatch) for order in orders for a in order if a.kind == "W"}
     return [_calls(layout, batch, number, m, settings, split) for m in range(batch.count)]
@@ -191,7 +193,15 @@ def _calls(
     draw = Draw(settings.seed, number, index)
     args, kwargs = batch.inputs[index]
     with torch.enable_grad():
-        return layout.calls(args, kwargs, mode=True, autocast=settings.autocast, extend=extend)
+        return layout.calls(
+            args,
+            kwargs,
+            mode=True,
+            autocast=settings.autocast,
+            extend=extend,
+            select=settings.select,
+            draw=draw,
+        )
 
 
 def _microbatch(calls: list[Call], batch: Batch, index: int, settings: Settings) -> _Microbatch:
