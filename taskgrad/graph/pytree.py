@@ -337,7 +337,8 @@ def builds(leaves: Sequence[Any], structures: Sequence[Structure]) -> list[Any]:
 def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
     """The same tree with `fn` applied to every leaf."""
     leaves, structure = flatten(tree)
-    return structure.build([fn(leaf) for leaf in leaves])
+    mapped = [fn(leaf) for leaf in leaves]
+    return Cotangents(mapped, structure) if type(tree) is Cotangents else structure.build(mapped)
 
 
 def tensors(tree: Any) -> list[torch.Tensor]:
