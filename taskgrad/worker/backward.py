@@ -36,19 +36,19 @@ class Backward:
     `sources` says where each cotangent is: a position among the task's values, or None for ones.
     Those are multiplied by `factor`, and by the number at position `weight`; where that is 0 no
     gradient is taken, as 0 times it could be NaN. `positions` says which element of the output each
-    cotangent is of, None for all of it. `carried` are further cotangents of inputs, (slot,
-    position), to which this one adds its own. `wanted` are the input slots whose cotangents are
-    returned. `includes` lists for parameters the sources of gradients of newer backwards (see
-    `Store.parts`), to which this one adds its own. `accumulate` lists, for each parameter whose
-    gradient is complete with this backward, the sources of the other parts before its own. `peers`
-    are the keys of the backward tasks of all ranks, if the forward was one of a process group.
+    cotangent is of, None for all of it, as all are without it. `carried` are further cotangents of
+    inputs, (slot, position), to which this one adds its own. `wanted` are the input slots whose
+    cotangents are returned. `includes` lists for parameters the sources of gradients of newer
+    backwards (see `Store.parts`), to which this one adds its own. `accumulate` lists, for each
+    parameter whose gradient is complete with this backward, the sources of the other parts before
+    its own. `peers` are the keys of the backward tasks of all ranks, if the forward was one of a
+    process group.
     """
 
     key: str
     token: str
     title: str
     sources: tuple[int | None, ...]
-    positions: tuple[int | None, ...]
     wanted: tuple[int, ...]
     retain: bool
     draw: Draw | None = None
@@ -57,6 +57,7 @@ class Backward:
     includes: dict[str, list[str | int]] = field(default_factory=dict)
     accumulate: dict[str, list[str | int]] = field(default_factory=dict)
     peers: tuple[str, ...] = ()
+    positions: tuple[int | None, ...] = ()
     carried: tuple[tuple[int, int], ...] = ()
 
     def run(self, store: Store, *values: Any) -> Any:
@@ -173,7 +174,8 @@ class Backward:
     def _sum(self, tape: Tape, worker: WorkerName, values: tuple[Any, ...]) -> list[Gradient]:
         """The cotangents of the output's leaves, those that meet summed in the order given."""
         total: list[Gradient] | None = None
-        for source, position in zip(self.sources, self.positions, strict=True):
+        positions = self.positions or (None,) * len(self.sources)
+        for source, position in zip(self.sources, positions, strict=True):
             if source is None:
                 weight = self._weight(tape, values)
                 part: list[Gradient] = [_seed(tape, worker, weight) if weight else None]
