@@ -243,7 +243,7 @@ def actions(module: nn.Module):
     context = StepContext(draw, split=True)
     one_input = template(((Slot(0),), {}))
     spec = CallSpec(
-        *("call", "layer", step, "shard", b"", (), one_input, True, (True,)),
+        *("call", "layer", step, "shard", b"", (), one_input, b"", True, (True,)),
         *((), None, (), False, context),
     )
     backward = partial(Backward, "back", "call", "layer", (0,), (0,), False, draw)
