@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from taskgrad.cluster.session import Session
 from taskgrad.errors import TaskgradError
 from taskgrad.graph.calls import Call, Draw, LayerStep
 from taskgrad.graph.capture import Capture, Read, refuse_reading
-from taskgrad.graph.following import CannotFollowError
+from taskgrad.graph.following import Activation, CannotFollowError, Following, line_of_user
 from taskgrad.graph.functions import template
 from taskgrad.graph.layer_graph import FUNCTION, Captured, LayerGraph
 from taskgrad.graph.layers import Model
@@ -30,6 +32,8 @@ from taskgrad.tracing import random_state_kept
 from taskgrad.worker.randomness import random_stream
 from taskgrad.worker.settings import in_thread
 from taskgrad.worker_names import WorkerName
+
+logger = logging.getLogger("taskgrad")
 
 # The arguments of a call whose steps have arguments of their own.
 _NO_ARGUMENTS = template(((), {}))
@@ -95,6 +99,7 @@ class CapturedLayout(Layout):
         self._functions: dict[str, str] = {}  # by name, the workers of functions
         self._stages: OrderedDict[int, _Stages] = OrderedDict()  # by the ids of their graphs
         self._example = example
+        self._said = False
         self._planned: dict[Select | None, Captured] = {}
 
     def planned_calls(self, select: Select | None = None) -> list[Call]:
@@ -141,9 +146,33 @@ class CapturedLayout(Layout):
         draw: Draw | None = None,
     ) -> list[Call]:
         self.refuse_modes()
-        captured = self._find(args, kwargs, mode, autocast, refuse_reading, select, draw)
+        read: Read = partial(self._read, mode) if extend is None else refuse_reading
         planned = None if extend is None else self._planned.get(select)
+        captured = self._find(args, kwargs, mode, autocast, read, select, draw)
         return self.calls_of(captured, planned, mode=mode, autocast=autocast, extend=extend)
+
+    def _read(
+        self, mode: bool | None, following: Following, activation: Activation
+    ) -> torch.Tensor:
+        """The value of an activation: what has been followed so far runs now."""
+        if not self._said:
+            logger.warning(
+                "The forward of %s reads the value of an activation%s: each call runs up to there, "
+                "brings the value here, and is followed anew.",
+                self.title,
+                line_of_user(),
+            )
+            self._said = True
+        graph, inputs, numbers = following.part()
+        if graph.steps:
+            with in_thread(graph.settings, WorkerName("driver")):
+                _, nodes = self._calls_of(Captured(graph, tuple(inputs)), None, mode, (), None)
+            following.have_run({number: nodes[value] for number, value in numbers.items()})
+        node = following.node_of(activation)
+        self.executor.run([node], tapes=torch.is_grad_enabled())
+        [value] = self.executor.values([node])
+        found: torch.Tensor = value
+        return found
 
     def _find(
         self,
@@ -179,6 +208,17 @@ class CapturedLayout(Layout):
 
         Raises TaskgradError if they are of other stages than what was `planned`.
         """
+        return self._calls_of(captured, planned, mode, autocast, extend)[0]
+
+    def _calls_of(
+        self,
+        captured: Captured,
+        planned: Captured | None,
+        mode: bool | None,
+        autocast: Autocast,
+        extend: Extend | None,
+    ) -> tuple[list[Call], dict[int, Node]]:
+        """The calls, and the nodes of values by their numbers."""
         graph = captured.graph
         found = self._stages_of(graph)
         if planned is not None:
@@ -189,7 +229,8 @@ class CapturedLayout(Layout):
         for place, stage in enumerate(found.stages):
             for value in stage.inputs:
                 if value not in nodes:
-                    nodes[value] = Leaf(captured.inputs[value], kept=True)
+                    given = captured.inputs[value]
+                    nodes[value] = given if isinstance(given, Node) else Leaf(given, kept=True)
             steps, context = stage.steps, None
             inputs = tuple([nodes[value] for value in stage.inputs])
             if extend is not None:
@@ -220,7 +261,7 @@ class CapturedLayout(Layout):
                     key=new_key("value", stage.title),
                     carries_gradient=graph.values[value].requires_grad,
                 )
-        return calls
+        return calls, nodes
 
     def _stages_of(self, graph: LayerGraph) -> _Stages:
         found = self._stages.get(id(graph))
@@ -228,7 +269,8 @@ class CapturedLayout(Layout):
             stages = graph_stages(
                 graph, self._workers, starts=self.starts, functions=self._functions
             )
-            made = tuple(self._stage(graph, s, s is stages[-1]) for s in stages)
+            end = stages[-1] if graph.kept is None else None
+            made = tuple(self._stage(graph, s, s is end) for s in stages)
             found = _Stages(graph, made, tuple((s.worker, s.needs) for s in stages))
             self._stages[id(graph)] = found
             if len(self._stages) > _MAX_GRAPHS:

@@ -213,3 +213,46 @@ def test_a_model_without_a_loss(client):
     with pytest.raises(ValueError, match="computes a loss only if a batch has 'labels'"):
         trainer.step({"input_ids": torch.ones(2, 4, dtype=torch.long)})
     trainer.step(token_batches(1)[0]).item()  # and can go on
+
+
+class Deciding(nn.Module):
+    """Goes on by the value of an activation; takes parts of it by another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(4)])
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        x = first = self.norm(self.layers[0](x))
+        for layer in self.layers[1:]:
+            x = layer(x) + first
+            if x.abs().mean() > 1.2:
+                break
+        rows = x.sum(-1) > 0
+        return x[rows] * float(x.detach().max()), first
+
+
+def test_a_value_that_decides_is_collected(four, caplog):
+    model = Deciding().double()
+    chain = tg.GraphChain(model, client=four, placement=[0, 1, 2, 3, 0])
+    layers = {row.layer: row.worker for row in chain.placement}
+    assert len(set(layers.values())) == 4
+    for scale in (0.1, 1.0, 30.0):
+        x = torch.randn(6, 4).double() * scale
+        ours, plain = tg.collect(chain(x)), model(x)
+        for a, b in zip(ours, plain, strict=True):
+            torch.testing.assert_close(a, b)
+        model.zero_grad()
+        chain.zero_grad()
+        sum(t.square().sum() for t in plain).backward()
+        sum(t.square().sum() for t in ours).backward()
+        for name, parameter in model.named_parameters():
+            found = tg.collect(chain.grads()[name])
+            if parameter.grad is not None:
+                torch.testing.assert_close(found, parameter.grad)
+    assert int(chain.state_dict()["norm.num_batches_tracked"]) == 3  # each layer ran once
+    said = [r for r in caplog.records if "reads the value of an activation" in r.getMessage()]
+    assert len(said) == 1
+    assert "test_captured_training.py, line" in said[0].getMessage()

@@ -15,7 +15,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
@@ -140,6 +140,11 @@ class _Step:
     saved: int = 0  # bytes that autograd would keep
     has_effects: bool = False
 
+    @property
+    def gives(self) -> list[int]:
+        """The numbers of the values that it gives."""
+        return [number for _, number in (*self.results, *self.written)]
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -198,6 +203,8 @@ class Following(TorchFunctionMode):
         self._read = read
         self._settings = settings_now()
         self._steps: list[_Step] = []
+        self._begin = 0  # steps before this one are calls already
+        self._nodes: dict[int, Any] = {}  # of what these give
         self._values: dict[int, Value] = {}
         self._inputs: dict[Any, tuple[int, torch.Tensor]] = {}  # numbers below zero
         self._given: list[torch.Tensor] = []
@@ -636,8 +643,7 @@ class Following(TorchFunctionMode):
             numbers = {leaf.value, *(a.value for a in views)}
             group = {len(self._steps) - 1}
             for i, other in enumerate(self._steps[:-1]):
-                gives = {n for _, n in (*other.results, *other.written)}
-                if numbers & (gives | set(other.inputs)):
+                if numbers & {*other.gives, *other.inputs}:
                     group.add(i)
             self._together.append(group)
 
@@ -682,32 +688,90 @@ class Following(TorchFunctionMode):
         return len(self._steps) - 1
 
     # -- the result -------------------------------------------------------------------------------
-    def graph(self, output: Any) -> tuple[LayerGraph, list[torch.Tensor]]:
-        """The graph of what was followed, with this output, and the values of its inputs."""
+    def graph(self, output: Any) -> tuple[LayerGraph, list[Any]]:
+        """The graph of what was followed, with this output, and the values of its inputs.
+
+        These are tensors; and nodes of what the steps gave that have run.
+        """
         leaves, structure = flatten(((output,), {}))
         self._refuse_foreign(leaves)
         slots = [self._slot_of(self._activation_of(leaf)) for leaf in leaves]
+        needed = [slot.index for slot in slots if type(slot) is Slot]
+        numbers, values, given = self._numbered(needed)
+        found = LayerGraph(
+            values,
+            len(given),
+            self._placed(numbers),
+            template_of([_at(slot, numbers) for slot in slots], structure),
+            tuple(dict.fromkeys(numbers[n] for n in needed)),
+            self._groups(),
+            self._settings,
+            self._effects(),
+        )
+        return found, given
+
+    def part(self) -> tuple[LayerGraph, list[Any], dict[int, int]]:
+        """The graph of the steps that have not run yet; all that they give is kept.
+
+        Also the values of its inputs, and the graph's number for each value that the steps give.
+        """
+        numbers, values, given = self._numbered([])
+        made = [n for step in self._steps[self._begin :] for n in step.gives]
+        kept = {number: numbers[number] for number in made}
+        found = LayerGraph(
+            values,
+            len(given),
+            self._placed(numbers),
+            b"",
+            (),
+            self._groups(),
+            self._settings,
+            self._effects(),
+            tuple(kept.values()),
+        )
+        return found, given, kept
+
+    def have_run(self, nodes: Mapping[int, Any]) -> None:
+        """The steps so far are calls now, with these nodes of what they give."""
+        self._nodes |= nodes
+        self._begin = len(self._steps)
+
+    def node_of(self, activation: Activation) -> Any:
+        """The node of an activation that steps which have run gave."""
+        return self._nodes[activation.value]
+
+    def _numbered(
+        self, needed: Sequence[int]
+    ) -> tuple[dict[int, int], tuple[Value, ...], list[Any]]:
+        """The numbers that values have in the graph, the values, and those of the inputs."""
         for tensor, version in self._versions:
             if version is not None and tensor._version != version:
                 raise self.cannot(
                     "it writes into a tensor of its inputs after it gave it to a layer: give the "
                     "layer a .clone()"
                 )
-        count = len(self._inputs)
+        steps = self._steps[self._begin :]
+        taken = dict.fromkeys([n for step in steps for n in step.inputs] + list(needed))
+        numbers: dict[int, int] = {}
+        values: list[Value] = []
+        given: list[Any] = []
+        for number, tensor in self._inputs.values():
+            numbers[number] = len(values)
+            values.append(Value(None, tuple(tensor.shape), tensor.dtype, tensor.requires_grad))
+            given.append(tensor)
+        for number in taken:
+            if number in self._nodes:
+                numbers[number] = len(values)
+                values.append(replace(self._values[number], step=None))
+                given.append(self._nodes[number])
+        for number, value in self._values.items():
+            if value.step is not None and value.step >= self._begin:
+                numbers[number] = len(values)
+                values.append(replace(value, step=value.step - self._begin))
+        return numbers, tuple(values), given
 
-        def at(number: int) -> int:
-            return -1 - number if number < 0 else count + number
-
-        def placed(leaf: Any) -> Any:
-            if type(leaf) is _Pickled:
-                return cloudpickle.loads(leaf.data)
-            return Slot(at(leaf.index)) if type(leaf) is Slot else leaf
-
-        given = [tensor for _, tensor in self._inputs.values()]
-        values = [Value(None, tuple(t.shape), t.dtype, t.requires_grad) for t in given] + list(
-            self._values.values()
-        )
-        steps = tuple(
+    def _placed(self, numbers: Mapping[int, int]) -> tuple[GraphStep, ...]:
+        return tuple(
             GraphStep(
                 step.layer,
                 step.name,
@@ -715,27 +779,31 @@ class Following(TorchFunctionMode):
                 step.target,
                 b""
                 if step.leaves is None or step.structure is None
-                else self._template(step, [placed(x) for x in step.leaves]),
-                tuple([at(n) for n in step.inputs]),
-                tuple([(i, at(n)) for i, n in step.results]),
+                else self._template(step, [_at(leaf, numbers) for leaf in step.leaves]),
+                tuple([numbers[n] for n in step.inputs]),
+                tuple([(i, numbers[n]) for i, n in step.results]),
                 step.settings,
                 step.expected,
-                tuple([(i, at(n)) for i, n in step.written]),
+                tuple([(i, numbers[n]) for i, n in step.written]),
             )
-            for step in self._steps
+            for step in self._steps[self._begin :]
         )
-        placed_output = [placed(x) for x in slots]
-        found = LayerGraph(
-            tuple(values),
-            count,
-            steps,
-            template_of(placed_output, structure),
-            tuple(dict.fromkeys(x.index for x in placed_output if type(x) is Slot)),
-            tuple(tuple(sorted(group)) for group in self._together),
-            self._settings,
-            tuple(i for i, step in enumerate(self._steps) if step.has_effects),
-        )
-        return found, given
+
+    def _groups(self) -> tuple[tuple[int, ...], ...]:
+        found = []
+        for group in self._together:
+            late = [number for number in group if number >= self._begin]
+            if late and len(late) < len(group):
+                raise self.cannot(
+                    "it writes in place into a value that has been computed already, as another "
+                    "value was read meanwhile: write into a .clone()"
+                )
+            if late:
+                found.append(tuple(sorted(number - self._begin for number in late)))
+        return tuple(found)
+
+    def _effects(self) -> tuple[int, ...]:
+        return tuple(i for i, step in enumerate(self._steps[self._begin :]) if step.has_effects)
 
     def _template(self, step: _Step, leaves: Sequence[Any]) -> bytes:
         assert step.structure is not None
@@ -774,6 +842,13 @@ class _Touched(TorchDispatchMode):
             if t.layout is torch.strided and id(t) not in given and not func.is_view
         ]
         return result
+
+
+def _at(leaf: Any, numbers: Mapping[int, int]) -> Any:
+    """A leaf of arguments, with the number that a value has in the graph."""
+    if type(leaf) is _Pickled:
+        return cloudpickle.loads(leaf.data)
+    return Slot(numbers[leaf.index]) if type(leaf) is Slot else leaf
 
 
 def _inside(layer: str) -> CannotFollowError:

@@ -133,6 +133,9 @@ class LayerGraph:
         place of that of the call, whichever settings this is made with.
     effects
         Steps that run though nothing may take what they give: layers that may write their buffers.
+    kept
+        If these are only steps of the begin or the middle of a forward, which has no output then:
+        the values that are there for later steps.
     """
 
     values: tuple[Value, ...]
@@ -143,6 +146,7 @@ class LayerGraph:
     together: tuple[tuple[int, ...], ...] = ()
     settings: TorchSettings = STARTING
     effects: tuple[int, ...] = ()
+    kept: tuple[int, ...] | None = None
 
     @cached_property
     def users(self) -> Mapping[int, tuple[int, ...]]:
@@ -158,8 +162,9 @@ class LayerGraph:
 class Captured:
     """One call of a model: its graph, and the values of the graph's inputs.
 
-    `inputs` has a tensor of the driver's, or None where no step takes it, for each input.
+    `inputs` has for each input a tensor of the driver's, or the node of a value that an earlier
+    part of the forward gives; None where no step takes it.
     """
 
     graph: LayerGraph
-    inputs: tuple[torch.Tensor | None, ...] = field(default=())
+    inputs: tuple[Any, ...] = field(default=())

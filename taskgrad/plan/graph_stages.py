@@ -109,6 +109,7 @@ def _live(graph: LayerGraph, groups: dict[int, tuple[int, ...]]) -> list[int]:
     found: set[int] = set()
     stack = [s for v in graph.output_values if (s := graph.values[v].step) is not None]
     stack += graph.effects
+    stack += [s for v in graph.kept or () if (s := graph.values[v].step) is not None]
     while stack:
         number = stack.pop()
         if number not in found:
@@ -275,7 +276,7 @@ def _merged(
 ) -> list[_Stage]:
     constant = {n for n in _constant(graph, live) if n not in groups}
     merging = _Merging(graph, groups, workers, constant, starts)
-    ends = {graph.values[value].step for value in graph.output_values}
+    ends = {graph.values[value].step for value in (*graph.output_values, *(graph.kept or ()))}
     for number in live:
         if number not in constant or number in ends:
             merging.place(number)
@@ -357,6 +358,10 @@ def _built(graph: LayerGraph, stages: Sequence[_Stage]) -> tuple[GraphStage, ...
     inputs = [tuple(taken(i)) for i in range(len(stages))]
     outputs: list[dict[int, None]] = [{} for _ in stages]
     needs: list[set[int]] = [set() for _ in stages]
+    for value in graph.kept or ():
+        step = graph.values[value].step
+        if step is not None:
+            outputs[place[step]][value] = None
     for i, values in enumerate(inputs):
         for value in values:
             step = graph.values[value].step
