@@ -519,8 +519,10 @@ class Following(TorchFunctionMode):
 
     def _shaped_by_values(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The result of a function, as fake tensors, whose shapes depend on values."""
+        grad = torch.is_grad_enabled()
         with self._values_read(args, kwargs) as (real_args, real_kwargs):
-            return self._as_fakes(target(*real_args, **real_kwargs))
+            with torch.set_grad_enabled(grad):
+                return self._as_fakes(target(*real_args, **real_kwargs))
 
     def _as_fakes(self, result: Any) -> Any:
         mode = self._parts.mode
@@ -541,7 +543,8 @@ class Following(TorchFunctionMode):
         for leaf in leaves:
             found = self._activation_of(leaf)
             if isinstance(found, Activation):
-                found = self.read(found)
+                value = self.read(found).detach()
+                found = value.requires_grad_(found.fake.requires_grad)
             real.append(found)
         with self._not_followed(), torch.no_grad():
             yield structure.build(real)
