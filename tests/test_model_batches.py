@@ -275,12 +275,12 @@ def test_errors_before_a_task(client):
 
 def test_a_model_without_a_loss_says_what_it_gave(client, executor):
     trainer = tg.Trainer(tg.GraphChain(nn.Linear(4, 3)), None, SGD)
-    with pytest.raises(tg.LayerError, match=r"gave one tensor, float32\[6, 3\].* loss_fn of"):
+    with pytest.raises(tg.LayerError, match=r"is one tensor, float32\[6, 3\].* loss_fn of"):
         trainer.step(batches()[0]["values"]).item()
     trainer = tg.Trainer(one_layer(Classifier()), None, SGD)
-    with pytest.raises(tg.LayerError, match="gave a Output without a loss"):
+    with pytest.raises(tg.LayerError, match="is of type Output and has no loss"):
         trainer.step({"values": batches()[0]["values"]}).item()
-    with pytest.raises(tg.LayerError, match="gave a Output without a loss"):
+    with pytest.raises(tg.LayerError, match="is of type Output and has no loss"):
         trainer.evaluate([{"values": batches()[0]["values"]}])
 
 
