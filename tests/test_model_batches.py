@@ -181,6 +181,26 @@ def test_a_function_of_chains_takes_a_batch_as_one(client, executor):
     assert trainer.step(given).item() == pytest.approx(loss, rel=1e-5)
 
 
+def test_weights_of_batches_without_targets(client, tmp_path):
+    """A function gets the batch; the name of a field is saved with the trainer."""
+    given = batches(1)[0]
+    given["labels"][:2] = -100  # all of the first microbatch, whose loss is NaN
+    loss = Classifier()(**given).loss.item()
+    seen = []
+
+    def count(batch):
+        seen.append(sorted(batch))
+        return (batch["labels"] != -100).sum()
+
+    for weight in (count, "labels"):
+        trainer = tg.Trainer(one_layer(Classifier()), None, SGD, microbatches=3, loss_weight=weight)
+        assert trainer.step(given).item() == pytest.approx(loss, rel=1e-5)
+    assert seen == [["labels", "scale", "values"]] * 3
+    trainer.save(tmp_path)
+    again = tg.Trainer.restore(tmp_path, one_layer(Classifier()), None, SGD)
+    assert again.step(given).item() == trainer.step(given).item() != pytest.approx(loss)
+
+
 @pytest.fixture(scope="module")
 def transformers():
     return pytest.importorskip("transformers")
@@ -255,12 +275,12 @@ def test_errors_before_a_task(client):
 
 def test_a_model_without_a_loss_says_what_it_gave(client, executor):
     trainer = tg.Trainer(tg.GraphChain(nn.Linear(4, 3)), None, SGD)
-    with pytest.raises(tg.LayerError, match=r"gave one tensor, float32\[6, 3\].* loss_fn of"):
+    with pytest.raises(tg.LayerError, match=r"is one tensor, float32\[6, 3\].* loss_fn of"):
         trainer.step(batches()[0]["values"]).item()
     trainer = tg.Trainer(one_layer(Classifier()), None, SGD)
-    with pytest.raises(tg.LayerError, match="gave a Output without a loss"):
+    with pytest.raises(tg.LayerError, match="is of type Output and has no loss"):
         trainer.step({"values": batches()[0]["values"]}).item()
-    with pytest.raises(tg.LayerError, match="gave a Output without a loss"):
+    with pytest.raises(tg.LayerError, match="is of type Output and has no loss"):
         trainer.evaluate([{"values": batches()[0]["values"]}])
 
 

@@ -232,7 +232,7 @@ ok = [(X, Y)]
         ((F.cross_entropy, torch.optim.SGD([X.clone()])), {}, TypeError, "makes one"),
         ((F.cross_entropy, torch.optim.LBFGS), {}, TypeError, "LBFGS"),
         ((F.cross_entropy, lambda p: p), {}, TypeError, "this one gave a list"),
-        ((None, ADAMW), {}, TypeError, "the loss is a function"),
+        (("mse", ADAMW), {}, TypeError, "the loss is a function"),
         ((nn.Bilinear(2, 2, 1), ADAMW), {}, TypeError, "has parameters to train"),
         ((partial(F.cross_entropy, weight=threading.Lock()), ADAMW), {}, TypeError, "pickled"),
     ],

@@ -26,13 +26,14 @@ def own_loss(output: Any, targets: Any = None) -> torch.Tensor:
     if isinstance(found, torch.Tensor) and found.numel() == 1:
         return found
     if found is output:
-        what = f"one tensor, {describe(output)}"
+        what = f"is one tensor, {describe(output)}"
     elif found is None:
-        what = f"a {type(output).__name__} without a loss"
+        what = f"is of type {type(output).__name__} and has no loss"
     else:
-        what = f"a {type(output).__name__} whose loss is {describe(found)}"
+        what = f"is of type {type(output).__name__}, and its loss is {describe(found)}"
     raise TypeError(
         "loss_fn=None takes the loss that the model computes itself: an output that is one number, "
-        f"or the output's .loss or ['loss']. This model gave {what}: give it what it computes a "
-        "loss of (labels=, say) in the batch, or give the Trainer a loss_fn of (output, targets)"
+        f"or the output's .loss or ['loss']. The output of this model {what}: give it what it "
+        "computes a loss of (labels=, say) in the batch, or give the Trainer a loss_fn of (output, "
+        "targets)"
     )
