@@ -34,9 +34,8 @@ SMALL = {
 
 
 def llama(**options):
-    config = hf.LlamaConfig(
-        vocab_size=40, num_key_value_heads=2, use_cache=False, **{**SMALL, **options}
-    )
+    sizes = {**SMALL, "vocab_size": 40, "num_key_value_heads": 2, **options}
+    config = hf.LlamaConfig(**sizes, use_cache=False)
     return lambda: hf.LlamaForCausalLM(config)
 
 
