@@ -57,7 +57,9 @@ class GraphChain(Lazy):
         and keeps nothing of it on the driver but names and shapes; attributes of its parameters and
         hooks on their gradients go with them. Or a function that makes it,
         which is called under ``torch.device("meta")``: what is on the meta device gets its values
-        on its worker, from ``weights`` or from the ``reset_parameters`` of each module.
+        on its worker, from ``weights``, or from the ``reset_parameters`` of each module or the
+        ``_init_weights`` of a class of transformers. It is called again for the values that only
+        constructors compute, such as rotary tables.
     client : distributed.Client, optional
         By default the current client; with none, a local cluster is started.
     placement : None, "round_robin", "v" or sequence, optional
@@ -73,7 +75,9 @@ class GraphChain(Lazy):
         ``"cuda"`` is the first that each worker sees.
     weights : path, optional
         Files that the workers read parameters and persistent buffers from: as `load_state_dict`
-        takes them, on a filesystem that all of them share with the driver.
+        takes them, or a folder that ``save_pretrained`` of transformers wrote, on a filesystem that
+        all of them share with the driver. Values are cast to the model's own dtypes. A tied tensor
+        may be there under any of its names. Adapters of peft are not read but initialized.
     seed : int
         The seed of the values of modules on the meta device. A module draws from a stream that is
         fixed by the seed and its name, on any worker.
@@ -84,7 +88,7 @@ class GraphChain(Lazy):
         `model` is not an ``nn.Module``, or a layer cannot be pickled (the message names it).
     ValueError
         The model has no layers, or parameters that are uninitialized; or a module on the meta
-        device has no ``reset_parameters`` and no weights.
+        device has no ``reset_parameters`` and no weights, nor a constructor that computes them.
     CheckpointError
         The weights are another model's, or cannot be read.
     PlacementError

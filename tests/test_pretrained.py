@@ -17,10 +17,10 @@ from torch import nn
 import taskgrad as tg
 from helpers import assert_same
 from taskgrad.graph import pack
+from taskgrad.graph.any_model import in_layers
 from taskgrad.graph.constructing import construct
-from taskgrad.graph.cut import pieces
 from taskgrad.graph.deferred_init import TensorSpec, plan_init, unsent_tensors
-from taskgrad.graph.layers import flatten_model, model_in_pieces, rebuild_model
+from taskgrad.graph.layers import flatten_model, rebuild_model
 from taskgrad.worker.materialize import make_values
 from taskgrad.worker_names import WorkerName
 
@@ -34,9 +34,8 @@ SMALL = {
 
 
 def llama(**options):
-    config = hf.LlamaConfig(
-        vocab_size=40, num_key_value_heads=2, use_cache=False, **{**SMALL, **options}
-    )
+    sizes = {**SMALL, "vocab_size": 40, "num_key_value_heads": 2, **options}
+    config = hf.LlamaConfig(**sizes, use_cache=False)
     return lambda: hf.LlamaForCausalLM(config)
 
 
@@ -172,7 +171,7 @@ if __name__ == "__main__":
     config = transformers.LlamaConfig.from_pretrained(sys.argv[1])
     client = tg.local_cluster(n_workers=2, dashboard_address=":0")
     make = lambda: transformers.LlamaForCausalLM(config)
-    small = transformers.LlamaConfig(num_hidden_layers=1, hidden_size=16, intermediate_size=16)
+    small = transformers.LlamaConfig(num_hidden_layers=1, hidden_size=64, intermediate_size=16)
     tg.GraphChain(lambda: transformers.LlamaForCausalLM(small)).state_dict()
     before = memory("VmRSS")
     chain = tg.GraphChain(make, weights=sys.argv[1])
@@ -258,11 +257,12 @@ def values_of(make, flatten):
 
 
 @pytest.mark.parametrize("make", [gpt2(), vit, t5, clip, wav2vec2])
-@pytest.mark.parametrize("cut", [None, 6])
+@pytest.mark.parametrize("cut", [pytest.param(None, marks=pytest.mark.long), 6])
 def test_values_do_not_depend_on_the_cut(make, cut):
     def flatten(model):
-        cuts = pieces(model, cut, None, 2)
-        return model_in_pieces(model, cuts.layers, cuts.holders)
+        flat = in_layers(model, None, cut, None, 2).flat
+        assert len(flat.layers) > 2
+        return flat
 
     whole = values_of(make, flatten_model)
     assert_same_tensors(values_of(make, flatten), whole)
@@ -312,11 +312,11 @@ def test_what_only_a_constructor_makes(client, kind):
 
 @pytest.mark.parametrize("make", [gpt2(), pytest.param(llama(), marks=pytest.mark.long)])
 def test_plain_transformers_loads_what_is_saved(client, tmp_path, make):
-    chain = tg.GraphChain(make, client=client)
-    trainer = tg.Trainer(chain, loss_of, functools.partial(torch.optim.AdamW, lr=0.1))
+    x = torch.arange(16).reshape(2, 8)
+    chain = tg.GraphChain(make, client=client, example_inputs=((x,), {}))
+    trainer = tg.Trainer(chain, loss_of, functools.partial(torch.optim.SGD, lr=0.1))
     kind = type(chain.to_module())
-    for size in ("20KB", 10**9):
-        x = torch.arange(16).reshape(2, 8)
+    for size in ("8KB", 10**9):
         trainer.step(x, x)  # on its way when the weights are asked for
         chain.save_pretrained(tmp_path, max_shard_size=size)
         model, info = kind.from_pretrained(tmp_path, output_loading_info=True)
@@ -327,7 +327,7 @@ def test_plain_transformers_loads_what_is_saved(client, tmp_path, make):
             assert_same(model.state_dict()[name], value, name)
         index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
         files = set(index["weight_map"].values())
-        assert (len(files) > 2) == (size == "20KB")
+        assert (len(files) > 2) == (size == "8KB")
         assert {p.name for p in tmp_path.glob("*.safetensors")} == files
         assert not [p for p in tmp_path.iterdir() if p.is_dir()]
         config = json.loads((tmp_path / "config.json").read_text())
@@ -348,7 +348,7 @@ def fail(dask_worker, fails):
     checkpoint.right = getattr(checkpoint, "right", checkpoint.write)
 
     def wrong(who, file, tensors):
-        if "00003-of" in file.name:
+        if "00002-of" in file.name:
             raise CheckpointError("the disk is full")
         return checkpoint.right(who, file, tensors)
 
@@ -418,13 +418,14 @@ def test_adapters_train_with_a_frozen_base(client, tmp_path):
     base = made(llama(), 3)
     base.save_pretrained(tmp_path)
     make = adapted(llama(), init_lora_weights="gaussian")
-    chain = tg.GraphChain(make, client=client, weights=tmp_path)
-    plain = chain.to_module()
-    assert list(chain.state_dict()) == list(make().state_dict())
     x = torch.arange(16).reshape(2, 8)
+    example = ((x,), {})
+    chain = tg.GraphChain(make, client=client, weights=tmp_path, example_inputs=example)
+    plain = chain.to_module()
+    assert list(plain.state_dict()) == list(make().state_dict())
     with torch.no_grad():  # the adapters change nothing yet
         assert_same(plain(x).logits, base(x).logits)
-    a = chain.state_dict()["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"]
+    a = plain.state_dict()["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"]
     assert a.std() == pytest.approx(1 / 4, rel=0.3)
     adamw = functools.partial(torch.optim.AdamW, lr=0.1)
     trainer = tg.Trainer(chain, loss_of, adamw)
@@ -436,18 +437,16 @@ def test_adapters_train_with_a_frozen_base(client, tmp_path):
         optimizer.zero_grad()
         loss_of(plain(x), x).backward()
         optimizer.step()
-    trainer.wait()
+    state = chain.state_dict()
     for name, value in plain.state_dict().items():
-        assert_same(chain.state_dict()[name], value, name)
-    del trainer
-    tg.collect(loss_of_thunk(chain, x)).backward()
+        assert_same(state[name], value, name)
     nbytes = sum(p.nbytes for p in trained.values())
-    assert sum(chain.memory().column("gradients")) == nbytes
+    assert 2 * nbytes <= sum(chain.memory().column("optimizer")) < 2.1 * nbytes
     assert sum(chain.memory().column("parameters")) > 5 * nbytes
-
-
-def loss_of_thunk(chain, x):
-    return tg.spawn(loss_of, chain(x), x)
+    assert len(chain.memory()) == 2
+    del trainer
+    tg.spawn(loss_of, chain(x), x).backward()
+    assert sum(chain.memory().column("gradients")) == nbytes
 
 
 def test_adapters_whose_values_come_from_the_weights(client):

@@ -150,7 +150,7 @@ def plan_init(
             else:
                 to_make.setdefault(name.rpartition(".")[0], []).append(name)
         if in_file:
-            others = [other for other in dict.fromkeys(in_file[1:]) if other != in_file[0]]
+            others = [other for other in in_file[1:] if other != in_file[0]]
             layer = owner_of(first, by_name)
             if others:
                 found[layer.index].equal[local_name(first, layer)] = others
