@@ -51,19 +51,25 @@ class _Stage(NamedTuple):
     outputs: tuple[int, ...]
     single: bool
     differentiable: bool
+    takes_grad: bool
     segment: bytes
     parameters: tuple[str, ...]
 
 
 class _Stages(NamedTuple):
-    """The stages of a graph, in order.
-
-    `needs` are for each its worker and the stages that it takes values of.
-    """
+    """The stages of a graph, in order: where they are, and what their calls have in common."""
 
     graph: LayerGraph
+    placed: tuple[GraphStage, ...]
     stages: tuple[_Stage, ...]
-    needs: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def plan(self) -> list[tuple[Any, ...]]:
+        """What a plan is made of: of each stage its worker, what it needs, and what it trains."""
+        return [
+            (at.worker, at.needs, stage.differentiable, bool(stage.parameters), stage.takes_grad)
+            for at, stage in zip(self.placed, self.stages, strict=True)
+        ]
 
 
 class CapturedLayout(Layout):
@@ -98,6 +104,7 @@ class CapturedLayout(Layout):
         self._workers = tuple(workers)
         self._functions: dict[str, str] = {}  # by name, the workers of functions
         self._stages: OrderedDict[int, _Stages] = OrderedDict()  # by the ids of their graphs
+        self._newest: _Stages | None = None
         self._example = example
         self._said = False
         self._planned: dict[Select | None, Captured] = {}
@@ -130,6 +137,20 @@ class CapturedLayout(Layout):
                 captured = self._find(args, kwargs, True, autocast, refuse_reading, select, None)
             self._stages_of(captured.graph)
             self._planned[select] = captured
+
+    def graph(self) -> tuple[LayerGraph, tuple[GraphStage, ...]]:
+        """The graph of the newest call, or of the example, and its stages.
+
+        Raises TaskgradError if there is none.
+        """
+        if self._newest is None and self._example is not None:
+            self.calls(*self._example, mode=None)
+        if self._newest is None:
+            raise TaskgradError(
+                f"the forward of {self.title} was not followed yet: call the chain first, or give "
+                "GraphChain example_inputs="
+            )
+        return self._newest.graph, self._newest.placed
 
     def may_end_at(self, shard: Shard) -> bool:
         return True
@@ -265,16 +286,19 @@ class CapturedLayout(Layout):
 
     def _stages_of(self, graph: LayerGraph) -> _Stages:
         found = self._stages.get(id(graph))
-        if found is None:
+        if found is not None:
+            self._stages.move_to_end(id(graph))
+        else:
             stages = graph_stages(
                 graph, self._workers, starts=self.starts, functions=self._functions
             )
             end = stages[-1] if graph.kept is None else None
             made = tuple(self._stage(graph, s, s is end) for s in stages)
-            found = _Stages(graph, made, tuple((s.worker, s.needs) for s in stages))
+            found = _Stages(graph, stages, made)
             self._stages[id(graph)] = found
             if len(self._stages) > _MAX_GRAPHS:
                 self._stages.popitem(last=False)
+        self._newest = found
         return found
 
     def _stage(self, graph: LayerGraph, stage: GraphStage, last: bool) -> _Stage:
@@ -292,18 +316,19 @@ class CapturedLayout(Layout):
             outputs=stage.outputs,
             single=not last and carries == [True],
             differentiable=last or any(carries),
+            takes_grad=any(graph.values[value].requires_grad for value in stage.inputs),
             segment=packed(graph, stage.steps, stage.inputs, None if last else stage.outputs),
             parameters=tuple(parameters),
         )
 
     def _compare(self, found: _Stages, planned: _Stages) -> None:
         """Raise TaskgradError if these stages are not those that a trainer has a plan of."""
-        if planned.needs == found.needs:
+        if planned.plan == found.plan:
             return
 
-        def described(stages: _Stages) -> Iterator[str]:
-            for stage, (_, needs) in zip(stages.stages, stages.needs, strict=True):
-                given = ", ".join(stages.stages[i].title for i in needs) or "the batch"
+        def described(found: _Stages) -> Iterator[str]:
+            for stage, at in zip(found.stages, found.placed, strict=True):
+                given = ", ".join(found.stages[i].title for i in at.needs) or "the batch"
                 yield f"{stage.title} of {given}"
 
         raise TaskgradError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from distributed import Client
@@ -13,9 +13,11 @@ from torch import nn
 from taskgrad.arguments import flag, whole
 from taskgrad.captured_layout import CapturedLayout
 from taskgrad.cluster.session import session
-from taskgrad.display.graph import call_graph, html
+from taskgrad.display.graph import CallGraph, call_graph, drawn, html
+from taskgrad.display.layer_graph import layer_call_graph, to_networkx
 from taskgrad.display.placement import placement_table
 from taskgrad.display.table import MemoryRow, Table
+from taskgrad.errors import TaskgradError
 from taskgrad.executors.between_steps import between_steps
 from taskgrad.executors.placing import Placement, check_device, place
 from taskgrad.formats.weights import check_state, find_weights, path_of
@@ -37,6 +39,10 @@ from taskgrad.pretrained import Pretrained, save, shard_size
 from taskgrad.thunk import Lazy, Thunk
 from taskgrad.tracing import current_tracer
 from taskgrad.worker import loading, shard_ops
+
+if TYPE_CHECKING:
+    import networkx as nx
+    from matplotlib.figure import Figure
 
 
 class IncompatibleKeys(NamedTuple):
@@ -172,6 +178,49 @@ class GraphChain(Lazy):
             return recorded
         output = self.layout.calls(args, kwargs, mode=self._mode)[-1]
         return Thunk(output, self.layout.session)
+
+    def graph(self) -> nx.MultiDiGraph:
+        """The graph that the model's forward was followed into, of the newest call or the example.
+
+        Its nodes are layers, functions between them and parameters that are used directly; its
+        edges are the values that go from one to another. Both have attributes, of which
+        `taskgrad.display.layer_graph.to_networkx` has the list.
+
+        Raises
+        ------
+        TaskgradError
+            The forward was not followed: it was not called yet, or its model is a Sequential.
+        ImportError
+            There is no networkx, which the extra viz has.
+        """
+        layout = self.layout
+        if not isinstance(layout, CapturedLayout):
+            raise TaskgradError(
+                f"the forward of {layout.title} was not followed, as its layers are the graph: "
+                "draw() shows them"
+            )
+        graph, stages = layout.graph()
+        return to_networkx(graph, layout.layers, stages)
+
+    def draw(self) -> Figure:
+        """A picture of the model's graph, from left to right, with a colour for each worker.
+
+        Returns a ``matplotlib.figure.Figure``: notebooks show it, ``savefig`` writes it to a file.
+
+        Raises
+        ------
+        TaskgradError
+            There is no graph yet; see `graph`.
+        ImportError
+            There is no networkx or matplotlib, which the extra viz has.
+        """
+        return drawn(self._drawing(), self.layout.session.names)
+
+    def _drawing(self) -> CallGraph:
+        if isinstance(self.layout, CapturedLayout):
+            return layer_call_graph(*self.layout.graph())
+        with torch.no_grad():
+            return call_graph([self(None)._node])
 
     def train(self, mode: bool = True) -> GraphChain:
         """Calls made from now on run in training mode (in evaluation mode with False)."""
@@ -344,7 +393,9 @@ class GraphChain(Lazy):
         )
 
     def _repr_html_(self) -> str:
-        with torch.no_grad():
-            graph = call_graph([self(None)._node])
+        try:
+            graph = self._drawing()
+        except TaskgradError:  # there is none yet
+            graph = CallGraph({}, [])
         names = self.layout.session.names
         return html(repr(self), graph, names, self.placement._repr_html_())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from distributed import Client
 from torch import nn
 from torch.optim import AdamW
+from torch.utils._pytree import register_pytree_node
 
 import taskgrad as tg
 from beside import assert_same_grads, assert_same_state
@@ -307,6 +309,57 @@ def test_arguments_that_a_call_writes_into(client: Client) -> None:
         assert_same(mine.detach(), plain.detach())
     scalar(ours).backward(), scalar(theirs).backward()
     assert_same_grads(chain, model)
+
+
+@dataclass
+class Sparse:
+    """Leaves out what is None when it is taken apart, as outputs of transformers do."""
+
+    first: Any = None
+    second: Any = None
+
+
+register_pytree_node(
+    Sparse,
+    lambda s: (
+        [v for v in vars(s).values() if v is not None],
+        [k for k, v in vars(s).items() if v is not None],
+    ),
+    lambda values, names: Sparse(**dict(zip(names, values, strict=True))),
+)
+
+
+def doubled(x: torch.Tensor) -> Sparse:
+    return Sparse(x * 2, x * 3)
+
+
+def test_a_part_of_an_output_that_leaves_out_none_gets_no_cotangent(client: Client) -> None:
+    x = torch.ones(2, requires_grad=True)
+    tg.collect(tg.spawn(doubled, x)).first.sum().backward()
+    assert_same(x.grad, torch.full((2,), 2.0))
+
+
+def test_a_chain_is_drawn_as_the_graph_of_its_model(client: Client) -> None:
+    chain = captured_chain(linears(4), skip, [0, 1, 0, 1])
+    with pytest.raises(tg.TaskgradError, match="was not followed yet"):
+        chain.draw()
+    assert "<svg" not in chain._repr_html_()
+    chain(torch.randn(3, 6))
+    found = chain.graph()
+    assert [d["stage"] for n, d in found.nodes(data=True) if isinstance(n, int)] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        3,
+    ]
+    assert [t.get_text() for t in chain.draw().axes[0].texts][1] == "l0\nLinear"
+    assert "<svg" in chain._repr_html_()
+    plain = tg.GraphChain(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    assert len(plain.draw().axes[0].texts) == 3
+    with pytest.raises(tg.TaskgradError, match=r"draw\(\) shows"):
+        plain.graph()
 
 
 def test_other_stages_than_the_plan_has_are_an_error(client: Client) -> None:

@@ -185,7 +185,8 @@ def test_stages_can_run_in_order_and_have_what_they_need(
 def test_the_graph_as_networkx_and_as_a_drawing() -> None:
     graph = graph_of((0, (0,)), (1, (1,)), (F, (2, 1)))
     layers = [Layer(0, "down", "Linear"), Layer(1, "up", "Linear")]
-    found = to_networkx(graph, layers, ["a", "b"])
+    stages = graph_stages(graph, ["a", "b"])
+    found = to_networkx(graph, layers, stages)
     assert list(found) == ["input 0", 0, 1, 2, "output"]
     assert found.nodes[1] == {
         "name": "l1",
@@ -198,6 +199,6 @@ def test_the_graph_as_networkx_and_as_a_drawing() -> None:
     assert found.nodes[2]["role"] == "function"
     crossing = [(u, v) for u, v, crosses in found.edges(data="crosses") if crosses]
     assert crossing == [(0, 1), (0, 2)]
-    drawn = layer_call_graph(graph, graph_stages(graph, ["a", "b"]))
+    drawn = layer_call_graph(graph, stages)
     assert drawn.nodes["1"] == ("l1\nK", "b")
     assert ("0", "2") in drawn.edges

@@ -8,17 +8,14 @@ from typing import TYPE_CHECKING
 from taskgrad.display.graph import CallGraph
 from taskgrad.graph.layer_graph import FUNCTION, GraphStep, LayerGraph
 from taskgrad.graph.layers import Layer
-from taskgrad.plan.graph_stages import GraphStage, graph_stages
+from taskgrad.plan.graph_stages import GraphStage
 
 if TYPE_CHECKING:
     import networkx as nx
 
 
 def to_networkx(
-    graph: LayerGraph,
-    layers: Sequence[Layer],
-    worker_of: Sequence[str],
-    starts: Collection[int] = (),
+    graph: LayerGraph, layers: Sequence[Layer], stages: Sequence[GraphStage]
 ) -> nx.MultiDiGraph:
     """A model's graph as a networkx graph: nodes are what runs, edges are values.
 
@@ -47,27 +44,24 @@ def to_networkx(
         A graph of the model.
     layers
         Its layers.
-    worker_of
-        The worker of each layer.
-    starts
-        Layers that start a stage, though the step before may be on the same worker.
+    stages
+        The stages of the graph, as `graph_stages` gives them.
 
     Raises
     ------
     ImportError
         There is no networkx: it is part of the extra viz.
-    TaskgradError
-        The graph cannot run on these workers; see `graph_stages`.
 
     Examples
     --------
     >>> import torch
     >>> from taskgrad.graph.layer_graph import Value
     >>> from taskgrad.graph.torch_settings import STARTING
+    >>> from taskgrad.plan.graph_stages import graph_stages
     >>> step = GraphStep(0, "up", "Linear", None, b"", (0,), ((0, 1),), STARTING)
     >>> values = Value(None, (4, 2), torch.float32, False), Value(0, (4, 3), torch.float32, True)
     >>> graph = LayerGraph(values, 1, (step,), b"", (1,))
-    >>> found = to_networkx(graph, [Layer(0, "up", "Linear")], ["tcp://a"])
+    >>> found = to_networkx(graph, [Layer(0, "up", "Linear")], graph_stages(graph, ["tcp://a"]))
     >>> list(found.edges(data="shape"))
     [('input 0', 0, (4, 2)), (0, 'output', (4, 3))]
     >>> found.nodes[0]["name"], found.nodes[0]["worker"]
@@ -75,7 +69,6 @@ def to_networkx(
     """
     import networkx as nx
 
-    stages = graph_stages(graph, worker_of, starts=starts)
     stage_of: dict[int, int] = {}
     for i, stage in enumerate(stages):
         for number in stage.steps:
