@@ -237,6 +237,7 @@ ok = [(X, Y)]
         ((partial(F.cross_entropy, weight=threading.Lock()), ADAMW), {}, TypeError, "pickled"),
     ],
 )
+@pytest.mark.parametrize("executor", ["compiled"], indirect=True)  # which neither comes to
 def test_bad_arguments(client, arguments, options, error, message):
     chain = tg.GraphChain(ConvNet(), client=client, placement=STAGES)
     before = keys_of(client, "start")
