@@ -49,10 +49,21 @@ def plain_after(microbatches: int, steps: int) -> tuple[PlainTrainer, list[float
     return plain, plain.train(images(steps))
 
 
+# (stages a worker, workers): both of the first with every schedule, and all numbers of workers.
+SHAPES = {
+    "gpipe": [(1, 4), (2, 2), (2, 3)],
+    "1f1b": [(1, 3), (2, 2), (1, 4)],
+    "interleaved_1f1b": [(2, 4), (1, 2), (2, 3)],
+    "zb_h1": [(1, 1), (2, 2), (1, 4)],
+    "zb_h2": [(1, 3), (2, 4), (2, 1)],
+    "zb_v": [(2, 3), (1, 4), (2, 1), (1, 2)],
+}
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("workers", [1, 2, 3, 4])
-@pytest.mark.parametrize("per_worker", [1, 2])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "per_worker", "workers"), [(n, *s) for n in NAMES for s in SHAPES[n]]
+)
 def test_bits_after_20_steps(four, name, per_worker, workers):
     """With any number of microbatches from 1 to 8, and no step that waits for a flush."""
     placement = placed(10, workers, per_worker, v=name == "zb_v")

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import threading
 
+import dask
 import pytest
 import torch
 import torch.nn.functional as F
-from distributed import Client
+from distributed import Client, nanny
 from torch import nn
 
 import taskgrad as tg
@@ -283,6 +284,31 @@ def test_worker_killed_while_it_runs(fresh):
     chain = tg.GraphChain(linear(), client=client)
     with pytest.raises(tg.WorkerLostError):
         tg.collect(tg.spawn(die, chain(torch.ones(1, 2)), worker=0))
+
+
+def test_a_cluster_closes_right_after_a_worker_that_died_as_it_started(fresh, monkeypatch):
+    """Its nanny still waits for the process that died, and starts the next one."""
+    with dask.config.set({"distributed.scheduler.allowed-failures": 1}):
+        client = fresh(n_workers=1)
+    connected, start = nanny.WorkerProcess._wait_until_connected, nanny.AsyncProcess.start
+
+    async def connects_late(*args):
+        await asyncio.sleep(0.5)
+        return await connected(*args)
+
+    async def starts_late(process):
+        await asyncio.sleep(1)
+        return await start(process)
+
+    def die(x):
+        os._exit(1)
+
+    monkeypatch.setattr(nanny.WorkerProcess, "_wait_until_connected", connects_late)
+    monkeypatch.setattr(nanny.AsyncProcess, "start", starts_late)
+    with pytest.raises(tg.WorkerLostError):  # it dies twice
+        tg.collect(tg.spawn(die, torch.ones(1)))
+    client.close()
+    assert client.status == client.cluster.status.name == "closed"
 
 
 def test_code_that_is_not_on_the_worker(client, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from distributed import Client
 from torch import nn
 
 import taskgrad as tg
-from helpers import long, long_rows
+from helpers import long
 
 
 def run_script(folder: Path, body: str, *, stdin: bool = False) -> subprocess.CompletedProcess[str]:
@@ -93,11 +93,12 @@ def test_a_script_from_standard_input_works(tmp_path):
     assert (done.returncode, done.stdout) == (0, "sum 4.0\n"), done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("open_client", "end", "status"),
     [
         ("tg.local_cluster(n_workers=2)", "raise ValueError('the user')", 1),
-        *long_rows(("Client(LocalCluster(n_workers=2, threads_per_worker=1))", "sys.exit(3)", 3)),
+        ("Client(LocalCluster(n_workers=2, threads_per_worker=1))", "sys.exit(3)", 3),
     ],
 )
 def test_a_script_that_does_not_close_its_client_ends_quietly(tmp_path, open_client, end, status):

@@ -18,7 +18,6 @@ from distributed.comm import utils as comm_utils
 from distributed.utils import open_port
 
 from conftest import about_workers, wait_until
-from helpers import long_rows
 from leasing import (
     COUNT,
     acquaint,
@@ -263,16 +262,15 @@ SPILL_ALL_BUT_ONE = {
 
 
 @needs_others
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("config", "options"),
     [
         ({}, {"security": True}),
         ({}, {"processes": False, "protocol": "tcp"}),
-        *long_rows(
-            ({"distributed.comm.compression": "zlib"}, {}),
-            (SPILL_ALL_BUT_ONE, {"memory_limit": "2GiB"}),
-            ({"distributed.comm.offload": False}, {}),
-        ),
+        ({"distributed.comm.compression": "zlib"}, {}),
+        (SPILL_ALL_BUT_ONE, {"memory_limit": "2GiB"}),
+        ({"distributed.comm.offload": False}, {}),
     ],
     ids=["tls", "one_process", "compressed", "spilling", "not_offloaded"],
 )

@@ -157,7 +157,8 @@ def test_a_heartbeat_that_finds_no_scheduler_prints_no_traceback():
     assert _no_failed_heartbeats(logging.makeLogRecord({"msg": "something else"}))
 
 
-@pytest.mark.parametrize(("how", "expected"), [("exits", 3), *long_rows(("raises", 1))])
+@pytest.mark.long
+@pytest.mark.parametrize(("how", "expected"), [("exits", 3), ("raises", 1)])
 def test_the_exit_status_is_that_of_rank_0(script, how, expected):
     status, out, err = run(script(ENDS), 3, how)
     assert status == expected, err
@@ -178,14 +179,13 @@ BUSY = """
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("who", "how", "options"),
     [
         ("mpirun", signal.SIGINT, ()),
-        *long_rows(
-            ("rank 0", signal.SIGKILL, ("-disable-auto-cleanup",)),  # else mpirun kills the others
-            ("mpirun", signal.SIGTERM, ()),
-        ),
+        ("rank 0", signal.SIGKILL, ("-disable-auto-cleanup",)),  # else mpirun kills the others
+        ("mpirun", signal.SIGTERM, ()),
     ],
 )
 def test_no_process_survives_a_kill(script, who, how, options):

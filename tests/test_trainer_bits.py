@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 
 import taskgrad as tg
-from helpers import long
+from helpers import long, long_rows
 from plain import (
     ConvNet,
     PlainTrainer,
@@ -48,8 +48,11 @@ def compare(client, make, loss_fn, batches, workers, optimizer, ours=None, **bot
     return chain, plain
 
 
-@pytest.mark.parametrize("microbatches", [3, *long(1, 4)])
-@pytest.mark.parametrize("workers", [3, *long(1, 2, 4)])
+# Every number of workers, and every number of microbatches with few workers and with many.
+CUTS = [(3, 3), *long_rows((1, 1), (2, 4), (3, 1), (4, 3), (4, 4))]
+
+
+@pytest.mark.parametrize(("workers", "microbatches"), CUTS)
 @pytest.mark.parametrize(
     ("optimizer", "options"),
     [
@@ -64,8 +67,7 @@ def test_conv_net_with_batch_norm(four, workers, microbatches, optimizer, option
     compare(four, ConvNet, F.cross_entropy, batches, workers, optimizer, **options)
 
 
-@pytest.mark.parametrize("microbatches", [3, *long(1, 4)])
-@pytest.mark.parametrize("workers", [3, *long(1, 2, 4)])
+@pytest.mark.parametrize(("workers", "microbatches"), CUTS)
 @pytest.mark.parametrize(
     ("optimizer", "options"),
     [

@@ -213,20 +213,21 @@ def test_optimizer_from_several_threads(client):
 
 
 def test_a_thread_that_waits_long_keeps_nobody_from_a_loss_that_is_there(client, tmp_path):
-    chain, trainer = made(client)
+    slow, read = tmp_path / "slow", tmp_path / "read"
+
+    def loss_fn(output, target):
+        end = time.monotonic() + 30
+        while slow.exists() and not read.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        return F.cross_entropy(output, target)
+
+    chain = tg.GraphChain(net(), client=client, placement=[0, 0, 1])
+    trainer = tg.Trainer(chain, loss_fn, SGD, microbatches=2)
     done = trainer.step(*batch())
     done.item()
 
-    read = tmp_path / "read"
-
-    def slow(x):
-        end = time.monotonic() + 30
-        while not read.exists() and time.monotonic() < end:
-            time.sleep(0.01)
-        return x
-
-    x, y = batch()
-    late = trainer.step(tg.spawn(slow, x, worker=0), tg.spawn(torch.clone, y, worker=1))
+    slow.touch()
+    late = trainer.step(*batch())
     reader = threading.Thread(target=late.item)
     reader.start()
     assert done.item() > 0

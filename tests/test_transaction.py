@@ -234,6 +234,7 @@ def test_ctrl_c_while_an_update_runs(client):
     assert_same_training(chain, plain, client)
 
 
+@pytest.mark.long
 def test_a_worker_killed_between_two_updates(fresh):
     client = fresh(n_workers=2)
     chain = tg.GraphChain(net(), client=client, placement=[0, 0, 0, 1, 1])

@@ -23,7 +23,7 @@ import distributed.worker
 from distributed import Client, Future, Nanny, Scheduler, Worker
 from distributed.batched import BatchedSend
 from distributed.comm.addressing import get_address_host
-from distributed.core import Server
+from distributed.core import Server, Status
 
 
 class _Interval(float):
@@ -174,9 +174,24 @@ def nannies_beside(scheduler: Scheduler) -> list[Server]:
 
 
 def nanny_that_records(ended: list[int]) -> type[Nanny]:
-    """A nanny class that appends the exit status of each worker process to `ended`."""
+    """A nanny class that appends the exit status of each worker process to `ended`.
+
+    It starts one process at a time. Dask's own starts the next while it still waits for one that
+    died early to say that it runs; it takes that answer for the next one's, and its ``close``, with
+    that of the whole cluster, fails with "can only join a started process".
+    """
 
     class Recording(Nanny):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._one_start = asyncio.Lock()
+
+        async def instantiate(self) -> Status:
+            async with self._one_start:
+                if self.status in (Status.closing, Status.closed, Status.closing_gracefully):
+                    return self.status
+                return await super().instantiate()
+
         def _on_worker_exit_sync(self, exitcode: int) -> None:
             ended.append(exitcode)
             super()._on_worker_exit_sync(exitcode)
