@@ -14,9 +14,10 @@ import torch
 
 from taskgrad.cluster.session import Session
 from taskgrad.errors import TaskgradError
+from taskgrad.graph.activation import Activation, CannotFollowError, line_of_user
 from taskgrad.graph.calls import Call, Draw, LayerStep
 from taskgrad.graph.capture import Capture, Read, refuse_reading
-from taskgrad.graph.following import Activation, CannotFollowError, Following, line_of_user
+from taskgrad.graph.following import Following
 from taskgrad.graph.functions import template
 from taskgrad.graph.layer_graph import FUNCTION, Captured, LayerGraph
 from taskgrad.graph.layers import Model
@@ -184,12 +185,12 @@ class CapturedLayout(Layout):
                 line_of_user(),
             )
             self._said = True
-        graph, inputs, numbers = following.part()
+        graph, inputs, numbers = following.built.part()
         if graph.steps:
             with in_thread(graph.settings, WorkerName("driver")):
                 _, nodes = self._calls_of(Captured(graph, tuple(inputs)), None, mode, (), None)
-            following.have_run({number: nodes[value] for number, value in numbers.items()})
-        node = following.node_of(activation)
+            following.built.have_run({number: nodes[value] for number, value in numbers.items()})
+        node = following.built.node_of(activation)
         self.executor.run([node], tapes=torch.is_grad_enabled())
         [value] = self.executor.values([node])
         found: torch.Tensor = value

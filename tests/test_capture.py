@@ -13,8 +13,8 @@ from torch import nn
 
 import taskgrad as tg
 from followed import Followed
+from taskgrad.graph.activation import CannotFollowError
 from taskgrad.graph.any_model import in_layers
-from taskgrad.graph.following import CannotFollowError
 from taskgrad.graph.layer_graph import FUNCTION
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from taskgrad.graph.activation import Activation, CannotFollowError
 from taskgrad.graph.capture import Capture
 from taskgrad.graph.cut import Cut, matching, may_open, pieces
-from taskgrad.graph.following import Activation, CannotFollowError, Following
+from taskgrad.graph.following import Following
 from taskgrad.graph.layers import Model, flatten_model, is_sequential, kind_of, model_in_pieces
 from taskgrad.graph.pytree import describe
 

@@ -15,13 +15,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from taskgrad.graph.following import (
-    Activation,
-    CannotFollowError,
-    Following,
-    Parts,
-    functions_followed,
-)
+from taskgrad.graph.activation import Activation, CannotFollowError
+from taskgrad.graph.followed_functions import functions_followed
+from taskgrad.graph.following import Following, Parts
 from taskgrad.graph.known_values import ForeignTensorError, KnownValues, Repeat
 from taskgrad.graph.layer_graph import Captured, LayerGraph
 from taskgrad.graph.layers import Layer, OwnTensors
