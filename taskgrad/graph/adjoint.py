@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from taskgrad.errors import TapeError
 from taskgrad.graph.calls import Call
@@ -33,11 +33,15 @@ class Adjoint:
         For every leaf or primal that a cotangent reaches: the cotangents to sum, in order.
     parameters
         For every (home shard, parameter name): the gradients to sum, in order.
+    apart
+        Those of them that no pullback adds up, if the pullbacks were to: the oldest call that uses
+        the parameter is on another worker than its home.
     """
 
     pullbacks: tuple[Pullback, ...]
     leaves: dict[Leaf | Primal, tuple[Node, ...]]
     parameters: dict[tuple[Shard, str], tuple[ParameterGrad, ...]]
+    apart: dict[tuple[Shard, str], tuple[ParameterGrad, ...]] = field(default_factory=dict)
 
     def leaf_grad(self, leaf: Leaf | Primal) -> Node | None:
         """One node for a leaf's gradient; None if no cotangent reaches it."""
@@ -81,7 +85,7 @@ def adjoint(
         The factor of cotangents of ones: a number, and the node of another factor, if any.
     accumulate
         Let the last pullback that computes a part of a parameter's gradient add all parts to the
-        gradient where the parameter lives. The oldest call that uses it has to be there.
+        gradient, if it runs where the parameter lives. For others see `Adjoint.apart`.
 
     Raises TapeError if an output cannot be differentiated, or a tape was already used.
     """
@@ -143,10 +147,13 @@ def adjoint(
                 parts.append(ParameterGrad(pullback, name))
         if not pullback.retain:
             call.tape.spend()
+    found = {key: tuple(parts) for key, parts in parameters.items()}
+    added = {key for keys in completes.values() for key in keys}
     return Adjoint(
         tuple(pullbacks),
         {leaf: tuple(parts) for leaf, parts in leaves.items()},
-        {key: tuple(parts) for key, parts in parameters.items()},
+        found,
+        {key: parts for key, parts in found.items() if accumulate and key not in added},
     )
 
 
@@ -230,13 +237,18 @@ def _differentiable_calls(outputs: Sequence[Node]) -> list[Call]:
 
 
 def _completing(calls: Sequence[Call]) -> dict[Call, list[tuple[Shard, str]]]:
-    """For each call the parameters, and their homes, that no later backward has a gradient of."""
+    """For each call the parameters, and their homes, that no later backward has a gradient of.
+
+    Without parameters whose home is on another worker.
+    """
     last: dict[tuple[Shard, str], Call] = {}
     for call in calls:
         if call.shard is not None:
             last |= {(call.shard.home(name), name): call for name in call.parameters}
     found: dict[Call, list[tuple[Shard, str]]] = {}
     for parameter, call in last.items():
+        if parameter[0].worker != call.worker:
+            continue
         found.setdefault(call, []).append(parameter)
     return found
 

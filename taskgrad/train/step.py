@@ -14,13 +14,13 @@ from taskgrad.graph.adjoint import adjoint
 from taskgrad.graph.calls import LOSS, Call, Draw, LayerStep, LossSpec, StepContext
 from taskgrad.graph.functions import template
 from taskgrad.graph.nodes import Node, ancestors
-from taskgrad.graph.pullback import Pullback, WeightPullback
+from taskgrad.graph.pullback import ParameterGrad, Pullback, WeightPullback
 from taskgrad.graph.pytree import Slot
 from taskgrad.graph.shards import Shard, ShardCall, copied_names
 from taskgrad.layout import Layout, Select
 from taskgrad.plan.plan import Plan
 from taskgrad.train.data import Batch
-from taskgrad.worker import optimizing, training
+from taskgrad.worker import optimizing, shard_ops, training
 
 Recompute = Callable[[Sequence[LayerStep], int, int], tuple[tuple[int, int], ...]]
 """(a call's layers, microbatch, microbatches) -> the (start, stop) of those run in the backward."""
@@ -84,10 +84,14 @@ class Step:
 
 @dataclass(frozen=True)
 class _Microbatch:
-    """The nodes of one microbatch: its calls, oldest first, and their pullbacks."""
+    """The nodes of one microbatch: its calls, oldest first, and their pullbacks.
+
+    `apart` are gradients, by shard and name, that are added up where their parameters live.
+    """
 
     calls: list[Call]
     pullbacks: dict[Call, Pullback]
+    apart: dict[tuple[Shard, str], tuple[ParameterGrad, ...]]
 
 
 def build(
@@ -109,9 +113,14 @@ def build(
     scheduled = _scheduled(parts, plan)
     order, tails = _order(batch, scheduled, layout, earlier)
     summary = {"update": update, "norms": settings.clip_norm is not None}
+    apart = _added_apart(layout, parts)
     rescale = [] if batch.rescale is None else [batch.rescale]
     prepares = [
-        layout.task(shard, training.prepare, summary, after=rescale, awaits=[tails[shard]])
+        layout.task(
+            *(shard, training.prepare, summary),
+            after=rescale,
+            awaits=[tails[shard], *([apart[shard]] if shard in apart else [])],
+        )
         for shard in layout.shards
     ]
     losses = [part.calls[-1] for part in parts]
@@ -219,7 +228,30 @@ def _microbatch(calls: list[Call], batch: Batch, index: int, settings: Settings)
     for call in calls:
         if call not in pullbacks:
             call.tape.drop()  # what takes its value was called without grad
-    return _Microbatch(calls, pullbacks)
+    return _Microbatch(calls, pullbacks, found.apart)
+
+
+def _added_apart(layout: Layout, parts: Sequence[_Microbatch]) -> dict[Shard, Node]:
+    """For shards that get gradients from others alone: the last task that adds these.
+
+    There is one for each microbatch, in their order.
+    """
+    last: dict[Shard, Node] = {}
+    for part in parts:
+        grads: dict[Shard, dict[str, tuple[ParameterGrad, ...]]] = {}
+        for (home, name), found in part.apart.items():
+            grads.setdefault(home, {})[name] = found
+        for home, named in grads.items():
+            places = count()
+            sources = {name: [next(places) for _ in found] for name, found in named.items()}
+            last[home] = layout.task(
+                home,
+                shard_ops.accumulate,
+                {"parts": sources},
+                after=[grad for found in named.values() for grad in found],
+                awaits=[last[home]] if home in last else [],
+            )
+    return last
 
 
 @cache
