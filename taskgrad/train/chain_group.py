@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from taskgrad.arguments import shown
+from taskgrad.captured_layout import CapturedLayout
 from taskgrad.chain import GraphChain
 from taskgrad.cluster.session import Session, check_open, session
 from taskgrad.display.table import MemoryRow, PlacementRow, Table
@@ -18,7 +19,7 @@ from taskgrad.errors import TaskgradError
 from taskgrad.executors.between_steps import between_steps
 from taskgrad.function_layout import FunctionLayout, JoinedLayout
 from taskgrad.graph.deferred_init import named_tensors
-from taskgrad.graph.layers import flatten_model, kind_of
+from taskgrad.graph.layers import flatten_model, is_sequential, kind_of
 from taskgrad.graph.leaves import Leaf
 from taskgrad.layout import Layout
 from taskgrad.recording import Recording, record
@@ -151,6 +152,12 @@ def group_of_function(function: Callable[..., Any], chains: Any) -> ChainGroup:
             "and gives no module with parameters to tg.spawn"
         )
     for key, target in called.items():
+        if isinstance(target, CapturedLayout):
+            raise TypeError(
+                f"{title} calls a chain of {target.title}, whose own forward says what runs: train "
+                "it alone, or give the function a chain of an nn.Sequential, or with "
+                'keep_together="" in one layer'
+            )
         if key not in known:
             what = f"chain ({target.title})" if isinstance(target, Layout) else kind_of(target)
             raise ValueError(
@@ -298,6 +305,10 @@ def _made(module: nn.Module, worker: str, devices: Mapping[str, str], owner: Ses
     """A chain of a module, all on one worker, on the device that other chains have there."""
     placement = [worker] * len(flatten_model(module).layers)
     _chains[module] = made = GraphChain(
-        module, client=owner.client, placement=placement, device=devices.get(worker)
+        module,
+        client=owner.client,
+        placement=placement,
+        device=devices.get(worker),
+        keep_together=None if is_sequential(module) else "",
     )
     return made

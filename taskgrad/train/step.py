@@ -119,7 +119,7 @@ def build(
         layout.task(
             *(shard, training.prepare, summary),
             after=rescale,
-            awaits=[tails[shard], *([apart[shard]] if shard in apart else [])],
+            awaits=[last[shard] for last in (tails, apart) if shard in last],
         )
         for shard in layout.shards
     ]
