@@ -59,13 +59,15 @@ class GraphChain(Lazy):
     ----------
     model : nn.Module or callable
         An ``nn.Sequential`` (nested ones are flattened, names kept) with `Parallel` layers wherever
-        a value branches; any other module is one layer. It is copied: the chain does not change it
-        and keeps nothing of it on the driver but names and shapes; attributes of its parameters and
-        hooks on their gradients go with them. Or a function that makes it,
-        which is called under ``torch.device("meta")``: what is on the meta device gets its values
-        on its worker, from ``weights``, or from the ``reset_parameters`` of each module or the
-        ``_init_weights`` of a class of transformers. It is called again for the values that only
-        constructors compute, such as rotary tables.
+        a value branches; or any other module, which is cut into layers. What runs in which order
+        is found by following its own forward on the driver, for each kind of call once: with
+        tensors that have shapes, and no values but those computed of the inputs alone. The model is
+        copied: the chain does not change it and keeps nothing of it on the driver but names and
+        shapes; attributes of its parameters and hooks on their gradients go with them. Or a
+        function that makes it, which is called under ``torch.device("meta")``: what is on the meta
+        device gets its values on its worker, from ``weights``, or from the ``reset_parameters`` of
+        each module or the ``_init_weights`` of a class of transformers. It is called again for the
+        values that only constructors compute, such as rotary tables.
     client : distributed.Client, optional
         By default the current client; with none, a local cluster is started.
     placement : None, "round_robin", "v" or sequence, optional
@@ -87,13 +89,27 @@ class GraphChain(Lazy):
     seed : int
         The seed of the values of modules on the meta device. A module draws from a stream that is
         fixed by the seed and its name, on any worker.
+    example_inputs : optional
+        Arguments of the forward of a model that is not sequential, ``(args, kwargs)``, or one alone
+        or keyword arguments as a dict. With these the forward is followed at once: layers are in
+        the order in which they run, and are balanced by what they keep for the backward; and what
+        cannot be followed stays in one layer, with a warning that says why.
+    cut : int, str or sequence of str, optional
+        How a model is cut: to modules at this depth, or to the modules of these names or patterns
+        (``"encoder.layers.*"``) and those beside them. By default to the items of ``ModuleList``
+        and ``Sequential`` and the modules beside these lists, further where one has more than a
+        worker's share of the bytes.
+    keep_together : str or sequence of str, optional
+        Names or patterns of modules that stay in one layer; ``""`` is the whole model.
 
     Raises
     ------
     TypeError
-        `model` is not an ``nn.Module``, or a layer cannot be pickled (the message names it).
+        `model` is not an ``nn.Module``, or a layer cannot be pickled (the message names it); or its
+        forward does not take `example_inputs`.
     ValueError
-        The model has no layers, or parameters that are uninitialized; or a module on the meta
+        The model has no layers, or parameters that are uninitialized; or `cut` or `keep_together`
+        match no module; or a module on the meta
         device has no ``reset_parameters`` and no weights, nor a constructor that computes them.
     CheckpointError
         The weights are another model's, or cannot be read.
@@ -169,8 +185,14 @@ class GraphChain(Lazy):
     def __call__(self, *args: Any, **kwargs: Any) -> Thunk:
         """A thunk of the model's output; nothing runs.
 
-        The arguments are those of the first layer: pytrees of tensors, thunks, Dask collections and
-        plain values.
+        The arguments are those of the first layer, or of the model's forward: pytrees of tensors,
+        thunks, Dask collections and plain values. A forward that is followed takes no thunks or
+        collections: it may ask for values of its inputs.
+
+        Raises
+        ------
+        TaskgradError
+            The model's forward cannot be followed; the message names the line, and what would help.
         """
         tracer = current_tracer()
         if tracer is not None:
