@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import resource
+import threading
 
 import dask
 import psutil
@@ -83,6 +84,61 @@ def test_the_same_on_one_worker_is_refused_beforehand(fresh):
     tg.Trainer(  # which needs a tenth of it
         tg.GraphChain(lambda: big()[:4], client=client), F.mse_loss, ADAMW
     )
+
+
+class MostMemory(threading.Thread):
+    """The most memory that this process uses while it runs, above what it used before."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._process = psutil.Process()
+        self._before = self._most = self._process.memory_info().rss
+        self._end = threading.Event()
+
+    def run(self) -> None:
+        while not self._end.wait(0.02):
+            self._most = max(self._most, self._process.memory_info().rss)
+
+    def stop(self) -> int:
+        self._end.set()
+        self.join()
+        return self._most - self._before
+
+
+def llama():
+    """596 MiB of parameters."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        vocab_size=1000,
+        use_cache=False,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.mark.long
+def test_a_captured_model_that_fits_no_worker_trains_over_two(fresh):
+    llama()  # its code is imported before memory is looked at
+    memory = MostMemory()
+    memory.start()
+    client = fresh(n_workers=2, memory_limit="1.6GiB")
+    before = set(client.nthreads())
+    chain = tg.GraphChain(llama, client=client)
+    held = sum(chain.placement.column("bytes"))
+    assert held > 590 << 20
+    trainer = tg.Trainer(chain, None, ADAMW, microbatches=2)
+    tokens = torch.randint(1000, (4, 16), generator=torch.Generator().manual_seed(0))
+    losses = [trainer.step({"input_ids": tokens, "labels": tokens}).item() for _ in range(4)]
+    assert losses[-1] < losses[0]
+    assert set(client.nthreads()) == before  # the nanny has restarted none
+    assert memory.stop() < held // 4  # the driver
+
+    one = fresh(n_workers=1, memory_limit="1.6GiB")
+    with pytest.raises(tg.MemoryLimitError, match="are missing"):
+        tg.Trainer(tg.GraphChain(llama, client=one), None, ADAMW, microbatches=2)
 
 
 def test_what_others_hold_counts(fresh):
