@@ -73,7 +73,8 @@ def train_plain(
     microbatches: int,
     *,
     clip: float | None = None,
-    weights: Any = None,
+    bf16: bool = False,
+    accumulate: int = 1,
 ) -> list[float]:
     model.train()
     streams = Streams(model, layers, seed=5)
@@ -82,19 +83,22 @@ def train_plain(
     for step, batch in enumerate(batches):
         parts = {key: value.tensor_split(microbatches) for key, value in batch.items()}
         found = [{key: part[m] for key, part in parts.items()} for m in range(microbatches)]
-        counts = [weights(part) if weights else len(part["input_ids"]) for part in found]
+        counts = [len(part["input_ids"]) for part in found]
         total = 0.0
         for m, part in enumerate(found):
             streams.at = 5, step, m
-            loss = model(**part).loss
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = model(**part).loss
             share = counts[m] / sum(counts)
-            loss.backward(torch.full_like(loss, share))
+            loss.backward(torch.full_like(loss, share / accumulate))
             total += loss.item() * share
+        losses.append(total)
+        if (step + 1) % accumulate:
+            continue
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(total)
     return losses
 
 
@@ -256,3 +260,82 @@ def test_a_value_that_decides_is_collected(four, caplog):
     said = [r for r in caplog.records if "reads the value of an activation" in r.getMessage()]
     assert len(said) == 1
     assert "test_captured_training.py, line" in said[0].getMessage()
+
+
+OPTIONS = {
+    "bf16": {"amp": "bf16"},
+    "zb_h2": {"schedule": "zb_h2", "microbatches": 4},
+    "recompute": {"checkpoint": "always"},
+    "recompute one": {"checkpoint": lambda name: name.endswith("h.1")},
+    "accumulate": {"accumulate": 2},
+    "interleaved": {"schedule": "interleaved_1f1b", "microbatches": 6},
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_of_a_trainer_keep_the_bits(options, client, executor):
+    model, batches = gpt2(), token_batches(4, size=6)
+    stages = 2 if options.get("schedule") == "interleaved_1f1b" else 1
+    chain = tg.GraphChain(model, client=client, example_inputs=batches[0], stages_per_worker=stages)
+    layers = [row.layer for row in chain.placement]
+    trainer = tg.Trainer(chain, None, ADAMW, seed=5, **{"microbatches": 2, **options})
+    for batch in batches:
+        trainer.step(batch)
+    trainer.wait()
+    train_plain(
+        model,
+        layers,
+        batches,
+        options.get("microbatches", 2),
+        bf16="amp" in options,
+        accumulate=options.get("accumulate", 1),
+    )
+    assert_same_weights(chain, model)
+
+
+def test_a_checkpoint_goes_on_at_another_placement(client, tmp_path):
+    batches = token_batches(4)
+    chain = tg.GraphChain(gpt2(), client=client, example_inputs=batches[0])
+    trainer = tg.Trainer(chain, None, ADAMW, microbatches=2, seed=5)
+    for batch in batches[:2]:
+        trainer.step(batch)
+    trainer.save(tmp_path)
+    other = tg.GraphChain(gpt2(), client=client, placement=[i % 2 for i in range(len(chain))])
+    restored = tg.Trainer.restore(tmp_path, other, None, ADAMW)
+    for batch in batches[2:]:
+        trainer.step(batch)
+        restored.step(batch)
+    trainer.wait()
+    ours, theirs = other.state_dict(), chain.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+class PartUnused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("placement", [[0, 0, 1, 2], [0, 0, 2, 1]], ids=["last", "between"])
+def test_a_worker_whose_layers_no_call_uses(placement, four, executor):
+    model = PartUnused()
+    chain = tg.GraphChain(model, client=four, placement=placement)
+    loss, x, y = nn.functional.mse_loss, torch.randn(4, 4), torch.randn(4, 4)
+    trainer = tg.Trainer(chain, loss, ADAMW, microbatches=2, schedule="zb_h1")
+    optimizer = ADAMW(model.parameters())
+    for _ in range(3):
+        trainer.step(x, y)
+        for part, target in zip(x.tensor_split(2), y.tensor_split(2), strict=True):
+            (loss(model(part), target) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trainer.wait()
+    assert_same_weights(chain, model)

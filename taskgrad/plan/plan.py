@@ -143,6 +143,7 @@ class Plan:
         if schedule.pipeline != self.pipeline:
             raise ValueError(f"the schedule is of {schedule.pipeline}, not of {self.pipeline}")
         split = schedule.split
+        idle = [()] * (len(self.workers) - len(schedule.orders))  # workers without a stage
         orders = tuple(
             (
                 *(
@@ -154,7 +155,7 @@ class Plan:
                 ),
                 UPDATE,
             )
-            for order in schedule.orders
+            for order in (*schedule.orders, *idle)
         )
         return replace(
             self,

@@ -117,7 +117,10 @@ def build(
     rescale = [] if batch.rescale is None else [batch.rescale]
     prepares = [
         layout.task(
-            *(shard, training.prepare, summary),
+            shard,
+            training.prepare,
+            # No call begins the step where no layer runs.
+            summary if scheduled[shard.worker] else {**summary, "step": number},
             after=rescale,
             awaits=[last[shard] for last in (tails, apart) if shard in last],
         )
@@ -292,6 +295,8 @@ def _order(
     tails: dict[Shard, Node] = {}
     for shard in layout.shards:
         last = before.get(shard)
+        if last is not None and not scheduled[shard.worker]:
+            tails[shard] = last
         for node in scheduled[shard.worker]:
             if last is not None:
                 order[node] = (last,)

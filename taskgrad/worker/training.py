@@ -78,14 +78,23 @@ def _copy(shard: ResidentShard, training: Training, without: list[torch.Tensor])
         before.update = Undo(changing, training.copies, without)
 
 
-def prepare(store: Store, token: str, *factors: float, update: bool, norms: bool) -> Summary:
+def prepare(
+    store: Store,
+    token: str,
+    *factors: float,
+    update: bool,
+    norms: bool,
+    step: int | None = None,
+) -> Summary:
     """Summarize the gradients of a step, which are complete here, for the other shards.
 
     They are multiplied by the `factors`, and divided by the loss scale: once, also if Dask runs the
-    task again.
+    task again. The number of the `step` is given if no call has begun it here.
     """
     with store.locked(token) as shard:
         training = training_of(shard)
+        if step is not None:
+            begin(shard, step)
         if training.summary is not None:
             return training.summary
         found: dict[str, torch.Tensor] = {}
