@@ -48,6 +48,26 @@ def test_three_workers(four: Client, name: str) -> None:
     check(tg.GraphChain(model, placement=placement, **options), model, calls, name)
 
 
+def test_a_model_in_one_layer_captures_its_outputs_on_its_worker(client: Client) -> None:
+    """transformers knows which outputs there are where a model was constructed: not there."""
+    model, [(_, given), _] = made("gpt2")
+    asked = {**given, "output_hidden_states": True}
+    chain = tg.GraphChain(Hidden(model), keep_together="model")
+    ours = tg.collect(chain(**asked))
+    theirs = model(**asked).hidden_states
+    assert len(ours) == len(theirs) == 4
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+class Hidden(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **given: Any) -> Any:
+        return self.model(**given).hidden_states
+
+
 def check(chain: tg.GraphChain, model: nn.Module, calls: Sequence[Arguments], name: str) -> None:
     """Compare outputs, gradients and buffers of all calls in both modes, and what comes back."""
     assert len(chain.layout.shards) > 1
