@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
@@ -47,7 +48,10 @@ def forked_workers() -> Iterator[None]:
     Where each imports it for itself, most of the time goes there. Scripts that tests run do that.
     """
     with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
-        get_mp_context().set_forkserver_preload(["distributed", "torch"])
+        preload = ["distributed", "torch"]
+        if "transformers" in sys.modules:  # tests that have been collected use it
+            preload.append("transformers.modeling_utils")
+        get_mp_context().set_forkserver_preload(preload)
         with pytest.MonkeyPatch.context() as patch:  # what Dask sets for a process before it starts
             for name, value in dask.config.get("distributed.nanny.pre-spawn-environ").items():
                 patch.setenv(name, str(value))

@@ -144,6 +144,27 @@ def checkpointed(model, x):
     return torch.utils.checkpoint.checkpoint(model.blocks[2], x, use_reentrant=False)
 
 
+def writes_own(model, x):
+    """Writes activations into tensors of its own, and sees them through views."""
+    y = model.blocks[0](x)
+    sums = torch.zeros(4).scatter_add_(0, y.argmax(-1), x[:, 0])
+    rows = torch.zeros(len(x), 4)
+    rows[0] = y[0]
+    first = rows[0]
+    first.add_(y[1])
+    padded = torch.full((2, 6), x.sum().item())
+    inner, turned = padded[:, 1:5], padded.T
+    padded[:, 2:] += y[:2]
+    turned[0].copy_(y[0, :2])
+    numbers = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    numbers += y[0]
+    return model.head(rows + sums), first, inner, padded, turned, numbers, inner.sum()
+
+
+def reads_attribute(model, x):
+    return model.blocks[0](x * model.table) + model.table
+
+
 def not_all_used(model, x):
     return model.blocks[2](x), None, 7, "text"
 
@@ -152,14 +173,14 @@ FORWARDS = {
     f.__name__: f
     for f in (
         *(skips, containers, own_tensors, no_grad_region, autocast_region, in_place, shapes),
-        *(autograd_function, checkpointed, not_all_used),
+        *(autograd_function, checkpointed, not_all_used, writes_own, reads_attribute),
     )
 }
 
 
 @pytest.mark.parametrize("forward", FORWARDS.values(), ids=FORWARDS)
 def test_forwards_give_what_they_give(forward):
-    followed = Followed(Stack(forward))
+    followed = Followed(Stack(forward, table=torch.randn(4)))
     for mode in (True, False):
         for rows in (5, 2, 5):
             followed.check(torch.randn(rows, 4, requires_grad=forward is checkpointed), mode=mode)
@@ -316,7 +337,11 @@ REFUSED = {
     "a hook": (lambda m, x: (y := m.head(x), y.register_hook(print))[0], "register_hook"),
     "a buffer": (lambda m, x: (m.scale.add_(m.head(x).sum()), x)[1], "parameters or buffers"),
     "buffer": (lambda m, x: setattr(m, "scale", m.head(x).sum()) or x, "assigns to a buffer"),
-    "known": (lambda m, x: torch.zeros(2, 2).copy_(m.head(x)), "of which the values are here"),
+    "known": (lambda m, x: x[:, :2].copy_(m.head(x)), "there before the call"),
+    "dtypes": (
+        lambda m, x: (y := torch.zeros(2, 2), z := y.view(torch.int32), y.copy_(m.head(x)), z + 1),
+        "views of other dtypes",
+    ),
     "vmap": (lambda m, x: torch.vmap(torch.sin)(m.head(x)), "has no effect here"),
 }
 
@@ -339,7 +364,7 @@ def test_only_the_part_that_cannot_be_followed_stays_whole(caplog):
     outer = Stack(
         lambda m, x: m.bad(m.good(torch.cat([x, x], 1))),
         good=Stack(lambda m, x: through(m, x[:, :4])),
-        bad=Stack(REFUSED["known"][0]),
+        bad=Stack(REFUSED["a hook"][0]),
     )
     with caplog.at_level(logging.WARNING):
         found = in_layers(outer, torch.randn(2, 2), None, None, 2)
@@ -474,6 +499,22 @@ def test_hooks_stay_with_their_layers():
         Followed(Stack(spies)).find(torch.randn(2, 4))
     opened = Followed(Stack(spies), example_inputs=torch.randn(2, 4))
     opened.check(torch.randn(2, 4))
+
+
+def test_what_leaves_a_layer_that_fails_without_values_is_found():
+    """The layer runs twice while it is followed, and only the second time to its end."""
+
+    def spies(model, x):
+        seen = []
+        inner = model.router.experts[0].up
+        handle = inner.register_forward_hook(lambda m, a, out: seen.append(out.sum()))
+        x = model.router(x)
+        handle.remove()
+        return model.head(x) + sum(seen)
+
+    model = Stack(spies, router=Router())
+    with pytest.raises(CannotFollowError, match=r"inside of 'router'"):
+        Followed(model, keep_together="router").find(torch.randn(2, 4))
 
 
 def test_a_call_that_was_seen_runs_no_forward():

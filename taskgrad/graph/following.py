@@ -40,6 +40,7 @@ from taskgrad.graph.shape_runs import ShapeRun, run_on_fakes, run_on_meaningless
 from taskgrad.graph.stand_ins import follower, run_with_values
 from taskgrad.graph.swapping import contents, restore, swap
 from taskgrad.graph.torch_settings import settings_now
+from taskgrad.graph.written_tensors import WrittenTensors, storage_of
 
 _Tensor: Any = torch.Tensor
 # They read the values of their argument.
@@ -120,6 +121,7 @@ class Following(TorchFunctionMode):
         self._fakes: dict[int, Any] = {}  # what each fake tensor stands for
         self._alive: list[Any] = []
         self._parameters: dict[int, Activation] = {}
+        self._written = WrittenTensors(known, self.function, self.cannot)
         self._by_storage: dict[int, list[Activation]] = {}
         self._calls: Counter[Any] = Counter()
         self._stack: list[str] = [""]
@@ -164,9 +166,13 @@ class Following(TorchFunctionMode):
     # -- operations -------------------------------------------------------------------------------
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.paused or not self.concerns(args, kwargs):
-            if not self.paused and func in _READS:
-                for tensor in tensors_in((args, kwargs)):
+        if self.paused:
+            return func(*args, **kwargs)
+        if not self.concerns(args, kwargs):
+            tensors = tensors_in((args, kwargs))
+            self._refuse_foreign(tensors)
+            if func in _READS:
+                for tensor in tensors:
                     self.known.read(tensor)
             return func(*args, **kwargs)
         return self.operation(func, args, kwargs)
@@ -174,7 +180,7 @@ class Following(TorchFunctionMode):
     def concerns(self, args: Any, kwargs: Any) -> bool:
         """True if there is an activation or a parameter among arguments."""
         return any(
-            isinstance(t, Activation) or id(t) in self._parts.tensors
+            isinstance(t, Activation) or id(t) in self._parts.tensors or t in self._written
             for t in tensors_in((args, kwargs))
         )
 
@@ -198,7 +204,7 @@ class Following(TorchFunctionMode):
             kind, target, args = attribute, getattr, (args[0], attribute)
         else:
             kind, target = name.strip("_") or name, func
-        self._refuse_writing_known(func, name, args, kwargs)
+        self._prepare_writing(func, name, args, kwargs)
         step = RecordedStep(FUNCTION, "", kind, b"", None, None, [], settings_now())
         return self._step(step, target, args, kwargs, lambda a, k: target(*a, **k))
 
@@ -207,7 +213,7 @@ class Following(TorchFunctionMode):
         step = RecordedStep(FUNCTION, "", kind, b"", None, None, [], settings_now())
         return self._step(step, target, args, kwargs, lambda a, k: target(*a, **k))
 
-    def _refuse_writing_known(self, func: Any, name: str, args: Any, kwargs: Any) -> None:
+    def _prepare_writing(self, func: Any, name: str, args: Any, kwargs: Any) -> None:
         writes = (name.endswith("_") and not name.endswith("__")) or name in (
             *("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__"),
             *("__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__"),
@@ -221,11 +227,8 @@ class Following(TorchFunctionMode):
                     f"it writes into {self._parts.tensors[id(tensor)][2]!r}, one of its own "
                     "parameters or buffers"
                 )
-            if not isinstance(tensor, Activation):
-                raise self.cannot(
-                    f"{name} writes an activation into a tensor that was made in forward(), of "
-                    "which the values are here"
-                )
+            if not isinstance(tensor, Activation) and tensor not in self._written:
+                self._written.add(tensor, name)
 
     # -- steps ------------------------------------------------------------------------------------
     def _step(
@@ -257,17 +260,18 @@ class Following(TorchFunctionMode):
         before = {id(f): f._version for f in fakes if isinstance(f, FakeTensor)}
         args, kwargs = self._swap_in((args, kwargs))
         mode, infers = self._parts.mode, True
+        made: list[torch.Tensor] = []
         try:
             if type(target) in self._parts.unknown_shapes:
                 raise NotImplementedError(type(target))
-            run = run_on_fakes(target, args, kwargs, mode)
+            run = run_on_fakes(target, args, kwargs, mode, made)
         except Exception as error:
             # The fake run may fail where the layer does not; if that does too, it is the user's.
             infers = False
             restore(was)
             if step.layer != FUNCTION:
                 args, kwargs = self._swap_in((args, kwargs))
-                run = run_on_meaningless(with_values, args, kwargs, mode, self._fakes)
+                run = run_on_meaningless(with_values, args, kwargs, mode, made, self._fakes)
                 self._parts.unknown_shapes.add(type(target))
                 self._alive.append(run.alive)
             elif isinstance(error, _NO_SHAPES):
@@ -279,7 +283,7 @@ class Following(TorchFunctionMode):
                 raise
         if isinstance(target, nn.Module):
             name = self._parts.layers[id(target)][1]
-            for tensor in run.made:
+            for tensor in made:
                 self.known.foreign[tensor.untyped_storage()._cdata] = tensor, name
         result, args, kwargs = run.result, run.args, run.kwargs
         written = run.changed | {id(f) for f in _written(before, fakes)}
@@ -325,10 +329,9 @@ class Following(TorchFunctionMode):
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor) or isinstance(leaf, Activation):
                 continue
-            strided = leaf.layout is torch.strided
-            if not strided or id(leaf) in self._fakes or id(leaf) in self._parts.tensors:
+            if id(leaf) in self._fakes or id(leaf) in self._parts.tensors:
                 continue
-            _, layer = self.known.foreign.get(leaf.untyped_storage()._cdata, (None, ""))
+            _, layer = self.known.foreign.get(storage_of(leaf), (None, ""))
             if layer or isinstance(leaf, FakeTensor):
                 raise _inside(layer or self._stack[-1])
 
@@ -383,7 +386,7 @@ class Following(TorchFunctionMode):
 
     # -- values -----------------------------------------------------------------------------------
     def _activation_of(self, leaf: Any) -> Any:
-        """An activation in the place of a parameter; other leaves as they are."""
+        """An activation in the place of a parameter or a written tensor; else the leaf."""
         if isinstance(leaf, Activation) and leaf.following is not self:
             raise TaskgradError(
                 "an activation of an earlier call is used: the model's forward kept it in an "
@@ -392,6 +395,8 @@ class Following(TorchFunctionMode):
             )
         about = self._parts.tensors.get(id(leaf)) if isinstance(leaf, torch.Tensor) else None
         if about is None:
+            if isinstance(leaf, torch.Tensor) and leaf in self._written:
+                return self._written.activation_of(leaf)
             return leaf
         found = self._parameters.get(id(leaf))
         if found is None:

@@ -65,9 +65,10 @@ class KnownValues(TorchDispatchMode):
         self._alive: list[torch.Tensor] = []  # so that no identity is used again
         self._constants: dict[str, torch.Tensor] = {}
         self._given: set[int] = set()  # storages of inputs and constants
+        self._fresh: set[int] = set()  # those of torch.tensor(...)
         self._guards: list[tuple[fx.Node, Callable[[Any], bool]]] = []
         self._draws = False
-        self.foreign: dict[int, tuple[torch.Tensor, str]] = {}
+        self.foreign: dict[int | None, tuple[torch.Tensor, str]] = {}
         for i, tensor in enumerate(inputs):
             self._note(tensor, self._graph.placeholder(f"input_{i}"))
             self._given.add(tensor.untyped_storage()._cdata)
@@ -97,6 +98,8 @@ class KnownValues(TorchDispatchMode):
             self._guards.append((node, lambda value: _shapes(value) == shapes))
         if isinstance(result, torch.Tensor):
             self._note(result, node)
+            if func is torch.ops.aten.lift_fresh.default:
+                self._fresh.add(result.untyped_storage()._cdata)
         elif isinstance(result, tuple | list):
             for i, part in enumerate(result):
                 if isinstance(part, torch.Tensor):
@@ -112,6 +115,12 @@ class KnownValues(TorchDispatchMode):
         if not self.paused and isinstance(node, fx.Node):
             seen = tensor.detach().clone()
             self._guards.append((node, lambda value: torch.equal(value, seen)))
+
+    def was_made(self, tensor: torch.Tensor) -> bool:
+        """True if a tensor was made since recording began, in memory of its own."""
+        identity = _identity(tensor)
+        storage = identity[0]
+        return identity in self._nodes and (storage not in self._given or storage in self._fresh)
 
     def _note(self, tensor: torch.Tensor, node: fx.Node) -> None:
         self._alive.append(tensor)

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from taskgrad.errors import TaskgradError
 from taskgrad.graph.memory_layout import View, with_bases, without_bases
+from taskgrad.graph.output_capturing import reduce_recording
 from taskgrad.graph.parameter_extras import TensorExtras, extras_of, set_extras
 
 T = TypeVar("T")
@@ -202,15 +203,16 @@ def parametrized_names(module: nn.Module) -> list[str]:
 
 
 def _reduce_module(module: nn.Module) -> Any:
-    """A parametrized module as pickle's (function, arguments, state); others NotImplemented.
+    """A module as pickle's (function, arguments, state) if it needs care; else NotImplemented.
 
+    It does if it is parametrized, or if transformers has noted its class; see `reduce_recording`.
     ``torch.nn.utils.parametrize`` gives each of these modules a new class, which refuses to be
     pickled. The class only adds properties, which can be made again from the names of the
     parametrized tensors; the tensors behind them are ordinary parameters and buffers.
     """
     names = parametrized_names(module)
     if not names:
-        return NotImplemented
+        return reduce_recording(module)
     kind: Any = parametrize.type_before_parametrizations(module)
     if (kind.__reduce__, kind.__reduce_ex__) != (object.__reduce__, object.__reduce_ex__):
         return NotImplemented

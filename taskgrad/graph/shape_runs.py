@@ -29,8 +29,6 @@ class ShapeRun:
         The result, and the arguments after the run; their tensors are fake.
     touched, changed
         The ids of the fake tensors among the arguments that operations have taken, or written.
-    made
-        Tensors that were made inside.
     saved
         The bytes that autograd would keep.
     alive
@@ -42,13 +40,17 @@ class ShapeRun:
     kwargs: Any
     touched: set[int]
     changed: set[int] = field(default_factory=set)
-    made: list[torch.Tensor] = field(default_factory=list)
     saved: int = 0
     alive: Any = None
 
 
-def run_on_fakes(target: Any, args: Any, kwargs: Any, mode: FakeTensorMode) -> ShapeRun:
-    """Run on fake tensors. Raises what that does; it fails where values decide on shapes."""
+def run_on_fakes(
+    target: Any, args: Any, kwargs: Any, mode: FakeTensorMode, made: list[torch.Tensor]
+) -> ShapeRun:
+    """Run on fake tensors; those that are made inside are added to `made`, even if it fails.
+
+    Raises what that does; it fails where values decide on shapes.
+    """
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -57,14 +59,14 @@ def run_on_fakes(target: Any, args: Any, kwargs: Any, mode: FakeTensorMode) -> S
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
-    watch = _Watch()
+    watch = _Watch(made)
     was, _log.disabled = _log.disabled, True  # it logs what is an exception, too
     try:
         with mode, watch, hooks:
             result = target(*args, **kwargs)
     finally:
         _log.disabled = was
-    return ShapeRun(result, args, kwargs, watch.taken, made=watch.made, saved=sum(kept.values()))
+    return ShapeRun(result, args, kwargs, watch.taken, saved=sum(kept.values()))
 
 
 def run_on_meaningless(
@@ -72,9 +74,13 @@ def run_on_meaningless(
     args: Any,
     kwargs: Any,
     mode: FakeTensorMode,
+    made: list[torch.Tensor],
     stands_for: Mapping[int, Any],
 ) -> ShapeRun:
-    """Run on values of no meaning, where there are none; `stands_for` has tensors of fake ones."""
+    """Run on values of no meaning, where there are none; `stands_for` has tensors of fake ones.
+
+    What is made inside is added to `made`.
+    """
     real: dict[int, torch.Tensor] = {}
     fakes: dict[int, torch.Tensor] = {}
 
@@ -95,15 +101,15 @@ def run_on_meaningless(
         if isinstance(tensor, FakeTensor):
             return tensor
         if id(tensor) not in fakes:
-            made = mode.from_tensor(tensor.detach().clone())
-            fakes[id(tensor)] = made.requires_grad_(tensor.requires_grad)
-            real[id(made)] = tensor
+            fake = mode.from_tensor(tensor.detach().clone())
+            fakes[id(tensor)] = fake.requires_grad_(tensor.requires_grad)
+            real[id(fake)] = tensor
         return fakes[id(tensor)]
 
     args, kwargs = swap((args, kwargs), to_real)
     versions = {key: value._version for key, value in real.items()}
     state = torch.get_rng_state()
-    watch = _Watch()
+    watch = _Watch(made)
     try:
         with watch:
             result = run(args, kwargs)
@@ -113,22 +119,22 @@ def run_on_meaningless(
     changed = {key for key, seen in versions.items() if real[key]._version != seen}
     result = swap(result, to_fake)
     args, kwargs = swap((args, kwargs), to_fake)
-    return ShapeRun(result, args, kwargs, touched, changed, made=watch.made, alive=(real, fakes))
+    return ShapeRun(result, args, kwargs, touched, changed, alive=(real, fakes))
 
 
 class _Watch(TorchDispatchMode):
     """Notes the tensors that operations take, and those that they make."""
 
-    def __init__(self) -> None:
+    def __init__(self, made: list[torch.Tensor]) -> None:
         super().__init__()
         self.taken: set[int] = set()
-        self.made: list[torch.Tensor] = []
+        self._made = made
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.taken.update(id(t) for t in tensors_in((args, kwargs or {})))
         result = func(*args, **(kwargs or {}))
         given = {id(t) for t in tensors_in((args, kwargs or {}))}
-        self.made += [
+        self._made += [
             t
             for t in tensors_in(result)
             if t.layout is torch.strided and id(t) not in given and not func.is_view

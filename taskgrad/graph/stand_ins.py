@@ -37,13 +37,20 @@ follower: ContextVar[Follower | None] = ContextVar("taskgrad_follower", default=
 
 
 def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy of a model whose parameters and buffers are fake."""
+    """A copy of a model whose parameters and buffers are fake.
+
+    Other tensors that it has keep their values: a forward may compute with them.
+    """
     made: dict[int, torch.Tensor] = {}
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
 
     def persist(part: Any) -> Any:
         if not pack.is_plain(part):
             return None
-        if id(part) not in made:
+        known = not (id(part) in own or part.is_meta or part.requires_grad)
+        if id(part) not in made and known:
+            made[id(part)] = part.detach().clone()
+        elif id(part) not in made:
             spec = TensorSpec.of(part)
             with mode:
                 fake = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype)
