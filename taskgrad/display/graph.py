@@ -140,6 +140,14 @@ def drawn(calls: CallGraph, names: Mapping[str, Any]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyArrowPatch, Patch
 
+    class Drawing(Figure):
+        """Shown by notebooks, also where pyplot has not been imported."""
+
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, bbox_inches="tight")
+            return file.getvalue()
+
     graph = nx.DiGraph()
     graph.add_nodes_from(calls.nodes)
     graph.add_edges_from(calls.edges)
@@ -153,7 +161,7 @@ def drawn(calls: CallGraph, names: Mapping[str, Any]) -> Figure:
         right, tall = right + width, max(tall, len(keys))
     over = {(a, b) for a, b in graph.edges if columns[b] - columns[a] > 1}
     high = _ROW * (tall - 1) / 2 + (_ARC if over else 0.4)
-    figure = Figure(figsize=(max(3.0, right), 2 * high + _LEGEND))
+    figure = Drawing(figsize=(max(3.0, right), 2 * high + _LEGEND))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     axes.set(xlim=(0, right), ylim=(-high - _LEGEND, high))
