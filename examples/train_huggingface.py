@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--workers", type=int, default=2, help="worker processes to start on this machine")
     add("--scheduler-address", help="use the workers of this Dask cluster instead")
     add("--device", default="cpu", help="torch device of each worker: cpu or cuda")
-    add("--steps", type=int, default=500, help="steps of the optimizer")
+    add("--steps", type=int, default=400, help="steps of the optimizer")
     add("--batch", type=int, default=16, help=f"functions, of up to {CONTEXT} tokens, a step")
     add("--microbatches", type=int, default=4, help="parts of a batch that are on the way at once")
     add("--lr", type=float, default=3e-3, help="the highest learning rate")
