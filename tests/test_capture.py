@@ -403,6 +403,8 @@ def test_the_cut():
     assert "blocks.1.down" in [layer.name for layer in deep]
     kept = in_layers(model, None, 3, "blocks.1", 2).flat.layers
     assert {"blocks.1", "blocks.0.up"} <= {layer.name for layer in kept}
+    [whole] = in_layers(model, None, None, "", 2).flat.layers
+    assert whole.kind == "Stack"
     with pytest.raises(ValueError, match=r"cut='layer\.\*'.* matches no module"):
         in_layers(model, None, "layer.*", None, 2)
     with pytest.raises(ValueError, match="keep_together='wrong'.* matches no module"):

@@ -132,7 +132,7 @@ def matching(given: Any, names: Mapping[str, Any], what: str) -> set[str]:
     for pattern in patterns:
         matches = set(fnmatch.filter(names, pattern))
         if not matches:
-            some = ", ".join(list(names)[:8])
+            some = ", ".join([name for name in names if name][:8])
             raise ValueError(
                 f"{what}={shown(pattern)} matches no module of the model; its modules are {some}"
                 + (", ..." if len(names) > 8 else "")
