@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-gpt test test-all lint format notebooks docs bench clean
+.PHONY: help setup train train-gpt train-hf test test-all lint format notebooks docs bench clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ train: setup ## train the example network: make train ARGS='--help'
 
 train-gpt: setup ## train the example GPT, and let it write: make train-gpt ARGS='--steps 2000'
 	$(BIN)/python examples/train_gpt.py $(ARGS)
+
+train-hf: setup ## train a model of transformers: make train-hf ARGS='--model gpt2 --check'
+	$(BIN)/python examples/train_huggingface.py $(ARGS)
 
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 

@@ -28,14 +28,18 @@ class Sources:
     vocabulary: list[str]
 
 
-def load_sources(n_tokens: int) -> Sources:
-    """The modules of the standard library, in `n_tokens` different tokens."""
+def load_texts() -> tuple[list[str], list[str]]:
+    """The modules of the standard library: those to train on, and those to validate with."""
     files = sorted(Path(os.__file__).parent.glob("*.py"))
     texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
     texts = [text for text in texts if text.isascii()]
-    train = [text for i, text in enumerate(texts) if i % EVERY]
-    held_out = texts[::EVERY]
-    characters = sorted(set("".join(texts)))
+    return [text for i, text in enumerate(texts) if i % EVERY], texts[::EVERY]
+
+
+def load_sources(n_tokens: int) -> Sources:
+    """The modules of the standard library, in `n_tokens` different tokens."""
+    train, held_out = load_texts()
+    characters = sorted(set("".join(train + held_out)))
     counts = Counter(piece for text in train for piece in PIECE.findall(text))
     frequent = [piece for piece, _ in counts.most_common() if len(piece) > 1]
     vocabulary = (characters + frequent)[:n_tokens]

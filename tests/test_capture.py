@@ -422,10 +422,14 @@ def test_the_cut():
     assert names[:4] == ["", "blocks.0", "blocks.1", "blocks.2"]  # "" has the token
     inside = in_layers(model, None, "blocks.*.up", None, 2).flat.layers
     assert "blocks.1.down" in [layer.name for layer in inside]
+    items = in_layers(model, None, "blocks.*", None, 2).flat.layers  # ".*" matches their parts, too
+    assert [layer.name for layer in items] == names
     deep = in_layers(model, None, 3, None, 2).flat.layers
     assert "blocks.1.down" in [layer.name for layer in deep]
     kept = in_layers(model, None, 3, "blocks.1", 2).flat.layers
     assert {"blocks.1", "blocks.0.up"} <= {layer.name for layer in kept}
+    [whole] = in_layers(model, None, None, "", 2).flat.layers
+    assert whole.kind == "Stack"
     with pytest.raises(ValueError, match=r"cut='layer\.\*'.* matches no module"):
         in_layers(model, None, "layer.*", None, 2)
     with pytest.raises(ValueError, match="keep_together='wrong'.* matches no module"):

@@ -360,6 +360,7 @@ def test_a_chain_is_drawn_as_the_graph_of_its_model(client: Client) -> None:
     assert at == [0, 0, 1, 1, 2, 3]
     assert [t.get_text() for t in chain.draw().axes[0].texts][1] == "l0\nLinear"
     assert "<svg" in chain._repr_html_()
+    assert chain.draw()._repr_png_().startswith(b"\x89PNG")
     plain = tg.GraphChain(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     assert len(plain.draw().axes[0].texts) == 2
     with pytest.raises(tg.TaskgradError, match=r"draw\(\) shows"):

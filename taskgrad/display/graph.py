@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Nesting that a repr shows before it says "...".
 _DEPTH = 2
 _MAX_DRAWN = 60
+_ROW, _ARC, _PAD, _LEGEND = 0.6, 0.6, 0.03, 0.3  # inches
 _COLOURS = ("#4c9be8", "#f2a541", "#57b894", "#d96c75", "#9b7fd1", "#8c8c8c", "#c9b037", "#5fc4cf")
 
 
@@ -137,34 +138,64 @@ def drawn(calls: CallGraph, names: Mapping[str, Any]) -> Figure:
     """
     import networkx as nx
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
+    from matplotlib.patches import FancyArrowPatch, Patch
+
+    class Drawing(Figure):
+        """Shown by notebooks, also where pyplot has not been imported."""
+
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, bbox_inches="tight")
+            return file.getvalue()
 
     graph = nx.DiGraph()
     graph.add_nodes_from(calls.nodes)
     graph.add_edges_from(calls.edges)
-    for depth, generation in enumerate(nx.topological_generations(graph)):
-        for key in generation:
-            graph.nodes[key]["depth"] = depth
-    places = nx.multipartite_layout(graph, subset_key="depth")
-    depths = nx.get_node_attributes(graph, "depth")
-    wide = max(depths.values()) + 1
-    tall = max(sum(d == level for d in depths.values()) for level in range(wide))
-    figure = Figure(figsize=(max(3.0, 1.25 * wide), max(1.4, 0.8 * tall + 0.7)))
-    axes = figure.add_subplot()
+    places, columns, right, tall = {}, {}, 0.0, 1  # in inches
+    for column, keys in enumerate(nx.topological_generations(graph)):
+        lines = [line for key in keys for line in calls.nodes[key][0].splitlines()]
+        width = 0.45 + 0.062 * max(map(len, lines), default=0)
+        for i, key in enumerate(keys):
+            places[key] = right + width / 2, _ROW * ((len(keys) - 1) / 2 - i)
+            columns[key] = column
+        right, tall = right + width, max(tall, len(keys))
+    over = {(a, b) for a, b in graph.edges if columns[b] - columns[a] > 1}
+    high = _ROW * (tall - 1) / 2 + (_ARC if over else 0.4)
+    figure = Drawing(figsize=(max(3.0, right), 2 * high + _LEGEND))
+    axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
+    axes.set(xlim=(0, right), ylim=(-high - _LEGEND, high))
     workers = sorted({worker for _, worker in calls.nodes.values() if worker})
     colour = {w: _COLOURS[i % len(_COLOURS)] for i, w in enumerate(workers)}
-    nx.draw_networkx_edges(graph, places, ax=axes, edge_color="#999999", node_size=1500)
+    texts = {}
     for key, (x, y) in places.items():
         label, worker = calls.nodes[key]
-        axes.text(
+        text = axes.text(
             *(x, y, label),
             ha="center",
             va="center",
             fontsize=7,
             bbox={"boxstyle": "round", "fc": colour.get(worker or "", "#eeeeee"), "ec": "#666666"},
         )
-    axes.margins(0.15)
+        texts[key] = text
+    inches = axes.transData.inverted()
+    half = {k: inches.transform_bbox(t.get_window_extent()).width / 2 for k, t in texts.items()}
+    for source, user in graph.edges:
+        (x0, y0), (x1, y1) = places[source], places[user]
+        rad = 0.0
+        if (source, user) in over:  # around the boxes between
+            rad = min(0.25, 2 * _ARC / (x1 - x0)) * (1 if y0 < y1 else -1)
+        arrow = FancyArrowPatch(
+            *((x0 + half[source] + _PAD, y0), (x1 - half[user] - _PAD, y1)),
+            arrowstyle="-|>",
+            connectionstyle=f"arc3,rad={rad}",
+            shrinkA=0,
+            shrinkB=0,
+            mutation_scale=8,
+            color="#999999",
+            zorder=1,
+        )
+        axes.add_patch(arrow)
     if workers:
         handles = [Patch(color=colour[w], label=WorkerName(w, names.get(w))) for w in workers]
         figure.legend(handles=handles, loc="lower center", ncols=len(workers), fontsize=7)

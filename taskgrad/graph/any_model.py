@@ -65,7 +65,7 @@ def in_layers(
         return LayeredModel(flatten_model(model))
     title = type(model).__name__
     names = dict(model.named_modules())
-    kept = matching(keep_together, {n: m for n, m in names.items() if n}, "keep_together")
+    kept = matching(keep_together, names, "keep_together")
     further: set[str] = set()
     whole: dict[str, str] = {}
     while True:

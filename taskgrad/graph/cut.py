@@ -122,7 +122,7 @@ def pieces(
 
 
 def matching(given: Any, names: Mapping[str, Any], what: str) -> set[str]:
-    """The names that are given, or match one of the patterns; see `pieces`."""
+    """The names that are given, or match a pattern, but no parts of other matches; see `pieces`."""
     if given is None:
         return set()
     patterns = [given] if isinstance(given, str) else given
@@ -132,12 +132,12 @@ def matching(given: Any, names: Mapping[str, Any], what: str) -> set[str]:
     for pattern in patterns:
         matches = set(fnmatch.filter(names, pattern))
         if not matches:
-            some = ", ".join(list(names)[:8])
+            some = ", ".join([name for name in names if name][:8])
             raise ValueError(
                 f"{what}={shown(pattern)} matches no module of the model; its modules are {some}"
                 + (", ..." if len(names) > 8 else "")
             )
-        found |= matches
+        found |= {name for name in matches if matches.isdisjoint(_outer(name))}
     return found
 
 
