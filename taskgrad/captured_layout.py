@@ -23,6 +23,7 @@ from taskgrad.graph.layer_graph import FUNCTION, Captured, LayerGraph
 from taskgrad.graph.layers import Model
 from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import Element, Node, new_key
+from taskgrad.graph.objects import is_lazy
 from taskgrad.graph.pytree import flatten
 from taskgrad.graph.segments import packed
 from taskgrad.graph.shards import Shard
@@ -362,10 +363,11 @@ def _value(argument: Any) -> Any:
     """
     if isinstance(argument, Leaf):
         return argument.value if argument.needs_grad else argument.sent()
-    lazy = next((leaf for leaf in flatten(argument)[0] if isinstance(leaf, Node)), None)
+    lazy = next((leaf for leaf in flatten(argument)[0] if is_lazy(leaf)), None)
     if lazy is not None:
+        what = lazy.label if isinstance(lazy, Node) else f"a {type(lazy).__name__}"
         raise TaskgradError(
             "the forward of this model is followed on the driver, which needs its inputs there, "
-            f"and {lazy.label} is on a worker: collect it first"
+            f"and {what} is on a worker: collect it first"
         )
     return argument

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import pytest
@@ -339,3 +340,25 @@ def test_a_worker_whose_layers_no_call_uses(placement, four, executor):
         optimizer.zero_grad()
     trainer.wait()
     assert_same_weights(chain, model)
+
+
+def test_errors_come_before_any_task(client):
+    with pytest.raises(TypeError, match=r"layer 'layers\.1' \(Linear\) cannot be sent"):
+        model = PartUnused()
+        model.layers[1].lock = threading.Lock()
+        tg.GraphChain(model, client=client)
+    with pytest.raises(TypeError, match="the attribute 'lock' of 'PartUnused' cannot be pickled"):
+        model = PartUnused()
+        model.lock = threading.Lock()
+        tg.GraphChain(model, client=client)
+    with pytest.raises(TypeError, match=r"PartUnused does not take .* too many positional"):
+        tg.GraphChain(PartUnused(), client=client, example_inputs=(1, 2))
+    with pytest.raises(ValueError, match="matches no module of the model"):
+        tg.GraphChain(PartUnused(), client=client, cut="blocks.*")
+    chain = tg.GraphChain(PartUnused(), client=client)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        chain(torch.ones(2, 3))
+    with pytest.raises(tg.TaskgradError, match="a Thunk is on a worker: collect it first"):
+        chain(tg.spawn(torch.ones, 2, 4))
+    with pytest.raises(TypeError, match="calls a chain of PartUnused, whose own forward says"):
+        tg.Trainer(lambda x: chain(x), nn.functional.mse_loss, ADAMW, chains={"chain": chain})

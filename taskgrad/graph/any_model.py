@@ -17,6 +17,7 @@ from taskgrad.graph.cut import Cut, matching, may_open, pieces
 from taskgrad.graph.following import Following
 from taskgrad.graph.layers import Model, flatten_model, is_sequential, kind_of, model_in_pieces
 from taskgrad.graph.pytree import describe
+from taskgrad.graph.sending import reached
 
 logger = logging.getLogger("taskgrad")
 
@@ -75,6 +76,7 @@ def in_layers(
             return LayeredModel(flatten_model(model), whole=whole)
         parts = found.parts
         flat = model_in_pieces(model, parts)
+        reached(flat)  # its errors name the layer that cannot be sent
         capture = Capture(model, flat.layers, list(found.opened), title)
         if example is None:
             return LayeredModel(flat, capture)

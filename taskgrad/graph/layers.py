@@ -288,7 +288,24 @@ def _skeleton(model: nn.Module, modules: list[Callable[..., Any]]) -> bytes:
         if isinstance(module, OwnTensors):
             named = {**module._parameters, **module._buffers}
             marks |= {id(t): (i, name) for name, t in named.items() if t is not None}
-    return pack.dumps(model, lambda part: marks.get(id(part)))
+
+    def culprit() -> str | None:
+        for name, module in model.named_modules():
+            for key, value in vars(module).items():
+                try:
+                    pack.dumps(value, lambda part: marks.get(id(part)))
+                except Exception:
+                    if not key.startswith("_"):
+                        return f"attribute {key!r} of {name or kind_of(model)!r}"
+        return None
+
+    return pack.pickle_or_explain(
+        lambda: pack.dumps(model, lambda part: marks.get(id(part))),
+        f"the model {kind_of(model)}",
+        ". Take what cannot be pickled (locks, open files, generators) out of it, or make it in "
+        "forward()",
+        culprit=culprit,
+    )
 
 
 def rebuild_model(
