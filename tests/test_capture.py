@@ -152,7 +152,7 @@ def writes_own(model, x):
     rows[0] = y[0]
     first = rows[0]
     first.add_(y[1])
-    padded = torch.full((2, 6), x.sum().item())
+    padded = torch.full((6, 2), x.sum().item()).T
     inner, turned = padded[:, 1:5], padded.T
     padded[:, 2:] += y[:2]
     turned[0].copy_(y[0, :2])
