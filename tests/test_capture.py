@@ -342,7 +342,7 @@ REFUSED = {
         lambda m, x: (y := torch.zeros(2, 2), z := y.view(torch.int32), y.copy_(m.head(x)), z + 1),
         "views of other dtypes",
     ),
-    "vmap": (lambda m, x: torch.vmap(torch.sin)(m.head(x)), "has no effect here"),
+    "vmap": (lambda m, x: torch.vmap(torch.sin)(m.head(x)), "other means than torch's functions"),
 }
 
 
