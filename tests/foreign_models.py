@@ -34,9 +34,6 @@ class Foreign:
         Makes arguments of calls.
     options
         Arguments of `GraphChain`.
-    tolerance
-        0: outputs have the same bits. Else how far they may be apart, relative to the largest
-        element of a tensor, for the reason that the table has.
     quick
         True if it is small and unlike the others.
     """
@@ -44,7 +41,6 @@ class Foreign:
     make: Callable[[], nn.Module]
     calls: Callable[[], list[Arguments]]
     options: dict[str, Any] = field(default_factory=dict)
-    tolerance: float = 0.0
     quick: bool = False
 
 

@@ -152,7 +152,7 @@ def writes_own(model, x):
     rows[0] = y[0]
     first = rows[0]
     first.add_(y[1])
-    padded = torch.full((2, 6), x.sum().item())
+    padded = torch.full((6, 2), x.sum().item()).T
     inner, turned = padded[:, 1:5], padded.T
     padded[:, 2:] += y[:2]
     turned[0].copy_(y[0, :2])
@@ -342,7 +342,7 @@ REFUSED = {
         lambda m, x: (y := torch.zeros(2, 2), z := y.view(torch.int32), y.copy_(m.head(x)), z + 1),
         "views of other dtypes",
     ),
-    "vmap": (lambda m, x: torch.vmap(torch.sin)(m.head(x)), "has no effect here"),
+    "vmap": (lambda m, x: torch.vmap(torch.sin)(m.head(x)), "other means than torch's functions"),
 }
 
 

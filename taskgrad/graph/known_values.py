@@ -17,6 +17,8 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from taskgrad.graph.activation import Activation
+
 _Identity = tuple[Any, ...]
 
 
@@ -86,6 +88,8 @@ class KnownValues(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
+        if Activation in types:  # it says what is wrong
+            return NotImplemented
         given, given_by_name = tree_map(self._node_of, (args, kwargs))
         if func._schema.is_mutable and self._writes_given(func, args, kwargs):
             self.repeatable = False
