@@ -267,12 +267,17 @@ def drawing_python(model, x):
     return through(model, x) * random.random()
 
 
-def test_forwards_with_a_state_are_followed_again():
+def test_forwards_with_a_state_are_followed_again(caplog):
     x = torch.randn(2, 4)
     followed = Followed(Stack(stateful, calls=0))
     for _ in range(3):
         followed.check(x)
     assert len(followed.graphs) == 3
+    assert not caplog.records
+    for _ in range(40):
+        followed.find(x)
+    [said] = caplog.records
+    assert "was followed 32 times" in said.getMessage()
 
     followed = Followed(Stack(cached, mask=None))
     for _ in range(4):

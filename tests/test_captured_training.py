@@ -343,14 +343,12 @@ def test_a_worker_whose_layers_no_call_uses(placement, four, executor):
 
 
 def test_errors_come_before_any_task(client):
+    layer, own = PartUnused(), PartUnused()
+    layer.layers[1].lock = own.lock = threading.Lock()
     with pytest.raises(TypeError, match=r"layer 'layers\.1' \(Linear\) cannot be sent"):
-        model = PartUnused()
-        model.layers[1].lock = threading.Lock()
-        tg.GraphChain(model, client=client)
+        tg.GraphChain(layer, client=client)
     with pytest.raises(TypeError, match="the attribute 'lock' of 'PartUnused' cannot be pickled"):
-        model = PartUnused()
-        model.lock = threading.Lock()
-        tg.GraphChain(model, client=client)
+        tg.GraphChain(own, client=client)
     with pytest.raises(TypeError, match=r"PartUnused does not take .* too many positional"):
         tg.GraphChain(PartUnused(), client=client, example_inputs=(1, 2))
     with pytest.raises(ValueError, match="matches no module of the model"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from taskgrad.graph.stand_ins import fake_copy, follower, stand_in
 from taskgrad.graph.torch_settings import settings_now
 
 _MOST = 32  # graphs that are kept for calls of one structure
+_MANY = 32  # times that a forward is followed without a word
+logger = logging.getLogger("taskgrad")
 
 Read = Callable[[Following, Activation], torch.Tensor]
 Select = Callable[[Any], Any]
@@ -66,7 +69,7 @@ class Capture:
         self._opened = {name: self._model.get_submodule(name) for name in opened}
         self._parts = self._parts_of(layers)
         self._entries: dict[Hashable, list[Entry]] = {}
-        self._said = False
+        self._followed = 0
 
     def _parts_of(self, layers: Sequence[Layer]) -> Parts:
         modules: dict[int, tuple[int, str]] = {}
@@ -133,6 +136,16 @@ class Capture:
                 return Captured(entry.graph, tuple(found))
         with stream():
             graph, given, repeat, _ = self.follow(args, kwargs, mode, read, select)
+        self._followed += 1
+        if self._followed == _MANY:
+            logger.warning(
+                "The forward of %s was followed %s times, which takes longer than the calls that it "
+                "makes. It is when inputs have a shape that was not seen before, or the forward has "
+                "a state: give batches fewer lengths (pad_to_multiple_of= of a tokenizer), or keep "
+                "what has the state in one layer, with keep_together=.",
+                self.title,
+                _MANY,
+            )
         entries[:] = [entry for entry in entries if entry.repeat is not None][: _MOST - 1]
         if repeat is not None:
             entries.insert(0, Entry(graph, repeat))
