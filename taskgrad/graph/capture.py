@@ -6,6 +6,7 @@ import contextlib
 import logging
 import random
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from taskgrad.graph.stand_ins import fake_copy, follower, stand_in
 from taskgrad.graph.torch_settings import settings_now
 
 _MOST = 32  # graphs that are kept for calls of one structure
+_MOST_STRUCTURES = 256
 _MANY = 32  # times that a forward is followed without a word
 logger = logging.getLogger("taskgrad")
 
@@ -68,7 +70,7 @@ class Capture:
         self._model = fake_copy(model, self._mode)
         self._opened = {name: self._model.get_submodule(name) for name in opened}
         self._parts = self._parts_of(layers)
-        self._entries: dict[Hashable, list[Entry]] = {}
+        self._entries: OrderedDict[Hashable, list[Entry]] = OrderedDict()
         self._followed = 0
 
     def _parts_of(self, layers: Sequence[Layer]) -> Parts:
@@ -125,6 +127,9 @@ class Capture:
         key: Hashable | None = structure, tuple(others), mode, settings_now(), select
         try:
             entries = self._entries.setdefault(key, [])
+            self._entries.move_to_end(key)
+            if len(self._entries) > _MOST_STRUCTURES:
+                self._entries.popitem(last=False)
         except TypeError:  # an argument that has no hash
             entries = []
         for entry in entries:
@@ -139,9 +144,9 @@ class Capture:
         self._followed += 1
         if self._followed == _MANY:
             logger.warning(
-                "The forward of %s was followed %s times, which takes longer than the calls that it "
-                "makes. It is when inputs have a shape that was not seen before, or the forward has "
-                "a state: give batches fewer lengths (pad_to_multiple_of= of a tokenizer), or keep "
+                "The forward of %s was followed %s times, which takes longer than making its calls. "
+                "It is when inputs have a shape that was not seen before, or the forward has a "
+                "state: give batches fewer lengths (pad_to_multiple_of= of a tokenizer), or keep "
                 "what has the state in one layer, with keep_together=.",
                 self.title,
                 _MANY,
