@@ -144,7 +144,7 @@ class Capture:
         self._followed += 1
         if self._followed == _MANY:
             logger.warning(
-                "The forward of %s was followed %s times, which takes longer than making its calls. "
+                "The forward of %s was followed %s times, which takes longer than its calls. "
                 "It is when inputs have a shape that was not seen before, or the forward has a "
                 "state: give batches fewer lengths (pad_to_multiple_of= of a tokenizer), or keep "
                 "what has the state in one layer, with keep_together=.",
