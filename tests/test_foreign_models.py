@@ -48,6 +48,12 @@ def test_three_workers(four: Client, name: str) -> None:
     check(tg.GraphChain(model, placement=placement, **options), model, calls)
 
 
+@pytest.mark.long
+def test_hooks_for_old_names_leave_a_model_cut(client: Client) -> None:
+    model, _ = made("mamba")
+    assert "backbone.layers.1" in [row.layer for row in tg.GraphChain(model).placement]
+
+
 def test_a_model_in_one_layer_captures_its_outputs_on_its_worker(client: Client) -> None:
     """transformers knows which outputs there are where a model was constructed: not there."""
     model, [(_, given), _] = made("gpt2")

@@ -154,7 +154,8 @@ def may_open(module: nn.Module) -> bool:
         pass
     elif kind.__module__.split(".")[0] == "torch" and kind not in _TORCHS:
         return False
-    if hooked(module, (*CALL_HOOKS, *STATE_HOOKS)) or pack.parametrized_names(module):
+    hooks = [n for n in STATE_HOOKS if n != _LOADING or not _takes_old_names(module)]
+    if hooked(module, (*CALL_HOOKS, *hooks)) or pack.parametrized_names(module):
         return False
     methods = [name for name in STATE_METHODS if name != "train"]
     if any(getattr(kind, name) is not getattr(nn.Module, name) for name in methods):
@@ -162,6 +163,15 @@ def may_open(module: nn.Module) -> bool:
     if any(name in vars(module) for name in (*STATE_METHODS, "forward", "__call__")):
         return False
     return kind.train is nn.Module.train or _one_mode(module)
+
+
+_LOADING = "_load_state_dict_pre_hooks"
+
+
+def _takes_old_names(module: nn.Module) -> bool:
+    """True if its hooks on loading are those of transformers, for names of older checkpoints."""
+    hooks = [getattr(hook, "hook", hook) for hook in getattr(module, _LOADING).values()]
+    return all(getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
 
 
 def _one_mode(module: nn.Module) -> bool:
