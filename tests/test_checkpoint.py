@@ -384,7 +384,7 @@ with Client({address!r}) as client:
 """
 
 
-@pytest.mark.parametrize("moment", ["os.replace", *long("_check_visible", "_write_json")])
+@pytest.mark.parametrize("moment", ["os.replace", *long("check_visible", "write_json")])
 def test_a_driver_killed_while_saving_leaves_the_old_checkpoint(client, tmp_path, moment):
     run = tmp_path / "run"
     known = {"tests": str(Path(__file__).parent), "address": client.scheduler.address}
