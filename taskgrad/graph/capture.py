@@ -19,12 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from taskgrad.graph.activation import Activation, CannotFollowError
 from taskgrad.graph.followed_functions import functions_followed
-from taskgrad.graph.following import Following, Parts
+from taskgrad.graph.following import Following
 from taskgrad.graph.known_values import ForeignTensorError, KnownValues, Repeat
 from taskgrad.graph.layer_graph import Captured, LayerGraph
 from taskgrad.graph.layers import Layer, OwnTensors
 from taskgrad.graph.pytree import flatten
-from taskgrad.graph.stand_ins import fake_copy, follower, stand_in
+from taskgrad.graph.stand_ins import Parts, fake_copy, follower, stand_in
 from taskgrad.graph.torch_settings import settings_now
 
 _MOST = 32  # graphs that are kept for calls of one structure

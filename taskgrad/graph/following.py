@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,22 +21,20 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
-    FakeTensorMode,
     UnsupportedOperatorException,
 )
 from torch.overrides import TorchFunctionMode
 
 from taskgrad.errors import TaskgradError
 from taskgrad.graph.activation import Activation, CannotFollowError, line_of_user, tensors_in
-from taskgrad.graph.functions import pack_function
 from taskgrad.graph.graph_builder import GraphBuilder, RecordedStep, as_it_is
 from taskgrad.graph.known_values import KnownValues
 from taskgrad.graph.layer_graph import FUNCTION, Expected, LayerGraph
 from taskgrad.graph.layers import kind_of
 from taskgrad.graph.module_hooks import hooks_added, without_added
-from taskgrad.graph.pytree import Slot, Structure, flatten
+from taskgrad.graph.pytree import Structure, flatten
 from taskgrad.graph.shape_runs import ShapeRun, run_on_fakes, run_on_meaningless
-from taskgrad.graph.stand_ins import follower, run_with_values
+from taskgrad.graph.stand_ins import Parts, follower, run_with_values
 from taskgrad.graph.swapping import contents, restore, swap
 from taskgrad.graph.torch_settings import settings_now
 from taskgrad.graph.written_tensors import WrittenTensors, storage_of
@@ -60,35 +57,6 @@ _NO_SHAPES = (
     *(DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException),
     NotImplementedError,
 )
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a followed model consists of, its stand-ins.
-
-    Attributes
-    ----------
-    layers
-        The index and name of each layer, by the id of the module.
-    opened
-        The name of each module that is cut, by its id.
-    tensors
-        Of each fake parameter and buffer, by its id: layer's index, name there, full name, whether
-        it is a buffer.
-    hooks
-        For each layer, by its id, the keys of the hooks that it came with: these run on its worker.
-    mode
-        Of the fake tensors.
-    unknown_shapes
-        The classes of layers of which the shapes cannot be inferred.
-    """
-
-    layers: Mapping[int, tuple[int, str]]
-    opened: Mapping[int, str]
-    tensors: Mapping[int, tuple[int, str, str, bool]]
-    hooks: Mapping[int, frozenset[int]]
-    mode: FakeTensorMode
-    unknown_shapes: set[type] = field(default_factory=set)
 
 
 class Following(TorchFunctionMode):
@@ -122,7 +90,6 @@ class Following(TorchFunctionMode):
         self._alive: list[Any] = []
         self._parameters: dict[int, Activation] = {}
         self._written = WrittenTensors(known, self.function, self.cannot)
-        self._by_storage: dict[int, list[Activation]] = {}
         self._calls: Counter[Any] = Counter()
         self._stack: list[str] = [""]
 
@@ -292,8 +259,8 @@ class Following(TorchFunctionMode):
         if step.layer == FUNCTION and not has_tensors and not written:
             self._swap_out((args, kwargs))
             return result  # a shape, or another property
-        self._add(step, target)
-        self._clone_if_shared(step, given, written)
+        self.built.add(step, target, self._stack[-1])
+        self.built.copy_shared(given, written, self._stack[-1])
         number = len(self.built.steps) - 1
         if not isinstance(target, nn.Module):
             held = set()
@@ -446,58 +413,8 @@ class Following(TorchFunctionMode):
             made = Activation.of(fake, number, self)
             self._fakes[id(fake)] = made
             self._alive.append((fake, made))
-            self._by_storage.setdefault(storage, []).append(made)
+            self.built.by_storage.setdefault(storage, []).append(made)
         return number
-
-    def _clone_if_shared(self, step: RecordedStep, given: list[Any], written: set[int]) -> None:
-        """Keep what earlier steps took from being written: the step writes into a copy.
-
-        If there are views of it, all that sees them has to be in one stage instead.
-        """
-        for leaf in dict.fromkeys(x for x in given if isinstance(x, Activation)):
-            if id(leaf.fake) not in written:
-                continue
-            source = self.built.values[leaf.value].step
-            if source is not None and isinstance(self.built.steps[source].target, str):
-                own = self.built.steps[source].name
-                raise self.cannot(
-                    f"{step.name or step.kind} writes into {own!r}, one of its own parameters or "
-                    "buffers"
-                )
-            storage = leaf.fake.untyped_storage()._cdata
-            views = [a for a in self._by_storage.get(storage, []) if a is not leaf]
-            if not views:
-                users = [s for s in self.built.steps[:-1] if leaf.value in s.inputs]
-                if users:
-                    self._insert_clone(leaf)
-                continue
-            numbers = {leaf.value, *(a.value for a in views)}
-            group = {len(self.built.steps) - 1}
-            for i, other in enumerate(self.built.steps[:-1]):
-                if numbers & {*other.gives, *other.inputs}:
-                    group.add(i)
-            self.built.together.append(group)
-
-    def _insert_clone(self, leaf: Activation) -> None:
-        """Have the newest step take a copy of an activation."""
-        newest = self.built.steps.pop()
-        clone = RecordedStep(FUNCTION, "", "clone", b"", None, None, [], newest.settings)
-        number = self._add(clone, torch.clone)
-        clone.takes([Slot(leaf.value)], flatten(((leaf,), {}))[1])
-        leaf.value = self.built.add_value(leaf.fake, number)
-        clone.results.append((0, leaf.value))
-        self.built.steps.append(newest)
-
-    def _add(self, step: RecordedStep, target: Any) -> int:
-        """Add a step; a function gets its name, and is packed. Returns the step's number."""
-        if step.layer == FUNCTION:
-            container = self._stack[-1]
-            name = f"{container}.{step.kind}" if container else step.kind
-            self._calls[name] += 1
-            step.name = name if self._calls[name] == 1 else f"{name}_{self._calls[name] - 1}"
-            step.target = _packed(target, step.name)
-        self.built.steps.append(step)
-        return len(self.built.steps) - 1
 
     # -- the result -------------------------------------------------------------------------------
     def graph(self, output: Any) -> tuple[LayerGraph, list[Any]]:
@@ -546,19 +463,3 @@ def _held(structure: Structure) -> set[int]:
 def _written(before: Mapping[int, int], fakes: Sequence[Any]) -> list[torch.Tensor]:
     found = {id(f): f for f in fakes if isinstance(f, FakeTensor)}
     return [f for key, f in found.items() if f._version != before[key]]
-
-
-_functions: dict[Any, bytes] = {}
-
-
-def _packed(target: Any, name: str) -> bytes:
-    try:
-        known = _functions.get(target)
-    except TypeError:
-        return pack_function(target, name).data
-    if known is None:
-        packed = pack_function(target, name)
-        known = packed.data
-        if getattr(target, "__module__", "").startswith("torch") or target is getattr:
-            _functions[target] = known
-    return known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import BuiltinFunctionType, FunctionType, ModuleType
@@ -12,9 +13,9 @@ import torch
 from torch import nn
 
 from taskgrad.graph.activation import Activation
-from taskgrad.graph.functions import template_of
-from taskgrad.graph.layer_graph import Expected, GraphStep, LayerGraph, Value
-from taskgrad.graph.pytree import Slot, Structure
+from taskgrad.graph.functions import pack_function, template_of
+from taskgrad.graph.layer_graph import FUNCTION, Expected, GraphStep, LayerGraph, Value
+from taskgrad.graph.pytree import Slot, Structure, flatten
 from taskgrad.graph.torch_settings import TorchSettings
 
 
@@ -62,12 +63,16 @@ class GraphBuilder:
     ----------
     steps, values, together
         As in a `LayerGraph`, except for the numbers.
+    by_storage
+        The activations that show the same memory, by the storage of the fake tensors.
     """
 
     def __init__(self, settings: TorchSettings, cannot: Callable[[str], Exception]) -> None:
         self.steps: list[RecordedStep] = []
         self.values: dict[int, Value] = {}
         self.together: list[set[int]] = []
+        self.by_storage: dict[int, list[Activation]] = {}
+        self._names: Counter[str] = Counter()
         self._settings = settings
         self._cannot = cannot
         self._begin = 0  # steps before this one are calls already
@@ -80,6 +85,57 @@ class GraphBuilder:
         number = len(self.values)
         self.values[number] = Value(step, tuple(like.shape), like.dtype, like.requires_grad)
         return number
+
+    def copy_shared(self, given: Sequence[Any], written: set[int], container: str) -> None:
+        """Keep what earlier steps took from being written: the newest step writes into a copy.
+
+        If there are views of it, all that sees them has to be in one stage instead.
+        """
+        newest = self.steps[-1]
+        seen: list[set[int]] = []  # the values that show the same memory, if there are views
+        for leaf in dict.fromkeys(x for x in given if isinstance(x, Activation)):
+            if id(leaf.fake) not in written:
+                continue
+            source = self.values[leaf.value].step
+            if source is not None and isinstance(self.steps[source].target, str):
+                raise self._cannot(
+                    f"{newest.name or newest.kind} writes into {self.steps[source].name!r}, one of "
+                    "its own parameters or buffers"
+                )
+            storage = leaf.fake.untyped_storage()._cdata
+            views = [a for a in self.by_storage.get(storage, []) if a is not leaf]
+            if views:
+                seen.append({leaf.value, *(a.value for a in views)})
+            elif any(leaf.value in step.inputs for step in self.steps[:-1]):
+                self._insert_clone(leaf, container)
+        for numbers in seen:
+            users = [
+                i for i, step in enumerate(self.steps[:-1]) if numbers & {*step.gives, *step.inputs}
+            ]
+            self.together.append({*users, len(self.steps) - 1})
+
+    def _insert_clone(self, leaf: Activation, container: str) -> None:
+        """Have the newest step take a copy of an activation."""
+        newest = self.steps.pop()
+        clone = RecordedStep(FUNCTION, "", "clone", b"", None, None, [], newest.settings)
+        number = self.add(clone, torch.clone, container)
+        clone.takes([Slot(leaf.value)], flatten(((leaf,), {}))[1])
+        leaf.value = self.add_value(leaf.fake, number)
+        clone.results.append((0, leaf.value))
+        self.steps.append(newest)
+
+    def add(self, step: RecordedStep, target: Any, container: str) -> int:
+        """Add a step that calls a layer or a function; returns the step's number.
+
+        A function is packed, and gets a name that begins with that of its container.
+        """
+        if step.layer == FUNCTION:
+            name = f"{container}.{step.kind}" if container else step.kind
+            self._names[name] += 1
+            step.name = name if self._names[name] == 1 else f"{name}_{self._names[name] - 1}"
+            step.target = _packed(target, step.name)
+        self.steps.append(step)
+        return len(self.steps) - 1
 
     def slot_of(self, leaf: Any) -> Any:
         """The slot of an activation or a tensor of the driver's; other leaves as they are."""
@@ -252,3 +308,19 @@ def _at(leaf: Any, numbers: Mapping[int, int]) -> Any:
     if type(leaf) is _Pickled:
         return cloudpickle.loads(leaf.data)
     return Slot(numbers[leaf.index]) if type(leaf) is Slot else leaf
+
+
+_functions: dict[Any, bytes] = {}
+
+
+def _packed(target: Any, name: str) -> bytes:
+    try:
+        known = _functions.get(target)
+    except TypeError:
+        return pack_function(target, name).data
+    if known is None:
+        packed = pack_function(target, name)
+        known = packed.data
+        if getattr(target, "__module__", "").startswith("torch") or target is getattr:
+            _functions[target] = known
+    return known

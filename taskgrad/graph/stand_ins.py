@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
 
@@ -139,3 +140,32 @@ def _named_as(kind: type[nn.Module], methods: Mapping[str, Any]) -> type[nn.Modu
     metaclass: Any = type(kind)
     made: type[nn.Module] = metaclass(kind.__name__, (kind,), {**names, **methods})
     return made
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a followed model consists of, its stand-ins.
+
+    Attributes
+    ----------
+    layers
+        The index and name of each layer, by the id of the module.
+    opened
+        The name of each module that is cut, by its id.
+    tensors
+        Of each fake parameter and buffer, by its id: layer's index, name there, full name, whether
+        it is a buffer.
+    hooks
+        For each layer, by its id, the keys of the hooks that it came with: these run on its worker.
+    mode
+        Of the fake tensors.
+    unknown_shapes
+        The classes of layers of which the shapes cannot be inferred.
+    """
+
+    layers: Mapping[int, tuple[int, str]]
+    opened: Mapping[int, str]
+    tensors: Mapping[int, tuple[int, str, str, bool]]
+    hooks: Mapping[int, frozenset[int]]
+    mode: FakeTensorMode
+    unknown_shapes: set[type] = field(default_factory=set)
