@@ -201,6 +201,28 @@ def test_keyword_arguments_and_nested_inputs():
     assert len(followed.graphs) == 4
 
 
+class Options:
+    """An argument that is no container, with or without a tensor in it."""
+
+    def __init__(self, factor, tensor=None) -> None:
+        self.factor, self.tensor = factor, tensor
+
+
+def test_what_is_in_an_object_among_the_arguments_is_part_of_the_graph():
+    def scaled(model, x, options):
+        return through(model, x) * options.factor
+
+    x = torch.randn(2, 4)
+    for tensor in (None, torch.ones(1)):
+        followed, options = Followed(Stack(scaled)), Options(2.0, tensor)
+        followed.check(x, options)
+        followed.check(x, Options(2.0, tensor))
+        assert len(followed.graphs) == 1
+        options.factor = 3.0  # the same object
+        followed.check(x, options)
+        assert len(followed.graphs) == 2
+
+
 def masked(model, ids, mask):
     """Masks from inputs, in ways that torch's own functions and vmap have."""
     x = torch.nn.functional.one_hot(ids, 4).float()

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import torch
 from torch import nn
@@ -124,7 +125,9 @@ class Capture:
         leaves, structure = flatten((tuple(args), dict(kwargs)))
         inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         others = [_described(leaf) for leaf in leaves]
-        key: Hashable | None = structure, tuple(others), mode, settings_now(), select
+        # Structures are equal if their objects hold tensors in the same places: not all of them.
+        objects = tuple(structure.skeletons)
+        key: Hashable = structure, objects, tuple(others), mode, settings_now(), select
         try:
             entries = self._entries.setdefault(key, [])
             self._entries.move_to_end(key)
@@ -197,7 +200,7 @@ class Capture:
         finally:
             for module, training in modes.items():
                 module.training = training
-        if before != self._state(mode):
+        if before != self._state():
             known.repeatable = False
         if drawn != (random.getstate(), _numpy_state()):
             known.repeatable = False
@@ -209,7 +212,7 @@ class Capture:
                 module._buffers.update(buffers[module])
                 raise CannotFollowError("it assigns to a buffer of its own in forward()", name)
 
-    def _state(self, mode: bool | None = None) -> list[Any]:
+    def _state(self) -> list[Any]:
         return [
             {
                 key: _signature(value)
@@ -225,6 +228,10 @@ def _numpy_state() -> Any:
     return state[1].tobytes(), state[2]
 
 
+_VALUES = (
+    *(str, bytes, int, float, complex, type(None), type(Ellipsis), type),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
 _MODULE_STATE = frozenset(vars(nn.Module()))
 
 
@@ -233,7 +240,12 @@ def _described(leaf: Any) -> Hashable:
     if isinstance(leaf, torch.Tensor):
         strides = leaf.stride() if leaf.layout is torch.strided else None
         return leaf.shape, strides, leaf.dtype, leaf.device, leaf.requires_grad, type(leaf)
-    return type(leaf), leaf
+    if isinstance(leaf, _VALUES):
+        return type(leaf), leaf
+    try:  # by what is in it, which may change
+        return type(leaf), cloudpickle.dumps(leaf)
+    except Exception:  # equal to no other
+        return object()
 
 
 def _signature(value: Any, depth: int = 3) -> Any:
