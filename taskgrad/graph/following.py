@@ -172,11 +172,10 @@ class Following(TorchFunctionMode):
         else:
             kind, target = name.strip("_") or name, func
         self._prepare_writing(func, name, args, kwargs)
-        step = RecordedStep(FUNCTION, "", kind, b"", None, None, [], settings_now())
-        return self._step(step, target, args, kwargs, lambda a, k: target(*a, **k))
+        return self.function(kind, target, args, kwargs)
 
     def function(self, kind: str, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A function that is not one of torch's operations is called with activations."""
+        """A function is called with activations."""
         step = RecordedStep(FUNCTION, "", kind, b"", None, None, [], settings_now())
         return self._step(step, target, args, kwargs, lambda a, k: target(*a, **k))
 
@@ -226,32 +225,7 @@ class Following(TorchFunctionMode):
         fakes = [self._fake_of(leaf) for leaf in given]
         before = {id(f): f._version for f in fakes if isinstance(f, FakeTensor)}
         args, kwargs = self._swap_in((args, kwargs))
-        mode, infers = self._parts.mode, True
-        made: list[torch.Tensor] = []
-        try:
-            if type(target) in self._parts.unknown_shapes:
-                raise NotImplementedError(type(target))
-            run = run_on_fakes(target, args, kwargs, mode, made)
-        except Exception as error:
-            # The fake run may fail where the layer does not; if that does too, it is the user's.
-            infers = False
-            restore(was)
-            if step.layer != FUNCTION:
-                args, kwargs = self._swap_in((args, kwargs))
-                run = run_on_meaningless(with_values, args, kwargs, mode, made, self._fakes)
-                self._parts.unknown_shapes.add(type(target))
-                self._alive.append(run.alive)
-            elif isinstance(error, _NO_SHAPES):
-                args, kwargs = self._swap_out((args, kwargs))
-                result = self._shaped_by_values(target, args, kwargs)
-                args, kwargs = self._swap_in((args, kwargs))
-                run = ShapeRun(result, args, kwargs, set())
-            else:
-                raise
-        if isinstance(target, nn.Module):
-            name = self._parts.layers[id(target)][1]
-            for tensor in made:
-                self.known.foreign[tensor.untyped_storage()._cdata] = tensor, name
+        run, infers = self._shape_run(step, target, args, kwargs, was, with_values)
         result, args, kwargs = run.result, run.args, run.kwargs
         written = run.changed | {id(f) for f in _written(before, fakes)}
         found, _ = flatten(result)
@@ -290,6 +264,47 @@ class Following(TorchFunctionMode):
                 written.discard(id(leaf))
         self._swap_out((args, kwargs))
         return self._swap_out(result)
+
+    def _shape_run(
+        self,
+        step: RecordedStep,
+        target: Any,
+        args: Any,
+        kwargs: Any,
+        was: list[tuple[Any, Any]],
+        with_values: Callable[[Any, Any], Any],
+    ) -> tuple[ShapeRun, bool]:
+        """Run a step for its shapes; False if they depend on values, and may be others.
+
+        `was` is what the arguments held before they had fake tensors.
+        """
+        mode, infers = self._parts.mode, True
+        made: list[torch.Tensor] = []
+        try:
+            if type(target) in self._parts.unknown_shapes:
+                raise NotImplementedError(type(target))
+            run = run_on_fakes(target, args, kwargs, mode, made)
+        except Exception as error:
+            # The fake run may fail where the layer does not; if that does too, it is the user's.
+            infers = False
+            restore(was)
+            if step.layer != FUNCTION:
+                args, kwargs = self._swap_in((args, kwargs))
+                run = run_on_meaningless(with_values, args, kwargs, mode, made, self._fakes)
+                self._parts.unknown_shapes.add(type(target))
+                self._alive.append(run.alive)
+            elif isinstance(error, _NO_SHAPES):
+                args, kwargs = self._swap_out((args, kwargs))
+                result = self._shaped_by_values(target, args, kwargs)
+                args, kwargs = self._swap_in((args, kwargs))
+                run = ShapeRun(result, args, kwargs, set())
+            else:
+                raise
+        if isinstance(target, nn.Module):
+            name = self._parts.layers[id(target)][1]
+            for tensor in made:
+                self.known.foreign[tensor.untyped_storage()._cdata] = tensor, name
+        return run, infers
 
     def _refuse_foreign(self, leaves: Sequence[Any]) -> None:
         """Raise if one of these was made inside of a layer, and is not what that returned."""
