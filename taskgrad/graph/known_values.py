@@ -164,9 +164,9 @@ class KnownValues(TorchDispatchMode):
         root = torch.nn.Module()
         for name, tensor in self._constants.items():
             setattr(root, name, tensor)
-        # Python's garbage collector would find the interpreter's own references only later.
         run = fx.GraphModule(root, self._graph).forward
-        return Repeat(run, [check for _, check in self._guards], self._draws)
+        checks = [check for _, check in self._guards]
+        return Repeat(run, checks, _shapes(list(wanted)), self._draws)
 
 
 class Repeat:
@@ -176,10 +176,15 @@ class Repeat:
     """
 
     def __init__(
-        self, run: Callable[..., Any], checks: list[Callable[[Any], bool]], draws: bool
+        self,
+        run: Callable[..., Any],
+        checks: list[Callable[[Any], bool]],
+        shapes: list[Any],
+        draws: bool,
     ) -> None:
         self._run = run
         self._checks = checks
+        self._shapes = shapes
         self.draws = draws
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
@@ -187,7 +192,8 @@ class Repeat:
         state = torch.get_rng_state() if self.draws else None
         try:
             found, read = self._run(*inputs)
-            if all(check(value) for check, value in zip(self._checks, read, strict=True)):
+            same = all(check(value) for check, value in zip(self._checks, read, strict=True))
+            if same and _shapes(found) == self._shapes:
                 result: list[torch.Tensor] = found
                 return result
         except Exception:  # the forward itself will say what is wrong
