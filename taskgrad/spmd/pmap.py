@@ -15,6 +15,7 @@ from taskgrad.cluster.config import deadline
 from taskgrad.cluster.nested import current_worker
 from taskgrad.cluster.session import Session, session
 from taskgrad.errors import TaskgradError
+from taskgrad.executors.rank_calls import run_ranks
 from taskgrad.executors.registry import executor_of
 from taskgrad.graph.calls import Call, ProcessGroup, Rank
 from taskgrad.graph.functions import pack_function, template
@@ -120,12 +121,10 @@ def pmap(
         split = _split(title, args, kwargs, in_axes)
         owner = session(client)
         calls = _calls(fn, title, axis_name, split, _places(title, split.size, owner))
-        executor = executor_of(owner)
-        executor.run(calls)
-        values = executor.values(calls)
+        values = run_ranks(owner, calls)
         # Attached to what takes no gradient a result would keep the tapes for nothing.
         if torch.is_grad_enabled() and any(any(flags) for _, _, flags in values):
-            values = autograd.attach(calls, values, executor)
+            values = autograd.attach(calls, values, executor_of(owner))
         outputs = [(_as_there(leaves, flags), structure) for leaves, structure, flags in values]
         return _together(f"pmap of {title!r}", outputs, out_axes)
 
