@@ -200,7 +200,7 @@ def _split(title: str, args: Any, kwargs: Any, in_axes: Any) -> _Split:
 
 
 def _places(title: str, size: int, owner: Session) -> tuple[WorkerName, ...]:
-    workers = owner.workers()
+    workers = owner.workers_since_change(size)
     if size > len(workers):
         raise ValueError(
             f"pmap of {title!r} over an axis of length {size} requires {size} workers, but only "

@@ -18,9 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from taskgrad.errors import WorkerLostError
+from taskgrad.graph.calls import CallSpec
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.plan.program import Value
 from taskgrad.worker import optimizing
+from taskgrad.worker.rank_forward import RankForward
 from taskgrad.worker.step_program import StepProgram, at_step, keys_of
 from taskgrad.worker.store import Store
 
@@ -112,6 +114,7 @@ class Resident:
     _rests: bool = False
     _at: tuple[int, int] = (-1, 0)  # step, and how many of its instructions were executed
     _position: dict[str, Any] = field(default_factory=dict)  # at the last stop
+    _rank: CallSpec | None = None  # the rank of a parallel call that runs
     # Held to read or change several of these together; `Host.wake` tells the program of a change.
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -137,6 +140,10 @@ class Resident:
     def load(self, number: int, program: StepProgram) -> None:
         """Keep a program for later steps."""
         self._programs[number] = program, program.drops()
+
+    def unload(self, number: int) -> None:
+        """No more steps of this program come."""
+        self._programs.pop(number, None)
 
     def add(self, step: StepInputs) -> None:
         """Take one more step, once those before it are done."""
@@ -173,7 +180,7 @@ class Resident:
             self._arrived = {tag: v for tag, v in self._arrived.items() if tag[0] >= epoch}
             if not self._running:
                 self._stopped()
-        self.host.wake()
+        self._abort()
 
     def close(self) -> None:
         """The driver has gone, or needs no more steps."""
@@ -181,6 +188,12 @@ class Resident:
             self._closed = True
             self._steps.clear()
             self._arrived.clear()
+        self._abort()
+
+    def _abort(self) -> None:
+        rank = self._rank
+        if rank is not None:
+            RankForward.abort(self.store, rank)
         self.host.wake()
 
     @property
@@ -263,6 +276,7 @@ class Resident:
             self.host.tell({"op": "failed", "step": step.number, "error": error})
             return False
         finally:
+            self._rank = None
             self.host.release()
             self.store.discard(keys_of(list(actions.values())))
 
@@ -292,8 +306,10 @@ class Resident:
                 inputs = [
                     step.inputs[s] if isinstance(s, int) else _found(values, s) for s in job.sources
                 ]
+                action = actions[value.operation]
+                self._rank = inputs[0] if isinstance(action, RankForward) else None
                 start = now()
-                values[value] = execute(actions[value.operation], job.settings, inputs)
+                values[value] = execute(action, job.settings, inputs)
                 timings.extend((i, start, now()))
                 del inputs
             elif kind == "send":
