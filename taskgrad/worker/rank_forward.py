@@ -42,8 +42,3 @@ class RankForward:
             return output, store.pop(buffers_key(call.key)) if call.buffers else None
         finally:
             store.discard([buffers_key(call.key)])
-
-    @staticmethod
-    def abort(store: Store, call: CallSpec) -> None:
-        """Make a rank that runs fail at its next collective: nobody needs its result."""
-        store.mailboxes.release([call.key])

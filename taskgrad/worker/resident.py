@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from taskgrad.errors import WorkerLostError
-from taskgrad.graph.calls import CallSpec
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.plan.program import Value
 from taskgrad.worker import optimizing
@@ -114,7 +113,7 @@ class Resident:
     _rests: bool = False
     _at: tuple[int, int] = (-1, 0)  # step, and how many of its instructions were executed
     _position: dict[str, Any] = field(default_factory=dict)  # at the last stop
-    _rank: CallSpec | None = None  # the rank of a parallel call that runs
+    _taken: StepInputs | None = None  # the step that runs
     # Held to read or change several of these together; `Host.wake` tells the program of a change.
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -171,7 +170,7 @@ class Resident:
         """
         with self._lock:
             self._stopping = True
-            self._steps.clear()
+            self._drop_steps()
             self._position = {
                 "at": list(self._at),
                 "arrived": [[step, number] for _, step, number in self._arrived],
@@ -180,21 +179,28 @@ class Resident:
             self._arrived = {tag: v for tag, v in self._arrived.items() if tag[0] >= epoch}
             if not self._running:
                 self._stopped()
-        self._abort()
+        self.host.wake()
 
     def close(self) -> None:
         """The driver has gone, or needs no more steps."""
         with self._lock:
             self._closed = True
-            self._steps.clear()
+            self._drop_steps()
             self._arrived.clear()
-        self._abort()
-
-    def _abort(self) -> None:
-        rank = self._rank
-        if rank is not None:
-            RankForward.abort(self.store, rank)
         self.host.wake()
+
+    def _drop_steps(self) -> None:
+        """Take no more steps; ranks of parallel calls fail at their next collective."""
+        ended = [*self._steps] if self._taken is None else [self._taken, *self._steps]
+        self._steps.clear()
+        ranks = [step.inputs[0].key for step in ended if self._is_rank(step)]
+        if ranks:
+            self.store.release(ranks)
+
+    def _is_rank(self, step: StepInputs) -> bool:
+        found = self._programs.get(step.program)  # None if it could not be unpickled
+        jobs = () if found is None else found[0].jobs.values()
+        return any(isinstance(job.action, RankForward) for job in jobs)
 
     @property
     def is_running(self) -> bool:
@@ -253,7 +259,8 @@ class Resident:
             self.host.give_thread_back()
         with self._lock:
             self._check()
-            return self._steps.popleft()
+            self._taken = self._steps.popleft()
+            return self._taken
 
     def _check(self) -> None:
         if self._stopping or self._closed:
@@ -276,7 +283,7 @@ class Resident:
             self.host.tell({"op": "failed", "step": step.number, "error": error})
             return False
         finally:
-            self._rank = None
+            self._taken = None
             self.host.release()
             self.store.discard(keys_of(list(actions.values())))
 
@@ -306,10 +313,8 @@ class Resident:
                 inputs = [
                     step.inputs[s] if isinstance(s, int) else _found(values, s) for s in job.sources
                 ]
-                action = actions[value.operation]
-                self._rank = inputs[0] if isinstance(action, RankForward) else None
                 start = now()
-                values[value] = execute(action, job.settings, inputs)
+                values[value] = execute(actions[value.operation], job.settings, inputs)
                 timings.extend((i, start, now()))
                 del inputs
             elif kind == "send":
