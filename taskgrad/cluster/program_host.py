@@ -308,7 +308,8 @@ class _ProgramHost:
                 message = await self._outgoing.get()
                 if "reports" in message:
                     message["reports"] = dumps_whole(message["reports"])
-                await self._comm.write(message)
+                with internals.writing_at_once(self._comm):  # all is bytes already
+                    await self._comm.write(message)
 
     def begin(self) -> None:
         """A task begins to take steps."""

@@ -31,6 +31,8 @@ from taskgrad.worker_names import WorkerName
 
 # How often the scheduler is told what programs did, for the dashboard.
 _SHOW_S = 0.5
+# Up to so many bytes Dask need not look at a message to tell whether a thread should serialize it.
+_AT_ONCE_MAX = 1 << 20
 # Each of two ways to connect workers may take this part of the time that an answer may.
 _TRIES = 3
 _SOCKETS_S = 10.0  # for the first way at most: a firewall may drop what it does not let pass
@@ -283,8 +285,12 @@ class Connections:
 
     async def _write(self, rank: int, message: dict[str, Any]) -> None:
         async with self._locks[rank]:
-            with contextlib.suppress(OSError):  # its reader finds that it is gone
-                await self._comms[rank].write(message)
+            comm = self._comms[rank]
+            given = message.get("inputs")
+            large = given is not None and sum(map(len, given.frames)) > _AT_ONCE_MAX
+            at_once = contextlib.nullcontext() if large else internals.writing_at_once(comm)
+            with contextlib.suppress(OSError), at_once:  # its reader finds that it is gone
+                await comm.write(message)
 
     def _start_tasks(self) -> None:
         """On every worker a task that takes steps, where none does."""
