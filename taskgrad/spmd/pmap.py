@@ -21,6 +21,7 @@ from taskgrad.graph.calls import Call, ProcessGroup, Rank
 from taskgrad.graph.functions import pack_function, template
 from taskgrad.graph.layers import kind_of
 from taskgrad.graph.leaves import Leaf
+from taskgrad.graph.mesh import Mesh
 from taskgrad.graph.nodes import new_key
 from taskgrad.graph.pytree import Slot, Structure, describe, flatten
 from taskgrad.spmd.axes import Axis, check, is_axis, join, mapped_size, spread
@@ -223,7 +224,9 @@ def _calls(
     # Buffers that a module writes are returned by rank 0, as with torch's DDP.
     buffers = tuple([i for i, found in enumerate(packed.closed_over) if found.is_buffer])
     seed = int(torch.randint(2**62, (), device="cpu"))
-    group = ProcessGroup(title, axis_name, workers, seed, deadline("collective"))
+    group = ProcessGroup(
+        title, Mesh((axis_name,), (len(workers),)), workers, seed, deadline("collective")
+    )
     ranks = [Rank(group, index) for index in range(len(workers))]
     keys = tuple([new_key("forward", str(rank)) for rank in ranks])
     calls = []
