@@ -38,6 +38,7 @@ from taskgrad.cluster import internals
 from taskgrad.cluster.actions import title_of
 from taskgrad.cluster.channels.dask_comms import CHANNEL, DaskChannels
 from taskgrad.cluster.channels.frames import Tag
+from taskgrad.cluster.channels.rank_mail import RankMail
 from taskgrad.cluster.channels.sockets import SocketChannels
 from taskgrad.cluster.nested import give_thread_back
 from taskgrad.cluster.wire.peers import registry_at
@@ -47,7 +48,7 @@ from taskgrad.errors import WorkerLostError
 from taskgrad.graph import pack
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.worker.failures import exit_error
-from taskgrad.worker.rank_forward import KeptInput
+from taskgrad.worker.rank_forward import KeptInput, RankForward
 from taskgrad.worker.resident import Resident, StepInputs
 from taskgrad.worker.settings import applied
 from taskgrad.worker.step_program import StoredResult
@@ -156,10 +157,11 @@ class _ProgramHost:
         if sockets:
             lends = registry_at(worker.address) is not None
             self.channels = SocketChannels(
-                name, rank, len(addresses), lends, self.resident.deliver, self._lost
+                name, rank, len(addresses), lends, self._deliver, self._lost
             )
         else:
-            self.channels = DaskChannels(worker, name, rank, self.resident.deliver, self._lost)
+            self.channels = DaskChannels(worker, name, rank, self._deliver, self._lost)
+        self._mail = RankMail(self.channels)
 
     async def serve(self) -> None:
         """Do what the driver's messages say until it closes the connection, or is gone."""
@@ -187,6 +189,7 @@ class _ProgramHost:
     async def close(self) -> None:
         """Close the channels."""
         channels = self.channels
+        self._mail.close()
         if isinstance(channels, SocketChannels):
             await self._in_thread(channels.close, _CLOSE_S)
         else:
@@ -248,6 +251,12 @@ class _ProgramHost:
     async def _stop(self, epoch: int) -> None:
         self.resident.stop(epoch)
 
+    def _deliver(self, tag: Tag, arrived: Any) -> None:
+        if RankMail.is_for(tag):
+            self._mail.deliver(tag, arrived)
+        else:
+            self.resident.deliver(tag, arrived)
+
     def _lost(self, peer: int) -> None:
         self.tell({"op": "peer_lost", "address": self._addresses[peer]})
 
@@ -261,7 +270,9 @@ class _ProgramHost:
                     applied(settings, self._store.worker, self.give_thread_back)
                 )
                 self._settings = settings
-            result = action.run(self._store, *inputs)
+            ranks = isinstance(action, RankForward) and len(self._addresses) > 1
+            with self._mail.call(*self.resident.call) if ranks else contextlib.nullcontext():
+                result = action.run(self._store, *inputs)
             check_picklable(result)
             return result
         except Exception:

@@ -87,6 +87,7 @@ class _Box:
     stores: dict[int, str] = field(default_factory=dict)
     error: BaseException | None = None
     lost: Callable[[str], BaseException | None] | None = None  # once the task has begun
+    wake: Callable[[], None] | None = None
     gone: set[str] = field(default_factory=set)
     since: float = field(default_factory=time.monotonic)
 
@@ -113,15 +114,21 @@ class Mailboxes:
         self._ended: OrderedDict[str, TaskOutcome] = OrderedDict()
         self._news = threading.Condition()
 
-    def open(self, key: str, lost: Callable[[str], BaseException | None]) -> None:
+    def open(
+        self,
+        key: str,
+        lost: Callable[[str], BaseException | None],
+        wake: Callable[[], None] | None = None,
+    ) -> None:
         """The task with this key has begun. It may have before, if Dask runs it again.
 
         `lost` returns the error with which it fails when the worker of this address is gone, or
-        None if it does not.
+        None if it does not. `wake` is called when there is news, for a task that waits otherwise.
         """
         with self._news:
             self._ended.pop(key, None)
-            self._boxes.setdefault(key, _Box()).lost = lost
+            box = self._boxes.setdefault(key, _Box())
+            box.lost, box.wake = lost, wake
 
     def end(self, key: str, end: TaskOutcome) -> None:
         """The task has ended: delete its mailbox."""
@@ -249,6 +256,8 @@ class Mailboxes:
     def _fail(self, box: _Box, error: BaseException) -> None:
         box.error = box.error or error
         box.messages.clear()
+        if box.wake is not None:
+            box.wake()
 
 
 def _released() -> BaseException:

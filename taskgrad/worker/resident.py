@@ -203,6 +203,11 @@ class Resident:
         return any(isinstance(job.action, RankForward) for job in jobs)
 
     @property
+    def call(self) -> tuple[int, int]:
+        """The epoch and the number of the step that runs: the same on all workers."""
+        return self.epoch, self._at[0]
+
+    @property
     def is_running(self) -> bool:
         """True while a task runs its steps."""
         return self._running
