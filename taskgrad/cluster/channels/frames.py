@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from taskgrad.cluster.wire import thresholds
@@ -104,7 +105,7 @@ class Arriving:
         if kind == _TENSOR:
             self._parts = [torch.empty(numbers[:dims], dtype=_DTYPES[code])]
         else:
-            self._parts = [torch.empty(n & ~_BY_ADDRESS, dtype=torch.uint8) for n in lengths]
+            self._parts = [_memory(n & ~_BY_ADDRESS) for n in lengths]
         missing: list[memoryview] = []
         for part, length in zip(self._parts, lengths, strict=False):  # an empty tensor has no part
             if length & _BY_ADDRESS:
@@ -233,6 +234,11 @@ def _pickled(value: Any) -> list[Any]:
     if len(buffers) >= _MAX_LENGTHS:
         return [dumps_whole(value)]
     return [pickled, *buffers]
+
+
+def _memory(nbytes: int) -> torch.Tensor:
+    # For large parts NumPy asks the system for huge pages, which take less time to map and to read.
+    return torch.from_numpy(np.empty(nbytes, np.uint8))
 
 
 def _bytes_of(t: torch.Tensor) -> memoryview:
