@@ -23,6 +23,7 @@ from taskgrad.graph.nodes import new_key
 from taskgrad.spmd.calls import as_there, rank_calls
 from taskgrad.spmd.joining import together
 from taskgrad.spmd.levels import Level, check_names, level
+from taskgrad.spmd.nested import run_inside
 from taskgrad.spmd.splitting import Split
 from taskgrad.thunk import Lazy
 from taskgrad.worker.communicator import running
@@ -142,10 +143,21 @@ class Mapped:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         title = kind_of(self.fn).strip("<>")
         what = f"pmap of {title!r}"
-        _refuse_inside(title)
+        rank = running()
+        if rank is None:
+            _refuse_inside(title)
         split = Split(what, self.levels, args, kwargs)
-        owner = session(self.client)
         mesh = Mesh(tuple([known.axis_name for known in self.levels]), split.sizes)
+        if rank is not None:
+            values = run_inside(rank, self.fn, title, mesh, split)
+        else:
+            values = self._run(title, mesh, split)
+        outputs = [(as_there(leaves, flags), structure) for leaves, structure, flags in values]
+        return together(what, self.levels, split.sizes, outputs)
+
+    def _run(self, title: str, mesh: Mesh, split: Split) -> list[Any]:
+        """Run the ranks on the workers; what each has returned, as `rank_calls` says."""
+        owner = session(self.client)
         seed = int(torch.randint(2**62, (), device="cpu"))
         workers = _places(mesh.size, owner)
         group = ProcessGroup(title, mesh, workers, seed, deadline("collective"))
@@ -155,16 +167,10 @@ class Mapped:
         # Attached to what takes no gradient a result would keep the tapes for nothing.
         if torch.is_grad_enabled() and any(any(flags) for _, _, flags in values):
             values = autograd.attach(calls, values, executor_of(owner))
-        outputs = [(as_there(leaves, flags), structure) for leaves, structure, flags in values]
-        return together(what, self.levels, split.sizes, outputs)
+        return values
 
 
 def _refuse_inside(title: str) -> None:
-    if running() is not None:
-        raise NotImplementedError(
-            f"pmap of {title!r} inside a function that tg.pmap runs: maps are not nested. Map one "
-            "axis, and use torch.vmap for the other"
-        )
     if current_worker() is not None:
         raise TaskgradError(
             f"pmap of {title!r} is called inside a task, such as a chain's layer or a function "

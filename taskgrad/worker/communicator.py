@@ -28,8 +28,16 @@ import torch
 from taskgrad.errors import CollectiveError, TaskgradError, WorkerLostError
 from taskgrad.graph.calls import Rank
 from taskgrad.worker.forward_mode import shared_level
-from taskgrad.worker.mailbox import GroupAborted, Mailboxes, Message, TaskOutcome, Transport, Turn
-from taskgrad.worker.rank_channels import RankChannels, channels_here
+from taskgrad.worker.mailbox import (
+    GroupAborted,
+    Mailboxes,
+    Message,
+    TaskOutcome,
+    Transport,
+    Turn,
+    inner_key,
+)
+from taskgrad.worker.rank_channels import RankChannels, channels_here, having
 from taskgrad.worker.settings import settings_released
 
 # How long a rank that waits keeps its thread and its random stream.
@@ -53,7 +61,7 @@ class Communicator:
         self.size = len(rank.group.workers)
         self.start = torch.zeros(0, dtype=torch.float32, device="cpu", requires_grad=True)
         self.token = self.start
-        self._mailboxes = mailboxes
+        self.mailboxes = mailboxes
         self._active: _Exchange | None = None
 
     @contextmanager
@@ -62,13 +70,13 @@ class Communicator:
 
         If the block raises, the other ranks raise the same error.
         """
-        exchange = _Exchange(self.rank, self._mailboxes, key, peers)
+        exchange = _Exchange(self.rank, self.mailboxes, key, peers)
         token = _here.set(self)
         self._active = exchange
-        self._mailboxes.open(key, exchange.lost, exchange.wake)
+        self.mailboxes.open(key, exchange.lost, exchange.wake)
         error: BaseException | None = None
         try:
-            with shared_level():
+            with shared_level(), having(None):  # these are for no rank inside this one
                 yield
         except GroupAborted as failed:
             error = failed.error
@@ -79,7 +87,7 @@ class Communicator:
             raise
         finally:
             exchange.flush()
-            self._mailboxes.end(key, TaskOutcome(exchange.number, error))
+            self.mailboxes.end(key, TaskOutcome(exchange.number, error))
             self._active = None
             _here.reset(token)
 
@@ -99,13 +107,23 @@ class Communicator:
         Raises CollectiveError if another member calls something else, or has returned, or does not
         come in time.
         """
+        members = tuple(range(self.size)) if members is None else tuple(members)
+        return self._running(what).exchange(what, wants, payloads, members)
+
+    def inner_keys(self, what: str, size: int) -> list[str]:
+        """The keys of the ranks of one more map, `what`, that each rank of the group makes inside.
+
+        `size` is how many ranks it has in each. They are in rank order, this rank's among them.
+        """
+        return self._running(what).inner_keys(size)
+
+    def _running(self, what: str) -> _Exchange:
         if self._active is None:
             raise CollectiveError(
                 f"{what} of {self.rank} was called when its function had returned: a collective "
                 "works while the function runs, in its own thread"
             )
-        members = tuple(range(self.size)) if members is None else tuple(members)
-        return self._active.exchange(what, wants, payloads, members)
+        return self._active
 
     def keep_no_thread(self) -> None:
         """Leave the worker's pool of threads now: a later wait may be in a thread of torch's."""
@@ -128,6 +146,8 @@ class _Exchange:
         self._group = rank.group
         self._mailboxes = mailboxes
         self._key = key
+        self._peers = tuple(peers)
+        self._maps = 0  # inside, so far
         self._others = {
             i: (worker.address, peer)
             for i, (worker, peer) in enumerate(zip(rank.group.workers, peers, strict=True))
@@ -171,6 +191,11 @@ class _Exchange:
                 )
             )
         return messages
+
+    def inner_keys(self, size: int) -> list[str]:
+        number = self._maps
+        self._maps += 1
+        return [inner_key(peer, number, index) for peer in self._peers for index in range(size)]
 
     def _send(
         self, message: Callable[[list[Any]], Message], what: str, payloads: dict[int, list[Any]]

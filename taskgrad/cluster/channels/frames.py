@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from taskgrad.cluster.wire import thresholds
 from taskgrad.cluster.wire.process_memory import address_of, read
 from taskgrad.cluster.wire.serialize import (
     TensorCloudPickler,
@@ -57,18 +56,18 @@ class Packed:
     lent: list[memoryview]
 
 
-def pack(tag: Tag, value: Any, *, lend: bool = False) -> Packed:
-    """A value as bytes; with `lend` the receiver reads large parts from this process's memory."""
+def pack(tag: Tag, value: Any, *, lend: int | None = None) -> Packed:
+    """A value as bytes; parts of `lend` bytes or more the receiver reads in this process."""
     if type(value) is torch.Tensor and _is_plain(value):
         kind, code, shape = _TENSOR, _CODES[value.dtype], tuple(value.shape)
         parts = [_bytes_of(value)] if value.numel() else []
     else:
         kind, code, shape = _PICKLED, 0, ()
         parts = [memoryview(part) for part in _pickled(value)]
-    lent = [part for part in parts if len(part) >= thresholds.LEND_MIN] if lend else []
+    lent = [] if lend is None else [part for part in parts if len(part) >= lend]
     lengths = [len(part) for part in parts]
     if lent:
-        large = [len(part) >= thresholds.LEND_MIN for part in parts]
+        large = [len(part) >= (lend or 0) for part in parts]
         lengths = [n | _BY_ADDRESS if at else n for n, at in zip(lengths, large, strict=True)]
         parts = [
             memoryview(_ADDRESS.pack(address_of(part))) if at else part
