@@ -38,7 +38,7 @@ def pytest_sessionstart() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c_arrives() -> Iterator[None]:
-    """Python drops what the callback of a weak reference raises, KeyboardInterrupt too: press again."""
+    """Press again where Python drops a KeyboardInterrupt: in the callback of a weak reference."""
     before = sys.unraisablehook
 
     def dropped(given: Any) -> None:
