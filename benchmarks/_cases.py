@@ -64,6 +64,10 @@ def make(name: str) -> Case:
             return _resnet50(32, 128, (2, 3))
         case "resnet50_small":
             return _resnet50(8, 96)
+        case "resnet18":
+            layers = list(_in_a_row(resnet(18, n_classes=10)))
+            x, y = torch.randn(32, 3, 96, 96), torch.randint(10, (32,))
+            return Case(layers, (), x, y, steps=5, microbatches=2)
         case "main_job":
             layers = list(
                 _in_a_row(resnet(14, n_classes=10, in_channels=1, width=16, small_images=True))

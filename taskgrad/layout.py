@@ -252,11 +252,11 @@ class Layout(ShardTasks):
         ]
 
     def at(self, shard: Shard) -> Layout:
-        """The layout that has this shard among those of its layers: of a replica, if it is one's."""
+        """The layout whose layers are on this shard: of a replica, if it is a replica's."""
         return self
 
     def parameters_on(self, shard: Shard) -> dict[str, tuple[int, str]]:
-        """Where each parameter on a shard is, by its first name: (index of the layer, name in it)."""
+        """By its first name, where each parameter on a shard is: (index of layer, name in it)."""
         names: dict[str, tuple[int, str]] = {}
         for info in self.tensors.values():
             for name in info.names:

@@ -1,4 +1,4 @@
-"""The layout of a trainer with replicas: the layers of a chain several times, on other workers each.
+"""The layout of a trainer with replicas: a chain's layers several times, on other workers each.
 
 Every parameter lives on one replica, its home, as a tied parameter lives in one of the stages that
 use it: the gradients of all microbatches are summed there in their order, and the others get its

@@ -146,8 +146,8 @@ class Plan:
 
         Of several replicas each has a schedule for its microbatches, of which the first is that of
         the replica's number, and each next one comes after one of every other; or None, if it has
-        no microbatch. A backward that has no action of its own for the weights is written BW; one of a stage with
-        nothing to train is left out; every worker ends with U.
+        no microbatch. A backward that has no action of its own for the weights is written BW; one
+        of a stage with nothing to train is left out; every worker ends with U.
 
         Raises
         ------

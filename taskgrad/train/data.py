@@ -93,8 +93,8 @@ class MicrobatchSplitter:
     """Splits batches into microbatches.
 
     `weighted` is false for a loss that is a sum over samples: its microbatches just add up. `ends`
-    has of each replica, by turns, the workers that take inputs and targets. Microbatches count by their number of
-    samples if there is no `loss_weight`.
+    has of each replica, by turns, the workers that take inputs and targets. Microbatches count by
+    their number of samples if there is no `loss_weight`.
     """
 
     client: Client
