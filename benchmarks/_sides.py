@@ -120,8 +120,7 @@ def serve_replicas(name: str) -> None:
     client = tg.local_cluster(n_workers=2, dashboard_address=":0")
 
     def prepare(way: str) -> Run:
-        placement = [0] * len(case.layers)
-        chain = tg.GraphChain(case.model, client=client, placement=placement)
+        chain = tg.GraphChain(case.model, client=client, placement=case.placement)
         trainer = tg.Trainer(
             chain,
             F.cross_entropy,

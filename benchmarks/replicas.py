@@ -1,6 +1,6 @@
 """Two replicas of a model that fits one worker: the Trainer against DistributedDataParallel.
 
-Both train ResNet-18 on batches of 32 images of 96 by 96, over two processes of one thread: each
+Both train ResNet-18 on batches of 16 images of 224 by 224, over two processes of one thread: each
 process takes half of a batch. DistributedDataParallel communicates over gloo and is measured as a
 user runs it, and once more with our workers' settings of the allocator. The Trainer has one stage,
 two replicas and two microbatches; `replicated` and `sharded` say where the optimizer's state is

@@ -385,7 +385,7 @@ def test_buffers_are_those_of_the_first_replica(four):
 
 
 def _buffers(tokens: set[str], dask_worker: Any) -> dict[str, torch.Tensor]:
-    from taskgrad.cluster.worker_plugin import store_of  # noqa: PLC0415
+    from taskgrad.cluster.worker_plugin import store_of
 
     return {
         f"{index}.{name}": buffer.clone()
@@ -463,6 +463,6 @@ def test_the_plan_prints_and_goes_through_json(four):
 
 
 def tg_plan(text: str) -> Any:
-    from taskgrad.plan.plan import Plan  # noqa: PLC0415
+    from taskgrad.plan.plan import Plan
 
     return Plan.from_json(text)
