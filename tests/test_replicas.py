@@ -22,6 +22,7 @@ import taskgrad as tg
 from conftest import total_held, wait_until
 from helpers import long, long_rows
 from plain import ConvNet, PlainTrainer, images, next_token, tokens, transformer
+from test_captured_training import gpt2, token_batches
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -466,3 +467,46 @@ def tg_plan(text: str) -> Any:
     from taskgrad.plan.plan import Plan
 
     return Plan.from_json(text)
+
+
+@pytest.mark.parametrize("shard_optimizer", [True, *long(False)])
+def test_averages_of_the_weights(four, shard_optimizer):
+    def averages(**options: Any) -> dict[str, torch.Tensor]:
+        ema = tg.EMA(0.9)
+        chain = tg.GraphChain(transformer(), client=four, placement=[0, 0, 1, 1])
+        trainer = tg.Trainer(chain, next_token, ADAMW, microbatches=4, callbacks=[ema], **options)
+        for x, y in tokens(4):
+            trainer.step(x, y)
+        before = chain.state_dict()
+        with ema.applied(trainer):
+            found = chain.state_dict()
+        assert all(torch.equal(value, before[n]) for n, value in chain.state_dict().items())
+        return found
+
+    ours = averages(replicas=2, shard_optimizer=shard_optimizer)
+    for name, value in averages().items():
+        assert torch.equal(ours[name], value), name
+
+
+@pytest.mark.parametrize(("replicas", "workers"), [(2, 1), *long_rows((2, 2), (3, 1))])
+def test_a_model_of_transformers(four, replicas, workers):
+    """Its own forward is followed, on each replica's workers."""
+    pytest.importorskip("transformers")
+    batches = token_batches(4)
+
+    def train(**options: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+        placement = [layer * workers // 8 for layer in range(8)]
+        chain = tg.GraphChain(
+            gpt2(),
+            client=four,
+            example_inputs=batches[0],
+            placement=placement,
+            cut="transformer.h.*",
+        )
+        trainer = tg.Trainer(chain, None, ADAMW, microbatches=4, loss_weight="labels", **options)
+        return [trainer.step(batch).item() for batch in batches], chain.state_dict()
+
+    expected, state = train()
+    losses, ours = train(replicas=replicas, shard_optimizer=True)
+    assert losses == expected
+    assert all(torch.equal(ours[name], value) for name, value in state.items())
