@@ -22,6 +22,9 @@ import taskgrad as tg
 from conftest import total_held, wait_until
 from helpers import long, long_rows
 from plain import ConvNet, PlainTrainer, images, next_token, tokens, transformer
+from taskgrad import replicated_layout
+from taskgrad.cluster.worker_plugin import store_of
+from taskgrad.plan.plan import Plan
 from test_captured_training import gpt2, token_batches
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)
@@ -386,8 +389,6 @@ def test_buffers_are_those_of_the_first_replica(four):
 
 
 def _buffers(tokens: set[str], dask_worker: Any) -> dict[str, torch.Tensor]:
-    from taskgrad.cluster.worker_plugin import store_of
-
     return {
         f"{index}.{name}": buffer.clone()
         for token, shard in store_of(dask_worker).entries().items()
@@ -457,16 +458,10 @@ def test_the_plan_prints_and_goes_through_json(four):
     chain = tg.GraphChain(ConvNet(), client=four, placement=CUT)
     trainer = tg.Trainer(chain, F.cross_entropy, SGD, microbatches=5, replicas=2)
     plan = trainer.plan
-    assert tg_plan(plan.to_json()) == plan
+    assert Plan.from_json(plan.to_json()) == plan
     assert "2 stages in 2 replicas on 4 workers, 5 microbatches" in str(plan)
     actions = [action for order in plan.orders for action in order if action.kind == "F"]
     assert len(actions) == len(set(actions)) == 2 * 5
-
-
-def tg_plan(text: str) -> Any:
-    from taskgrad.plan.plan import Plan
-
-    return Plan.from_json(text)
 
 
 @pytest.mark.parametrize("shard_optimizer", [True, *long(False)])
@@ -510,3 +505,16 @@ def test_a_model_of_transformers(four, replicas, workers):
     losses, ours = train(replicas=replicas, shard_optimizer=True)
     assert losses == expected
     assert all(torch.equal(ours[name], value) for name, value in state.items())
+
+
+def test_gradients_travel_while_the_backward_runs(four, monkeypatch):
+    monkeypatch.setattr(replicated_layout, "_BUCKET_BYTES", 1000)
+    trainer = check(
+        four, ConvNet(), ConvNet(), images(2), placement=[0] * 10, replicas=2, microbatches=2
+    )
+    assert [stage.title for stage in trainer.plan.stages] == ["0..3", "4..8", "9"]
+    [lowered] = trainer._steps._runner._executor._lowered.values()
+    done = [str(instruction) for instruction in lowered.programs[1].program.instructions]
+    sends = [i for i, instruction in enumerate(done) if instruction.startswith(">0:grads")]
+    assert len(sends) == 3
+    assert sends[0] < done.index("BW1.1") < sends[1] < done.index("BW0.1") < sends[2]
