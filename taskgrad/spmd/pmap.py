@@ -180,6 +180,6 @@ def _refuse_inside(title: str) -> None:
 
 def _places(size: int, owner: Session) -> tuple[WorkerName, ...]:
     """Each rank's worker: neighbours share one, as evenly as can be."""
-    workers = owner.workers()[:size]
+    workers = owner.workers_since_change(size)[:size]
     places = [workers[rank * len(workers) // size] for rank in range(size)]
     return tuple([WorkerName(w.address, w.name) for w in places])

@@ -97,6 +97,7 @@ class _Box:
     stores: dict[int, str] = field(default_factory=dict)
     error: BaseException | None = None
     lost: Callable[[str], BaseException | None] | None = None  # once the task has begun
+    wake: Callable[[], None] | None = None
     gone: set[str] = field(default_factory=set)
     inner: list[str] = field(default_factory=list)  # the keys of ranks inside that have begun
     since: float = field(default_factory=time.monotonic)
@@ -124,16 +125,21 @@ class Mailboxes:
         self._ended: OrderedDict[str, TaskOutcome] = OrderedDict()
         self._news = threading.Condition()
 
-    def open(self, key: str, lost: Callable[[str], BaseException | None]) -> None:
+    def open(
+        self,
+        key: str,
+        lost: Callable[[str], BaseException | None],
+        wake: Callable[[], None] | None = None,
+    ) -> None:
         """The task with this key has begun. It may have before, if Dask runs it again.
 
         `lost` returns the error with which it fails when the worker of this address is gone, or
-        None if it does not.
+        None if it does not. `wake` is called when there is news, for a task that waits otherwise.
         """
         with self._news:
             self._ended.pop(key, None)
             box = self._boxes.setdefault(key, _Box())
-            box.lost = lost
+            box.lost, box.wake = lost, wake
             around, is_inner, _ = key.rpartition(_INNER)
             outer = self._boxes.get(around) if is_inner else None
             if outer is not None:
@@ -275,6 +281,8 @@ class Mailboxes:
     def _fail(self, box: _Box, error: BaseException) -> None:
         box.error = box.error or error
         box.messages.clear()
+        if box.wake is not None:
+            box.wake()
         for key in box.inner:
             if key in self._boxes:
                 self._fail(self._boxes[key], error)
