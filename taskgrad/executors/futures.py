@@ -24,7 +24,7 @@ from taskgrad.cluster.wire.thresholds import PREFETCH_MIN, SCATTER_MIN
 from taskgrad.errors import CotangentError, TaskgradError
 from taskgrad.executors.base import Launch, Submitted
 from taskgrad.executors.between_steps import between_steps
-from taskgrad.executors.lowering import lower
+from taskgrad.executors.lowering import NO_TASKS, lower
 from taskgrad.executors.monitor import failure, gather, wait_for
 from taskgrad.executors.table import Order, TaskTable
 from taskgrad.graph.calls import BufferState, Call
@@ -133,7 +133,7 @@ class FuturesExecutor:
         try:
             with between_steps(nodes):
                 self._scatter(nodes, SCATTER_MIN)
-                work = [n for n in nodes if not isinstance(n, Leaf | Primal)]
+                work = [n for n in nodes if not isinstance(n, NO_TASKS)]
                 futures = self._persist(work, work, {}, ordered=False)
                 self.table.futures.update(zip(work, futures, strict=True))
         except BaseException:
@@ -174,7 +174,7 @@ class FuturesExecutor:
         _assign(nodes, table, self.session)
         try:
             self._scatter(nodes, PREFETCH_MIN)
-            work = [n for n in nodes if not isinstance(n, Leaf | Primal)]
+            work = [n for n in nodes if not isinstance(n, NO_TASKS)]
             futures = self._persist(work, targets, order, ordered=True)
         finally:
             self.forget(n for n in nodes if isinstance(n, Leaf))  # the graph has them now
@@ -253,7 +253,7 @@ class FuturesExecutor:
         for node in nodes:
             self.table.futures.pop(node, None)
 
-    def hold(self, owner: Shard, node: Node) -> None:
+    def hold(self, owner: Shard | Node, node: Node) -> None:
         self.table.futures[owner] = self.table.futures[node]
 
     def is_submitted(self, node: Node) -> bool:
