@@ -180,7 +180,8 @@ def test_what_cannot_be_given(four):
     groups = [[0, 1], [2, 3]]
     text = message(lambda x: tg.psum(x, "i", axis_index_groups=groups), x)
     assert "unexpected keyword argument 'axis_index_groups'" in text
-    assert "one axis" in message(lambda x: tg.psum(x, ("i", "j")), x)
+    assert "unbound axis name: 'j'" in message(lambda x: tg.psum(x, ("i", "j")), x)
+    assert "named twice" in message(lambda x: tg.psum(x, ("i", "i")), x)
 
 
 def test_unbound_axis_names(four):

@@ -24,7 +24,7 @@ from taskgrad.worker.collectives import (
     Scatter,
     Sum,
 )
-from taskgrad.worker.communicator import Communicator, current
+from taskgrad.worker.communicator import Members, current
 
 
 def psum(x: Any, axis_name: Hashable) -> Any:
@@ -270,7 +270,7 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        comm: Communicator,
+        comm: Members,
         operation: Operation,
         results: list[torch.Tensor] | None,
         token: torch.Tensor,
@@ -293,15 +293,13 @@ class _Recorded(torch.autograd.Function):
         return None, None, None, token, *found
 
 
-def _exchange(
-    comm: Communicator, operation: Operation, xs: list[torch.Tensor]
-) -> list[torch.Tensor]:
+def _exchange(comm: Members, operation: Operation, xs: list[torch.Tensor]) -> list[torch.Tensor]:
     """The results of an operation, recorded where that is wanted."""
     at = [i for i, x in enumerate(xs) if carries_gradient(x)]
     if any(is_functorch_wrapped_tensor(x) for x in xs):
         if len(at) < len(xs):
             raise TypeError("inside torch.func, a collective takes floating-point tensors only")
-        return list(_Recorded.apply(comm, operation, None, comm.start.detach(), *xs))[1:]
+        return list(_Recorded.apply(comm, operation, None, comm.comm.start.detach(), *xs))[1:]
     wants = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
     with torch.no_grad():
         results, wanted = operation.run(comm, xs, wants)
@@ -310,7 +308,9 @@ def _exchange(
     if isinstance(operation, Extreme):
         operation.shares = [operation.shares[i] for i in at]
     floats = [results[i] for i in at]
-    comm.token, *floats = _Recorded.apply(comm, operation, floats, comm.token, *(xs[i] for i in at))
+    comm.comm.token, *floats = _Recorded.apply(
+        comm, operation, floats, comm.comm.token, *(xs[i] for i in at)
+    )
     for i, value in zip(at, floats, strict=True):
         results[i] = value
     return results

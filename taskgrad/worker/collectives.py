@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 
 from taskgrad.graph.pytree import describe
-from taskgrad.worker.communicator import Communicator
+from taskgrad.worker.communicator import Members
 from taskgrad.worker.mailbox import Message
 
 Tensors = Sequence[torch.Tensor]
@@ -44,7 +44,7 @@ class Operation:
     def check(self, x: torch.Tensor, size: int) -> None:
         """Raise ValueError if the collective does not take this tensor."""
 
-    def run(self, comm: Communicator, xs: Tensors, wants: bool) -> tuple[list[torch.Tensor], bool]:
+    def run(self, comm: Members, xs: Tensors, wants: bool) -> tuple[list[torch.Tensor], bool]:
         """The results, and whether any rank needs a gradient for what it sent."""
         payloads: list[list[torch.Tensor]] = [[] for _ in range(comm.size)]
         for x in xs:
@@ -62,7 +62,7 @@ class Operation:
         """For each rank what it is sent of a tensor, one tensor or none: by default all of it."""
         return [[x]] * size
 
-    def join(self, xs: Tensors, messages: list[Message], comm: Communicator) -> list[torch.Tensor]:
+    def join(self, xs: Tensors, messages: list[Message], comm: Members) -> list[torch.Tensor]:
         """The results, from what all ranks sent."""
         columns = zip(*(m.payload for m in messages), strict=True)
         return [
@@ -86,7 +86,7 @@ class Sum(Operation):
     name = "psum"
     keeps_numbers = True
 
-    def run(self, comm: Communicator, xs: Tensors, wants: bool) -> tuple[list[torch.Tensor], bool]:
+    def run(self, comm: Members, xs: Tensors, wants: bool) -> tuple[list[torch.Tensor], bool]:
         """In two rounds where that sends less: each rank sums one part and sends it to all."""
         if comm.size < 3 or sum(x.nbytes for x in xs) < _IN_PARTS:
             return super().run(comm, xs, wants)
@@ -116,7 +116,7 @@ class Extreme(Operation):
     def name(self) -> str:  # type: ignore[override]
         return "pmax" if self.largest else "pmin"
 
-    def join(self, xs: Tensors, messages: list[Message], comm: Communicator) -> list[torch.Tensor]:
+    def join(self, xs: Tensors, messages: list[Message], comm: Members) -> list[torch.Tensor]:
         """The results; `shares` then has where this rank's values are the result, and the ties."""
         found, self.shares = [], []
         for x, parts in zip(xs, zip(*(m.payload for m in messages), strict=True), strict=True):
@@ -187,7 +187,7 @@ class Permute(Operation):
         to = dict(self.pairs).get(index)
         return [[x] if i == to else [] for i in range(size)]
 
-    def join(self, xs: Tensors, messages: list[Message], comm: Communicator) -> list[torch.Tensor]:
+    def join(self, xs: Tensors, messages: list[Message], comm: Members) -> list[torch.Tensor]:
         """A copy of what the source sent."""
         source = {to: of for of, to in self.pairs}.get(comm.index)
         if source is None:
