@@ -29,7 +29,7 @@ from taskgrad.executors.monitor import failure, gather, wait_for
 from taskgrad.executors.table import Order, TaskTable
 from taskgrad.graph.calls import BufferState, Call
 from taskgrad.graph.copies import own_copy
-from taskgrad.graph.leaves import External, Leaf, Primal
+from taskgrad.graph.leaves import External, Leaf
 from taskgrad.graph.nodes import Node, new_key
 from taskgrad.graph.pullback import CotangentCheck, Pullback
 from taskgrad.graph.pytree import plain, tensors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -141,23 +141,18 @@ def axis_of(given: Any, ndim: int, what: str) -> int | None:
     return axis % ndim
 
 
-def split(size: int, count: int) -> list[range]:
-    """So many indices in `count` ranges of even length, the first ones longer by one."""
-    each, longer = divmod(size, count)
-    ends = [i * each + min(i, longer) for i in range(count + 1)]
-    return [range(a, b) for a, b in pairwise(ends)]
-
-
 def spans_over(workers: Sequence[WorkerName], shape: Sequence[int], axis: int | None) -> list[Span]:
-    """Who shall hold what: even parts along the axis, or a copy each.
+    """Who shall hold what: parts along the axis, or a copy each.
 
-    A worker for which there is nothing is left out; one part is there in any case.
+    Index i of n is where `pmap` over as many workers has rank i of n. A worker for which there is
+    nothing is left out; one part is there in any case.
     """
     if axis is None:
         return [Span(worker) for worker in workers]
-    ranges = split(shape[axis], len(workers))
-    spans = [Span(w, r.start, r.stop) for w, r in zip(workers, ranges, strict=True)]
-    return [span for span in spans if span.length] or spans[:1]
+    size = shape[axis]
+    workers = workers[: max(size, 1)]
+    ends = [-(-i * size // len(workers)) for i in range(len(workers) + 1)]
+    return [Span(w, a, b) for w, (a, b) in zip(workers, pairwise(ends), strict=True)]
 
 
 def chosen(workers: Any, owner: Session) -> list[WorkerName]:
@@ -176,8 +171,3 @@ def chosen(workers: Any, owner: Session) -> list[WorkerName]:
     if not addresses or len(set(addresses)) < len(addresses):
         raise ValueError(f"workers names each worker once, and at least one; got {shown(workers)}")
     return [owner.named(address) for address in addresses]
-
-
-def placed(like: Parts, parts: Sequence[Part], **changes: Any) -> Parts:
-    """A sharded tensor of the same session with these parts."""
-    return replace(like, parts=tuple(parts), **changes)

@@ -11,9 +11,9 @@ from taskgrad.cluster.session import Session
 from taskgrad.executors.registry import executor_of
 from taskgrad.graph.nodes import Node
 from taskgrad.graph.parts import Cut, KeptPart, PartCall, PartView
-from taskgrad.spmd.sharded.layout import Part, Parts, Span, along
+from taskgrad.spmd.sharded.layout import Part, Parts, Span
+from taskgrad.worker import tensor_parts
 from taskgrad.worker.parts import TensorInfo
-from taskgrad.worker.tensor_parts import give
 
 
 def call(
@@ -34,6 +34,11 @@ def call(
 def view(part: Part, cut: Cut = ()) -> PartView:
     """A part, or what this index leaves of it, as an input of a call on its worker."""
     return PartView(part.node, 0, cut)
+
+
+def run(owner: Session, calls: Sequence[PartCall]) -> None:
+    """Run calls side by side; returns when all are done."""
+    executor_of(owner).run(calls)
 
 
 def kept(owner: Session, spans: Sequence[Span], calls: Sequence[PartCall]) -> list[Part]:
@@ -71,14 +76,13 @@ def gathered(x: Parts) -> torch.Tensor:
     """The tensor, on the driver."""
     parts = x.parts if x.axis is not None else x.parts[:1]
     found = values(
-        x.session, [call(give, part, [view(part)], title="gather", stays=False) for part in parts]
+        x.session,
+        [
+            call(tensor_parts.give, part, [view(part)], title="gather", stays=False)
+            for part in parts
+        ],
     )
     if len(found) == 1:
         one: torch.Tensor = found[0]
         return one
     return torch.cat(found, x.axis or 0)
-
-
-def local(part: Part, axis: int | None, start: int, stop: int) -> PartView:
-    """What a part has between these two indices of the whole along its axis."""
-    return view(part, along(axis, start - part.start, stop - part.start))
