@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,6 +27,7 @@ import torch
 
 from taskgrad.errors import CollectiveError, TaskgradError, WorkerLostError
 from taskgrad.graph.calls import Rank
+from taskgrad.worker.forward_mode import shared_level
 from taskgrad.worker.mailbox import GroupAborted, Mailboxes, Message, TaskOutcome, Transport, Turn
 from taskgrad.worker.settings import settings_released
 
@@ -64,7 +65,8 @@ class Communicator:
         self._mailboxes.open(key, exchange.lost)
         error: BaseException | None = None
         try:
-            yield
+            with shared_level():
+                yield
         except GroupAborted as failed:
             error = failed.error
             raise error.with_traceback(None) from error.__cause__
@@ -106,54 +108,6 @@ class Communicator:
         """Leave the worker's pool of threads now: a later wait may be in a thread of torch's."""
         if self._active is not None:
             self._active.give_thread_back()
-
-
-class Members:
-    """The ranks that take part in a collective, with this one: those along some of the axes.
-
-    `index` is this rank's place among them, `ranks` are their indices in the whole group.
-    """
-
-    def __init__(self, comm: Communicator, ranks: tuple[int, ...], over: str = "") -> None:
-        self.comm = comm
-        self.ranks = ranks
-        self.index = ranks.index(comm.index)
-        self.size = len(ranks)
-        self._over = over
-
-    def exchange(self, what: str, wants: bool, payloads: Sequence[list[Any]]) -> list[Message]:
-        """As `Communicator.exchange`, among these."""
-        return self.comm.exchange(what + self._over, wants, payloads, self.ranks)
-
-
-def current(axis_name: Hashable) -> Members:
-    """The ranks along the axis of this name, or a tuple of names, with that of this thread.
-
-    Raises NameError if this thread runs no rank on such an axis; ValueError if one is named twice.
-    """
-    comm = _here.get()
-    names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
-    known = [] if comm is None else [n for n in comm.rank.group.mesh.names if n is not None]
-    for name in names:
-        if name not in known:
-            raise NameError(f"unbound axis name: {name!r} ({_what_is_bound(comm, known)})")
-    if len(set(names)) < len(names):
-        raise ValueError(f"an axis is named twice in {axis_name!r}")
-    if comm is None:
-        raise NameError("no axis is named")
-    mesh = comm.rank.group.mesh
-    over = "" if len(mesh.sizes) == 1 else f" over {', '.join(map(repr, names))}"
-    return Members(comm, mesh.along(comm.index, names), over)
-
-
-def _what_is_bound(comm: Communicator | None, known: Sequence[Hashable]) -> str:
-    if comm is None:
-        return "it is not called inside a function that tg.pmap runs, in that function's thread"
-    if not known:
-        return "this tg.pmap has no axis_name"
-    if len(known) == 1:
-        return f"the axis here is {known[0]!r}"
-    return f"the axes here are {', '.join(map(repr, known))}"
 
 
 def running() -> Communicator | None:
