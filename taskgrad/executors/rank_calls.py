@@ -15,6 +15,11 @@ def run_ranks(owner: Session, calls: Sequence[Call]) -> list[Any]:
 
     Raises what `Executor.run` and `Executor.values` raise.
     """
+    return run_tasks(owner, calls)
+
+
+def run_tasks(owner: Session, calls: Sequence[Call]) -> list[Any]:
+    """As `run_ranks`, each call a task: what reads parts of sharded tensors, or leaves some."""
     executor = executor_of(owner)
     executor.run(calls)
     return executor.values(calls)

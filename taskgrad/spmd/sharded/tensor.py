@@ -80,22 +80,23 @@ class ShardedTensor(Opaque):
     tensor([1., 7.])
     """
 
-    __slots__ = ("__weakref__", "_held")
+    __slots__ = ("__weakref__", "held")
 
     __array_ufunc__ = None  # an array and a sharded tensor: ours is asked, and refuses
 
     def __init__(self, held: Parts) -> None:
-        self._held = held
+        self.held = held
+        """What it is, as data; for taskgrad itself."""
 
     @property
     def shape(self) -> torch.Size:
         """The shape of the whole."""
-        return self._held.shape
+        return self.held.shape
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of all parts."""
-        return self._held.dtype
+        return self.held.dtype
 
     @property
     def device(self) -> torch.device:
@@ -105,12 +106,12 @@ class ShardedTensor(Opaque):
     @property
     def layout(self) -> Sharded:
         """The axis along which it is cut, from 0; ``Sharded(None)`` if each part is a copy."""
-        return Sharded(self._held.axis)
+        return Sharded(self.held.axis)
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """Who holds what: a `worker` each, with the `start` and `stop` of its part of the axis."""
-        return self._held.parts
+        return self.held.parts
 
     @property
     def ndim(self) -> int:
@@ -141,7 +142,7 @@ class ShardedTensor(Opaque):
 
     def gather(self) -> torch.Tensor:
         """The tensor, on the driver."""
-        return gathered(self._held)
+        return gathered(self.held)
 
     def item(self) -> Any:
         """The number in a tensor of one element.
@@ -174,7 +175,7 @@ class ShardedTensor(Opaque):
         PlacementError
             There is no such worker.
         """
-        held = self._held
+        held = self.held
         to = axis_of(axis, self.ndim, str(held))
         spans = spans_over(chosen(workers, held.session), held.shape, to)
         return ShardedTensor(resharded(held, to, spans))
@@ -192,7 +193,7 @@ class ShardedTensor(Opaque):
         TypeError
             `fn` cannot be pickled.
         """
-        return ShardedTensor(elementwise.mapped(self._held, fn))
+        return ShardedTensor(elementwise.mapped(self.held, fn))
 
     def sum(self, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
         """The sum over all dimensions, or those in `dim`.
@@ -248,7 +249,7 @@ class ShardedTensor(Opaque):
             The folder cannot be written, or is not on a filesystem that the driver and all workers
             share.
         """
-        files.save(self._held, folder)
+        files.save(self.held, folder)
 
     def to_dask(self) -> Any:
         """A ``dask.array.Array`` whose chunks are the parts, which stay where they are.
@@ -258,7 +259,7 @@ class ShardedTensor(Opaque):
         TypeError
             NumPy has no such dtype, as it has no bfloat16.
         """
-        return making.to_dask_array(self._held)
+        return making.to_dask_array(self.held)
 
     @staticmethod
     def from_dask(
@@ -320,23 +321,23 @@ class ShardedTensor(Opaque):
         return ShardedTensor(making.of_delayed(values, axis, workers, session(client)))
 
     def _reduced(self, name: str, dim: Any, keepdim: Any, **options: Any) -> Any:
-        found = reduction(self._held, name, dim, keepdim, **options)
+        found = reduction(self.held, name, dim, keepdim, **options)
         return ShardedTensor(found) if isinstance(found, Parts) else found
 
     def _parts_shown(self) -> list[Held]:
         size = self.dtype.itemsize
         found = []
         for part in self.parts:
-            shape = self._held.shape_of(part)
+            shape = self.held.shape_of(part)
             count = torch.Size(shape).numel()
             found.append(Held(part.worker, part.start, part.stop, shape, count * size))
         return found
 
     def __repr__(self) -> str:
-        return in_words(str(self._held), self._held.axis, self._parts_shown())
+        return in_words(str(self.held), self.held.axis, self._parts_shown())
 
     def _repr_html_(self) -> str:
-        return drawn(f"ShardedTensor({self._held})", self._held.axis, self._parts_shown())
+        return drawn(f"ShardedTensor({self.held})", self.held.axis, self._parts_shown())
 
     __add__, __radd__ = _operator(operator.add), _reflected(operator.add)
     __sub__, __rsub__ = _operator(operator.sub), _reflected(operator.sub)
@@ -357,7 +358,7 @@ class ShardedTensor(Opaque):
     __hash__ = Opaque.__hash__
 
     def __getitem__(self, index: Any) -> ShardedTensor:
-        return ShardedTensor(indexed(self._held, index))
+        return ShardedTensor(indexed(self.held, index))
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise TypeError(
@@ -433,5 +434,5 @@ _REDUCTIONS = ("sum", "mean", "amax", "amin", "max", "min", "all", "any")
 
 def _elementwise(function: Callable[..., Any], *args: Any, **kwargs: Any) -> ShardedTensor:
     leaves, structure = flatten((args, kwargs))
-    given = [leaf._held if isinstance(leaf, ShardedTensor) else leaf for leaf in leaves]
+    given = [leaf.held if isinstance(leaf, ShardedTensor) else leaf for leaf in leaves]
     return ShardedTensor(elementwise.elementwise(function, *structure.build(given)))
