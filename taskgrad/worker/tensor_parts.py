@@ -43,13 +43,20 @@ def stack(store: Store, *values: Any, axis: int) -> torch.Tensor:
 
 
 def apply(
-    store: Store, *operands: Any, call: bytes, shape: tuple[int, ...], name: str
+    store: Store,
+    *operands: Any,
+    call: bytes,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    name: str,
 ) -> torch.Tensor:
     """An elementwise function of parts and of what was sent with the call."""
     function, leaves, structure = pack.loads_plain(call)
     with layer_errors(f"{name} of a sharded tensor", name, store.worker):
         args, kwargs = _fill(leaves, structure, operands)
-        return _checked(function(*args, **kwargs), shape, name)
+        result = _checked(function(*args, **kwargs), shape, name)
+        _check_dtype(result, dtype, name)
+        return result
 
 
 def apply_mapped(
@@ -83,6 +90,15 @@ def _checked(result: Any, shape: tuple[int, ...], name: str) -> torch.Tensor:
     return _own(result)
 
 
+def _check_dtype(result: torch.Tensor, dtype: torch.dtype, name: str) -> None:
+    """Raise TypeError unless the result is what the driver takes it for."""
+    if result.dtype is not dtype:
+        raise TypeError(
+            f"{name} gave {result.dtype} on a worker, and {dtype} on the driver, for tensors "
+            "without values: call it outside of torch.autocast"
+        )
+
+
 def reduce(
     store: Store,
     part: torch.Tensor,
@@ -91,9 +107,12 @@ def reduce(
     dims: tuple[int, ...],
     keepdim: bool,
     options: dict[str, Any],
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """A reduction of one part over these dimensions."""
-    return _own(reduced(part, name, dims, keepdim, options))
+    result = reduced(part, name, dims, keepdim, options)
+    _check_dtype(result, dtype, name)
+    return _own(result)
 
 
 def digest(store: Store, value: Any) -> bytes:

@@ -27,8 +27,8 @@ NAMES = frozenset(
     divide double elu eq erf erfc erfinv exp exp2 expit expm1 fix float float_power floor
     floor_divide fmax fmin fmod frac ge gelu greater greater_equal gt half hardsigmoid hardswish
     hardtanh heaviside hypot int isclose isfinite isinf isnan isneginf isposinf ldexp le leaky_relu
-    lerp less less_equal lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not
-    logical_or logical_xor logit logsigmoid long lt masked_fill maximum minimum mish mul multiply
+    lerp less less_equal lgamma log log10 log1p log2 log_sigmoid logaddexp logaddexp2 logical_and
+    logical_not logical_or logical_xor logit long lt masked_fill maximum minimum mish mul multiply
     nan_to_num ne neg negative nextafter not_equal positive pow rad2deg reciprocal relu relu6
     remainder round rsqrt rsub selu sgn short sigmoid sign signbit silu sin sinc sinh softplus
     softsign sqrt square sub subtract tan tanh threshold true_divide trunc where xlogy
@@ -86,6 +86,7 @@ def elementwise(function: Callable[..., Any], args: Any, kwargs: Any) -> Parts:
                 name=name,
                 call=data,
                 shape=shape_of(result.shape, axis, part),
+                dtype=result.dtype,
             )
         )
     parts = kept(found.first.session, found.first.spans, calls)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from taskgrad.arguments import flag, whole
+from taskgrad.graph.parts import PartCall
 from taskgrad.graph.reductions import combined, partial_of, reduced
-from taskgrad.spmd.sharded.layout import Parts
+from taskgrad.spmd.sharded.layout import Part, Parts
 from taskgrad.spmd.sharded.running import call, kept, values, view
 from taskgrad.worker import tensor_parts
 
@@ -27,32 +30,42 @@ def reduction(x: Parts, name: str, dim: Any, keepdim: Any, **options: Any) -> Pa
     if x.axis in dims:
         return _over_axis(x, name, dims, keepdim, options, result)
     if x.axis is None and not result.ndim:
-        options = {"name": name, "dims": dims, "keepdim": keepdim, "options": options}
-        part = x.parts[0]
-        [found] = values(
-            x.session,
-            [call(tensor_parts.reduce, part, [view(part)], title=name, stays=False, **options)],
-        )
+        [found] = values(x.session, _calls(x, x.parts[:1], name, dims, keepdim, options, False))
         one: torch.Tensor = found
         return one
-    calls = [
+    axis = x.axis
+    if axis is not None and not keepdim:
+        axis -= sum(d < axis for d in dims)
+    parts = kept(x.session, x.spans, _calls(x, x.parts, name, dims, keepdim, options, True))
+    return Parts(x.session, result.shape, result.dtype, axis, tuple(parts))
+
+
+def _calls(
+    x: Parts,
+    parts: Sequence[Part],
+    name: str,
+    dims: tuple[int, ...],
+    keepdim: bool,
+    options: dict[str, Any],
+    stays: bool,
+) -> list[PartCall]:
+    """The reduction of each of these parts."""
+    dtype = reduced(x.meta(), name, dims, keepdim, options).dtype
+    return [
         call(
             tensor_parts.reduce,
             part,
             [view(part)],
             title=name,
+            stays=stays,
             name=name,
             dims=dims,
             keepdim=keepdim,
             options=options,
+            dtype=dtype,
         )
-        for part in x.parts
+        for part in parts
     ]
-    axis = x.axis
-    if axis is not None and not keepdim:
-        axis -= sum(d < axis for d in dims)
-    parts = kept(x.session, x.spans, calls)
-    return Parts(x.session, result.shape, result.dtype, axis, tuple(parts))
 
 
 def _dims(dim: Any, ndim: int) -> tuple[int, ...]:
@@ -84,28 +97,10 @@ def _over_axis(
         partial, given = name, options
     else:
         partial, given = partial_of(name, x.dtype, options)
-    found = values(
-        x.session,
-        [
-            call(
-                tensor_parts.reduce,
-                part,
-                [view(part)],
-                title=name,
-                stays=False,
-                name=partial,
-                dims=dims,
-                keepdim=keepdim,
-                options=given,
-            )
-            for part in x.parts
-        ],
-    )
+    found = values(x.session, _calls(x, x.parts, partial, dims, keepdim, given, False))
     if len(found) == 1:
         one: torch.Tensor = found[0]
         return one
-    count = 1
-    for d in dims:
-        count *= x.shape[d]
+    count = math.prod(x.shape[d] for d in dims)
     with torch.no_grad():
         return combined(found, name, count, given).to(result.dtype)

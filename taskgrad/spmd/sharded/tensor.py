@@ -418,7 +418,7 @@ class ShardedTensor(Opaque):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
-        if name in elementwise.NAMES:
+        if name.removeprefix("special_") in elementwise.NAMES:
             return _elementwise(func, *args, **kwargs)
         if name in _REDUCTIONS and args and isinstance(args[0], ShardedTensor):
             return getattr(args[0], name)(*args[1:], **kwargs)
