@@ -63,7 +63,7 @@ def of_dask_array(array: Any, axis: Any, workers: Any, owner: Session) -> Parts:
     calls = []
     for span in spans:
         part = array if cut is None else array[along(cut, span.start, span.stop)]
-        one: Any = part.rechunk(-1).to_delayed().ravel()[0] if part.ndim else part.to_delayed()
+        one = (part.rechunk(-1) if part.ndim else part).to_delayed().item()
         calls.append(call(tensor_parts.of_array, span, [External(one)], title="from_dask"))
     parts, found = described(owner, spans, calls)
     return Parts(owner, torch.Size(shape), found[0].dtype, cut, tuple(parts))
