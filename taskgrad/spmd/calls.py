@@ -28,8 +28,11 @@ def rank_calls(
 ) -> list[Call]:
     """The calls of the ranks of a group from `first` on, one for each of the arguments' `parts`.
 
-    Each is pinned to its worker. `keys` are theirs, `peers` those of all ranks of the group. With
-    `KeptCall` as their `kind`, outputs stay on the workers.
+    Each is pinned to its worker. `keys` are theirs, `peers` those of all ranks of the group. A call
+    returns the leaves and the structure of the function's result, and for each leaf whether a
+    gradient can flow into it.
+
+    With `KeptCall` as their `kind` what it returns stays on its worker.
     """
     title = group.title
     program = _Program(fn, split.leaves, split.structure)
@@ -72,11 +75,7 @@ def as_there(leaves: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
 
 
 class _Program:
-    """The function, with what is the same on all ranks put in: what is sent to them.
-
-    It returns the leaves and the structure of the function's result, and for each leaf whether a
-    gradient can flow into it.
-    """
+    """The function, with what is the same on all ranks put in: what is sent to them."""
 
     def __init__(self, fn: Callable[..., Any], leaves: list[Any], structure: Structure) -> None:
         self._fn = fn

@@ -25,6 +25,7 @@ from taskgrad.spmd.axes import stays
 from taskgrad.spmd.calls import as_there, rank_calls
 from taskgrad.spmd.joining import together
 from taskgrad.spmd.levels import Level, check_names, level
+from taskgrad.spmd.nested import run_inside
 from taskgrad.spmd.splitting import Split
 from taskgrad.spmd.staying import staying_outputs
 from taskgrad.thunk import Lazy
@@ -155,34 +156,51 @@ class Mapped:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         title = kind_of(self.fn).strip("<>")
         what = f"pmap of {title!r}"
-        _refuse_inside(title)
+        rank = running()
+        if rank is None:
+            _refuse_inside(title)
         split = Split(what, self.levels, args, kwargs)
-        owner = session(self.client)
         mesh = Mesh(tuple([known.axis_name for known in self.levels]), split.sizes)
-        seed = int(torch.randint(2**62, (), device="cpu"))
-        workers = _places(mesh.size, owner)
-        group = ProcessGroup(title, mesh, workers, seed, deadline("collective"))
-        keys = [new_key("forward", str(Rank(group, i))) for i in range(mesh.size)]
         keeps = any(stays(known.out_axes) for known in self.levels)
-        parts = split.at(workers, owner)
-        kind = KeptCall if keeps else Call
-        calls = rank_calls(self.fn, split, group, 0, keys, keys, parts, kind)
-        if keeps:
+        if rank is not None and keeps:
+            raise NotImplementedError(
+                f"{what} inside a function that tg.pmap runs: its results go to that function, and "
+                "do not stay on workers. Leave out Sharded and gather=False"
+            )
+        if rank is not None:
+            values = run_inside(rank, self.fn, title, mesh, split)
+        elif keeps:
+            owner = session(self.client)
+            calls = self._calls(title, mesh, split, owner, KeptCall)
             return staying_outputs(what, self.levels[0].out_axes, calls, owner)
+        else:
+            values = self._run(title, mesh, split)
+        outputs = [(as_there(leaves, flags), structure) for leaves, structure, flags in values]
+        return together(what, self.levels, split.sizes, outputs)
+
+    def _run(self, title: str, mesh: Mesh, split: Split) -> list[Any]:
+        """Run the ranks on the workers; what each has returned, as `rank_calls` says."""
+        owner = session(self.client)
+        calls = self._calls(title, mesh, split, owner, Call)
         values = run_tasks(owner, calls) if split.has_sharded else run_ranks(owner, calls)
         # Attached to what takes no gradient a result would keep the tapes for nothing.
         if torch.is_grad_enabled() and any(any(flags) for _, _, flags in values):
             values = autograd.attach(calls, values, executor_of(owner))
-        outputs = [(as_there(leaves, flags), structure) for leaves, structure, flags in values]
-        return together(what, self.levels, split.sizes, outputs)
+        return values
+
+    def _calls(
+        self, title: str, mesh: Mesh, split: Split, owner: Session, kind: type[Call]
+    ) -> list[Call]:
+        """The calls of the ranks, on their workers."""
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        workers = _places(mesh.size, owner)
+        group = ProcessGroup(title, mesh, workers, seed, deadline("collective"))
+        keys = [new_key("forward", str(Rank(group, i))) for i in range(mesh.size)]
+        parts = split.at(workers, owner)
+        return rank_calls(self.fn, split, group, 0, keys, keys, parts, kind)
 
 
 def _refuse_inside(title: str) -> None:
-    if running() is not None:
-        raise NotImplementedError(
-            f"pmap of {title!r} inside a function that tg.pmap runs: maps are not nested. Map one "
-            "axis, and use torch.vmap for the other"
-        )
     if current_worker() is not None:
         raise TaskgradError(
             f"pmap of {title!r} is called inside a task, such as a chain's layer or a function "
@@ -192,6 +210,6 @@ def _refuse_inside(title: str) -> None:
 
 def _places(size: int, owner: Session) -> tuple[WorkerName, ...]:
     """Each rank's worker: neighbours share one, as evenly as can be."""
-    workers = owner.workers()[:size]
+    workers = owner.workers_since_change(size)[:size]
     places = [workers[rank * len(workers) // size] for rank in range(size)]
     return tuple([WorkerName(w.address, w.name) for w in places])

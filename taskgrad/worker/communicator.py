@@ -28,13 +28,24 @@ import torch
 from taskgrad.errors import CollectiveError, TaskgradError, WorkerLostError
 from taskgrad.graph.calls import Rank
 from taskgrad.worker.forward_mode import shared_level
-from taskgrad.worker.mailbox import GroupAborted, Mailboxes, Message, TaskOutcome, Transport, Turn
+from taskgrad.worker.mailbox import (
+    GroupAborted,
+    Mailboxes,
+    Message,
+    TaskOutcome,
+    Transport,
+    Turn,
+    inner_key,
+)
+from taskgrad.worker.rank_channels import RankChannels, channels_here, having
 from taskgrad.worker.settings import settings_released
 
 # How long a rank that waits keeps its thread and its random stream.
 _KEEP_THREAD_S = 0.005
 # How long it then waits before it asks whether the other ranks still run.
 _POLL_S = 0.25
+# How often a rank that waits for channels looks at its mailbox, if nothing wakes it.
+_CHECK_S = 0.5
 # Messages up to this many bytes are copied, so that the sender need not wait for their arrival.
 _SMALL = 1 << 16
 
@@ -50,7 +61,7 @@ class Communicator:
         self.size = len(rank.group.workers)
         self.start = torch.zeros(0, dtype=torch.float32, device="cpu", requires_grad=True)
         self.token = self.start
-        self._mailboxes = mailboxes
+        self.mailboxes = mailboxes
         self._active: _Exchange | None = None
 
     @contextmanager
@@ -59,13 +70,13 @@ class Communicator:
 
         If the block raises, the other ranks raise the same error.
         """
-        exchange = _Exchange(self.rank, self._mailboxes, key, peers)
+        exchange = _Exchange(self.rank, self.mailboxes, key, peers)
         token = _here.set(self)
         self._active = exchange
-        self._mailboxes.open(key, exchange.lost)
+        self.mailboxes.open(key, exchange.lost, exchange.wake)
         error: BaseException | None = None
         try:
-            with shared_level():
+            with shared_level(), having(None):  # these are for no rank inside this one
                 yield
         except GroupAborted as failed:
             error = failed.error
@@ -76,7 +87,7 @@ class Communicator:
             raise
         finally:
             exchange.flush()
-            self._mailboxes.end(key, TaskOutcome(exchange.number, error))
+            self.mailboxes.end(key, TaskOutcome(exchange.number, error))
             self._active = None
             _here.reset(token)
 
@@ -96,13 +107,23 @@ class Communicator:
         Raises CollectiveError if another member calls something else, or has returned, or does not
         come in time.
         """
+        members = tuple(range(self.size)) if members is None else tuple(members)
+        return self._running(what).exchange(what, wants, payloads, members)
+
+    def inner_keys(self, what: str, size: int) -> list[str]:
+        """The keys of the ranks of one more map, `what`, that each rank of the group makes inside.
+
+        `size` is how many ranks it has in each. They are in rank order, this rank's among them.
+        """
+        return self._running(what).inner_keys(size)
+
+    def _running(self, what: str) -> _Exchange:
         if self._active is None:
             raise CollectiveError(
                 f"{what} of {self.rank} was called when its function had returned: a collective "
                 "works while the function runs, in its own thread"
             )
-        members = tuple(range(self.size)) if members is None else tuple(members)
-        return self._active.exchange(what, wants, payloads, members)
+        return self._active
 
     def keep_no_thread(self) -> None:
         """Leave the worker's pool of threads now: a later wait may be in a thread of torch's."""
@@ -125,6 +146,8 @@ class _Exchange:
         self._group = rank.group
         self._mailboxes = mailboxes
         self._key = key
+        self._peers = tuple(peers)
+        self._maps = 0  # inside, so far
         self._others = {
             i: (worker.address, peer)
             for i, (worker, peer) in enumerate(zip(rank.group.workers, peers, strict=True))
@@ -132,6 +155,7 @@ class _Exchange:
         }
         self._thread: int | None = threading.get_ident()
         self._under_way: list[tuple[str, Future[Any]]] = []
+        self._channels = channels_here()
         self._in = "its function"
 
     @property
@@ -168,26 +192,41 @@ class _Exchange:
             )
         return messages
 
+    def inner_keys(self, size: int) -> list[str]:
+        number = self._maps
+        self._maps += 1
+        return [inner_key(peer, number, index) for peer in self._peers for index in range(size)]
+
     def _send(
         self, message: Callable[[list[Any]], Message], what: str, payloads: dict[int, list[Any]]
-    ) -> list[Future[Any]]:
-        """Send other ranks their payloads; returns the sends that read memory of this rank."""
-        large = []
+    ) -> list[Callable[[], bool]]:
+        """Send other ranks their payloads.
+
+        Returns functions that say whether the memory of large ones is no longer read.
+        """
+        large: list[Callable[[], bool]] = []
         self._under_way = [(w, f) for w, f in self._under_way if not f.done()]
         for i, payload in payloads.items():
             worker, key = self._others[i]
             small = sum(t.nbytes for t in payload) <= _SMALL
             if small:
                 payload = [t.clone() for t in payload]
+            if self._channels is not None:
+                done = self._channels.send(i, message(payload))
+                if not small:
+                    large.append(done)
+                continue
             sent = self._transport.send(worker, key, message(payload))
             self._under_way.append((worker, sent))
             sent.add_done_callback(self._answered(i, what))
             if not small:
-                large.append(sent)
+                large.append(sent.done)
                 sent.add_done_callback(self._mailboxes.wake)
         return large
 
-    def _wait(self, turn: Turn, what: str, sources: list[int], large: list[Future[Any]]) -> None:
+    def _wait(
+        self, turn: Turn, what: str, sources: list[int], large: Sequence[Callable[[], bool]]
+    ) -> None:
         start = time.monotonic()
         if self._come(turn, sources, large, _KEEP_THREAD_S):
             return
@@ -208,17 +247,40 @@ class _Exchange:
         raise GroupAborted(CollectiveError(self._late(missing, what)))
 
     def _come(
-        self, turn: Turn, sources: list[int], large: list[Future[Any]], seconds: float
+        self, turn: Turn, sources: list[int], large: Sequence[Callable[[], bool]], seconds: float
     ) -> bool:
         end = time.monotonic() + max(0.0, seconds)
+        if self._channels is not None:
+            return self._come_by_channel(self._channels, turn, sources, large, end)
         if self._mailboxes.wait(self._key, turn, sources, end - time.monotonic()):
             return False
         done = self._mailboxes.until(
-            lambda: self._mailboxes.error(self._key) is not None or all(f.done() for f in large),
+            lambda: self._mailboxes.error(self._key) is not None or all(done() for done in large),
             max(0.0, end - time.monotonic()),
         )
         self._mailboxes.wait(self._key, turn, sources, 0)  # raises what there is to raise
         return done
+
+    def _come_by_channel(
+        self,
+        channels: RankChannels,
+        turn: Turn,
+        sources: list[int],
+        large: Sequence[Callable[[], bool]],
+        end: float,
+    ) -> bool:
+        while self._mailboxes.wait(self._key, turn, sources, 0) or not all(d() for d in large):
+            left = end - time.monotonic()
+            if left <= 0:
+                return False
+            for message in channels.receive(min(left, _CHECK_S)):
+                self._mailboxes.deliver(self._key, message)
+        return True
+
+    def wake(self) -> None:
+        """There is news in this task's mailbox."""
+        if self._channels is not None:
+            self._channels.wake()
 
     def _late(self, missing: set[int], what: str) -> str:
         names = ", ".join(f"rank {i} on worker {self._group.workers[i]}" for i in sorted(missing))
@@ -250,6 +312,12 @@ class _Exchange:
         worker, key = self._others[peer]
         stopped = threading.Event()
         asked: list[Future[Any]] = []
+        # What a rank has sent by a channel may come after the answer.
+        grace = 0.0 if self._channels is None else _POLL_S
+
+        def over(end: TaskOutcome) -> None:
+            if not stopped.is_set() and self._absent(peer, turn):
+                self._mailboxes.fail(self._key, self._over(peer, end, what))
 
         def ask() -> None:
             future = self._transport.attend(worker, key)
@@ -263,8 +331,12 @@ class _Exchange:
                 self._mailboxes.fail(self._key, self._gone(peer))
             elif future.result() is None:
                 ask()
-            elif self._absent(peer, turn):
-                self._mailboxes.fail(self._key, self._over(peer, future.result(), what))
+            elif grace:
+                timer = threading.Timer(grace, over, [future.result()])
+                timer.daemon = True
+                timer.start()
+            else:
+                over(future.result())
 
         def stop() -> None:
             stopped.set()
