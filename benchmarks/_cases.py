@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from benchmarks._models import resnet
+from benchmarks._models import resnet, resnet18
 
 # Linear layers of a width, and a batch, for steps of about so long on two cores; steps in a turn.
 MLPS = {
@@ -64,6 +64,10 @@ def make(name: str) -> Case:
             return _resnet50(32, 128, (2, 3))
         case "resnet50_small":
             return _resnet50(8, 96)
+        case "resnet18":
+            layers = list(resnet18(n_classes=10))
+            x, y = torch.randn(16, 3, 224, 224), torch.randint(10, (16,))
+            return Case(layers, (), x, y, steps=3, microbatches=2)
         case "main_job":
             layers = list(
                 _in_a_row(resnet(14, n_classes=10, in_channels=1, width=16, small_images=True))

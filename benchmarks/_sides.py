@@ -112,6 +112,59 @@ def serve_rank(name: str, rank: int, address: str, *, keep_memory: bool) -> None
     dist.destroy_process_group()
 
 
+def serve_replicas(name: str) -> None:
+    """The Trainer with two replicas of one stage; a way is "replicated" or "sharded" optimizers."""
+    import taskgrad as tg
+
+    case = make(name)
+    client = tg.local_cluster(n_workers=2, dashboard_address=":0")
+
+    def prepare(way: str) -> Run:
+        chain = tg.GraphChain(case.model, client=client, placement=case.placement)
+        trainer = tg.Trainer(
+            chain,
+            F.cross_entropy,
+            OPTIMIZER,
+            microbatches=case.microbatches,
+            replicas=2,
+            shard_optimizer=way == "sharded",
+        )
+
+        def run(steps: int) -> None:
+            for _ in range(steps):
+                trainer.step(case.x, case.y)
+            trainer.wait()
+
+        return run
+
+    _serve(prepare)
+    client.close()
+
+
+def serve_data_parallel(name: str, rank: int, address: str, *, keep_memory: bool) -> None:
+    """One of two processes of DistributedDataParallel, each with its half of the batch."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    if keep_memory:
+        keep_freed_memory()
+    torch.set_num_threads(1)
+    case = make(name)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    x, y = case.x.tensor_split(2)[rank], case.y.tensor_split(2)[rank]
+    model = DistributedDataParallel(case.model.train())
+    optimizer = OPTIMIZER(model.parameters())
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    _serve(lambda _: run)
+    dist.destroy_process_group()
+
+
 def serve_plain(name: str, threads: int) -> None:
     """One process of torch, which takes the whole batch at once."""
     torch.set_num_threads(threads)
@@ -231,6 +284,17 @@ def ranks(name: str, host: str, port: int, *, keep_memory: bool) -> list[list[st
     return [[kind, name, str(i), address] for i in range(len(make(name).parts))]
 
 
+def replicas(name: str) -> list[list[str]]:
+    """The process of `serve_replicas`."""
+    return [["replicas", name]]
+
+
+def data_parallel(name: str, port: int, *, keep_memory: bool) -> list[list[str]]:
+    """The processes of `serve_data_parallel`."""
+    kind = "ddp_our_allocator" if keep_memory else "ddp"
+    return [[kind, name, str(i), f"tcp://127.0.0.1:{port}"] for i in range(2)]
+
+
 def plain(name: str, threads: int) -> list[list[str]]:
     """The process of `serve_plain`."""
     return [["plain", name, str(threads)]]
@@ -312,5 +376,9 @@ if __name__ == "__main__":
             serve_ours(name, scheduler)
         case ["torch" | "torch_our_allocator" as kind, name, rank, address]:
             serve_rank(name, int(rank), address, keep_memory=kind != "torch")
+        case ["replicas", name]:
+            serve_replicas(name)
+        case ["ddp" | "ddp_our_allocator" as kind, name, rank, address]:
+            serve_data_parallel(name, int(rank), address, keep_memory=kind != "ddp")
         case ["plain", name, threads]:
             serve_plain(name, int(threads))

@@ -111,6 +111,15 @@ class CapturedLayout(Layout):
         self._said = False
         self._planned: dict[Select | None, Captured] = {}
 
+    def on_shards(self, shards: Mapping[Shard, Shard]) -> CapturedLayout:
+        found = super().on_shards(shards)
+        assert isinstance(found, CapturedLayout)
+        moved = {old.worker: new.worker for old, new in shards.items()}
+        found._workers = tuple(moved[worker] for worker in self._workers)
+        found._functions, found._stages, found._planned = {}, OrderedDict(), {}
+        found._newest = None
+        return found
+
     def planned_calls(self, select: Select | None = None) -> list[Call]:
         if select not in self._planned and self._example is not None:
             args, kwargs = self._example

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,6 +40,7 @@ from taskgrad.pretrained import Pretrained, save, shard_size
 from taskgrad.thunk import Lazy, Thunk
 from taskgrad.tracing import current_tracer
 from taskgrad.worker import loading, shard_ops
+from taskgrad.worker.memory import MemoryUsage
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -255,16 +257,21 @@ class GraphChain(Lazy):
 
     def zero_grad(self) -> None:
         """Drop the gradients on the workers; those of a trainer's steps when these are done."""
-        with between_steps((), [self.layout.ref]):
-            self.layout.run(self.layout.tasks(shard_ops.zero_grad))
+        layout = self.layout
+        with between_steps((), [layout.ref]):
+            shards = [*layout.shards, *layout.ref.replicas]
+            layout.run([layout.task(shard, shard_ops.zero_grad, {}) for shard in shards])
 
     def grads(self) -> dict[str, Thunk]:
-        """The accumulated gradient of each trainable parameter: thunks of tensors, or of None."""
+        """The accumulated gradient of each trainable parameter: thunks of tensors, or of None.
+
+        Those of a trainer with replicas are where it sums them.
+        """
         layout = self.layout
-        return {
-            name: Thunk(StoredGrad(layout.home(name), name), layout.session)
-            for name in layout.trainable
-        }
+        homes = {name: layout.home(name) for name in layout.trainable}
+        for shard in layout.ref.replicas:
+            homes |= shard.homes
+        return {name: Thunk(StoredGrad(home, name), layout.session) for name, home in homes.items()}
 
     def named_parameters_info(self) -> Iterable[tuple[str, ParameterInfo]]:
         """(name, info) of each parameter, tied ones once, in the model's order."""
@@ -276,16 +283,20 @@ class GraphChain(Lazy):
 
         Columns are parameters, buffers, gradients, optimizer (its state, and averages of weights)
         and tapes (what forwards keep for their backwards). Memory that several share counts once.
+        The replicas of a trainer are counted, too.
         """
-        held = self.layout.results(self.layout.tasks(shard_ops.memory))
-        names, workers = self.layout.session.names, [s.worker for s in self.layout.shards]
-        return Table(
-            MemoryRow,
-            [
-                MemoryRow(worker, **found, worker_name=names.get(worker))
-                for worker, found in zip(workers, held, strict=True)
-            ],
-        )
+        layout, names = self.layout, self.layout.session.names
+        shards = [*layout.shards, *layout.ref.replicas]
+        held = layout.results([layout.task(shard, shard_ops.memory, {}) for shard in shards])
+        total: dict[str, Counter[str]] = {}
+        for shard, sizes in zip(shards, held, strict=True):
+            total.setdefault(shard.worker, Counter()).update(sizes)
+        kinds = vars(MemoryUsage())
+        rows = [
+            MemoryRow(w, **{kind: found[kind] for kind in kinds}, worker_name=names.get(w))
+            for w, found in total.items()
+        ]
+        return Table(MemoryRow, rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters and persistent buffers by the model's own names, as copies on the driver.
@@ -378,6 +389,9 @@ class GraphChain(Lazy):
             layer = layout.owner(name)
             part = split.setdefault(layout.shard_of(layer), {})
             part.setdefault(layer.index, {})[local_name(name, layer)] = value
+        for replica in layout.ref.replicas:  # the one on the same worker has the same modules
+            if replica.replica_of in split and replica.worker != replica.replica_of.worker:
+                split[replica] = split[replica.replica_of]
         loads = [
             layout.task(
                 shard,

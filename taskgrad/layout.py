@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -242,6 +243,36 @@ class Layout(ShardTasks):
         """
         return self.shard_of(self.owner(name))
 
+    def held_on(self, shard: Shard) -> list[str]:
+        """The first names of the parameters and buffers that are on a shard, also of copies."""
+        return [
+            name
+            for name, info in self.tensors.items()
+            if any(self.shard_of(self.owner(n)) is shard for n in info.names)
+        ]
+
+    def at(self, shard: Shard) -> Layout:
+        """The layout whose layers are on this shard: of a replica, if it is a replica's."""
+        return self
+
+    def parameters_on(self, shard: Shard) -> dict[str, tuple[int, str]]:
+        """By its first name, where each parameter on a shard is: (index of layer, name in it)."""
+        names: dict[str, tuple[int, str]] = {}
+        for info in self.tensors.values():
+            for name in info.names:
+                layer = self.owner(name)
+                if not info.is_buffer and self.shard_of(layer) is shard:
+                    names.setdefault(info.name, (layer.index, local_name(name, layer)))
+        return names
+
+    def on_shards(self, shards: Mapping[Shard, Shard]) -> Layout:
+        """The same layers on other shards, each in the place of one of these."""
+        found = copy(self)
+        found._shard_of = [shards[shard] for shard in self._shard_of]
+        found.shards = tuple(shards[shard] for shard in self.shards)
+        found.devices = {}
+        return found
+
     @property
     def first(self) -> Shard:
         """The shard that takes the model's input."""
@@ -347,16 +378,10 @@ class Layout(ShardTasks):
         installs = []
         for shard in self.shards:
             here = [layer.index for layer in self.layers if self.shard_of(layer) is shard]
-            names: dict[str, tuple[int, str]] = {}
-            for info in flat.tensors.values():
-                for name in info.names:
-                    layer = self.owner(name)
-                    if not info.is_buffer and self.shard_of(layer) is shard:
-                        names.setdefault(info.name, (layer.index, local_name(name, layer)))
             packed = pack.pack({i: flat.modules[i] for i in here}, hooks=True)
             arguments = {
                 "data": packed.data,
-                "names": names,
+                "names": self.parameters_on(shard),
                 "device": device,
                 "store_id": store_ids[shard.worker],
                 "init_plans": {i: init_plans[i] for i in here if i in init_plans},

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
@@ -33,6 +34,22 @@ torch.set_num_threads(1)  # as the workers: the same operations give the same bi
 def pytest_sessionstart() -> None:
     """Ctrl-C is tested. A shell's background jobs are started with it ignored, as this may be."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_arrives() -> Iterator[None]:
+    """Press again where Python drops a KeyboardInterrupt: in the callback of a weak reference."""
+    before = sys.unraisablehook
+
+    def dropped(given: Any) -> None:
+        if given.exc_type is KeyboardInterrupt:
+            threading.Timer(0.05, signal.raise_signal, [signal.SIGINT]).start()
+        else:
+            before(given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "unraisablehook", dropped)
+        yield
 
 
 def pytest_collection_finish() -> None:

@@ -24,6 +24,7 @@ from taskgrad.graph.pullback import (
     ParameterGrad,
     Pullback,
     StoredGrad,
+    TakenGrads,
     WeightPullback,
 )
 from taskgrad.graph.pytree import map_leaves
@@ -37,6 +38,7 @@ from taskgrad.worker.actions import (
     ReadAll,
     ReadBuffers,
     ReadGradient,
+    TakeGradients,
     TakeSlice,
 )
 from taskgrad.worker.backward import Backward, CheckCotangent, WeightBackward
@@ -100,6 +102,9 @@ action_of.register(Element, lambda node: Pick(node.position))
 action_of.register(ParameterGrad, lambda node: ReadGradient(node.pullback.key, node.name))
 action_of.register(
     StoredGrad, lambda node: OnShard(node.shard.token, shard_ops.gradient, {"name": node.name})
+)
+action_of.register(
+    TakenGrads, lambda node: TakeGradients(node.pullback.key, node.names, node.stays)
 )
 action_of.register(BatchedRead, lambda node: ReadAll(tuple(map(action_of, node.reads))))
 action_of.register(Sum, lambda node: Add())

@@ -35,7 +35,7 @@ class Adjoint:
         For every (home shard, parameter name): the gradients to sum, in order.
     apart
         Those of them that no pullback adds up, if the pullbacks were to: the oldest call that uses
-        the parameter is on another worker than its home.
+        the parameter is on another worker than its home, or there are replicas.
     """
 
     pullbacks: tuple[Pullback, ...]
@@ -239,7 +239,7 @@ def _differentiable_calls(outputs: Sequence[Node]) -> list[Call]:
 def _completing(calls: Sequence[Call]) -> dict[Call, list[tuple[Shard, str]]]:
     """For each call the parameters, and their homes, that no later backward has a gradient of.
 
-    Without parameters whose home is on another worker.
+    Without parameters whose home is on another worker, or a replica's.
     """
     last: dict[tuple[Shard, str], Call] = {}
     for call in calls:
@@ -247,7 +247,8 @@ def _completing(calls: Sequence[Call]) -> dict[Call, list[tuple[Shard, str]]]:
             last |= {(call.shard.home(name), name): call for name in call.parameters}
     found: dict[Call, list[tuple[Shard, str]]] = {}
     for parameter, call in last.items():
-        if parameter[0].worker != call.worker:
+        home = parameter[0]
+        if home.worker != call.worker or home.replica_of is not None:
             continue
         found.setdefault(call, []).append(parameter)
     return found

@@ -128,6 +128,22 @@ class ParameterGrad(Read):
         self.name = name
 
 
+class TakenGrads(Node):
+    """The gradients of some parameters from one pullback, as a list; its worker keeps them no more.
+
+    They are those that the pullback does not add to the parameters' own. If they are only used on
+    the same worker they `stay` on their device.
+    """
+
+    __slots__ = ("names", "pullback", "stays")
+
+    def __init__(self, pullback: Pullback, names: Sequence[str], *, stays: bool) -> None:
+        super().__init__(new_key("grads", pullback.call.title), pullback.worker, [pullback])
+        self.pullback = pullback
+        self.names = tuple(names)
+        self.stays = stays
+
+
 class StoredGrad(Read):
     """The gradient that has been accumulated for one parameter of a shard."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from weakref import WeakSet
 
 from taskgrad.graph.layers import Model, owner_of
 from taskgrad.graph.nodes import Node, label_of, new_key
@@ -15,7 +16,8 @@ class ChainRef:
 
     `trained_by` returns the Trainer or Optimizer that trains them, None if there is none now. If it
     no longer exists, `recover` takes back a step that it left unfinished. `has_averages` is True
-    while averages of the parameters are in their place.
+    while averages of the parameters are in their place. `replicas` are the shards of a trainer with
+    replicas of the chain, also those on the chain's own workers.
     """
 
     def __init__(self, title: str) -> None:
@@ -23,6 +25,7 @@ class ChainRef:
         self.trained_by: Callable[[], Any] = lambda: None
         self.recover: Callable[[], None] = lambda: None
         self.has_averages = False
+        self.replicas: WeakSet[Shard] = WeakSet()
 
 
 class Shard:
@@ -31,13 +34,18 @@ class Shard:
     `token` is the key of the task that put them there, whose result an executor holds for as long
     as this object exists. Every call of the shard refers to it. `homes` names the shards where
     parameters live of which this one has a copy, because they are tied over two workers; `hooked`
-    are the parameters that live here with hooks on their gradients.
+    are the parameters that live here with hooks on their gradients. Of a trainer's replicas,
+    `replica_of` is the chain's shard that it has the layers of: there the gradients of microbatches
+    are summed in the order of these, whichever replica they are from.
     """
 
-    def __init__(self, chain: ChainRef, token: str, worker: str) -> None:
+    def __init__(
+        self, chain: ChainRef, token: str, worker: str, replica_of: Shard | None = None
+    ) -> None:
         self.chain = chain
         self.token = token
         self.worker = worker
+        self.replica_of = replica_of
         self.homes: dict[str, Shard] = {}
         self.hooked: set[str] = set()
 

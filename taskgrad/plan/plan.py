@@ -28,7 +28,7 @@ class Stage:
     names
         The model's names for these layers.
     worker
-        Its worker, an index into the plan's `workers`.
+        Its worker, an index into the plan's `workers`; in the first replica, if there are several.
     inputs
         The stages whose outputs it takes; empty where it takes the batch.
     trained
@@ -73,7 +73,7 @@ class Plan:
     stages
         In an order in which they can run.
     workers
-        Where they run.
+        Where they run: of each replica as many, in the same order.
     schedule
         The name of the schedule.
     microbatches
@@ -87,6 +87,11 @@ class Plan:
         post-validation in Qi et al. (2023), "Zero Bubble Pipeline Parallelism".
     cost
         The predicted seconds of a step; None if there is no prediction.
+    replicas
+        How many replicas of the stages there are. They take microbatches in turn.
+    idle
+        The workers that update nothing, because no parameter that is trained lives there, though
+        stages there have a backward.
 
     Examples
     --------
@@ -113,6 +118,8 @@ class Plan:
     orders: tuple[tuple[Action, ...], ...] = ()
     flush: bool = False
     cost: float | None = None
+    replicas: int = 1
+    idle: tuple[int, ...] = ()
 
     @property
     def pipeline(self) -> Pipeline:
@@ -127,43 +134,58 @@ class Plan:
         known to the rest by the cotangents of this one.
         """
         trained = {stage.worker for stage in self.stages if stage.trained}
-        return frozenset(i for i in range(len(self.workers)) if self.flush or i not in trained)
+        size = len(self.workers) // self.replicas
+        return frozenset(
+            i
+            for i in range(len(self.workers))
+            if self.flush or i % size not in trained or i in self.idle
+        )
 
-    def with_schedule(self, schedule: Schedule) -> Plan:
+    def with_schedule(self, *schedules: Schedule | None) -> Plan:
         """The same stages at the same places, in the order of this schedule.
 
-        A backward that has no action of its own for the weights is written BW; one of a stage with
-        nothing to train is left out; every worker ends with U.
+        Of several replicas each has a schedule for its microbatches, of which the first is that of
+        the replica's number, and each next one comes after one of every other; or None, if it has
+        no microbatch. A backward that has no action of its own for the weights is written BW; one
+        of a stage with nothing to train is left out; every worker ends with U.
 
         Raises
         ------
         ValueError
-            The schedule is of another pipeline.
+            A schedule is of another pipeline, or there is not one for each replica.
         """
-        if schedule.pipeline != self.pipeline:
-            raise ValueError(f"the schedule is of {schedule.pipeline}, not of {self.pipeline}")
-        split = schedule.split
-        idle = [()] * (len(self.workers) - len(schedule.orders))  # workers without a stage
-        orders = tuple(
-            (
-                *(
-                    action._replace(kind="BW")
-                    if action.kind == "B" and action[1:] not in split
-                    else action
-                    for action in order
-                    if action.kind == "F" or self.stages[action.stage].trained
-                ),
-                UPDATE,
-            )
-            for order in (*schedule.orders, *idle)
-        )
+        if len(schedules) != self.replicas:
+            raise ValueError(f"{len(schedules)} schedules for {self.replicas} replicas")
+        given = [schedule for schedule in schedules if schedule is not None]
+        for schedule in given:
+            if schedule.pipeline != self.pipeline:
+                raise ValueError(f"the schedule is of {schedule.pipeline}, not of {self.pipeline}")
         return replace(
             self,
-            schedule=schedule.name,
-            microbatches=schedule.microbatches,
-            orders=orders,
+            schedule=given[0].name,
+            microbatches=sum(schedule.microbatches for schedule in given),
+            orders=tuple(
+                order for i, schedule in enumerate(schedules) for order in self._orders(i, schedule)
+            ),
             cost=None,
         )
+
+    def _orders(self, replica: int, schedule: Schedule | None) -> list[tuple[Action, ...]]:
+        """The order of each worker of a replica, by its schedule."""
+        orders = () if schedule is None else schedule.orders
+        split = frozenset() if schedule is None else schedule.split
+
+        def planned(action: Action) -> Action:
+            whole = action.kind == "B" and action[1:] not in split
+            microbatch = replica + self.replicas * action.microbatch
+            return action._replace(kind="BW" if whole else action.kind, microbatch=microbatch)
+
+        found = [
+            tuple(planned(a) for a in order if a.kind == "F" or self.stages[a.stage].trained)
+            for order in orders
+        ]
+        without = len(self.workers) // self.replicas - len(found)  # workers without a stage
+        return [(*order, UPDATE) for order in (*found, *[()] * without)]
 
     def to_json(self) -> str:
         """The plan as JSON text."""
@@ -189,6 +211,7 @@ class Plan:
                 "stages": tuple(Stage(**stage) for stage in stages),
                 "workers": tuple(PlannedWorker(**worker) for worker in found["workers"]),
                 "orders": tuple(tuple(map(_action, order)) for order in found["orders"]),
+                "idle": tuple(found["idle"]),
             }
             return cls(**{**found, **parts})
         except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
@@ -197,16 +220,17 @@ class Plan:
     def __str__(self) -> str:
         cost = "" if self.cost is None else f", {self.cost:.3g} s predicted"
         flush = ", updates after a flush" if self.flush else ""
+        replicas = f" in {self.replicas} replicas" if self.replicas > 1 else ""
         lines = [
-            f"Plan of {self.model}: {len(self.stages)} stages on {len(self.workers)} workers, "
-            f"{self.microbatches} microbatches, {self.schedule}{flush}{cost}"
+            f"Plan of {self.model}: {len(self.stages)} stages{replicas} on {len(self.workers)} "
+            f"workers, {self.microbatches} microbatches, {self.schedule}{flush}{cost}"
         ]
         for i, stage in enumerate(self.stages):
-            worker = self.workers[stage.worker]
+            size = len(self.workers) // self.replicas
+            there = self.workers[stage.worker :: size]
+            on = ", ".join(f"{worker.named}, {worker.device}" for worker in there)
             given = ", ".join(f"stage {n}" for n in stage.inputs) or "the batch"
-            lines.append(
-                f"stage {i}: layers {stage.title}, on {worker.named}, {worker.device}, of {given}"
-            )
+            lines.append(f"stage {i}: layers {stage.title}, on {on}, of {given}")
         lines += [
             f"{worker.named.short}: {' '.join(map(str, order))}"
             for worker, order in zip(self.workers, self.orders, strict=True)

@@ -32,6 +32,7 @@ from taskgrad.train.optimizer_factory import (
     parameter_groups,
 )
 from taskgrad.train.planning import maker_of, planner
+from taskgrad.train.replicas import check_replicas, ends_of
 from taskgrad.train.step import Recompute, Settings
 from taskgrad.worker.training_state import TrainingOptions
 
@@ -60,6 +61,7 @@ def check_options(callbacks: Any, executor: Any, given: Mapping[str, Any]) -> No
     check_loss_weight(given["loss_weight"])
     flag("deferred_batch_norm", given["deferred_batch_norm"])
     flag("check_finite", given["check_finite"])
+    check_replicas(given)
     maker_of(given["schedule"])
     recompute_rule(given["checkpoint"])
     precision(given["amp"])
@@ -67,6 +69,7 @@ def check_options(callbacks: Any, executor: Any, given: Mapping[str, Any]) -> No
 
 def check_trainer(
     chain: GraphChain | ChainGroup,
+    layout: Layout,
     loss_fn: Any,
     optimizer: Any,
     callbacks: Sequence[Callback],
@@ -74,14 +77,14 @@ def check_trainer(
 ) -> Checked:
     """Check what a `Trainer` is made of; `given` has its options, which are checked.
 
-    Without a `loss_fn` the loss is the model's own.
+    Without a `loss_fn` the loss is the model's own. `layout` is that of the steps.
     """
     ema = ema_of(callbacks)
     check_open(chain.layout.session.client)
     schedule, recompute = maker_of(given["schedule"]), recompute_rule(given["checkpoint"])
     check_chooser(given["checkpoint"], chain.layout.names)
     dtype = precision(given["amp"])
-    layout, patterns = chain.layout, given["param_groups"] or {}
+    patterns = given["param_groups"] or {}
     example, _ = example_of(optimizer, layout)
     check_group_options(patterns, example)
     loss, loss_kind = packed_loss(own_loss if loss_fn is None else loss_fn)
@@ -90,7 +93,9 @@ def check_trainer(
     if given["microbatches"] > 1 and not given["deferred_batch_norm"]:
         refuse_repeated_norms(layout)
     microbatches, accumulate = given["microbatches"], given["accumulate"]
-    in_files = check_fits(chain, optimizer, microbatches, accumulate, averages=ema is not None)
+    in_files = check_fits(
+        chain, layout, optimizer, microbatches, accumulate, averages=ema is not None
+    )
     kinds = {device.partition(":")[0] for device in layout.devices.values()}
     groups = parameter_groups(layout.trainable, patterns)
     select = own_loss if loss_fn is None else None
@@ -123,8 +128,7 @@ def check_trainer(
         given["in_dims"],
         given["target_dims"],
         weighted=not adds_up(loss_fn),
-        first=layout.first.worker,
-        last=layout.last.worker,
+        ends=ends_of(layout),
         loss_kind=loss_kind,
         form=form,
         loss_weight=None if weight is None else LossWeight(weight, form),

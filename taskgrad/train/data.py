@@ -92,9 +92,9 @@ class Batch:
 class MicrobatchSplitter:
     """Splits batches into microbatches.
 
-    `weighted` is false for a loss that is a sum over samples: its microbatches just add up. `first`
-    and `last` are the workers that take inputs and targets. Microbatches count by their number of
-    samples if there is no `loss_weight`.
+    `weighted` is false for a loss that is a sum over samples: its microbatches just add up. `ends`
+    has of each replica, by turns, the workers that take inputs and targets. Microbatches count by
+    their number of samples if there is no `loss_weight`.
     """
 
     client: Client
@@ -102,8 +102,7 @@ class MicrobatchSplitter:
     in_dims: Dims
     target_dims: Dims
     weighted: bool
-    first: str
-    last: str
+    ends: Sequence[tuple[str, str]]
     loss_kind: str
     form: BatchForm
     loss_weight: LossWeight | None
@@ -191,22 +190,28 @@ class MicrobatchSplitter:
         sources = [(_node_of(value), dim) for value, dim in zip(values, dims, strict=True)]
 
         def slices(m: int) -> list[Node]:
-            return [Slice(n, dim, m, count, "the inputs", self.first) for n, dim in sources]
+            return [Slice(n, dim, m, count, "the inputs", self._first(m)) for n, dim in sources]
 
         inputs = [_arguments(slices(m), kwargs) for m in range(count)]
         targets: list[Node] = [
             Leaf(None, needs_grad=False)
             if self.form.own_loss
-            else Slice(_node_of(y), self.target_dims, m, count, "the targets", self.last)
+            else Slice(_node_of(y), self.target_dims, m, count, "the targets", self._last(m))
             for m in range(count)
         ]
         weights: list[float | Node] = [
-            SampleFraction(*sources[0], m, count, "the inputs", self.first)
+            SampleFraction(*sources[0], m, count, "the inputs", self._first(m))
             if self.weighted
             else 1.0
             for m in range(count)
         ]
         return Batch(inputs, targets, weights, None, self.loss_kind)
+
+    def _first(self, microbatch: int) -> str:
+        return self.ends[microbatch % len(self.ends)][0]
+
+    def _last(self, microbatch: int) -> str:
+        return self.ends[microbatch % len(self.ends)][1]
 
     def _dims_there(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], alone: bool

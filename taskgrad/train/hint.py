@@ -43,6 +43,7 @@ def hint(reports: Sequence[Mapping[str, Any]], plan: Plan) -> str | None:
     """
     workers, microbatches = plan.workers, plan.microbatches
     count = len(workers)
+    pipelined = count > plan.replicas
     on_cpu = all(worker.device == "cpu" for worker in workers)  # else kernels run behind the clock
     if count < 2 or not on_cpu or not reports:
         return None
@@ -62,9 +63,13 @@ def hint(reports: Sequence[Mapping[str, Any]], plan: Plan) -> str | None:
         )
     good = 2 * count
     worth_it = work / count / (2 * good) >= _ACTION_S  # with so many microbatches
-    if worth_it and (
-        (microbatches < count and speedup < _SPEEDUP)
-        or (microbatches < good and speedup < _EFFICIENCY * count)
+    if (
+        worth_it
+        and pipelined
+        and (
+            (microbatches < count and speedup < _SPEEDUP)
+            or (microbatches < good and speedup < _EFFICIENCY * count)
+        )
     ):
         return (
             f"{efficiency}, as {microbatches} microbatch{'es are' if microbatches > 1 else ' is'} "

@@ -78,7 +78,7 @@ class Loops:
                 if on_workers(x) or on_workers(y):
                     splitter.refuse_weighing(x)
                 weights.append(loss_weight.of(as_tensors(x), as_tensors(y)))
-            size = spawn(count, x, worker=splitter.first) if on_workers(x) else count(x)
+            size = spawn(count, x, worker=splitter.ends[0][0]) if on_workers(x) else count(x)
             if form.own_loss and metrics:
                 y = x
             output = self._forward(x, own_loss if form.own_loss and not metrics else None)

@@ -11,6 +11,7 @@ from taskgrad.chain import GraphChain
 from taskgrad.errors import MemoryLimitError
 from taskgrad.graph.shards import Shard
 from taskgrad.layout import Layout
+from taskgrad.replicated_layout import ReplicatedLayout
 from taskgrad.train.chain_group import ChainGroup
 from taskgrad.train.optimizer_factory import example_of, state_per_parameter
 from taskgrad.worker.offload import CHUNK
@@ -43,8 +44,7 @@ def _need(
     """`kept` is the optimizer's state for each byte of parameters."""
     trained = {
         name: layout.tensors[name].nbytes
-        for name in layout.trainable
-        if any(layout.home(n) is shard for n in layout.tensors[name].names)
+        for name in set(layout.at(shard).held_on(shard)).intersection(layout.trainable)
     }
     largest = max(trained.values(), default=0)
     own = sum(n for name, n in trained.items() if layout.home(name) is shard)
@@ -54,8 +54,14 @@ def _need(
     return _Need(used, gradients, state, int(kept * own) + own, total, least)
 
 
+def _parameters(layout: Layout, shard: Shard) -> int:
+    found = (layout.tensors[name] for name in layout.at(shard).held_on(shard))
+    return sum(info.nbytes for info in found if not info.is_buffer)
+
+
 def check_fits(
     chain: GraphChain | ChainGroup,
+    layout: Layout,
     optimizer: Any,
     microbatches: int,
     accumulate: int,
@@ -73,12 +79,13 @@ def check_fits(
     Raises TypeError if the optimizer is not one; MemoryLimitError if workers are too small, with
     what each needs and how much is missing.
     """
-    layout = chain.layout
     kept = state_per_parameter(optimizer, layout) or 0
     # One parameter after the other: torch's own optimizers do that, others may look at all.
     by_parameter = type(example_of(optimizer, layout)[0]).__module__.startswith("torch.optim")
     kind = "optimizer state and averages" if averages else "optimizer state"
     sets_of_gradients = 1 + (microbatches > 1 or accumulate > 1) + (accumulate > 1)
+    if isinstance(layout, ReplicatedLayout) and microbatches > len(layout.replicas):
+        sets_of_gradients += 1  # of the next microbatch, while those before it are summed
     room = layout.session.memory([shard.worker for shard in layout.shards])
     if not any(room.values()):
         return {}
@@ -91,7 +98,11 @@ def check_fits(
         if found is None:
             continue
         used, limit = found
-        used -= held[worker].gradients + held[worker].optimizer
+        if worker in held:
+            used -= held[worker].gradients + held[worker].optimizer
+        else:  # the layers of a replica are to come
+            own = layout.at(shard)
+            used += sum(layout.tensors[name].nbytes for name in own.held_on(shard))
         need = _need(layout, shard, used, kept, sets_of_gradients, averages)
         if need.total + need.copies <= limit:
             continue
@@ -118,7 +129,7 @@ def check_fits(
         missing = (need.least if by_parameter else need.total) - limit
         problems.append(
             f"{named} may use {format_bytes(limit)} of memory and uses {format_bytes(used)} "
-            f"already, {format_bytes(held[worker].parameters)} of that for this chain's "
+            f"already, {format_bytes(_parameters(layout, shard))} of that for this chain's "
             f"parameters; training adds {format_bytes(need.gradients)} of gradients and "
             f"{format_bytes(need.state)} of {kind}: {format_bytes(missing)} are missing"
             + (f", even with the {kind} in files" if by_parameter and need.state else "")

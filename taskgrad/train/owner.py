@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 from taskgrad.chain import GraphChain
 from taskgrad.errors import TaskgradError
@@ -33,12 +34,14 @@ def take_over(layout: Layout, owner: Any, makes: Sequence[ShardCall]) -> list[An
             ref.recover()
     layout.run(layout.tasks(optimizing.use, awaits=makes))
     answers = layout.results(makes)
-    # Of several chains not the layout itself, which has what the user's function has.
+    # Not the layout itself if it is not the chain's own: of several it has the user's function.
     together = ShardTasks(layout.title, layout.session, layout.shards)
     for ref in layout.refs:
         ref.trained_by = weakref.ref(owner)
+        ref.replicas = WeakSet(s for s in layout.shards if s.replica_of is not None)
         # A layout refers to its own chain; a reference to it from there would keep both.
-        of = weakref.ref(layout) if ref is layout.ref else together
+        own = ref is layout.ref and not ref.replicas
+        of = weakref.ref(layout) if own else together
         ref.recover = partial(_recover_once, ref, of)
     return answers
 
@@ -54,12 +57,12 @@ def _recover_once(ref: ChainRef, of: ShardTasks | weakref.ref[Layout]) -> None:
 @contextlib.contextmanager
 def restored_owner(layout: Layout) -> Iterator[None]:
     """Restore the owners of a layout's chains if the block raises."""
-    before = [(ref, ref.trained_by, ref.recover) for ref in layout.refs]
+    before = [(ref, ref.trained_by, ref.recover, ref.replicas) for ref in layout.refs]
     try:
         yield
     except BaseException:
-        for ref, owner, recover_it in before:
-            ref.trained_by, ref.recover = owner, recover_it
+        for ref, owner, recover_it, replicas in before:
+            ref.trained_by, ref.recover, ref.replicas = owner, recover_it, replicas
         raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, lru_cache, partial
 
 import torch
@@ -16,6 +17,7 @@ from taskgrad.plan.plan import Plan, PlannedWorker, Stage
 from taskgrad.plan.rules import NAMES, fastest
 from taskgrad.plan.rules import schedule as named_schedule
 from taskgrad.plan.schedule import Costs, Pipeline, Schedule, check
+from taskgrad.replicated_layout import ReplicatedLayout
 from taskgrad.tracing import random_state_kept
 from taskgrad.worker_names import WorkerName
 
@@ -30,22 +32,37 @@ def planner(
     `select` is what steps take of the model's output. With `flush` no worker updates before the
     gradients of all are complete.
     """
-    devices = layout.devices
-    workers = tuple(
-        PlannedWorker(s.worker, devices[s.worker], _own_name(layout.session.named(s.worker)))
-        for s in layout.shards
-    )
+    replicas = len(layout.replicas) if isinstance(layout, ReplicatedLayout) else 1
 
     @cache
     def unscheduled() -> Plan:
-        return Plan(layout.title, stages_of(layout, select), workers, flush=flush)
+        workers = tuple(
+            PlannedWorker(w, layout.devices[w], _own_name(layout.session.named(w)))
+            for w in (shard.worker for shard in layout.shards)
+        )
+        stages = stages_of(layout, select)
+        return Plan(
+            layout.title, stages, workers, flush=flush, replicas=replicas, idle=_idle(layout)
+        )
 
     @lru_cache(maxsize=16)
     def plan(microbatches: int) -> Plan:
         found = unscheduled()
-        return found.with_schedule(make_schedule(found.pipeline, microbatches))
+        counts = [len(range(replica, microbatches, replicas)) for replica in range(replicas)]
+        if not all(counts):  # what has no microbatch hears of the others only so
+            found = replace(found, flush=True)
+        made = {count: make_schedule(found.pipeline, count) for count in {*counts} - {0}}
+        return found.with_schedule(*(made.get(count) for count in counts))
 
     return plan
+
+
+def _idle(layout: Layout) -> tuple[int, ...]:
+    """The workers of replicas where no parameter that is trained lives."""
+    if not isinstance(layout, ReplicatedLayout):
+        return ()
+    homes = {layout.home(name) for name in layout.trainable}
+    return tuple(i for i, shard in enumerate(layout.shards) if shard not in homes)
 
 
 def _own_name(worker: WorkerName) -> str:
@@ -54,7 +71,7 @@ def _own_name(worker: WorkerName) -> str:
 
 def stages_of(layout: Layout, select: Select | None = None) -> tuple[Stage, ...]:
     """The stages of a chain: each is one of its calls."""
-    workers = [shard.worker for shard in layout.shards]
+    workers = [shard.worker for shard in layout.shards]  # of the first replica first
     with torch.enable_grad(), random_state_kept():
         calls = layout.planned_calls(select)
     reached = set(calls_behind(calls[-1:]))

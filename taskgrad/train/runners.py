@@ -228,7 +228,7 @@ class CompiledRunner:
         made = build(self._layout, batch, number, self._settings, None, calls)
         lowered = lower_step(
             StepNodes(
-                {address: list(nodes) for address, nodes in made.scheduled.items()},
+                {address: list(nodes) for address, nodes in made.executed.items()},
                 {node: name for nodes in made.scheduled.values() for node, name in nodes.items()},
                 list(made.last.values()),
                 made.report.inputs,

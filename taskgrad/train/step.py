@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -14,11 +14,12 @@ from taskgrad.graph.adjoint import adjoint
 from taskgrad.graph.calls import LOSS, Call, Draw, LayerStep, LossSpec, StepContext
 from taskgrad.graph.functions import template
 from taskgrad.graph.nodes import Node, ancestors
-from taskgrad.graph.pullback import ParameterGrad, Pullback, WeightPullback
+from taskgrad.graph.pullback import ParameterGrad, Pullback, TakenGrads, WeightPullback
 from taskgrad.graph.pytree import Slot
 from taskgrad.graph.shards import Shard, ShardCall, copied_names
 from taskgrad.layout import Layout, Select
 from taskgrad.plan.plan import Plan
+from taskgrad.replicated_layout import ReplicatedLayout
 from taskgrad.train.data import Batch
 from taskgrad.worker import optimizing, shard_ops, training
 
@@ -59,6 +60,8 @@ class Step:
     """For an action the one before it in the schedule, if any, or in the step before."""
     scheduled: dict[str, dict[Node, str]]
     """For each worker the actions of its schedule in order, with their names in the plan."""
+    executed: dict[str, dict[Node, str]]
+    """The same with the sums of gradients that are taken between these actions, without names."""
     ahead: list[Node]
     """Tasks of shards that may run before their updates, to make them shorter."""
     launch: Launch | None = None
@@ -78,7 +81,7 @@ class Step:
         self.reported = next(tasks)
         self.last = {shard: next(tasks) for shard in self.last}
         self.settles = list(tasks)
-        self.order, self.scheduled, self.ahead = {}, {}, []
+        self.order, self.scheduled, self.executed, self.ahead = {}, {}, {}, []
         self.launch = launch
 
 
@@ -111,9 +114,11 @@ def build(
     plan, earlier = settings.plan(batch.count), {} if before is None else before.last
     parts = [_microbatch(part, batch, m, settings) for m, part in enumerate(calls)]
     scheduled = _scheduled(parts, plan)
-    order, tails = _order(batch, scheduled, layout, earlier)
-    summary = {"update": update, "norms": settings.clip_norm is not None}
     apart = _added_apart(layout, parts)
+    executed = _with_sums(scheduled, apart, plan.replicas) if plan.replicas > 1 else scheduled
+    order, tails = _order(batch, executed, layout, earlier)
+    added = {shard: sums[-1] for shard, sums in apart.items()}
+    summary = {"update": update, "norms": settings.clip_norm is not None}
     rescale = [] if batch.rescale is None else [batch.rescale]
     prepares = [
         layout.task(
@@ -122,7 +127,7 @@ def build(
             # No call begins the step where no layer runs.
             summary if scheduled[shard.worker] else {**summary, "step": number},
             after=rescale,
-            awaits=[last[shard] for last in (tails, apart) if shard in last],
+            awaits=[last[shard] for last in (tails, added) if shard in last],
         )
         for shard in layout.shards
     ]
@@ -152,7 +157,7 @@ def build(
         shard: layout.task(
             shard,
             training.commit,
-            {**arguments, "send": copied.get(shard, [])},
+            {**arguments, "send": copied.get(shard, []) if update else []},
             after=prepares if i in plan.waits else [prepares[i]],
             name="update",
         )
@@ -161,9 +166,10 @@ def build(
     last = dict(commits)
     if update:  # copies of tied parameters get the new values
         last |= layout.refreshes(commits)
+    last |= _buffers_sent(layout, last)
     settles = layout.tasks(optimizing.settle, awaits=list(commits.values()), number=number)
     ahead = layout.tasks(training.copy_ahead, step=number) if update else []
-    return Step(number, report, last, list(settles), order, scheduled, list(ahead))
+    return Step(number, report, last, list(settles), order, scheduled, executed, list(ahead))
 
 
 def calls_of(layout: Layout, batch: Batch, number: int, settings: Settings) -> list[list[Call]]:
@@ -234,27 +240,91 @@ def _microbatch(calls: list[Call], batch: Batch, index: int, settings: Settings)
     return _Microbatch(calls, pullbacks, found.apart)
 
 
-def _added_apart(layout: Layout, parts: Sequence[_Microbatch]) -> dict[Shard, Node]:
-    """For shards that get gradients from others alone: the last task that adds these.
+def _added_apart(layout: Layout, parts: Sequence[_Microbatch]) -> dict[Shard, list[Node]]:
+    """For shards that get gradients from others: the tasks that add these, one a microbatch.
 
-    There is one for each microbatch, in their order.
+    They run one after the other, in the order of the microbatches.
     """
-    last: dict[Shard, Node] = {}
+    sums: dict[Shard, list[Node]] = {}
     for part in parts:
-        grads: dict[Shard, dict[str, tuple[ParameterGrad, ...]]] = {}
+        by_home: dict[Shard, dict[str, tuple[ParameterGrad, ...]]] = {}
         for (home, name), found in part.apart.items():
-            grads.setdefault(home, {})[name] = found
-        for home, named in grads.items():
-            places = count()
-            sources = {name: [next(places) for _ in found] for name, found in named.items()}
-            last[home] = layout.task(
-                home,
-                shard_ops.accumulate,
-                {"parts": sources},
-                after=[grad for found in named.values() for grad in found],
-                awaits=[last[home]] if home in last else [],
+            by_home.setdefault(home, {})[name] = found
+        for home, named in by_home.items():
+            names: dict[Pullback, list[str]] = {}
+            for name, grads in named.items():
+                for grad in grads:
+                    names.setdefault(grad.pullback, []).append(name)
+            position = {pullback: i for i, pullback in enumerate(names)}
+            sources = {
+                name: [(position[g.pullback], names[g.pullback].index(name)) for g in grads]
+                for name, grads in named.items()
+            }
+            before = sums.setdefault(home, [])
+            own = [i for pullback, i in position.items() if pullback.worker == home.worker]
+            before.append(
+                layout.task(
+                    home,
+                    shard_ops.accumulate_taken,
+                    {"parts": sources, "own": own},
+                    after=[
+                        TakenGrads(pullback, given, stays=pullback.worker == home.worker)
+                        for pullback, given in names.items()
+                    ],
+                    awaits=before[-1:],
+                    name="accumulate",
+                )
             )
-    return last
+    return sums
+
+
+def _with_sums(
+    scheduled: Mapping[str, Mapping[Node, str]],
+    sums: Mapping[Shard, Sequence[Node]],
+    replicas: int,
+) -> dict[str, dict[Node, str]]:
+    """The actions of workers, and between them the sums of gradients for which they need not wait.
+
+    When a worker has taken a microbatch back through all of its stages, the microbatches of the
+    turns before are to be summed. What is left is at the end.
+    """
+    found: dict[str, dict[Node, str]] = {}
+    at = {shard.worker: list(nodes) for shard, nodes in sums.items()}
+    for worker, actions in scheduled.items():
+        last = {_microbatch_of(n): n for n in actions if not isinstance(n, Call)}
+        waiting, turns = at.get(worker, []), 0
+        found[worker] = {}
+        for node, name in actions.items():
+            found[worker][node] = name
+            if last.get(_microbatch_of(node)) is node:
+                for ready in waiting[: replicas * turns]:
+                    found[worker].setdefault(ready, "")
+                turns += 1
+    return found
+
+
+def _microbatch_of(action: Node) -> int:
+    call = action.call if isinstance(action, Pullback) else action
+    assert isinstance(call, Call)
+    assert call.spec.draw is not None
+    return call.spec.draw.microbatch
+
+
+def _buffers_sent(layout: Layout, last: Mapping[Shard, Node]) -> dict[Shard, Node]:
+    """The last tasks where those of the first replica give their buffers to the others."""
+    if not isinstance(layout, ReplicatedLayout):
+        return {}
+    found: dict[Shard, Node] = {}
+    first, *others = layout.replicas
+    for i, shard in enumerate(first.shards):
+        if any(first.tensors[name].is_buffer for name in first.held_on(shard)):
+            given = layout.task(shard, shard_ops.give_buffers, {}, awaits=[last[shard]])
+            found[shard] = given
+            for copy in (replica.shards[i] for replica in others):
+                found[copy] = layout.task(
+                    copy, shard_ops.set_buffers, {}, after=[given], awaits=[last[copy]]
+                )
+    return found
 
 
 @cache

@@ -16,6 +16,7 @@ from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.executors.step_lowering import NotCompilableError
 from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import Node
+from taskgrad.layout import Layout
 from taskgrad.train.call_lock import CallLock
 from taskgrad.train.callbacks.on_step import OnStep
 from taskgrad.train.chain_group import ChainGroup
@@ -58,6 +59,7 @@ class Steps:
     def __init__(
         self,
         chain: GraphChain | ChainGroup,
+        layout: Layout,
         settings: Settings,
         on_step: OnStep,
         notify: Callable[[StepLoss], None],
@@ -68,11 +70,11 @@ class Steps:
         self.accumulation = Accumulation(settings.accumulate)
         self._in_fit = False
         self._chain = chain
-        self._layout = chain.layout
-        self._executor = chain.layout.executor
+        self._layout = layout
+        self._executor = layout.executor
         self._settings = settings
         runner = CompiledRunner if executor == "compiled" else FuturesRunner
-        self._runner: Runner = runner(chain.layout, settings)
+        self._runner: Runner = runner(layout, settings)
         self._hints = Hints(settings.plan)
         self._on_step = on_step
         self._notify = notify

@@ -36,6 +36,7 @@ from taskgrad.train.loops import Loops
 from taskgrad.train.loss import StepLoss
 from taskgrad.train.optimizer_factory import OptimizerFactory, optimizers_on
 from taskgrad.train.owner import take_over
+from taskgrad.train.replicas import install, replicated
 from taskgrad.train.steps import Steps
 
 # Arguments of a trainer that its checkpoints do not have.
@@ -128,11 +129,22 @@ class Trainer:
     chains : mapping, optional
         Names for the chains and modules that a function calls, all of them. By default the names of
         variables that it closes over, of globals that it uses, and of attributes of its object.
+    replicas : int
+        On how many workers each stage is. The first replica is on the chain's own workers, the
+        others are on those of the cluster that the chain does not use, in order. Replicas take
+        microbatches in turn, and gradients are summed in the order of these: a step has the same
+        bits as one of a single replica with all of them. Buffers, such as batch norm's running
+        statistics, are those of the first replica, as with ``DistributedDataParallel``.
+    shard_optimizer : bool
+        Each replica has a part of the optimizer's state and makes that part of the update, and the
+        others get the new parameters: ZeRO stage 1. Else the first replica makes all of it.
 
     Raises
     ------
     TypeError, ValueError
         An argument makes no sense; the message says which.
+    PlacementError
+        The cluster has too few workers for the replicas.
     LayerError
         Optimizer or scheduler cannot be made on a worker, or are over other parameters than they
         were given, or over fewer. A trainer that was made before for this chain can go on.
@@ -179,20 +191,26 @@ class Trainer:
         loss_weight: Callable[..., Any] | str | None = None,
         executor: Literal["compiled", "futures"] = "compiled",
         chains: Mapping[str, Any] | None = None,
+        replicas: int = 1,
+        shard_optimizer: bool = False,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in _APART}
         given["seed"] = whole("seed", seed)
         check_options(callbacks, executor, given)
         self.chain = trained = to_train(chain, chains)
         """What is trained: the chain, or of a function the group of those that it calls."""
-        checked = check_trainer(trained, loss_fn, optimizer, callbacks, given)
+        self.layout = layout = replicated(trained, given["replicas"], given["shard_optimizer"])
+        """Where the layers are that are trained; for taskgrad itself."""
+        checked = check_trainer(trained, layout, loss_fn, optimizer, callbacks, given)
         # Those that save come last: a checkpoint has what the others noted of the same epoch.
         self.callbacks = tuple(sorted(callbacks, key=lambda c: isinstance(c, ModelCheckpoint)))
         self._given = given
         self._splitter = checked.splitter
         self._plan = checked.settings.plan
         self._on_step = OnStep(self.callbacks)
-        self._steps = Steps(trained, checked.settings, self._on_step, self._notify, executor)
+        self._steps = Steps(
+            trained, layout, checked.settings, self._on_step, self._notify, executor
+        )
         self._fits = Fits(self._steps, weighted=self._splitter.weighted)
         self._loops = Loops(
             trained.layout,
@@ -201,8 +219,9 @@ class Trainer:
             checked.settings.autocast,
             own_loss if loss_fn is None else loss_fn,
         )
-        makes = optimizers_on(trained.layout, optimizer, *checked.optimizers)
-        needing = [n for n in take_over(trained.layout, self._steps, makes) if n is not None]
+        install(trained, layout)
+        makes = optimizers_on(layout, optimizer, *checked.optimizers)
+        needing = [n for n in take_over(layout, self._steps, makes) if n is not None]
         self._steps.metric_for = next(iter(needing), None)
 
     @property
@@ -436,7 +455,7 @@ class Trainer:
                 "callbacks": [[type(c).__qualname__, c.state_dict()] for c in self.callbacks],
                 "loss_weights": self._steps.accumulation.to_save(self.steps),
             }
-            save(place, self.chain.layout, self.steps, self._given, driver)
+            save(place, self.layout, self.steps, self._given, driver)
         self._call("on_save", place)
 
     @classmethod
@@ -484,7 +503,9 @@ class Trainer:
         path = path_of(path)
         group = to_train(chain, chains)
         make = partial(cls, group, loss_fn, optimizer)
-        trainer, steps, driver = restore(make, path, group, optimizer, options)
+        trainer, steps, driver = restore(
+            make, path, group, optimizer, options, lambda made: made.layout
+        )
         trainer._steps.taken = steps
         trainer._steps.accumulation.resume(driver.get("loss_weights", ()), steps)
         trainer._fits.resume(driver["fit"])

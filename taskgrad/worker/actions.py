@@ -53,6 +53,23 @@ class ReadGradient:
 
 
 @dataclass(frozen=True)
+class TakeGradients:
+    """Gradients of parameters that the backward task `key` left on this worker, which drops them.
+
+    They stay on their device for a task on this worker, and are on the host for another one.
+    """
+
+    key: str
+    names: tuple[str, ...]
+    stays: bool
+
+    def run(self, store: Store, *after: Any) -> list[torch.Tensor | None]:
+        """One for each name; None where none arrived."""
+        found = store.take_gradients(self.key, self.names)
+        return [g if g is None or self.stays else g.cpu() for g in found]
+
+
+@dataclass(frozen=True)
 class ReadBuffers:
     """The changed buffers that the forward task `token` left on this worker."""
 

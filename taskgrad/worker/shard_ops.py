@@ -104,6 +104,46 @@ def fetch(
         return packed.data, [t if isinstance(t, View) else _copy(t) for t in packed.laid_out()]
 
 
+def replicate(
+    store: Store,
+    token: str,
+    fetched: tuple[bytes, list[torch.Tensor | View]],
+    *,
+    names: dict[str, tuple[int, str]],
+    device: str | None,
+    store_id: str,
+    copied: list[str],
+) -> str:
+    """Install the layers that `fetch` gave on another worker; for the rest see `install`."""
+    data, tensors = fetched
+    return install(
+        store,
+        token,
+        list(tensors),
+        data=data,
+        names=names,
+        device=device,
+        store_id=store_id,
+        init_plans={},
+        seed=0,
+        copied=copied,
+    )
+
+
+def give_buffers(store: Store, token: str) -> list[torch.Tensor]:
+    """Copies of all buffers of the shard's layers."""
+    with store.locked(token) as shard:
+        return [_copy(buffer) for buffer in shard.all_modules.members().buffers]
+
+
+def set_buffers(store: Store, token: str, *given: list[torch.Tensor]) -> None:
+    """Write the values that `give_buffers` gave for the same layers on another worker."""
+    [values] = given
+    with store.locked(token) as shard, torch.no_grad():
+        for buffer, value in zip(shard.all_modules.members().buffers, values, strict=True):
+            buffer.copy_(value)
+
+
 def _copy(t: torch.Tensor) -> torch.Tensor:
     return t.detach().to("cpu", copy=True)
 
@@ -152,6 +192,25 @@ def accumulate(store: Store, token: str, *values: Any, parts: dict[str, list[str
         for name, sources in parts.items():
             found = store.parts(name, sources, values)
             accumulate_into(shard, name, found, values, worker=store.worker)
+
+
+def accumulate_taken(
+    store: Store,
+    token: str,
+    *values: list[torch.Tensor | None],
+    parts: dict[str, list[tuple[int, int]]],
+    own: list[int],
+) -> None:
+    """Add the gradients that backwards gave up to the parameters'; see `TakeGradients`.
+
+    `parts` lists for each parameter what to sum, in order, as (position among the values, in it).
+    The values at the positions `own` are from this worker, and nobody else's.
+    """
+    borrowed = [grad for i, grads in enumerate(values) if i not in own for grad in grads]
+    with store.locked(token) as shard:
+        for name, places in parts.items():
+            found = [values[i][at] for i, at in places]
+            accumulate_into(shard, name, found, borrowed, worker=store.worker)
 
 
 def hooked(store: Store, token: str, *parts: torch.Tensor | None, name: str) -> Any:

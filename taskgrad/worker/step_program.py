@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 from taskgrad.graph.calls import CallSpec, Draw, StepContext
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.plan.program import Program, Value
-from taskgrad.worker.actions import OnShard, ReadGradient
+from taskgrad.worker.actions import OnShard, ReadGradient, TakeGradients
 from taskgrad.worker.backward import Backward, WeightBackward
 from taskgrad.worker.forward import Forward
 
 T = TypeVar("T")
+Reads = TypeVar("Reads", ReadGradient, TakeGradients)
 
 _STEP_NAMES = ("step", "number")
 """What functions on a shard call the number of a step."""
@@ -143,7 +144,7 @@ def _weight_backward(action: WeightBackward, step: int) -> WeightBackward:
     return _changed(action, token=_key(action.token, step), draw=_draw(action.draw, step))
 
 
-def _read_gradient(action: ReadGradient, step: int) -> ReadGradient:
+def _read_gradient(action: Reads, step: int) -> Reads:
     return _changed(action, key=_key(action.key, step))
 
 
@@ -157,6 +158,7 @@ _AT_STEP: dict[type, Callable[[Any, int], Any]] = {
     Backward: _backward,
     WeightBackward: _weight_backward,
     ReadGradient: _read_gradient,
+    TakeGradients: _read_gradient,
     OnShard: _on_shard,
 }
 

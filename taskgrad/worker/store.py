@@ -124,6 +124,15 @@ class Store:
         found: dict[str, torch.Tensor | None] = self._entries[key]
         return found
 
+    def take_gradients(self, key: str, names: Sequence[str]) -> list[torch.Tensor | None]:
+        """Those of them of these parameters, None where there is none; they are kept no more."""
+        with self._lock:
+            left = self.gradients(key)
+            found = [left.pop(name, None) for name in names]
+            if not left:
+                self._remove(key)
+            return found
+
     def parts(
         self, name: str, sources: Sequence[str | int], values: Sequence[Any]
     ) -> list[torch.Tensor | None]:

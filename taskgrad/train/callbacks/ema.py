@@ -81,7 +81,7 @@ class EMA(Callback):
         """
         if all(callback is not self for callback in trainer.callbacks):
             raise ValueError("this EMA is not among the callbacks of the trainer")
-        layout: Layout = trainer.chain.layout
+        layout: Layout = trainer.layout
         with trainer._steps.alone():
             layout.refuse_averages("EMA.applied")
             if not _averaged_steps(trainer):
@@ -124,7 +124,7 @@ def ema_of(callbacks: Iterable[Any]) -> EMA | None:
 
 def _averaged_steps(trainer: Any) -> int:
     """The number of the optimizer's steps that the averages are of."""
-    layout: Layout = trainer.chain.layout
+    layout: Layout = trainer.layout
     with trainer._steps.alone():
         return min(layout.results(layout.tasks(averaging.averaged_steps)))
 
@@ -141,7 +141,7 @@ def _exchange(layout: Layout, *, applied: bool) -> None:
 
 def _put_back(trainer: Any, tries: int = 2) -> None:
     """Put the weights back in their place; once more if that is interrupted."""
-    layout: Layout = trainer.chain.layout
+    layout: Layout = trainer.layout
     try:
         with trainer._steps.alone():
             _exchange(layout, applied=False)

@@ -34,8 +34,9 @@ def restore(
     chain: GraphChain | ChainGroup,
     optimizer: Any,
     options: Mapping[str, Any],
+    layout_of: Callable[[T], Layout],
 ) -> tuple[T, int, dict[str, Any]]:
-    """Make a trainer with its options, and load what was saved.
+    """Make a trainer with its options, and load what was saved where its layout has it.
 
     Returns the trainer, the number of steps that it took, and the state that was not on workers.
     See `Trainer.restore`.
@@ -62,10 +63,12 @@ def restore(
     )
     with between_steps((), layout.refs), restored_owner(layout), layout.all_or_nothing(needs):
         trainer = make(**options)
+        used = layout_of(trainer)
+        loads = needs if used is layout else _parts(index, used, averaged)
         layout.run(
             [
                 layout.task(shard, checkpoint.load, {"folder": folder, **need})
-                for shard, need in needs.items()
+                for shard, need in loads.items()
             ]
         )
     if averaged is None and ema_of(options.get("callbacks", ())):
@@ -165,12 +168,13 @@ def _parts(
     homes = {name: file for file, about in index["files"].items() for name in about["tensors"]}
     found = {}
     for shard in layout.shards:
-        here = living_on(layout, shard)
-        trained = [name for name in here["parameters"] if name in group_of]
+        own = layout.at(shard)
+        here = living_on(own, shard)
+        trained = [n for n in layout.trainable if n in group_of and layout.home(n) is shard]
         extra = {
             name: value
             for name, value in index["extra"].items()
-            if layout.shard_of(layout.owner(name)) is shard
+            if own.shard_of(own.owner(name)) is shard
         }
         part = {
             "buffers": here["buffers"],
@@ -183,10 +187,8 @@ def _parts(
             "averaged": averaged or 0,
             "step": index["step"],
         }
-        copies = [
-            n for n, i in layout.tensors.items() if any(layout.home(o) is shard for o in i.names)
-        ]
-        names = [*copies, *(f"buffer/{n}" for n in copies), *(f"gradient/{n}" for n in trained)]
+        held = own.held_on(shard)
+        names = [*held, *(f"buffer/{n}" for n in held), *(f"gradient/{n}" for n in trained)]
         names += [f"average/{n}" for n in trained] if averaged is not None else []
         names += tensors_in([part[key] for key in ("state", "options", "scheduler", "extra")])
         files: dict[str, Any] = {}
