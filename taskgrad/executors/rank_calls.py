@@ -23,6 +23,11 @@ def run_ranks(owner: Session, calls: Sequence[Call]) -> list[Any]:
         values = _run_direct(owner, calls)
         if values is not None:
             return values
+    return run_tasks(owner, calls)
+
+
+def run_tasks(owner: Session, calls: Sequence[Call]) -> list[Any]:
+    """As `run_ranks`, each call a task: where parts of sharded tensors are read, or made."""
     executor = executor_of(owner)
     executor.run(calls)
     return executor.values(calls)

@@ -54,7 +54,7 @@ def run_inside(
     keys = outer.inner_keys(what, inner.size)
     first = outer.index * inner.size
     own = slice(first, first + inner.size)
-    calls = rank_calls(fn, split, group, first, keys[own], keys)
+    calls = rank_calls(fn, split, group, first, keys[own], keys, split.parts)
     leaves = {leaf: leaf.value for call in calls for leaf in call.inputs if isinstance(leaf, Leaf)}
     inside = _Inside(outer, what, workers[first], calls)
     values = inside.forward()
