@@ -127,7 +127,7 @@ def _settings(call: Call) -> Any:
 def _program(rank: int, call: Call) -> StepProgram:
     action = RankForward(call.title, call.spec.function, call.spec.template)
     sources = tuple(range(1 + len(call.inputs)))
-    label = call.key.rpartition("-")[0] or call.key
+    label = f"{call.key.partition('-')[0]}-{rank}"
     return StepProgram(
         Program(rank, (Instruction("run", _RANK),)),
         {_RANK.operation: Job(label, action, _settings(call), sources)},
