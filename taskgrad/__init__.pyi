@@ -48,36 +48,19 @@ from taskgrad.launch.main import rank as rank
 from taskgrad.launch.main import size as size
 from taskgrad.mapping.api import map as map
 from taskgrad.pullbacks import vjp as vjp
-from taskgrad.spmd.collectives import (
-    all_gather as all_gather,
-)
-from taskgrad.spmd.collectives import (
-    all_to_all as all_to_all,
-)
-from taskgrad.spmd.collectives import (
-    axis_index as axis_index,
-)
-from taskgrad.spmd.collectives import (
-    axis_size as axis_size,
-)
-from taskgrad.spmd.collectives import (
-    pmax as pmax,
-)
-from taskgrad.spmd.collectives import (
-    pmean as pmean,
-)
-from taskgrad.spmd.collectives import (
-    pmin as pmin,
-)
-from taskgrad.spmd.collectives import (
-    ppermute as ppermute,
-)
-from taskgrad.spmd.collectives import (
-    psum as psum,
-)
-from taskgrad.spmd.collectives import (
-    psum_scatter as psum_scatter,
-)
+from taskgrad.spmd.collectives import axis_index as axis_index
+from taskgrad.spmd.collectives import axis_size as axis_size
+from taskgrad.spmd.collectives import pmax as pmax
+from taskgrad.spmd.collectives import pmean as pmean
+from taskgrad.spmd.collectives import pmin as pmin
+from taskgrad.spmd.collectives import psum as psum
+from taskgrad.spmd.exchanges import all_gather as all_gather
+from taskgrad.spmd.exchanges import all_to_all as all_to_all
+from taskgrad.spmd.exchanges import pbroadcast as pbroadcast
+from taskgrad.spmd.exchanges import ppermute as ppermute
+from taskgrad.spmd.exchanges import pshuffle as pshuffle
+from taskgrad.spmd.exchanges import psum_scatter as psum_scatter
+from taskgrad.spmd.exchanges import pswapaxes as pswapaxes
 from taskgrad.spmd.pmap import pmap as pmap
 from taskgrad.streaming.imap import imap as imap
 from taskgrad.streaming.imap import starmap as starmap

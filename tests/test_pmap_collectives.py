@@ -177,10 +177,13 @@ def test_what_cannot_be_given(four):
     assert "no axis" in message(lambda x: tg.all_gather(x, "i", axis=2), x)
     assert "twice" in message(lambda x: tg.ppermute(x, "i", [(0, 1), (2, 1)]), x)
     assert "dense tensors and numbers; got a str" in message(lambda x: tg.psum("x", "i"), x)
-    groups = [[0, 1], [2, 3]]
-    text = message(lambda x: tg.psum(x, "i", axis_index_groups=groups), x)
-    assert "unexpected keyword argument 'axis_index_groups'" in text
-    assert "one axis" in message(lambda x: tg.psum(x, ("i", "j")), x)
+    groups = [[0, 1], [2]]
+    assert "places on the axis" in message(lambda x: tg.psum(x, "i", axis_index_groups=groups), x)
+    uneven = [[0, 1, 2], [3]]
+    text = message(lambda x: tg.all_gather(x, "i", axis_index_groups=uneven), x)
+    assert "differ in length" in text
+    assert "unbound axis name: 'j'" in message(lambda x: tg.psum(x, ("i", "j")), x)
+    assert "named twice" in message(lambda x: tg.psum(x, ("i", "i")), x)
 
 
 def test_unbound_axis_names(four):

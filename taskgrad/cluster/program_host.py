@@ -5,7 +5,8 @@ sides then send messages on it until it closes. Each is a dictionary with its ki
 
 from the driver
     ``listen``, ``connect``  join the workers' channels
-    ``load``                 keep a program
+    ``load``, ``unload``     keep a program; drop it
+    ``drop``                 drop inputs that were to be kept
     ``step``                 take a step
     ``rest``                 end the task that takes steps, when there are none left
     ``settle``               all workers have made a step
@@ -37,6 +38,7 @@ from taskgrad.cluster import internals
 from taskgrad.cluster.actions import title_of
 from taskgrad.cluster.channels.dask_comms import CHANNEL, DaskChannels
 from taskgrad.cluster.channels.frames import Tag
+from taskgrad.cluster.channels.rank_mail import RankMail
 from taskgrad.cluster.channels.sockets import SocketChannels
 from taskgrad.cluster.nested import give_thread_back
 from taskgrad.cluster.wire.peers import registry_at
@@ -46,6 +48,7 @@ from taskgrad.errors import WorkerLostError
 from taskgrad.graph import pack
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.worker.failures import exit_error
+from taskgrad.worker.rank_forward import KeptInput, RankForward
 from taskgrad.worker.resident import Resident, StepInputs
 from taskgrad.worker.settings import applied
 from taskgrad.worker.step_program import StoredResult
@@ -99,6 +102,12 @@ class ProgramHosts:
         for host in self.named.values():
             host.wake()
 
+    def client_left(self, client: str) -> None:
+        """A client has closed, or is gone: end its programs."""
+        for host in self.named.values():
+            if host.client == client:
+                host.hang_up()
+
     async def _serve(self, comm: Comm, name: str, **about: Any) -> Any:
         host = _ProgramHost(self._worker, self._store, comm, name, **about)
         self.named[name] = host
@@ -126,6 +135,7 @@ class _ProgramHost:
         comm: Comm,
         name: str,
         *,
+        client: str,
         rank: int,
         addresses: Sequence[str],
         tokens: Sequence[str],
@@ -134,10 +144,12 @@ class _ProgramHost:
         self._worker = worker
         self._store = store
         self._comm = comm
+        self.client = client
         self._addresses = list(addresses)
         self._loop: Any = worker.loop
         self._outgoing: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._gave_thread_back = False
+        self._kept: dict[int, Any] = {}  # inputs of later steps, too
         self._settings: TorchSettings | None = None  # those that hold now
         self._applied = contextlib.ExitStack()
         self.resident = Resident(store, self, tokens)
@@ -145,10 +157,11 @@ class _ProgramHost:
         if sockets:
             lends = registry_at(worker.address) is not None
             self.channels = SocketChannels(
-                name, rank, len(addresses), lends, self.resident.deliver, self._lost
+                name, rank, len(addresses), lends, self._deliver, self._lost
             )
         else:
-            self.channels = DaskChannels(worker, name, rank, self.resident.deliver, self._lost)
+            self.channels = DaskChannels(worker, name, rank, self._deliver, self._lost)
+        self._mail = RankMail(self.channels)
 
     async def serve(self) -> None:
         """Do what the driver's messages say until it closes the connection, or is gone."""
@@ -169,9 +182,14 @@ class _ProgramHost:
         finally:
             writer.cancel()
 
+    def hang_up(self) -> None:
+        """End the connection to the driver, as if that had."""
+        self._comm.abort()
+
     async def close(self) -> None:
         """Close the channels."""
         channels = self.channels
+        self._mail.close()
         if isinstance(channels, SocketChannels):
             await self._in_thread(channels.close, _CLOSE_S)
         else:
@@ -202,11 +220,26 @@ class _ProgramHost:
     async def _load(self, number: int, program: bytes) -> None:
         self.resident.load(number, pack.loads_plain(program))
 
+    async def _unload(self, number: int) -> None:
+        self.resident.unload(number)
+
+    async def _drop(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self._kept.pop(number, None)
+
     async def _step(self, number: int, program: int, inputs: list[Any], settle: int) -> None:
         if settle >= 0:
             self.resident.settle(settle)
-        found = [self._worker.data[i.key] if isinstance(i, StoredResult) else i for i in inputs]
-        self.resident.add(StepInputs(number, program, found))
+        self.resident.add(StepInputs(number, program, list(map(self._input, inputs))))
+
+    def _input(self, given: Any) -> Any:
+        if isinstance(given, StoredResult):
+            return self._worker.data[given.key]
+        if not isinstance(given, KeptInput):
+            return given
+        if given.value is not None:
+            self._kept[given.number] = given.value
+        return self._kept[given.number]
 
     async def _settle(self, step: int) -> None:
         if not self.resident.settle(step):
@@ -217,6 +250,12 @@ class _ProgramHost:
 
     async def _stop(self, epoch: int) -> None:
         self.resident.stop(epoch)
+
+    def _deliver(self, tag: Tag, arrived: Any) -> None:
+        if RankMail.is_for(tag):
+            self._mail.deliver(tag, arrived)
+        else:
+            self.resident.deliver(tag, arrived)
 
     def _lost(self, peer: int) -> None:
         self.tell({"op": "peer_lost", "address": self._addresses[peer]})
@@ -231,7 +270,9 @@ class _ProgramHost:
                     applied(settings, self._store.worker, self.give_thread_back)
                 )
                 self._settings = settings
-            result = action.run(self._store, *inputs)
+            ranks = isinstance(action, RankForward) and len(self._addresses) > 1
+            with self._mail.call(*self.resident.call) if ranks else contextlib.nullcontext():
+                result = action.run(self._store, *inputs)
             check_picklable(result)
             return result
         except Exception:
@@ -278,7 +319,8 @@ class _ProgramHost:
                 message = await self._outgoing.get()
                 if "reports" in message:
                     message["reports"] = dumps_whole(message["reports"])
-                await self._comm.write(message)
+                with internals.writing_at_once(self._comm):  # all is bytes already
+                    await self._comm.write(message)
 
     def begin(self) -> None:
         """A task begins to take steps."""

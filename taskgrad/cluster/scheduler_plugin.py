@@ -18,7 +18,7 @@ from taskgrad.cluster import internals, task_colours
 from taskgrad.cluster.config import Settings, merge
 from taskgrad.cluster.retirement import RetirementGuard
 from taskgrad.cluster.tuning import server_settings
-from taskgrad.cluster.worker_plugin import NAME, RELEASE, SETTINGS, WORKER_LOST
+from taskgrad.cluster.worker_plugin import CLIENT_LEFT, NAME, RELEASE, SETTINGS, WORKER_LOST
 
 ANNOTATION = "taskgrad"
 """Of each task that leaves something in a store: the name of the worker that it is pinned to."""
@@ -26,6 +26,8 @@ JOIN = "taskgrad_join"
 """A client's call to the scheduler: it uses taskgrad from now on, with these settings."""
 RAN = "taskgrad-ran"
 """A client's message: what a worker's program did."""
+WORKERS_CHANGED = "taskgrad-workers-changed"
+"""The scheduler's message to clients: a worker has joined or left."""
 
 
 class TaskgradSchedulerPlugin(SchedulerPlugin):
@@ -72,6 +74,8 @@ class TaskgradSchedulerPlugin(SchedulerPlugin):
         """A client has left or was killed; with the last one settings are restored."""
         if self._clients.pop(client, None) is not None:
             self._apply(list(scheduler.workers))
+            for address in list(scheduler.stream_comms):
+                scheduler.worker_send(address, {"op": CLIENT_LEFT, "client": client})
 
     def update_graph(self, scheduler: Scheduler, *, tasks: list[Any], **kwargs: Any) -> None:
         """Move pins that were stale when they arrived."""
@@ -82,12 +86,20 @@ class TaskgradSchedulerPlugin(SchedulerPlugin):
         if self._clients:  # it reads them after it has set up its plugins
             self._apply([worker])
         self._repin(scheduler.tasks.values())
+        self._tell_clients()
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:
         """Tell the other workers, whose ranks may wait for one of this worker's."""
         self._guard.worker_removed(worker)
         for address in list(scheduler.stream_comms):
             scheduler.worker_send(address, {"op": WORKER_LOST, "address": worker})
+        self._tell_clients()
+
+    def _tell_clients(self) -> None:
+        for client in self._clients:
+            stream = self._scheduler.client_comms.get(client)
+            if stream is not None:
+                stream.send({"op": WORKERS_CHANGED})
 
     def valid_workers_downscaling(
         self, scheduler: Scheduler, workers: list[WorkerState]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from taskgrad.cluster import client_calls, environment, internals
 from taskgrad.cluster.config import Settings
 from taskgrad.cluster.exits import close_at_exit
 from taskgrad.cluster.local import local_cluster, refuse_in_starting_process
-from taskgrad.cluster.scheduler_plugin import JOIN, TaskgradSchedulerPlugin
+from taskgrad.cluster.scheduler_plugin import JOIN, WORKERS_CHANGED, TaskgradSchedulerPlugin
 from taskgrad.cluster.tasks import memory, worker_info
 from taskgrad.cluster.worker_plugin import TaskgradWorkerPlugin
 from taskgrad.errors import PlacementError, TaskgradError
@@ -58,6 +59,11 @@ class Session:
             join = getattr(client.scheduler, JOIN)
             await join(client=client.id, settings=settings.message())
 
+        self._workers: list[WorkerInfo] | None = None  # as of the last change, if known
+        self._asked: object = None
+        self._is_told = internals.add_client_handler(
+            client, WORKERS_CHANGED, partial(_forget_workers, weakref.ref(self))
+        )
         client_calls.call_with_deadline(client, load, "to load taskgrad")
         close_at_exit(client)
         internals.apply_interval(client, settings.latency)
@@ -74,6 +80,25 @@ class Session:
                 "client.wait_for_workers(n)"
             )
         return found
+
+    def workers_since_change(self, count: int) -> list[WorkerInfo]:
+        """As `workers`, without asking the scheduler again until it reports a change.
+
+        It is asked if fewer than `count` are known: its report may be on its way.
+        """
+        check_open(self.client)
+        known = self._workers
+        if known is None or len(known) < count:
+            # Before the answer, which a report that comes meanwhile makes obsolete.
+            token = self._asked = object()
+            known = self.workers()
+            if self._is_told and self._asked is token:
+                self._workers = known
+        return known
+
+    def forget_workers(self) -> None:
+        """A worker has joined or left."""
+        self._workers = self._asked = None
 
     def store_ids(self, addresses: list[str]) -> dict[str, str]:
         """The id of each worker's store, which changes with a restart."""
@@ -160,6 +185,12 @@ class Session:
         raise PlacementError(
             f"there is no worker {spec!r} on this cluster. Its workers are {known}"
         )
+
+
+def _forget_workers(session: weakref.ref[Session]) -> None:
+    found = session()
+    if found is not None:
+        found.forget_workers()
 
 
 def in_order(info: dict[str, Any]) -> list[WorkerInfo]:

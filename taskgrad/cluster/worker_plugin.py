@@ -30,6 +30,8 @@ SETTINGS = "taskgrad-settings"
 """Its message that these settings hold from now on."""
 WORKER_LOST = "taskgrad-worker-lost"
 """Its message that another worker has left."""
+CLIENT_LEFT = "taskgrad-client-left"
+"""Its message that a client has left."""
 
 _stores: weakref.WeakKeyDictionary[Worker, Store] = weakref.WeakKeyDictionary()
 
@@ -86,6 +88,7 @@ class TaskgradWorkerPlugin(WorkerPlugin):
         self._reporter = OccupancyReporter(worker, store)
         self._transport = DaskTransport(worker, store.mailboxes)
         self._programs = ProgramHosts(worker, store)
+        worker.stream_handlers[CLIENT_LEFT] = self._programs.client_left
         malloc.check_threads(worker)
         task_logs.shorten(_workers)
         counts = _Counts(store)
@@ -108,7 +111,7 @@ class TaskgradWorkerPlugin(WorkerPlugin):
         self._transport.stop()
         self._programs.stop()
         # Messages may still be on their way to a worker that closes.
-        for name in (RELEASE, SETTINGS, WORKER_LOST):
+        for name in (RELEASE, SETTINGS, WORKER_LOST, CLIENT_LEFT):
             worker.stream_handlers[name] = lambda **message: None
         for name in _METRICS:
             worker.metrics.pop(f"{NAME}_{name}", None)

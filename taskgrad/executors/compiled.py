@@ -7,16 +7,15 @@ only the time in which a worker takes steps.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from taskgrad.cluster import nested
 from taskgrad.cluster.session import Session, check_open
 from taskgrad.cluster.wire.serialize import dumps_whole
-from taskgrad.errors import TaskgradError, WorkerLostError
+from taskgrad.errors import WorkerLostError
 from taskgrad.executors.connections import Connections
-from taskgrad.executors.monitor import CHECK_S, Outages, stays_out_of_order, worker_lost
+from taskgrad.executors.monitor import worker_lost
+from taskgrad.executors.program_wait import wait_for_programs
 from taskgrad.executors.step_lowering import LoweredStep
 from taskgrad.graph.nodes import new_key
 from taskgrad.graph.shards import Shard
@@ -42,8 +41,9 @@ class CompiledExecutor:
             session.client,
             new_key("steps").partition("-")[2],
             [shard.worker for shard in shards],
-            [shard.token for shard in shards],
             session.names,
+            kind="train",
+            tokens=[shard.token for shard in shards],
         )
 
     def load(self, number: int, lowered: LoweredStep) -> None:
@@ -115,43 +115,15 @@ class CompiledExecutor:
     def _wait(
         self, done: Callable[[], bool], *, errors: bool, seconds: float | None = None
     ) -> BaseException | None:
-        try:
-            check_open(self._session.client)
-        except TaskgradError as closed:
-            return closed
-        connections, outages = self._connections, Outages()
-        until = None if seconds is None else time.monotonic() + seconds
-        with nested.waiting():
-            while True:
-                left = CHECK_S if until is None else min(CHECK_S, until - time.monotonic())
-                with connections.changed:
-                    connections.changed.wait_for(
-                        lambda: done() or (errors and connections.error is not None), max(0.0, left)
-                    )
-                    if done():
-                        return None
-                    error = connections.error
-                if errors and error is not None:
-                    return self._lost(error) if isinstance(error, str) else error
-                try:
-                    problem = self._problem(outages)
-                except TaskgradError as unanswered:  # the client is closed, say
-                    return unanswered
-                if problem is not None:
-                    return problem
-                if until is not None and time.monotonic() >= until:
-                    return TimeoutError(f"not done within {seconds:g} s")
-
-    def _problem(self, outages: Outages) -> BaseException | None:
-        """Why the workers will not go on; None if nothing is known."""
-        workers = self._connections.workers
-        trouble = self._session.out_of_order(set(workers))
-        gone = sorted(a for a, why in trouble.items() if why != "paused")
-        if gone:
-            return self._lost(gone[0])
-        for address in sorted(outages.lasting(trouble)):
-            return stays_out_of_order(self._session, address, trouble[address], "a training step")
-        return self._connections.task_error()
+        return wait_for_programs(
+            self._session,
+            self._connections,
+            done,
+            self._lost,
+            "a training step",
+            errors=errors,
+            seconds=seconds,
+        )
 
     def _lost(self, address: str) -> WorkerLostError:
         # The others say where they are when they have stopped.

@@ -1,4 +1,4 @@
-"""Driver: the connections to the programs of one trainer, and what the workers said on them."""
+"""Driver: connections to programs on some workers, and what these workers said on them."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ from taskgrad.worker_names import WorkerName
 
 # How often the scheduler is told what programs did, for the dashboard.
 _SHOW_S = 0.5
+# Up to so many bytes Dask need not look at a message to tell whether a thread should serialize it.
+_AT_ONCE_MAX = 1 << 20
 # Each of two ways to connect workers may take this part of the time that an answer may.
 _TRIES = 3
 _SOCKETS_S = 10.0  # for the first way at most: a firewall may drop what it does not let pass
@@ -45,7 +47,7 @@ _ACTIONS = {"run": "compute", "send": "transfer", "receive": "transfer"}
 
 
 class Connections:
-    """One connection to each worker of a trainer's chain.
+    """One connection to each of some workers, which run programs: `kind` is what for.
 
     Methods block until messages are written, or a deadline has passed. What the workers answer is
     in the attributes; `changed` is notified at each change, and held while they are read together.
@@ -69,8 +71,10 @@ class Connections:
         client: Client,
         name: str,
         workers: Sequence[str],
-        tokens: Sequence[str],
         names: Mapping[str, Any],
+        *,
+        kind: str,
+        tokens: Sequence[str] = (),
     ) -> None:
         self.workers = list(workers)
         self.finished: dict[int, dict[int, tuple[list[Any], list[Row]]]] = {}
@@ -79,6 +83,7 @@ class Connections:
         self.changed = threading.Condition()
         self._client = client
         self._name = name
+        self._kind = kind
         self._names = names
         self._comms: list[Comm] = []
         self._locks: list[asyncio.Lock] = []
@@ -100,7 +105,7 @@ class Connections:
         self._finalizer = weakref.finalize(self, _close, client, self._comms)
         try:
             problem = client_calls.call_with_deadline(
-                client, lambda: self._open(tokens), "to prepare for compiled steps"
+                client, lambda: self._open(tokens), "to connect for programs"
             )
             if problem:
                 raise OSError(problem)
@@ -141,8 +146,13 @@ class Connections:
                 comm = await connect(address, seconds, **self._client.connection_args)
                 comms.append(comm)
                 self._locks.append(asyncio.Lock())
-                about = {"rank": rank, "addresses": self.workers, "tokens": [tokens[rank]]}
-                hello = {"op": PROGRAM, "name": self._name, "sockets": sockets, **about}
+                about = {
+                    "rank": rank,
+                    "addresses": self.workers,
+                    "sockets": sockets,
+                    "tokens": tokens[rank : rank + 1],
+                }
+                hello = {"op": PROGRAM, "name": self._name, "client": self._client.id, **about}
                 await comm.write(hello)
             if len(comms) == 1:
                 return ""
@@ -176,6 +186,19 @@ class Connections:
         with self.changed:
             self._labels[number] = labels
         self._send([{"op": "load", "number": number, "program": p} for p in programs])
+
+    def unload(self, number: int) -> None:
+        """Have the workers drop a program."""
+        with self.changed:
+            self._labels.pop(number, None)
+        self._send([{"op": "unload", "number": number} for _ in self.workers])
+
+    def drop(self, numbers: Sequence[int]) -> None:
+        """Have the workers drop inputs that they keep; does not wait. Any thread may call."""
+        if internals.loop_runs(self._client):
+            loop: Any = self._client.loop
+            message = {"op": "drop", "numbers": list(numbers)}
+            asyncio.run_coroutine_threadsafe(self._to_all(message), loop.asyncio_loop)
 
     def step(self, number: int, program: int, inputs: Sequence[Any]) -> None:
         """Have every worker take a step, each with its inputs.
@@ -262,8 +285,12 @@ class Connections:
 
     async def _write(self, rank: int, message: dict[str, Any]) -> None:
         async with self._locks[rank]:
-            with contextlib.suppress(OSError):  # its reader finds that it is gone
-                await self._comms[rank].write(message)
+            comm = self._comms[rank]
+            given = message.get("inputs")
+            large = given is not None and sum(map(len, given.frames)) > _AT_ONCE_MAX
+            at_once = contextlib.nullcontext() if large else internals.writing_at_once(comm)
+            with contextlib.suppress(OSError), at_once:  # its reader finds that it is gone
+                await comm.write(message)
 
     def _start_tasks(self) -> None:
         """On every worker a task that takes steps, where none does."""
@@ -279,7 +306,7 @@ class Connections:
                     self._name,
                     workers=[address],
                     # Dask would take a task of a key that it knows for one that is done.
-                    key=f"train-{self._name}-{rank}-{next(self._numbers)}",
+                    key=f"{self._kind}-{self._name}-{rank}-{next(self._numbers)}",
                     pure=False,
                 )
 

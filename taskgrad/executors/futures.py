@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from dask.base import DaskMethodsMixin
 from dask.highlevelgraph import HighLevelGraph
 from distributed import Future
@@ -21,12 +20,13 @@ from taskgrad.cluster.nested import refuse_deadlock
 from taskgrad.cluster.session import Session, check_open
 from taskgrad.cluster.wire import scatter
 from taskgrad.cluster.wire.thresholds import PREFETCH_MIN, SCATTER_MIN
-from taskgrad.errors import CotangentError, TaskgradError
+from taskgrad.errors import CotangentError
 from taskgrad.executors.base import Launch, Submitted
 from taskgrad.executors.between_steps import between_steps
 from taskgrad.executors.lowering import lower
 from taskgrad.executors.monitor import failure, gather, wait_for
 from taskgrad.executors.table import Order, TaskTable
+from taskgrad.executors.write_back import write_back
 from taskgrad.graph.calls import BufferState, Call
 from taskgrad.graph.copies import own_copy
 from taskgrad.graph.leaves import External, Leaf, Primal
@@ -123,7 +123,8 @@ class FuturesExecutor:
         self._submit(nodes)
         if wait or states:
             self._finish([*targets, *states], nodes)
-            _write_back(states, self.values(states))
+            changed = zip([state.call for state in states], self.values(states), strict=True)
+            write_back(changed)
         return nodes
 
     def _submit(self, nodes: Sequence[Node]) -> None:
@@ -261,22 +262,3 @@ class FuturesExecutor:
 
     def worker_of(self, node: Node) -> str | None:
         return self.table.worker_of(node)
-
-
-def _write_back(states: Sequence[BufferState], found: Sequence[Any]) -> None:
-    """Write buffers that modules changed (batch norm's) into those modules on the driver."""
-    written: dict[int, tuple[Leaf, torch.Tensor]] = {}
-    for state, values in zip(states, found, strict=True):
-        for slot, value in zip(state.call.spec.buffers, values, strict=True):
-            leaf = state.call.inputs[slot]
-            if value is None or not isinstance(leaf, Leaf):
-                continue
-            if id(leaf.value) in written:
-                raise TaskgradError(
-                    f"module {state.call.title!r} ran twice in one graph and changed its buffers "
-                    "each time: tg.spawn runs each call from the buffers on the driver. Put the "
-                    "module in a tg.GraphChain, where its state lives on the worker"
-                )
-            written[id(leaf.value)] = leaf, value
-    for leaf, value in written.values():
-        leaf.write(value)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from taskgrad.graph.mesh import Mesh
 from taskgrad.graph.nodes import Node, label_of, new_key
 from taskgrad.graph.shards import Shard
 from taskgrad.graph.torch_settings import TorchSettings, refuse_modes, settings_now
@@ -66,8 +67,8 @@ class ProcessGroup:
     ----------
     title
         The function's name, for messages.
-    axis
-        The name of the mapped axis; None if it has none.
+    mesh
+        The mapped axes.
     workers
         Each rank's worker, in rank order.
     seed
@@ -77,7 +78,7 @@ class ProcessGroup:
     """
 
     title: str
-    axis: Hashable
+    mesh: Mesh
     workers: tuple[WorkerName, ...]
     seed: int
     deadline: float
@@ -91,7 +92,8 @@ class Rank:
     index: int
 
     def __str__(self) -> str:
-        return f"rank {self.index} of {self.group.title}"
+        place = self.group.mesh.described(self.index)
+        return f"rank {self.index}{place} of {self.group.title}"
 
 
 class CallSpec(NamedTuple):

@@ -1,4 +1,4 @@
-"""A parallel map: one function, one rank a worker, as JAX's pmap."""
+"""A parallel map: one function, one rank for each index of an axis, as JAX's pmap."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import torch
 from distributed import Client
 
 from taskgrad import autograd
-from taskgrad.arguments import shown
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.nested import current_worker
 from taskgrad.cluster.session import Session, session
 from taskgrad.errors import TaskgradError
+from taskgrad.executors.rank_calls import run_ranks
 from taskgrad.executors.registry import executor_of
-from taskgrad.graph.calls import Call, ProcessGroup, Rank
-from taskgrad.graph.functions import pack_function, template
+from taskgrad.graph.calls import ProcessGroup, Rank
 from taskgrad.graph.layers import kind_of
-from taskgrad.graph.leaves import Leaf
+from taskgrad.graph.mesh import Mesh
 from taskgrad.graph.nodes import new_key
-from taskgrad.graph.pytree import Slot, Structure, describe, flatten
-from taskgrad.spmd.axes import Axis, check, is_axis, join, mapped_size, spread
-from taskgrad.thunk import Lazy, Thunk
+from taskgrad.spmd.calls import as_there, rank_calls
+from taskgrad.spmd.joining import together
+from taskgrad.spmd.levels import Level, check_names, level
+from taskgrad.spmd.splitting import Split
+from taskgrad.thunk import Lazy
 from taskgrad.worker.communicator import running
 from taskgrad.worker_names import WorkerName
 
@@ -34,14 +35,22 @@ def pmap(
     *,
     in_axes: Any = 0,
     out_axes: Any = 0,
+    static_broadcasted_argnums: int | Sequence[int] = (),
+    axis_size: int | None = None,
     client: Client | None = None,
 ) -> Callable[..., Any]:
-    """Map a function over an axis, with one worker for each index: JAX's ``pmap``.
+    """Map a function over an axis, with one rank for each index: JAX's ``pmap``.
 
-    Each call splits the arguments along their mapped axes, runs ``fn`` once for each index, all at
-    the same time, each *rank* on a worker of its own, and stacks the results. Inside, the ranks
-    exchange values by the axis's name: `psum`, `pmean`, `pmax`, `pmin`, `all_gather`, `ppermute`,
-    `all_to_all`, `psum_scatter`; `axis_index` says which rank one is.
+    Each call splits the arguments along their mapped axes, runs ``fn`` once for each index, and
+    stacks the results. These runs are the *ranks*: spread over the workers, neighbours together, as
+    evenly as can be. Inside, they exchange values by the axis's name: `psum`, `pmean`, `pmax`,
+    `pmin`, `all_gather`, `psum_scatter`, `all_to_all`, `ppermute`, `pshuffle`, `pswapaxes`,
+    `pbroadcast`; `axis_index` says which rank one is. A rank that waits for others lets them run,
+    so there may be any number of ranks on any number of workers, and results do not depend on it.
+
+    Maps nest: ``pmap(pmap(f, "j"), "i")`` has a rank for each pair of indices, on all workers. A
+    pmap that is called elsewhere in a rank runs its ranks on that rank's worker. Collectives take
+    one axis name or a tuple of them.
 
     A call runs at once and returns tensors. They are part of the driver's autograd graph: their
     backward runs on the workers, through the collectives too, and computes gradients of the
@@ -62,6 +71,10 @@ def pmap(
     out_axes
         Where the axis is in the results, an int or None, or a tree of them. With None a result has
         to be the same on all ranks, and is that of rank 0.
+    static_broadcasted_argnums
+        Positions of arguments that all ranks get whole, whatever they are: as None in ``in_axes``.
+    axis_size
+        The length of the axis. It has to be given only where no argument is mapped.
     client
         By default the current one.
 
@@ -73,7 +86,7 @@ def pmap(
     Raises
     ------
     ValueError
-        On a call: the axes do not fit, or are longer than there are workers.
+        Two nested maps have one axis name. On a call: the axes do not fit.
     LayerError
         On a call: ``fn`` raised; names the first rank that did, and its worker.
     CollectiveError
@@ -103,75 +116,47 @@ def pmap(
         raise TypeError("pmap takes a function or a module; a GraphChain has workers of its own")
     if not callable(fn):
         raise TypeError(f"pmap takes a function or a module; got {type(fn).__name__}")
-    if isinstance(axis_name, tuple | list):
-        raise NotImplementedError(f"pmap maps one axis; got the axis names {axis_name!r}")
-    if isinstance(in_axes, list):
-        in_axes = tuple(in_axes)
-    if in_axes is not None and not isinstance(in_axes, tuple) and not is_axis(in_axes):
-        raise TypeError(f"in_axes is an int, None or a tuple of an entry each; got {in_axes!r}")
-    check(in_axes, "in_axes")
-    check(out_axes, "out_axes")
-    if not isinstance(axis_name, Hashable):
-        raise TypeError(f"axis_name can be hashed, as a string can; got {shown(axis_name)}")
-    title = kind_of(fn).strip("<>")
+    levels = [level(axis_name, in_axes, out_axes, axis_size, static_broadcasted_argnums)]
+    if isinstance(fn, Mapped):
+        levels += fn.levels
+        client, fn = client or fn.client, fn.fn
+    check_names([known.axis_name for known in levels])
+    return Mapped(fn, levels, client)
 
-    def mapped(*args: Any, **kwargs: Any) -> Any:
+
+class Mapped:
+    """A function that `pmap` has mapped, over one axis or, nested, over several."""
+
+    def __init__(
+        self, fn: Callable[..., Any], levels: Sequence[Level], client: Client | None
+    ) -> None:
+        if hasattr(fn, "__name__"):
+            functools.update_wrapper(self, fn)
+        self.fn = fn
+        self.levels = tuple(levels)
+        self.client = client
+
+    def __reduce__(self) -> Any:
+        return Mapped, (self.fn, self.levels, None)  # the client is this process's
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        title = kind_of(self.fn).strip("<>")
+        what = f"pmap of {title!r}"
         _refuse_inside(title)
-        split = _split(title, args, kwargs, in_axes)
-        owner = session(client)
-        calls = _calls(fn, title, axis_name, split, _places(title, split.size, owner))
-        executor = executor_of(owner)
-        executor.run(calls)
-        values = executor.values(calls)
+        split = Split(what, self.levels, args, kwargs)
+        owner = session(self.client)
+        mesh = Mesh(tuple([known.axis_name for known in self.levels]), split.sizes)
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        workers = _places(mesh.size, owner)
+        group = ProcessGroup(title, mesh, workers, seed, deadline("collective"))
+        keys = [new_key("forward", str(Rank(group, i))) for i in range(mesh.size)]
+        calls = rank_calls(self.fn, split, group, 0, keys, keys)
+        values = run_ranks(owner, calls)
         # Attached to what takes no gradient a result would keep the tapes for nothing.
         if torch.is_grad_enabled() and any(any(flags) for _, _, flags in values):
-            values = autograd.attach(calls, values, executor)
-        outputs = [(_as_there(leaves, flags), structure) for leaves, structure, flags in values]
-        return _together(f"pmap of {title!r}", outputs, out_axes)
-
-    return functools.wraps(fn)(mapped) if hasattr(fn, "__name__") else mapped
-
-
-class _Split:
-    """Arguments: what each rank gets as `parts`; what all get is among the `leaves`."""
-
-    def __init__(self, leaves: list[Any], structure: Structure, axes: list[Axis], what: str):
-        self.size = mapped_size(leaves, axes, what)
-        mapped = {i: axis for i, axis in enumerate(axes) if axis is not None}
-        slots = {i: Slot(position) for position, i in enumerate(mapped)}
-        self.leaves = [slots.get(i, leaf) for i, leaf in enumerate(leaves)]
-        self.structure = structure
-        # Split on the driver, by torch, whose autograd also joins the gradients.
-        split = [leaves[i].unbind(axis) for i, axis in mapped.items()]
-        self.parts = list(zip(*split, strict=True))
-
-
-class _Program:
-    """The function, with what is the same on all ranks put in: what is sent to them.
-
-    It returns the leaves and the structure of the function's result, and for each leaf whether a
-    gradient can flow into it.
-    """
-
-    def __init__(self, fn: Callable[..., Any], leaves: list[Any], structure: Structure) -> None:
-        self._fn = fn
-        self._leaves = leaves
-        self._structure = structure
-
-    def __call__(self, *parts: Any) -> Any:
-        args, kwargs = self._structure.build(
-            [parts[leaf.index] if type(leaf) is Slot else leaf for leaf in self._leaves]
-        )
-        leaves, structure = flatten(self._fn(*args, **kwargs))
-        return leaves, structure, [isinstance(x, torch.Tensor) and x.requires_grad for x in leaves]
-
-
-def _as_there(leaves: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
-    """The leaves of a rank's output; those without a gradient on its worker are detached."""
-    return [
-        leaf if flag or not isinstance(leaf, torch.Tensor) else leaf.detach()
-        for leaf, flag in zip(leaves, flags, strict=True)
-    ]
+            values = autograd.attach(calls, values, executor_of(owner))
+        outputs = [(as_there(leaves, flags), structure) for leaves, structure, flags in values]
+        return together(what, self.levels, split.sizes, outputs)
 
 
 def _refuse_inside(title: str) -> None:
@@ -187,82 +172,8 @@ def _refuse_inside(title: str) -> None:
         )
 
 
-def _split(title: str, args: Any, kwargs: Any, in_axes: Any) -> _Split:
-    what = f"pmap of {title!r}"
-    if isinstance(in_axes, tuple) and len(in_axes) != len(args):
-        raise ValueError(
-            f"{what}: in_axes has {len(in_axes)} entries for {len(args)} positional arguments"
-        )
-    leaves, structure = flatten((args, kwargs))
-    if any(isinstance(leaf, Thunk) for leaf in leaves):
-        raise TypeError(f"{what} runs at once and takes tensors: tg.collect its thunks first")
-    axes = spread(in_axes, args, "in_axes") + [0] * len(flatten(kwargs)[0])
-    return _Split(leaves, structure, axes, what)
-
-
-def _places(title: str, size: int, owner: Session) -> tuple[WorkerName, ...]:
-    workers = owner.workers()
-    if size > len(workers):
-        raise ValueError(
-            f"pmap of {title!r} over an axis of length {size} requires {size} workers, but only "
-            f"{len(workers)} are there. Start more, or put torch.vmap inside for a part of the axis"
-        )
-    return tuple(WorkerName(w.address, w.name) for w in workers[:size])
-
-
-def _calls(
-    fn: Callable[..., Any],
-    title: str,
-    axis_name: Hashable,
-    split: _Split,
-    workers: tuple[WorkerName, ...],
-) -> list[Call]:
-    """One call a rank, each pinned to its worker."""
-    program = _Program(fn, split.leaves, split.structure)
-    packed = pack_function(program, title, what=f"{title!r}, or an argument of it,")
-    shared = [Leaf(t, name=name, owner=m) for t, name, m, _ in packed.closed_over]
-    # Buffers that a module writes are returned by rank 0, as with torch's DDP.
-    buffers = tuple([i for i, found in enumerate(packed.closed_over) if found.is_buffer])
-    seed = int(torch.randint(2**62, (), device="cpu"))
-    group = ProcessGroup(title, axis_name, workers, seed, deadline("collective"))
-    ranks = [Rank(group, index) for index in range(len(workers))]
-    keys = tuple([new_key("forward", str(rank)) for rank in ranks])
-    calls = []
-    for rank, key, parts in zip(ranks, keys, split.parts, strict=True):
-        slots = tuple([Slot(len(shared) + i) for i in range(len(parts))])
-        calls.append(
-            Call(
-                title=str(rank),
-                steps=((0, str(rank), kind_of(fn)),),
-                inputs=[*shared, *map(Leaf, parts)],
-                template=template((slots, {})),
-                function=packed.data,
-                tensor_slots=tuple(range(len(shared))),
-                buffers=() if rank.index else buffers,
-                worker=workers[rank.index].address,
-                key=key,
-                rank=rank,
-                peers=keys,
-            )
-        )
-    return calls
-
-
-def _together(what: str, trees: Sequence[tuple[list[Any], Structure]], out_axes: Any) -> Any:
-    """The ranks' outputs as one."""
-    structure = trees[0][1]
-    first = structure.build(trees[0][0])
-    for rank, (leaves, other) in enumerate(trees):
-        if other != structure:
-            raise ValueError(
-                f"{what}: the ranks' outputs differ in structure: rank 0 gave "
-                f"{describe(first)}, rank {rank} gave {describe(other.build(leaves))}"
-            )
-        if other.skeletons != structure.skeletons:
-            raise ValueError(
-                f"{what}: the ranks' outputs hold objects ({describe(first)}) that differ between "
-                f"rank 0 and rank {rank} in more than their tensors. Return the tensors themselves"
-            )
-    axes = spread(out_axes, first, "out_axes")
-    columns = zip(*(leaves for leaves, _ in trees), strict=True)
-    return structure.build([join(c, a, what) for c, a in zip(columns, axes, strict=True)])
+def _places(size: int, owner: Session) -> tuple[WorkerName, ...]:
+    """Each rank's worker: neighbours share one, as evenly as can be."""
+    workers = owner.workers_since_change(size)[:size]
+    places = [workers[rank * len(workers) // size] for rank in range(size)]
+    return tuple([WorkerName(w.address, w.name) for w in places])

@@ -6,6 +6,7 @@ All but `pmax` and `pmin` are linear, and the transpose of each is another one:
     all_gather    psum_scatter
     ppermute      ppermute with source and destination swapped
     all_to_all    all_to_all with the axes swapped
+    pbroadcast    the sum, on the source alone
 
 Sums are taken in rank order, in float32 for the half-precision dtypes: all ranks get the same bits,
 in whatever order the messages arrive.
@@ -19,9 +20,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from taskgrad.graph.pytree import describe
-from taskgrad.worker.communicator import Communicator
+from taskgrad.graph.pytree import carries_gradient, describe
 from taskgrad.worker.mailbox import Message
+from taskgrad.worker.members import Members
 
 Tensors = Sequence[torch.Tensor]
 
@@ -44,8 +45,11 @@ class Operation:
     def check(self, x: torch.Tensor, size: int) -> None:
         """Raise ValueError if the collective does not take this tensor."""
 
-    def run(self, comm: Communicator, xs: Tensors, wants: bool) -> tuple[list[torch.Tensor], bool]:
-        """The results, and whether any rank needs a gradient for what it sent."""
+    def run(self, comm: Members, xs: Tensors, wants: bool) -> tuple[list[torch.Tensor], bool]:
+        """The results, and whether any rank needs a gradient for what it sent.
+
+        After the results come tensors that the backward needs, if any.
+        """
         payloads: list[list[torch.Tensor]] = [[] for _ in range(comm.size)]
         for x in xs:
             for payload, part in zip(payloads, self.parts(x, comm.size, comm.index), strict=True):
@@ -62,7 +66,7 @@ class Operation:
         """For each rank what it is sent of a tensor, one tensor or none: by default all of it."""
         return [[x]] * size
 
-    def join(self, xs: Tensors, messages: list[Message], comm: Communicator) -> list[torch.Tensor]:
+    def join(self, xs: Tensors, messages: list[Message], comm: Members) -> list[torch.Tensor]:
         """The results, from what all ranks sent."""
         columns = zip(*(m.payload for m in messages), strict=True)
         return [
@@ -78,6 +82,10 @@ class Operation:
         """The operation that computes the inputs' cotangents from those of the results."""
         raise NotImplementedError
 
+    def batched(self) -> Operation:
+        """The same of tensors that have one more axis in front."""
+        return self
+
 
 @dataclass
 class Sum(Operation):
@@ -86,7 +94,7 @@ class Sum(Operation):
     name = "psum"
     keeps_numbers = True
 
-    def run(self, comm: Communicator, xs: Tensors, wants: bool) -> tuple[list[torch.Tensor], bool]:
+    def run(self, comm: Members, xs: Tensors, wants: bool) -> tuple[list[torch.Tensor], bool]:
         """In two rounds where that sends less: each rank sums one part and sends it to all."""
         if comm.size < 3 or sum(x.nbytes for x in xs) < _IN_PARTS:
             return super().run(comm, xs, wants)
@@ -116,15 +124,19 @@ class Extreme(Operation):
     def name(self) -> str:  # type: ignore[override]
         return "pmax" if self.largest else "pmin"
 
-    def join(self, xs: Tensors, messages: list[Message], comm: Communicator) -> list[torch.Tensor]:
-        """The results; `shares` then has where this rank's values are the result, and the ties."""
-        found, self.shares = [], []
+    def join(self, xs: Tensors, messages: list[Message], comm: Members) -> list[torch.Tensor]:
+        """The results, then of each that can have a gradient how many ranks have it, this one too.
+
+        That is 0 where this rank has another value.
+        """
+        results, ties = [], []
         for x, parts in zip(xs, zip(*(m.payload for m in messages), strict=True), strict=True):
             every = torch.stack([part.to(x.device) for part in parts])
             result = every.amax(0) if self.largest else every.amin(0)
-            found.append(result)
-            self.shares.append((x == result, (every == result).sum(0)))
-        return found
+            results.append(result)
+            if carries_gradient(x):
+                ties.append(((x == result) * (every == result).sum(0)).to(x.dtype))
+        return results + ties
 
     def transpose(self) -> Operation:
         return Sum()
@@ -150,6 +162,9 @@ class Gather(Operation):
     def transpose(self) -> Operation:
         return Scatter(self.axis, self.tiled)
 
+    def batched(self) -> Operation:
+        return Gather(_after(self.axis), self.tiled)
+
 
 @dataclass
 class Scatter(Operation):
@@ -172,6 +187,9 @@ class Scatter(Operation):
     def transpose(self) -> Operation:
         return Gather(self.axis, self.tiled)
 
+    def batched(self) -> Operation:
+        return Scatter(_after(self.axis), self.tiled)
+
 
 @dataclass
 class Permute(Operation):
@@ -187,7 +205,7 @@ class Permute(Operation):
         to = dict(self.pairs).get(index)
         return [[x] if i == to else [] for i in range(size)]
 
-    def join(self, xs: Tensors, messages: list[Message], comm: Communicator) -> list[torch.Tensor]:
+    def join(self, xs: Tensors, messages: list[Message], comm: Members) -> list[torch.Tensor]:
         """A copy of what the source sent."""
         source = {to: of for of, to in self.pairs}.get(comm.index)
         if source is None:
@@ -225,6 +243,53 @@ class AllToAll(Operation):
     def transpose(self) -> Operation:
         return replace(self, split=self.concat, concat=self.split)
 
+    def batched(self) -> Operation:
+        return replace(self, split=_after(self.split), concat=_after(self.concat))
+
+
+@dataclass
+class Broadcast(Operation):
+    """The tensor of one rank, on each."""
+
+    source: int
+    name = "pbroadcast"
+
+    def arguments(self) -> str:
+        return f", source={self.source}"
+
+    def parts(self, x: torch.Tensor, size: int, index: int) -> list[list[torch.Tensor]]:
+        return [[x] if index == self.source else []] * size
+
+    def join(self, xs: Tensors, messages: list[Message], comm: Members) -> list[torch.Tensor]:
+        """A copy of what the source sent."""
+        payload = messages[self.source].payload
+        return [torch.empty_like(x).copy_(part) for x, part in zip(xs, payload, strict=True)]
+
+    def transpose(self) -> Operation:
+        return Reduce(self.source)
+
+
+@dataclass
+class Reduce(Operation):
+    """The sum over the ranks, on one; zeros on the others."""
+
+    root: int
+    name = "the transpose of pbroadcast"
+
+    def arguments(self) -> str:
+        return f", source={self.root}"
+
+    def parts(self, x: torch.Tensor, size: int, index: int) -> list[list[torch.Tensor]]:
+        return [[x] if i == self.root else [] for i in range(size)]
+
+    def join(self, xs: Tensors, messages: list[Message], comm: Members) -> list[torch.Tensor]:
+        if comm.index != self.root:
+            return [torch.zeros_like(x) for x in xs]
+        return super().join(xs, messages, comm)
+
+    def transpose(self) -> Operation:
+        return Broadcast(self.root)
+
 
 def in_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of the parts in order, in new memory; half precision is rounded once, at the end."""
@@ -238,6 +303,11 @@ def in_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _portable(x: torch.Tensor) -> torch.Tensor:
     return x.detach().resolve_conj().resolve_neg().cpu()
+
+
+def _after(axis: int) -> int:
+    """Where an axis is once there is one more in front; from the end it stays where it is."""
+    return axis + 1 if axis >= 0 else axis
 
 
 def _split(x: torch.Tensor, axis: int, size: int, tiled: bool) -> Sequence[torch.Tensor]:

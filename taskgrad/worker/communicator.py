@@ -1,9 +1,9 @@
 """The rank that a thread runs, and how it exchanges messages with the other ranks of its group.
 
-Every collective is an *exchange*: each rank sends every other one a message, which says what it
-calls, and receives one from each. So every rank notices a rank that calls something else or has
-returned. A rank that waits returns its thread to the worker, so all ranks of a call get a thread in
-the end, whatever else runs there.
+Every collective is an *exchange* among some ranks, its members: each sends every other one a
+message, which says what it calls, and receives one from each. So every rank notices a member that
+calls something else or has returned. A rank that waits returns its thread to the worker, so all
+ranks of a call get a thread in the end, whatever else runs there.
 
 A collective whose input takes a gradient is part of autograd's graph, and its backward is an
 exchange again. All ranks must come to those in one order, even if one of them does not use the
@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,13 +27,17 @@ import torch
 
 from taskgrad.errors import CollectiveError, TaskgradError, WorkerLostError
 from taskgrad.graph.calls import Rank
-from taskgrad.worker.mailbox import GroupAborted, Mailboxes, Message, TaskOutcome, Transport
+from taskgrad.worker.forward_mode import shared_level
+from taskgrad.worker.mailbox import GroupAborted, Mailboxes, Message, TaskOutcome, Transport, Turn
+from taskgrad.worker.rank_channels import RankChannels, channels_here
 from taskgrad.worker.settings import settings_released
 
 # How long a rank that waits keeps its thread and its random stream.
 _KEEP_THREAD_S = 0.005
 # How long it then waits before it asks whether the other ranks still run.
 _POLL_S = 0.25
+# How often a rank that waits for channels looks at its mailbox, if nothing wakes it.
+_CHECK_S = 0.5
 # Messages up to this many bytes are copied, so that the sender need not wait for their arrival.
 _SMALL = 1 << 16
 
@@ -60,10 +65,11 @@ class Communicator:
         exchange = _Exchange(self.rank, self._mailboxes, key, peers)
         token = _here.set(self)
         self._active = exchange
-        self._mailboxes.open(key, exchange.lost)
+        self._mailboxes.open(key, exchange.lost, exchange.wake)
         error: BaseException | None = None
         try:
-            yield
+            with shared_level():
+                yield
         except GroupAborted as failed:
             error = failed.error
             raise error.with_traceback(None) from error.__cause__
@@ -77,13 +83,20 @@ class Communicator:
             self._active = None
             _here.reset(token)
 
-    def exchange(self, what: str, wants: bool, payloads: Sequence[list[Any]]) -> list[Message]:
-        """Send each rank its payload, a list of tensors, and return what each has sent to this one.
+    def exchange(
+        self,
+        what: str,
+        wants: bool,
+        payloads: Sequence[list[Any]],
+        members: Sequence[int] | None = None,
+    ) -> list[Message]:
+        """Send each member its payload, a list of tensors, and return what each has sent to this.
 
-        `what` is the collective with its arguments, as text: the same on all ranks. `wants` is True
-        if this rank needs a gradient for what it sends.
+        `what` is the collective with its arguments, as text: the same on all members. `wants` is
+        True if this rank needs a gradient for what it sends. `members` are the indices of the ranks
+        that take part, this one included, by default all; payloads and messages are in their order.
 
-        Raises CollectiveError if another rank calls something else, or has returned, or does not
+        Raises CollectiveError if another member calls something else, or has returned, or does not
         come in time.
         """
         if self._active is None:
@@ -91,35 +104,13 @@ class Communicator:
                 f"{what} of {self.rank} was called when its function had returned: a collective "
                 "works while the function runs, in its own thread"
             )
-        return self._active.exchange(what, wants, payloads)
+        members = tuple(range(self.size)) if members is None else tuple(members)
+        return self._active.exchange(what, wants, payloads, members)
 
     def keep_no_thread(self) -> None:
         """Leave the worker's pool of threads now: a later wait may be in a thread of torch's."""
         if self._active is not None:
             self._active.give_thread_back()
-
-
-def current(axis_name: Hashable) -> Communicator:
-    """The rank that this thread runs, on the axis of this name.
-
-    Raises NameError if it runs none on such an axis.
-    """
-    comm = _here.get()
-    if isinstance(axis_name, tuple | list):
-        raise NotImplementedError(
-            f"collectives work over one axis; got the axis names {axis_name!r}"
-        )
-    if comm is None or axis_name is None or comm.rank.group.axis != axis_name:
-        inside = comm and comm.rank.group.axis
-        where = (
-            f"the axis here is {inside!r}"
-            if inside is not None
-            else "this tg.pmap has no axis_name"
-            if comm
-            else "it is not called inside a function that tg.pmap runs, in that function's thread"
-        )
-        raise NameError(f"unbound axis name: {axis_name!r} ({where})")
-    return comm
 
 
 def running() -> Communicator | None:
@@ -131,7 +122,8 @@ class _Exchange:
     """One task's part in the exchanges of its process group."""
 
     def __init__(self, rank: Rank, mailboxes: Mailboxes, key: str, peers: Sequence[str]) -> None:
-        self.number = 0
+        self.number = 0  # of exchanges so far
+        self._numbers: Counter[tuple[int, ...]] = Counter()
         self._rank = rank
         self._group = rank.group
         self._mailboxes = mailboxes
@@ -143,6 +135,7 @@ class _Exchange:
         }
         self._thread: int | None = threading.get_ident()
         self._under_way: list[tuple[str, Future[Any]]] = []
+        self._channels = channels_here()
         self._in = "its function"
 
     @property
@@ -151,80 +144,120 @@ class _Exchange:
             raise TaskgradError("this worker has no taskgrad plugin: is it closing?")
         return self._mailboxes.transport
 
-    def exchange(self, what: str, wants: bool, payloads: Sequence[list[Any]]) -> list[Message]:
-        number = self.number
+    def exchange(
+        self, what: str, wants: bool, payloads: Sequence[list[Any]], members: tuple[int, ...]
+    ) -> list[Message]:
+        ranks = tuple(sorted(members))
+        turn = Turn(ranks, self._numbers[ranks])
+        self._numbers[ranks] += 1
         self.number += 1
         self._in = what
-        message = partial(Message, self._rank.index, number, what, wants, self._mailboxes.store)
-        large = self._send(message, what, payloads)
-        self._wait(number, what, large)
-        messages = self._mailboxes.take(self._key, number, list(self._others))
-        messages.insert(self._rank.index, message(payloads[self._rank.index]))
+        given = dict(zip(members, payloads, strict=True))
+        own = given.pop(self._rank.index)
+        message = partial(Message, self._rank.index, turn, what, wants, self._mailboxes.store)
+        large = self._send(message, what, given)
+        sources = list(given)
+        self._wait(turn, what, sources, large)
+        found = dict(zip(sources, self._mailboxes.take(self._key, turn, sources), strict=True))
+        found[self._rank.index] = message(own)
+        messages = [found[i] for i in members]
         if any(m.what != what for m in messages):
-            calls = "; ".join(f"rank {i} calls {m.what}" for i, m in enumerate(messages))
+            calls = "; ".join(f"rank {m.source} calls {m.what}" for m in messages)
             raise GroupAborted(
                 CollectiveError(
                     f"the ranks of {self._group.title} call different collectives, as their number "
-                    f"{number + 1}: {calls}. All ranks call the same ones, in the same order, with "
-                    "the same shapes"
+                    f"{self.number}: {calls}. All ranks call the same ones, in the same order, "
+                    "with the same shapes"
                 )
             )
         return messages
 
     def _send(
-        self, message: Callable[[list[Any]], Message], what: str, payloads: Sequence[list[Any]]
-    ) -> list[Future[Any]]:
-        """Send all other ranks their payloads; returns the sends that read memory of this rank."""
-        large = []
+        self, message: Callable[[list[Any]], Message], what: str, payloads: dict[int, list[Any]]
+    ) -> list[Callable[[], bool]]:
+        """Send other ranks their payloads.
+
+        Returns functions that say whether the memory of large ones is no longer read.
+        """
+        large: list[Callable[[], bool]] = []
         self._under_way = [(w, f) for w, f in self._under_way if not f.done()]
-        for i, (worker, key) in self._others.items():
-            payload = payloads[i]
+        for i, payload in payloads.items():
+            worker, key = self._others[i]
             small = sum(t.nbytes for t in payload) <= _SMALL
             if small:
                 payload = [t.clone() for t in payload]
+            if self._channels is not None:
+                done = self._channels.send(i, message(payload))
+                if not small:
+                    large.append(done)
+                continue
             sent = self._transport.send(worker, key, message(payload))
             self._under_way.append((worker, sent))
             sent.add_done_callback(self._answered(i, what))
             if not small:
-                large.append(sent)
+                large.append(sent.done)
                 sent.add_done_callback(self._mailboxes.wake)
         return large
 
-    def _wait(self, number: int, what: str, large: list[Future[Any]]) -> None:
-        sources = list(self._others)
+    def _wait(
+        self, turn: Turn, what: str, sources: list[int], large: Sequence[Callable[[], bool]]
+    ) -> None:
         start = time.monotonic()
-        if self._come(number, sources, large, _KEEP_THREAD_S):
+        if self._come(turn, sources, large, _KEEP_THREAD_S):
             return
         self.give_thread_back()
         with settings_released():
-            if self._come(number, sources, large, _POLL_S):
+            if self._come(turn, sources, large, _POLL_S):
                 return
-            missing = self._mailboxes.wait(self._key, number, sources, 0)
-            asked = [self._attend(i, what, number) for i in missing]
+            missing = self._mailboxes.wait(self._key, turn, sources, 0)
+            asked = [self._attend(i, what, turn) for i in missing]
             try:
                 left = start + self._group.deadline - time.monotonic()
-                if self._come(number, sources, large, left):
+                if self._come(turn, sources, large, left):
                     return
             finally:
                 for stop in asked:
                     stop()
-            missing = self._mailboxes.wait(self._key, number, sources, 0)
-        raise GroupAborted(CollectiveError(self._late(missing, what, number)))
+            missing = self._mailboxes.wait(self._key, turn, sources, 0)
+        raise GroupAborted(CollectiveError(self._late(missing, what)))
 
     def _come(
-        self, number: int, sources: list[int], large: list[Future[Any]], seconds: float
+        self, turn: Turn, sources: list[int], large: Sequence[Callable[[], bool]], seconds: float
     ) -> bool:
         end = time.monotonic() + max(0.0, seconds)
-        if self._mailboxes.wait(self._key, number, sources, end - time.monotonic()):
+        if self._channels is not None:
+            return self._come_by_channel(self._channels, turn, sources, large, end)
+        if self._mailboxes.wait(self._key, turn, sources, end - time.monotonic()):
             return False
         done = self._mailboxes.until(
-            lambda: self._mailboxes.error(self._key) is not None or all(f.done() for f in large),
+            lambda: self._mailboxes.error(self._key) is not None or all(done() for done in large),
             max(0.0, end - time.monotonic()),
         )
-        self._mailboxes.wait(self._key, number, sources, 0)  # raises what there is to raise
+        self._mailboxes.wait(self._key, turn, sources, 0)  # raises what there is to raise
         return done
 
-    def _late(self, missing: set[int], what: str, number: int) -> str:
+    def _come_by_channel(
+        self,
+        channels: RankChannels,
+        turn: Turn,
+        sources: list[int],
+        large: Sequence[Callable[[], bool]],
+        end: float,
+    ) -> bool:
+        while self._mailboxes.wait(self._key, turn, sources, 0) or not all(d() for d in large):
+            left = end - time.monotonic()
+            if left <= 0:
+                return False
+            for message in channels.receive(min(left, _CHECK_S)):
+                self._mailboxes.deliver(self._key, message)
+        return True
+
+    def wake(self) -> None:
+        """There is news in this task's mailbox."""
+        if self._channels is not None:
+            self._channels.wake()
+
+    def _late(self, missing: set[int], what: str) -> str:
         names = ", ".join(f"rank {i} on worker {self._group.workers[i]}" for i in sorted(missing))
         seconds = f"{self._group.deadline:g} s"
         why = (
@@ -235,7 +268,7 @@ class _Exchange:
         )
         return (
             f"{self._rank} on worker {self._mailboxes.worker}, in {what}, its collective number "
-            f"{number + 1}, {why} Else raise Dask's setting taskgrad.collective-deadline"
+            f"{self.number}, {why} Else raise Dask's setting taskgrad.collective-deadline"
         )
 
     def _answered(self, peer: int, what: str) -> Callable[[Future[Any]], None]:
@@ -249,11 +282,17 @@ class _Exchange:
 
         return done
 
-    def _attend(self, peer: int, what: str, number: int) -> Callable[[], None]:
+    def _attend(self, peer: int, what: str, turn: Turn) -> Callable[[], None]:
         """Ask for a rank's outcome until it has come, or never will; returns what stops that."""
         worker, key = self._others[peer]
         stopped = threading.Event()
         asked: list[Future[Any]] = []
+        # What a rank has sent by a channel may come after the answer.
+        grace = 0.0 if self._channels is None else _POLL_S
+
+        def over(end: TaskOutcome) -> None:
+            if not stopped.is_set() and self._absent(peer, turn):
+                self._mailboxes.fail(self._key, self._over(peer, end, what))
 
         def ask() -> None:
             future = self._transport.attend(worker, key)
@@ -267,8 +306,12 @@ class _Exchange:
                 self._mailboxes.fail(self._key, self._gone(peer))
             elif future.result() is None:
                 ask()
-            elif self._absent(peer, number):
-                self._mailboxes.fail(self._key, self._over(peer, future.result(), what))
+            elif grace:
+                timer = threading.Timer(grace, over, [future.result()])
+                timer.daemon = True
+                timer.start()
+            else:
+                over(future.result())
 
         def stop() -> None:
             stopped.set()
@@ -277,10 +320,10 @@ class _Exchange:
         ask()
         return stop
 
-    def _absent(self, peer: int, number: int) -> bool:
+    def _absent(self, peer: int, turn: Turn) -> bool:
         """True if no message of this rank has come; its messages arrive before its outcome."""
         try:
-            return bool(self._mailboxes.wait(self._key, number, [peer], 0))
+            return bool(self._mailboxes.wait(self._key, turn, [peer], 0))
         except GroupAborted:
             return False
 

@@ -1,8 +1,9 @@
 """Mailboxes for the messages between ranks of a parallel call: one for each of their tasks.
 
-A message names its task by the task's key, the rank that sent it, and the number of the collective,
-counted from 0. It may arrive before its task has begun. When the task has ended, or its key was
-released, its mailbox is deleted; later messages are refused, and the sender is told the outcome.
+A message names its task by the task's key, the rank that sent it, and its turn: the ranks that take
+part in the collective, and its number among those of the same ranks, counted from 0. It may arrive
+before its task has begun. When the task has ended, or its key was released, its mailbox is deleted;
+later messages are refused, and the sender is told the outcome.
 
 A `Transport` delivers messages to other workers.
 """
@@ -24,11 +25,18 @@ from taskgrad.worker_names import WorkerName
 _MAX_ENDED = 10_000
 
 
+class Turn(NamedTuple):
+    """Which collective: its ranks, ascending, and its number among those of the same ranks."""
+
+    ranks: tuple[int, ...]
+    number: int
+
+
 class Message(NamedTuple):
     """A message of one rank to another in one collective."""
 
     source: int
-    number: int
+    turn: Turn
     what: str
     wants: bool  # True if the sender needs a gradient for what it sent
     store: str  # the id of the sender's store: another one after a restart
@@ -75,10 +83,11 @@ class Transport(Protocol):
 
 @dataclass
 class _Box:
-    messages: dict[tuple[int, int], Message] = field(default_factory=dict)
+    messages: dict[tuple[int, Turn], Message] = field(default_factory=dict)
     stores: dict[int, str] = field(default_factory=dict)
     error: BaseException | None = None
     lost: Callable[[str], BaseException | None] | None = None  # once the task has begun
+    wake: Callable[[], None] | None = None
     gone: set[str] = field(default_factory=set)
     since: float = field(default_factory=time.monotonic)
 
@@ -105,15 +114,21 @@ class Mailboxes:
         self._ended: OrderedDict[str, TaskOutcome] = OrderedDict()
         self._news = threading.Condition()
 
-    def open(self, key: str, lost: Callable[[str], BaseException | None]) -> None:
+    def open(
+        self,
+        key: str,
+        lost: Callable[[str], BaseException | None],
+        wake: Callable[[], None] | None = None,
+    ) -> None:
         """The task with this key has begun. It may have before, if Dask runs it again.
 
         `lost` returns the error with which it fails when the worker of this address is gone, or
-        None if it does not.
+        None if it does not. `wake` is called when there is news, for a task that waits otherwise.
         """
         with self._news:
             self._ended.pop(key, None)
-            self._boxes.setdefault(key, _Box()).lost = lost
+            box = self._boxes.setdefault(key, _Box())
+            box.lost, box.wake = lost, wake
 
     def end(self, key: str, end: TaskOutcome) -> None:
         """The task has ended: delete its mailbox."""
@@ -160,7 +175,7 @@ class Mailboxes:
                     f"rank {message.source} has begun a second time: its worker was restarted"
                 )
                 self._fail(box, TaskgradError(restarted))
-            box.messages[message.source, message.number] = message
+            box.messages[message.source, message.turn] = message
             self._news.notify_all()
         return None
 
@@ -185,7 +200,7 @@ class Mailboxes:
         box = self._boxes.get(key)
         return box is not None and worker in box.gone
 
-    def wait(self, key: str, number: int, sources: Sequence[int], seconds: float) -> set[int]:
+    def wait(self, key: str, turn: Turn, sources: Sequence[int], seconds: float) -> set[int]:
         """Wait at most so long for a message of each of these ranks; returns those still missing.
 
         Raises GroupAborted if the task has to fail.
@@ -193,7 +208,7 @@ class Mailboxes:
         box = self._boxes[key]
 
         def missing() -> set[int]:
-            return {s for s in sources if (s, number) not in box.messages}
+            return {s for s in sources if (s, turn) not in box.messages}
 
         with self._news:
             self._news.wait_for(lambda: box.error is not None or not missing(), seconds)
@@ -201,11 +216,11 @@ class Mailboxes:
                 raise GroupAborted(box.error)
             return missing()
 
-    def take(self, key: str, number: int, sources: Sequence[int]) -> list[Message]:
+    def take(self, key: str, turn: Turn, sources: Sequence[int]) -> list[Message]:
         """The messages of one collective, once all have come."""
         with self._news:
             messages = self._boxes[key].messages
-            return [messages.pop((source, number)) for source in sources]
+            return [messages.pop((source, turn)) for source in sources]
 
     def expire(self, seconds: float) -> None:
         """Drop the messages of tasks that have not begun for so long: they never will."""
@@ -241,6 +256,8 @@ class Mailboxes:
     def _fail(self, box: _Box, error: BaseException) -> None:
         box.error = box.error or error
         box.messages.clear()
+        if box.wake is not None:
+            box.wake()
 
 
 def _released() -> BaseException:

@@ -21,6 +21,7 @@ from taskgrad.errors import WorkerLostError
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.plan.program import Value
 from taskgrad.worker import optimizing
+from taskgrad.worker.rank_forward import RankForward
 from taskgrad.worker.step_program import StepProgram, at_step, keys_of
 from taskgrad.worker.store import Store
 
@@ -112,6 +113,7 @@ class Resident:
     _rests: bool = False
     _at: tuple[int, int] = (-1, 0)  # step, and how many of its instructions were executed
     _position: dict[str, Any] = field(default_factory=dict)  # at the last stop
+    _taken: StepInputs | None = None  # the step that runs
     # Held to read or change several of these together; `Host.wake` tells the program of a change.
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -137,6 +139,10 @@ class Resident:
     def load(self, number: int, program: StepProgram) -> None:
         """Keep a program for later steps."""
         self._programs[number] = program, program.drops()
+
+    def unload(self, number: int) -> None:
+        """No more steps of this program come."""
+        self._programs.pop(number, None)
 
     def add(self, step: StepInputs) -> None:
         """Take one more step, once those before it are done."""
@@ -164,7 +170,7 @@ class Resident:
         """
         with self._lock:
             self._stopping = True
-            self._steps.clear()
+            self._drop_steps()
             self._position = {
                 "at": list(self._at),
                 "arrived": [[step, number] for _, step, number in self._arrived],
@@ -179,9 +185,27 @@ class Resident:
         """The driver has gone, or needs no more steps."""
         with self._lock:
             self._closed = True
-            self._steps.clear()
+            self._drop_steps()
             self._arrived.clear()
         self.host.wake()
+
+    def _drop_steps(self) -> None:
+        """Take no more steps; ranks of parallel calls fail at their next collective."""
+        ended = [*self._steps] if self._taken is None else [self._taken, *self._steps]
+        self._steps.clear()
+        ranks = [step.inputs[0].key for step in ended if self._is_rank(step)]
+        if ranks:
+            self.store.release(ranks)
+
+    def _is_rank(self, step: StepInputs) -> bool:
+        found = self._programs.get(step.program)  # None if it could not be unpickled
+        jobs = () if found is None else found[0].jobs.values()
+        return any(isinstance(job.action, RankForward) for job in jobs)
+
+    @property
+    def call(self) -> tuple[int, int]:
+        """The epoch and the number of the step that runs: the same on all workers."""
+        return self.epoch, self._at[0]
 
     @property
     def is_running(self) -> bool:
@@ -240,7 +264,8 @@ class Resident:
             self.host.give_thread_back()
         with self._lock:
             self._check()
-            return self._steps.popleft()
+            self._taken = self._steps.popleft()
+            return self._taken
 
     def _check(self) -> None:
         if self._stopping or self._closed:
@@ -263,6 +288,7 @@ class Resident:
             self.host.tell({"op": "failed", "step": step.number, "error": error})
             return False
         finally:
+            self._taken = None
             self.host.release()
             self.store.discard(keys_of(list(actions.values())))
 

@@ -185,6 +185,11 @@ class SocketChannels:
             found.lent[tag] = packed.lent
         self._send(found, packed.buffers)
 
+    def has_sent(self, peer: int, tag: Tag) -> bool:
+        """True if the memory of a value that was sent is not needed any more."""
+        found = self._peers[peer]
+        return tag not in found.lent and not found.is_sending
+
     def _send(self, peer: _Peer, buffers: Sequence[memoryview]) -> None:
         with contextlib.suppress(OSError):  # the peer is gone, as who reads from it finds
             if not peer.send(buffers):

@@ -24,7 +24,7 @@ from distributed.protocol.serialize import to_serialize
 from taskgrad import remote_errors
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.nested import give_thread_back
-from taskgrad.worker.mailbox import Mailboxes, Message, TaskOutcome
+from taskgrad.worker.mailbox import Mailboxes, Message, TaskOutcome, Turn
 
 _MESSAGE, _FAIL = "taskgrad_rank_message", "taskgrad_rank_fail"
 _OUTCOME = "taskgrad_rank_outcome"
@@ -89,7 +89,8 @@ class DaskTransport:
 
     def _receive(self, key: str, head: tuple[Any, ...], payload: Any) -> dict[str, Any] | None:
         self._expire()
-        message = Message(*head)._replace(payload=payload)
+        source, (ranks, number), *rest = head
+        message = Message(source, Turn(tuple(ranks), number), *rest)._replace(payload=payload)
         return _plain(self._mailboxes.deliver(key, message))
 
     def _receive_error(self, key: str, error: bytes) -> None:

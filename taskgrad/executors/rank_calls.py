@@ -1,0 +1,46 @@
+"""Run the ranks of one parallel call, all at once, and give their values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from taskgrad.cluster.session import Session, check_open
+from taskgrad.executors.rank_groups import groups_of
+from taskgrad.executors.registry import executor_of
+from taskgrad.executors.write_back import write_back
+from taskgrad.graph.calls import Call
+from taskgrad.graph.pytree import plain
+
+
+def run_ranks(owner: Session, calls: Sequence[Call]) -> list[Any]:
+    """Run these calls, the ranks of one process group; returns their values, in rank order.
+
+    Ranks that leave no tape, each on a worker of its own, run in the workers' resident programs;
+    others as Dask tasks. Raises what `Executor.run` and `Executor.values` raise.
+    """
+    if _are_direct(calls):
+        values = _run_direct(owner, calls)
+        if values is not None:
+            return values
+    executor = executor_of(owner)
+    executor.run(calls)
+    return executor.values(calls)
+
+
+def _are_direct(calls: Sequence[Call]) -> bool:
+    workers = [call.worker for call in calls]
+    return len(set(workers)) == len(workers) and not any(call.tape.kept for call in calls)
+
+
+def _run_direct(owner: Session, calls: Sequence[Call]) -> list[Any] | None:
+    """The values; None if the workers cannot be reached directly."""
+    check_open(owner.client)
+    rank = calls[0].spec.rank
+    assert rank is not None
+    with groups_of(owner).group(owner, rank.group.workers) as group:
+        if group is None:
+            return None
+        found = group.run(owner, calls)
+    write_back([(call, buffers) for call, (_, buffers) in zip(calls, found, strict=True)])
+    return [plain(value) for value, _ in found]

@@ -1,0 +1,63 @@
+"""Forward-mode differentiation in several ranks of one process.
+
+torch has one forward-mode level for all threads of a process. A rank that leaves ``torch.func.jvp``
+would end it, and with it the tangents of another rank that is still inside, waiting for a
+collective. So one level is open while any rank runs, and they all use that.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch._functorch.eager_transforms as transforms
+from torch.autograd import forward_ad
+
+_lock = threading.Lock()
+_users = 0
+_is_open = False
+
+
+@contextmanager
+def shared_level() -> Iterator[None]:
+    """Have a level open in the block."""
+    global _users
+    with _lock:
+        _users += 1
+        _open()
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if not _users:
+                _close()
+
+
+def check_shared() -> None:
+    """Raise RuntimeError if a level is open that may end while this rank waits."""
+    if not _is_open:
+        raise RuntimeError(
+            "a collective is differentiated in forward mode (torch.func.jvp, jacfwd) while another "
+            "thread of this worker's process does that too: torch has one level for both. Use "
+            "reverse mode (vjp, jacrev), or workers of one thread"
+        )
+
+
+def _open() -> None:
+    """Open the level, unless one is open: torch counts how often `jvp` is entered."""
+    global _is_open
+    if not _is_open and getattr(transforms, "JVP_NESTING", None) == 0:
+        forward_ad.enter_dual_level()
+        transforms.JVP_NESTING += 1
+        _is_open = True
+
+
+def _close() -> None:
+    """Close it, unless another thread is using it."""
+    global _is_open
+    if _is_open and transforms.JVP_NESTING == 1:
+        transforms.JVP_NESTING -= 1
+        forward_ad.exit_dual_level()
+        _is_open = False
