@@ -27,6 +27,11 @@ def check_replicas(given: Mapping[str, Any]) -> None:
             f"replicas={replicas} take the microbatches of a batch by turns, and there are "
             f"{given['microbatches']}: give microbatches= at least {replicas}"
         )
+    if given["deferred_batch_norm"]:
+        raise ValueError(
+            f"replicas={replicas} with deferred_batch_norm=True: each replica would have the "
+            "statistics of its own microbatches. Leave one of them out"
+        )
 
 
 def replicated(chain: GraphChain | ChainGroup, replicas: int, shard_optimizer: bool) -> Layout:
