@@ -142,6 +142,7 @@ def check_trainer(
         monitor=given["monitor"],
         compiled=None if compiled is False else {} if compiled is True else dict(compiled),
         decay=None if ema is None else ema.decay,
+        replicated=given["replicas"] > 1,
     )
     return Checked(settings, splitter, (groups, options, loss, in_files))
 

@@ -23,9 +23,10 @@ from taskgrad.graph.segments import Segment
 from taskgrad.worker import training
 from taskgrad.worker.activation_checkpoint import recomputed
 from taskgrad.worker.communicator import Communicator
-from taskgrad.worker.deferred_norm import Statistics, deferred
+from taskgrad.worker.deferred_norm import deferred
 from taskgrad.worker.failures import forward_error
 from taskgrad.worker.mailbox import GroupAborted
+from taskgrad.worker.parameter_writes import refused
 from taskgrad.worker.randomness import may_draw, random_stream
 from taskgrad.worker.segment_run import SegmentRun
 from taskgrad.worker.shard import ResidentShard
@@ -93,11 +94,10 @@ class Forward:
             output = self._call(store, None, arguments, fed)
         else:
             shard.set_mode(call.mode)
-            norms = shard.training.norms if shard.training is not None else None
-            if uses is None and (norms is None or context is None):
+            if context is None:
                 output = self._call(store, shard, arguments, fed)
             else:
-                with self._watched(shard, uses, norms):
+                with refused(shard, call.steps, store.worker), self._watched(shard, uses):
                     output = self._call(store, shard, arguments, fed)
         if self.give_buffers:
             # By value: batch norm writes its statistics without counting a version.
@@ -132,10 +132,12 @@ class Forward:
         return self._give_all(members, leaves, structure)
 
     @contextlib.contextmanager
-    def _watched(
-        self, shard: ResidentShard, uses: WeightUses | None, norms: Statistics | None
-    ) -> Iterator[None]:
+    def _watched(self, shard: ResidentShard, uses: WeightUses | None) -> Iterator[None]:
         """Record the statistics of batch norms if they are deferred, and uses of weights."""
+        norms = shard.training.norms if shard.training is not None else None
+        if uses is None and norms is None:
+            yield
+            return
         steps, draw = self.call.steps, self.call.draw
         members = shard.stage(steps).members()
         with contextlib.ExitStack() as regions:
