@@ -34,6 +34,7 @@ from taskgrad.worker.shard_lock import exclusive
 from taskgrad.worker.split_backward import WeightUses, splitting
 from taskgrad.worker.stage_modules import Members
 from taskgrad.worker.store import Store, buffers_key
+from taskgrad.worker.sync_norm import synchronized
 from taskgrad.worker.tape import Tape
 from taskgrad.worker_names import WorkerName
 
@@ -216,7 +217,8 @@ class Forward:
         """Run the steps from `start` to `stop`, each on the result of the one before."""
         call = self.call
         rank, context = call.rank, call.context
-        for index, name, kind in call.steps[start:stop]:
+        for position in range(start, stop):
+            index, name, kind = call.steps[position]
             if index == LOSS and shard is not None:
                 fn = shard.loss
             elif shard is None or call.function:
@@ -230,13 +232,14 @@ class Forward:
             if loss is not None:
                 args = (*args, *Template.of(loss.template).fill(fed))
             try:
-                if rank is not None:
-                    with random_stream(rank.group.seed, 0, rank.index, "rank"):
-                        value = fn(*args, **kwargs)
-                elif context is not None and may_draw(fn):
-                    with random_stream(*context.draw, name):
-                        value = fn(*args, **kwargs)
-                else:
+                with contextlib.ExitStack() as regions:
+                    if context is not None and may_draw(fn):
+                        regions.enter_context(random_stream(*context.draw, name))
+                    elif context is None and rank is not None:
+                        stream = rank.group.seed, 0, rank.index, "rank"
+                        regions.enter_context(random_stream(*stream))
+                    if context is not None and index != LOSS:
+                        regions.enter_context(synchronized(fn, name, position))
                     value = fn(*args, **kwargs)
                 if loss is not None:
                     counts = loss.weight is None or fed[loss.weight] != 0

@@ -129,6 +129,8 @@ class Mailboxes:
             self._ended.pop(key, None)
             box = self._boxes.setdefault(key, _Box())
             box.lost, box.wake = lost, wake
+            if box.error is None and self._is_released(key):
+                self._fail(box, _released())
 
     def end(self, key: str, end: TaskOutcome) -> None:
         """The task has ended: delete its mailbox."""
