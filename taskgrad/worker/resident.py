@@ -288,6 +288,7 @@ class Resident:
         except Stopped:
             raise
         except BaseException as error:
+            self._check()  # ranks that are stopped raise
             self.host.tell({"op": "failed", "step": step.number, "error": error})
             return False
         finally:

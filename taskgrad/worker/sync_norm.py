@@ -9,8 +9,9 @@ does not exchange again: a rank keeps the moments of all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import reduce
 from typing import Any
 
@@ -23,6 +24,8 @@ from torch.overrides import TorchFunctionMode
 
 from taskgrad.worker.communicator import Communicator, running
 from taskgrad.worker.deferred_norm import Moments
+
+_inside: ContextVar[bool] = ContextVar("taskgrad_synchronized", default=False)
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _PARAMETERS = (
@@ -50,8 +53,31 @@ def synchronized(fn: Any, name: str, step: int) -> Iterator[None]:
     again = step in comm.recorded
     run = _Run(comm, comm.recorded.setdefault(step, []), again)
     with ExitStack() as regions:
+        regions.callback(_inside.reset, _inside.set(True))
         for inner, norm in norms.items():
             regions.enter_context(_watched(norm, f"{name}.{inner}" if inner else name, run))
+        yield
+
+
+@contextmanager
+def none_alone(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Raise RuntimeError if one of these normalizes in the block, a backward, by itself.
+
+    It does if a layer runs parts of it again there, which is not known here.
+    """
+
+    def check(norm: nn.Module, _: Any) -> None:
+        if norm.training and not _inside.get():
+            raise RuntimeError(
+                "a batch norm that is synchronized runs again in the backward, in a layer that "
+                "calls torch.utils.checkpoint: it would normalize by its own microbatch alone. "
+                "Use the trainer's option checkpoint= instead"
+            )
+
+    with ExitStack() as regions:
+        for norm in modules:
+            if isinstance(norm, NORMS):
+                regions.callback(norm.register_forward_pre_hook(check).remove)
         yield
 
 
@@ -109,6 +135,8 @@ def _watched(norm: _BatchNorm, name: str, run: _Run) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+        while modes:  # torch calls no hooks for what is no Exception
+            leave()
 
 
 class _Synchronized(TorchFunctionMode):
