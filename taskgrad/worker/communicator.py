@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -60,6 +60,7 @@ class Communicator:
         self.size = len(rank.group.workers)
         self.start = torch.zeros(0, dtype=torch.float32, device="cpu", requires_grad=True)
         self.token = self.start
+        self.recorded: dict[Hashable, Any] = {}  # what its forward received, if that runs again
         self.mailboxes = mailboxes
         self._active: _Exchange | None = None
 

@@ -151,6 +151,8 @@ class Mailboxes:
                 outer.inner.append(key)
                 if outer.error is not None:
                     self._fail(box, outer.error)
+            if box.error is None and self._is_released(key):
+                self._fail(box, _released())
 
     def end(self, key: str, end: TaskOutcome) -> None:
         """The task has ended: delete its mailbox."""
