@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import taskgrad as tg
-from conftest import total_held, wait_until
+from conftest import about_workers, total_held, wait_until
 from helpers import long
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.complex64, torch.bool]
@@ -210,6 +210,18 @@ def test_parts_go_with_the_sharded_tensor(client):
     del y
     gc.collect()
     assert wait_until(lambda: total_held(client)["parts"] == 0)
+
+
+def test_the_dashboard_shows_the_bytes_of_parts(client):
+    x = tg.shard(torch.zeros(6, 1000), client=client)
+
+    def shown() -> list[int]:
+        return [w["metrics"]["taskgrad_parts"] for w in about_workers(client).values()]
+
+    half = x.nbytes // 2
+    assert wait_until(lambda: shown() == [half, half])
+    del x
+    assert wait_until(lambda: shown() == [0, 0])
 
 
 def test_what_is_refused(four):
