@@ -151,8 +151,10 @@ def test_a_worker_that_is_killed_in_a_collective(fresh, tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
         return tg.psum(x, "i")
 
+    before = set(client.nthreads())
     with pytest.raises(tg.WorkerLostError, match=r"rank 1 of f is gone with worker 1 \(tcp://"):
         tg.pmap(f, "i", client=client)(X[:2])
+    assert wait_until(lambda: len(set(client.nthreads()) - before) == 1, 30)
     assert wait_until(lambda: len(client.nthreads()) == 2, 30)
     assert wait_until(lambda: empty(client))
     y = tg.pmap(f, "i", client=client)(X[:2])

@@ -29,6 +29,7 @@ from test_captured_training import gpt2, token_batches
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+SGD_PLAIN = partial(torch.optim.SGD, lr=0.1)
 CUT = [0] * 5 + [1] * 5
 
 
@@ -518,3 +519,54 @@ def test_gradients_travel_while_the_backward_runs(four, monkeypatch):
     sends = [i for i, instruction in enumerate(done) if instruction.startswith(">0:grads")]
     assert len(sends) == 3
     assert sends[0] < done.index("BW1.1") < sends[1] < done.index("BW0.1") < sends[2]
+
+
+class Bag(nn.Module):
+    """Embeddings whose gradients are sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 8, sparse=True)
+
+    def forward(self, x):
+        return self.table((x * 10).long().clamp(0, 19)).mean(1)
+
+
+def odd_models() -> dict[str, nn.Sequential]:
+    torch.manual_seed(0)
+    frozen = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    frozen[1].weight.requires_grad_(False)
+    hooked = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    hooked[0].weight.register_hook(lambda grad: grad * 2)
+    branches = tg.Parallel(torch.add, nn.Linear(8, 8), nn.Identity())
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+    return {
+        "sparse": nn.Sequential(Bag(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)),
+        "frozen": frozen,
+        "hooked": hooked,
+        "branches": nn.Sequential(nn.Linear(4, 8), branches, nn.ReLU(), nn.Linear(8, 3)),
+        "parametrized": nn.Sequential(nn.Linear(4, 8), normed, nn.Linear(8, 3)),
+    }
+
+
+@pytest.mark.parametrize("shard_optimizer", [True, *long(False)])
+@pytest.mark.parametrize("name", odd_models())
+def test_odd_layers(four, name, shard_optimizer):
+    """They train as in one replica."""
+    torch.manual_seed(1)
+    batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(3)]
+
+    def train(**options: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+        model = odd_models()[name]
+        chain = tg.GraphChain(model, client=four, placement=None)
+        placement = [2 * i // len(chain) for i in range(len(chain))]
+        chain = tg.GraphChain(model, client=four, placement=placement)
+        trainer = tg.Trainer(chain, F.cross_entropy, SGD_PLAIN, microbatches=4, **options)
+        return [trainer.step(x, y).item() for x, y in batches], chain.state_dict()
+
+    expected, state = train()
+    losses, ours = train(replicas=2, shard_optimizer=shard_optimizer)
+    assert losses == expected
+    assert len(set(losses)) == 3
+    for key, value in state.items():
+        assert torch.equal(ours[key], value), key
