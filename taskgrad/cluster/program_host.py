@@ -49,7 +49,7 @@ from taskgrad.errors import WorkerLostError
 from taskgrad.graph import pack
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.worker.failures import exit_error
-from taskgrad.worker.rank_forward import KeptInput, RankForward
+from taskgrad.worker.rank_forward import RANKS, KeptInput, RankForward
 from taskgrad.worker.resident import Resident, StepInputs
 from taskgrad.worker.settings import applied
 from taskgrad.worker.step_program import StoredResult
@@ -272,8 +272,9 @@ class _ProgramHost:
                     applied(settings, self._store.worker, self.give_thread_back)
                 )
                 self._settings = settings
-            self._runs_ranks = isinstance(action, RankForward)
-            mail = self._runs_ranks and len(self._addresses) > 1
+            self._runs_ranks = isinstance(action, RANKS)
+            # The ranks of a block have no channels of their own.
+            mail = isinstance(action, RankForward) and len(self._addresses) > 1
             with self._mail.call(*self.resident.call) if mail else contextlib.nullcontext():
                 result = action.run(self._store, *inputs)
             check_picklable(result)

@@ -21,6 +21,7 @@ from taskgrad.layout import Layout, Select
 from taskgrad.plan.plan import Plan
 from taskgrad.replicated_layout import ReplicatedLayout
 from taskgrad.train.data import Batch
+from taskgrad.train.turns import Ranks, ranks_of
 from taskgrad.worker import optimizing, shard_ops, training
 
 Recompute = Callable[[Sequence[LayerStep], int, int], tuple[tuple[int, int], ...]]
@@ -41,6 +42,7 @@ class Settings:
     check_finite: bool
     order: list[str]  # the trainable parameters, as in the model
     groups: list[str]  # the names of the optimizer's groups
+    sync_norms: bool  # replicas have batch norms in common
     select: Select | None  # what steps take of the model's output
 
 
@@ -175,9 +177,11 @@ def build(
 def calls_of(layout: Layout, batch: Batch, number: int, settings: Settings) -> list[list[Call]]:
     """The calls of each microbatch of a step, the last one with the loss."""
     layout.plan_by(*batch.inputs[0], settings.autocast, settings.select)
-    orders = settings.plan(batch.count).orders
+    plan = settings.plan(batch.count)
+    orders = plan.orders
     split = {(a.stage, a.microbatch) for order in orders for a in order if a.kind == "W"}
-    return [_calls(layout, batch, number, m, settings, split) for m in range(batch.count)]
+    ranks = ranks_of(plan, settings.seed) if settings.sync_norms else {}
+    return [_calls(layout, batch, number, m, settings, split, ranks) for m in range(batch.count)]
 
 
 def _calls(
@@ -187,6 +191,7 @@ def _calls(
     index: int,
     settings: Settings,
     split: Container[tuple[int, int]],
+    ranks: Ranks,
 ) -> list[Call]:
     """The calls of one microbatch.
 
@@ -201,12 +206,12 @@ def _calls(
         loss = None
         if last:
             steps = (*steps, (LOSS, "loss", batch.loss_kind))
-            at = len(inputs)
+            slot = len(inputs)
             scale = batch.scales[index : index + 1]
-            loss = LossSpec(_targets_at(at), settings.check_finite, at + 1 if scale else None)
+            loss = LossSpec(_targets_at(slot), settings.check_finite, slot + 1 if scale else None)
             inputs = (*inputs, batch.targets[index], *scale)
-        is_split = (next(stages), index) in split
-        return steps, inputs, StepContext(draw, recompute, loss, is_split)
+        at = next(stages), index
+        return steps, inputs, StepContext(draw, recompute, loss, at in split, *ranks.get(at, ()))
 
     draw = Draw(settings.seed, number, index)
     args, kwargs = batch.inputs[index]

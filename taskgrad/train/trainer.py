@@ -138,6 +138,11 @@ class Trainer:
     shard_optimizer : bool
         Each replica has a part of the optimizer's state and makes that part of the update, and the
         others get the new parameters: ZeRO stage 1. Else the first replica makes all of it.
+    sync_batch_norm : bool
+        Every ``nn.BatchNorm1d``, ``2d`` and ``3d`` in training normalizes over the microbatches
+        that the replicas take at once, one each, as ``nn.SyncBatchNorm`` does over the processes of
+        ``DistributedDataParallel``: microbatches 0 to R-1 of R replicas, then the next R. Running
+        statistics move by those of all R, once. Not with `compile`.
 
     Raises
     ------
@@ -193,6 +198,7 @@ class Trainer:
         chains: Mapping[str, Any] | None = None,
         replicas: int = 1,
         shard_optimizer: bool = False,
+        sync_batch_norm: bool = False,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in _APART}
         given["seed"] = whole("seed", seed)

@@ -22,6 +22,7 @@ from taskgrad.worker.hooks import hooks_off
 from taskgrad.worker.mailbox import GroupAborted
 from taskgrad.worker.shard_lock import exclusive
 from taskgrad.worker.store import Store
+from taskgrad.worker.sync_norm import none_alone
 from taskgrad.worker.tape import Tape, WeightTape
 from taskgrad.worker_names import WorkerName
 
@@ -68,7 +69,8 @@ class Backward:
         tape = store.tape(self.token, keep=True)
         if tape.communicator is None:
             return self._run(store, tape, values)
-        with tape.communicator.active(self.key, self.peers):
+        modules = tape.shard.all_modules.members().modules if tape.shard is not None else ()
+        with tape.communicator.active(self.key, self.peers), none_alone(modules):
             return self._run(store, tape, values)
 
     def _run(self, store: Store, tape: Tape, values: tuple[Any, ...]) -> Any:

@@ -102,6 +102,8 @@ def _watched(norm: _BatchNorm, found: Statistics, microbatch: int, first: First)
     finally:
         for handle in handles:
             handle.remove()
+        while modes:  # torch calls no hooks for what is no Exception
+            leave()
 
 
 class _Normalized(TorchFunctionMode):
