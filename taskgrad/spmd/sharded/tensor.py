@@ -29,9 +29,13 @@ class ShardedTensor(Operators):
     Otherwise pieces go from worker to worker.
 
     Elementwise functions and operators, of it with numbers, tensors and sharded tensors that lie
-    alike, are computed where the parts are, with the shapes, dtypes and bits of torch; so is basic
+    alike, are computed where the parts are, with the shapes and dtypes of torch; so is basic
     indexing. They run at once, and the result is there when they return. Nothing changes a sharded
     tensor. It has no gradient: take gradients inside a `pmap` (``torch.func.grad``).
+
+    The numbers are those of torch for each part. Torch rounds a few functions (``pow``, ``sinh``)
+    in another way where a row ends than within it, so the last bit may be another one than for the
+    whole.
 
     The workers keep the parts until the sharded tensor is garbage here.
 
@@ -168,8 +172,8 @@ class ShardedTensor(Operators):
         It stays sharded unless it is over all dimensions or that along which the parts are cut:
         then it is a tensor on the driver. There each part is summed by torch, in float32 if it is
         float16 or bfloat16, and the sums are added in the order of the parts: so with the same
-        parts it has the same bits every time; those of torch's own sum differ by rounding
-        (about 1e-6 of the sum of absolute values, in float32).
+        parts it has the same bits every time. Those of torch's sum of the whole differ by rounding,
+        by about 1e-6 of the sum of absolute values in float32.
         """
         return self._reduced("sum", dim, keepdim, dtype=dtype)
 
