@@ -314,8 +314,8 @@ def test_who_holds_what_is_shown(client):
     html = x._repr_html_()
     for part in x.parts:
         assert str(part.worker) in html
-    assert "width:274px" in html
-    assert "width:206px" in html
+    assert '<rect x="0" y="0" width="274"' in html
+    assert '<rect x="274" y="0" width="206"' in html
     assert "<td>4:7</td><td>[3, 3]</td><td>36</td>" in html
     assert "<td>all</td><td>[7, 3]</td><td>84</td>" in x.reshard(None)._repr_html_()
     assert repr(x.parts[1]).startswith("Part(worker='1 (tcp://")
