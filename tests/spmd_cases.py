@@ -116,7 +116,8 @@ CASES = {
         of(3), lambda on, n: lambda x: on.jvp(lambda y: on.psum(y**3, "i") * y, (x,), (x * x,))[1]
     ),
     "jvp_of_permute": Case(
-        of(3), lambda on, n: lambda x: on.jvp(lambda y: on.ppermute(y**3, "i", ring(n)), (x,), (x,))
+        of(3),
+        lambda on, n: lambda x: on.jvp(lambda y: on.ppermute(y**3, "i", ring(n)), (x,), (x,))[1],
     ),
     "jacrev_inside": Case(
         of(3), lambda on, n: lambda x: on.jacrev(lambda y: on.psum(y**2, "i") * y)(x)

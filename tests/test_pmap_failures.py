@@ -296,4 +296,6 @@ def test_a_task_fails_when_a_worker_of_its_gang_is_gone():
     mail.gone("theirs")
     with pytest.raises(GroupAborted, match="theirs is gone"):
         mail.wait("task", 0, [1], 0)
+    with pytest.raises(GroupAborted, match="theirs is gone"):  # since the messages had come
+        mail.take("task", 0, [1])
     assert mail.is_gone("task", "theirs")

@@ -249,10 +249,15 @@ class Mailboxes:
             return missing()
 
     def take(self, key: str, turn: Turn, sources: Sequence[int]) -> list[Message]:
-        """The messages of one collective, once all have come."""
+        """The messages of one collective, once all have come.
+
+        Raises GroupAborted if the task has to fail, by now.
+        """
         with self._news:
-            messages = self._boxes[key].messages
-            return [messages.pop((source, turn)) for source in sources]
+            box = self._boxes[key]
+            if box.error is not None:
+                raise GroupAborted(box.error)
+            return [box.messages.pop((source, turn)) for source in sources]
 
     def expire(self, seconds: float) -> None:
         """Drop the messages of tasks that have not begun for so long: they never will."""
