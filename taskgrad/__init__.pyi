@@ -62,6 +62,10 @@ from taskgrad.spmd.exchanges import pshuffle as pshuffle
 from taskgrad.spmd.exchanges import psum_scatter as psum_scatter
 from taskgrad.spmd.exchanges import pswapaxes as pswapaxes
 from taskgrad.spmd.pmap import pmap as pmap
+from taskgrad.spmd.sharded.api import load_sharded as load_sharded
+from taskgrad.spmd.sharded.api import shard as shard
+from taskgrad.spmd.sharded.layout import Sharded as Sharded
+from taskgrad.spmd.sharded.tensor import ShardedTensor as ShardedTensor
 from taskgrad.streaming.imap import imap as imap
 from taskgrad.streaming.imap import starmap as starmap
 from taskgrad.thunk import Thunk as Thunk

@@ -17,11 +17,15 @@ from taskgrad.graph.shards import Shard, ShardCall, copied_names
 from taskgrad.layout import Autocast, Extend, Layout, Select
 from taskgrad.worker import joining, shard_ops
 
+# Of gradients that are sent together, as of DistributedDataParallel's buckets.
+_BUCKET_BYTES = 25 << 20
+
 
 class ReplicatedLayout(Layout):
     """Replicas of a chain's layers, of which the first is on the chain's own workers.
 
-    Nothing is on the other workers before `install`.
+    Nothing is on the other workers before `install`. A chain on one worker is cut into stages, so
+    that gradients travel while the backward of earlier layers runs.
 
     Parameters
     ----------
@@ -48,6 +52,9 @@ class ReplicatedLayout(Layout):
         self._base = base
         maps = _new_shards(base, count)
         self.replicas = tuple(base.on_shards(shards) for shards in maps)
+        if len(base.shards) == 1:
+            for replica in self.replicas:
+                replica.starts |= _buckets(base)
         vars(self).update(vars(self.replicas[0]))
         self.shards = tuple(shard for shards in maps for shard in shards.values())
         self.devices = {
@@ -168,6 +175,21 @@ class ReplicatedLayout(Layout):
         for call, place in zip(installs, self.results(installs), strict=True):
             if place is not None:
                 self.devices[call.shard.worker] = place
+
+
+def _buckets(base: Layout) -> frozenset[int]:
+    """The layers that start a stage so that each but the first has so many bytes of gradients.
+
+    Those of a stage are sent when its backward is done, while that of the one before runs.
+    """
+    starts = []
+    size = 0
+    for layer in reversed(base.layers):
+        size += sum(base.tensors[name].nbytes for name in base.trained_by(layer))
+        if size >= _BUCKET_BYTES:
+            starts.append(layer.index)
+            size = 0
+    return frozenset(starts)
 
 
 def _new_shards(base: Layout, count: int) -> list[dict[Shard, Shard]]:

@@ -10,6 +10,7 @@ import torch
 
 from helpers import assert_same
 from taskgrad.cluster.channels.frames import Stream, pack
+from taskgrad.cluster.wire import thresholds
 from taskgrad.graph.pytree import flatten
 
 TAG = (3, 2**32 - 1, 7)
@@ -98,7 +99,7 @@ def test_a_value_has_memory_of_its_own():
 def test_of_a_large_part_the_address_may_be_sent(dtype):
     value = [torch.randn(1000, 1000).to(dtype), torch.randn(10), torch.zeros(1 << 20)]
     for given in (value, value[0]):
-        packed = pack(TAG, given, lend=True)
+        packed = pack(TAG, given, lend=thresholds.LEND_MIN)
         assert sum(map(len, packed.buffers)) < 5_000 < len(packed.lent[0])
         [arrived] = through(Stream(), b"".join(packed.buffers), 100)
         assert arrived.is_lent

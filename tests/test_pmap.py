@@ -104,12 +104,6 @@ def test_wrong_use_is_refused(client):
     with pytest.raises(ValueError, match="have the axis name 'i'"):
         tg.pmap(tg.pmap(torch.sin, "i"), "i")
 
-    def nested(x):
-        return tg.pmap(torch.sin)(x[None])[0]
-
-    with pytest.raises(tg.LayerError, match="maps are not nested") as caught:
-        tg.pmap(nested, client=client)(x)
-    assert isinstance(caught.value.__cause__, NotImplementedError)
     with pytest.raises(tg.LayerError, match="is called inside a task"):
         tg.collect(tg.spawn(lambda x: tg.pmap(torch.sin)(x), x))
     with pytest.raises(TypeError, match="cannot be sent to a worker"):

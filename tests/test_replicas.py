@@ -22,9 +22,14 @@ import taskgrad as tg
 from conftest import total_held, wait_until
 from helpers import long, long_rows
 from plain import ConvNet, PlainTrainer, images, next_token, tokens, transformer
+from taskgrad import replicated_layout
+from taskgrad.cluster.worker_plugin import store_of
+from taskgrad.plan.plan import Plan
+from test_captured_training import gpt2, token_batches
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+SGD_PLAIN = partial(torch.optim.SGD, lr=0.1)
 CUT = [0] * 5 + [1] * 5
 
 
@@ -385,8 +390,6 @@ def test_buffers_are_those_of_the_first_replica(four):
 
 
 def _buffers(tokens: set[str], dask_worker: Any) -> dict[str, torch.Tensor]:
-    from taskgrad.cluster.worker_plugin import store_of
-
     return {
         f"{index}.{name}": buffer.clone()
         for token, shard in store_of(dask_worker).entries().items()
@@ -456,13 +459,114 @@ def test_the_plan_prints_and_goes_through_json(four):
     chain = tg.GraphChain(ConvNet(), client=four, placement=CUT)
     trainer = tg.Trainer(chain, F.cross_entropy, SGD, microbatches=5, replicas=2)
     plan = trainer.plan
-    assert tg_plan(plan.to_json()) == plan
+    assert Plan.from_json(plan.to_json()) == plan
     assert "2 stages in 2 replicas on 4 workers, 5 microbatches" in str(plan)
     actions = [action for order in plan.orders for action in order if action.kind == "F"]
     assert len(actions) == len(set(actions)) == 2 * 5
 
 
-def tg_plan(text: str) -> Any:
-    from taskgrad.plan.plan import Plan
+@pytest.mark.parametrize("shard_optimizer", [True, *long(False)])
+def test_averages_of_the_weights(four, shard_optimizer):
+    def averages(**options: Any) -> dict[str, torch.Tensor]:
+        ema = tg.EMA(0.9)
+        chain = tg.GraphChain(transformer(), client=four, placement=[0, 0, 1, 1])
+        trainer = tg.Trainer(chain, next_token, ADAMW, microbatches=4, callbacks=[ema], **options)
+        for x, y in tokens(4):
+            trainer.step(x, y)
+        before = chain.state_dict()
+        with ema.applied(trainer):
+            found = chain.state_dict()
+        assert all(torch.equal(value, before[n]) for n, value in chain.state_dict().items())
+        return found
 
-    return Plan.from_json(text)
+    ours = averages(replicas=2, shard_optimizer=shard_optimizer)
+    for name, value in averages().items():
+        assert torch.equal(ours[name], value), name
+
+
+@pytest.mark.parametrize(("replicas", "workers"), [(2, 1), *long_rows((2, 2), (3, 1))])
+def test_a_model_of_transformers(four, replicas, workers):
+    """Its own forward is followed, on each replica's workers."""
+    pytest.importorskip("transformers")
+    batches = token_batches(4)
+
+    def train(**options: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+        placement = [layer * workers // 8 for layer in range(8)]
+        chain = tg.GraphChain(
+            gpt2(),
+            client=four,
+            example_inputs=batches[0],
+            placement=placement,
+            cut="transformer.h.*",
+        )
+        trainer = tg.Trainer(chain, None, ADAMW, microbatches=4, loss_weight="labels", **options)
+        return [trainer.step(batch).item() for batch in batches], chain.state_dict()
+
+    expected, state = train()
+    losses, ours = train(replicas=replicas, shard_optimizer=True)
+    assert losses == expected
+    assert all(torch.equal(ours[name], value) for name, value in state.items())
+
+
+def test_gradients_travel_while_the_backward_runs(four, monkeypatch):
+    monkeypatch.setattr(replicated_layout, "_BUCKET_BYTES", 1000)
+    trainer = check(
+        four, ConvNet(), ConvNet(), images(2), placement=[0] * 10, replicas=2, microbatches=2
+    )
+    assert [stage.title for stage in trainer.plan.stages] == ["0..3", "4..8", "9"]
+    [lowered] = trainer._steps._runner._executor._lowered.values()
+    done = [str(instruction) for instruction in lowered.programs[1].program.instructions]
+    sends = [i for i, instruction in enumerate(done) if instruction.startswith(">0:grads")]
+    assert len(sends) == 3
+    assert sends[0] < done.index("BW1.1") < sends[1] < done.index("BW0.1") < sends[2]
+
+
+class Bag(nn.Module):
+    """Embeddings whose gradients are sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 8, sparse=True)
+
+    def forward(self, x):
+        return self.table((x * 10).long().clamp(0, 19)).mean(1)
+
+
+def odd_models() -> dict[str, nn.Sequential]:
+    torch.manual_seed(0)
+    frozen = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    frozen[1].weight.requires_grad_(False)
+    hooked = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    hooked[0].weight.register_hook(lambda grad: grad * 2)
+    branches = tg.Parallel(torch.add, nn.Linear(8, 8), nn.Identity())
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+    return {
+        "sparse": nn.Sequential(Bag(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)),
+        "frozen": frozen,
+        "hooked": hooked,
+        "branches": nn.Sequential(nn.Linear(4, 8), branches, nn.ReLU(), nn.Linear(8, 3)),
+        "parametrized": nn.Sequential(nn.Linear(4, 8), normed, nn.Linear(8, 3)),
+    }
+
+
+@pytest.mark.parametrize("shard_optimizer", [True, *long(False)])
+@pytest.mark.parametrize("name", odd_models())
+def test_odd_layers(four, name, shard_optimizer):
+    """They train as in one replica."""
+    torch.manual_seed(1)
+    batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(3)]
+
+    def train(**options: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+        model = odd_models()[name]
+        chain = tg.GraphChain(model, client=four, placement=None)
+        placement = [2 * i // len(chain) for i in range(len(chain))]
+        chain = tg.GraphChain(model, client=four, placement=placement)
+        trainer = tg.Trainer(chain, F.cross_entropy, SGD_PLAIN, microbatches=4, **options)
+        return [trainer.step(x, y).item() for x, y in batches], chain.state_dict()
+
+    expected, state = train()
+    losses, ours = train(replicas=2, shard_optimizer=shard_optimizer)
+    assert losses == expected
+    assert len(set(losses)) == 3
+    for key, value in state.items():
+        assert torch.equal(ours[key], value), key

@@ -7,14 +7,20 @@ from typing import Any
 
 from taskgrad.cluster.nested import give_thread_back
 from taskgrad.cluster.wire.picklable import check_picklable
+from taskgrad.graph.parts import StoredPart
 from taskgrad.graph.torch_settings import TorchSettings
+from taskgrad.worker import parts
 from taskgrad.worker.actions import OnShard
 from taskgrad.worker.settings import applied
 from taskgrad.worker.store import Store
 
 
 def run_on(store: Store, action: Any, settings: TorchSettings | None, inputs: list[Any]) -> Any:
-    """The action's result, which can be sent to another worker; TravelError if it cannot."""
+    """The action's result, which can be sent to another worker; TravelError if it cannot.
+
+    Inputs that are parts of sharded tensors are read in the store.
+    """
+    inputs = [parts.read(store, i) if type(i) is StoredPart else i for i in inputs]
     with nullcontext() if settings is None else applied(settings, store.worker, give_thread_back):
         result = action.run(store, *inputs)
     check_picklable(result)

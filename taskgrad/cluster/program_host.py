@@ -41,6 +41,7 @@ from taskgrad.cluster.channels.frames import Tag
 from taskgrad.cluster.channels.rank_mail import RankMail
 from taskgrad.cluster.channels.sockets import SocketChannels
 from taskgrad.cluster.nested import give_thread_back
+from taskgrad.cluster.wire.message_values import serialized_if_large
 from taskgrad.cluster.wire.peers import registry_at
 from taskgrad.cluster.wire.picklable import check_picklable
 from taskgrad.cluster.wire.serialize import dumps_whole
@@ -48,7 +49,7 @@ from taskgrad.errors import WorkerLostError
 from taskgrad.graph import pack
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.worker.failures import exit_error
-from taskgrad.worker.rank_forward import KeptInput, RankForward
+from taskgrad.worker.rank_forward import RANKS, KeptInput, RankForward
 from taskgrad.worker.resident import Resident, StepInputs
 from taskgrad.worker.settings import applied
 from taskgrad.worker.step_program import StoredResult
@@ -149,6 +150,7 @@ class _ProgramHost:
         self._loop: Any = worker.loop
         self._outgoing: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._gave_thread_back = False
+        self._runs_ranks = False
         self._kept: dict[int, Any] = {}  # inputs of later steps, too
         self._settings: TorchSettings | None = None  # those that hold now
         self._applied = contextlib.ExitStack()
@@ -270,8 +272,10 @@ class _ProgramHost:
                     applied(settings, self._store.worker, self.give_thread_back)
                 )
                 self._settings = settings
-            ranks = isinstance(action, RankForward) and len(self._addresses) > 1
-            with self._mail.call(*self.resident.call) if ranks else contextlib.nullcontext():
+            self._runs_ranks = isinstance(action, RANKS)
+            # The ranks of a block have no channels of their own.
+            mail = isinstance(action, RankForward) and len(self._addresses) > 1
+            with self._mail.call(*self.resident.call) if mail else contextlib.nullcontext():
                 result = action.run(self._store, *inputs)
             check_picklable(result)
             return result
@@ -318,7 +322,13 @@ class _ProgramHost:
             while True:
                 message = await self._outgoing.get()
                 if "reports" in message:
-                    message["reports"] = dumps_whole(message["reports"])
+                    # What steps report may be memory that the next one writes.
+                    found = message["reports"]
+                    message["reports"] = (
+                        serialized_if_large(found, self._comm)
+                        if self._runs_ranks
+                        else dumps_whole(found)
+                    )
                 with internals.writing_at_once(self._comm):  # all is bytes already
                     await self._comm.write(message)
 

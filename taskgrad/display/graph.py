@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _DEPTH = 2
 _MAX_DRAWN = 60
 _ROW, _ARC, _PAD, _LEGEND = 0.6, 0.6, 0.03, 0.3  # inches
-_COLOURS = ("#4c9be8", "#f2a541", "#57b894", "#d96c75", "#9b7fd1", "#8c8c8c", "#c9b037", "#5fc4cf")
+COLOURS = ("#4c9be8", "#f2a541", "#57b894", "#d96c75", "#9b7fd1", "#8c8c8c", "#c9b037", "#5fc4cf")
 
 
 def nested(node: Node) -> str:
@@ -166,7 +166,7 @@ def drawn(calls: CallGraph, names: Mapping[str, Any]) -> Figure:
     axes.set_axis_off()
     axes.set(xlim=(0, right), ylim=(-high - _LEGEND, high))
     workers = sorted({worker for _, worker in calls.nodes.values() if worker})
-    colour = {w: _COLOURS[i % len(_COLOURS)] for i, w in enumerate(workers)}
+    colour = {w: COLOURS[i % len(COLOURS)] for i, w in enumerate(workers)}
     texts = {}
     for key, (x, y) in places.items():
         label, worker = calls.nodes[key]

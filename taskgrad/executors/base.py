@@ -117,8 +117,8 @@ class Executor(Protocol):
     def forget(self, nodes: Iterable[Node]) -> None:
         """Release what is held of these nodes: results, and with them tapes and gradients."""
 
-    def hold(self, owner: Shard, node: Node) -> None:
-        """Hold the result of a node for as long as this shard exists on the driver."""
+    def hold(self, owner: Shard | Node, node: Node) -> None:
+        """Hold the result of a node for as long as this shard or node exists on the driver."""
 
     def is_submitted(self, node: Node) -> bool:
         """True if a node was submitted, and is held."""

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import logging
 import math
-import pickle
 import threading
 import time
 import weakref
@@ -18,14 +17,13 @@ from typing import Any
 import dask
 from distributed import Client, Future
 from distributed.comm.core import Comm, connect
-from distributed.protocol.serialize import Serialized
 
 from taskgrad import remote_errors
 from taskgrad.cluster import client_calls, internals
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.program_host import PROGRAM, run_program
 from taskgrad.cluster.scheduler_plugin import ANNOTATION, RAN
-from taskgrad.cluster.wire.serialize import dumps
+from taskgrad.cluster.wire import message_values
 from taskgrad.errors import TaskgradError
 from taskgrad.worker_names import WorkerName
 
@@ -205,7 +203,10 @@ class Connections:
 
         Raises what serializing the inputs raises, before anything is sent.
         """
-        packed = [_pack(list(given), comm) for given, comm in zip(inputs, self._comms, strict=True)]
+        packed = [
+            message_values.serialized(list(given), comm)
+            for given, comm in zip(inputs, self._comms, strict=True)
+        ]
         with self.changed:
             self._sent += 1
             settle = self._settle()
@@ -342,7 +343,7 @@ class Connections:
                 if time.monotonic() - self._shown_at > _SHOW_S:
                     self._show()
                 found = self.finished.setdefault(message["step"], {})
-                found[rank] = pickle.loads(message["reports"]), rows
+                found[rank] = message_values.loads(message["reports"]), rows
                 if len(found) == len(self.workers):
                     self._to_settle = message["step"]
             elif op == "failed":
@@ -399,14 +400,6 @@ class Connections:
             self._lost.add(rank)
             self._fail(self.workers[rank])
             self.changed.notify_all()
-
-
-def _pack(inputs: list[Any], comm: Comm) -> Serialized:
-    """The inputs as a message has them. Dask's own function would raise its own error."""
-    header, frames = dumps(inputs)
-    if comm.peer_address.startswith("inproc://"):  # it would read the user's memory, and later
-        frames = [bytearray(frame) for frame in frames]
-    return Serialized({**header, "serializer": "pickle"}, frames)
 
 
 async def _read(comm: Comm) -> Any:

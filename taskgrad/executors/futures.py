@@ -23,13 +23,13 @@ from taskgrad.cluster.wire.thresholds import PREFETCH_MIN, SCATTER_MIN
 from taskgrad.errors import CotangentError
 from taskgrad.executors.base import Launch, Submitted
 from taskgrad.executors.between_steps import between_steps
-from taskgrad.executors.lowering import lower
+from taskgrad.executors.lowering import NO_TASKS, lower
 from taskgrad.executors.monitor import failure, gather, wait_for
 from taskgrad.executors.table import Order, TaskTable
 from taskgrad.executors.write_back import write_back
 from taskgrad.graph.calls import BufferState, Call
 from taskgrad.graph.copies import own_copy
-from taskgrad.graph.leaves import External, Leaf, Primal
+from taskgrad.graph.leaves import External, Leaf
 from taskgrad.graph.nodes import Node, new_key
 from taskgrad.graph.pullback import CotangentCheck, Pullback
 from taskgrad.graph.pytree import plain, tensors
@@ -134,7 +134,7 @@ class FuturesExecutor:
         try:
             with between_steps(nodes):
                 self._scatter(nodes, SCATTER_MIN)
-                work = [n for n in nodes if not isinstance(n, Leaf | Primal)]
+                work = [n for n in nodes if not isinstance(n, NO_TASKS)]
                 futures = self._persist(work, work, {}, ordered=False)
                 self.table.futures.update(zip(work, futures, strict=True))
         except BaseException:
@@ -175,7 +175,7 @@ class FuturesExecutor:
         _assign(nodes, table, self.session)
         try:
             self._scatter(nodes, PREFETCH_MIN)
-            work = [n for n in nodes if not isinstance(n, Leaf | Primal)]
+            work = [n for n in nodes if not isinstance(n, NO_TASKS)]
             futures = self._persist(work, targets, order, ordered=True)
         finally:
             self.forget(n for n in nodes if isinstance(n, Leaf))  # the graph has them now
@@ -254,7 +254,7 @@ class FuturesExecutor:
         for node in nodes:
             self.table.futures.pop(node, None)
 
-    def hold(self, owner: Shard, node: Node) -> None:
+    def hold(self, owner: Shard | Node, node: Node) -> None:
         self.table.futures[owner] = self.table.futures[node]
 
     def is_submitted(self, node: Node) -> bool:

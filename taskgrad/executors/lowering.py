@@ -18,6 +18,7 @@ from taskgrad.executors.table import Order, TaskTable
 from taskgrad.graph.calls import BufferState, Call
 from taskgrad.graph.leaves import External, Leaf, Primal
 from taskgrad.graph.nodes import Element, Node, Sum
+from taskgrad.graph.parts import KeptCall, PartCall, PartView
 from taskgrad.graph.pullback import (
     BatchedRead,
     CotangentCheck,
@@ -43,6 +44,10 @@ from taskgrad.worker.actions import (
 )
 from taskgrad.worker.backward import Backward, CheckCotangent, WeightBackward
 from taskgrad.worker.forward import Forward
+from taskgrad.worker.parts import KeepOutput, OnParts
+
+NO_TASKS = (Leaf, Primal, PartView)
+"""Nodes that are there when a call that takes them runs."""
 
 
 @singledispatch
@@ -54,6 +59,16 @@ def action_of(node: Node) -> Any:
 @action_of.register
 def _(node: Call) -> Forward:
     return Forward(node.spec, node.tape.kept, give_buffers=False)
+
+
+@action_of.register
+def _(node: KeptCall) -> KeepOutput:
+    return KeepOutput(Forward(node.spec, node.tape.kept, give_buffers=False))
+
+
+@action_of.register
+def _(node: PartCall) -> OnParts:
+    return OnParts(node.key, node.label, node.function, node.arguments, node.stays)
 
 
 @action_of.register
@@ -112,6 +127,13 @@ action_of.register(BufferState, lambda node: ReadBuffers(node.call.key))
 action_of.register(ShardCall, lambda node: OnShard(node.shard.token, node.function, node.arguments))
 
 
+def _with_buffers(action: Forward | KeepOutput) -> Forward | KeepOutput:
+    """The same forward, which also gives the new values of its function's buffers."""
+    if isinstance(action, KeepOutput):
+        return KeepOutput(replace(action.work, give_buffers=True))
+    return replace(action, give_buffers=True)
+
+
 def _compact(leaf: Any) -> Any:
     """A view without the rest of its storage, all of which pickle would take along."""
     if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
@@ -161,14 +183,14 @@ def lower(
             layers.update(graph.layers)
             dependencies.update(graph.dependencies)
             continue
-        if isinstance(node, Primal):
+        if isinstance(node, Primal | PartView):
             continue
         if isinstance(node, Leaf):
             tasks[node.key] = DataNode(node.key, node.sent())
         else:
             action = action_of(node)
             if node in read_back:
-                action = replace(action, give_buffers=True)
+                action = _with_buffers(action)
             tasks[node.key] = _task(node, action, table, order, ordered)
         worker = table.worker_of(node)
         if worker is not None:
@@ -187,7 +209,9 @@ def _task(node: Node, action: Any, table: TaskTable, order: Order, ordered: bool
     references: list[TaskRef] = []
     for position, given in enumerate(node.inputs):
         source = table.resolve(given)
-        if isinstance(source, Leaf) and source not in table.futures:
+        if isinstance(source, PartView):
+            literals[position] = source.stored
+        elif isinstance(source, Leaf) and source not in table.futures:
             literals[position] = map_leaves(_compact, source.sent())
         else:
             references.append(TaskRef(source.key))

@@ -93,10 +93,11 @@ def compare(value: torch.Tensor, written: Mapping[str, Any], name: str, file: st
 
 def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
     """The same JSON values with their checksum."""
-    return {**values, "checksum": _checksum_of(values)}
+    return {**values, "checksum": checksum_of(values)}
 
 
-def _checksum_of(values: Mapping[str, Any]) -> int:
+def checksum_of(values: Mapping[str, Any]) -> int:
+    """The checksum of JSON values without the one that is among them."""
     rest = {key: value for key, value in values.items() if key != "checksum"}
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
@@ -110,7 +111,7 @@ def _read_contents(place: Path, text: Any) -> dict[str, Any]:
     """Inverse of `contents`."""
     try:
         found = json.loads(text)
-        whole = found["checksum"] == _checksum_of(found)
+        whole = found["checksum"] == checksum_of(found)
         tensors: dict[str, Any] = found["tensors"]
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{place} is damaged: its metadata cannot be read") from error
@@ -171,7 +172,7 @@ def read_index(path: Path) -> dict[str, Any]:
             f"{index.get('taskgrad')}; this taskgrad reads version {_VERSION}"
         )
     absent = [name for name in _NEEDED if name not in index]
-    if absent or ("checksum" in index and index["checksum"] != _checksum_of(index)):
+    if absent or ("checksum" in index and index["checksum"] != checksum_of(index)):
         raise CheckpointError(
             f"{file} is damaged: "
             + (f"it lacks {', '.join(absent)}" if absent else "its checksum differs")
@@ -243,7 +244,7 @@ def _read_weights_index(file: Path) -> tuple[dict[str, str], dict[str, str], dic
         if not all(isinstance(name, str) for name in names):
             raise TypeError("a name is no string")
         whole = ours is None or (
-            ours["checksum"] == _checksum_of(ours)
+            ours["checksum"] == checksum_of(ours)
             and (ours["weight_map"], ours["tied"]) == (weight_map, tied)
         )
         known: dict[str, Any] = {} if ours is None else dict(ours["tensors"])

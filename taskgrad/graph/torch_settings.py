@@ -103,6 +103,9 @@ replaced: dict[str, tuple[Any, Any]] = {}
 Never changed in place, but replaced, so that other threads may read it.
 """
 
+own_levels = 0
+"""How many of the levels of forward-mode differentiation taskgrad has opened for its ranks."""
+
 _last: tuple[tuple[Any, ...], TorchSettings] = ((), STARTING)
 
 
@@ -214,7 +217,7 @@ def _refuse_modes_of_thread(title: str) -> None:
 
 
 def _refuse_modes_of_process(title: str) -> None:
-    if forward_ad._current_level >= 0:
+    if forward_ad._current_level >= own_levels:
         _refuse(
             title,
             "torch.autograd.forward_ad.dual_level()",

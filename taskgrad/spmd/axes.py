@@ -1,4 +1,7 @@
-"""Which axis of each tensor is mapped: `in_axes` and `out_axes`, as JAX reads them."""
+"""Which axis of each tensor is mapped: `in_axes` and `out_axes`, as JAX reads them.
+
+An entry of `out_axes` can also be a `Sharded`: what stays on the workers.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ import torch
 
 from taskgrad.arguments import shown
 from taskgrad.graph.pytree import Structure, describe, flatten
+from taskgrad.spmd.sharded.layout import Sharded
 
 Axis = int | None
+OutAxis = int | None | Sharded
 
 
 def spread(axes: Any, tree: Any, what: str) -> list[Axis]:
@@ -23,9 +28,14 @@ def spread(axes: Any, tree: Any, what: str) -> list[Axis]:
     return _spread(axes, flatten(tree)[1], what, tree)
 
 
-def _spread(axes: Any, structure: Structure, what: str, tree: Any) -> list[Axis]:
-    if axes is None or is_axis(axes):
-        axis = None if axes is None else operator.index(axes)
+def spread_out(out_axes: Any, tree: Any) -> list[OutAxis]:
+    """An axis, or what stays along which one, for each leaf of a tree; as `spread`."""
+    return _spread(out_axes, flatten(tree)[1], "out_axes", tree)
+
+
+def _spread(axes: Any, structure: Structure, what: str, tree: Any) -> list[Any]:
+    if axes is None or is_axis(axes) or isinstance(axes, Sharded):
+        axis = operator.index(axes) if is_axis(axes) else axes
         return [axis] * structure.count
     if not flatten(axes)[1].children and not structure.has_objects:
         raise TypeError(f"{what} holds ints, None and containers of them; got {axes!r}")
@@ -50,6 +60,24 @@ def check(axes: Any, what: str) -> None:
     for axis in flatten(axes)[0]:
         if axis is not None and not is_axis(axis):
             raise TypeError(f"{what} holds ints, None and containers of them; got {shown(axis)}")
+
+
+def check_out(out_axes: Any) -> None:
+    """Raise TypeError unless this is an axis, a `Sharded`, or a tree of them."""
+    for axis in flatten(out_axes)[0]:
+        if not isinstance(axis, Sharded):
+            check(axis, "out_axes")
+
+
+def staying(out_axes: Any) -> Any:
+    """The same axes, each as a `Sharded`."""
+    axes, structure = flatten(out_axes)
+    return structure.build([axis if isinstance(axis, Sharded) else Sharded(axis) for axis in axes])
+
+
+def stays(out_axes: Any) -> bool:
+    """True if one of these is a `Sharded`."""
+    return any(isinstance(axis, Sharded) for axis in flatten(out_axes)[0])
 
 
 def mapped_size(leaves: Sequence[Any], axes: Sequence[Axis], given: int | None, what: str) -> int:

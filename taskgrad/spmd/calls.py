@@ -11,6 +11,7 @@ from taskgrad.graph.calls import Call, ProcessGroup, Rank
 from taskgrad.graph.functions import pack_function, template
 from taskgrad.graph.layers import kind_of
 from taskgrad.graph.leaves import Leaf
+from taskgrad.graph.nodes import Node
 from taskgrad.graph.pytree import Slot, Structure, flatten
 from taskgrad.spmd.splitting import Split
 
@@ -22,10 +23,16 @@ def rank_calls(
     first: int,
     keys: Sequence[str],
     peers: Sequence[str],
+    parts: Sequence[tuple[Any, ...]],
+    kind: type[Call] = Call,
 ) -> list[Call]:
-    """The calls of the ranks of a group from `first` on, one for each part of the arguments.
+    """The calls of the ranks of a group from `first` on, one for each of the arguments' `parts`.
 
-    Each is pinned to its worker. `keys` are theirs, `peers` those of all ranks of the group.
+    Each is pinned to its worker. `keys` are theirs, `peers` those of all ranks of the group. A call
+    returns the leaves and the structure of the function's result, and for each leaf whether a
+    gradient can flow into it.
+
+    With `KeptCall` as their `kind` what it returns stays on its worker.
     """
     title = group.title
     program = _Program(fn, split.leaves, split.structure)
@@ -33,17 +40,19 @@ def rank_calls(
     shared = [Leaf(t, name=name, owner=m) for t, name, m, _ in packed.closed_over]
     # Buffers that a module writes are returned by rank 0, as with torch's DDP.
     buffers = tuple([i for i, found in enumerate(packed.closed_over) if found.is_buffer])
-    given = {id(part): part for parts in split.parts for part in parts}
-    inputs = {known: Leaf(part) for known, part in given.items()}
+    given = {id(part): part for of_rank in parts for part in of_rank}
+    inputs = {
+        known: part if isinstance(part, Node) else Leaf(part) for known, part in given.items()
+    }
     calls = []
-    for at, (key, parts) in enumerate(zip(keys, split.parts, strict=True)):
+    for at, (key, of_rank) in enumerate(zip(keys, parts, strict=True)):
         rank = Rank(group, first + at)
-        slots = tuple([Slot(len(shared) + i) for i in range(len(parts))])
+        slots = tuple([Slot(len(shared) + i) for i in range(len(of_rank))])
         calls.append(
-            Call(
+            kind(
                 title=str(rank),
                 steps=((0, str(rank), kind_of(fn)),),
-                inputs=[*shared, *(inputs[id(part)] for part in parts)],
+                inputs=[*shared, *(inputs[id(part)] for part in of_rank)],
                 template=template((slots, {})),
                 function=packed.data,
                 tensor_slots=tuple(range(len(shared))),
@@ -66,11 +75,7 @@ def as_there(leaves: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
 
 
 class _Program:
-    """The function, with what is the same on all ranks put in: what is sent to them.
-
-    It returns the leaves and the structure of the function's result, and for each leaf whether a
-    gradient can flow into it.
-    """
+    """The function, with what is the same on all ranks put in: what is sent to them."""
 
     def __init__(self, fn: Callable[..., Any], leaves: list[Any], structure: Structure) -> None:
         self._fn = fn

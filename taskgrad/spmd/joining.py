@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from taskgrad.graph.pytree import Structure, describe, flatten
-from taskgrad.spmd.axes import Axis, spread
+from taskgrad.spmd.axes import Axis, spread_out
 from taskgrad.spmd.levels import Level
 
 Output = tuple[list[Any], Structure]
@@ -33,6 +33,17 @@ def together(
 
 def _together(what: str, trees: Sequence[Output], out_axes: Any) -> Any:
     """The ranks' outputs as one."""
+    axes = axes_of(what, trees, out_axes)
+    columns = zip(*(leaves for leaves, _ in trees), strict=True)
+    joined = [join(c, a, what) for c, a in zip(columns, axes, strict=True)]
+    return trees[0][1].build(joined)
+
+
+def axes_of(what: str, trees: Sequence[Output], out_axes: Any) -> list[Any]:
+    """The axis of each leaf of the ranks' outputs, or what stays along which one.
+
+    Raises ValueError if the outputs differ in structure, or the axes are no prefix of it.
+    """
     structure = trees[0][1]
     first = structure.build(trees[0][0])
     for rank, (leaves, other) in enumerate(trees):
@@ -46,9 +57,7 @@ def _together(what: str, trees: Sequence[Output], out_axes: Any) -> Any:
                 f"{what}: the ranks' outputs hold objects ({describe(first)}) that differ between "
                 f"rank 0 and rank {rank} in more than their tensors. Return the tensors themselves"
             )
-    axes = spread(out_axes, first, "out_axes")
-    columns = zip(*(leaves for leaves, _ in trees), strict=True)
-    return structure.build([join(c, a, what) for c, a in zip(columns, axes, strict=True)])
+    return spread_out(out_axes, first)
 
 
 def join(values: Sequence[Any], axis: Axis, what: str) -> Any:

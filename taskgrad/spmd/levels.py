@@ -6,8 +6,8 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from taskgrad.arguments import shown, whole
-from taskgrad.spmd.axes import check, is_axis
+from taskgrad.arguments import flag, shown, whole
+from taskgrad.spmd.axes import check, check_out, is_axis, staying
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,12 @@ class Level:
 
 
 def level(
-    axis_name: Hashable, in_axes: Any, out_axes: Any, axis_size: int | None, static: Any
+    axis_name: Hashable,
+    in_axes: Any,
+    out_axes: Any,
+    axis_size: int | None,
+    static: Any,
+    gather: bool,
 ) -> Level:
     """One level, from `pmap`'s arguments; raises as that does."""
     if isinstance(axis_name, tuple | list):
@@ -40,7 +45,9 @@ def level(
     if in_axes is not None and not isinstance(in_axes, tuple) and not is_axis(in_axes):
         raise TypeError(f"in_axes is an int, None or a tuple of an entry each; got {in_axes!r}")
     check(in_axes, "in_axes")
-    check(out_axes, "out_axes")
+    check_out(out_axes)
+    if not flag("gather", gather):
+        out_axes = staying(out_axes)
     if axis_size is not None:
         axis_size = whole("axis_size", axis_size, least=1)
     return Level(axis_name, in_axes, out_axes, axis_size, _positions(static))

@@ -14,16 +14,20 @@ from taskgrad.cluster.config import deadline
 from taskgrad.cluster.nested import current_worker
 from taskgrad.cluster.session import Session, session
 from taskgrad.errors import TaskgradError
-from taskgrad.executors.rank_calls import run_ranks
+from taskgrad.executors.rank_calls import run_ranks, run_tasks
 from taskgrad.executors.registry import executor_of
-from taskgrad.graph.calls import ProcessGroup, Rank
+from taskgrad.graph.calls import Call, ProcessGroup, Rank
 from taskgrad.graph.layers import kind_of
 from taskgrad.graph.mesh import Mesh
 from taskgrad.graph.nodes import new_key
+from taskgrad.graph.parts import KeptCall
+from taskgrad.spmd.axes import stays
 from taskgrad.spmd.calls import as_there, rank_calls
 from taskgrad.spmd.joining import together
 from taskgrad.spmd.levels import Level, check_names, level
+from taskgrad.spmd.nested import run_inside
 from taskgrad.spmd.splitting import Split
+from taskgrad.spmd.staying import staying_outputs
 from taskgrad.thunk import Lazy
 from taskgrad.worker.communicator import running
 from taskgrad.worker_names import WorkerName
@@ -37,6 +41,7 @@ def pmap(
     out_axes: Any = 0,
     static_broadcasted_argnums: int | Sequence[int] = (),
     axis_size: int | None = None,
+    gather: bool = True,
     client: Client | None = None,
 ) -> Callable[..., Any]:
     """Map a function over an axis, with one rank for each index: JAX's ``pmap``.
@@ -70,11 +75,14 @@ def pmap(
         Keyword arguments are mapped over axis 0.
     out_axes
         Where the axis is in the results, an int or None, or a tree of them. With None a result has
-        to be the same on all ranks, and is that of rank 0.
+        to be the same on all ranks, and is that of rank 0. With a `Sharded` in place of an int or
+        None it stays on the workers, as a `ShardedTensor`; `pmap` then carries no gradients.
     static_broadcasted_argnums
         Positions of arguments that all ranks get whole, whatever they are: as None in ``in_axes``.
     axis_size
         The length of the axis. It has to be given only where no argument is mapped.
+    gather
+        If False all results stay on the workers, each as a ``Sharded`` of its entry in `out_axes`.
     client
         By default the current one.
 
@@ -94,6 +102,8 @@ def pmap(
         ``taskgrad.collective-deadline``.
     WorkerLostError
         A rank's worker went away.
+    TaskgradError
+        On a call: a result is to stay, and in grad mode an argument takes a gradient.
 
     Notes
     -----
@@ -116,11 +126,15 @@ def pmap(
         raise TypeError("pmap takes a function or a module; a GraphChain has workers of its own")
     if not callable(fn):
         raise TypeError(f"pmap takes a function or a module; got {type(fn).__name__}")
-    levels = [level(axis_name, in_axes, out_axes, axis_size, static_broadcasted_argnums)]
+    levels = [level(axis_name, in_axes, out_axes, axis_size, static_broadcasted_argnums, gather)]
     if isinstance(fn, Mapped):
         levels += fn.levels
         client, fn = client or fn.client, fn.fn
     check_names([known.axis_name for known in levels])
+    if len(levels) > 1 and any(stays(known.out_axes) for known in levels):
+        raise NotImplementedError(
+            "results of nested maps do not stay on the workers: leave out Sharded and gather=False"
+        )
     return Mapped(fn, levels, client)
 
 
@@ -142,29 +156,51 @@ class Mapped:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         title = kind_of(self.fn).strip("<>")
         what = f"pmap of {title!r}"
-        _refuse_inside(title)
+        rank = running()
+        if rank is None:
+            _refuse_inside(title)
         split = Split(what, self.levels, args, kwargs)
-        owner = session(self.client)
         mesh = Mesh(tuple([known.axis_name for known in self.levels]), split.sizes)
+        keeps = any(stays(known.out_axes) for known in self.levels)
+        if rank is not None and keeps:
+            raise NotImplementedError(
+                f"{what} inside a function that tg.pmap runs: its results go to that function, and "
+                "do not stay on workers. Leave out Sharded and gather=False"
+            )
+        if rank is not None:
+            values = run_inside(rank, self.fn, title, mesh, split)
+        elif keeps:
+            owner = session(self.client)
+            calls = self._calls(title, mesh, split, owner, KeptCall)
+            return staying_outputs(what, self.levels[0].out_axes, calls, owner)
+        else:
+            values = self._run(title, mesh, split)
+        outputs = [(as_there(leaves, flags), structure) for leaves, structure, flags in values]
+        return together(what, self.levels, split.sizes, outputs)
+
+    def _run(self, title: str, mesh: Mesh, split: Split) -> list[Any]:
+        """Run the ranks on the workers; what each has returned, as `rank_calls` says."""
+        owner = session(self.client)
+        calls = self._calls(title, mesh, split, owner, Call)
+        values = run_tasks(owner, calls) if split.has_sharded else run_ranks(owner, calls)
+        # Attached to what takes no gradient a result would keep the tapes for nothing.
+        if torch.is_grad_enabled() and any(any(flags) for _, _, flags in values):
+            values = autograd.attach(calls, values, executor_of(owner))
+        return values
+
+    def _calls(
+        self, title: str, mesh: Mesh, split: Split, owner: Session, kind: type[Call]
+    ) -> list[Call]:
+        """The calls of the ranks, on their workers."""
         seed = int(torch.randint(2**62, (), device="cpu"))
         workers = _places(mesh.size, owner)
         group = ProcessGroup(title, mesh, workers, seed, deadline("collective"))
         keys = [new_key("forward", str(Rank(group, i))) for i in range(mesh.size)]
-        calls = rank_calls(self.fn, split, group, 0, keys, keys)
-        values = run_ranks(owner, calls)
-        # Attached to what takes no gradient a result would keep the tapes for nothing.
-        if torch.is_grad_enabled() and any(any(flags) for _, _, flags in values):
-            values = autograd.attach(calls, values, executor_of(owner))
-        outputs = [(as_there(leaves, flags), structure) for leaves, structure, flags in values]
-        return together(what, self.levels, split.sizes, outputs)
+        parts = split.at(workers, owner)
+        return rank_calls(self.fn, split, group, 0, keys, keys, parts, kind)
 
 
 def _refuse_inside(title: str) -> None:
-    if running() is not None:
-        raise NotImplementedError(
-            f"pmap of {title!r} inside a function that tg.pmap runs: maps are not nested. Map one "
-            "axis, and use torch.vmap for the other"
-        )
     if current_worker() is not None:
         raise TaskgradError(
             f"pmap of {title!r} is called inside a task, such as a chain's layer or a function "

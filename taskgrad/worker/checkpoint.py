@@ -95,7 +95,7 @@ def save(
                 for name, module in _with_extra_state(shard, layers).items()
             },
         }
-        _check_folder(store, folder)
+        check_folder(store, folder)
         files = {}
         for kind, tensors in (("model", weights), ("training", rest)):
             for i, names in enumerate(in_rows({n: t.nbytes for n, t in tensors.items()}, _FILE), 1):
@@ -123,7 +123,7 @@ def save_weights(
     Raises CheckpointError as `save` does.
     """
     with store.locked(token) as shard:
-        _check_folder(store, folder)
+        check_folder(store, folder)
         training = shard.trains.training
         spilled = None if training is None else training.spilled
         done = {}
@@ -140,7 +140,8 @@ def save_weights(
         return done
 
 
-def _check_folder(store: Store, folder: str) -> None:
+def check_folder(store: Store, folder: str) -> None:
+    """Raise CheckpointError unless this worker sees the folder."""
     if not Path(folder).is_dir():
         raise CheckpointError(
             f"worker {store.worker} does not see the folder {folder}, which the driver made: "

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from taskgrad.graph.pytree import carries_gradient, describe
@@ -27,6 +28,8 @@ from taskgrad.worker.members import Members
 Tensors = Sequence[torch.Tensor]
 
 _HALF = (torch.bfloat16, torch.float16)
+# From this many bytes on NumPy asks the system for huge pages, which take less time to map.
+_HUGE = 4 << 20
 # From this many bytes on, over more than two ranks, each rank sums one part of the tensors.
 _IN_PARTS = 1 << 20
 
@@ -52,8 +55,12 @@ class Operation:
         """
         payloads: list[list[torch.Tensor]] = [[] for _ in range(comm.size)]
         for x in xs:
-            for payload, part in zip(payloads, self.parts(x, comm.size, comm.index), strict=True):
-                payload.extend(_portable(p) for p in part)
+            parts = self.parts(x, comm.size, comm.index)
+            portable: dict[int, list[torch.Tensor]] = {}  # what several ranks get is one tensor
+            for payload, part in zip(payloads, parts, strict=True):
+                if id(part) not in portable:
+                    portable[id(part)] = [_portable(p) for p in part]
+                payload += portable[id(part)]
         messages = comm.exchange(self.title(xs), wants, payloads)
         found = self.join(xs, messages, comm)
         return found, any(m.wants for m in messages)
@@ -293,12 +300,23 @@ class Reduce(Operation):
 
 def in_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of the parts in order, in new memory; half precision is rounded once, at the end."""
-    dtype = parts[0].dtype
-    wide = torch.float32 if dtype in _HALF else dtype
-    total = parts[0].to(wide, copy=True)
-    for part in parts[1:]:
-        total += part.to(wide)
+    first, *rest = parts
+    dtype = first.dtype
+    if dtype in _HALF or not rest:
+        total = first.to(torch.float32 if dtype in _HALF else dtype, copy=True)
+    else:
+        total = torch.add(first, rest.pop(0), out=_empty(first))
+    for part in rest:
+        total += part
     return total.to(dtype)
+
+
+def _empty(like: torch.Tensor) -> torch.Tensor:
+    """Memory for a tensor: if it is large, from NumPy, which asks for huge pages."""
+    if like.nbytes < _HUGE or like.device.type != "cpu":
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+    memory = torch.from_numpy(np.empty(like.nbytes, np.uint8))
+    return memory.view(like.dtype).view(like.shape)
 
 
 def _portable(x: torch.Tensor) -> torch.Tensor:

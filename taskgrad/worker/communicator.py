@@ -28,18 +28,25 @@ import torch
 from taskgrad.errors import CollectiveError, TaskgradError, WorkerLostError
 from taskgrad.graph.calls import Rank
 from taskgrad.worker.forward_mode import shared_level
-from taskgrad.worker.mailbox import GroupAborted, Mailboxes, Message, TaskOutcome, Transport, Turn
-from taskgrad.worker.rank_channels import RankChannels, channels_here
+from taskgrad.worker.mailbox import (
+    GroupAborted,
+    Mailboxes,
+    Message,
+    TaskOutcome,
+    Transport,
+    Turn,
+    inner_key,
+)
+from taskgrad.worker.payloads import copied
+from taskgrad.worker.rank_channels import RankChannels, channels_here, having
 from taskgrad.worker.settings import settings_released
 
-# How long a rank that waits keeps its thread and its random stream.
+# How long a rank that waits keeps its thread and its random stream, if no other is on its worker.
 _KEEP_THREAD_S = 0.005
 # How long it then waits before it asks whether the other ranks still run.
 _POLL_S = 0.25
 # How often a rank that waits for channels looks at its mailbox, if nothing wakes it.
 _CHECK_S = 0.5
-# Messages up to this many bytes are copied, so that the sender need not wait for their arrival.
-_SMALL = 1 << 16
 
 _here: ContextVar[Communicator | None] = ContextVar("taskgrad_rank", default=None)
 
@@ -54,7 +61,7 @@ class Communicator:
         self.start = torch.zeros(0, dtype=torch.float32, device="cpu", requires_grad=True)
         self.token = self.start
         self.recorded: dict[Hashable, Any] = {}  # what its forward received, if that runs again
-        self._mailboxes = mailboxes
+        self.mailboxes = mailboxes
         self._active: _Exchange | None = None
 
     @contextmanager
@@ -63,13 +70,13 @@ class Communicator:
 
         If the block raises, the other ranks raise the same error.
         """
-        exchange = _Exchange(self.rank, self._mailboxes, key, peers)
+        exchange = _Exchange(self.rank, self.mailboxes, key, peers)
         token = _here.set(self)
         self._active = exchange
-        self._mailboxes.open(key, exchange.lost, exchange.wake)
+        self.mailboxes.open(key, exchange.lost, exchange.wake)
         error: BaseException | None = None
         try:
-            with shared_level():
+            with shared_level(), having(None):  # these are for no rank inside this one
                 yield
         except GroupAborted as failed:
             error = failed.error
@@ -80,7 +87,7 @@ class Communicator:
             raise
         finally:
             exchange.flush()
-            self._mailboxes.end(key, TaskOutcome(exchange.number, error))
+            self.mailboxes.end(key, TaskOutcome(exchange.number, error))
             self._active = None
             _here.reset(token)
 
@@ -100,13 +107,23 @@ class Communicator:
         Raises CollectiveError if another member calls something else, or has returned, or does not
         come in time.
         """
+        members = tuple(range(self.size)) if members is None else tuple(members)
+        return self._running(what).exchange(what, wants, payloads, members)
+
+    def inner_keys(self, what: str, size: int) -> list[str]:
+        """The keys of the ranks of one more map, `what`, that each rank of the group makes inside.
+
+        `size` is how many ranks it has in each. They are in rank order, this rank's among them.
+        """
+        return self._running(what).inner_keys(size)
+
+    def _running(self, what: str) -> _Exchange:
         if self._active is None:
             raise CollectiveError(
                 f"{what} of {self.rank} was called when its function had returned: a collective "
                 "works while the function runs, in its own thread"
             )
-        members = tuple(range(self.size)) if members is None else tuple(members)
-        return self._active.exchange(what, wants, payloads, members)
+        return self._active
 
     def keep_no_thread(self) -> None:
         """Leave the worker's pool of threads now: a later wait may be in a thread of torch's."""
@@ -129,11 +146,16 @@ class _Exchange:
         self._group = rank.group
         self._mailboxes = mailboxes
         self._key = key
+        self._peers = tuple(peers)
+        self._maps = 0  # inside, so far
         self._others = {
             i: (worker.address, peer)
             for i, (worker, peer) in enumerate(zip(rank.group.workers, peers, strict=True))
             if i != rank.index
         }
+        here = rank.group.workers[rank.index].address
+        self._neighbours = {i for i, (worker, _) in self._others.items() if worker == here}
+        self._keep_thread_s = 0.0 if self._neighbours else _KEEP_THREAD_S
         self._thread: int | None = threading.get_ident()
         self._under_way: list[tuple[str, Future[Any]]] = []
         self._channels = channels_here()
@@ -173,6 +195,11 @@ class _Exchange:
             )
         return messages
 
+    def inner_keys(self, size: int) -> list[str]:
+        number = self._maps
+        self._maps += 1
+        return [inner_key(peer, number, index) for peer in self._peers for index in range(size)]
+
     def _send(
         self, message: Callable[[list[Any]], Message], what: str, payloads: dict[int, list[Any]]
     ) -> list[Callable[[], bool]]:
@@ -182,20 +209,19 @@ class _Exchange:
         """
         large: list[Callable[[], bool]] = []
         self._under_way = [(w, f) for w, f in self._under_way if not f.done()]
-        for i, payload in payloads.items():
-            worker, key = self._others[i]
-            small = sum(t.nbytes for t in payload) <= _SMALL
-            if small:
-                payload = [t.clone() for t in payload]
-            if self._channels is not None:
-                done = self._channels.send(i, message(payload))
-                if not small:
-                    large.append(done)
-                continue
-            sent = self._transport.send(worker, key, message(payload))
+        own, borrowed = copied(payloads, self._neighbours)
+        messages = {i: message(payload) for i, payload in own.items()}
+        if self._channels is not None:
+            sent_by = [(i, self._channels.send(i, m)) for i, m in messages.items()]
+            return [done for i, done in sent_by if i in borrowed]
+        posts: dict[str, list[int]] = {}  # the ranks on each worker
+        for i in messages:
+            posts.setdefault(self._others[i][0], []).append(i)
+        for worker, peers in posts.items():
+            sent = self._transport.send(worker, [(self._others[i][1], messages[i]) for i in peers])
             self._under_way.append((worker, sent))
-            sent.add_done_callback(self._answered(i, what))
-            if not small:
+            sent.add_done_callback(self._answered(peers, what))
+            if borrowed.intersection(peers):
                 large.append(sent.done)
                 sent.add_done_callback(self._mailboxes.wake)
         return large
@@ -204,7 +230,7 @@ class _Exchange:
         self, turn: Turn, what: str, sources: list[int], large: Sequence[Callable[[], bool]]
     ) -> None:
         start = time.monotonic()
-        if self._come(turn, sources, large, _KEEP_THREAD_S):
+        if self._come(turn, sources, large, self._keep_thread_s):
             return
         self.give_thread_back()
         with settings_released():
@@ -272,14 +298,16 @@ class _Exchange:
             f"{self.number}, {why} Else raise Dask's setting taskgrad.collective-deadline"
         )
 
-    def _answered(self, peer: int, what: str) -> Callable[[Future[Any]], None]:
+    def _answered(self, peers: list[int], what: str) -> Callable[[Future[Any]], None]:
         def done(sent: Future[Any]) -> None:
             if sent.cancelled():
                 return
             if sent.exception() is not None:
-                self._mailboxes.fail(self._key, self._gone(peer))
-            elif sent.result() is not None:
-                self._mailboxes.fail(self._key, self._over(peer, sent.result(), what))
+                self._mailboxes.fail(self._key, self._gone(peers[0]))
+                return
+            for peer, end in zip(peers, sent.result(), strict=True):
+                if end is not None:
+                    self._mailboxes.fail(self._key, self._over(peer, end, what))
 
         return done
 

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 import torch._functorch.eager_transforms as transforms
 from torch.autograd import forward_ad
 
+from taskgrad.graph import torch_settings
+
 _lock = threading.Lock()
 _users = 0
-_is_open = False
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def shared_level() -> Iterator[None]:
 
 def check_shared() -> None:
     """Raise RuntimeError if a level is open that may end while this rank waits."""
-    if not _is_open:
+    if not torch_settings.own_levels:
         raise RuntimeError(
             "a collective is differentiated in forward mode (torch.func.jvp, jacfwd) while another "
             "thread of this worker's process does that too: torch has one level for both. Use "
@@ -47,17 +48,15 @@ def check_shared() -> None:
 
 def _open() -> None:
     """Open the level, unless one is open: torch counts how often `jvp` is entered."""
-    global _is_open
-    if not _is_open and getattr(transforms, "JVP_NESTING", None) == 0:
+    if not torch_settings.own_levels and getattr(transforms, "JVP_NESTING", None) == 0:
         forward_ad.enter_dual_level()
         transforms.JVP_NESTING += 1
-        _is_open = True
+        torch_settings.own_levels = 1
 
 
 def _close() -> None:
     """Close it, unless another thread is using it."""
-    global _is_open
-    if _is_open and transforms.JVP_NESTING == 1:
+    if torch_settings.own_levels and transforms.JVP_NESTING == 1:
         transforms.JVP_NESTING -= 1
         forward_ad.exit_dual_level()
-        _is_open = False
+        torch_settings.own_levels = 0

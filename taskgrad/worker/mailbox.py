@@ -5,6 +5,9 @@ part in the collective, and its number among those of the same ranks, counted fr
 before its task has begun. When the task has ended, or its key was released, its mailbox is deleted;
 later messages are refused, and the sender is told the outcome.
 
+A rank's task may run the ranks of another map inside. Each has a mailbox of its own, with the
+task's key and more for a key (`inner_key`); it is dropped with that of the task.
+
 A `Transport` delivers messages to other workers.
 """
 
@@ -23,6 +26,13 @@ from taskgrad.worker_names import WorkerName
 
 # How many ended tasks are remembered; the ranks of a group end within a message of each other.
 _MAX_ENDED = 10_000
+# In keys, between that of a task and that of a rank inside.
+_INNER = "|"
+
+
+def inner_key(key: str, number: int, index: int) -> str:
+    """The key of a rank, by index, of the map of this number inside the task `key`."""
+    return f"{key}{_INNER}{number}.{index}"
 
 
 class Turn(NamedTuple):
@@ -68,8 +78,13 @@ class GroupAborted(BaseException):
 class Transport(Protocol):
     """Delivers messages to other workers. Only `give_thread_back` may block."""
 
-    def send(self, worker: str, key: str, message: Message) -> Future[TaskOutcome | None]:
-        """Deliver a message; the outcome of its task if that has ended. OSError: worker gone."""
+    def send(
+        self, worker: str, messages: Sequence[tuple[str, Message]]
+    ) -> Future[list[TaskOutcome | None]]:
+        """Deliver messages, each to the task of a key; the outcomes of those that have ended.
+
+        A payload that several have is sent once. OSError: worker gone.
+        """
 
     def tell(self, worker: str, key: str, error: BaseException) -> Future[None]:
         """Make a task fail with this error."""
@@ -89,6 +104,7 @@ class _Box:
     lost: Callable[[str], BaseException | None] | None = None  # once the task has begun
     wake: Callable[[], None] | None = None
     gone: set[str] = field(default_factory=set)
+    inner: list[str] = field(default_factory=list)  # the keys of ranks inside that have begun
     since: float = field(default_factory=time.monotonic)
 
 
@@ -129,13 +145,21 @@ class Mailboxes:
             self._ended.pop(key, None)
             box = self._boxes.setdefault(key, _Box())
             box.lost, box.wake = lost, wake
+            around, is_inner, _ = key.rpartition(_INNER)
+            outer = self._boxes.get(around) if is_inner else None
+            if outer is not None:
+                outer.inner.append(key)
+                if outer.error is not None:
+                    self._fail(box, outer.error)
             if box.error is None and self._is_released(key):
                 self._fail(box, _released())
 
     def end(self, key: str, end: TaskOutcome) -> None:
         """The task has ended: delete its mailbox."""
         with self._news:
-            if self._boxes.pop(key, None) is not None:
+            box = self._boxes.pop(key, None)
+            if box is not None:
+                self._drop_inside(key, box)
                 self._ended[key] = end
                 if len(self._ended) > _MAX_ENDED:
                     self._ended.popitem(last=False)
@@ -148,8 +172,8 @@ class Mailboxes:
                 box = self._boxes.get(key)
                 if box is not None and box.lost is not None:
                     self._fail(box, _released())
-                else:
-                    self._boxes.pop(key, None)
+                elif self._boxes.pop(key, None) is not None:
+                    self._drop_inside(key, _Box())
                 if key in self._ended:
                     self._ended[key] = TaskOutcome(0, _released())  # its error may be large
             self._news.notify_all()
@@ -167,9 +191,10 @@ class Mailboxes:
     def deliver(self, key: str, message: Message) -> TaskOutcome | None:
         """Take a message for a task; returns the outcome of the task if it has ended."""
         with self._news:
-            if key in self._ended:
-                return self._ended[key]
-            if key not in self._boxes and self._is_released(key):
+            end = self.ended(key)
+            if end is not None:
+                return end
+            if key not in self._boxes and self._is_released(key.partition(_INNER)[0]):
                 return TaskOutcome(0, _released())
             box = self._boxes.setdefault(key, _Box())
             if box.stores.setdefault(message.source, message.store) != message.store:
@@ -184,13 +209,18 @@ class Mailboxes:
     def fail(self, key: str, error: BaseException) -> None:
         """Make a task fail at its next collective, or now if it waits in one."""
         with self._news:
-            if key in self._boxes or not (key in self._ended or self._is_released(key)):
+            task = key.partition(_INNER)[0]
+            if key in self._boxes or not (self.ended(key) or self._is_released(task)):
                 self._fail(self._boxes.setdefault(key, _Box()), error)
                 self._news.notify_all()
 
     def ended(self, key: str) -> TaskOutcome | None:
-        """The outcome of a task; None if it has not ended."""
-        return self._ended.get(key)
+        """The outcome of a task, or of the one around it; None if neither has ended."""
+        while True:
+            end = self._ended.get(key)
+            key, is_inner, _ = key.rpartition(_INNER)
+            if end is not None or not is_inner:
+                return end
 
     def error(self, key: str) -> BaseException | None:
         """The error with which a task is to fail, if any."""
@@ -219,10 +249,15 @@ class Mailboxes:
             return missing()
 
     def take(self, key: str, turn: Turn, sources: Sequence[int]) -> list[Message]:
-        """The messages of one collective, once all have come."""
+        """The messages of one collective, once all have come.
+
+        Raises GroupAborted if the task has to fail, by now.
+        """
         with self._news:
-            messages = self._boxes[key].messages
-            return [messages.pop((source, turn)) for source in sources]
+            box = self._boxes[key]
+            if box.error is not None:
+                raise GroupAborted(box.error)
+            return [box.messages.pop((source, turn)) for source in sources]
 
     def expire(self, seconds: float) -> None:
         """Drop the messages of tasks that have not begun for so long: they never will."""
@@ -260,6 +295,16 @@ class Mailboxes:
         box.messages.clear()
         if box.wake is not None:
             box.wake()
+        for key in box.inner:
+            if key in self._boxes:
+                self._fail(self._boxes[key], error)
+
+    def _drop_inside(self, key: str, box: _Box) -> None:
+        """Drop what there is of the ranks inside a task."""
+        for inner in box.inner:
+            self._ended.pop(inner, None)
+        for inner in [k for k in self._boxes if k.startswith(key + _INNER)]:
+            del self._boxes[inner]
 
 
 def _released() -> BaseException:

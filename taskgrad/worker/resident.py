@@ -21,7 +21,7 @@ from taskgrad.errors import WorkerLostError
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.plan.program import Value
 from taskgrad.worker import optimizing
-from taskgrad.worker.rank_forward import RankForward
+from taskgrad.worker.rank_forward import RANKS
 from taskgrad.worker.step_program import StepProgram, at_step, keys_of, ranks_of
 from taskgrad.worker.store import Store
 
@@ -194,14 +194,15 @@ class Resident:
         """Take no more steps; ranks of parallel calls fail at their next collective."""
         ended = [*self._steps] if self._taken is None else [self._taken, *self._steps]
         self._steps.clear()
-        ranks = [step.inputs[0].key for step in ended if self._is_rank(step)] + self._ranks
+        ranks = [key for step in ended for key in self._rank_keys(step)] + self._ranks
         if ranks:
             self.store.release(ranks)
 
-    def _is_rank(self, step: StepInputs) -> bool:
+    def _rank_keys(self, step: StepInputs) -> list[str]:
         found = self._programs.get(step.program)  # None if it could not be unpickled
         jobs = () if found is None else found[0].jobs.values()
-        return any(isinstance(job.action, RankForward) for job in jobs)
+        ranks = [job.action for job in jobs if isinstance(job.action, RANKS)]
+        return [key for rank in ranks for key in rank.keys(step.inputs)]
 
     @property
     def call(self) -> tuple[int, int]:

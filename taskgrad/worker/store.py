@@ -1,4 +1,4 @@
-"""A worker's store of shards, tapes, and gradients of a backward until a task reads them.
+"""A worker's store of shards, tapes, parts of sharded tensors, and gradients until they are read.
 
 A worker has one `Store`. Every entry has the Dask key of the task that made it, and is dropped when
 the scheduler forgets that key: when the driver releases it, is killed, or cancels it.
@@ -11,6 +11,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,8 +31,18 @@ def buffers_key(token: str) -> str:
     return f"buffers of {token}"
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Values that stay on a worker: the leaves of a rank's output, or a part of a sharded tensor.
+
+    Nothing writes to them.
+    """
+
+    values: list[Any]
+
+
 class Store:
-    """Shards, tapes and gradients of one worker, by key. Safe from several threads."""
+    """Shards, tapes, parts and gradients of one worker, by key. Safe from several threads."""
 
     def __init__(self, worker: WorkerName, folder: str) -> None:
         self.worker = worker
@@ -104,6 +115,17 @@ class Store:
                 "gradients of its weights: it was used, or released. Run the forward again"
             )
         return entry
+
+    def kept(self, key: str) -> list[Any]:
+        """The values kept under this key; WorkerLostError if this worker does not have them."""
+        entry = self._entries.get(key)
+        if not isinstance(entry, Kept):
+            raise WorkerLostError(
+                f"worker {self.worker} does not hold this part of a sharded tensor "
+                f"({key.partition('-')[0]!r}): it was restarted since it was made. Make the "
+                "sharded tensor again"
+            )
+        return entry.values
 
     def pending(self, shard: ResidentShard) -> set[str]:
         """The shard's parameters to whose gradients split backwards have yet to add."""
@@ -182,10 +204,11 @@ class Store:
             return dict(self._entries)
 
     def held(self) -> dict[str, int]:
-        """The numbers of shards, tapes and sets of gradients."""
+        """The numbers of shards, tapes, parts and sets of gradients."""
         entries = list(self.entries().values())
         return {
             "shards": sum(isinstance(e, ResidentShard) for e in entries),
             "tapes": sum(isinstance(e, Tape | WeightTape) for e in entries),
             "gradients": sum(isinstance(e, dict) for e in entries),
+            "parts": sum(isinstance(e, Kept) for e in entries),
         }

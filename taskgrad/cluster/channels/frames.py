@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from taskgrad.cluster.wire import thresholds
 from taskgrad.cluster.wire.process_memory import address_of, read
 from taskgrad.cluster.wire.serialize import (
     TensorCloudPickler,
@@ -56,18 +56,18 @@ class Packed:
     lent: list[memoryview]
 
 
-def pack(tag: Tag, value: Any, *, lend: bool = False) -> Packed:
-    """A value as bytes; with `lend` the receiver reads large parts from this process's memory."""
+def pack(tag: Tag, value: Any, *, lend: int | None = None) -> Packed:
+    """A value as bytes; parts of `lend` bytes or more the receiver reads in this process."""
     if type(value) is torch.Tensor and _is_plain(value):
         kind, code, shape = _TENSOR, _CODES[value.dtype], tuple(value.shape)
         parts = [_bytes_of(value)] if value.numel() else []
     else:
         kind, code, shape = _PICKLED, 0, ()
         parts = [memoryview(part) for part in _pickled(value)]
-    lent = [part for part in parts if len(part) >= thresholds.LEND_MIN] if lend else []
+    lent = [] if lend is None else [part for part in parts if len(part) >= lend]
     lengths = [len(part) for part in parts]
     if lent:
-        large = [len(part) >= thresholds.LEND_MIN for part in parts]
+        large = [len(part) >= (lend or 0) for part in parts]
         lengths = [n | _BY_ADDRESS if at else n for n, at in zip(lengths, large, strict=True)]
         parts = [
             memoryview(_ADDRESS.pack(address_of(part))) if at else part
@@ -104,7 +104,7 @@ class Arriving:
         if kind == _TENSOR:
             self._parts = [torch.empty(numbers[:dims], dtype=_DTYPES[code])]
         else:
-            self._parts = [torch.empty(n & ~_BY_ADDRESS, dtype=torch.uint8) for n in lengths]
+            self._parts = [_memory(n & ~_BY_ADDRESS) for n in lengths]
         missing: list[memoryview] = []
         for part, length in zip(self._parts, lengths, strict=False):  # an empty tensor has no part
             if length & _BY_ADDRESS:
@@ -233,6 +233,11 @@ def _pickled(value: Any) -> list[Any]:
     if len(buffers) >= _MAX_LENGTHS:
         return [dumps_whole(value)]
     return [pickled, *buffers]
+
+
+def _memory(nbytes: int) -> torch.Tensor:
+    # For large parts NumPy asks the system for huge pages, which take less time to map and to read.
+    return torch.from_numpy(np.empty(nbytes, np.uint8))
 
 
 def _bytes_of(t: torch.Tensor) -> memoryview:

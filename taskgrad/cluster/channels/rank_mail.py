@@ -11,6 +11,7 @@ from typing import Any
 from taskgrad.cluster.channels.dask_comms import DaskChannels
 from taskgrad.cluster.channels.frames import Tag
 from taskgrad.cluster.channels.sockets import SocketChannels
+from taskgrad.cluster.wire import thresholds
 from taskgrad.graph.copies import own_copy
 from taskgrad.worker.mailbox import Message
 from taskgrad.worker.rank_channels import having
@@ -61,7 +62,7 @@ class RankMail:
         if isinstance(channels, DaskChannels):  # nothing says when Dask has sent it
             channels.send(rank, tag, tuple(own_copy(message)))
             return lambda: True
-        channels.send(rank, tag, tuple(message))
+        channels.send(rank, tag, tuple(message), lend_min=thresholds.LEND_TO_RANK_MIN)
         return lambda: channels.has_sent(rank, tag)
 
     def receive(self, seconds: float) -> list[Message]:

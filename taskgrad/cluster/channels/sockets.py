@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from taskgrad.cluster.channels.frames import Arriving, Stream, Tag, pack, receipt
+from taskgrad.cluster.wire import thresholds
 from taskgrad.cluster.wire.leases import TOKEN_BYTES, BufferLease, ValidityToken
 
 # How often the channels' thread looks after the connections of a program that computes. Small
@@ -177,10 +178,14 @@ class SocketChannels:
             self._send(peer, [receipt(value.tag)])
         return value.value()
 
-    def send(self, peer: int, tag: Tag, value: Any) -> None:
-        """Send a value, whose memory stays as it is until it has arrived."""
+    def send(self, peer: int, tag: Tag, value: Any, *, lend_min: int | None = None) -> None:
+        """Send a value, whose memory stays as it is until it has arrived.
+
+        Parts of `lend_min` bytes or more, by default `LEND_MIN`, may be read there.
+        """
         found = self._peers[peer]
-        packed = pack(tag, value, lend=found.reads)
+        least = thresholds.LEND_MIN if lend_min is None else lend_min
+        packed = pack(tag, value, lend=least if found.reads else None)
         if packed.lent:
             found.lent[tag] = packed.lent
         self._send(found, packed.buffers)

@@ -15,6 +15,8 @@ OWN_FRAME_MIN = 64 << 10
 LEND_MIN = 1 << 20
 """From here on a part of a value that one worker's program sends another's on the host is read from
 its memory."""
+LEND_TO_RANK_MIN = 256 << 10
+"""The same for messages between the ranks of a call, which wait for each other."""
 READ_WITH_GIL_MAX = 1 << 20
 """Up to here a read of another process's memory keeps the GIL. It takes less than 0.1 ms; to get
 the GIL back from a thread that runs Python code takes 5 ms."""

@@ -1,0 +1,1 @@
+"""Tensors whose parts stay on workers: `ShardedTensor`, and what makes one."""
