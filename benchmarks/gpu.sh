@@ -2,52 +2,57 @@
 # Everything that needs a GPU, in under eight minutes, on a machine that has torch with CUDA and
 # perhaps no package index:
 #
-#     bash benchmarks/gpu.sh                       the tests, then the figures: runs/gpu.json, gpu.md
-#     bash benchmarks/gpu.sh --device cpu --small  the same code without a GPU, in two minutes
+#   bash benchmarks/gpu.sh                       the tests, then the figures: runs/gpu.json, gpu.md
+#   bash benchmarks/gpu.sh --device cpu --small  the same code without a GPU, in two minutes
 #
-# PYTHON names the interpreter that has torch (python3 by default). What else is needed is taken from
-# it, or from a folder `wheelhouse` beside this repository's files, into .gpu-venv. Fill that folder
-# on a machine that has an index and the same Python:
-#
-#     pip download --only-binary=:all: -d wheelhouse -c constraints.txt \
-#         dask distributed numpy cloudpickle tblib safetensors packaging \
-#         pytest pytest-timeout hypothesis psutil
-#
-# (For another Python or system add --python-version 3.12 --platform manylinux2014_x86_64.)
+# PYTHON names the interpreter that has torch, by default python3. What else is needed, and is not
+# there, is installed from the folder `wheelhouse` here into `.gpu-packages`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-modules="dask distributed numpy cloudpickle tblib safetensors pytest pytest_timeout hypothesis psutil"
+packages="dask distributed numpy cloudpickle tblib safetensors pytest pytest-timeout hypothesis psutil"
+
+instructions() {
+    cat >&2 <<TEXT
+Bring a folder wheelhouse along. On a machine that has an index and the same Python and system, here:
+
+    pip download --only-binary=:all: -d wheelhouse -c constraints.txt $packages
+    pip wheel --no-deps -w wheelhouse .
+
+For another Python add, say, --python-version 3.12 --platform manylinux_2_28_x86_64 to the first.
+TEXT
+    exit 2
+}
 
 missing() {
-    "$1" - $modules <<'PYTHON'
-import importlib.util, sys
-print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))
+    "$python" - $packages taskgrad <<'PYTHON'
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+def is_there(name):
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
+
+print(*(name for name in sys.argv[1:] if not is_there(name)))
 PYTHON
 }
 
 if ! "$python" -c 'import torch'; then
-    echo "$python has no torch: name one that has it with PYTHON=..." >&2
+    echo "$python has no torch: name the one that has with PYTHON=..." >&2
     exit 2
 fi
-if [ -n "$(missing "$python")" ]; then
-    if [ ! -d wheelhouse ]; then
-        echo "$python lacks: $(missing "$python")" >&2
-        echo "Bring a folder wheelhouse along, made on a machine with an index:" >&2
-        sed -n 's/^#     \(pip download\|    .*\)/\1/p; s/^#         /    /p' "$0" | grep -A3 '^pip' >&2
-        exit 2
-    fi
-    if [ ! -x .gpu-venv/bin/python ]; then
-        "$python" -m venv --system-site-packages .gpu-venv
-    fi
-    python=.gpu-venv/bin/python
-    # Torch is the machine's own: no wheel asks for it.
-    "$python" -m pip install --quiet --no-index --find-links wheelhouse $(missing "$python" | tr _ -)
-    if [ -n "$(missing "$python")" ]; then
-        echo "the wheelhouse lacks: $(missing "$python")" >&2
-        exit 2
-    fi
+export PYTHONPATH="$PWD:$PWD/.gpu-packages${PYTHONPATH:+:$PYTHONPATH}"
+lacks=$(missing)
+if [ -n "$lacks" ]; then
+    echo "$python lacks: $lacks" >&2
+    [ -d wheelhouse ] || instructions
+    install="$python -m pip install --quiet --no-index --find-links wheelhouse --target .gpu-packages"
+    $install $packages
+    $install --no-deps taskgrad # else it would ask for a torch, which is the machine's own
+    [ -z "$(missing)" ] || instructions
 fi
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+# Before any process starts CUDA: deterministic algorithms want it.
 export CUBLAS_WORKSPACE_CONFIG=${CUBLAS_WORKSPACE_CONFIG:-:4096:8}
 exec timeout 475 "$python" -m benchmarks.gpu "$@"
