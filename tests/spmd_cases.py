@@ -164,7 +164,6 @@ SHAPES = ((2, 4), (2, 3), (1, 2))
 # The cases that quick tests compare, on 8 ranks.
 QUICK = (
     "psum",
-    "pmean",
     "pmax",
     "all_gather_tiled",
     "psum_scatter",
@@ -172,7 +171,6 @@ QUICK = (
     "ppermute",
     "groups_psum",
     "vmap_of_grad",
-    "jvp_inside",
 )
 QUICK_SEVERAL = ("both", "gather_turned", "grad_inside")
 

@@ -282,7 +282,8 @@ class _ProgramHost:
         except Exception:
             raise
         except BaseException as error:
-            raise exit_error(error, self._store.worker, title_of(action)) from None
+            failed = exit_error(error, self._store.worker, title_of(action))
+        raise failed  # with its cause
 
     def release(self) -> None:
         """Put torch's settings back: the program waits, and others may need other ones."""

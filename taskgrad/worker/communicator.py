@@ -155,10 +155,9 @@ class _Exchange:
         }
         here = rank.group.workers[rank.index].address
         self._neighbours = {i for i, (worker, _) in self._others.items() if worker == here}
-        self._keep_thread_s = 0.0 if self._neighbours else _KEEP_THREAD_S
         self._thread: int | None = threading.get_ident()
         self._under_way: list[tuple[str, Future[Any]]] = []
-        self._channels = channels_here()
+        self._channels = channels_here() if rank.group.is_spread else None
         self._in = "its function"
 
     @property
@@ -230,7 +229,7 @@ class _Exchange:
         self, turn: Turn, what: str, sources: list[int], large: Sequence[Callable[[], bool]]
     ) -> None:
         start = time.monotonic()
-        if self._come(turn, sources, large, self._keep_thread_s):
+        if self._come(turn, sources, large, 0.0 if self._neighbours else _KEEP_THREAD_S):
             return
         self.give_thread_back()
         with settings_released():

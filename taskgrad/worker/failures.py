@@ -10,6 +10,7 @@ from taskgrad.errors import LayerError
 from taskgrad.graph.calls import Draw
 from taskgrad.graph.pytree import describe
 from taskgrad.remote_errors import message_of, own_frames, shorten
+from taskgrad.worker.devices import is_out_of_memory
 from taskgrad.worker_names import WorkerName
 
 NOTHING_LOADED = "\nNothing was loaded on any worker."
@@ -29,7 +30,7 @@ def forward_error(
     return LayerError(
         f"layer {shorten(name)!r} ({kind}) on worker {worker} raised {_kind(error)}{_when(draw)}: "
         f"{message_of(error)}\nIt was given {shorten(shown)}. Check the layer before it, or the "
-        f"input.\nThe layer's own traceback:\n{_ending(error)}",
+        f"input.{_memory_advice(error)}\nThe layer's own traceback:\n{_ending(error)}",
         name,
         worker.address,
         error,
@@ -78,6 +79,7 @@ def update_errors(
         yield
     except BaseException as error:
         when = "" if step is None else f" in step {step}"
+        hint += _memory_advice(error)
         raise LayerError(
             f"{part} on worker {worker} raised {_kind(error)}{when}: {message_of(error)}.{hint}\n"
             "The update is not made on any worker: parameters and optimizers are as they were "
@@ -104,7 +106,20 @@ def making_errors(worker: WorkerName) -> Iterator[None]:
         ) from error
 
 
+def _memory_advice(error: BaseException) -> str:
+    """What helps if the memory is full, for the end of a line; else nothing."""
+    if not is_out_of_memory(error):
+        return ""
+    return (
+        "\nThere is no memory left for it. Smaller batches, more microbatches= with the schedule "
+        '"1f1b", checkpoint= (layers run again in the backward), amp=, more workers or an '
+        "optimizer that keeps less need less of it; chain.memory() says what is held now."
+    )
+
+
 def _advice(error: BaseException) -> str:
+    if is_out_of_memory(error):
+        return _memory_advice(error).lstrip()
     if "use_reentrant=True" in message_of(error):
         return (
             "The layer uses torch.utils.checkpoint with use_reentrant=True, which works in one "

@@ -1,0 +1,70 @@
+"""Devices of a worker: copies to them, their memory, and errors that say that it is full."""
+
+from __future__ import annotations
+
+import torch
+
+from taskgrad.graph.memory_layout import is_dense
+from taskgrad.graph.pack import is_plain
+
+# Pinned memory comes in powers of two and is kept by torch: larger tensors are copied without it.
+_MOST_PINNED = 256 << 20
+
+# As torch's CPU allocator says it, in a RuntimeError.
+_FULL_HOST = "can't allocate memory"
+
+
+def assigned(device: str) -> torch.device:
+    """The device of this name, with its index; RuntimeError if this worker cannot use it.
+
+    A bare "cuda" is the first that this worker sees, as dask-cuda arranges it.
+    """
+    found = torch.device(device)
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"device {device!r} was asked for, and this worker sees no CUDA device")
+    try:
+        return torch.empty(0, device=found).device
+    except Exception as error:  # each kind of device has its own
+        raise RuntimeError(
+            f"device {device!r} was asked for, and this worker cannot use it: {error}"
+        ) from error
+
+
+def staged(x: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    """The tensor in pinned memory if `to_device` copies it faster from there, else as it is.
+
+    A copy from pageable memory makes the thread wait until the device has done all it has to do.
+    """
+    if device is None or device.type != "cuda" or not (x.is_cpu and is_plain(x) and is_dense(x)):
+        return x
+    return x.pin_memory() if 0 < x.nbytes <= _MOST_PINNED and not x.is_pinned() else x
+
+
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device, for kernels of this thread's stream; itself if it is there.
+
+    The thread does not wait for a copy from pinned memory. Torch reuses that memory only when the
+    copy is done: its allocator records an event. To the host every copy is waited for, since the
+    host reads it without looking at a stream.
+    """
+    return x.to(device, non_blocking=device.type == "cuda")
+
+
+def device_memory(device: torch.device) -> tuple[int, int] | None:
+    """Bytes of a device's memory that are in use, by any process, and that there are.
+
+    What torch has freed and keeps for later counts as free. None for the CPU, and for devices that
+    cannot say.
+    """
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return total - free - kept, total
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if a device, or the host, had no memory for a tensor."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _FULL_HOST in str(error)
