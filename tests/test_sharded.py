@@ -105,6 +105,8 @@ def test_elementwise_functions_have_torchs_bits(four, workers, axis):
     same(x.exp().double(), t.exp().double())
     same(F.gelu(x, approximate="tanh"), F.gelu(t, approximate="tanh"))
     same(torch.special.expit(x), torch.special.expit(t))
+    same(F.threshold(x, 0.5, -1.0), F.threshold(t, 0.5, -1.0))
+    torch.testing.assert_close(F.logsigmoid(x).gather(), F.logsigmoid(t))
     same(x.map(lambda part: part.abs() * 3), t.abs() * 3)
     if axis in (1, -1):
         same(x[:, None] * y, t[:, None] * u)
@@ -263,6 +265,7 @@ def test_what_is_refused(four):
     refused(TypeError, "add_ of a sharded tensor", lambda: t.add_(x))
     refused(TypeError, "cannot write", lambda: torch.add(x, 1, out=t))
     refused(TypeError, "cannot write", lambda: F.relu(x, inplace=True))
+    refused(TypeError, "shape depends on values", lambda: torch.where(x))
     refused(TypeError, "unsupported operand", lambda: x + "1")
     refused(TypeError, "unsupported operand", lambda: np.ones(3) * x)
     refused(TypeError, "gather.*numpy", lambda: np.asarray(x))
