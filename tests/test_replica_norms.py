@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from distributed import Client
+from distributed import Client, LocalCluster
+from distributed.security import Security
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -375,6 +376,17 @@ def test_a_worker_is_lost_while_others_wait_for_it(fresh, executor):
     client.run(set_trap, "kill", workers=[lost])
     with pytest.raises(tg.WorkerLostError, match=lost):
         trainer.step(x, y).item()
+
+
+@pytest.mark.long
+def test_over_tls():
+    """Values go over Dask's own connections there."""
+    options = {"protocol": "tls://", "security": Security.temporary(), "dashboard_address": ":0"}
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, **options) as cluster,
+        Client(cluster) as client,
+    ):
+        check(client, replicas=2, microbatches=5, placement=[0] * 11)
 
 
 def test_what_cannot_be_synchronised_is_refused(four):
