@@ -232,6 +232,43 @@ def test_out_of_memory_is_one_error_and_the_trainer_goes_on(client, executor, de
     assert [row.tapes for row in chain.memory()] == [0, 0]
 
 
+class Broken(nn.Module):
+    """Fails as CUDA and its libraries do, in the forward or the backward."""
+
+    def __init__(self, message: str, backward: bool) -> None:
+        super().__init__()
+        self.message = message
+        self.backward = backward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.backward:
+            self.fail(x)
+        y = x * 1
+        y.register_hook(self.fail)
+        return y
+
+    def fail(self, x: torch.Tensor) -> None:
+        raise RuntimeError(self.message)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("message", "advice"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "There is no memory left for it"),
+        ("CUDA error: device-side assert triggered", "CUDA_LAUNCH_BLOCKING=1"),
+    ],
+)
+def test_errors_of_cuda_say_what_helps(client, message, advice, backward):
+    model = nn.Sequential(nn.Linear(2, 2), Broken(message, backward), nn.Linear(2, 2))
+    chain = tg.GraphChain(model, client=client, placement=[0, 0, 1])
+    trainer = tg.Trainer(chain, F.mse_loss, SGD, microbatches=2)
+    with pytest.raises(tg.LayerError) as caught:
+        trainer.step(torch.ones(4, 2), torch.ones(4, 2)).item()
+    assert message in str(caught.value)
+    assert advice in str(caught.value)
+
+
 def test_memory_of_the_device(client, device):
     chain, trainer, _ = train(client, device, ConvNet, images(1), 2)
     trainer.wait()
