@@ -26,6 +26,7 @@ from plain import (
     tokens,
     transformer,
 )
+from taskgrad.train.memory import check_fits
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)
@@ -142,6 +143,37 @@ def test_mixed_precision(client, device, amp):
 
 def channels_last() -> nn.Sequential:
     return ConvNet().to(memory_format=torch.channels_last)
+
+
+def test_a_loss_that_closes_over_tensors(client, gpu):
+    """They are given on the CPU, as the driver may have no GPU."""
+    weights = torch.linspace(0.5, 1.5, 10)
+    loss = partial(F.cross_entropy, weight=weights)
+    _, _, losses = train(client, gpu, ConvNet, images(2), 2, loss=loss)
+    there = partial(F.cross_entropy, weight=weights.to(gpu))
+    assert losses == PlainTrainer(ConvNet(), there, ADAMW, device=gpu).train(images(2))
+
+
+class Masked(nn.Module):
+    """Its forward has the device of its input, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        mask = torch.arange(4, device=y.device) > 0
+        y = (y * mask).to(y.device)
+        return self.second(y + torch.arange(4.0, device=y.device))
+
+
+def test_a_forward_that_asks_for_devices(client, device):
+    chain = tg.GraphChain(Masked(), client=client, placement=[0, 1], device=device)
+    x = torch.randn(3, 4)
+    y = tg.collect(chain(x))
+    assert_same(y.detach(), Masked().to(device)(x.to(device)).detach().cpu())
 
 
 def test_channels_last(client, gpu):
@@ -282,6 +314,19 @@ def test_memory_of_the_device(client, device):
         else:
             assert row.parameters + row.optimizer < row.device_used < row.device_total
     assert ("device_used" in str(rows)) == (device != "cpu")
+
+
+def test_too_little_memory_on_a_device_is_found_before_training(client, monkeypatch):
+    chain = tg.GraphChain(hungry(), client=client, placement=[0, 0, 0])
+    [worker] = chain.layout.devices
+    chain.layout.devices = {worker: "cuda:0"}
+    sizes = {worker: {"device_used": 1000, "device_total": 1100}}
+    monkeypatch.setattr(chain.layout, "device_memory", lambda: sizes)
+    with pytest.raises(tg.MemoryLimitError, match="of the memory of cuda:0") as caught:
+        check_fits(chain, chain.layout, ADAMW, 1, 1, averages=False)
+    assert "in files" not in str(caught.value)
+    sizes[worker]["device_total"] = 10_000
+    assert check_fits(chain, chain.layout, ADAMW, 1, 1, averages=False) == {}
 
 
 # -- devices by name -----------------------------------------------------------------------------
