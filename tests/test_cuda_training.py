@@ -26,6 +26,7 @@ from plain import (
     tokens,
     transformer,
 )
+from taskgrad.train.memory import check_fits
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)
@@ -144,6 +145,37 @@ def channels_last() -> nn.Sequential:
     return ConvNet().to(memory_format=torch.channels_last)
 
 
+def test_a_loss_that_closes_over_tensors(client, gpu):
+    """They are given on the CPU, as the driver may have no GPU."""
+    weights = torch.linspace(0.5, 1.5, 10)
+    loss = partial(F.cross_entropy, weight=weights)
+    _, _, losses = train(client, gpu, ConvNet, images(2), 2, loss=loss)
+    there = partial(F.cross_entropy, weight=weights.to(gpu))
+    assert losses == PlainTrainer(ConvNet(), there, ADAMW, device=gpu).train(images(2))
+
+
+class Masked(nn.Module):
+    """Its forward has the device of its input, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        mask = torch.arange(4, device=y.device) > 0
+        y = (y * mask).to(y.device)
+        return self.second(y + torch.arange(4.0, device=y.device))
+
+
+def test_a_forward_that_asks_for_devices(client, device):
+    chain = tg.GraphChain(Masked(), client=client, placement=[0, 1], device=device)
+    x = torch.randn(3, 4)
+    y = tg.collect(chain(x))
+    assert_same(y.detach(), Masked().to(device)(x.to(device)).detach().cpu())
+
+
 def test_channels_last(client, gpu):
     batches = [(x.to(memory_format=torch.channels_last), y) for x, y in images(STEPS)]
     chain, _, losses = train(client, gpu, channels_last, batches, 2, microbatches=2)
@@ -232,6 +264,43 @@ def test_out_of_memory_is_one_error_and_the_trainer_goes_on(client, executor, de
     assert [row.tapes for row in chain.memory()] == [0, 0]
 
 
+class Broken(nn.Module):
+    """Fails as CUDA and its libraries do, in the forward or the backward."""
+
+    def __init__(self, message: str, backward: bool) -> None:
+        super().__init__()
+        self.message = message
+        self.backward = backward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.backward:
+            self.fail(x)
+        y = x * 1
+        y.register_hook(self.fail)
+        return y
+
+    def fail(self, x: torch.Tensor) -> None:
+        raise RuntimeError(self.message)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("message", "advice"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "There is no memory left for it"),
+        ("CUDA error: device-side assert triggered", "CUDA_LAUNCH_BLOCKING=1"),
+    ],
+)
+def test_errors_of_cuda_say_what_helps(client, message, advice, backward):
+    model = nn.Sequential(nn.Linear(2, 2), Broken(message, backward), nn.Linear(2, 2))
+    chain = tg.GraphChain(model, client=client, placement=[0, 0, 1])
+    trainer = tg.Trainer(chain, F.mse_loss, SGD, microbatches=2)
+    with pytest.raises(tg.LayerError) as caught:
+        trainer.step(torch.ones(4, 2), torch.ones(4, 2)).item()
+    assert message in str(caught.value)
+    assert advice in str(caught.value)
+
+
 def test_memory_of_the_device(client, device):
     chain, trainer, _ = train(client, device, ConvNet, images(1), 2)
     trainer.wait()
@@ -245,6 +314,19 @@ def test_memory_of_the_device(client, device):
         else:
             assert row.parameters + row.optimizer < row.device_used < row.device_total
     assert ("device_used" in str(rows)) == (device != "cpu")
+
+
+def test_too_little_memory_on_a_device_is_found_before_training(client, monkeypatch):
+    chain = tg.GraphChain(hungry(), client=client, placement=[0, 0, 0])
+    [worker] = chain.layout.devices
+    chain.layout.devices = {worker: "cuda:0"}
+    sizes = {worker: {"device_used": 1000, "device_total": 1100}}
+    monkeypatch.setattr(chain.layout, "device_memory", lambda: sizes)
+    with pytest.raises(tg.MemoryLimitError, match="of the memory of cuda:0") as caught:
+        check_fits(chain, chain.layout, ADAMW, 1, 1, averages=False)
+    assert "in files" not in str(caught.value)
+    sizes[worker]["device_total"] = 10_000
+    assert check_fits(chain, chain.layout, ADAMW, 1, 1, averages=False) == {}
 
 
 # -- devices by name -----------------------------------------------------------------------------

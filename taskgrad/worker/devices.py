@@ -10,8 +10,8 @@ from taskgrad.graph.pack import is_plain
 # Pinned memory comes in powers of two and is kept by torch: larger tensors are copied without it.
 _MOST_PINNED = 256 << 20
 
-# As torch's CPU allocator says it, in a RuntimeError.
-_FULL_HOST = "can't allocate memory"
+# As torch's allocators, CUDA and its libraries say it, in a RuntimeError.
+_FULL = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 def assigned(device: str) -> torch.device:
@@ -63,8 +63,19 @@ def device_memory(device: torch.device) -> tuple[int, int] | None:
     return total - free - kept, total
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """True if a device, or the host, had no memory for a tensor."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and _FULL_HOST in str(error)
+def advice(error: BaseException) -> str:
+    """What helps if a device, or the host, has no memory left or CUDA has failed; else nothing."""
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    if any(full in text for full in _FULL):
+        return (
+            "There is no memory left for it. Smaller batches, more microbatches= with the schedule "
+            '"1f1b", checkpoint= (layers run again in the backward), amp=, more workers or an '
+            "optimizer that keeps less need less of it; chain.memory() says what is held now."
+        )
+    if "CUDA error" in text:
+        return (
+            "After this the worker's process cannot use CUDA any more, and the kernel that failed "
+            "may be an earlier one: an index out of range, for example. Start the cluster again "
+            "with CUDA_LAUNCH_BLOCKING=1 to see which, and go on from a checkpoint."
+        )
+    return ""

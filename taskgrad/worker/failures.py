@@ -10,7 +10,7 @@ from taskgrad.errors import LayerError
 from taskgrad.graph.calls import Draw
 from taskgrad.graph.pytree import describe
 from taskgrad.remote_errors import message_of, own_frames, shorten
-from taskgrad.worker.devices import is_out_of_memory
+from taskgrad.worker import devices
 from taskgrad.worker_names import WorkerName
 
 NOTHING_LOADED = "\nNothing was loaded on any worker."
@@ -26,11 +26,12 @@ def forward_error(
 ) -> LayerError:
     """A layer raised in its forward."""
     args, kwargs = given
+    advice = devices.advice(error) or "Check the layer before it, or the input."
     shown = ", ".join([*map(describe, args), *(f"{k}={describe(v)}" for k, v in kwargs.items())])
     return LayerError(
         f"layer {shorten(name)!r} ({kind}) on worker {worker} raised {_kind(error)}{_when(draw)}: "
-        f"{message_of(error)}\nIt was given {shorten(shown)}. Check the layer before it, or the "
-        f"input.{_memory_advice(error)}\nThe layer's own traceback:\n{_ending(error)}",
+        f"{message_of(error)}\nIt was given {shorten(shown)}. {advice}\n"
+        f"The layer's own traceback:\n{_ending(error)}",
         name,
         worker.address,
         error,
@@ -79,7 +80,7 @@ def update_errors(
         yield
     except BaseException as error:
         when = "" if step is None else f" in step {step}"
-        hint += _memory_advice(error)
+        hint += f" {devices.advice(error)}".rstrip()
         raise LayerError(
             f"{part} on worker {worker} raised {_kind(error)}{when}: {message_of(error)}.{hint}\n"
             "The update is not made on any worker: parameters and optimizers are as they were "
@@ -106,20 +107,9 @@ def making_errors(worker: WorkerName) -> Iterator[None]:
         ) from error
 
 
-def _memory_advice(error: BaseException) -> str:
-    """What helps if the memory is full, for the end of a line; else nothing."""
-    if not is_out_of_memory(error):
-        return ""
-    return (
-        "\nThere is no memory left for it. Smaller batches, more microbatches= with the schedule "
-        '"1f1b", checkpoint= (layers run again in the backward), amp=, more workers or an '
-        "optimizer that keeps less need less of it; chain.memory() says what is held now."
-    )
-
-
 def _advice(error: BaseException) -> str:
-    if is_out_of_memory(error):
-        return _memory_advice(error).lstrip()
+    if found := devices.advice(error):
+        return found
     if "use_reentrant=True" in message_of(error):
         return (
             "The layer uses torch.utils.checkpoint with use_reentrant=True, which works in one "
