@@ -40,7 +40,8 @@ one of them."""
 
 def main() -> int:
     """Run what the command line names; returns the exit status."""
-    there = [path.stem for path in sorted(HERE.glob("[!_]*.py"))]
+    # gpu has a page of its own, and is run by gpu.sh.
+    there = [path.stem for path in sorted(HERE.glob("[!_]*.py")) if path.stem != "gpu"]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(there)}")
     chosen = parser.parse_args().names or there

@@ -215,6 +215,8 @@ class Side:
         Of torch, in each process.
     environment
         Variables besides those of this process.
+    module
+        What the interpreter runs.
     """
 
     def __init__(
@@ -224,11 +226,12 @@ class Side:
         prefixes: Sequence[Sequence[str]] | None = None,
         threads: int = 1,
         environment: Mapping[str, str] | None = None,
+        module: str = "benchmarks._sides",
     ) -> None:
         variables = {**os.environ, "OMP_NUM_THREADS": str(threads), **(environment or {})}
         self.processes = [
             subprocess.Popen(
-                [*prefix, sys.executable, "-m", "benchmarks._sides", *command],
+                [*prefix, sys.executable, "-m", module, *command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

@@ -139,6 +139,7 @@ class _Group(Recording):
         by_tensor: dict[int, Any] = {}
         for leaf, grad in run_backward(found, self.executor, accumulate=False).items():
             if grad is not None:
+                grad = grad.to(leaf.value.device)  # a worker's "cuda" is the first GPU here
                 by_tensor[id(leaf.value)] = add(by_tensor.get(id(leaf.value)), grad)
         if not retain:
             self.spent = True

@@ -13,14 +13,14 @@ from torch import nn
 
 from taskgrad.arguments import flag, whole
 from taskgrad.captured_layout import CapturedLayout
-from taskgrad.cluster.session import session
+from taskgrad.cluster.session import WorkerSpec, session
 from taskgrad.display.graph import CallGraph, call_graph, drawn, html
 from taskgrad.display.layer_graph import layer_call_graph, to_networkx
 from taskgrad.display.placement import placement_table
 from taskgrad.display.table import MemoryRow, Table
 from taskgrad.errors import TaskgradError
 from taskgrad.executors.between_steps import between_steps
-from taskgrad.executors.placing import Placement, check_device, place
+from taskgrad.executors.placing import Device, Placement, check_device, check_devices, place
 from taskgrad.formats.weights import check_state, find_weights, path_of
 from taskgrad.graph import pack
 from taskgrad.graph.any_model import in_layers
@@ -80,9 +80,10 @@ class GraphChain(Lazy):
     stages_per_worker : int
         With ``placement=None``, how many of the runs each worker has: those of a worker are as many
         apart as there are workers, as the schedule ``"interleaved_1f1b"`` has it.
-    device : str, optional
+    device : str or dict, optional
         Torch device of the layers on each worker; by default the kind that the model is on. A bare
-        ``"cuda"`` is the first that each worker sees.
+        ``"cuda"`` is the first that each worker sees. A dict gives the devices of some workers
+        (index, name or address); on the others layers stay where the model has them.
     weights : path, optional
         Files that the workers read parameters and persistent buffers from: as `load_state_dict`
         takes them, or a folder that ``save_pretrained`` of transformers wrote, on a filesystem that
@@ -140,7 +141,7 @@ class GraphChain(Lazy):
         client: Client | None = None,
         placement: Placement = None,
         stages_per_worker: int = 1,
-        device: str | torch.device | None = None,
+        device: Device | Mapping[WorkerSpec, Device] | None = None,
         weights: str | os.PathLike[str] | None = None,
         seed: int = 0,
         example_inputs: Any = None,
@@ -149,12 +150,14 @@ class GraphChain(Lazy):
     ) -> None:
         seed = whole("seed", seed)
         stages_per_worker = whole("stages_per_worker", stages_per_worker, least=1)
-        device = None if device is None else check_device(device)
+        if not isinstance(device, Mapping | None):
+            check_device(device)
         constructed = construct(model, seed)
         module = constructed.module
         title = type(module).__name__
         refuse_module_hooks(title)
         owner = session(client)
+        devices = check_devices(device, owner)
         with without_output_capturing(module):
             workers = len(owner.workers()) * stages_per_worker
             layered = in_layers(module, example_inputs, cut, keep_together, workers)
@@ -176,12 +179,12 @@ class GraphChain(Lazy):
             first: dict[int, int] = {}
             self._same_as = [first.setdefault(id(m), i) for i, m in enumerate(flat.modules)]
             self._mode: bool | None = None
-            if device is None:  # a model on a GPU here belongs on the workers' own GPUs
+            if devices is None:  # a model on a GPU here belongs on the workers' own GPUs
                 kinds = {info.device.type for info in flat.tensors.values()} - {"cpu", "meta"}
-                device = next(iter(kinds), None)
-            self.layout.deploy(flat, device, deferred, seed)
-        devices = self.layout.devices
-        self.placement = placement_table(flat, placed.workers, devices, owner.names, placed.costs)
+                devices = next(iter(kinds), None)
+            self.layout.deploy(flat, devices, deferred, seed)
+        there = self.layout.devices
+        self.placement = placement_table(flat, placed.workers, there, owner.names, placed.costs)
         """The worker of each layer, and what the layer takes: rows that print as a table."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Thunk:
@@ -283,7 +286,8 @@ class GraphChain(Lazy):
 
         Columns are parameters, buffers, gradients, optimizer (its state, and averages of weights)
         and tapes (what forwards keep for their backwards). Memory that several share counts once.
-        The replicas of a trainer are counted, too.
+        The replicas of a trainer are counted, too. Where layers are on a GPU there are two more
+        columns: device_used, the bytes in use there by all processes, and device_total.
         """
         layout, names = self.layout, self.layout.session.names
         shards = [*layout.shards, *layout.ref.replicas]
@@ -292,8 +296,14 @@ class GraphChain(Lazy):
         for shard, sizes in zip(shards, held, strict=True):
             total.setdefault(shard.worker, Counter()).update(sizes)
         kinds = vars(MemoryUsage())
+        devices = layout.device_memory()
         rows = [
-            MemoryRow(w, **{kind: found[kind] for kind in kinds}, worker_name=names.get(w))
+            MemoryRow(
+                w,
+                **{kind: found[kind] for kind in kinds},
+                **devices.get(w, {}),
+                worker_name=names.get(w),
+            )
             for w, found in total.items()
         ]
         return Table(MemoryRow, rows)

@@ -366,8 +366,21 @@ class Layout(ShardTasks):
                 "its weights: call it after the block"
             )
 
-    def deploy(self, flat: Model, device: str | None, deferred: DeferredInit, seed: int) -> None:
-        """Send every shard to its worker.
+    def device_memory(self) -> dict[str, dict[str, int]]:
+        """By worker, if its layers are on a GPU, the bytes of its memory as in a `MemoryRow`."""
+        shards = [s for s in self.shards if self.devices.get(s.worker, "cpu") != "cpu"]
+        tasks = [self.task(shard, shard_ops.memory_of_device, {}) for shard in shards]
+        found = zip(shards, self.results(tasks) if tasks else (), strict=True)
+        return {shard.worker: sizes for shard, sizes in found if sizes}
+
+    def deploy(
+        self,
+        flat: Model,
+        device: str | Mapping[str, str] | None,
+        deferred: DeferredInit,
+        seed: int,
+    ) -> None:
+        """Send every shard to its worker, to that `device`, or the one of the worker.
 
         `deferred` says which values are not sent but made there, from streams fixed by `seed`.
         """
@@ -382,7 +395,7 @@ class Layout(ShardTasks):
             arguments = {
                 "data": packed.data,
                 "names": self.parameters_on(shard),
-                "device": device,
+                "device": device.get(shard.worker) if isinstance(device, Mapping) else device,
                 "store_id": store_ids[shard.worker],
                 "init_plans": {i: init_plans[i] for i in here if i in init_plans},
                 "seed": seed,

@@ -28,6 +28,8 @@ settings.register_profile("taskgrad", deadline=None, suppress_health_check=[Heal
 settings.load_profile("taskgrad")
 
 os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a worker that crashes says where
+# Deterministic algorithms on a GPU want it, in workers from their start.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 torch.set_num_threads(1)  # as the workers: the same operations give the same bits
 
 
@@ -117,6 +119,24 @@ def fresh() -> Iterator[Callable[..., Client]]:
     yield make
     for one in made:
         one.close()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    """The CPU and, if there is one, a GPU, each with deterministic algorithms."""
+    return request.getfixturevalue("gpu") if request.param == "cuda" else "cpu"
+
+
+@pytest.fixture
+def gpu() -> Iterator[str]:
+    """A GPU; in its place what the environment variable says, so that tests can be tried."""
+    name = os.environ.get("TASKGRAD_TEST_DEVICE", "cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no GPU here; TASKGRAD_TEST_DEVICE=cpu runs the same on the CPU")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield name
+    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture(params=["compiled", pytest.param("futures", marks=pytest.mark.long)])

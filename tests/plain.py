@@ -50,7 +50,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         h = self.before(x)
-        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device)
         x = x + self.attention(h, h, h, attn_mask=mask, need_weights=False)[0]
         return x + F.dropout(self.inner(self.between(x)), 0.1, self.training)
 
@@ -103,8 +103,10 @@ class PlainTrainer:
         autocast: torch.dtype | None = None,
         scaler: Any = None,
         seed: int = 0,
+        device: str = "cpu",
     ) -> None:
-        self.model = model.train()
+        self.model = model.to(device).train()
+        self.device = torch.device(device)
         self.loss_fn = loss_fn
         self.optimizer = optimizer(model.parameters())
         self.scheduler = lr_scheduler(self.optimizer) if lr_scheduler else None
@@ -128,7 +130,9 @@ class PlainTrainer:
         )
         for m, (part, target) in enumerate(pieces):
             self.draw[1:] = [self.steps, m]
-            region = torch.autocast("cpu", self.autocast or torch.bfloat16, bool(self.autocast))
+            part, target = part.to(self.device), target.to(self.device)
+            dtype = self.autocast or torch.bfloat16
+            region = torch.autocast(self.device.type, dtype, bool(self.autocast))
             with region:
                 loss = self.loss_fn(self.model(part), target)
             weight = len(part) / len(x)
@@ -170,16 +174,14 @@ def assert_same_training(chain: tg.GraphChain, plain: PlainTrainer, client: Any)
     ours, theirs = chain.state_dict(), plain.model.state_dict()
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
-        assert torch.equal(ours[name], value), name
+        assert torch.equal(ours[name], value.cpu()), name
     kept = optimizer_state(client, chain)
     for name, parameter in plain.model.named_parameters():
         expected = plain.optimizer.state.get(parameter, {})
         assert kept.get(name, {}).keys() == expected.keys(), name
         for key, value in expected.items():
-            assert torch.equal(torch.as_tensor(kept[name][key]), torch.as_tensor(value)), (
-                name,
-                key,
-            )
+            found, wanted = torch.as_tensor(kept[name][key]), torch.as_tensor(value)
+            assert torch.equal(found.cpu(), wanted.cpu()), (name, key)
 
 
 def optimizer_state(client: Any, chain: tg.GraphChain) -> dict[str, dict[str, Any]]:

@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from distributed import Client
+from distributed import Client, LocalCluster
+from distributed.security import Security
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import taskgrad as tg
 from helpers import long, long_rows
+from taskgrad.cluster.worker_plugin import store_of
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 STAGES = [0] * 5 + [1] * 6
@@ -376,6 +378,17 @@ def test_a_worker_is_lost_while_others_wait_for_it(fresh, executor):
         trainer.step(x, y).item()
 
 
+@pytest.mark.long
+def test_over_tls():
+    """Values go over Dask's own connections there."""
+    options = {"protocol": "tls://", "security": Security.temporary(), "dashboard_address": ":0"}
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, **options) as cluster,
+        Client(cluster) as client,
+    ):
+        check(client, replicas=2, microbatches=5, placement=[0] * 11)
+
+
 def test_what_cannot_be_synchronised_is_refused(four):
     chain = tg.GraphChain(norms(), client=four, placement=STAGES)
     make = partial(tg.Trainer, chain, F.cross_entropy, SGD, microbatches=2, sync_batch_norm=True)
@@ -383,14 +396,62 @@ def test_what_cannot_be_synchronised_is_refused(four):
         make()
     with pytest.raises(ValueError, match=r"torch\.compile"):
         make(replicas=2, compile=True)
+    with pytest.raises(ValueError, match="contradict each other"):
+        make(replicas=2, deferred_batch_norm=True)
     with pytest.raises(TypeError, match="sync_batch_norm"):
         tg.Trainer(chain, F.cross_entropy, SGD, sync_batch_norm="yes")
 
 
-def test_deferred_batch_norm_is_refused(four):
-    chain = tg.GraphChain(nn.Sequential(nn.Linear(2, 2)), client=four, placement=[0])
-    with pytest.raises(ValueError, match="deferred_batch_norm"):
-        tg.Trainer(chain, F.mse_loss, SGD, microbatches=2, replicas=2, deferred_batch_norm=True)
+@pytest.mark.parametrize(
+    ("replicas", "placement", "options"),
+    [
+        (2, STAGES, {}),
+        (3, [0] * 11, {"checkpoint": "always", "clip_norm": 0.1}),
+        *long_rows((2, STAGES, {"schedule": "zb_h2", "shard_optimizer": True})),
+    ],
+)
+def test_deferred_statistics_are_those_of_one_replica(four, executor, replicas, placement, options):
+    """Bit for bit; also where a replica has no microbatch."""
+    data = [*batches(2), *batches(1, size=2), *batches(2)]
+    states, losses = [], []
+    for count in (1, replicas):
+        own = {**options, "replicas": count}
+        if count == 1:
+            own.pop("shard_optimizer", None)
+        chain = tg.GraphChain(without_flat(), client=four, placement=placement)
+        trainer = tg.Trainer(
+            chain, F.cross_entropy, SGD, microbatches=5, deferred_batch_norm=True, **own
+        )
+        losses.append([trainer.step(x, y).item() for x, y in data])
+        states.append(chain.state_dict())
+    assert losses[0] == losses[1]
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value), name
+    assert states[0]["1.num_batches_tracked"] == len(data)
+    found = four.run(buffers_on, {shard.token for shard in trainer.layout.shards})
+    for named in found.values():
+        for name, value in named.items():
+            assert torch.equal(states[0][name], value), name
+
+
+def without_flat() -> nn.Module:
+    """Takes microbatches of one sample."""
+    model = norms()
+    model[8] = nn.Identity()
+    return model
+
+
+def buffers_on(tokens: set[str], dask_worker: Any) -> dict[str, torch.Tensor]:
+    names = (
+        {i: str(i) for i in range(3)} | {3: "3.0", 4: "3.1"} | {i: str(i - 1) for i in range(5, 11)}
+    )
+    return {
+        f"{names[index]}.{name}": buffer.clone()
+        for token, shard in store_of(dask_worker).entries().items()
+        if token in tokens
+        for index, layer in shard.layers.items()
+        for name, buffer in layer.named_buffers()
+    }
 
 
 class FirstInput(nn.Module):

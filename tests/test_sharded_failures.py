@@ -10,6 +10,7 @@ import torch
 
 import taskgrad as tg
 from conftest import about_workers, total_held, wait_until
+from helpers import long
 
 
 def kill(client, worker: str) -> None:
@@ -25,7 +26,7 @@ def made(client, size: int = 4) -> tg.ShardedTensor:
     return f(torch.arange(float(size)))
 
 
-@pytest.mark.parametrize("restarts", [True, False])
+@pytest.mark.parametrize("restarts", [True, *long(False)])
 def test_a_lost_worker_is_an_error_on_use(fresh, restarts):
     client = fresh(n_workers=2)
     x, copies = made(client), made(client).reshard(None)
@@ -59,6 +60,7 @@ def test_a_worker_with_parts_is_not_retired(fresh):
     assert worker in client.retire_workers([worker])
 
 
+@pytest.mark.long
 def test_a_rank_that_dies_leaves_nothing(fresh):
     client = fresh(n_workers=2)
 
@@ -73,7 +75,8 @@ def test_a_rank_that_dies_leaves_nothing(fresh):
     assert wait_until(lambda: total_held(client)["parts"] == 0)
 
 
-def test_workers_that_join_and_leave_between_calls(fresh):
+@pytest.mark.long
+def test_a_worker_that_joins_gets_parts_of_what_is_made_then(fresh):
     client = fresh(n_workers=1)
     x = made(client, 5)
     client.cluster.scale(2)

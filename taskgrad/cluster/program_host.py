@@ -40,6 +40,7 @@ from taskgrad.cluster.channels.dask_comms import CHANNEL, DaskChannels
 from taskgrad.cluster.channels.frames import Tag
 from taskgrad.cluster.channels.rank_mail import RankMail
 from taskgrad.cluster.channels.sockets import SocketChannels
+from taskgrad.cluster.channels.step_mail import StepMail
 from taskgrad.cluster.nested import give_thread_back
 from taskgrad.cluster.wire.message_values import serialized_if_large
 from taskgrad.cluster.wire.peers import registry_at
@@ -164,6 +165,7 @@ class _ProgramHost:
         else:
             self.channels = DaskChannels(worker, name, rank, self._deliver, self._lost)
         self._mail = RankMail(self.channels)
+        self._step_mail = StepMail(self.channels, addresses, store.mailboxes)
 
     async def serve(self) -> None:
         """Do what the driver's messages say until it closes the connection, or is gone."""
@@ -192,6 +194,7 @@ class _ProgramHost:
         """Close the channels."""
         channels = self.channels
         self._mail.close()
+        self._step_mail.close()
         if isinstance(channels, SocketChannels):
             await self._in_thread(channels.close, _CLOSE_S)
         else:
@@ -254,7 +257,9 @@ class _ProgramHost:
         self.resident.stop(epoch)
 
     def _deliver(self, tag: Tag, arrived: Any) -> None:
-        if RankMail.is_for(tag):
+        if StepMail.is_for(tag):
+            self._step_mail.deliver(tag, arrived)
+        elif RankMail.is_for(tag):
             self._mail.deliver(tag, arrived)
         else:
             self.resident.deliver(tag, arrived)
@@ -275,7 +280,8 @@ class _ProgramHost:
             self._runs_ranks = isinstance(action, RANKS)
             # The ranks of a block have no channels of their own.
             mail = isinstance(action, RankForward) and len(self._addresses) > 1
-            with self._mail.call(*self.resident.call) if mail else contextlib.nullcontext():
+            call = self.resident.call
+            with self._mail.call(*call) if mail else self._step_mail.during(action, *call):
                 result = action.run(self._store, *inputs)
             check_picklable(result)
             return result
@@ -283,7 +289,7 @@ class _ProgramHost:
             raise
         except BaseException as error:
             failed = exit_error(error, self._store.worker, title_of(action))
-        raise failed  # outside of except: its cause is the error, its context nothing
+        raise failed  # with its cause
 
     def release(self) -> None:
         """Put torch's settings back: the program waits, and others may need other ones."""

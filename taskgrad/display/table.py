@@ -49,7 +49,11 @@ class PlacementRow:
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """Bytes that a chain holds on one worker, by what holds them."""
+    """Bytes that a chain holds on one worker, by what holds them.
+
+    `device_used` are the bytes in use on its device by all processes, without what torch keeps
+    there for later; `device_total` are those that it has. Both are None where that is the CPU.
+    """
 
     worker: str
     parameters: int
@@ -57,6 +61,8 @@ class MemoryRow:
     gradients: int
     optimizer: int
     tapes: int
+    device_used: int | None = None
+    device_total: int | None = None
     worker_name: Any = field(default=None, metadata=_BESIDE_WORKER)
 
 

@@ -22,7 +22,26 @@ Placement = Literal["round_robin", "v"] | Sequence[WorkerSpec] | None
 """How the layers of a chain are placed; see `GraphChain`."""
 
 
-def check_device(device: str | torch.device) -> str:
+Device = str | torch.device
+"""A device of torch, or its name."""
+
+
+def check_devices(
+    device: Device | Mapping[WorkerSpec, Device] | None, owner: Session
+) -> str | dict[str, str] | None:
+    """The name of one device for all workers, or those of some workers by their addresses.
+
+    TypeError and ValueError as `check_device`; PlacementError for a worker that is not there.
+    """
+    if device is None:
+        return None
+    if not isinstance(device, Mapping):
+        return check_device(device)
+    workers = owner.workers()
+    return {owner.resolve(spec, workers): check_device(one) for spec, one in device.items()}
+
+
+def check_device(device: Device) -> str:
     """The name of a device, as it is sent to workers; they check that they have it.
 
     TypeError if it is neither a string nor a device; ValueError if torch knows no such device, or

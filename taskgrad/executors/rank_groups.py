@@ -84,10 +84,13 @@ class RankGroup:
             raise error
         reports = connections.finished[step]
         connections.forget(step)
+        single = len(blocks) == len(calls)
         found = {
             call: value
             for at, block in enumerate(blocks)
-            for call, value in zip(block.calls, block.values(reports[at][0][0]), strict=True)
+            for call, value in zip(
+                block.calls, [reports[at][0][0]] if single else reports[at][0][0], strict=True
+            )
         }
         return [found[call] for call in calls]
 
@@ -99,7 +102,8 @@ class RankGroup:
             self._programs.move_to_end(about)
             return number
         number = next(self._numbers)
-        programs = [_program(at, block) for at, block in enumerate(blocks)]
+        single = all(len(block.calls) == 1 for block in blocks)  # then they have channels
+        programs = [_program(at, block, single) for at, block in enumerate(blocks)]
         packed = [dumps_whole(program) for program in programs]
         self._connections.load(number, packed, [program.labels() for program in programs])
         self._programs[about] = number
@@ -109,10 +113,11 @@ class RankGroup:
 
     def _inputs(self, blocks: Sequence[_Block]) -> list[list[Any]]:
         kept = self._kept.begin()
+        single = all(len(block.calls) == 1 for block in blocks)
         found = []
         for at, block in enumerate(blocks):
             specs = [call.spec._replace(function=b"", template=b"") for call in block.calls]
-            given: list[Any] = [specs[0] if len(specs) == 1 else specs]
+            given: list[Any] = [specs[0] if single else specs]
             for leaf, closed_over in block.leaves.items():
                 value = leaf.sent()
                 given.append(kept.given(at, leaf.value, value) if closed_over else value)
@@ -159,23 +164,19 @@ class _Block:
         specs = [(c.spec.function, c.spec.template, c.title, _settings(c)) for c in self.calls]
         return tuple(specs), self.slots
 
-    def values(self, result: Any) -> list[Any]:
-        """What each rank gave, of what their action gave."""
-        return [result] if len(self.calls) == 1 else result
-
 
 def _settings(call: Call) -> TorchSettings:
     assert call.settings is not None
     return call.settings.without_grad() if call.tape.wanted else call.settings
 
 
-def _program(at: int, block: _Block) -> StepProgram:
+def _program(at: int, block: _Block, single: bool) -> StepProgram:
     ranks = [RankForward(c.title, c.spec.function, c.spec.template) for c in block.calls]
     first = block.calls[0]
     settings = _settings(first)
     label = f"{first.key.partition('-')[0]}-{at}"
     job = Job(label, ranks[0], settings, tuple(range(1 + len(block.leaves))))
-    if len(ranks) > 1:
+    if not single:
         together = RankBlock(first.title, tuple(ranks), settings, block.slots)
         job = replace(job, action=together, settings=None)
     return StepProgram(

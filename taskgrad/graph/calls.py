@@ -87,11 +87,6 @@ class ProcessGroup:
     seed: int
     deadline: float
 
-    @property
-    def is_spread(self) -> bool:
-        """True if each rank has a worker of its own."""
-        return len({worker.address for worker in self.workers}) == len(self.workers)
-
 
 @dataclass(frozen=True)
 class Rank:

@@ -18,7 +18,7 @@ from taskgrad.graph.pytree import describe
 from taskgrad.spmd.axes import OutAxis
 from taskgrad.spmd.joining import axes_of, join
 from taskgrad.spmd.sharded.layout import Parts, Sharded, Span
-from taskgrad.spmd.sharded.running import call, kept, run, values
+from taskgrad.spmd.sharded.running import call, held, run, values
 from taskgrad.spmd.sharded.tensor import ShardedTensor
 from taskgrad.worker import tensor_parts
 from taskgrad.worker.parts import KeptOutput, TensorInfo
@@ -69,7 +69,7 @@ def staying_outputs(what: str, out_axes: Any, calls: Sequence[Call], owner: Sess
             built.append(join(reports.values[leaf.position], leaf.axis, what))
         else:
             spans = _spans(leaf, runs)
-            parts = kept(owner, spans, made[leaf.position])
+            parts = held(owner, spans, made[leaf.position])
             shape, dtype = leaf.whole.shape, leaf.whole.dtype
             built.append(ShardedTensor(Parts(owner, shape, dtype, leaf.axis, tuple(parts))))
     return trees[0][1].build(built)

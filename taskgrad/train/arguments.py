@@ -106,7 +106,7 @@ def check_trainer(
             schedule,
             select,
             flush=given["clip_norm"] is not None or given["amp"] == "fp16",
-            at_once=given["sync_batch_norm"],
+            at_once=bool(given["sync_batch_norm"]),
         ),
         seed=given["seed"],
         accumulate=given["accumulate"],
@@ -117,7 +117,8 @@ def check_trainer(
         check_finite=given["check_finite"],
         order=layout.trainable,
         groups=["default", *patterns],
-        sync_norms=given["sync_batch_norm"],
+        sync_norms=bool(given["sync_batch_norm"]),
+        deferred_norms=bool(given["deferred_batch_norm"]),
         select=select,
     )
     form = BatchForm(layout.takes, own_loss=loss_fn is None, one_input=layout.takes_one_input)

@@ -63,8 +63,14 @@ class ChainGroup:
             for shard, sizes in zip(part.shards, held, strict=True):
                 total[shard.worker].update(sizes)
         kinds, names = vars(MemoryUsage()), self.layout.session.names
+        devices = self.layout.device_memory()
         rows = [
-            MemoryRow(w, **{kind: held[kind] for kind in kinds}, worker_name=names.get(w))
+            MemoryRow(
+                w,
+                **{kind: held[kind] for kind in kinds},
+                **devices.get(w, {}),
+                worker_name=names.get(w),
+            )
             for w, held in total.items()
         ]
         return Table(MemoryRow, rows)

@@ -74,7 +74,8 @@ def check_fits(
     gradients, those of a microbatch until they are added to the others, what accumulating keeps to
     take a step back, the optimizer's state and working space, averages of the weights if there are
     any, and copies of state and parameters while it takes a step. Activations come on top, and
-    depend on the batch: they are not counted.
+    depend on the batch: they are not counted. Of layers on a GPU all of that is in the memory of
+    the GPU, and no file takes its place.
 
     Raises TypeError if the optimizer is not one; MemoryLimitError if workers are too small, with
     what each needs and how much is missing.
@@ -87,14 +88,18 @@ def check_fits(
     if isinstance(layout, ReplicatedLayout) and microbatches > len(layout.replicas):
         sets_of_gradients += 1  # of the next microbatch, while those before it are summed
     room = layout.session.memory([shard.worker for shard in layout.shards])
-    if not any(room.values()):
+    devices = {w: tuple(sizes.values()) for w, sizes in chain.layout.device_memory().items()}
+    if not any(room.values()) and not devices:
         return {}
     in_files: InFiles = {}
     problems = []
     held = {row.worker: row for row in chain.memory()}
     for shard in layout.shards:
-        worker, found = shard.worker, room[shard.worker]
+        worker = shard.worker
         named = layout.session.describe(worker)
+        device = chain.layout.devices.get((shard.replica_of or shard).worker, "cpu")
+        # Of a replica's device nothing is known before its layers are there.
+        found = room[worker] if device == "cpu" else devices.get(worker)
         if found is None:
             continue
         used, limit = found
@@ -106,6 +111,8 @@ def check_fits(
         need = _need(layout, shard, used, kept, sets_of_gradients, averages)
         if need.total + need.copies <= limit:
             continue
+        if need.total <= limit and device != "cpu":
+            continue  # copies for which a device has no memory are made in the host's
         if need.total <= limit:
             in_files[worker] = frozenset({"undo"})
             logger.warning(
@@ -116,7 +123,8 @@ def check_fits(
                 format_bytes(need.copies),
             )
             continue
-        if by_parameter and need.least <= limit:
+        spills = by_parameter and device == "cpu"
+        if spills and need.least <= limit:
             in_files[worker] = frozenset({"state", "undo"})
             logger.warning(
                 "%s keeps %s of %s in files: it has no memory for them. More "
@@ -126,13 +134,14 @@ def check_fits(
                 kind,
             )
             continue
-        missing = (need.least if by_parameter else need.total) - limit
+        missing = (need.least if spills else need.total) - limit
+        where = "memory" if device == "cpu" else f"the memory of {device}"
         problems.append(
-            f"{named} may use {format_bytes(limit)} of memory and uses {format_bytes(used)} "
+            f"{named} may use {format_bytes(limit)} of {where} and uses {format_bytes(used)} "
             f"already, {format_bytes(_parameters(layout, shard))} of that for this chain's "
             f"parameters; training adds {format_bytes(need.gradients)} of gradients and "
             f"{format_bytes(need.state)} of {kind}: {format_bytes(missing)} are missing"
-            + (f", even with the {kind} in files" if by_parameter and need.state else "")
+            + (f", even with the {kind} in files" if spills and need.state else "")
         )
     if problems:
         raise MemoryLimitError(

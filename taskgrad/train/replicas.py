@@ -28,10 +28,10 @@ def check_replicas(given: Mapping[str, Any]) -> None:
             f"replicas={replicas} take the microbatches of a batch by turns, and there are "
             f"{given['microbatches']}: give microbatches= at least {replicas}"
         )
-    if given["deferred_batch_norm"]:
+    if given["deferred_batch_norm"] and given["sync_batch_norm"]:
         raise ValueError(
-            f"replicas={replicas} with deferred_batch_norm=True: each replica would have the "
-            "statistics of its own microbatches. Leave one of them out"
+            "deferred_batch_norm=True and sync_batch_norm=True contradict each other: running "
+            "statistics move once by those of the batch, or by those of each turn of the replicas"
         )
     if given["sync_batch_norm"] and given["compile"] is not False:
         raise ValueError(

@@ -11,11 +11,12 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 
 from taskgrad.errors import CotangentError, LayerError
-from taskgrad.graph.calls import Draw
+from taskgrad.graph.calls import Draw, Rank
 from taskgrad.graph.cotangents import Gradient, add, add_each
 from taskgrad.graph.parameter_extras import has_hooks
 from taskgrad.graph.pytree import cotangents, describe
 from taskgrad.worker.communicator import Communicator
+from taskgrad.worker.devices import staged, to_device
 from taskgrad.worker.failures import backward_error
 from taskgrad.worker.gradients import accumulate_each, gradients, own, summed
 from taskgrad.worker.hooks import hooks_off
@@ -43,7 +44,7 @@ class Backward:
     backwards (see `Store.parts`), to which this one adds its own. `accumulate` lists, for each
     parameter whose gradient is complete with this backward, the sources of the other parts before
     its own. `peers` are the keys of the backward tasks of all ranks, if the forward was one of a
-    process group.
+    process group: its `rank`.
     """
 
     key: str
@@ -60,6 +61,7 @@ class Backward:
     peers: tuple[str, ...] = ()
     positions: tuple[int | None, ...] = ()
     carried: tuple[tuple[int, int], ...] = ()
+    rank: Rank | None = None
 
     def run(self, store: Store, *values: Any) -> Any:
         """Cotangents of the wanted slots (one, or a tuple); parameters' gradients are stored.
@@ -134,7 +136,7 @@ class Backward:
             parameter = tape.shard.parameters[name]
             roots += [(parameter, part) for part in store.parts(name, sources, values)]
         device = tape.shard.device
-        return [(root, part.to(device)) for root, part in roots if part is not None]
+        return [(root, _on(device, part)) for root, part in roots if part is not None]
 
     def _alone(self, tape: Tape) -> dict[str, nn.Parameter]:
         """The parameters that only this call uses, and that have no hooks."""
@@ -256,6 +258,10 @@ def _check_reached(
         raise LayerError(message, "loss", worker.address, error)
 
 
+def _on(device: torch.device, part: torch.Tensor) -> torch.Tensor:
+    return to_device(staged(part, device), device)
+
+
 def _seed(tape: Tape, worker: WorkerName, weight: float) -> torch.Tensor:
     (output, *more) = tape.outputs
     if more or not isinstance(output, torch.Tensor) or output.numel() != 1:
@@ -288,7 +294,7 @@ def _differentiate(
     for output, seed in zip(tape.outputs, seeds, strict=True):
         if seed is not None and output.requires_grad:
             outputs.append(output)
-            given.append(seed.to(output.device))
+            given.append(_on(output.device, seed))
     for root, part in roots:
         outputs.append(root)
         given.append(part)

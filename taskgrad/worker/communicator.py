@@ -157,7 +157,7 @@ class _Exchange:
         self._neighbours = {i for i, (worker, _) in self._others.items() if worker == here}
         self._thread: int | None = threading.get_ident()
         self._under_way: list[tuple[str, Future[Any]]] = []
-        self._channels = channels_here() if rank.group.is_spread else None
+        self._channels = channels_here()
         self._in = "its function"
 
     @property

@@ -10,6 +10,7 @@ from taskgrad.errors import LayerError
 from taskgrad.graph.calls import Draw
 from taskgrad.graph.pytree import describe
 from taskgrad.remote_errors import message_of, own_frames, shorten
+from taskgrad.worker import devices
 from taskgrad.worker_names import WorkerName
 
 NOTHING_LOADED = "\nNothing was loaded on any worker."
@@ -25,11 +26,12 @@ def forward_error(
 ) -> LayerError:
     """A layer raised in its forward."""
     args, kwargs = given
+    advice = devices.advice(error) or "Check the layer before it, or the input."
     shown = ", ".join([*map(describe, args), *(f"{k}={describe(v)}" for k, v in kwargs.items())])
     return LayerError(
         f"layer {shorten(name)!r} ({kind}) on worker {worker} raised {_kind(error)}{_when(draw)}: "
-        f"{message_of(error)}\nIt was given {shorten(shown)}. Check the layer before it, or the "
-        f"input.\nThe layer's own traceback:\n{_ending(error)}",
+        f"{message_of(error)}\nIt was given {shorten(shown)}. {advice}\n"
+        f"The layer's own traceback:\n{_ending(error)}",
         name,
         worker.address,
         error,
@@ -78,6 +80,7 @@ def update_errors(
         yield
     except BaseException as error:
         when = "" if step is None else f" in step {step}"
+        hint += f" {devices.advice(error)}".rstrip()
         raise LayerError(
             f"{part} on worker {worker} raised {_kind(error)}{when}: {message_of(error)}.{hint}\n"
             "The update is not made on any worker: parameters and optimizers are as they were "
@@ -105,6 +108,8 @@ def making_errors(worker: WorkerName) -> Iterator[None]:
 
 
 def _advice(error: BaseException) -> str:
+    if found := devices.advice(error):
+        return found
     if "use_reentrant=True" in message_of(error):
         return (
             "The layer uses torch.utils.checkpoint with use_reentrant=True, which works in one "

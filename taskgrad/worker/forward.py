@@ -24,6 +24,7 @@ from taskgrad.worker import training
 from taskgrad.worker.activation_checkpoint import recomputed
 from taskgrad.worker.communicator import Communicator
 from taskgrad.worker.deferred_norm import deferred
+from taskgrad.worker.devices import staged, to_device
 from taskgrad.worker.failures import forward_error
 from taskgrad.worker.mailbox import GroupAborted
 from taskgrad.worker.parameter_writes import refused
@@ -286,7 +287,7 @@ def _feed(
             taken.append(None)
             given.append(leaf.copy() if type(leaf) is np.ndarray else leaf)
             continue
-        start: torch.Tensor = leaf.detach()
+        start: torch.Tensor = staged(leaf.detach(), device)
         moved = start
         takes = wanted and (leaf.is_floating_point() or leaf.is_complex())
         if takes and i in parameters:
@@ -295,7 +296,7 @@ def _feed(
             if takes:
                 start.requires_grad_()
             if device is not None and device != start.device:
-                moved = start.to(device)
+                moved = to_device(start, device)
             if moved is start:
                 moved = start.clone()
         taken.append(start if takes else None)

@@ -59,7 +59,9 @@ def make(
                     made.training.takes_metric = needs_metric(scheduler, options.monitor)
         if options is not None and options.loss:
             [tensors] = loss_tensors
-            made.loss = pack.unpack(options.loss, [t.clone() for t in tensors], own=True)
+            # What a function closes over, such as weights of classes, is to be where its input is.
+            own = [t.to(shard.device, copy=True) for t in tensors]
+            made.loss = pack.unpack(options.loss, own, own=True)
             if isinstance(made.loss, nn.Module):
                 made.loss.to(shard.device)
         shard.made = made

@@ -7,6 +7,7 @@ threads, and again when a forward is recomputed.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import threading
 from collections.abc import Iterator
@@ -41,8 +42,8 @@ class _Stream:
     """A random stream for the code inside the context; its state is kept between uses."""
 
     def __init__(self, seed: int) -> None:
-        self._seed: int | None = seed
-        self._own: list[torch.Tensor] = []
+        self._seed = seed
+        self._own: list[torch.Tensor] = []  # none before the first use
         self._before: list[torch.Tensor] = []
 
     def enter(self) -> None:
@@ -50,23 +51,38 @@ class _Stream:
         _one_at_a_time.acquire()
         generators = _generators()
         self._before = [generator.get_state() for generator in generators]
-        if self._seed is not None:
-            for generator in generators:
-                generator.manual_seed(self._seed)
-        else:
-            _set(generators, self._own)
+        for generator in generators[len(self._own) :]:
+            generator.manual_seed(self._seed)
+        _set(generators, self._own)
+        if _cuda_is_to_come():
+            torch.cuda.manual_seed_all(self._seed)
 
     def leave(self) -> None:
         """Restore the generators' states from before `enter`."""
         generators = _generators()
-        self._seed, self._own = None, [generator.get_state() for generator in generators]
+        self._own = [generator.get_state() for generator in generators]
         _set(generators, self._before)
+        # Devices that the stream was the first to use, or that are to come, as torch seeds them.
+        for generator in generators[len(self._before) :]:
+            generator.manual_seed(torch.initial_seed())
+        if _cuda_is_to_come():
+            torch.cuda.manual_seed_all(torch.initial_seed())
         _one_at_a_time.release()
 
 
 def _generators() -> list[torch.Generator]:
     cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
     return [torch.default_generator, *cuda]
+
+
+def _cuda_is_to_come() -> bool:
+    """True if the code in a stream may be the first to use CUDA: torch then seeds it as told."""
+    return not torch.cuda.is_initialized() and _has_cuda()
+
+
+@functools.cache
+def _has_cuda() -> bool:
+    return torch.cuda.is_available()
 
 
 def _set(generators: list[torch.Generator], states: list[torch.Tensor]) -> None:

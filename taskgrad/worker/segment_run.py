@@ -14,7 +14,7 @@ from taskgrad.errors import LayerError
 from taskgrad.graph.calls import CallSpec
 from taskgrad.graph.functions import Template
 from taskgrad.graph.layer_graph import Expected
-from taskgrad.graph.pytree import flatten
+from taskgrad.graph.pytree import flatten, map_leaves
 from taskgrad.graph.segments import Segment, SegmentStep
 from taskgrad.graph.torch_settings import thread_settings
 from taskgrad.remote_errors import shorten
@@ -95,6 +95,8 @@ class SegmentRun:
             return
         args, kwargs = Template.of(step.template).fill(values)
         fn = self._shard.layers[index] if step.target is None else step.function
+        if step.target is not None and self._shard.device.type != "cpu":
+            args, kwargs = map_leaves(self._device_here, (args, kwargs))
         try:
             with self._settings(step), self._stream(fn, name), synchronized(fn, name, number):
                 result = fn(*args, **kwargs)
@@ -112,6 +114,14 @@ class SegmentRun:
             values[value] = leaves[position]
         for position, value in step.arguments_written:
             values[value] = written[position]
+
+    def _device_here(self, leaf: Any) -> Any:
+        """The shard's device in place of the one that the driver's model was on.
+
+        A forward says ``mask.to(x.device)``, and was followed where that was the CPU.
+        """
+        is_drivers = isinstance(leaf, torch.device) and leaf.type in ("cpu", "meta")
+        return self._shard.device if is_drivers else leaf
 
     def _settings(self, step: SegmentStep) -> AbstractContextManager[None]:
         if not step.settings:

@@ -15,6 +15,7 @@ from taskgrad.errors import WorkerLostError
 from taskgrad.graph import pack
 from taskgrad.graph.deferred_init import InitPlan, TensorSpec
 from taskgrad.graph.memory_layout import View
+from taskgrad.worker.devices import assigned, device_memory
 from taskgrad.worker.gradients import accumulate_into, summed
 from taskgrad.worker.hooks import hooked_gradient
 from taskgrad.worker.materialize import make_values
@@ -55,7 +56,7 @@ def install(
     known = store.get(token)
     if known is not None:  # trained meanwhile
         return str(known.device)
-    there = torch.device("cpu") if device is None else _assigned(device)
+    there = torch.device("cpu") if device is None else assigned(device)
     values = [
         t.empty(there) if isinstance(t, TensorSpec) else t if isinstance(t, View) else t.clone()
         for t in tensors
@@ -78,20 +79,6 @@ def install(
         ResidentShard(layers, parameters, place, frozenset(copied), trainable, lock=lock),
     )
     return str(place)
-
-
-def _assigned(device: str) -> torch.device:
-    """A bare "cuda" means this worker's own: the first that it sees, as dask-cuda arranges it."""
-    found = torch.device(device)
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"device {device!r} was asked for, and this worker sees no CUDA device")
-    try:
-        torch.empty(0, device=found)
-    except Exception as error:  # each kind of device has its own
-        raise RuntimeError(
-            f"device {device!r} was asked for, and this worker cannot use it: {error}"
-        ) from error
-    return found
 
 
 def fetch(
@@ -166,6 +153,12 @@ def memory(store: Store, token: str) -> dict[str, int]:
         entries = store.entries()
         mine = {k: e for k, e in entries.items() if getattr(e, "shard", e) is shard}
         return asdict(store_bytes(mine)[token])
+
+
+def memory_of_device(store: Store, token: str) -> dict[str, int]:
+    """Bytes of the shard's device that are in use, and that it has; empty for the CPU."""
+    found = device_memory(store.shard(token).device)
+    return {} if found is None else {"device_used": found[0], "device_total": found[1]}
 
 
 def zero_grad(store: Store, token: str) -> None:

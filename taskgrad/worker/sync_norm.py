@@ -207,23 +207,23 @@ class _Normalize(torch.autograd.Function):
         scale, shift = (None if t is None else t.to(given) for t in (weight, bias))
         y = F.batch_norm(given, mean, variance, scale, shift, False, 0.0, eps).to(x.dtype)
         ctx.save_for_backward(x, weight, mean, variance)
-        ctx.comm, ctx.count, ctx.eps, ctx.what = comm, total.count, eps, what
-        ctx.has_bias = bias is not None
+        ctx.about = comm, total.count, eps, what, bias is not None
         return token.clone(), y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, token: torch.Tensor, dy: torch.Tensor) -> Any:
         x, weight, mean, variance = ctx.saved_tensors
-        given, dy, eps = _wide(x), _wide(dy), ctx.eps
+        comm, count, eps, what, has_bias = ctx.about
+        given, dy = _wide(x), _wide(dy)
         scale = None if weight is None else weight.to(given)
         # With the statistics as constants; what they give to the gradient is added below.
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             dy, given, scale, mean, variance, None, None, False, eps, [True, True, True]
         )
         own = torch.stack([dbias, dweight]).double().cpu()
-        messages = ctx.comm.exchange(f"the backward of {ctx.what}", False, [[own]] * ctx.comm.size)
-        sums = reduce(torch.add, (m.payload[0] for m in messages)) / ctx.count
+        messages = comm.exchange(f"the backward of {what}", False, [[own]] * comm.size)
+        sums = reduce(torch.add, (m.payload[0] for m in messages)) / count
         inverse = (variance.double() + eps).rsqrt()
         factor = inverse if scale is None else inverse * scale
         by_channel = (1, -1, *(1 for _ in x.shape[2:]))
@@ -236,6 +236,6 @@ class _Normalize(torch.autograd.Function):
             token,
             dx.to(x.dtype),
             None if weight is None else dweight.to(weight.dtype),
-            dbias.to(weight.dtype if weight is not None else x.dtype) if ctx.has_bias else None,
+            dbias.to(weight.dtype if weight is not None else x.dtype) if has_bias else None,
             *(None,) * 4,
         )

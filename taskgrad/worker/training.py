@@ -107,20 +107,30 @@ def prepare(
                 for grad in present.values():
                     grad.mul_(factor)
             if training.scaler is not None:
-                finite = all(bool(g.isfinite().all()) for g in present.values())
+                # All kernels first: to read a result waits for those before it.
+                flags = [g.isfinite().all() for g in present.values()]
+                finite = all(map(bool, flags))
             if norms:
-                found = {n: torch.linalg.vector_norm(g, 2.0).cpu() for n, g in present.items()}
+                each = {n: torch.linalg.vector_norm(g, 2.0) for n, g in present.items()}
+                found = {n: norm.cpu() for n, norm in each.items()}
         groups = () if shard.optimizer is None else shard.optimizer.param_groups
         rates = tuple(float(group["lr"]) for group in groups if "lr" in group)
         times = training.busy, training.began_at, time.time()
-        training.summary = Summary(found, finite, *times, rates)
+        training.summary = Summary(found, finite, *times, rates, shard.device.type)
         return training.summary
+
+
+def norm_moments(store: Store, token: str) -> deferred_norm.Given:
+    """What a step recorded of batch norms, for the other replicas: all forwards are done here."""
+    with store.locked(token) as shard:
+        norms = training_of(shard).norms or {}
+        return deferred_norm.given(norms, shard.all_modules.members().modules)
 
 
 def commit(
     store: Store,
     token: str,
-    *summaries: Summary,
+    *values: Summary | deferred_norm.Given,
     step: int,
     update: bool,
     clip_norm: float | None,
@@ -130,6 +140,7 @@ def commit(
 ) -> dict[str, torch.Tensor]:
     """Take the optimizer's step; returns the new values of those parameters that have copies.
 
+    The values are summaries of shards, and what `norm_moments` gives of other replicas of this one.
     With clipping, as `torch.nn.utils.clip_grad_norm_` over all parameters of the model in this
     order. A shard that has committed this step already only returns the values again. If anything
     raises, the shard is as it was before.
@@ -150,8 +161,15 @@ def commit(
                 shard.update = None
             averaging.average(shard)
             before = training.before
+            summaries = [value for value in values if isinstance(value, Summary)]
+            others = [value for value in values if not isinstance(value, Summary)]
             finite = all(summary.finite for summary in summaries)
-            total = total_norm(summaries, order) if update and clip_norm is not None else None
+            total = None
+            if update and clip_norm is not None:
+                kinds = {summary.device for summary in summaries}
+                # Plain torch's bits: each kind of device adds in an order of its own. Of several
+                # kinds the host, so that all shards have the same bits.
+                total = total_norm(summaries, order, kinds.pop() if len(kinds) == 1 else "cpu")
             if update:
                 _copy(shard, training, untouched_by(shard.optimizer))
             try:
@@ -165,7 +183,9 @@ def commit(
                             shard.optimizer.step()
                 if update and training.scaler is not None:
                     training.scaler.update(finite)
-                if training.norms:
+                if training.norms is not None:
+                    members = shard.all_modules.members()
+                    deferred_norm.take(training.norms, members.modules, others)
                     deferred_norm.commit(training.norms)
                 if update and finite and training.scheduler and not training.takes_metric:
                     hint = " It steps with every step of the optimizer, not every epoch."
@@ -219,11 +239,15 @@ def undo_advance(store: Store, token: str, *, done: int) -> None:
             training.advanced = None
 
 
-def total_norm(summaries: Sequence[Summary], order: Sequence[str]) -> torch.Tensor:
+def total_norm(
+    summaries: Sequence[Summary], order: Sequence[str], device: str = "cpu"
+) -> torch.Tensor:
     """The norm of all gradients together; each parameter counts once, where it lives."""
     norms = {name: norm for summary in summaries for name, norm in summary.norms.items()}
     found = [norms[name] for name in order if name in norms]
-    return torch.linalg.vector_norm(torch.stack(found), 2.0) if found else torch.zeros(())
+    if not found:
+        return torch.zeros((), device="cpu")
+    return torch.linalg.vector_norm(torch.stack(found).to(device), 2.0)
 
 
 def _clip(

@@ -157,7 +157,8 @@ class Training:
 class Summary:
     """A shard's gradients in numbers, once they are complete.
 
-    `norms` are by parameter, `learning_rates` those of the optimizer's groups in this step.
+    `norms` are by parameter, on the host; `learning_rates` are those of the optimizer's groups in
+    this step; `device` is the kind of device that the shard is on.
     """
 
     norms: dict[str, torch.Tensor]
@@ -166,3 +167,4 @@ class Summary:
     began_at: float
     ended_at: float
     learning_rates: tuple[float, ...]
+    device: str = "cpu"

@@ -24,6 +24,7 @@ from taskgrad.cluster.wire.serialize import (
     dumps_whole,
     pickle_with,
 )
+from taskgrad.cluster.wire.tensors import is_pinned
 
 Tag = tuple[int, int, int]
 """Three numbers below 2**32 that say what a value is."""
@@ -102,7 +103,7 @@ class Arriving:
         self._remote: list[tuple[bytearray, memoryview]] = []
         lengths = numbers[dims:]
         if kind == _TENSOR:
-            self._parts = [torch.empty(numbers[:dims], dtype=_DTYPES[code])]
+            self._parts = [torch.empty(numbers[:dims], dtype=_DTYPES[code], device="cpu")]
         else:
             self._parts = [_memory(n & ~_BY_ADDRESS) for n in lengths]
         missing: list[memoryview] = []
@@ -217,7 +218,7 @@ def _is_plain(t: torch.Tensor) -> bool:
         and t.device.type == "cpu"
         and t.dtype in _CODES
         and t.is_contiguous()
-        and not (t.requires_grad or t.is_conj() or t.is_neg() or t.__dict__)
+        and not (t.requires_grad or t.is_conj() or t.is_neg() or t.__dict__ or is_pinned(t))
         and t.dim() <= _MAX_LENGTHS
     )
 

@@ -17,6 +17,8 @@ What arrives:
   object that a value holds twice (tied weights) arrives as one.
 - A tensor from an accelerator goes through host memory to the receiver's current device of that
   type; where there is none, it stays on the host. Not tested with several kinds of device.
+- A tensor in pinned memory in ordinary memory: other processes cannot be sure to read what a device
+  driver has mapped.
 """
 
 from __future__ import annotations
@@ -63,10 +65,15 @@ def is_ready_to_send(value: Any) -> bool:
     kind = type(value)
     if kind is torch.Tensor or kind is torch.nn.Parameter:
         ready = value.layout is torch.strided and value.device.type == "cpu"
-        return ready and value.is_contiguous() and not value.__dict__
+        return ready and value.is_contiguous() and not (value.__dict__ or is_pinned(value))
     if kind is tuple or kind is list:
         return len(value) <= thresholds.INSPECTED_VALUES_MAX and all(map(is_ready_to_send, value))
     return value is None
+
+
+def is_pinned(t: torch.Tensor) -> bool:
+    """True for a tensor in pinned memory. Without CUDA in this process there is none to ask for."""
+    return torch.cuda.is_initialized() and t.is_pinned()
 
 
 def _reduce(t: torch.Tensor, cls: type) -> Any:
@@ -118,9 +125,11 @@ def _reduce_dense(t: torch.Tensor) -> tuple[Any, tuple[Any, ...]]:
         physical = physical.conj()  # removes the conj bit: no copy
     if neg:
         physical = torch._neg_view(physical)
-    if device != "cpu":
-        physical = physical.cpu()
     flat, strides = _flatten(physical)
+    if device != "cpu":
+        flat = flat.cpu()  # only now: a copy of what is expanded, or a view, would be packed
+    elif is_pinned(flat):
+        flat = flat.clone()
     if not flat.numel():
         return _build_empty, (t.dtype, tuple(t.shape), strides, device)
     buffer = pickle.PickleBuffer(flat.view(torch.uint8).numpy().data)
@@ -180,7 +189,7 @@ def _build_dense(
 def _build_empty(
     dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], device: str
 ) -> torch.Tensor:
-    t = torch.empty_strided(shape, strides, dtype=dtype)
+    t = torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
     return t if device == "cpu" else _to_device(t, device)
 
 
@@ -194,7 +203,12 @@ def _build_coo(
     indices: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...], coalesced: bool
 ) -> torch.Tensor:
     return torch.sparse_coo_tensor(
-        indices, values, shape, check_invariants=False, is_coalesced=coalesced
+        indices,
+        values,
+        shape,
+        device=values.device,  # and not the default device
+        check_invariants=False,
+        is_coalesced=coalesced,
     )
 
 
@@ -208,5 +222,8 @@ def _build_compressed(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that the layout is in beta
         return torch.sparse_compressed_tensor(
-            compressed, plain, values, shape, layout=layout, check_invariants=False
+            *(compressed, plain, values, shape),
+            layout=layout,
+            device=values.device,
+            check_invariants=False,
         )
