@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from distributed import Client
+from distributed import Client, LocalCluster
 from torch import nn
 
 import taskgrad as tg
@@ -178,14 +178,19 @@ def test_ctrl_c_ends_the_ranks(client, tmp_path):
             time.sleep(0.01)
         return x
 
+    ended = threading.Event()
+
     def interrupt():
         assert wait_until(lambda: os.path.exists(begun))
         _thread.interrupt_main()
+        while not ended.wait(5):  # Python drops it within a callback of a weak reference
+            _thread.interrupt_main()
 
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
         tg.pmap(f, "i", client=client)(X[:2])
+    ended.set()
     thread.join()
     open(begun + "-not", "w").close()
     os.remove(begun)
@@ -303,3 +308,21 @@ def test_buffers_are_those_of_rank_0(client):
         assert torch.equal(y[0], theirs)
         torch.testing.assert_close(norm.running_mean, plain.running_mean, rtol=0, atol=0)
         assert norm.num_batches_tracked == plain.num_batches_tracked
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("options", [{"processes": False}, {"security": True}], ids=["one", "tls"])
+def test_workers_in_one_process_and_workers_behind_tls(options):
+    w = torch.randn(300_000)
+    x = torch.randn(2, 300_000)
+    with (
+        LocalCluster(n_workers=2, dashboard_address=":0", **options) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        before = x.clone()
+        f = tg.pmap(lambda x: tg.psum(x.mul_(w), "i"), "i", client=client)
+        for _ in range(3):
+            assert torch.equal(f(x)[0], x[0] * w + x[1] * w)
+            assert torch.equal(x, before)
+            w.add_(1)
+        assert any(client.run(hosts).values())

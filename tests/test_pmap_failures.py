@@ -151,8 +151,10 @@ def test_a_worker_that_is_killed_in_a_collective(fresh, tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
         return tg.psum(x, "i")
 
+    before = set(client.nthreads())
     with pytest.raises(tg.WorkerLostError, match=r"rank 1 of f is gone with worker 1 \(tcp://"):
         tg.pmap(f, "i", client=client)(X[:2])
+    assert wait_until(lambda: len(set(client.nthreads()) - before) == 1, 30)
     assert wait_until(lambda: len(client.nthreads()) == 2, 30)
     assert wait_until(lambda: empty(client))
     y = tg.pmap(f, "i", client=client)(X[:2])
@@ -294,4 +296,6 @@ def test_a_task_fails_when_a_worker_of_its_gang_is_gone():
     mail.gone("theirs")
     with pytest.raises(GroupAborted, match="theirs is gone"):
         mail.wait("task", 0, [1], 0)
+    with pytest.raises(GroupAborted, match="theirs is gone"):  # since the messages had come
+        mail.take("task", 0, [1])
     assert mail.is_gone("task", "theirs")

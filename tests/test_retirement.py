@@ -47,7 +47,7 @@ def test_a_worker_that_holds_layers_stays_and_the_chain_goes_on(fresh):
     assert_vjp_equals_torch(chain, network, x)
 
     assert wait_until(lambda: len(told(client)) == 3)
-    event = {"action": "taskgrad-not-retired", "shards": 1, "tapes": 1, "gradients": 0}
+    event = {"action": "taskgrad-not-retired", "shards": 1, "tapes": 1, "gradients": 0, "parts": 0}
     assert sorted(e["worker"] for e in told(client)) == sorted([first, first, second])
     assert all(e == {**event, "worker": e["worker"]} for e in told(client))
     logs = [line for _, line in client.get_scheduler_logs()]

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 import taskgrad as tg
-from conftest import total_held, wait_until
+from conftest import about_workers, total_held, wait_until
 from helpers import long
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.complex64, torch.bool]
+DTYPES = [torch.float32, torch.bfloat16, *long(torch.float64, torch.int64, torch.complex64)]
 WORKERS = [[0, 1], *long([0], [2, 0, 1])]
 AXES = [0, *long(1, -1, None)]
 
@@ -65,13 +65,21 @@ def test_layouts(four):
     assert holders(empty) == [(0, 0, 0)]
     same(empty, t[:0])
     same(tg.shard(torch.tensor(3.0), None, client=four), torch.tensor(3.0))
-    for axis in (0, 1, None):
-        for other in (1, None, 0):
-            for workers in ([1, 2], None, [3]):
-                same(tg.shard(t, axis, client=four).reshard(other, workers=workers), t)
     x = tg.shard(t, client=four)
     assert x.reshard(0).parts == x.parts
     same(empty.reshard(1), t[:0])
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("workers", [[1, 2], *long(None, [3])])
+def test_resharding(four, axis, workers):
+    t = values(6, 5)
+    for other in (1, None, 0):
+        x = tg.shard(t, axis, client=four).reshard(other, workers=workers)
+        same(x, t)
+        assert x.layout == tg.Sharded(other)
+        assert len(x.parts) == len(workers or range(4))
+        same(x[1:5].reshard(0), t[1:5])
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -86,7 +94,7 @@ def test_elementwise_functions_have_torchs_bits(four, workers, axis):
     same(column / x, column / t)
     same(x / column + 1j, t / column + 1j)
     same(-(x**2), -(t**2))
-    same(2**x, 2**t)
+    torch.testing.assert_close((2**x).gather(), 2**t)  # torch rounds the end of a row otherwise
     same(x // 0.5 % 3, t // 0.5 % 3)
     same(abs(x) >= y, abs(t) >= u)
     same((x > 0) & ~(y > 0) | (x == y), (t > 0) & ~(u > 0) | (t == u))
@@ -97,6 +105,8 @@ def test_elementwise_functions_have_torchs_bits(four, workers, axis):
     same(x.exp().double(), t.exp().double())
     same(F.gelu(x, approximate="tanh"), F.gelu(t, approximate="tanh"))
     same(torch.special.expit(x), torch.special.expit(t))
+    same(F.threshold(x, 0.5, -1.0), F.threshold(t, 0.5, -1.0))
+    torch.testing.assert_close(F.logsigmoid(x).gather(), F.logsigmoid(t))
     same(x.map(lambda part: part.abs() * 3), t.abs() * 3)
     if axis in (1, -1):
         same(x[:, None] * y, t[:, None] * u)
@@ -136,7 +146,7 @@ def test_indexing(four, axis):
 def test_reductions_stay_or_give_a_tensor(four):
     t = values(7, 4, 3)
     x = tg.shard(t, client=four)
-    for name in ("sum", "mean", "amax", "amin"):
+    for name in ("sum", "mean", "amax", "amin"):  # beside axis 0, to the bits
         ours, theirs = getattr(x, name), getattr(torch, name)
         for dim in (1, -1, (1, 2)):
             same(ours(dim), theirs(t, dim))
@@ -154,6 +164,7 @@ def test_reductions_stay_or_give_a_tensor(four):
     for p in (2, 1, 0, 3, float("inf"), -float("inf")):
         torch.testing.assert_close(x.norm(p), torch.linalg.vector_norm(t, p))
         torch.testing.assert_close(x.norm(p, 0), torch.linalg.vector_norm(t, p, 0))
+    torch.testing.assert_close(tg.shard(t, 1, client=four).mean(0).gather(), t.mean(0))
     copies = tg.shard(t, None, client=four)
     same(copies.sum(0), t.sum(0))
     assert torch.equal(copies.mean(), t.mean())
@@ -211,6 +222,18 @@ def test_parts_go_with_the_sharded_tensor(client):
     assert wait_until(lambda: total_held(client)["parts"] == 0)
 
 
+def test_the_dashboard_shows_the_bytes_of_parts(client):
+    x = tg.shard(torch.zeros(6, 1000), client=client)
+
+    def shown() -> list[int]:
+        return [w["metrics"]["taskgrad_parts"] for w in about_workers(client).values()]
+
+    half = x.nbytes // 2
+    assert wait_until(lambda: shown() == [half, half])
+    del x
+    assert wait_until(lambda: shown() == [0, 0])
+
+
 def test_what_is_refused(four):
     t = torch.arange(12.0).reshape(4, 3)
     x = tg.shard(t, client=four)
@@ -242,6 +265,7 @@ def test_what_is_refused(four):
     refused(TypeError, "add_ of a sharded tensor", lambda: t.add_(x))
     refused(TypeError, "cannot write", lambda: torch.add(x, 1, out=t))
     refused(TypeError, "cannot write", lambda: F.relu(x, inplace=True))
+    refused(TypeError, "shape depends on values", lambda: torch.where(x))
     refused(TypeError, "unsupported operand", lambda: x + "1")
     refused(TypeError, "unsupported operand", lambda: np.ones(3) * x)
     refused(TypeError, "gather.*numpy", lambda: np.asarray(x))
@@ -293,8 +317,8 @@ def test_who_holds_what_is_shown(client):
     html = x._repr_html_()
     for part in x.parts:
         assert str(part.worker) in html
-    assert "width:274px" in html
-    assert "width:206px" in html
+    assert '<rect x="0" y="0" width="274"' in html
+    assert '<rect x="274" y="0" width="206"' in html
     assert "<td>4:7</td><td>[3, 3]</td><td>36</td>" in html
     assert "<td>all</td><td>[7, 3]</td><td>84</td>" in x.reshard(None)._repr_html_()
     assert repr(x.parts[1]).startswith("Part(worker='1 (tcp://")

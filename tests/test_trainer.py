@@ -177,7 +177,8 @@ def test_many_steps_leave_nothing(client):
     assert most < 40 * 16  # and not those of all steps: 20 each, and what they wait for
     loss.item()
     trainer.wait()
-    assert wait_until(lambda: total_held(client) == {"shards": 2, "tapes": 0, "gradients": 0})
+    held = {"shards": 2, "tapes": 0, "gradients": 0, "parts": 0}
+    assert wait_until(lambda: total_held(client) == held)
     assert wait_until(lambda: client.run_on_scheduler(tasks) < 10)
     del trainer, loss
     gc.collect()

@@ -40,7 +40,9 @@ from taskgrad.cluster.channels.dask_comms import CHANNEL, DaskChannels
 from taskgrad.cluster.channels.frames import Tag
 from taskgrad.cluster.channels.rank_mail import RankMail
 from taskgrad.cluster.channels.sockets import SocketChannels
+from taskgrad.cluster.channels.step_mail import StepMail
 from taskgrad.cluster.nested import give_thread_back
+from taskgrad.cluster.wire.message_values import serialized_if_large
 from taskgrad.cluster.wire.peers import registry_at
 from taskgrad.cluster.wire.picklable import check_picklable
 from taskgrad.cluster.wire.serialize import dumps_whole
@@ -48,7 +50,7 @@ from taskgrad.errors import WorkerLostError
 from taskgrad.graph import pack
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.worker.failures import exit_error
-from taskgrad.worker.rank_forward import KeptInput, RankForward
+from taskgrad.worker.rank_forward import RANKS, KeptInput, RankForward
 from taskgrad.worker.resident import Resident, StepInputs
 from taskgrad.worker.settings import applied
 from taskgrad.worker.step_program import StoredResult
@@ -149,6 +151,7 @@ class _ProgramHost:
         self._loop: Any = worker.loop
         self._outgoing: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._gave_thread_back = False
+        self._runs_ranks = False
         self._kept: dict[int, Any] = {}  # inputs of later steps, too
         self._settings: TorchSettings | None = None  # those that hold now
         self._applied = contextlib.ExitStack()
@@ -162,6 +165,7 @@ class _ProgramHost:
         else:
             self.channels = DaskChannels(worker, name, rank, self._deliver, self._lost)
         self._mail = RankMail(self.channels)
+        self._step_mail = StepMail(self.channels, addresses, store.mailboxes)
 
     async def serve(self) -> None:
         """Do what the driver's messages say until it closes the connection, or is gone."""
@@ -190,6 +194,7 @@ class _ProgramHost:
         """Close the channels."""
         channels = self.channels
         self._mail.close()
+        self._step_mail.close()
         if isinstance(channels, SocketChannels):
             await self._in_thread(channels.close, _CLOSE_S)
         else:
@@ -252,7 +257,9 @@ class _ProgramHost:
         self.resident.stop(epoch)
 
     def _deliver(self, tag: Tag, arrived: Any) -> None:
-        if RankMail.is_for(tag):
+        if StepMail.is_for(tag):
+            self._step_mail.deliver(tag, arrived)
+        elif RankMail.is_for(tag):
             self._mail.deliver(tag, arrived)
         else:
             self.resident.deliver(tag, arrived)
@@ -270,15 +277,19 @@ class _ProgramHost:
                     applied(settings, self._store.worker, self.give_thread_back)
                 )
                 self._settings = settings
-            ranks = isinstance(action, RankForward) and len(self._addresses) > 1
-            with self._mail.call(*self.resident.call) if ranks else contextlib.nullcontext():
+            self._runs_ranks = isinstance(action, RANKS)
+            # The ranks of a block have no channels of their own.
+            mail = isinstance(action, RankForward) and len(self._addresses) > 1
+            call = self.resident.call
+            with self._mail.call(*call) if mail else self._step_mail.during(action, *call):
                 result = action.run(self._store, *inputs)
             check_picklable(result)
             return result
         except Exception:
             raise
         except BaseException as error:
-            raise exit_error(error, self._store.worker, title_of(action)) from None
+            failed = exit_error(error, self._store.worker, title_of(action))
+        raise failed  # with its cause
 
     def release(self) -> None:
         """Put torch's settings back: the program waits, and others may need other ones."""
@@ -318,7 +329,13 @@ class _ProgramHost:
             while True:
                 message = await self._outgoing.get()
                 if "reports" in message:
-                    message["reports"] = dumps_whole(message["reports"])
+                    # What steps report may be memory that the next one writes.
+                    found = message["reports"]
+                    message["reports"] = (
+                        serialized_if_large(found, self._comm)
+                        if self._runs_ranks
+                        else dumps_whole(found)
+                    )
                 with internals.writing_at_once(self._comm):  # all is bytes already
                     await self._comm.write(message)
 

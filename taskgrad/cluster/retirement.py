@@ -187,9 +187,9 @@ class RetirementGuard:
             counts = ", ".join(f"{kind}: {count}" for kind, count in held.items() if count)
             logger.warning(
                 "worker %s is not retired: it holds what cannot be moved (%s). It can be retired "
-                "once its chains and thunks are released: delete them, or make the chain on other "
-                "workers (placement=...) and load its state_dict there. If the worker must go, "
-                "stop it: what it holds is lost then",
+                "once its chains, thunks and sharded tensors are released: delete them, or make "
+                "the chain on other workers (placement=...) and load its state_dict there. If the "
+                "worker must go, stop it: what it holds is lost then",
                 self._named(address),
                 counts or "a task that is running",
             )

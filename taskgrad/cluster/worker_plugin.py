@@ -18,7 +18,7 @@ from taskgrad.cluster.retirement import OccupancyReporter
 from taskgrad.cluster.tuning import malloc, server_settings
 from taskgrad.cluster.wire import message_leases, result_table
 from taskgrad.cluster.wire import serialize as _serialize  # noqa: F401  registers the tensor family
-from taskgrad.worker.memory import MemoryUsage, total_bytes
+from taskgrad.worker.memory import PARTS, MemoryUsage, total_bytes
 from taskgrad.worker.store import Store
 from taskgrad.worker_names import WorkerName
 
@@ -47,7 +47,7 @@ def _workers() -> list[Worker]:
     return list(_stores)
 
 
-_METRICS = tuple(field.name for field in fields(MemoryUsage))
+_METRICS = (*(field.name for field in fields(MemoryUsage)), PARTS)
 _BYTES_READ = f"{NAME}_cross_memory"
 
 

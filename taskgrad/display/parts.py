@@ -10,8 +10,7 @@ from taskgrad.display.graph import COLOURS
 from taskgrad.worker_names import WorkerName
 
 _MOST = 8  # parts that a repr names
-_WIDTH = 480  # of the strip, in pixels
-_STYLE = "height:2.2em;line-height:2.2em;text-align:center;color:#222;border:1px solid #666"
+_WIDTH, _HEIGHT = 480, 28  # of the strip, in pixels
 
 
 class Held(NamedTuple):
@@ -41,26 +40,43 @@ def drawn(title: str, axis: int | None, held: Sequence[Held]) -> str:
 
     Boxes are as long as their parts along the axis; copies of the whole are one below the other.
     """
-    addresses = list(dict.fromkeys(one.worker.address for one in held))
-    colours = {a: COLOURS[i % len(COLOURS)] for i, a in enumerate(addresses)}
-    total = max(1, sum(one.stop - one.start for one in held))
-    boxes = []
-    for one in held:
-        width = _WIDTH if axis is None else _WIDTH * (one.stop - one.start) / total
-        place = "all" if axis is None else f"{one.start}:{one.stop}"
-        boxes.append(
-            f'<div title="{escape(str(one.worker))}" style="{_STYLE};width:{width:.0f}px;'
-            f'overflow:hidden;background:{colours[one.worker.address]}">'
-            f"{escape(one.worker.short)}: {place}</div>"
-        )
-    way = "block" if axis is None else "flex"
-    strip = f'<div style="display:{way};margin:0.4em 0">{"".join(boxes)}</div>'
     rows = "".join(
-        f"<tr><td>{escape(str(one.worker))}</td>"
-        f"<td>{'all' if axis is None else f'{one.start}:{one.stop}'}</td>"
+        f"<tr><td>{escape(str(one.worker))}</td><td>{_place(one, axis)}</td>"
         f"<td>{list(one.shape)}</td><td>{one.nbytes:,}</td></tr>"
         for one in held
     )
-    along = "copies" if axis is None else f"axis {axis}"
+    along = "copy" if axis is None else f"axis {axis}"
     head = f"<tr><th>worker</th><th>{along}</th><th>shape</th><th>bytes</th></tr>"
-    return f"<div><code>{escape(title)}</code>{strip}<table>{head}{rows}</table></div>"
+    strip = _strip(axis, held)
+    return f"<div><code>{escape(title)}</code><br>{strip}<table>{head}{rows}</table></div>"
+
+
+def _place(one: Held, axis: int | None) -> str:
+    return "all" if axis is None else f"{one.start}:{one.stop}"
+
+
+def _strip(axis: int | None, held: Sequence[Held]) -> str:
+    """The boxes, as SVG."""
+    addresses = list(dict.fromkeys(one.worker.address for one in held))
+    colours = {a: COLOURS[i % len(COLOURS)] for i, a in enumerate(addresses)}
+    total = max(1, sum(one.stop - one.start for one in held))
+    boxes, left, top = [], 0.0, 0
+    for one in held:
+        width = _WIDTH if axis is None else _WIDTH * (one.stop - one.start) / total
+        name = escape(one.worker.short)
+        boxes.append(
+            f'<g><title>{escape(str(one.worker))}</title><rect x="{left:.0f}" y="{top}" '
+            f'width="{width:.0f}" height="{_HEIGHT}" fill="{colours[one.worker.address]}" '
+            f'stroke="#666666"/><text x="{left + width / 2:.0f}" y="{top + _HEIGHT / 2}" '
+            'text-anchor="middle" dominant-baseline="central" font-size="12" '
+            f'font-family="sans-serif">{name}: {_place(one, axis)}</text></g>'
+        )
+        if axis is None:
+            top += _HEIGHT
+        else:
+            left += width
+    high = max(top, _HEIGHT)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH + 2}" height="{high + 2}" '
+        f'viewBox="-1 -1 {_WIDTH + 2} {high + 2}">{"".join(boxes)}</svg>'
+    )

@@ -7,30 +7,25 @@ import contextlib
 import itertools
 import logging
 import math
-import pickle
 import threading
-import time
 import weakref
-from array import array
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
 import dask
 from distributed import Client, Future
 from distributed.comm.core import Comm, connect
-from distributed.protocol.serialize import Serialized
 
 from taskgrad import remote_errors
 from taskgrad.cluster import client_calls, internals
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.program_host import PROGRAM, run_program
-from taskgrad.cluster.scheduler_plugin import ANNOTATION, RAN
-from taskgrad.cluster.wire.serialize import dumps
+from taskgrad.cluster.scheduler_plugin import ANNOTATION
+from taskgrad.cluster.wire import message_values
 from taskgrad.errors import TaskgradError
+from taskgrad.executors.task_stream import Row, TaskStream
 from taskgrad.worker_names import WorkerName
 
-# How often the scheduler is told what programs did, for the dashboard.
-_SHOW_S = 0.5
 # Up to so many bytes Dask need not look at a message to tell whether a thread should serialize it.
 _AT_ONCE_MAX = 1 << 20
 # Each of two ways to connect workers may take this part of the time that an answer may.
@@ -39,11 +34,6 @@ _SOCKETS_S = 10.0  # for the first way at most: a firewall may drop what it does
 
 
 logger = logging.getLogger("taskgrad")
-
-Row = tuple[str, str, float, float]
-"""(name, "run", "send" or "receive", start, stop); times are in seconds since the epoch."""
-_ACTIONS = {"run": "compute", "send": "transfer", "receive": "transfer"}
-"""What the dashboard's task stream calls them."""
 
 
 class Connections:
@@ -98,9 +88,7 @@ class Connections:
         self._tasks: dict[int, Future] = {}  # the tasks that take steps, by rank
         self._numbers = itertools.count()  # of these tasks
         self._lost: set[int] = set()
-        self._labels: dict[int, list[list[tuple[str, str]]]] = {}  # by program, by rank
-        self._unshown: list[list[Row]] = [[] for _ in workers]  # what each did since `_shown_at`
-        self._shown_at = time.monotonic()
+        self._stream = TaskStream(client, self.workers)
         self._background: set[asyncio.Task[None]] = set()
         self._finalizer = weakref.finalize(self, _close, client, self._comms)
         try:
@@ -184,13 +172,13 @@ class Connections:
     ) -> None:
         """Send every worker its program; `labels` has what `StepProgram.labels` gives for each."""
         with self.changed:
-            self._labels[number] = labels
+            self._stream.label(number, labels)
         self._send([{"op": "load", "number": number, "program": p} for p in programs])
 
     def unload(self, number: int) -> None:
         """Have the workers drop a program."""
         with self.changed:
-            self._labels.pop(number, None)
+            self._stream.unlabel(number)
         self._send([{"op": "unload", "number": number} for _ in self.workers])
 
     def drop(self, numbers: Sequence[int]) -> None:
@@ -205,7 +193,10 @@ class Connections:
 
         Raises what serializing the inputs raises, before anything is sent.
         """
-        packed = [_pack(list(given), comm) for given, comm in zip(inputs, self._comms, strict=True)]
+        packed = [
+            message_values.serialized(list(given), comm)
+            for given, comm in zip(inputs, self._comms, strict=True)
+        ]
         with self.changed:
             self._sent += 1
             settle = self._settle()
@@ -334,15 +325,9 @@ class Connections:
         with self.changed:
             op = message["op"]
             if op == "done":
-                labels = self._labels[message["program"]][rank]
-                timed = array("d", message["timings"])
-                numbers, times = map(int, timed[::3]), zip(timed[1::3], timed[2::3], strict=True)
-                rows = [(*labels[i], *at) for i, at in zip(numbers, times, strict=True)]
-                self._unshown[rank] += rows
-                if time.monotonic() - self._shown_at > _SHOW_S:
-                    self._show()
+                rows = self._stream.add(rank, message["program"], message["timings"])
                 found = self.finished.setdefault(message["step"], {})
-                found[rank] = pickle.loads(message["reports"]), rows
+                found[rank] = message_values.loads(message["reports"]), rows
                 if len(found) == len(self.workers):
                     self._to_settle = message["step"]
             elif op == "failed":
@@ -352,7 +337,7 @@ class Connections:
                 self.positions[rank] = message["at"], message["arrived"]
                 self._tasks.pop(rank, None)
             elif op == "ended":
-                self._show()
+                self._stream.show()
                 self._tasks.pop(rank, None)
                 self._taken[rank] += message["taken"]
                 settle = self._settle()
@@ -363,16 +348,6 @@ class Connections:
             elif op == "peer_lost":
                 asyncio.get_running_loop().call_later(1.0, self._peer_lost, message["address"])
             self.changed.notify_all()
-
-    def _show(self) -> None:
-        """Have the dashboard's task stream show what the programs did."""
-        self._shown_at = time.monotonic()
-        for rank, (address, rows) in enumerate(zip(self.workers, self._unshown, strict=True)):
-            if rows:
-                shown = [(name, _ACTIONS[kind], *times) for name, kind, *times in rows]
-                about = {"worker": address, "thread": rank, "rows": shown}
-                internals.tell_scheduler(self._client, {"op": RAN, **about})
-                rows.clear()
 
     def _peer_lost(self, address: str) -> None:
         """Workers lost their connection to one that the driver may still reach."""
@@ -399,14 +374,6 @@ class Connections:
             self._lost.add(rank)
             self._fail(self.workers[rank])
             self.changed.notify_all()
-
-
-def _pack(inputs: list[Any], comm: Comm) -> Serialized:
-    """The inputs as a message has them. Dask's own function would raise its own error."""
-    header, frames = dumps(inputs)
-    if comm.peer_address.startswith("inproc://"):  # it would read the user's memory, and later
-        frames = [bytearray(frame) for frame in frames]
-    return Serialized({**header, "serializer": "pickle"}, frames)
 
 
 async def _read(comm: Comm) -> Any:

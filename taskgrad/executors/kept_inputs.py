@@ -42,9 +42,9 @@ class KeptInputs:
         self._numbers = itertools.count()
         self._lock = threading.RLock()  # a tensor may end in any thread, in this one too
 
-    def begin(self) -> Call:
+    def begin(self) -> CallInputs:
         """The inputs of one call, in which every tensor is checked once."""
-        return Call(self)
+        return CallInputs(self)
 
     def find(self, tensor: torch.Tensor) -> _Kept | None:
         """What is known of a tensor as it is now; None for one that is not kept."""
@@ -76,7 +76,7 @@ class KeptInputs:
                 self._drop([known.number])
 
 
-class Call:
+class CallInputs:
     """The inputs of one call, by the ranks that take them."""
 
     def __init__(self, kept: KeptInputs) -> None:

@@ -98,6 +98,7 @@ def _(node: Pullback) -> Backward:
         includes=sources(node.includes),
         accumulate=sources(node.accumulate),
         peers=node.peers,
+        rank=node.call.spec.rank,
     )
 
 

@@ -23,6 +23,7 @@ from taskgrad.errors import TapeError, TaskgradError, WorkerLostError
 from taskgrad.executors.base import Launch, is_stateless, needs_layers
 from taskgrad.executors.table import TaskTable
 from taskgrad.graph.nodes import Node, label_of
+from taskgrad.graph.parts import PartCall, PartView
 from taskgrad.worker.settings import settings_released
 from taskgrad.worker_names import WorkerName
 
@@ -181,6 +182,8 @@ class _Monitor:
         again = "Call again"
         if self._labels or any(map(needs_layers, nodes)):
             again = _MAKE_AGAIN
+        elif any(isinstance(node, PartCall | PartView) for node in nodes):
+            again = "Make the sharded tensor again, of what is saved or on the driver,"
         tasks = [label for key, label in known.items() if key in undone]
         return worker_lost(self.session, address, tasks, again)
 
@@ -230,7 +233,8 @@ def worker_lost(
 ) -> WorkerLostError:
     """The error for layers or tapes that went with their worker, with what it had not finished."""
     return WorkerLostError(
-        f"{session.describe(address)} is gone, and with it the layers and tapes that it kept. "
+        f"{session.describe(address)} is gone, and with it the layers, tapes and parts that it "
+        "kept. "
         + (f"It had not finished {_some(unfinished)}. " if unfinished else "")
         + f"{_ENDED}. {again} on the workers there are"
     )

@@ -16,10 +16,10 @@ from taskgrad.graph.pytree import plain
 def run_ranks(owner: Session, calls: Sequence[Call]) -> list[Any]:
     """Run these calls, the ranks of one process group; returns their values, in rank order.
 
-    Ranks that leave no tape, each on a worker of its own, run in the workers' resident programs;
-    others as Dask tasks. Raises what `Executor.run` and `Executor.values` raise.
+    Ranks that leave no tape run in the workers' resident programs; others as Dask tasks. Raises
+    what `Executor.run` and `Executor.values` raise.
     """
-    if _are_direct(calls):
+    if not any(call.tape.kept for call in calls):
         values = _run_direct(owner, calls)
         if values is not None:
             return values
@@ -33,17 +33,13 @@ def run_tasks(owner: Session, calls: Sequence[Call]) -> list[Any]:
     return executor.values(calls)
 
 
-def _are_direct(calls: Sequence[Call]) -> bool:
-    workers = [call.worker for call in calls]
-    return len(set(workers)) == len(workers) and not any(call.tape.kept for call in calls)
-
-
 def _run_direct(owner: Session, calls: Sequence[Call]) -> list[Any] | None:
     """The values; None if the workers cannot be reached directly."""
     check_open(owner.client)
     rank = calls[0].spec.rank
     assert rank is not None
-    with groups_of(owner).group(owner, rank.group.workers) as group:
+    workers = tuple(dict.fromkeys(rank.group.workers))
+    with groups_of(owner).group(owner, workers) as group:
         if group is None:
             return None
         found = group.run(owner, calls)

@@ -13,6 +13,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,8 +28,9 @@ from taskgrad.executors.program_wait import wait_for_programs
 from taskgrad.graph.calls import Call
 from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import new_key
+from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.plan.program import Instruction, Program, Value
-from taskgrad.worker.rank_forward import RankForward
+from taskgrad.worker.rank_forward import RankBlock, RankForward
 from taskgrad.worker.step_program import Job, StepProgram
 from taskgrad.worker_names import WorkerName
 
@@ -42,7 +44,10 @@ _Workers = tuple[WorkerName, ...]
 
 
 class RankGroup:
-    """Programs on these workers, one rank each. OSError or TaskgradError if one is not reached."""
+    """Programs on these workers, each for its ranks of a call.
+
+    OSError or TaskgradError if one of the workers is not reached.
+    """
 
     def __init__(self, session: Session, workers: _Workers) -> None:
         self.workers = workers
@@ -59,17 +64,18 @@ class RankGroup:
         Raises what a rank raised, or WorkerLostError; the group is then of no more use.
         """
         connections = self._connections
-        program = self._load(calls)
+        blocks = [_Block.of(calls, worker) for worker in connections.workers]
+        program = self._load(blocks)
         step = next(self._numbers)
-        connections.step(step, program, self._inputs(calls))
+        connections.step(step, program, self._inputs(blocks))
 
         def done() -> bool:
-            return len(connections.finished.get(step, ())) == len(calls)
+            return len(connections.finished.get(step, ())) == len(blocks)
 
         def lost(address: str) -> BaseException:
-            rank = connections.workers.index(address)
+            at = connections.workers.index(address)
             return WorkerLostError(
-                f"{calls[rank].label} is gone with worker {self.workers[rank]}. Look at that "
+                f"{blocks[at].calls[0].label} is gone with worker {self.workers[at]}. Look at that "
                 "worker's log (memory?), then call again"
             )
 
@@ -78,17 +84,26 @@ class RankGroup:
             raise error
         reports = connections.finished[step]
         connections.forget(step)
-        return [reports[rank][0][0] for rank in range(len(calls))]
+        single = len(blocks) == len(calls)
+        found = {
+            call: value
+            for at, block in enumerate(blocks)
+            for call, value in zip(
+                block.calls, [reports[at][0][0]] if single else reports[at][0][0], strict=True
+            )
+        }
+        return [found[call] for call in calls]
 
-    def _load(self, calls: Sequence[Call]) -> int:
+    def _load(self, blocks: Sequence[_Block]) -> int:
         """The number of the program of these calls, which the workers have then."""
-        about = tuple((c.spec.function, c.spec.template, c.title, _settings(c)) for c in calls)
+        about = tuple([block.about for block in blocks])
         number = self._programs.get(about)
         if number is not None:
             self._programs.move_to_end(about)
             return number
         number = next(self._numbers)
-        programs = [_program(rank, call) for rank, call in enumerate(calls)]
+        single = all(len(block.calls) == 1 for block in blocks)  # then they have channels
+        programs = [_program(at, block, single) for at, block in enumerate(blocks)]
         packed = [dumps_whole(program) for program in programs]
         self._connections.load(number, packed, [program.labels() for program in programs])
         self._programs[about] = number
@@ -96,16 +111,16 @@ class RankGroup:
             self._connections.unload(self._programs.popitem(last=False)[1])
         return number
 
-    def _inputs(self, calls: Sequence[Call]) -> list[list[Any]]:
+    def _inputs(self, blocks: Sequence[_Block]) -> list[list[Any]]:
         kept = self._kept.begin()
+        single = all(len(block.calls) == 1 for block in blocks)
         found = []
-        for rank, call in enumerate(calls):
-            given: list[Any] = [call.spec._replace(function=b"", template=b"")]
-            for slot, node in enumerate(call.inputs):
-                assert isinstance(node, Leaf)
-                value = node.sent()
-                closed_over = slot in call.spec.tensor_slots
-                given.append(kept.given(rank, node.value, value) if closed_over else value)
+        for at, block in enumerate(blocks):
+            specs = [call.spec._replace(function=b"", template=b"") for call in block.calls]
+            given: list[Any] = [specs[0] if single else specs]
+            for leaf, closed_over in block.leaves.items():
+                value = leaf.sent()
+                given.append(kept.given(at, leaf.value, value) if closed_over else value)
             found.append(given)
         return found
 
@@ -119,18 +134,54 @@ class RankGroup:
         self._connections.close()
 
 
-def _settings(call: Call) -> Any:
-    settings = call.settings
-    return settings and settings.without_grad() if call.tape.wanted else settings
+@dataclass(frozen=True)
+class _Block:
+    """The ranks of a call that are on one worker.
+
+    `leaves` are the inputs of all of them, and whether the function closes over each; `slots` says
+    for each rank which of them it takes.
+    """
+
+    calls: tuple[Call, ...]
+    leaves: dict[Leaf, bool]
+    slots: tuple[tuple[int, ...], ...]
+
+    @staticmethod
+    def of(calls: Sequence[Call], worker: str) -> _Block:
+        own = tuple([call for call in calls if call.worker == worker])
+        leaves: dict[Leaf, bool] = {}
+        for call in own:
+            for slot, node in enumerate(call.inputs):
+                assert isinstance(node, Leaf)
+                leaves.setdefault(node, slot in call.spec.tensor_slots)
+        at = {leaf: i for i, leaf in enumerate(leaves)}
+        slots = [tuple([at[leaf] for leaf in call.inputs]) for call in own]  # type: ignore[index]
+        return _Block(own, leaves, tuple(slots))
+
+    @property
+    def about(self) -> Any:
+        """What their program depends on."""
+        specs = [(c.spec.function, c.spec.template, c.title, _settings(c)) for c in self.calls]
+        return tuple(specs), self.slots
 
 
-def _program(rank: int, call: Call) -> StepProgram:
-    action = RankForward(call.title, call.spec.function, call.spec.template)
-    sources = tuple(range(1 + len(call.inputs)))
-    label = f"{call.key.partition('-')[0]}-{rank}"
+def _settings(call: Call) -> TorchSettings:
+    assert call.settings is not None
+    return call.settings.without_grad() if call.tape.wanted else call.settings
+
+
+def _program(at: int, block: _Block, single: bool) -> StepProgram:
+    ranks = [RankForward(c.title, c.spec.function, c.spec.template) for c in block.calls]
+    first = block.calls[0]
+    settings = _settings(first)
+    label = f"{first.key.partition('-')[0]}-{at}"
+    job = Job(label, ranks[0], settings, tuple(range(1 + len(block.leaves))))
+    if not single:
+        together = RankBlock(first.title, tuple(ranks), settings, block.slots)
+        job = replace(job, action=together, settings=None)
     return StepProgram(
-        Program(rank, (Instruction("run", _RANK),)),
-        {_RANK.operation: Job(label, action, _settings(call), sources)},
+        Program(at, (Instruction("run", _RANK),)),
+        {_RANK.operation: job},
         {},
         (_RANK.operation,),
         None,

@@ -274,15 +274,19 @@ def _checks(seeds: Seeds) -> dict[Node, tuple[CotangentCheck, ...]]:
 def _peers(calls: Iterable[Call]) -> dict[Call, tuple[str, tuple[str, ...]]]:
     """The key of the pullback of each call that is a rank, and those of its group, in order.
 
-    The backwards of one group's ranks exchange values, as its forwards did.
+    The backwards of one group's ranks exchange values, as its forwards did. In a training step each
+    of them is in the adjoint of another microbatch, and call and pullback have one name.
     """
+    found: dict[Call, tuple[str, tuple[str, ...]]] = {}
     groups: dict[int, dict[int, tuple[Call, str]]] = {}
     for call in calls:
         rank = call.spec.rank
-        if rank is not None:
+        if rank is not None and call.spec.context is not None:
+            keys = tuple([key.replace("forward", "backward", 1) for key in call.spec.peers])
+            found[call] = keys[rank.index], keys
+        elif rank is not None:
             key = new_key("backward", call.title)
             groups.setdefault(id(rank.group), {})[rank.index] = call, key
-    found: dict[Call, tuple[str, tuple[str, ...]]] = {}
     for ranks in groups.values():
         keys = tuple(ranks[i][1] for i in sorted(ranks))
         found |= {call: (key, keys) for call, key in ranks.values()}

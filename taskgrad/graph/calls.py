@@ -49,12 +49,16 @@ class StepContext(NamedTuple):
     `draw` are the streams that layers draw from; `recompute` the (start, stop) of those steps that
     keep only their input and run again in the backward; `loss` is there if the last step is one.
     With `split`, the gradients of weights are computed by a task of their own (`WeightPullback`).
+    Where replicas take microbatches at once, and exchange values in that, the call is the `rank` of
+    a process group, and `peers` are the keys of the calls of all ranks.
     """
 
     draw: Draw
     recompute: tuple[tuple[int, int], ...] = ()
     loss: LossSpec | None = None
     split: bool = False
+    rank: Rank | None = None
+    peers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,6 +230,10 @@ class Call(Node):
         if settings is None:
             refuse_modes(title)
             settings = settings_now()
+        if context is not None and context.rank is not None:
+            rank, peers = context.rank, context.peers
+            key = peers[rank.index]
+            context = context._replace(rank=None, peers=())
         key = key or new_key("forward", title)
         super().__init__(key, worker, inputs, settings=settings)
         needs_grad = tuple([i.needs_grad for i in inputs])
@@ -258,9 +266,9 @@ class Call(Node):
 
     @property
     def label(self) -> str:
-        if self.spec.rank is not None:
-            return str(self.spec.rank)
         draw = self.spec.draw
+        if self.spec.rank is not None and draw is None:
+            return str(self.spec.rank)
         return label_of(self.key) + ("" if draw is None else f" in {draw}")
 
     @property

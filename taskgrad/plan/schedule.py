@@ -231,6 +231,11 @@ class Schedule:
         """The (stage, microbatch) of each backward whose part for the weights is a W."""
         return frozenset(a[1:] for order in self.orders for a in order if a.kind == "W")
 
+    def first(self, microbatches: int) -> Schedule:
+        """The schedule of so many microbatches, the first ones, in the same order."""
+        orders = tuple([tuple([a for a in o if a.microbatch < microbatches]) for o in self.orders])
+        return Schedule(self.name, self.pipeline, microbatches, orders)
+
     def peak_tapes(self) -> tuple[int, ...]:
         """The most tapes that each worker holds at a time.
 

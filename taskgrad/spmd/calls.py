@@ -13,6 +13,7 @@ from taskgrad.graph.layers import kind_of
 from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import Node
 from taskgrad.graph.pytree import Slot, Structure, flatten
+from taskgrad.graph.torch_settings import refuse_modes, settings_now
 from taskgrad.spmd.splitting import Split
 
 
@@ -44,16 +45,22 @@ def rank_calls(
     inputs = {
         known: part if isinstance(part, Node) else Leaf(part) for known, part in given.items()
     }
+    counts = {len(of_rank) for of_rank in parts}
+    templates = {
+        n: template((tuple([Slot(len(shared) + i) for i in range(n)]), {})) for n in counts
+    }
+    kind_of_step = kind_of(fn)
+    refuse_modes(title)
+    settings = settings_now()
     calls = []
     for at, (key, of_rank) in enumerate(zip(keys, parts, strict=True)):
         rank = Rank(group, first + at)
-        slots = tuple([Slot(len(shared) + i) for i in range(len(of_rank))])
         calls.append(
             kind(
                 title=str(rank),
-                steps=((0, str(rank), kind_of(fn)),),
+                steps=((0, str(rank), kind_of_step),),
                 inputs=[*shared, *(inputs[id(part)] for part in of_rank)],
-                template=template((slots, {})),
+                template=templates[len(of_rank)],
                 function=packed.data,
                 tensor_slots=tuple(range(len(shared))),
                 buffers=() if at else buffers,
@@ -61,6 +68,7 @@ def rank_calls(
                 key=key,
                 rank=rank,
                 peers=tuple(peers),
+                settings=settings,
             )
         )
     return calls

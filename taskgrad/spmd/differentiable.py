@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from taskgrad.graph.pytree import carries_gradient, flatten
 from taskgrad.worker.collectives import Operation, Sum
@@ -146,10 +146,22 @@ def _transformed(
         at = [i for i, own in enumerate(kinds) if own == kind]
         given = [xs[i] for i in at]
         if kind[0]:
-            start = members.comm.start.detach()
-            found = list(_Recorded.apply(members, operation, None, start, *given)[1:])
+            comm = members.comm
+            # As below the transforms: where a gradient may be wanted there, the token goes along.
+            is_recorded = torch.is_grad_enabled() and any(_inmost(x).requires_grad for x in given)
+            token = comm.token if is_recorded else comm.start.detach()
+            token, *found = _Recorded.apply(members, operation, None, token, *given)
+            if is_recorded:
+                comm.token = _inmost(token)
         else:
             found = _exchange(members, operation, given)
         for i, value in zip(at, found[: len(at)], strict=True):
             results[i] = value
     return results
+
+
+def _inmost(x: torch.Tensor) -> torch.Tensor:
+    """The tensor that the transforms of ``torch.func`` have wrapped."""
+    while is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
+    return x

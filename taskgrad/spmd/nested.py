@@ -7,10 +7,9 @@ backward runs a thread for each again, in which their collectives meet.
 
 from __future__ import annotations
 
-import contextvars
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from taskgrad.worker.backward import Backward
 from taskgrad.worker.communicator import Communicator
 from taskgrad.worker.forward import Forward
 from taskgrad.worker.mailbox import GroupAborted
-from taskgrad.worker.settings import applied, settings_released
+from taskgrad.worker.rank_threads import RankJob, join_all, run_together
 from taskgrad.worker.store import Store, buffers_key
 from taskgrad.worker_names import WorkerName
 
@@ -166,29 +165,12 @@ def _sent(call: Call) -> list[Any]:
 
 def _run_all(jobs: Sequence[_Job], store: Store, outer: Communicator) -> list[Any]:
     """Run each job in a thread; their results. Raises GroupAborted if one fails."""
-    results: list[Any] = [None] * len(jobs)
-    errors: dict[int, BaseException] = {}
-
-    def work(at: int) -> None:
-        job = jobs[at]
-        try:
-            if job.call.settings is None:
-                raise RuntimeError("a call has no settings")
-            with applied(job.call.settings, store.worker, lambda: None):
-                results[at] = job.action.run(store, *job.values)
-        except BaseException as error:
-            errors[at] = error
-
-    threads = [
-        threading.Thread(target=contextvars.copy_context().run, args=(work, at), daemon=True)
-        for at in range(len(jobs))
-    ]
+    together = []
+    for job in jobs:
+        assert job.call.settings is not None
+        together.append(RankJob(partial(job.action.run, store, *job.values), job.call.settings))
     outer.keep_no_thread()  # other tasks may run in it meanwhile
-    with settings_released():
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    if errors:
-        raise GroupAborted(errors[min(errors)])
+    results, error = run_together(together, store.worker, join_all)
+    if error is not None:
+        raise GroupAborted(error)
     return results

@@ -18,11 +18,23 @@ from taskgrad.graph.pytree import describe
 from taskgrad.spmd.axes import OutAxis
 from taskgrad.spmd.joining import axes_of, join
 from taskgrad.spmd.sharded.layout import Parts, Sharded, Span
-from taskgrad.spmd.sharded.running import call, kept, run, values
+from taskgrad.spmd.sharded.running import call, held, run, values
 from taskgrad.spmd.sharded.tensor import ShardedTensor
 from taskgrad.worker import tensor_parts
 from taskgrad.worker.parts import KeptOutput, TensorInfo
-from taskgrad.worker_names import WorkerName
+
+Run = tuple[Span, range]
+"""A worker, and neighbouring ranks that it ran."""
+
+
+def refuse_gradients(what: str, calls: Sequence[Call]) -> None:
+    """Raise TaskgradError if a gradient could flow through calls whose results stay."""
+    if any(one.needs_grad for one in calls):
+        raise TaskgradError(
+            f"{what}: an argument, or what the function closes over, takes a gradient, and a "
+            "result is to stay on the workers, which carries none to the driver. Take gradients "
+            "inside (torch.func.grad), or call it under torch.no_grad()"
+        )
 
 
 def staying_outputs(what: str, out_axes: Any, calls: Sequence[Call], owner: Session) -> Any:
@@ -30,25 +42,44 @@ def staying_outputs(what: str, out_axes: Any, calls: Sequence[Call], owner: Sess
 
     Raises ValueError and TypeError as `together` does; TaskgradError if a gradient would be lost.
     """
-    if any(one.needs_grad for one in calls):
-        raise TaskgradError(
-            f"{what}: an argument, or what the function closes over, takes a gradient, and a "
-            "result is to stay on the workers, which carries none to the driver. Take gradients "
-            "inside (torch.func.grad), or call it under torch.no_grad()"
-        )
+    refuse_gradients(what, calls)
     found: list[KeptOutput] = run_tasks(owner, calls)
     trees = [(list(map(_meta, output.leaves)), output.structure) for output in found]
     axes = axes_of(what, trees, out_axes)
-    ranks = _Ranks(what, calls, [owner.named(str(one.worker)) for one in calls], owner)
-    columns = zip(*(leaves for leaves, _ in trees), strict=True)
     _refuse_sparse(what, found, axes)
+    columns = zip(*(leaves for leaves, _ in trees), strict=True)
     leaves = [
-        _leaf(ranks, i, column, axis)
+        _leaf(what, i, column, axis)
         for i, (column, axis) in enumerate(zip(columns, axes, strict=True))
     ]
-    run(owner, [made for leaf in leaves if isinstance(leaf, _Leaf) for made in leaf.calls])
-    built = [leaf.value(ranks) if isinstance(leaf, _Leaf) else leaf for leaf in leaves]
+    runs = _runs(calls, owner)
+    made = {
+        leaf.position: _calls(leaf, runs, calls)
+        for leaf in leaves
+        if isinstance(leaf, _Leaf) and leaf.stays
+    }
+    reports = _Reports(what, [leaf for leaf in leaves if isinstance(leaf, _Leaf)], runs, calls)
+    run(owner, [*reports.calls, *(one for those in made.values() for one in those)])
+    reports.read(owner)
+    built = []
+    for leaf in leaves:
+        if not isinstance(leaf, _Leaf):
+            built.append(leaf)
+        elif not leaf.stays:
+            built.append(join(reports.values[leaf.position], leaf.axis, what))
+        else:
+            spans = _spans(leaf, runs)
+            parts = held(owner, spans, made[leaf.position])
+            shape, dtype = leaf.whole.shape, leaf.whole.dtype
+            built.append(ShardedTensor(Parts(owner, shape, dtype, leaf.axis, tuple(parts))))
     return trees[0][1].build(built)
+
+
+def _meta(leaf: Any) -> Any:
+    """A tensor without values for the description of one."""
+    if not isinstance(leaf, TensorInfo):
+        return leaf
+    return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
 
 
 def _refuse_sparse(what: str, found: Sequence[KeptOutput], axes: Sequence[OutAxis]) -> None:
@@ -62,128 +93,130 @@ def _refuse_sparse(what: str, found: Sequence[KeptOutput], axes: Sequence[OutAxi
                 )
 
 
-def _meta(leaf: Any) -> Any:
-    """A tensor without values for the description of one."""
-    if not isinstance(leaf, TensorInfo):
-        return leaf
-    return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
-
-
 @dataclass(frozen=True)
-class _Ranks:
-    """The calls of the ranks, which have run, and their workers."""
-
-    what: str
-    calls: Sequence[Call]
-    workers: Sequence[WorkerName]
-    owner: Session
-
-    def view(self, rank: int, position: int) -> PartView:
-        """A leaf of a rank's output, as an input of a call on its worker."""
-        return PartView(self.calls[rank], position)
-
-    def read(self, rank: int, position: int, function: Any) -> PartCall:
-        """A call that gives the driver a function of a leaf of a rank's output."""
-        inputs = [self.view(rank, position)]
-        return call(function, Span(self.workers[rank]), inputs, title="read", stays=False)
-
-    def runs(self) -> list[tuple[Span, list[int]]]:
-        """The ranks, in runs on one worker."""
-        grouped = groupby(range(len(self.calls)), key=lambda rank: self.workers[rank])
-        runs = [(worker, list(ranks)) for worker, ranks in grouped]
-        return [(Span(worker, ranks[0], ranks[-1] + 1), ranks) for worker, ranks in runs]
-
-
-def _leaf(ranks: _Ranks, position: int, column: Sequence[Any], axis: OutAxis) -> Any:
-    """One leaf of the result: what makes it, or itself if all that it takes is here."""
-    tensors = any(isinstance(value, torch.Tensor) for value in column)
-    if not isinstance(axis, Sharded):
-        if not tensors:
-            return join(column, axis, ranks.what)
-        return _Gathered(ranks, position, column, axis)
-    if axis.axis is None:
-        return _Copied(ranks, position, column) if tensors else join(column, None, ranks.what)
-    whole = join(column, axis.axis, ranks.what)
-    return None if whole is None else _Stacked(ranks, position, whole, axis.axis)
-
-
 class _Leaf:
-    """A leaf of the result, and the calls that have to run for it."""
+    """A leaf of the result that is made of what is on the workers.
 
-    calls: list[PartCall]
+    `axis` is that of the ranks in the whole, which has no values here; with None all ranks have
+    the same.
+    """
 
-    def value(self, ranks: _Ranks) -> Any:
-        """The leaf, once the calls have run."""
-        raise NotImplementedError
+    position: int
+    axis: int | None
+    whole: torch.Tensor
+    stays: bool
 
 
-class _Gathered(_Leaf):
-    """A leaf that comes to the driver."""
+def _leaf(what: str, position: int, column: Sequence[Any], axis: OutAxis) -> Any:
+    """A leaf of the result, given the ranks'; itself if all that it takes is here."""
+    stays = isinstance(axis, Sharded)
+    along = axis.axis if isinstance(axis, Sharded) else axis
+    tensors = [isinstance(value, torch.Tensor) for value in column]
+    if along is None:
+        if not all(tensors):
+            return join(column, None, what)
+        join(column, 0, what)  # raises unless they are alike
+        return _Leaf(position, None, column[0], stays)
+    whole = join(column, along, what)
+    if whole is None or not (stays or all(tensors)):
+        return whole
+    return _Leaf(position, along % whole.ndim, whole, stays)
+
+
+def _runs(calls: Sequence[Call], owner: Session) -> list[Run]:
+    grouped = groupby(range(len(calls)), key=lambda rank: calls[rank].worker)
+    found = []
+    for worker, group in grouped:
+        first, count = next(group), 1 + sum(1 for _ in group)
+        span = Span(owner.named(str(worker)), first, first + count)
+        found.append((span, range(first, first + count)))
+    return found
+
+
+def _spans(leaf: _Leaf, runs: Sequence[Run]) -> list[Span]:
+    """Who holds what of a leaf that stays."""
+    if leaf.axis is not None:
+        return [span for span, _ in runs]
+    return [Span(worker) for worker in dict.fromkeys(span.worker for span, _ in runs)]
+
+
+def _calls(leaf: _Leaf, runs: Sequence[Run], calls: Sequence[Call]) -> list[PartCall]:
+    """The calls that make the parts of a leaf that stays."""
+    if leaf.axis is None:
+        firsts = {span.worker: ranks[0] for span, ranks in reversed(runs)}
+        return [
+            call(
+                tensor_parts.copy,
+                span,
+                [PartView(calls[firsts[span.worker]], leaf.position)],
+                title="copy",
+            )
+            for span in _spans(leaf, runs)
+        ]
+    return [
+        call(
+            tensor_parts.stack,
+            span,
+            [PartView(calls[rank], leaf.position) for rank in ranks],
+            title="stack",
+            axis=leaf.axis,
+        )
+        for span, ranks in runs
+    ]
+
+
+class _Reports:
+    """What the driver gets: leaves that come home, and digests of those that all ranks share.
+
+    `values` has the former by position: of all ranks, or of rank 0 if it is the same on all.
+    """
 
     def __init__(
-        self, ranks: _Ranks, position: int, column: Sequence[Any], axis: int | None
+        self, what: str, leaves: Sequence[_Leaf], runs: Sequence[Run], calls: Sequence[Call]
     ) -> None:
-        self._column, self._axis = column, axis
-        self._at = [i for i, value in enumerate(column) if isinstance(value, torch.Tensor)]
-        self.calls = [ranks.read(rank, position, tensor_parts.give) for rank in self._at]
-
-    def value(self, ranks: _Ranks) -> torch.Tensor:
-        found = list(self._column)
-        for rank, value in zip(self._at, values(ranks.owner, self.calls), strict=True):
-            found[rank] = value
-        joined: torch.Tensor = join(found, self._axis, ranks.what)
-        return joined
-
-
-class _Stacked(_Leaf):
-    """A leaf that stays, stacked: each worker has that of its ranks."""
-
-    def __init__(self, ranks: _Ranks, position: int, whole: torch.Tensor, axis: int) -> None:
-        self._whole, self._axis = whole, axis % whole.ndim
-        self._runs = ranks.runs()
-        self.calls = [
-            call(
-                tensor_parts.stack,
-                span,
-                [ranks.view(rank, position) for rank in those],
-                title="stack",
-                axis=self._axis,
-            )
-            for span, those in self._runs
-        ]
-
-    def value(self, ranks: _Ranks) -> ShardedTensor:
-        parts = kept(ranks.owner, [span for span, _ in self._runs], self.calls)
-        shape, dtype = self._whole.shape, self._whole.dtype
-        return ShardedTensor(Parts(ranks.owner, shape, dtype, self._axis, tuple(parts)))
-
-
-class _Copied(_Leaf):
-    """A leaf that stays, the same on all ranks: each worker has one copy."""
-
-    def __init__(self, ranks: _Ranks, position: int, column: Sequence[Any]) -> None:
-        join(column, 0, ranks.what)  # raises unless they are tensors alike
-        self._first = column[0]
-        self._spans = [Span(worker) for worker in dict.fromkeys(ranks.workers)]
-        firsts = [ranks.workers.index(span.worker) for span in self._spans]
-        self._copies = [
-            call(tensor_parts.copy, span, [ranks.view(rank, position)], title="copy")
-            for span, rank in zip(self._spans, firsts, strict=True)
-        ]
-        self._digests = [
-            ranks.read(rank, position, tensor_parts.digest) for rank in range(len(column))
-        ]
-        self.calls = [*self._copies, *self._digests]
-
-    def value(self, ranks: _Ranks) -> ShardedTensor:
-        found = values(ranks.owner, self._digests)
-        for rank, digest in enumerate(found):
-            if digest != found[0]:
-                raise ValueError(
-                    f"{ranks.what}: an output that stays as copies is not the same on all ranks: "
-                    f"ranks 0 and {rank} gave {describe(self._first)} with other values. Reduce "
-                    "it (tg.psum, tg.pmean) or give it an axis: tg.Sharded(0)"
+        self.values: dict[int, list[Any]] = {leaf.position: [] for leaf in leaves}
+        self._what = what
+        self._shared = [leaf for leaf in leaves if leaf.axis is None]
+        self._given = []
+        self.calls = []
+        for span, ranks in runs:
+            given = [
+                (leaf.position, rank)
+                for leaf in leaves
+                for rank in ranks
+                if not leaf.stays and (rank == 0 or leaf.axis is not None)
+            ]
+            compared = [(leaf.position, rank) for leaf in self._shared for rank in ranks]
+            if given or compared:
+                self._given.append(given)
+                views = [PartView(calls[rank], position) for position, rank in given + compared]
+                self.calls.append(
+                    call(
+                        tensor_parts.report,
+                        span,
+                        views,
+                        title="report",
+                        stays=False,
+                        given=len(given),
+                        ranks=len(ranks),
+                    )
                 )
-        parts = kept(ranks.owner, self._spans, self._copies)
-        shape, dtype = self._first.shape, self._first.dtype
-        return ShardedTensor(Parts(ranks.owner, shape, dtype, None, tuple(parts)))
+
+    def read(self, owner: Session) -> None:
+        """Take what the workers report; ValueError if ranks differ where they may not."""
+        digests: list[list[bytes]] = [[] for _ in self._shared]
+        reported = values(owner, self.calls)
+        for given, (found, compared) in zip(self._given, reported, strict=True):
+            for (position, _), value in zip(given, found, strict=True):
+                self.values[position].append(value)
+            for of_leaf, more in zip(digests, compared, strict=True):
+                of_leaf += more
+        for leaf, of_ranks in zip(self._shared, digests, strict=True):
+            for rank, digest in enumerate(of_ranks):
+                if digest != of_ranks[0]:
+                    axis = "tg.Sharded(0)" if leaf.stays else "0"
+                    raise ValueError(
+                        f"{self._what}: an output with out_axes None is not the same on all ranks: "
+                        f"ranks 0 and {rank} gave {describe(leaf.whole)} with other values. Reduce "
+                        f"it (tg.psum, tg.pmean) or give it an axis: {axis}"
+                    )

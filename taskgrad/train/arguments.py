@@ -102,7 +102,11 @@ def check_trainer(
     settings = Settings(
         # Clipping and loss scaling need the gradients of all workers.
         plan=planner(
-            layout, schedule, select, flush=given["clip_norm"] is not None or given["amp"] == "fp16"
+            layout,
+            schedule,
+            select,
+            flush=given["clip_norm"] is not None or given["amp"] == "fp16",
+            at_once=bool(given["sync_batch_norm"]),
         ),
         seed=given["seed"],
         accumulate=given["accumulate"],
@@ -113,6 +117,8 @@ def check_trainer(
         check_finite=given["check_finite"],
         order=layout.trainable,
         groups=["default", *patterns],
+        sync_norms=bool(given["sync_batch_norm"]),
+        deferred_norms=bool(given["deferred_batch_norm"]),
         select=select,
     )
     form = BatchForm(layout.takes, own_loss=loss_fn is None, one_input=layout.takes_one_input)
@@ -142,6 +148,7 @@ def check_trainer(
         monitor=given["monitor"],
         compiled=None if compiled is False else {} if compiled is True else dict(compiled),
         decay=None if ema is None else ema.decay,
+        replicated=given["replicas"] > 1,
     )
     return Checked(settings, splitter, (groups, options, loss, in_files))
 

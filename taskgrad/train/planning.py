@@ -25,12 +25,13 @@ Maker = Callable[[Pipeline, int], Schedule]
 
 
 def planner(
-    layout: Layout, make_schedule: Maker, select: Select | None, *, flush: bool
+    layout: Layout, make_schedule: Maker, select: Select | None, *, flush: bool, at_once: bool
 ) -> Callable[[int], Plan]:
     """A function from a number of microbatches to their plan; it caches the last plans.
 
     `select` is what steps take of the model's output. With `flush` no worker updates before the
-    gradients of all are complete.
+    gradients of all are complete. With `at_once` replicas have their actions in one order, as those
+    that wait for each other need.
     """
     replicas = len(layout.replicas) if isinstance(layout, ReplicatedLayout) else 1
 
@@ -52,6 +53,8 @@ def planner(
         if not all(counts):  # what has no microbatch hears of the others only so
             found = replace(found, flush=True)
         made = {count: make_schedule(found.pipeline, count) for count in {*counts} - {0}}
+        if at_once:
+            made = {count: made[counts[0]].first(count) for count in made}
         return found.with_schedule(*(made.get(count) for count in counts))
 
     return plan

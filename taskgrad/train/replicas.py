@@ -17,15 +17,26 @@ from taskgrad.train.chain_group import ChainGroup
 def check_replicas(given: Mapping[str, Any]) -> None:
     """Raise TypeError or ValueError if a trainer's options contradict its number of replicas."""
     replicas = whole("replicas", given["replicas"], least=1)
-    flag("shard_optimizer", given["shard_optimizer"])
+    for name in ("shard_optimizer", "sync_batch_norm"):
+        flag(name, given[name])
+        if given[name] and replicas == 1:
+            raise ValueError(f"{name}=True is for several replicas: give replicas=, too")
     if replicas == 1:
-        if given["shard_optimizer"]:
-            raise ValueError("shard_optimizer=True is for several replicas: give replicas=, too")
         return
     if given["microbatches"] < replicas:
         raise ValueError(
             f"replicas={replicas} take the microbatches of a batch by turns, and there are "
             f"{given['microbatches']}: give microbatches= at least {replicas}"
+        )
+    if given["deferred_batch_norm"] and given["sync_batch_norm"]:
+        raise ValueError(
+            "deferred_batch_norm=True and sync_batch_norm=True contradict each other: running "
+            "statistics move once by those of the batch, or by those of each turn of the replicas"
+        )
+    if given["sync_batch_norm"] and given["compile"] is not False:
+        raise ValueError(
+            "sync_batch_norm=True with compile: torch.compile would have each replica normalize "
+            "alone. Leave one of them out"
         )
 
 

@@ -19,8 +19,9 @@ from taskgrad.graph.pytree import Slot
 from taskgrad.graph.shards import Shard, ShardCall, copied_names
 from taskgrad.layout import Layout, Select
 from taskgrad.plan.plan import Plan
-from taskgrad.replicated_layout import ReplicatedLayout
 from taskgrad.train.data import Batch
+from taskgrad.train.replica_buffers import buffers_sent, norm_moments
+from taskgrad.train.turns import Ranks, ranks_of
 from taskgrad.worker import optimizing, shard_ops, training
 
 Recompute = Callable[[Sequence[LayerStep], int, int], tuple[tuple[int, int], ...]]
@@ -41,6 +42,8 @@ class Settings:
     check_finite: bool
     order: list[str]  # the trainable parameters, as in the model
     groups: list[str]  # the names of the optimizer's groups
+    sync_norms: bool  # replicas have batch norms in common
+    deferred_norms: bool  # running statistics are those of the whole batch
     select: Select | None  # what steps take of the model's output
 
 
@@ -153,12 +156,13 @@ def build(
         "clip_value": settings.clip_value,
         "order": settings.order,
     }
+    moments = norm_moments(layout, prepares) if settings.deferred_norms else {}
     commits: dict[Shard, Node] = {
         shard: layout.task(
             shard,
             training.commit,
             {**arguments, "send": copied.get(shard, []) if update else []},
-            after=prepares if i in plan.waits else [prepares[i]],
+            after=[*(prepares if i in plan.waits else [prepares[i]]), *moments.get(shard, ())],
             name="update",
         )
         for i, shard in enumerate(layout.shards)
@@ -166,7 +170,7 @@ def build(
     last = dict(commits)
     if update:  # copies of tied parameters get the new values
         last |= layout.refreshes(commits)
-    last |= _buffers_sent(layout, last)
+    last |= buffers_sent(layout, last)
     settles = layout.tasks(optimizing.settle, awaits=list(commits.values()), number=number)
     ahead = layout.tasks(training.copy_ahead, step=number) if update else []
     return Step(number, report, last, list(settles), order, scheduled, executed, list(ahead))
@@ -175,9 +179,11 @@ def build(
 def calls_of(layout: Layout, batch: Batch, number: int, settings: Settings) -> list[list[Call]]:
     """The calls of each microbatch of a step, the last one with the loss."""
     layout.plan_by(*batch.inputs[0], settings.autocast, settings.select)
-    orders = settings.plan(batch.count).orders
+    plan = settings.plan(batch.count)
+    orders = plan.orders
     split = {(a.stage, a.microbatch) for order in orders for a in order if a.kind == "W"}
-    return [_calls(layout, batch, number, m, settings, split) for m in range(batch.count)]
+    ranks = ranks_of(plan, settings.seed) if settings.sync_norms else {}
+    return [_calls(layout, batch, number, m, settings, split, ranks) for m in range(batch.count)]
 
 
 def _calls(
@@ -187,6 +193,7 @@ def _calls(
     index: int,
     settings: Settings,
     split: Container[tuple[int, int]],
+    ranks: Ranks,
 ) -> list[Call]:
     """The calls of one microbatch.
 
@@ -201,12 +208,12 @@ def _calls(
         loss = None
         if last:
             steps = (*steps, (LOSS, "loss", batch.loss_kind))
-            at = len(inputs)
+            slot = len(inputs)
             scale = batch.scales[index : index + 1]
-            loss = LossSpec(_targets_at(at), settings.check_finite, at + 1 if scale else None)
+            loss = LossSpec(_targets_at(slot), settings.check_finite, slot + 1 if scale else None)
             inputs = (*inputs, batch.targets[index], *scale)
-        is_split = (next(stages), index) in split
-        return steps, inputs, StepContext(draw, recompute, loss, is_split)
+        at = next(stages), index
+        return steps, inputs, StepContext(draw, recompute, loss, at in split, *ranks.get(at, ()))
 
     draw = Draw(settings.seed, number, index)
     args, kwargs = batch.inputs[index]
@@ -308,23 +315,6 @@ def _microbatch_of(action: Node) -> int:
     assert isinstance(call, Call)
     assert call.spec.draw is not None
     return call.spec.draw.microbatch
-
-
-def _buffers_sent(layout: Layout, last: Mapping[Shard, Node]) -> dict[Shard, Node]:
-    """The last tasks where those of the first replica give their buffers to the others."""
-    if not isinstance(layout, ReplicatedLayout):
-        return {}
-    found: dict[Shard, Node] = {}
-    first, *others = layout.replicas
-    for i, shard in enumerate(first.shards):
-        if any(first.tensors[name].is_buffer for name in first.held_on(shard)):
-            given = layout.task(shard, shard_ops.give_buffers, {}, awaits=[last[shard]])
-            found[shard] = given
-            for copy in (replica.shards[i] for replica in others):
-                found[copy] = layout.task(
-                    copy, shard_ops.set_buffers, {}, after=[given], awaits=[last[copy]]
-                )
-    return found
 
 
 @cache

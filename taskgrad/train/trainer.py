@@ -134,10 +134,21 @@ class Trainer:
         others are on those of the cluster that the chain does not use, in order. Replicas take
         microbatches in turn, and gradients are summed in the order of these: a step has the same
         bits as one of a single replica with all of them. Buffers, such as batch norm's running
-        statistics, are those of the first replica, as with ``DistributedDataParallel``.
+        statistics, are those of the first replica, as with ``DistributedDataParallel``, unless
+        `deferred_batch_norm` or `sync_batch_norm` says otherwise. A layer that writes a parameter
+        in its forward, as ``nn.Embedding`` does with ``max_norm``, is an error.
     shard_optimizer : bool
         Each replica has a part of the optimizer's state and makes that part of the update, and the
         others get the new parameters: ZeRO stage 1. Else the first replica makes all of it.
+    sync_batch_norm : bool
+        Every ``nn.BatchNorm1d``, ``2d`` and ``3d`` in training normalizes over the microbatches
+        that the replicas take at once, one each, as ``nn.SyncBatchNorm`` does over the processes of
+        ``DistributedDataParallel``: microbatches 0 to R-1 of R replicas, then the next R. Running
+        statistics move by those of all R, once. Where the microbatches are no multiple of R, the
+        last ones are normalized together, or one alone by itself. Results equal plain torch that
+        takes these microbatches as one batch, but for rounding. Not with `compile` or
+        `deferred_batch_norm`; layers that call ``torch.utils.checkpoint`` are an error, the option
+        `checkpoint` is not.
 
     Raises
     ------
@@ -193,6 +204,7 @@ class Trainer:
         chains: Mapping[str, Any] | None = None,
         replicas: int = 1,
         shard_optimizer: bool = False,
+        sync_batch_norm: bool = False,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in _APART}
         given["seed"] = whole("seed", seed)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 
 from taskgrad.errors import CotangentError, LayerError
-from taskgrad.graph.calls import Draw
+from taskgrad.graph.calls import Draw, Rank
 from taskgrad.graph.cotangents import Gradient, add, add_each
 from taskgrad.graph.parameter_extras import has_hooks
 from taskgrad.graph.pytree import cotangents, describe
@@ -23,6 +23,7 @@ from taskgrad.worker.hooks import hooks_off
 from taskgrad.worker.mailbox import GroupAborted
 from taskgrad.worker.shard_lock import exclusive
 from taskgrad.worker.store import Store
+from taskgrad.worker.sync_norm import none_alone
 from taskgrad.worker.tape import Tape, WeightTape
 from taskgrad.worker_names import WorkerName
 
@@ -43,7 +44,7 @@ class Backward:
     backwards (see `Store.parts`), to which this one adds its own. `accumulate` lists, for each
     parameter whose gradient is complete with this backward, the sources of the other parts before
     its own. `peers` are the keys of the backward tasks of all ranks, if the forward was one of a
-    process group.
+    process group: its `rank`.
     """
 
     key: str
@@ -60,6 +61,7 @@ class Backward:
     peers: tuple[str, ...] = ()
     positions: tuple[int | None, ...] = ()
     carried: tuple[tuple[int, int], ...] = ()
+    rank: Rank | None = None
 
     def run(self, store: Store, *values: Any) -> Any:
         """Cotangents of the wanted slots (one, or a tuple); parameters' gradients are stored.
@@ -69,7 +71,8 @@ class Backward:
         tape = store.tape(self.token, keep=True)
         if tape.communicator is None:
             return self._run(store, tape, values)
-        with tape.communicator.active(self.key, self.peers):
+        modules = tape.shard.all_modules.members().modules if tape.shard is not None else ()
+        with tape.communicator.active(self.key, self.peers), none_alone(modules):
             return self._run(store, tape, values)
 
     def _run(self, store: Store, tape: Tape, values: tuple[Any, ...]) -> Any:

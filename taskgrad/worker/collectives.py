@@ -55,8 +55,12 @@ class Operation:
         """
         payloads: list[list[torch.Tensor]] = [[] for _ in range(comm.size)]
         for x in xs:
-            for payload, part in zip(payloads, self.parts(x, comm.size, comm.index), strict=True):
-                payload.extend(_portable(p) for p in part)
+            parts = self.parts(x, comm.size, comm.index)
+            portable: dict[int, list[torch.Tensor]] = {}  # what several ranks get is one tensor
+            for payload, part in zip(payloads, parts, strict=True):
+                if id(part) not in portable:
+                    portable[id(part)] = [_portable(p) for p in part]
+                payload += portable[id(part)]
         messages = comm.exchange(self.title(xs), wants, payloads)
         found = self.join(xs, messages, comm)
         return found, any(m.wants for m in messages)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -37,17 +37,16 @@ from taskgrad.worker.mailbox import (
     Turn,
     inner_key,
 )
+from taskgrad.worker.payloads import copied
 from taskgrad.worker.rank_channels import RankChannels, channels_here, having
 from taskgrad.worker.settings import settings_released
 
-# How long a rank that waits keeps its thread and its random stream.
+# How long a rank that waits keeps its thread and its random stream, if no other is on its worker.
 _KEEP_THREAD_S = 0.005
 # How long it then waits before it asks whether the other ranks still run.
 _POLL_S = 0.25
 # How often a rank that waits for channels looks at its mailbox, if nothing wakes it.
 _CHECK_S = 0.5
-# Messages up to this many bytes are copied, so that the sender need not wait for their arrival.
-_SMALL = 1 << 16
 
 _here: ContextVar[Communicator | None] = ContextVar("taskgrad_rank", default=None)
 
@@ -61,6 +60,7 @@ class Communicator:
         self.size = len(rank.group.workers)
         self.start = torch.zeros(0, dtype=torch.float32, device="cpu", requires_grad=True)
         self.token = self.start
+        self.recorded: dict[Hashable, Any] = {}  # what its forward received, if that runs again
         self.mailboxes = mailboxes
         self._active: _Exchange | None = None
 
@@ -153,6 +153,8 @@ class _Exchange:
             for i, (worker, peer) in enumerate(zip(rank.group.workers, peers, strict=True))
             if i != rank.index
         }
+        here = rank.group.workers[rank.index].address
+        self._neighbours = {i for i, (worker, _) in self._others.items() if worker == here}
         self._thread: int | None = threading.get_ident()
         self._under_way: list[tuple[str, Future[Any]]] = []
         self._channels = channels_here()
@@ -206,20 +208,19 @@ class _Exchange:
         """
         large: list[Callable[[], bool]] = []
         self._under_way = [(w, f) for w, f in self._under_way if not f.done()]
-        for i, payload in payloads.items():
-            worker, key = self._others[i]
-            small = sum(t.nbytes for t in payload) <= _SMALL
-            if small:
-                payload = [t.clone() for t in payload]
-            if self._channels is not None:
-                done = self._channels.send(i, message(payload))
-                if not small:
-                    large.append(done)
-                continue
-            sent = self._transport.send(worker, key, message(payload))
+        own, borrowed = copied(payloads, self._neighbours)
+        messages = {i: message(payload) for i, payload in own.items()}
+        if self._channels is not None:
+            sent_by = [(i, self._channels.send(i, m)) for i, m in messages.items()]
+            return [done for i, done in sent_by if i in borrowed]
+        posts: dict[str, list[int]] = {}  # the ranks on each worker
+        for i in messages:
+            posts.setdefault(self._others[i][0], []).append(i)
+        for worker, peers in posts.items():
+            sent = self._transport.send(worker, [(self._others[i][1], messages[i]) for i in peers])
             self._under_way.append((worker, sent))
-            sent.add_done_callback(self._answered(i, what))
-            if not small:
+            sent.add_done_callback(self._answered(peers, what))
+            if borrowed.intersection(peers):
                 large.append(sent.done)
                 sent.add_done_callback(self._mailboxes.wake)
         return large
@@ -228,7 +229,7 @@ class _Exchange:
         self, turn: Turn, what: str, sources: list[int], large: Sequence[Callable[[], bool]]
     ) -> None:
         start = time.monotonic()
-        if self._come(turn, sources, large, _KEEP_THREAD_S):
+        if self._come(turn, sources, large, 0.0 if self._neighbours else _KEEP_THREAD_S):
             return
         self.give_thread_back()
         with settings_released():
@@ -296,14 +297,16 @@ class _Exchange:
             f"{self.number}, {why} Else raise Dask's setting taskgrad.collective-deadline"
         )
 
-    def _answered(self, peer: int, what: str) -> Callable[[Future[Any]], None]:
+    def _answered(self, peers: list[int], what: str) -> Callable[[Future[Any]], None]:
         def done(sent: Future[Any]) -> None:
             if sent.cancelled():
                 return
             if sent.exception() is not None:
-                self._mailboxes.fail(self._key, self._gone(peer))
-            elif sent.result() is not None:
-                self._mailboxes.fail(self._key, self._over(peer, sent.result(), what))
+                self._mailboxes.fail(self._key, self._gone(peers[0]))
+                return
+            for peer, end in zip(peers, sent.result(), strict=True):
+                if end is not None:
+                    self._mailboxes.fail(self._key, self._over(peer, end, what))
 
         return done
 

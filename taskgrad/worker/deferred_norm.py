@@ -36,6 +36,10 @@ class Moments:
         squares = self.squares + other.squares + apart.square() * (self.count * other.count / count)
         return Moments(count, mean, squares)
 
+    def cpu(self) -> Moments:
+        """The same on the host."""
+        return Moments(self.count, self.mean.cpu(), self.squares.cpu())
+
 
 First = tuple[int, str]
 """The first step of a task: the index of its layer, and its name, another one in each call."""
@@ -55,6 +59,8 @@ class Recorded:
 
 
 Statistics = dict[_BatchNorm, Recorded]
+Given = dict[int, dict[tuple[First, int], dict[int, Moments]]]
+"""The `calls` of batch norms, by their place among those of a shard."""
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -67,7 +73,7 @@ def deferred(
     They are all modules, each once; `first` is the first step of the task that runs them.
     """
     with ExitStack() as regions:
-        for norm in [m for m in modules if isinstance(m, _BatchNorm)]:
+        for norm in _norms(modules):
             regions.enter_context(_watched(norm, found, microbatch, first))
         yield
 
@@ -102,6 +108,8 @@ def _watched(norm: _BatchNorm, found: Statistics, microbatch: int, first: First)
     finally:
         for handle in handles:
             handle.remove()
+        while modes:  # torch calls no hooks for what is no Exception
+            leave()
 
 
 class _Normalized(TorchFunctionMode):
@@ -132,6 +140,32 @@ def _moments(x: torch.Tensor) -> Moments:
     mean = x.mean(others, keepdim=True)
     squares = (x - mean).square_().sum(others)
     return Moments(x.numel() // x.shape[1], mean.flatten(), squares)
+
+
+def given(found: Statistics, modules: Iterable[nn.Module]) -> Given:
+    """The moments of these modules' batch norms, to be sent to other replicas of them."""
+    place = {norm: i for i, norm in enumerate(_norms(modules))}
+    return {
+        place[norm]: {
+            at: {m: moments.cpu() for m, moments in by_microbatch.items()}
+            for at, by_microbatch in recorded.calls.items()
+        }
+        for norm, recorded in found.items()
+    }
+
+
+def take(found: Statistics, modules: Iterable[nn.Module], others: Iterable[Given]) -> None:
+    """Add the moments that other replicas recorded, of other microbatches."""
+    norms = _norms(modules)
+    for moments in others:
+        for place, calls in moments.items():
+            recorded = found.setdefault(norms[place], Recorded({}))
+            for at, by_microbatch in calls.items():
+                recorded.calls.setdefault(at, {}).update(by_microbatch)
+
+
+def _norms(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
+    return [module for module in modules if isinstance(module, _BatchNorm)]
 
 
 def commit(found: Statistics) -> None:

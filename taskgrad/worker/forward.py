@@ -23,10 +23,11 @@ from taskgrad.graph.segments import Segment
 from taskgrad.worker import training
 from taskgrad.worker.activation_checkpoint import recomputed
 from taskgrad.worker.communicator import Communicator
-from taskgrad.worker.deferred_norm import Statistics, deferred
+from taskgrad.worker.deferred_norm import deferred
 from taskgrad.worker.devices import staged, to_device
 from taskgrad.worker.failures import forward_error
 from taskgrad.worker.mailbox import GroupAborted
+from taskgrad.worker.parameter_writes import refused
 from taskgrad.worker.randomness import may_draw, random_stream
 from taskgrad.worker.segment_run import SegmentRun
 from taskgrad.worker.shard import ResidentShard
@@ -34,6 +35,7 @@ from taskgrad.worker.shard_lock import exclusive
 from taskgrad.worker.split_backward import WeightUses, splitting
 from taskgrad.worker.stage_modules import Members
 from taskgrad.worker.store import Store, buffers_key
+from taskgrad.worker.sync_norm import synchronized
 from taskgrad.worker.tape import Tape
 from taskgrad.worker_names import WorkerName
 
@@ -94,11 +96,10 @@ class Forward:
             output = self._call(store, None, arguments, fed)
         else:
             shard.set_mode(call.mode)
-            norms = shard.training.norms if shard.training is not None else None
-            if uses is None and (norms is None or context is None):
+            if context is None:
                 output = self._call(store, shard, arguments, fed)
             else:
-                with self._watched(shard, uses, norms):
+                with refused(shard, call.steps, store.worker), self._watched(shard, uses):
                     output = self._call(store, shard, arguments, fed)
         if self.give_buffers:
             # By value: batch norm writes its statistics without counting a version.
@@ -133,10 +134,12 @@ class Forward:
         return self._give_all(members, leaves, structure)
 
     @contextlib.contextmanager
-    def _watched(
-        self, shard: ResidentShard, uses: WeightUses | None, norms: Statistics | None
-    ) -> Iterator[None]:
+    def _watched(self, shard: ResidentShard, uses: WeightUses | None) -> Iterator[None]:
         """Record the statistics of batch norms if they are deferred, and uses of weights."""
+        norms = shard.training.norms if shard.training is not None else None
+        if uses is None and norms is None:
+            yield
+            return
         steps, draw = self.call.steps, self.call.draw
         members = shard.stage(steps).members()
         with contextlib.ExitStack() as regions:
@@ -215,7 +218,8 @@ class Forward:
         """Run the steps from `start` to `stop`, each on the result of the one before."""
         call = self.call
         rank, context = call.rank, call.context
-        for index, name, kind in call.steps[start:stop]:
+        for position in range(start, stop):
+            index, name, kind = call.steps[position]
             if index == LOSS and shard is not None:
                 fn = shard.loss
             elif shard is None or call.function:
@@ -229,13 +233,14 @@ class Forward:
             if loss is not None:
                 args = (*args, *Template.of(loss.template).fill(fed))
             try:
-                if rank is not None:
-                    with random_stream(rank.group.seed, 0, rank.index, "rank"):
-                        value = fn(*args, **kwargs)
-                elif context is not None and may_draw(fn):
-                    with random_stream(*context.draw, name):
-                        value = fn(*args, **kwargs)
-                else:
+                with contextlib.ExitStack() as regions:
+                    if context is not None and may_draw(fn):
+                        regions.enter_context(random_stream(*context.draw, name))
+                    elif context is None and rank is not None:
+                        stream = rank.group.seed, 0, rank.index, "rank"
+                        regions.enter_context(random_stream(*stream))
+                    if context is not None and index != LOSS:
+                        regions.enter_context(synchronized(fn, name, position))
                     value = fn(*args, **kwargs)
                 if loss is not None:
                     counts = loss.weight is None or fed[loss.weight] != 0

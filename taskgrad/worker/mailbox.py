@@ -78,8 +78,13 @@ class GroupAborted(BaseException):
 class Transport(Protocol):
     """Delivers messages to other workers. Only `give_thread_back` may block."""
 
-    def send(self, worker: str, key: str, message: Message) -> Future[TaskOutcome | None]:
-        """Deliver a message; the outcome of its task if that has ended. OSError: worker gone."""
+    def send(
+        self, worker: str, messages: Sequence[tuple[str, Message]]
+    ) -> Future[list[TaskOutcome | None]]:
+        """Deliver messages, each to the task of a key; the outcomes of those that have ended.
+
+        A payload that several have is sent once. OSError: worker gone.
+        """
 
     def tell(self, worker: str, key: str, error: BaseException) -> Future[None]:
         """Make a task fail with this error."""
@@ -146,6 +151,8 @@ class Mailboxes:
                 outer.inner.append(key)
                 if outer.error is not None:
                     self._fail(box, outer.error)
+            if box.error is None and self._is_released(key):
+                self._fail(box, _released())
 
     def end(self, key: str, end: TaskOutcome) -> None:
         """The task has ended: delete its mailbox."""
@@ -242,10 +249,15 @@ class Mailboxes:
             return missing()
 
     def take(self, key: str, turn: Turn, sources: Sequence[int]) -> list[Message]:
-        """The messages of one collective, once all have come."""
+        """The messages of one collective, once all have come.
+
+        Raises GroupAborted if the task has to fail, by now.
+        """
         with self._news:
-            messages = self._boxes[key].messages
-            return [messages.pop((source, turn)) for source in sources]
+            box = self._boxes[key]
+            if box.error is not None:
+                raise GroupAborted(box.error)
+            return [box.messages.pop((source, turn)) for source in sources]
 
     def expire(self, seconds: float) -> None:
         """Drop the messages of tasks that have not begun for so long: they never will."""

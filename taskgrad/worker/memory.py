@@ -15,7 +15,11 @@ import torch
 from taskgrad.graph.nodes import walk
 from taskgrad.graph.sparse import components
 from taskgrad.worker.shard import ResidentShard
+from taskgrad.worker.store import Kept
 from taskgrad.worker.tape import Tape, WeightTape
+
+PARTS = "parts"
+"""The kind of what is kept of sharded tensors."""
 
 
 @dataclass
@@ -136,8 +140,10 @@ def _saved(ends: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 
 def total_bytes(entries: dict[str, Any]) -> dict[str, int]:
-    """Memory of all entries of a store, by kind."""
-    return asdict(sum(store_bytes(entries).values(), MemoryUsage()))
+    """Memory of all entries of a store, by kind, with that of what is kept of sharded tensors."""
+    kept = storages(v for e in entries.values() if isinstance(e, Kept) for v in e.values)
+    found = asdict(sum(store_bytes(entries).values(), MemoryUsage()))
+    return {**found, PARTS: sum(kept.values())}
 
 
 def store_bytes(entries: dict[str, Any]) -> dict[str, MemoryUsage]:

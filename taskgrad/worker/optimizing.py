@@ -72,6 +72,7 @@ def make(
 def _training(options: TrainingOptions, folder: str) -> Training:
     training = Training(options.names, scaler=Scaler() if options.scaled else None)
     training.norms = {} if options.deferred else None
+    training.replicated = options.replicated
     training.averages = None if options.decay is None else Averages(options.decay)
     if options.compiled is not None:
         torch.compile(nn.Identity(), **options.compiled)  # raises what is wrong with the options

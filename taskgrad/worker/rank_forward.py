@@ -1,4 +1,4 @@
-"""One rank of a parallel call as the action of a resident program, which runs it again and again.
+"""Ranks of a parallel call as actions of a resident program, which runs them again and again.
 
 What calls have in common is sent once, with the program: the function and its settings. Of each
 call the program gets a specification of its own (keys, random seed) and the inputs.
@@ -6,12 +6,20 @@ call the program gets a specification of its own (keys, random seed) and the inp
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from taskgrad.graph.calls import CallSpec
+from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.worker.forward import Forward
+from taskgrad.worker.rank_threads import RankJob, join_all, run_together
 from taskgrad.worker.store import Store, buffers_key
+
+# How long ranks run before their worker may run another task meanwhile.
+_KEEP_THREAD_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,11 @@ class RankForward:
     function: bytes
     template: bytes
 
+    @staticmethod
+    def keys(inputs: Sequence[Any]) -> list[str]:
+        """The keys of the ranks that run with these inputs."""
+        return [inputs[0].key]
+
     def run(self, store: Store, call: CallSpec, *values: Any) -> Any:
         """The output, and the function's buffers: those that it changed, if the call has any."""
         call = call._replace(function=self.function, template=self.template)
@@ -42,3 +55,43 @@ class RankForward:
             return output, store.pop(buffers_key(call.key)) if call.buffers else None
         finally:
             store.discard([buffers_key(call.key)])
+
+
+@dataclass(frozen=True)
+class RankBlock:
+    """Run several ranks, each in a thread.
+
+    `slots` has for each rank which of the values are its inputs.
+    """
+
+    title: str
+    ranks: tuple[RankForward, ...]
+    settings: TorchSettings
+    slots: tuple[tuple[int, ...], ...]
+
+    @staticmethod
+    def keys(inputs: Sequence[Any]) -> list[str]:
+        """The keys of the ranks that run with these inputs."""
+        return [call.key for call in inputs[0]]
+
+    def run(self, store: Store, calls: Sequence[CallSpec], *values: Any) -> list[Any]:
+        """For each rank what `RankForward` gives. Raises the error of the first one that failed."""
+        jobs = [
+            RankJob(partial(rank.run, store, call, *(values[i] for i in slots)), self.settings)
+            for rank, call, slots in zip(self.ranks, calls, self.slots, strict=True)
+        ]
+
+        def wait(threads: list[threading.Thread]) -> None:
+            threads[0].join(_KEEP_THREAD_S)
+            if any(thread.is_alive() for thread in threads):
+                store.give_thread_back()
+            join_all(threads)
+
+        results, error = run_together(jobs, store.worker, wait)
+        if error is not None:
+            raise error
+        return results
+
+
+RANKS = (RankForward, RankBlock)
+"""The actions that run ranks."""

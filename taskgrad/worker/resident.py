@@ -21,8 +21,8 @@ from taskgrad.errors import WorkerLostError
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.plan.program import Value
 from taskgrad.worker import optimizing
-from taskgrad.worker.rank_forward import RankForward
-from taskgrad.worker.step_program import StepProgram, at_step, keys_of
+from taskgrad.worker.rank_forward import RANKS
+from taskgrad.worker.step_program import StepProgram, at_step, keys_of, ranks_of
 from taskgrad.worker.store import Store
 
 # How long a program waits for another step before its task ends.
@@ -114,6 +114,7 @@ class Resident:
     _at: tuple[int, int] = (-1, 0)  # step, and how many of its instructions were executed
     _position: dict[str, Any] = field(default_factory=dict)  # at the last stop
     _taken: StepInputs | None = None  # the step that runs
+    _ranks: list[str] = field(default_factory=list)  # the keys of its ranks of process groups
     # Held to read or change several of these together; `Host.wake` tells the program of a change.
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -193,14 +194,15 @@ class Resident:
         """Take no more steps; ranks of parallel calls fail at their next collective."""
         ended = [*self._steps] if self._taken is None else [self._taken, *self._steps]
         self._steps.clear()
-        ranks = [step.inputs[0].key for step in ended if self._is_rank(step)]
+        ranks = [key for step in ended for key in self._rank_keys(step)] + self._ranks
         if ranks:
             self.store.release(ranks)
 
-    def _is_rank(self, step: StepInputs) -> bool:
+    def _rank_keys(self, step: StepInputs) -> list[str]:
         found = self._programs.get(step.program)  # None if it could not be unpickled
         jobs = () if found is None else found[0].jobs.values()
-        return any(isinstance(job.action, RankForward) for job in jobs)
+        ranks = [job.action for job in jobs if isinstance(job.action, RANKS)]
+        return [key for rank in ranks for key in rank.keys(step.inputs)]
 
     @property
     def call(self) -> tuple[int, int]:
@@ -274,7 +276,9 @@ class Resident:
     def _take(self, step: StepInputs) -> bool:
         """Run one step and tell the driver; False if it failed."""
         program, drops = self._programs[step.program]
-        actions = {name: at_step(job.action, step.number) for name, job in program.jobs.items()}
+        number, epoch = step.number, self.epoch
+        actions = {n: at_step(job.action, number, epoch) for n, job in program.jobs.items()}
+        self._ranks = ranks_of(actions.values())  # before it is checked whether this is to stop
         timings = array("d")
         try:
             reports = self._execute(program, drops, step, actions, timings)
@@ -285,10 +289,12 @@ class Resident:
         except Stopped:
             raise
         except BaseException as error:
+            self._check()  # ranks that are stopped raise
             self.host.tell({"op": "failed", "step": step.number, "error": error})
             return False
         finally:
             self._taken = None
+            self._ranks = []
             self.host.release()
             self.store.discard(keys_of(list(actions.values())))
 
@@ -331,7 +337,7 @@ class Resident:
                 tag = epoch, step.number, program.numbers[value]
                 if ahead is not None and not self._is_here(tag):
                     start = now()
-                    execute(at_step(ahead.action, step.number), ahead.settings, [])
+                    execute(at_step(ahead.action, step.number, epoch), ahead.settings, [])
                     timings.extend((len(drops), start, now()))
                     ahead = None
                 start = now()

@@ -20,9 +20,11 @@ from taskgrad.graph.torch_settings import thread_settings
 from taskgrad.remote_errors import shorten
 from taskgrad.worker.activation_checkpoint import recomputed
 from taskgrad.worker.failures import forward_error
+from taskgrad.worker.mailbox import GroupAborted
 from taskgrad.worker.randomness import may_draw, random_stream
 from taskgrad.worker.settings import in_thread
 from taskgrad.worker.shard import ResidentShard
+from taskgrad.worker.sync_norm import synchronized
 from taskgrad.worker_names import WorkerName
 
 Values = dict[int, Any]
@@ -96,10 +98,12 @@ class SegmentRun:
         if step.target is not None and self._shard.device.type != "cpu":
             args, kwargs = map_leaves(self._device_here, (args, kwargs))
         try:
-            with self._settings(step), self._stream(fn, name):
+            with self._settings(step), self._stream(fn, name), synchronized(fn, name, number):
                 result = fn(*args, **kwargs)
             leaves = [result] if type(result) is torch.Tensor else flatten(result)[0]
             written = flatten((args, kwargs))[0] if step.arguments_written else []
+        except GroupAborted:
+            raise
         except BaseException as error:
             raise forward_error(
                 error, self._worker, name, kind, (args, kwargs), self._call.draw

@@ -6,7 +6,7 @@ the number of another step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -107,53 +107,60 @@ class StepProgram:
         return found
 
 
-def at_step(action: Any, step: int) -> Any:
-    """The same action in another step than the one that it was made for."""
+def at_step(action: Any, step: int, epoch: int) -> Any:
+    """The same action in another step than the one that it was made for.
+
+    If a step is taken again, in another `epoch`, its keys are others: messages of the first time
+    that come late are for ranks that are not there.
+    """
     made = _AT_STEP.get(type(action))
-    return action if made is None else made(action, step)
+    return action if made is None else made(action, step, epoch)
 
 
-def _forward(action: Forward, step: int) -> Forward:
+def _forward(action: Forward, step: int, epoch: int) -> Forward:
     call = action.call
-    key, context = _key(call.key, step), call.context
+    key, context = _key(call.key, step, epoch), call.context
     if context is not None:
         context = StepContext._make((_draw(context.draw, step), *context[1:]))
+    if call.peers:
+        call = call._replace(peers=tuple([_key(peer, step, epoch) for peer in call.peers]))
     return _changed(action, call=CallSpec._make((key, *call[1:-1], context)))
 
 
-def _backward(action: Backward, step: int) -> Backward:
+def _backward(action: Backward, step: int, epoch: int) -> Backward:
     def at(parts: dict[str, list[str | int]]) -> dict[str, list[str | int]]:
         if not any(parts.values()):
             return parts
         return {
-            name: [_key(s, step) if isinstance(s, str) else s for s in sources]
+            name: [_key(s, step, epoch) if isinstance(s, str) else s for s in sources]
             for name, sources in parts.items()
         }
 
     return _changed(
         action,
-        key=_key(action.key, step),
-        token=_key(action.token, step),
+        key=_key(action.key, step, epoch),
+        token=_key(action.token, step, epoch),
         draw=_draw(action.draw, step),
         includes=at(action.includes),
         accumulate=at(action.accumulate),
+        peers=tuple([_key(peer, step, epoch) for peer in action.peers]),
     )
 
 
-def _weight_backward(action: WeightBackward, step: int) -> WeightBackward:
-    return _changed(action, token=_key(action.token, step), draw=_draw(action.draw, step))
+def _weight_backward(action: WeightBackward, step: int, epoch: int) -> WeightBackward:
+    return _changed(action, token=_key(action.token, step, epoch), draw=_draw(action.draw, step))
 
 
-def _read_gradient(action: Reads, step: int) -> Reads:
-    return _changed(action, key=_key(action.key, step))
+def _read_gradient(action: Reads, step: int, epoch: int) -> Reads:
+    return _changed(action, key=_key(action.key, step, epoch))
 
 
-def _on_shard(action: OnShard, step: int) -> OnShard:
+def _on_shard(action: OnShard, step: int, epoch: int) -> OnShard:
     arguments = {k: step if k in _STEP_NAMES else v for k, v in action.arguments.items()}
     return _changed(action, arguments=arguments)
 
 
-_AT_STEP: dict[type, Callable[[Any, int], Any]] = {
+_AT_STEP: dict[type, Callable[[Any, int, int], Any]] = {
     Forward: _forward,
     Backward: _backward,
     WeightBackward: _weight_backward,
@@ -180,5 +187,12 @@ def keys_of(actions: Sequence[Any]) -> list[str]:
     return [*forwards, *(a.key for a in actions if isinstance(a, Backward))]
 
 
-def _key(key: str, step: int) -> str:
-    return f"{key}@{step}"
+def ranks_of(actions: Collection[Any]) -> list[str]:
+    """The keys of those that are ranks of process groups, forward or backward."""
+    calls = [a.call for a in actions if isinstance(a, Forward)]
+    backwards = [a for a in actions if isinstance(a, Backward)]
+    return [c.key for c in calls if c.peers] + [b.key for b in backwards if b.peers]
+
+
+def _key(key: str, step: int, epoch: int) -> str:
+    return f"{key}@{step}.{epoch}"

@@ -120,10 +120,17 @@ def prepare(
         return training.summary
 
 
+def norm_moments(store: Store, token: str) -> deferred_norm.Given:
+    """What a step recorded of batch norms, for the other replicas: all forwards are done here."""
+    with store.locked(token) as shard:
+        norms = training_of(shard).norms or {}
+        return deferred_norm.given(norms, shard.all_modules.members().modules)
+
+
 def commit(
     store: Store,
     token: str,
-    *summaries: Summary,
+    *values: Summary | deferred_norm.Given,
     step: int,
     update: bool,
     clip_norm: float | None,
@@ -133,6 +140,7 @@ def commit(
 ) -> dict[str, torch.Tensor]:
     """Take the optimizer's step; returns the new values of those parameters that have copies.
 
+    The values are summaries of shards, and what `norm_moments` gives of other replicas of this one.
     With clipping, as `torch.nn.utils.clip_grad_norm_` over all parameters of the model in this
     order. A shard that has committed this step already only returns the values again. If anything
     raises, the shard is as it was before.
@@ -153,6 +161,8 @@ def commit(
                 shard.update = None
             averaging.average(shard)
             before = training.before
+            summaries = [value for value in values if isinstance(value, Summary)]
+            others = [value for value in values if not isinstance(value, Summary)]
             finite = all(summary.finite for summary in summaries)
             total = None
             if update and clip_norm is not None:
@@ -173,7 +183,9 @@ def commit(
                             shard.optimizer.step()
                 if update and training.scaler is not None:
                     training.scaler.update(finite)
-                if training.norms:
+                if training.norms is not None:
+                    members = shard.all_modules.members()
+                    deferred_norm.take(training.norms, members.modules, others)
                     deferred_norm.commit(training.norms)
                 if update and finite and training.scheduler and not training.takes_metric:
                     hint = " It steps with every step of the optimizer, not every epoch."

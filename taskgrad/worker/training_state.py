@@ -87,7 +87,8 @@ class TrainingOptions:
     with `compiled`, options of ``torch.compile``, each layer is compiled at its first call.
     `in_files` has "state" if the optimizer's state is in files, "undo" if copies for taking a
     step back do. `loss` is the packed loss function, where the model's output is. `decay` is that
-    of the parameters' averages, None without.
+    of the parameters' averages, None without. The shard is `replicated` if there are several
+    replicas.
     """
 
     names: list[str]
@@ -99,6 +100,7 @@ class TrainingOptions:
     in_files: frozenset[str] = frozenset()
     loss: bytes = b""
     decay: float | None = None
+    replicated: bool = False
 
 
 @dataclass
@@ -121,7 +123,8 @@ class Training:
     """The state of a trainer on one shard, without its optimizer.
 
     `names` are the trainable parameters that live here. `done` is the number of steps that were
-    taken, `begun` the index of the one under way, which `before` takes back.
+    taken, `begun` the index of the one under way, which `before` takes back. `written` is a
+    parameter that a layer of a `replicated` shard has written.
     """
 
     names: list[str]
@@ -141,6 +144,8 @@ class Training:
     advanced: tuple[int, Undo] | None = None  # `done` at the scheduler's last step with a metric
     busy: float = 0.0
     began_at: float = 0.0
+    replicated: bool = False
+    written: str | None = None
 
     @property
     def scale(self) -> float:

@@ -2,7 +2,7 @@
 
 Each worker has three more handlers, which others call as they call Dask's:
 
-    taskgrad_rank_message   a message for a task: its tensors are frames of their own
+    taskgrad_rank_message   messages for tasks: their tensors are frames of their own
     taskgrad_rank_fail      the error with which a task is to fail
     taskgrad_rank_outcome   how did a task end? Answered when it has, or after some seconds
 
@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 from distributed import Worker
 from distributed.protocol.serialize import to_serialize
@@ -25,6 +25,8 @@ from taskgrad import remote_errors
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.nested import give_thread_back
 from taskgrad.worker.mailbox import Mailboxes, Message, TaskOutcome, Turn
+
+T = TypeVar("T")
 
 _MESSAGE, _FAIL = "taskgrad_rank_message", "taskgrad_rank_fail"
 _OUTCOME = "taskgrad_rank_outcome"
@@ -51,15 +53,26 @@ class DaskTransport:
         for name in (_MESSAGE, _FAIL, _OUTCOME):
             self._worker.handlers.pop(name, None)
 
-    def send(self, worker: str, key: str, message: Message) -> Future[TaskOutcome | None]:
-        """Deliver a message; see `Transport`."""
-        head, payload = message._replace(payload=[]), message.payload
+    def send(
+        self, worker: str, messages: Sequence[tuple[str, Message]]
+    ) -> Future[list[TaskOutcome | None]]:
+        """Deliver messages; see `Transport`."""
+        if worker == self._worker.address:
+            return _done([_own(self._mailboxes.deliver(key, m)) for key, m in messages])
+        payloads = {_identity(m): m.payload for _, m in messages}
+        at = {payload: i for i, payload in enumerate(payloads)}
+        heads = [(key, at[_identity(m)], *m._replace(payload=[])) for key, m in messages]
         return self._start(
-            self._call(worker, _MESSAGE, key=key, head=tuple(head), payload=to_serialize(payload))
+            self._call(
+                worker, _MESSAGE, heads=heads, payloads=to_serialize(list(payloads.values()))
+            )
         )
 
     def tell(self, worker: str, key: str, error: BaseException) -> Future[None]:
         """Have a task fail with this error; see `Transport`."""
+        if worker == self._worker.address:
+            self._mailboxes.fail(key, remote_errors.loads(remote_errors.dumps(error)))
+            return _done(None)
         return self._start(self._call(worker, _FAIL, key=key, error=remote_errors.dumps(error)))
 
     def attend(self, worker: str, key: str) -> Future[TaskOutcome | None]:
@@ -74,24 +87,22 @@ class DaskTransport:
         loop: Any = self._worker.loop
         return asyncio.run_coroutine_threadsafe(call, loop.asyncio_loop)
 
-    async def _call(self, worker: str, handler: str, **message: Any) -> TaskOutcome | None:
+    async def _call(self, worker: str, handler: str, **message: Any) -> Any:
         try:
             answer = await getattr(self._worker.rpc(worker), handler)(**message)
         except OSError:
             raise
         except Exception as error:  # such as: it has no such handler, because it closes
             raise OSError(f"{worker} does not answer: {error}") from error
-        if answer is None:
-            return None
-        return TaskOutcome(
-            answer["count"], answer["error"] and remote_errors.loads(answer["error"])
-        )
+        return [_outcome(one) for one in answer] if handler == _MESSAGE else _outcome(answer)
 
-    def _receive(self, key: str, head: tuple[Any, ...], payload: Any) -> dict[str, Any] | None:
+    def _receive(self, heads: Sequence[Any], payloads: Any) -> list[dict[str, Any] | None]:
         self._expire()
-        source, (ranks, number), *rest = head
-        message = Message(source, Turn(tuple(ranks), number), *rest)._replace(payload=payload)
-        return _plain(self._mailboxes.deliver(key, message))
+        ends = []
+        for key, at, source, (ranks, number), *rest, _ in heads:
+            fields: Any = (source, Turn(tuple(ranks), number), *rest, payloads[at])
+            ends.append(_plain(self._mailboxes.deliver(key, Message(*fields))))
+        return ends
 
     def _receive_error(self, key: str, error: bytes) -> None:
         self._mailboxes.fail(key, remote_errors.loads(error))
@@ -108,6 +119,31 @@ class DaskTransport:
         if time.monotonic() - self._expired > seconds:
             self._expired = time.monotonic()
             self._mailboxes.expire(seconds)
+
+
+def _identity(message: Message) -> tuple[int, ...]:
+    """The same for two messages of the same tensors."""
+    return tuple(map(id, message.payload))
+
+
+def _done(result: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(result)
+    return future
+
+
+def _own(end: TaskOutcome | None) -> TaskOutcome | None:
+    """An outcome with an error that this task alone raises, as if it had been sent."""
+    if end is None or end.error is None:
+        return end
+    return TaskOutcome(end.count, remote_errors.loads(remote_errors.dumps(end.error)))
+
+
+def _outcome(answer: dict[str, Any] | None) -> TaskOutcome | None:
+    """Undo `_plain`."""
+    if answer is None:
+        return None
+    return TaskOutcome(answer["count"], answer["error"] and remote_errors.loads(answer["error"]))
 
 
 def _plain(end: TaskOutcome | None) -> dict[str, Any] | None:

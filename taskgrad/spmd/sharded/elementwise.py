@@ -31,7 +31,7 @@ NAMES = frozenset(
     logical_not logical_or logical_xor logit long lt masked_fill maximum minimum mish mul multiply
     nan_to_num ne neg negative nextafter not_equal positive pow rad2deg reciprocal relu relu6
     remainder round rsqrt rsub selu sgn short sigmoid sign signbit silu sin sinc sinh softplus
-    softsign sqrt square sub subtract tan tanh threshold true_divide trunc where xlogy
+    softsign sqrt square sub subtract tan tanh threshold _threshold true_divide trunc where xlogy
     __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __rdiv__ __div__
     __floordiv__ __rfloordiv__ __mod__ __rmod__ __pow__ __rpow__ __and__ __rand__ __or__ __ror__
     __xor__ __rxor__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __neg__ __pos__ __abs__ __invert__
@@ -66,8 +66,13 @@ def elementwise(function: Callable[..., Any], args: Any, kwargs: Any) -> Parts:
     given = [t.meta() if isinstance(t, Parts) else _meta(t) for t in found.tensors]
     metas = [given[x.index] if type(x) is Slot else x for x in found.leaves]
     meta_args, meta_kwargs = found.structure.build(metas)
-    with torch.no_grad():
-        result = function(*meta_args, **meta_kwargs)
+    try:
+        with torch.no_grad():
+            result = function(*meta_args, **meta_kwargs)
+    except NotImplementedError as error:  # as nonzero, which where is with one argument
+        raise TypeError(
+            f"{name} of these arguments is not elementwise: its shape depends on values"
+        ) from error
     _check_result(name, result, found)
     axis = None if found.axis is None else result.ndim + found.axis
     data = pickle_or_explain(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from taskgrad.worker import part_files
 
 INDEX = "sharded.json"
 """The one file of a folder that says which of its files count."""
+_NAME = re.compile(r"part-[0-9a-f]{8}-[0-9]{5,}\.safetensors")
 _FORMAT = {"format": "taskgrad sharded tensor", "version": 1}
 
 
@@ -125,10 +127,12 @@ def load(folder: str | os.PathLike[str], workers: Any, owner: Session) -> Parts:
 
 
 def _files_of(path: Path) -> list[str]:
-    """The files of the tensor that is in a folder; none if there is none."""
-    if not (path / INDEX).is_file():
+    """The files of the tensor that is in a folder; none if there is none, or it is damaged."""
+    try:
+        names = [str(part["file"]) for part in _read_index(path)["parts"]]
+    except CheckpointError:
         return []
-    return [str(part["file"]) for part in _read_index(path)["parts"]]
+    return [name for name in names if _NAME.fullmatch(name)]
 
 
 def _read_index(path: Path) -> Mapping[str, Any]:

@@ -46,8 +46,13 @@ def kept(owner: Session, spans: Sequence[Span], calls: Sequence[PartCall]) -> li
 
     Raises what a call raises; WorkerLostError if a worker is gone.
     """
+    run(owner, calls)
+    return held(owner, spans, calls)
+
+
+def held(owner: Session, spans: Sequence[Span], calls: Sequence[PartCall]) -> list[Part]:
+    """The parts that calls have made, which have run."""
     executor = executor_of(owner)
-    executor.run(calls)
     parts = []
     for span, made in zip(spans, calls, strict=True):
         # Not the call: that has what it was made of.
@@ -69,7 +74,7 @@ def described(
 ) -> tuple[list[Part], list[TensorInfo]]:
     """As `kept`, with the shape and dtype of each part."""
     found = values(owner, calls)
-    return kept(owner, spans, calls), found
+    return held(owner, spans, calls), found
 
 
 def gathered(x: Parts) -> torch.Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,41 +11,16 @@ from distributed import Client
 
 from taskgrad.cluster.session import WorkerSpec, session
 from taskgrad.display.parts import Held, drawn, in_words
-from taskgrad.graph.objects import Opaque
-from taskgrad.graph.pytree import flatten
 from taskgrad.spmd.sharded import elementwise, files, making
 from taskgrad.spmd.sharded.indexing import indexed
 from taskgrad.spmd.sharded.layout import Part, Parts, Sharded, axis_of, chosen, spans_over
+from taskgrad.spmd.sharded.operators import Operators
 from taskgrad.spmd.sharded.reducing import reduction
 from taskgrad.spmd.sharded.resharding import resharded
 from taskgrad.spmd.sharded.running import gathered
 
-_NUMBERS = (bool, int, float, complex)
 
-
-def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A method for an operator of Python."""
-
-    def method(self: ShardedTensor, *other: Any) -> Any:
-        if not isinstance(other[0] if other else self, _OPERANDS):
-            return NotImplemented
-        return _elementwise(function, self, *other)
-
-    return method
-
-
-def _reflected(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A method for an operator whose left operand is a number; that of a tensor asks torch's."""
-
-    def method(self: ShardedTensor, other: Any) -> Any:
-        return (
-            _elementwise(function, other, self) if isinstance(other, _NUMBERS) else NotImplemented
-        )
-
-    return method
-
-
-class ShardedTensor(Opaque):
+class ShardedTensor(Operators):
     """A tensor whose parts stay on workers, cut along one axis, or with a copy on each of them.
 
     Made by `pmap` with ``out_axes=tg.Sharded(axis)`` or ``gather=False``, by `shard`, `from_dask`,
@@ -56,9 +29,13 @@ class ShardedTensor(Opaque):
     Otherwise pieces go from worker to worker.
 
     Elementwise functions and operators, of it with numbers, tensors and sharded tensors that lie
-    alike, are computed where the parts are, with the shapes, dtypes and bits of torch; so is basic
+    alike, are computed where the parts are, with the shapes and dtypes of torch; so is basic
     indexing. They run at once, and the result is there when they return. Nothing changes a sharded
     tensor. It has no gradient: take gradients inside a `pmap` (``torch.func.grad``).
+
+    The numbers are those of torch for each part. Torch rounds a few functions (``pow``, ``sinh``)
+    in another way where a row ends than within it, so the last bit may be another one than for the
+    whole.
 
     The workers keep the parts until the sharded tensor is garbage here.
 
@@ -80,13 +57,7 @@ class ShardedTensor(Opaque):
     tensor([1., 7.])
     """
 
-    __slots__ = ("__weakref__", "held")
-
-    __array_ufunc__ = None  # an array and a sharded tensor: ours is asked, and refuses
-
-    def __init__(self, held: Parts) -> None:
-        self.held = held
-        """What it is, as data; for taskgrad itself."""
+    __slots__ = ()
 
     @property
     def shape(self) -> torch.Size:
@@ -201,8 +172,8 @@ class ShardedTensor(Opaque):
         It stays sharded unless it is over all dimensions or that along which the parts are cut:
         then it is a tensor on the driver. There each part is summed by torch, in float32 if it is
         float16 or bfloat16, and the sums are added in the order of the parts: so with the same
-        parts it has the same bits every time; those of torch's own sum differ by rounding
-        (about 1e-6 of the sum of absolute values, in float32).
+        parts it has the same bits every time. Those of torch's sum of the whole differ by rounding,
+        by about 1e-6 of the sum of absolute values in float32.
         """
         return self._reduced("sum", dim, keepdim, dtype=dtype)
 
@@ -339,24 +310,6 @@ class ShardedTensor(Opaque):
     def _repr_html_(self) -> str:
         return drawn(f"ShardedTensor({self.held})", self.held.axis, self._parts_shown())
 
-    __add__, __radd__ = _operator(operator.add), _reflected(operator.add)
-    __sub__, __rsub__ = _operator(operator.sub), _reflected(operator.sub)
-    __mul__, __rmul__ = _operator(operator.mul), _reflected(operator.mul)
-    __truediv__, __rtruediv__ = _operator(operator.truediv), _reflected(operator.truediv)
-    __floordiv__, __rfloordiv__ = _operator(operator.floordiv), _reflected(operator.floordiv)
-    __mod__, __rmod__ = _operator(operator.mod), _reflected(operator.mod)
-    __pow__, __rpow__ = _operator(operator.pow), _reflected(operator.pow)
-    __and__, __rand__ = _operator(operator.and_), _reflected(operator.and_)
-    __or__, __ror__ = _operator(operator.or_), _reflected(operator.or_)
-    __xor__, __rxor__ = _operator(operator.xor), _reflected(operator.xor)
-    __lt__, __le__ = _operator(operator.lt), _operator(operator.le)
-    __gt__, __ge__ = _operator(operator.gt), _operator(operator.ge)
-    __eq__ = _operator(operator.eq)
-    __ne__ = _operator(operator.ne)
-    __neg__, __pos__ = _operator(operator.neg), _operator(operator.pos)
-    __abs__, __invert__ = _operator(operator.abs), _operator(operator.invert)
-    __hash__ = Opaque.__hash__
-
     def __getitem__(self, index: Any) -> ShardedTensor:
         return ShardedTensor(indexed(self.held, index))
 
@@ -390,49 +343,3 @@ class ShardedTensor(Opaque):
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("a sharded tensor is on workers: x.gather().numpy() brings it here")
-
-    def __copy__(self) -> ShardedTensor:
-        return self  # nothing changes it
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedTensor:
-        return self
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            "a ShardedTensor cannot be pickled: its parts are on the workers of this driver's "
-            "client. Give it to a tg.pmap as an argument, not in what the function closes over; "
-            "save it with .save(folder), or .gather() it first"
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        if name in elementwise.NAMES and not name.startswith("_"):
-            return functools.partial(_elementwise, elementwise.method(name), self)
-        raise AttributeError(
-            f"a ShardedTensor has no attribute {name!r}: it has elementwise functions, reductions "
-            "and basic indexing. Use a tg.pmap for the rest, or .gather()"
-        )
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", str(func))
-        if name.removeprefix("special_") in elementwise.NAMES:
-            return _elementwise(func, *args, **kwargs)
-        if name in _REDUCTIONS and args and isinstance(args[0], ShardedTensor):
-            return getattr(args[0], name)(*args[1:], **kwargs)
-        raise TypeError(
-            f"{name} of a sharded tensor is not one of the elementwise functions and reductions "
-            "that run where its parts are. Use it inside a tg.pmap, or take .gather()"
-        )
-
-
-_OPERANDS = (ShardedTensor, torch.Tensor, *_NUMBERS)
-_REDUCTIONS = ("sum", "mean", "amax", "amin", "max", "min", "all", "any")
-
-
-def _elementwise(function: Callable[..., Any], *args: Any, **kwargs: Any) -> ShardedTensor:
-    leaves, structure = flatten((args, kwargs))
-    given = [leaf.held if isinstance(leaf, ShardedTensor) else leaf for leaf in leaves]
-    return ShardedTensor(elementwise.elementwise(function, *structure.build(given)))

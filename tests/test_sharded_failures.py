@@ -1,0 +1,110 @@
+"""Sharded tensors whose workers are lost, whose client is closed, or that come from another one."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+
+import taskgrad as tg
+from conftest import about_workers, total_held, wait_until
+from helpers import long
+
+
+def kill(client, worker: str) -> None:
+    """Kill a worker's process, and wait until the scheduler knows."""
+    pid = client.run(os.getpid, workers=[worker])[worker]
+    os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: worker not in about_workers(client))
+
+
+def made(client, size: int = 4) -> tg.ShardedTensor:
+    """What ranks gave, which cannot be made again of what the driver has."""
+    f = tg.pmap(lambda x: x + tg.psum(x, "i"), "i", gather=False, client=client)
+    return f(torch.arange(float(size)))
+
+
+@pytest.mark.parametrize("restarts", [True, *long(False)])
+def test_a_lost_worker_is_an_error_on_use(fresh, restarts):
+    client = fresh(n_workers=2)
+    x, copies = made(client), made(client).reshard(None)
+    for nanny in client.cluster.workers.values():
+        nanny.auto_restart = restarts
+    kill(client, x.parts[1].worker.address)
+    if restarts:
+        client.wait_for_workers(2)
+    twice = tg.pmap(lambda x: x * 2, client=client)
+    for use in (
+        *(x.gather, x.sum, lambda: x + 1, lambda: x[3], lambda: twice(x)),
+        *(lambda: x.reshard(None), lambda: copies + 1),
+    ):
+        with pytest.raises(tg.WorkerLostError, match=r"worker 1 \(tcp.*[Mm]ake the sharded tensor"):
+            use()
+    # What is on the other one is there.
+    assert x[:2].gather().tolist() == [6, 7]
+    assert copies.gather().tolist() == [6, 7, 8, 9]
+    again = made(client)
+    assert torch.equal(again.gather(), torch.arange(4.0) + 6)
+
+
+def test_a_worker_with_parts_is_not_retired(fresh):
+    client = fresh(n_workers=2)
+    x = made(client)
+    worker = x.parts[1].worker.address
+    assert worker not in client.retire_workers([worker])
+    assert torch.equal(x.gather(), torch.arange(4.0) + 6)
+    del x
+    assert wait_until(lambda: total_held(client)["parts"] == 0)
+    assert worker in client.retire_workers([worker])
+
+
+@pytest.mark.long
+def test_a_rank_that_dies_leaves_nothing(fresh):
+    client = fresh(n_workers=2)
+
+    def dies(x):
+        if tg.axis_index("i") == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return tg.psum(x, "i")
+
+    with pytest.raises(tg.WorkerLostError, match="rank 1"):
+        tg.pmap(dies, "i", gather=False, client=client)(torch.ones(2))
+    client.wait_for_workers(2)
+    assert wait_until(lambda: total_held(client)["parts"] == 0)
+
+
+@pytest.mark.long
+def test_a_worker_that_joins_gets_parts_of_what_is_made_then(fresh):
+    client = fresh(n_workers=1)
+    x = made(client, 5)
+    client.cluster.scale(2)
+    client.wait_for_workers(2)
+    f = tg.pmap(lambda x: x * 2, gather=False, client=client)
+    y = f(x)
+    assert [part.worker.name for part in y.parts] == [0, 1]
+    assert torch.equal(y.gather(), x.gather() * 2)
+    assert torch.equal((y - x.reshard()).gather(), x.gather())
+
+
+def test_a_closed_client(fresh):
+    client = fresh(n_workers=1)
+    x = made(client)
+    shown = repr(x)
+    client.close()
+    assert repr(x) == shown
+    for use in (x.gather, lambda: x + 1, lambda: x[0], x.sum, x.reshard, lambda: x.map(torch.sin)):
+        with pytest.raises(tg.TaskgradError, match="client is closed"):
+            use()
+    with pytest.raises(tg.TaskgradError, match="client is closed"):
+        tg.shard(torch.ones(2), client=client)
+
+
+def test_two_clients(client, fresh):
+    other = fresh(n_workers=1)
+    x, y = made(client), made(other)
+    with pytest.raises(tg.TaskgradError, match="two clients"):
+        x + y
+    with pytest.raises(tg.TaskgradError, match="of another client"):
+        tg.pmap(torch.sin, client=client)(y)
