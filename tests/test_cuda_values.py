@@ -39,6 +39,7 @@ def moved(t: torch.Tensor, device: str) -> torch.Tensor:
 def check_arrived(device: str, layout: str, found: list[torch.Tensor]) -> list[torch.Tensor]:
     for back, t in zip(found, on_device("cpu", layout), strict=True):
         assert back.device.type == device
+        assert layout == "strided" or back.stride() == t.stride()
         # As integers: not every dtype can be packed on every device.
         assert_arrived(plain(back).cpu().view(back.dtype), t)
     return found

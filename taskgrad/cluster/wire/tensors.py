@@ -178,9 +178,10 @@ def _build_dense(
             flat = torch.frombuffer(buffer, dtype=torch.uint8)
             if flat.data_ptr() % _ALIGNMENT:
                 flat = flat.clone()
-    t = flat.view(dtype).as_strided(shape, strides)
+    flat = flat.view(dtype)
     if device != "cpu":
-        t = _to_device(t, device)
+        flat = _to_device(flat, device)  # before it has its strides, which a copy may lose
+    t = flat.as_strided(shape, strides)
     if neg:
         t = torch._neg_view(t)
     return t.conj() if conj else t
