@@ -55,7 +55,7 @@ def test_the_same_bits_on_any_workers_and_after_they_join_or_leave(fresh):
     client = fresh(n_workers=1)
     x = torch.randn(8, 5) * torch.logspace(0, 6, 8)[:, None]
     first = results(client, x)
-    for workers in (3, 2):
+    for workers in (3, 4, 2):
         client.cluster.scale(workers)
         assert wait_until(lambda: len(client.nthreads()) == workers)  # noqa: B023
         for ours, theirs in zip(results(client, x), first, strict=True):
