@@ -136,6 +136,16 @@ def running() -> Communicator | None:
     return _here.get()
 
 
+@contextmanager
+def running_as(communicator: Communicator | None) -> Iterator[None]:
+    """Have this thread run what is in the block as a part of this rank."""
+    token = _here.set(communicator)
+    try:
+        yield
+    finally:
+        _here.reset(token)
+
+
 class _Exchange:
     """One task's part in the exchanges of its process group."""
 
