@@ -10,6 +10,7 @@ import sys
 import threading
 from typing import Any
 
+import dask
 import pytest
 import torch
 from torch import nn
@@ -197,6 +198,26 @@ def test_ranks(client, device):
     assert_same(shifted.detach().cpu(), x.flip(0))
     total.sum().backward()
     assert_same(ours.grad, torch.tensor([[2.0], [4.0]]).expand(2, 6).clone())
+
+
+def test_a_backward_in_a_thread_of_torchs_within_a_rank(client):
+    """As that of a device. A rank that waits there lets others on its worker draw from theirs."""
+
+    def f(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x.clone().requires_grad_()
+        total = tg.psum(x * x, "i").sum()
+        thread = threading.Thread(target=total.backward)
+        thread.start()
+        thread.join()
+        return x.grad, torch.rand(1)
+
+    x = torch.arange(8.0).reshape(4, 2)
+    with dask.config.set({"taskgrad.collective-deadline": "20s"}):
+        grads, drawn = tg.pmap(f, axis_name="i", client=client)(x)
+        _, again = tg.pmap(f, axis_name="i", client=client)(x)
+    assert_same(grads, 8 * x)
+    assert len(set(drawn.flatten().tolist())) == 4
+    assert drawn.shape == again.shape
 
 
 class Rank:
