@@ -104,6 +104,30 @@ def test_replicas(client, executor, gpu):
         assert_same(ours[name], value.detach().cpu(), name)
 
 
+@pytest.mark.parametrize(
+    "norms",
+    [{"deferred_batch_norm": True}, {"sync_batch_norm": True, "checkpoint": "always"}],
+    ids=["deferred", "synchronized"],
+)
+def test_batch_norm_over_replicas(client, gpu, norms):
+    """To rounding as on the CPU."""
+    batches = images(2)
+    options = {"microbatches": 2, "replicas": 2, "optimizer": SGD, **norms}
+    chain, _, losses = train(client, gpu, batch_norms, batches, 1, **options)
+    other, _, expected = train(client, "cpu", batch_norms, batches, 1, **options)
+    assert losses == pytest.approx(expected, rel=1e-3)
+    state = other.state_dict()
+    for name, value in chain.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=1e-3, atol=1e-4)
+
+
+def batch_norms() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+    )
+
+
 @pytest.mark.parametrize("options", [{"foreach": False}, {"fused": True}], ids=str)
 def test_implementations_of_optimizers(client, gpu, options):
     optimizer = partial(ADAMW, **options)

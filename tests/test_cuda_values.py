@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from typing import Any
 
+import dask
 import pytest
 import torch
 from torch import nn
@@ -17,6 +19,8 @@ import taskgrad as tg
 from helpers import assert_same
 from taskgrad.cluster.channels.frames import Stream, pack
 from taskgrad.cluster.wire.tensors import is_ready_to_send
+from taskgrad.worker.activation_checkpoint import recomputed
+from taskgrad.worker.communicator import running, running_as
 from test_wire import DTYPES, LAYOUTS, assert_arrived, make, plain
 
 # -- on the wire ---------------------------------------------------------------------------------
@@ -194,6 +198,49 @@ def test_ranks(client, device):
     assert_same(shifted.detach().cpu(), x.flip(0))
     total.sum().backward()
     assert_same(ours.grad, torch.tensor([[2.0], [4.0]]).expand(2, 6).clone())
+
+
+def test_a_backward_in_a_thread_of_torchs_within_a_rank(client):
+    """As that of a device. A rank that waits there lets others on its worker draw from theirs."""
+
+    def f(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x.clone().requires_grad_()
+        total = tg.psum(x * x, "i").sum()
+        thread = threading.Thread(target=total.backward)
+        thread.start()
+        thread.join()
+        return x.grad, torch.rand(1)
+
+    x = torch.arange(8.0).reshape(4, 2)
+    with dask.config.set({"taskgrad.collective-deadline": "20s"}):
+        grads, drawn = tg.pmap(f, axis_name="i", client=client)(x)
+        _, again = tg.pmap(f, axis_name="i", client=client)(x)
+    assert_same(grads, 8 * x)
+    assert len(set(drawn.flatten().tolist())) == 4
+    assert drawn.shape == again.shape
+
+
+class Rank:
+    """Stands for the communicator of a rank."""
+
+
+def test_what_runs_again_in_a_thread_of_torchs_belongs_to_its_rank():
+    """Where the backward of a device runs; batch norm over replicas asks for the rank."""
+    seen: list[Any] = []
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        seen.append(running())
+        return x * x
+
+    rank: Any = Rank()
+    x = torch.ones(2, requires_grad=True)
+    with running_as(rank):
+        y = recomputed(layer, [], x)
+    thread = threading.Thread(target=y.sum().backward)
+    thread.start()
+    thread.join()
+    assert seen == [rank, rank]
+    assert torch.equal(x.grad, torch.full((2,), 2.0))
 
 
 # -- random streams ------------------------------------------------------------------------------

@@ -8,12 +8,15 @@ no second.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from taskgrad.worker.communicator import Communicator, running, running_as
 
 
 def recomputed(
@@ -23,6 +26,10 @@ def recomputed(
     buffers = [b for m in modules for b in m.buffers()]
     first = [b.detach().clone() for b in buffers]
     ran = False
+    comm = running()
+    # The graph must not keep the rank, which keeps the graph.
+    rank: Callable[[], Communicator | None]
+    rank = (lambda: None) if comm is None else weakref.ref(comm)
 
     def once_more(*args: Any, **kwargs: Any) -> Any:
         nonlocal ran
@@ -32,7 +39,8 @@ def recomputed(
         now = [b.detach().clone() for b in buffers]
         _write(buffers, first)
         try:
-            return run(*args, **kwargs)
+            with running_as(rank()):  # of a device, backwards run in a thread of torch's
+                return run(*args, **kwargs)
         finally:
             _write(buffers, now)
 

@@ -38,6 +38,7 @@ from taskgrad.worker.mailbox import (
     inner_key,
 )
 from taskgrad.worker.payloads import copied
+from taskgrad.worker.randomness import drawing_from, streams_here
 from taskgrad.worker.rank_channels import RankChannels, channels_here, having
 from taskgrad.worker.settings import settings_released
 
@@ -136,6 +137,16 @@ def running() -> Communicator | None:
     return _here.get()
 
 
+@contextmanager
+def running_as(communicator: Communicator | None) -> Iterator[None]:
+    """Have this thread run what is in the block as a part of this rank."""
+    token = _here.set(communicator)
+    try:
+        yield
+    finally:
+        _here.reset(token)
+
+
 class _Exchange:
     """One task's part in the exchanges of its process group."""
 
@@ -156,6 +167,7 @@ class _Exchange:
         here = rank.group.workers[rank.index].address
         self._neighbours = {i for i, (worker, _) in self._others.items() if worker == here}
         self._thread: int | None = threading.get_ident()
+        self._streams = streams_here()
         self._under_way: list[tuple[str, Future[Any]]] = []
         self._channels = channels_here()
         self._in = "its function"
@@ -179,7 +191,8 @@ class _Exchange:
         message = partial(Message, self._rank.index, turn, what, wants, self._mailboxes.store)
         large = self._send(message, what, given)
         sources = list(given)
-        self._wait(turn, what, sources, large)
+        with drawing_from(self._streams):  # of a device, backwards run in a thread of torch's
+            self._wait(turn, what, sources, large)
         found = dict(zip(sources, self._mailboxes.take(self._key, turn, sources), strict=True))
         found[self._rank.index] = message(own)
         messages = [found[i] for i in members]

@@ -36,9 +36,9 @@ class Moments:
         squares = self.squares + other.squares + apart.square() * (self.count * other.count / count)
         return Moments(count, mean, squares)
 
-    def cpu(self) -> Moments:
-        """The same on the host."""
-        return Moments(self.count, self.mean.cpu(), self.squares.cpu())
+    def to(self, device: torch.device | str) -> Moments:
+        """The same on a device."""
+        return Moments(self.count, self.mean.to(device), self.squares.to(device))
 
 
 First = tuple[int, str]
@@ -147,7 +147,7 @@ def given(found: Statistics, modules: Iterable[nn.Module]) -> Given:
     place = {norm: i for i, norm in enumerate(_norms(modules))}
     return {
         place[norm]: {
-            at: {m: moments.cpu() for m, moments in by_microbatch.items()}
+            at: {m: moments.to("cpu") for m, moments in by_microbatch.items()}
             for at, by_microbatch in recorded.calls.items()
         }
         for norm, recorded in found.items()
@@ -160,8 +160,11 @@ def take(found: Statistics, modules: Iterable[nn.Module], others: Iterable[Given
     for moments in others:
         for place, calls in moments.items():
             recorded = found.setdefault(norms[place], Recorded({}))
+            running = norms[place].running_mean
+            device = "cpu" if running is None else running.device  # where this shard's own are
             for at, by_microbatch in calls.items():
-                recorded.calls.setdefault(at, {}).update(by_microbatch)
+                here = {m: found.to(device) for m, found in by_microbatch.items()}
+                recorded.calls.setdefault(at, {}).update(here)
 
 
 def _norms(modules: Iterable[nn.Module]) -> list[_BatchNorm]:

@@ -20,8 +20,31 @@ from torch import nn
 
 from taskgrad.arguments import shown, whole
 
+
+class _Turn:
+    """A reentrant lock, held by the streams of a thread and not by the thread."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._holder: list[_Stream] | None = None
+        self._depth = 0
+
+    def acquire(self, holder: list[_Stream]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._holder is None or self._holder is holder)
+            self._holder = holder
+            self._depth += 1
+
+    def release(self) -> None:
+        with self._changed:
+            self._depth -= 1
+            if not self._depth:
+                self._holder = None
+                self._changed.notify()
+
+
 # torch has one default generator a device for all threads of a process.
-_one_at_a_time = threading.RLock()
+_one_at_a_time = _Turn()
 
 _DRAWING = (
     nn.modules.dropout._DropoutNd,
@@ -48,7 +71,7 @@ class _Stream:
 
     def enter(self) -> None:
         """Make torch's default generators draw from this stream; other threads wait meanwhile."""
-        _one_at_a_time.acquire()
+        _one_at_a_time.acquire(streams_here())
         generators = _generators()
         self._before = [generator.get_state() for generator in generators]
         for generator in generators[len(self._own) :]:
@@ -134,7 +157,7 @@ def random_stream(seed: int, step: int, microbatch: int, layer: str) -> Iterator
     if not isinstance(layer, str):
         raise TypeError(f"layer is a layer's name; got {shown(layer)}")
     stream = _Stream(stream_seed(seed, step, microbatch, layer))
-    streams = _streams()
+    streams = streams_here()
     stream.enter()
     streams.append(stream)
     try:
@@ -147,7 +170,7 @@ def random_stream(seed: int, step: int, microbatch: int, layer: str) -> Iterator
 @contextmanager
 def paused() -> Iterator[None]:
     """Leave this thread's streams in the block, so that other threads can draw from theirs."""
-    streams = _streams()
+    streams = streams_here()
     for stream in reversed(streams):
         stream.leave()
     try:
@@ -157,7 +180,19 @@ def paused() -> Iterator[None]:
             stream.enter()
 
 
-def _streams() -> list[_Stream]:
+@contextmanager
+def drawing_from(streams: list[_Stream]) -> Iterator[None]:
+    """Have this thread act for the one with these streams, which waits for it."""
+    own = streams_here()
+    _entered.streams = streams
+    try:
+        yield
+    finally:
+        _entered.streams = own
+
+
+def streams_here() -> list[_Stream]:
+    """The streams that this thread draws from: always the same list, the innermost last."""
     found: list[_Stream] = vars(_entered).setdefault("streams", [])
     return found
 

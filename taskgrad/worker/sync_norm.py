@@ -94,7 +94,8 @@ class _Run:
         if self._again is not None:
             return next(self._again)
         own = _moments(x)
-        payload = [torch.tensor([own.count], dtype=torch.float64), own.mean, own.squares]
+        count = torch.tensor([own.count], dtype=torch.float64, device="cpu")
+        payload = [count, own.mean, own.squares]
         messages = self.comm.exchange(what, False, [payload] * self.comm.size)
         every = [
             Moments(int(count), mean, squares)
