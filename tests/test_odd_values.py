@@ -117,6 +117,13 @@ USES: dict[str, list[Call]] = {
     "axis_index": [lambda a, b: tg.axis_index(a)],
     "axis_size": [lambda a, b: tg.axis_size(a)],
     "ppermute": [lambda a, b: inside(tg.ppermute, a), lambda a, b: inside(tg.ppermute, [(a, b)])],
+    "pbroadcast": [lambda a, b: inside(tg.pbroadcast, a)],
+    "pshuffle": [lambda a, b: inside(tg.pshuffle, a)],
+    "pswapaxes": [lambda a, b: inside(tg.pswapaxes, a)],
+    "Sharded": [lambda a, b: tg.Sharded(a)],
+    "ShardedTensor": [lambda a, b: tg.ShardedTensor.from_dask(a, b)],
+    "shard": [lambda a, b: tg.shard(a, b)],
+    "load_sharded": [lambda a, b: tg.load_sharded(a)],
     "psum_scatter": [lambda a, b: inside(lambda x, i: tg.psum_scatter(x, i, scatter_dimension=a))],
     "load_state_dict": [lambda a, b: tg.load_state_dict(a)],
     "local_cluster": [

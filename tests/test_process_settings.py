@@ -445,7 +445,7 @@ def test_a_call_made_in_a_call_may_have_other_settings(threads):
 def test_parallel_maps_of_different_settings_do_not_wait_for_each_other(fresh, monkeypatch):
     client = fresh(n_workers=2, threads_per_worker=1, processes=False)
     mine = threading.local()  # instead of settings that hold for both threads
-    monkeypatch.setattr("taskgrad.graph.calls.settings_now", lambda: mine.settings)
+    monkeypatch.setattr("taskgrad.spmd.calls.settings_now", lambda: mine.settings)
     found: dict[torch.dtype, Any] = {}
 
     def run(wanted: torch.dtype) -> None:

@@ -205,7 +205,12 @@ def test_copies_and_pickles(client):
         tg.spawn(torch.exp, x)
 
 
+def known_to_scheduler(client) -> set:
+    return set(client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks)))
+
+
 def test_parts_go_with_the_sharded_tensor(client):
+    before = known_to_scheduler(client)
     x = tg.shard(torch.ones(4), client=client)
     y = x + 1
     assert total_held(client)["parts"] == 4
@@ -216,7 +221,7 @@ def test_parts_go_with_the_sharded_tensor(client):
         y = y * 2
     assert wait_until(lambda: total_held(client)["parts"] == 2)
     # The scheduler keeps nothing of what went before either.
-    assert len(client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks))) == 2
+    assert len(known_to_scheduler(client) - before) == 2
     del y
     gc.collect()
     assert wait_until(lambda: total_held(client)["parts"] == 0)
