@@ -121,6 +121,12 @@ def fresh() -> Iterator[Callable[..., Client]]:
         one.close()
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """What takes a GPU is among `pytest -m cuda`."""
+    if "gpu" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.cuda)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> str:
     """The CPU and, if there is one, a GPU, each with deterministic algorithms."""
