@@ -29,6 +29,7 @@ from taskgrad.graph.cut import Cut
 from taskgrad.graph.deferred_init import plan_init
 from taskgrad.graph.layers import ParameterInfo, local_name, rebuild_model
 from taskgrad.graph.leaves import Leaf
+from taskgrad.graph.nodes import Node, Sum
 from taskgrad.graph.output_capturing import without_output_capturing
 from taskgrad.graph.pullback import StoredGrad
 from taskgrad.graph.sending import reached
@@ -268,13 +269,20 @@ class GraphChain(Lazy):
     def grads(self) -> dict[str, Thunk]:
         """The accumulated gradient of each trainable parameter: thunks of tensors, or of None.
 
-        Those of a trainer with replicas are where it sums them.
+        Of a trainer with replicas they are what it has summed, wherever that is, added to what a
+        backward of the chain itself has left.
         """
         layout = self.layout
-        homes = {name: layout.home(name) for name in layout.trainable}
-        for shard in layout.ref.replicas:
-            homes |= shard.homes
-        return {name: Thunk(StoredGrad(home, name), layout.session) for name, home in homes.items()}
+        places = {name: [layout.home(name)] for name in layout.trainable}
+        for name, home in {item for s in layout.ref.replicas for item in s.homes.items()}:
+            if home.worker != places[name][0].worker:
+                places[name].append(home)
+
+        def grad(name: str) -> Node:
+            stored = [StoredGrad(shard, name) for shard in places[name]]
+            return Sum(stored, name, stored[0].worker) if len(stored) > 1 else stored[0]
+
+        return {name: Thunk(grad(name), layout.session) for name in places}
 
     def named_parameters_info(self) -> Iterable[tuple[str, ParameterInfo]]:
         """(name, info) of each parameter, tied ones once, in the model's order."""

@@ -76,6 +76,21 @@ def test_what_is_closed_over_is_sent_once_and_again_when_it_has_changed(client, 
     assert wait_until(lambda: not any(client.run(kept).values()))
 
 
+def test_what_all_ranks_take_is_sent_to_a_worker_once(client, sent):
+    """There are several ranks on each."""
+    x = torch.randn(5, 3)
+    w, whole = torch.randn(20_000), torch.randn(20_000)
+    f = tg.pmap(lambda x, y: x + (w + y).sum(), in_axes=(0, None), client=client)
+    expected = x + (w + whole).sum()
+
+    def call():
+        assert torch.equal(f(x, whole), expected)
+
+    first = bytes_of(call, sent)
+    assert 4 * w.nbytes <= first < 5 * w.nbytes  # both tensors, to each of two workers
+    assert bytes_of(call, sent) < 10_000
+
+
 def while_it_exists(client, sent) -> None:
     w = torch.randn(3, 20_000)
     f = tg.pmap(lambda x: x @ w, client=client)
@@ -167,12 +182,14 @@ def test_the_next_call_after_one_that_failed(client):
     assert wait_until(lambda: empty(client))
 
 
-def test_ctrl_c_ends_the_ranks(client, tmp_path):
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ctrl_c_ends_the_ranks(client, tmp_path, ranks):
     begun = str(tmp_path / "begun")
 
     def f(x):
         if tg.axis_index("i") == 0:
             open(begun, "w").close()
+        if tg.axis_index("i") < ranks - 1:
             return tg.psum(x, "i")
         while os.path.exists(begun) or not os.path.exists(begun + "-not"):
             time.sleep(0.01)
@@ -189,7 +206,7 @@ def test_ctrl_c_ends_the_ranks(client, tmp_path):
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        tg.pmap(f, "i", client=client)(X[:2])
+        tg.pmap(f, "i", client=client)(X[:ranks])
     ended.set()
     thread.join()
     open(begun + "-not", "w").close()

@@ -20,12 +20,11 @@ from torch.optim.lr_scheduler import StepLR
 
 import taskgrad as tg
 from conftest import total_held, wait_until
-from helpers import long, long_rows
+from helpers import long, long_rows, reference
 from plain import ConvNet, PlainTrainer, images, next_token, tokens, transformer
 from taskgrad import replicated_layout
 from taskgrad.cluster.worker_plugin import store_of
 from taskgrad.plan.plan import Plan
-from test_captured_training import gpt2, token_batches
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -412,7 +411,15 @@ def test_what_the_chain_does_beside_its_trainer(four):
         assert torch.equal(grads[name], parameter.grad), name
     chain.zero_grad()
     assert all(grad is None for grad in tg.collect(chain.grads()).values())
-    tg.spawn(torch.sum, chain(batches[0][0])).backward()
+    tg.spawn(torch.sum, chain.eval()(batches[0][0])).backward()
+    model = ConvNet().eval()
+    model.load_state_dict(chain.state_dict())
+    _, alone, _ = reference(model, batches[0][0])
+    grads = tg.collect(chain.grads())
+    for name, grad in alone.items():
+        torch.testing.assert_close(grads[name], grad)
+    with pytest.raises(tg.TaskgradError, match="outside of its trainer"):
+        trainer.step(*batches[1]).item()
     with pytest.raises(tg.TaskgradError, match="zero_grad"):
         tg.Trainer(chain, F.cross_entropy, SGD, microbatches=4, replicas=2)
 
@@ -487,7 +494,8 @@ def test_averages_of_the_weights(four, shard_optimizer):
 @pytest.mark.parametrize(("replicas", "workers"), [(2, 1), *long_rows((2, 2), (3, 1))])
 def test_a_model_of_transformers(four, replicas, workers):
     """Its own forward is followed, on each replica's workers."""
-    pytest.importorskip("transformers")
+    from test_captured_training import gpt2, token_batches
+
     batches = token_batches(4)
 
     def train(**options: Any) -> tuple[list[float], dict[str, torch.Tensor]]:

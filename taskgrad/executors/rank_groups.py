@@ -64,7 +64,7 @@ class RankGroup:
         Raises what a rank raised, or WorkerLostError; the group is then of no more use.
         """
         connections = self._connections
-        blocks = [_Block.of(calls, worker) for worker in connections.workers]
+        blocks = _blocks(calls, connections.workers)
         program = self._load(blocks)
         step = next(self._numbers)
         connections.step(step, program, self._inputs(blocks))
@@ -84,13 +84,10 @@ class RankGroup:
             raise error
         reports = connections.finished[step]
         connections.forget(step)
-        single = len(blocks) == len(calls)
         found = {
             call: value
             for at, block in enumerate(blocks)
-            for call, value in zip(
-                block.calls, [reports[at][0][0]] if single else reports[at][0][0], strict=True
-            )
+            for call, value in zip(block.calls, block.values(reports[at][0][0]), strict=True)
         }
         return [found[call] for call in calls]
 
@@ -102,8 +99,7 @@ class RankGroup:
             self._programs.move_to_end(about)
             return number
         number = next(self._numbers)
-        single = all(len(block.calls) == 1 for block in blocks)  # then they have channels
-        programs = [_program(at, block, single) for at, block in enumerate(blocks)]
+        programs = [_program(at, block) for at, block in enumerate(blocks)]
         packed = [dumps_whole(program) for program in programs]
         self._connections.load(number, packed, [program.labels() for program in programs])
         self._programs[about] = number
@@ -113,11 +109,10 @@ class RankGroup:
 
     def _inputs(self, blocks: Sequence[_Block]) -> list[list[Any]]:
         kept = self._kept.begin()
-        single = all(len(block.calls) == 1 for block in blocks)
         found = []
         for at, block in enumerate(blocks):
             specs = [call.spec._replace(function=b"", template=b"") for call in block.calls]
-            given: list[Any] = [specs[0] if single else specs]
+            given: list[Any] = [specs[0] if block.alone else specs]
             for leaf, closed_over in block.leaves.items():
                 value = leaf.sent()
                 given.append(kept.given(at, leaf.value, value) if closed_over else value)
@@ -139,30 +134,41 @@ class _Block:
     """The ranks of a call that are on one worker.
 
     `leaves` are the inputs of all of them, and whether the function closes over each; `slots` says
-    for each rank which of them it takes.
+    for each rank which of them it takes. They are `alone` if every worker has one rank: then these
+    have channels to each other.
     """
 
+    alone: bool
     calls: tuple[Call, ...]
     leaves: dict[Leaf, bool]
     slots: tuple[tuple[int, ...], ...]
-
-    @staticmethod
-    def of(calls: Sequence[Call], worker: str) -> _Block:
-        own = tuple([call for call in calls if call.worker == worker])
-        leaves: dict[Leaf, bool] = {}
-        for call in own:
-            for slot, node in enumerate(call.inputs):
-                assert isinstance(node, Leaf)
-                leaves.setdefault(node, slot in call.spec.tensor_slots)
-        at = {leaf: i for i, leaf in enumerate(leaves)}
-        slots = [tuple([at[leaf] for leaf in call.inputs]) for call in own]  # type: ignore[index]
-        return _Block(own, leaves, tuple(slots))
 
     @property
     def about(self) -> Any:
         """What their program depends on."""
         specs = [(c.spec.function, c.spec.template, c.title, _settings(c)) for c in self.calls]
-        return tuple(specs), self.slots
+        return tuple(specs), self.slots, self.alone
+
+    def values(self, result: Any) -> list[Any]:
+        """What each rank gave, of what their action gave."""
+        return [result] if self.alone else result
+
+
+def _blocks(calls: Sequence[Call], workers: Sequence[str]) -> list[_Block]:
+    found = []
+    for worker in workers:
+        own = tuple([call for call in calls if call.worker == worker])
+        leaves: dict[Leaf, bool] = {}
+        slots = []
+        for call in own:
+            given = [node for node in call.inputs if isinstance(node, Leaf)]
+            for slot, leaf in enumerate(given):
+                leaves.setdefault(leaf, slot in call.spec.tensor_slots)
+            slots.append(given)
+        at = {leaf: i for i, leaf in enumerate(leaves)}
+        places = tuple([tuple([at[leaf] for leaf in given]) for given in slots])
+        found.append(_Block(len(calls) == len(workers), own, leaves, places))
+    return found
 
 
 def _settings(call: Call) -> TorchSettings:
@@ -170,13 +176,13 @@ def _settings(call: Call) -> TorchSettings:
     return call.settings.without_grad() if call.tape.wanted else call.settings
 
 
-def _program(at: int, block: _Block, single: bool) -> StepProgram:
+def _program(at: int, block: _Block) -> StepProgram:
     ranks = [RankForward(c.title, c.spec.function, c.spec.template) for c in block.calls]
     first = block.calls[0]
     settings = _settings(first)
     label = f"{first.key.partition('-')[0]}-{at}"
     job = Job(label, ranks[0], settings, tuple(range(1 + len(block.leaves))))
-    if not single:
+    if not block.alone:
         together = RankBlock(first.title, tuple(ranks), settings, block.slots)
         job = replace(job, action=together, settings=None)
     return StepProgram(

@@ -29,12 +29,12 @@ from taskgrad.errors import CollectiveError, TaskgradError, WorkerLostError
 from taskgrad.graph.calls import Rank
 from taskgrad.worker.forward_mode import shared_level
 from taskgrad.worker.mailbox import (
+    ExchangeId,
     GroupAborted,
     Mailboxes,
     Message,
     TaskOutcome,
     Transport,
-    Turn,
     inner_key,
 )
 from taskgrad.worker.payloads import copied
@@ -182,18 +182,18 @@ class _Exchange:
         self, what: str, wants: bool, payloads: Sequence[list[Any]], members: tuple[int, ...]
     ) -> list[Message]:
         ranks = tuple(sorted(members))
-        turn = Turn(ranks, self._numbers[ranks])
+        exchange = ExchangeId(ranks, self._numbers[ranks])
         self._numbers[ranks] += 1
         self.number += 1
         self._in = what
         given = dict(zip(members, payloads, strict=True))
         own = given.pop(self._rank.index)
-        message = partial(Message, self._rank.index, turn, what, wants, self._mailboxes.store)
+        message = partial(Message, self._rank.index, exchange, what, wants, self._mailboxes.store)
         large = self._send(message, what, given)
         sources = list(given)
         with drawing_from(self._streams):  # of a device, backwards run in a thread of torch's
-            self._wait(turn, what, sources, large)
-        found = dict(zip(sources, self._mailboxes.take(self._key, turn, sources), strict=True))
+            self._wait(exchange, what, sources, large)
+        found = dict(zip(sources, self._mailboxes.take(self._key, exchange, sources), strict=True))
         found[self._rank.index] = message(own)
         messages = [found[i] for i in members]
         if any(m.what != what for m in messages):
@@ -239,51 +239,59 @@ class _Exchange:
         return large
 
     def _wait(
-        self, turn: Turn, what: str, sources: list[int], large: Sequence[Callable[[], bool]]
+        self,
+        exchange: ExchangeId,
+        what: str,
+        sources: list[int],
+        large: Sequence[Callable[[], bool]],
     ) -> None:
         start = time.monotonic()
-        if self._come(turn, sources, large, 0.0 if self._neighbours else _KEEP_THREAD_S):
+        if self._come(exchange, sources, large, 0.0 if self._neighbours else _KEEP_THREAD_S):
             return
         self.give_thread_back()
         with settings_released():
-            if self._come(turn, sources, large, _POLL_S):
+            if self._come(exchange, sources, large, _POLL_S):
                 return
-            missing = self._mailboxes.wait(self._key, turn, sources, 0)
-            asked = [self._attend(i, what, turn) for i in missing]
+            missing = self._mailboxes.wait(self._key, exchange, sources, 0)
+            asked = [self._attend(i, what, exchange) for i in missing]
             try:
                 left = start + self._group.deadline - time.monotonic()
-                if self._come(turn, sources, large, left):
+                if self._come(exchange, sources, large, left):
                     return
             finally:
                 for stop in asked:
                     stop()
-            missing = self._mailboxes.wait(self._key, turn, sources, 0)
+            missing = self._mailboxes.wait(self._key, exchange, sources, 0)
         raise GroupAborted(CollectiveError(self._late(missing, what)))
 
     def _come(
-        self, turn: Turn, sources: list[int], large: Sequence[Callable[[], bool]], seconds: float
+        self,
+        exchange: ExchangeId,
+        sources: list[int],
+        large: Sequence[Callable[[], bool]],
+        seconds: float,
     ) -> bool:
         end = time.monotonic() + max(0.0, seconds)
         if self._channels is not None:
-            return self._come_by_channel(self._channels, turn, sources, large, end)
-        if self._mailboxes.wait(self._key, turn, sources, end - time.monotonic()):
+            return self._come_by_channel(self._channels, exchange, sources, large, end)
+        if self._mailboxes.wait(self._key, exchange, sources, end - time.monotonic()):
             return False
         done = self._mailboxes.until(
             lambda: self._mailboxes.error(self._key) is not None or all(done() for done in large),
             max(0.0, end - time.monotonic()),
         )
-        self._mailboxes.wait(self._key, turn, sources, 0)  # raises what there is to raise
+        self._mailboxes.wait(self._key, exchange, sources, 0)  # raises what there is to raise
         return done
 
     def _come_by_channel(
         self,
         channels: RankChannels,
-        turn: Turn,
+        exchange: ExchangeId,
         sources: list[int],
         large: Sequence[Callable[[], bool]],
         end: float,
     ) -> bool:
-        while self._mailboxes.wait(self._key, turn, sources, 0) or not all(d() for d in large):
+        while self._mailboxes.wait(self._key, exchange, sources, 0) or not all(d() for d in large):
             left = end - time.monotonic()
             if left <= 0:
                 return False
@@ -323,7 +331,7 @@ class _Exchange:
 
         return done
 
-    def _attend(self, peer: int, what: str, turn: Turn) -> Callable[[], None]:
+    def _attend(self, peer: int, what: str, exchange: ExchangeId) -> Callable[[], None]:
         """Ask for a rank's outcome until it has come, or never will; returns what stops that."""
         worker, key = self._others[peer]
         stopped = threading.Event()
@@ -332,7 +340,7 @@ class _Exchange:
         grace = 0.0 if self._channels is None else _POLL_S
 
         def over(end: TaskOutcome) -> None:
-            if not stopped.is_set() and self._absent(peer, turn):
+            if not stopped.is_set() and self._absent(peer, exchange):
                 self._mailboxes.fail(self._key, self._over(peer, end, what))
 
         def ask() -> None:
@@ -361,10 +369,10 @@ class _Exchange:
         ask()
         return stop
 
-    def _absent(self, peer: int, turn: Turn) -> bool:
+    def _absent(self, peer: int, exchange: ExchangeId) -> bool:
         """True if no message of this rank has come; its messages arrive before its outcome."""
         try:
-            return bool(self._mailboxes.wait(self._key, turn, [peer], 0))
+            return bool(self._mailboxes.wait(self._key, exchange, [peer], 0))
         except GroupAborted:
             return False
 

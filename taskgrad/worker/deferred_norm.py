@@ -87,21 +87,31 @@ def _watched(norm: _BatchNorm, found: Statistics, microbatch: int, first: First)
         found[norm].calls.setdefault((first, count), {})[microbatch] = _moments(x.detach())
         count += 1
 
-    modes: list[_Normalized] = []
-
-    def enter(*_: Any) -> None:
+    def normalizes() -> TorchFunctionMode:
         if norm not in found:
             buffers = {name: getattr(norm, name) for name in _BUFFERS}
             found[norm] = Recorded({n: b.clone() for n, b in buffers.items() if b is not None})
-        modes.append(_Normalized(norm, record))
+        return _Normalized(norm, record)
+
+    with in_forwards(norm, normalizes):
+        yield
+
+
+@contextmanager
+def in_forwards(module: nn.Module, make: Callable[[], TorchFunctionMode]) -> Iterator[None]:
+    """Have each forward of a module in the block run in a mode that `make` makes."""
+    modes: list[TorchFunctionMode] = []
+
+    def enter(*_: Any) -> None:
+        modes.append(make())
         modes[-1].__enter__()
 
     def leave(*_: Any) -> None:
         modes.pop().__exit__(None, None, None)
 
     handles = [
-        norm.register_forward_pre_hook(enter, prepend=True),
-        norm.register_forward_hook(leave, always_call=True),
+        module.register_forward_pre_hook(enter, prepend=True),
+        module.register_forward_hook(leave, always_call=True),
     ]
     try:
         yield

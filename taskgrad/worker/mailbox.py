@@ -1,8 +1,8 @@
 """Mailboxes for the messages between ranks of a parallel call: one for each of their tasks.
 
-A message names its task by the task's key, the rank that sent it, and its turn: the ranks that take
-part in the collective, and its number among those of the same ranks, counted from 0. It may arrive
-before its task has begun. When the task has ended, or its key was released, its mailbox is deleted;
+A message names its task by the task's key, the rank that sent it, and the exchange: the ranks that
+take part, and its number among those of the same ranks, counted from 0. It may arrive before its
+task has begun. When the task has ended, or its key was released, its mailbox is deleted;
 later messages are refused, and the sender is told the outcome.
 
 A rank's task may run the ranks of another map inside. Each has a mailbox of its own, with the
@@ -35,8 +35,8 @@ def inner_key(key: str, number: int, index: int) -> str:
     return f"{key}{_INNER}{number}.{index}"
 
 
-class Turn(NamedTuple):
-    """Which collective: its ranks, ascending, and its number among those of the same ranks."""
+class ExchangeId(NamedTuple):
+    """Which exchange: its ranks, ascending, and its number among those of the same ranks."""
 
     ranks: tuple[int, ...]
     number: int
@@ -46,7 +46,7 @@ class Message(NamedTuple):
     """A message of one rank to another in one collective."""
 
     source: int
-    turn: Turn
+    exchange: ExchangeId
     what: str
     wants: bool  # True if the sender needs a gradient for what it sent
     store: str  # the id of the sender's store: another one after a restart
@@ -98,7 +98,7 @@ class Transport(Protocol):
 
 @dataclass
 class _Box:
-    messages: dict[tuple[int, Turn], Message] = field(default_factory=dict)
+    messages: dict[tuple[int, ExchangeId], Message] = field(default_factory=dict)
     stores: dict[int, str] = field(default_factory=dict)
     error: BaseException | None = None
     lost: Callable[[str], BaseException | None] | None = None  # once the task has begun
@@ -202,7 +202,7 @@ class Mailboxes:
                     f"rank {message.source} has begun a second time: its worker was restarted"
                 )
                 self._fail(box, TaskgradError(restarted))
-            box.messages[message.source, message.turn] = message
+            box.messages[message.source, message.exchange] = message
             self._news.notify_all()
         return None
 
@@ -232,7 +232,9 @@ class Mailboxes:
         box = self._boxes.get(key)
         return box is not None and worker in box.gone
 
-    def wait(self, key: str, turn: Turn, sources: Sequence[int], seconds: float) -> set[int]:
+    def wait(
+        self, key: str, exchange: ExchangeId, sources: Sequence[int], seconds: float
+    ) -> set[int]:
         """Wait at most so long for a message of each of these ranks; returns those still missing.
 
         Raises GroupAborted if the task has to fail.
@@ -240,7 +242,7 @@ class Mailboxes:
         box = self._boxes[key]
 
         def missing() -> set[int]:
-            return {s for s in sources if (s, turn) not in box.messages}
+            return {s for s in sources if (s, exchange) not in box.messages}
 
         with self._news:
             self._news.wait_for(lambda: box.error is not None or not missing(), seconds)
@@ -248,7 +250,7 @@ class Mailboxes:
                 raise GroupAborted(box.error)
             return missing()
 
-    def take(self, key: str, turn: Turn, sources: Sequence[int]) -> list[Message]:
+    def take(self, key: str, exchange: ExchangeId, sources: Sequence[int]) -> list[Message]:
         """The messages of one collective, once all have come.
 
         Raises GroupAborted if the task has to fail, by now.
@@ -257,7 +259,7 @@ class Mailboxes:
             box = self._boxes[key]
             if box.error is not None:
                 raise GroupAborted(box.error)
-            return [box.messages.pop((source, turn)) for source in sources]
+            return [box.messages.pop((source, exchange)) for source in sources]
 
     def expire(self, seconds: float) -> None:
         """Drop the messages of tasks that have not begun for so long: they never will."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from taskgrad.worker.communicator import Communicator, running
-from taskgrad.worker.deferred_norm import Moments
+from taskgrad.worker.deferred_norm import Moments, in_forwards
 
 _inside: ContextVar[bool] = ContextVar("taskgrad_synchronized", default=False)
 
@@ -55,7 +55,8 @@ def synchronized(fn: Any, name: str, step: int) -> Iterator[None]:
     with ExitStack() as regions:
         regions.callback(_inside.reset, _inside.set(True))
         for inner, norm in norms.items():
-            regions.enter_context(_watched(norm, f"{name}.{inner}" if inner else name, run))
+            title = f"{name}.{inner}" if inner else name
+            regions.enter_context(in_forwards(norm, partial(_Synchronized, norm, title, run)))
         yield
 
 
@@ -114,30 +115,6 @@ class _Run:
         if self._again is None and token.requires_grad:
             comm.token = token
         return y
-
-
-@contextmanager
-def _watched(norm: _BatchNorm, name: str, run: _Run) -> Iterator[None]:
-    modes: list[_Synchronized] = []
-
-    def enter(*_: Any) -> None:
-        modes.append(_Synchronized(norm, name, run))
-        modes[-1].__enter__()
-
-    def leave(*_: Any) -> None:
-        modes.pop().__exit__(None, None, None)
-
-    handles = [
-        norm.register_forward_pre_hook(enter, prepend=True),
-        norm.register_forward_hook(leave, always_call=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        while modes:  # torch calls no hooks for what is no Exception
-            leave()
 
 
 class _Synchronized(TorchFunctionMode):

@@ -40,6 +40,8 @@ def begin(shard: ResidentShard, step: int) -> None:
     training = training_of(shard)
     if training.begun == step:  # an earlier microbatch began it, or Dask runs this again
         return
+    if training.replicated:
+        _refuse_stray_gradients(shard, training)
     training.begun = step
     training.summary = None
     training.began_at = time.time()
@@ -52,6 +54,18 @@ def begin(shard: ResidentShard, step: int) -> None:
         training.buffer_copies,
         [(p, None if p.grad is None else p.grad.clone()) for p in trained],
     )
+
+
+def _refuse_stray_gradients(shard: ResidentShard, training: Training) -> None:
+    """Raise TaskgradError if a copy of a parameter has a gradient, which no update would count."""
+    homes = set(training.names)
+    stray = [n for n, p in shard.parameters.items() if n not in homes and p.grad is not None]
+    if stray:
+        raise TaskgradError(
+            f"parameter {stray[0]!r} has a gradient from a backward outside of its trainer, whose "
+            "optimizer state for it is with another replica: call chain.zero_grad() before the "
+            "next step"
+        )
 
 
 def copy_ahead(store: Store, token: str, *, step: int) -> None:

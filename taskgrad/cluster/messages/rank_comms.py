@@ -24,7 +24,7 @@ from distributed.protocol.serialize import to_serialize
 from taskgrad import remote_errors
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.nested import give_thread_back
-from taskgrad.worker.mailbox import Mailboxes, Message, TaskOutcome, Turn
+from taskgrad.worker.mailbox import ExchangeId, Mailboxes, Message, TaskOutcome
 
 T = TypeVar("T")
 
@@ -100,7 +100,7 @@ class DaskTransport:
         self._expire()
         ends = []
         for key, at, source, (ranks, number), *rest, _ in heads:
-            fields: Any = (source, Turn(tuple(ranks), number), *rest, payloads[at])
+            fields: Any = (source, ExchangeId(tuple(ranks), number), *rest, payloads[at])
             ends.append(_plain(self._mailboxes.deliver(key, Message(*fields))))
         return ends
 
