@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks._cases import Tokens
 from benchmarks._models import resnet
 
 MICROBATCHES = 4  # over two workers
@@ -73,19 +74,6 @@ def _gpt(
     ]
     tokens = torch.randint(vocabulary, (batch, length + 1))
     return GpuCase(layers, 1 + blocks // 2, tokens[:, :-1], tokens[:, 1:], optimizer)
-
-
-class Tokens(nn.Module):
-    """Embeddings of tokens and of their places."""
-
-    def __init__(self, vocabulary: int, width: int, length: int) -> None:
-        super().__init__()
-        self.token = nn.Embedding(vocabulary, width)
-        self.place = nn.Parameter(torch.zeros(length, width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(n, length) integers to (n, length, width)."""
-        return self.token(x) + self.place
 
 
 class Block(nn.Module):

@@ -63,13 +63,7 @@ def serve_ours(name: str, scheduler: str = "") -> None:
         trainer = tg.Trainer(
             chain, F.cross_entropy, OPTIMIZER, microbatches=microbatches, schedule=schedule
         )
-
-        def run(steps: int) -> None:
-            for _ in range(steps):
-                trainer.step(case.x, case.y)
-            trainer.wait()
-
-        return run
+        return _our_steps(trainer, case)
 
     _serve(prepare)
     client.close()
@@ -129,13 +123,7 @@ def serve_replicas(name: str) -> None:
             replicas=2,
             shard_optimizer=way == "sharded",
         )
-
-        def run(steps: int) -> None:
-            for _ in range(steps):
-                trainer.step(case.x, case.y)
-            trainer.wait()
-
-        return run
+        return _our_steps(trainer, case)
 
     _serve(prepare)
     client.close()
@@ -151,17 +139,9 @@ def serve_data_parallel(name: str, rank: int, address: str, *, keep_memory: bool
     torch.set_num_threads(1)
     case = make(name)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    x, y = case.x.tensor_split(2)[rank], case.y.tensor_split(2)[rank]
+    batch = case.x.tensor_split(2)[rank], case.y.tensor_split(2)[rank]
     model = DistributedDataParallel(case.model.train())
-    optimizer = OPTIMIZER(model.parameters())
-
-    def run(steps: int) -> None:
-        for _ in range(steps):
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    _serve(lambda _: run)
+    _serve(lambda _: _plain_steps(model, *batch))
     dist.destroy_process_group()
 
 
@@ -170,15 +150,28 @@ def serve_plain(name: str, threads: int) -> None:
     torch.set_num_threads(threads)
     case = make(name)
     model = case.model.train()
+    _serve(lambda _: _plain_steps(model, case.x, case.y))
+
+
+def _our_steps(trainer: Any, case: Case) -> Run:
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            trainer.step(case.x, case.y)
+        trainer.wait()
+
+    return run
+
+
+def _plain_steps(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> Run:
     optimizer = OPTIMIZER(model.parameters())
 
     def run(steps: int) -> None:
         for _ in range(steps):
-            F.cross_entropy(model(case.x), case.y).backward()
+            F.cross_entropy(model(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
 
-    _serve(lambda _: run)
+    return run
 
 
 def _schedule_of(way: str, case: Case) -> tuple[str, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,11 +36,11 @@ from taskgrad.graph.shards import Shard
 from taskgrad.graph.torch_settings import refuse_module_hooks
 from taskgrad.graph.weight_names import match
 from taskgrad.layout import Layout
+from taskgrad.memory_table import memory_table
 from taskgrad.pretrained import Pretrained, save, shard_size
 from taskgrad.thunk import Lazy, Thunk
 from taskgrad.tracing import current_tracer
 from taskgrad.worker import loading, shard_ops
-from taskgrad.worker.memory import MemoryUsage
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -297,24 +296,7 @@ class GraphChain(Lazy):
         The replicas of a trainer are counted, too. Where layers are on a GPU there are two more
         columns: device_used, the bytes in use there by all processes, and device_total.
         """
-        layout, names = self.layout, self.layout.session.names
-        shards = [*layout.shards, *layout.ref.replicas]
-        held = layout.results([layout.task(shard, shard_ops.memory, {}) for shard in shards])
-        total: dict[str, Counter[str]] = {}
-        for shard, sizes in zip(shards, held, strict=True):
-            total.setdefault(shard.worker, Counter()).update(sizes)
-        kinds = vars(MemoryUsage())
-        devices = layout.device_memory()
-        rows = [
-            MemoryRow(
-                w,
-                **{kind: found[kind] for kind in kinds},
-                **devices.get(w, {}),
-                worker_name=names.get(w),
-            )
-            for w, found in total.items()
-        ]
-        return Table(MemoryRow, rows)
+        return memory_table(self.layout, (*self.layout.shards, *self.layout.ref.replicas))
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters and persistent buffers by the model's own names, as copies on the driver.

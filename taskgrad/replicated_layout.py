@@ -55,7 +55,7 @@ class ReplicatedLayout(Layout):
         if len(base.shards) == 1:
             for replica in self.replicas:
                 replica.starts |= _buckets(base)
-        vars(self).update(vars(self.replicas[0]))
+        vars(self).update(vars(self.replicas[0]))  # all of a layout but what follows
         self.shards = tuple(shard for shards in maps for shard in shards.values())
         self.devices = {
             new.worker: base.devices[old.worker] for shards in maps for old, new in shards.items()
@@ -174,7 +174,8 @@ class ReplicatedLayout(Layout):
             self.executor.hold(call.shard, call)
         for call, place in zip(installs, self.results(installs), strict=True):
             if place is not None:
-                self.devices[call.shard.worker] = place
+                worker = call.shard.worker
+                self.devices[worker] = place
 
 
 def _buckets(base: Layout) -> frozenset[int]:

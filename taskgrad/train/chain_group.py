@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,11 +21,11 @@ from taskgrad.graph.deferred_init import named_tensors
 from taskgrad.graph.layers import flatten_model, is_sequential, kind_of
 from taskgrad.graph.leaves import Leaf
 from taskgrad.layout import Layout
+from taskgrad.memory_table import memory_table
 from taskgrad.recording import Recording, record
 from taskgrad.tracing import random_state_kept
 from taskgrad.train.chain_names import named_in
 from taskgrad.worker import shard_ops
-from taskgrad.worker.memory import MemoryUsage
 
 
 class ChainGroup:
@@ -57,23 +56,8 @@ class ChainGroup:
 
     def memory(self) -> Table[MemoryRow]:
         """Bytes that the chains hold on each worker now, as `GraphChain.memory` of all of them."""
-        total = {shard.worker: Counter[str]() for shard in self.layout.shards}
-        for part in (self.layout, *self.layout.parts.values()):  # tapes of steps are the layout's
-            held = part.results(part.tasks(shard_ops.memory))
-            for shard, sizes in zip(part.shards, held, strict=True):
-                total[shard.worker].update(sizes)
-        kinds, names = vars(MemoryUsage()), self.layout.session.names
-        devices = self.layout.device_memory()
-        rows = [
-            MemoryRow(
-                w,
-                **{kind: held[kind] for kind in kinds},
-                **devices.get(w, {}),
-                worker_name=names.get(w),
-            )
-            for w, held in total.items()
-        ]
-        return Table(MemoryRow, rows)
+        layouts = (self.layout, *self.layout.parts.values())  # tapes of steps are the layout's
+        return memory_table(self.layout, (shard for one in layouts for shard in one.shards))
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters and persistent buffers of all chains, as copies on the driver."""
