@@ -21,7 +21,7 @@ from torch import nn
 from taskgrad.arguments import shown, whole
 
 
-class _Turn:
+class _StreamLock:
     """A reentrant lock, held by the streams of a thread and not by the thread."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class _Turn:
 
 
 # torch has one default generator a device for all threads of a process.
-_one_at_a_time = _Turn()
+_one_at_a_time = _StreamLock()
 
 _DRAWING = (
     nn.modules.dropout._DropoutNd,
