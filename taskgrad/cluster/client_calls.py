@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
@@ -23,26 +24,64 @@ T = TypeVar("T")
 
 
 class LoopFuture:
-    """The result of a coroutine that runs in a client's event loop."""
+    """The result of a coroutine that runs in a client's event loop, for one other thread.
+
+    An interrupt of that thread leaves nothing locked for the event loop, as it would in the Python
+    code of ``concurrent.futures`` and of conditions: the threads share a lock of C, no more.
+    """
 
     def __init__(self, client: Client, start: Callable[[], Awaitable[Any]]) -> None:
+        loop: Any = client.loop
+        self._loop: asyncio.AbstractEventLoop = loop.asyncio_loop
+        self._task: asyncio.Future[Any] | None = None
+        self._is_done = False
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._canceled = False
+        self._held = threading.Lock()  # until it is done
+        self._held.acquire()
+        self._loop.call_soon_threadsafe(self._begin, start)
+
+    def _begin(self, start: Callable[[], Awaitable[Any]]) -> None:
         async def run() -> Any:
             return await start()
 
-        loop: Any = client.loop
-        self._future = asyncio.run_coroutine_threadsafe(run(), loop.asyncio_loop)
+        if not self._canceled:
+            self._task = asyncio.ensure_future(run())
+            self._task.add_done_callback(self._end)
+
+    def _end(self, task: asyncio.Future[Any]) -> None:
+        if task.cancelled():
+            self._error = concurrent.futures.CancelledError()
+        else:
+            self._error = task.exception()
+            self._value = None if self._error is not None else task.result()
+        self._task = None
+        self._is_done = True
+        self._held.release()
 
     def done(self, seconds: float) -> bool:
         """True if it is done, after waiting for at most so long."""
-        return bool(concurrent.futures.wait([self._future], seconds).done)
+        if not self._is_done and self._held.acquire(timeout=seconds):
+            self._held.release()
+        return self._is_done
 
     def result(self) -> Any:
-        """The result, or its exception raised, once it is done."""
-        return self._future.result()
+        """The result, or its exception raised, once it is done; only once."""
+        if self._error is not None:
+            error, self._error = self._error, None  # its traceback has frames that refer to this
+            raise error
+        return self._value
 
     def cancel(self) -> None:
         """Stop the coroutine if it still runs."""
-        self._future.cancel()
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
+            self._loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        self._canceled = True
+        if self._task is not None:
+            self._task.cancel()
 
 
 def all_of(client: Client, futures: Sequence[Future]) -> LoopFuture:

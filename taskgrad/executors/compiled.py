@@ -59,8 +59,9 @@ class CompiledExecutor:
         raises; no worker has got anything then.
         """
         check_open(self._session.client)
-        self._program_of[step] = program
-        self._connections.step(step, program, inputs)
+        packed = self._connections.packed(inputs)
+        self._program_of[step] = program  # first: an interrupt does not tell how much was sent
+        self._connections.step(step, program, packed)
 
     def settle_up_to(self, step: int) -> None:
         """Later steps can be taken back until this names them; without a call none can."""
@@ -83,15 +84,14 @@ class CompiledExecutor:
         """No step comes for now: end the tasks that take them."""
         self._connections.rest()
 
-    def stop(self) -> None:
-        """End the steps that run; `wait_stopped` says when nothing of them runs any more."""
-        self._connections.stop()
-
-    def wait_stopped(self, seconds: float | None = None) -> bool:
-        """True once nothing runs on any worker, and steps can be taken again.
+    def stop(self, seconds: float | None = None) -> bool:
+        """End the steps on their way; True once nothing of them runs, and others can be taken.
 
         False if that takes longer; WorkerLostError or TaskgradError if it cannot come.
         """
+        if not self._program_of:
+            return True
+        self._connections.stop()
         check_open(self._session.client)
         if not self._connections.lost:
             error = self._wait(lambda: self._connections.is_stopped, errors=False, seconds=seconds)
@@ -128,8 +128,8 @@ class CompiledExecutor:
     def _lost(self, address: str) -> WorkerLostError:
         # The others say where they are when they have stopped.
         connections = self._connections
-        with connections.changed:
-            connections.changed.wait_for(lambda: connections.is_stopped, _POSITIONS_S)
+        connections.changed.wait_for(lambda: connections.is_stopped, _POSITIONS_S)
+        with connections.lock:
             labels = self._unfinished(connections.workers.index(address))
         return worker_lost(self._session, address, labels)
 

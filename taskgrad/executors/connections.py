@@ -18,6 +18,7 @@ from distributed.comm.core import Comm, connect
 
 from taskgrad import remote_errors
 from taskgrad.cluster import client_calls, internals
+from taskgrad.cluster.changes import Changes
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.program_host import PROGRAM, run_program
 from taskgrad.cluster.scheduler_plugin import ANNOTATION
@@ -40,7 +41,7 @@ class Connections:
     """One connection to each of some workers, which run programs: `kind` is what for.
 
     Methods block until messages are written, or a deadline has passed. What the workers answer is
-    in the attributes; `changed` is notified at each change, and held while they are read together.
+    in the attributes.
 
     Attributes
     ----------
@@ -53,7 +54,10 @@ class Connections:
     positions : dict
         Where each worker was when it was stopped, by rank: ((step, instructions executed), [(step,
         number of a value that had arrived), ...]).
-    changed : threading.Condition
+    lock : threading.RLock
+        Held to read or change several of these together.
+    changed : Changes
+        Notified at each change.
     """
 
     def __init__(
@@ -70,7 +74,8 @@ class Connections:
         self.finished: dict[int, dict[int, tuple[list[Any], list[Row]]]] = {}
         self.error: BaseException | str | None = None
         self.positions: dict[int, tuple[list[int], list[list[int]]]] = {}
-        self.changed = threading.Condition()
+        self.lock = threading.RLock()
+        self.changed = Changes()
         self._client = client
         self._name = name
         self._kind = kind
@@ -171,13 +176,13 @@ class Connections:
         self, number: int, programs: Sequence[bytes], labels: list[list[tuple[str, str]]]
     ) -> None:
         """Send every worker its program; `labels` has what `StepProgram.labels` gives for each."""
-        with self.changed:
+        with self.lock:
             self._stream.label(number, labels)
         self._send([{"op": "load", "number": number, "program": p} for p in programs])
 
     def unload(self, number: int) -> None:
         """Have the workers drop a program."""
-        with self.changed:
+        with self.lock:
             self._stream.unlabel(number)
         self._send([{"op": "unload", "number": number} for _ in self.workers])
 
@@ -188,16 +193,16 @@ class Connections:
             message = {"op": "drop", "numbers": list(numbers)}
             asyncio.run_coroutine_threadsafe(self._to_all(message), loop.asyncio_loop)
 
-    def step(self, number: int, program: int, inputs: Sequence[Any]) -> None:
-        """Have every worker take a step, each with its inputs.
-
-        Raises what serializing the inputs raises, before anything is sent.
-        """
-        packed = [
+    def packed(self, inputs: Sequence[Any]) -> list[Any]:
+        """The inputs of a step for each worker, serialized; raises what that raises."""
+        return [
             message_values.serialized(list(given), comm)
             for given, comm in zip(inputs, self._comms, strict=True)
         ]
-        with self.changed:
+
+    def step(self, number: int, program: int, packed: Sequence[Any]) -> None:
+        """Have every worker take a step, each with its `packed` inputs."""
+        with self.lock:
             self._sent += 1
             settle = self._settle()
         about = {"op": "step", "number": number, "program": program, "settle": settle}
@@ -205,7 +210,7 @@ class Connections:
 
     def settle_up_to(self, number: int) -> None:
         """Let the workers drop what takes back steps up to this one, once all have taken them."""
-        with self.changed:
+        with self.lock:
             self._settle_limit = number
             step = -1 if self._tasks else self._settle()  # a running task's end says it
         if step >= 0 and self._client.status == "running":
@@ -247,12 +252,12 @@ class Connections:
 
     def forget(self, number: int) -> None:
         """Drop what was reported of a step."""
-        with self.changed:
+        with self.lock:
             self.finished.pop(number, None)
 
     def begin_again(self) -> None:
         """After `stop`: go on with new steps."""
-        with self.changed:
+        with self.lock:
             self.error = None
             self.finished.clear()
             self._accepting = True
@@ -303,7 +308,7 @@ class Connections:
 
     def _stop(self) -> Coroutine[Any, Any, None]:
         """Count everything as running; the coroutine has the workers stop."""
-        with self.changed:
+        with self.lock:
             self._epoch += 1
             self._accepting = False
             self._stopped.clear()
@@ -322,7 +327,7 @@ class Connections:
 
     def _heard(self, rank: int, message: dict[str, Any]) -> None:
         """A worker's message; in the client's event loop."""
-        with self.changed:
+        with self.lock:
             op = message["op"]
             if op == "done":
                 rows = self._stream.add(rank, message["program"], message["timings"])
@@ -351,7 +356,7 @@ class Connections:
 
     def _peer_lost(self, address: str) -> None:
         """Workers lost their connection to one that the driver may still reach."""
-        with self.changed:
+        with self.lock:
             if self.error is None:
                 self._fail(
                     TaskgradError(
@@ -370,7 +375,7 @@ class Connections:
             self.error = error  # a lost worker explains others' errors
 
     def _gone(self, rank: int) -> None:
-        with self.changed:
+        with self.lock:
             self._lost.add(rank)
             self._fail(self.workers[rank])
             self.changed.notify_all()

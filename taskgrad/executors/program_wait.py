@@ -44,10 +44,10 @@ def wait_for_programs(
     with nested.waiting():
         while True:
             left = CHECK_S if until is None else min(CHECK_S, until - time.monotonic())
-            with connections.changed:
-                connections.changed.wait_for(
-                    lambda: done() or (errors and connections.error is not None), max(0.0, left)
-                )
+            connections.changed.wait_for(
+                lambda: done() or (errors and connections.error is not None), max(0.0, left)
+            )
+            with connections.lock:
                 if done():
                     return None
                 error = connections.error

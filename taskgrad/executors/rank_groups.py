@@ -67,7 +67,7 @@ class RankGroup:
         blocks = _blocks(calls, connections.workers)
         program = self._load(blocks)
         step = next(self._numbers)
-        connections.step(step, program, self._inputs(blocks))
+        connections.step(step, program, connections.packed(self._inputs(blocks)))
 
         def done() -> bool:
             return len(connections.finished.get(step, ())) == len(blocks)

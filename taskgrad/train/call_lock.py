@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
+from taskgrad.cluster.changes import Changes
+
 T = TypeVar("T")
 
 
@@ -23,7 +25,8 @@ class CallLock(Generic[T]):
         self._callback = callback
         self._lock = threading.RLock()
         self._depth = 0
-        self._state = threading.Condition()  # held to read or change what follows
+        self._guard = threading.Lock()  # held to read or change what follows
+        self._changed = Changes()
         self._pending: deque[T] = deque()
         self._notified: tuple[int, T] | None = None  # who runs the callback, for which item
 
@@ -45,7 +48,7 @@ class CallLock(Generic[T]):
 
     def notify_later(self, item: T) -> None:
         """Call the callback with this item once the lock is released."""
-        with self._state:
+        with self._guard:
             self._pending.append(item)
 
     @property
@@ -60,31 +63,29 @@ class CallLock(Generic[T]):
         Returns at once in the callback itself. Not to be called while the lock is held. As with any
         lock, how long it takes is up to the thread that it waits for: that runs the user's code.
         """
-        with self._state:
-            self._state.wait_for(lambda: not self._is_elsewhere(concerns))
+        self._changed.wait_for(lambda: not self.is_elsewhere(concerns))
 
     def is_elsewhere(self, concerns: Callable[[T], bool]) -> bool:
         """True if another thread is to run the callback for an item that this is true of."""
-        with self._state:
-            return self._is_elsewhere(concerns)
-
-    def _is_elsewhere(self, concerns: Callable[[T], bool]) -> bool:
-        now = self._notified
+        with self._guard:
+            now, pending = self._notified, list(self._pending)
         if now is not None and now[0] == threading.get_ident():
             return False
-        return any(map(concerns, [*self._pending, *([] if now is None else [now[1]])]))
+        return any(map(concerns, [*pending, *([] if now is None else [now[1]])]))
 
     def _notify_all(self) -> None:
         # If another thread, or a callback below in this one, is notifying, it does the rest.
         while True:
-            with self._state:
-                if self._notified is not None or not self._pending:
-                    return
-                item = self._pending.popleft()
-                self._notified = threading.get_ident(), item
+            notifies = False
             try:
+                with self._guard:
+                    if self._notified is not None or not self._pending:
+                        return
+                    notifies = True
+                    item = self._pending.popleft()
+                    self._notified = threading.get_ident(), item
                 self._callback(item)
             finally:
-                with self._state:
+                if notifies:
                     self._notified = None
-                    self._state.notify_all()
+                    self._changed.notify_all()

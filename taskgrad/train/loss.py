@@ -72,8 +72,9 @@ class StepLoss:
         self._report, self._batch = report, None
 
     def fail(self, error: BaseException) -> None:
-        """The step will not be done."""
-        self._error, self._batch = error, None
+        """The step will not be done, unless it is."""
+        if not self.done:
+            self._error, self._batch = error, None
 
     def raise_error(self) -> None:
         """Raise why the step will not be done, if that is known."""

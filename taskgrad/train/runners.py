@@ -52,11 +52,11 @@ class Runner(Protocol):
     def finish(self) -> None:
         """All steps were waited for: release what is held for the next one."""
 
-    def cancel(self, running: list[Any]) -> None:
-        """End these steps."""
+    def stop(self, seconds: float | None) -> bool:
+        """End all steps on their way, and what `submit` had begun to send when it was interrupted.
 
-    def is_stopped(self, seconds: float | None) -> bool:
-        """True once nothing of canceled steps can run any more; False if that takes longer."""
+        True once nothing of them can run any more; False if that takes longer.
+        """
 
 
 class FuturesRunner:
@@ -70,6 +70,7 @@ class FuturesRunner:
         self._settings = settings
         self._last: Step | None = None  # the next step waits for it on the workers
         self._chained = 0
+        self._on_their_way: list[Step] = []
 
     @property
     def must_finish(self) -> bool:
@@ -81,6 +82,7 @@ class FuturesRunner:
 
     def submit(self, batch: Batch, number: int) -> Step:
         made = build(self._layout, batch, number, self._settings, self._last)
+        self._on_their_way.append(made)
         made.launched(self._executor.launch(made.targets, made.order))
         self._last = made
         self._chained += 1
@@ -92,6 +94,7 @@ class FuturesRunner:
             raise error
         report: dict[str, Any]
         [report] = self._executor.values([running.reported])
+        self._on_their_way.remove(running)
         if running is not self._last:
             self._executor.forget(running.targets)
         return report
@@ -101,12 +104,11 @@ class FuturesRunner:
             self._executor.forget(self._last.targets)
             self._last, self._chained = None, 0
 
-    def cancel(self, running: list[Step]) -> None:
-        for step in running:
+    def stop(self, seconds: float | None) -> bool:
+        for step in self._on_their_way:
             self._executor.cancel(step.targets)
+        self._on_their_way.clear()
         self._last, self._chained = None, 0
-
-    def is_stopped(self, seconds: float | None) -> bool:
         return True  # what takes a step back is a task, too, and runs after those on its shard
 
 
@@ -146,7 +148,6 @@ class CompiledRunner:
         self._settings = settings
         self._executor: CompiledExecutor | None = None
         self._loaded: OrderedDict[Any, _Loaded] = OrderedDict()
-        self._canceled = False
         self._settled: int | None = None
 
     def settle_up_to(self, step: int) -> None:
@@ -270,14 +271,5 @@ class CompiledRunner:
         if self._executor is not None:
             self._executor.rest()
 
-    def cancel(self, running: list[_Running]) -> None:
-        if self._executor is not None and running:
-            self._canceled = True
-            self._executor.stop()
-
-    def is_stopped(self, seconds: float | None) -> bool:
-        if self._canceled and self._executor is not None:
-            if not self._executor.wait_stopped(seconds):
-                return False
-            self._canceled = False
-        return True
+    def stop(self, seconds: float | None) -> bool:
+        return self._executor is None or self._executor.stop(seconds)

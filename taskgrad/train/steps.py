@@ -165,6 +165,7 @@ class Steps:
         self._wait_for_readers()
         if self._on_step and self._settled is None:
             self._settle_up_to(self.taken)
+        # All of it within the block: once a step may have been sent, an interrupt has to end it.
         try:
             try:
                 running = self._launch(batch)
@@ -175,6 +176,10 @@ class Steps:
                 self._runner = FuturesRunner(self._layout, self._settings)
                 logger.warning("taskgrad runs these steps as Dask tasks: %s.", str(reason))
                 running = self._launch(batch)
+            loss = StepLoss(self.finish, self.taken, batch, running)
+            loss.is_read, loss.may_be_read = is_read, is_read or self._on_step.any_uncalled
+            self._running.append(loss)
+            self.taken += 1
         except BaseException as error:
             if isinstance(error, Exception) and not isinstance(error, TaskgradError | OSError):
                 error.add_note(
@@ -184,10 +189,6 @@ class Steps:
                 raise
             self.abort(error)
             raise
-        loss = StepLoss(self.finish, self.taken, batch, running)
-        loss.is_read, loss.may_be_read = is_read, is_read or self._on_step.any_uncalled
-        self._running.append(loss)
-        self.taken += 1
         return loss
 
     def _launch(self, batch: Batch) -> Any:
@@ -224,15 +225,16 @@ class Steps:
     def _finish_first(self) -> None:
         """Wait for the first step that runs; its callbacks come when the lock is released."""
         first = self._running[0]
+        count = first.batch.count
         try:
             report = self._runner.wait(first.running)
+            first.settle(report)
+            self._lock.notify_later(first)
+            self._running.popleft()
         except BaseException as error:
             self.abort(error)
             raise
-        self._running.popleft()
-        self._hints.note(report, first.batch.count)
-        first.settle(report)
-        self._lock.notify_later(first)
+        self._hints.note(report, count)
 
     def _notified(self, loss: StepLoss) -> None:
         """Call the callbacks of a step that is done; then take again what they had taken back."""
@@ -342,20 +344,19 @@ class Steps:
                 f"step {done} has begun, and that step cannot be taken back: {why}. Have the "
                 "callback say so before: def reads_state(self, step): return True"
             )
-        self._running.clear()
         self._unsettled = True
+        self._running.clear()
         try:
-            self._runner.cancel([loss.running for loss in ahead])
-            self._runner.is_stopped(None)
+            self._runner.stop(None)
             recover(self._layout, done=done)
+            self.taken, self._unsettled = done, False
+            self._taken_back = ahead
         except BaseException as error:
             for loss in ahead:
                 loss.fail(error)
             if isinstance(error, TaskgradError):
                 self._broken = error
             raise
-        self.taken, self._unsettled = done, False
-        self._taken_back = ahead
 
     def _take_again(self) -> None:
         """Submit the steps that were taken back."""
@@ -366,14 +367,15 @@ class Steps:
             try:
                 self._wait_for_readers()
                 loss.running = self._launch(loss.batch)
+                self._running.append(loss)
+                self._taken_back.pop(0)
+                self.taken += 1
             except BaseException as error:
                 for each in self._taken_back:
                     each.fail(error)
                 self._taken_back.clear()
                 self.abort(error)
                 raise
-            self._running.append(self._taken_back.pop(0))
-            self.taken += 1
 
     def add_reader(self, node: Node) -> None:
         """A submitted node that uses the model: it runs before the next step."""
@@ -389,11 +391,10 @@ class Steps:
     def abort(self, error: BaseException) -> None:
         """Cancel all steps that run, and go back to before the first of them."""
         with self._lock.held():
-            self._runner.cancel([loss.running for loss in self._running])
+            self._unsettled = True
             for loss in self._running:
                 loss.fail(error)
             self._running.clear()
-            self._unsettled = True
             interrupted = not isinstance(error, Exception)
             try:
                 self._roll_back(_INTERRUPT_S if interrupted else None)
@@ -403,7 +404,7 @@ class Steps:
 
     def _roll_back(self, seconds: float | None = None) -> None:
         try:
-            if not self._runner.is_stopped(seconds):
+            if not self._runner.stop(seconds):
                 return
             done = recover(self._layout, seconds=seconds)
         except TaskgradError as error:

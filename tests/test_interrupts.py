@@ -1,0 +1,102 @@
+"""Ctrl-C at any place of a step: it is taken or not, no bit changes, and nothing hangs."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import random
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import dask
+import pytest
+import torch
+import torch.nn.functional as F
+
+import taskgrad as tg
+from helpers import long_rows
+from plain import ConvNet, PlainTrainer, images
+
+ADAMW = partial(torch.optim.AdamW, lr=1e-2)
+# What this thread runs of ours, and of the standard library below it. Dask has its own faults.
+STANDARD = (threading, contextlib, concurrent.futures._base)
+FILES = (str(Path(tg.__file__).parent), *(module.__file__ for module in STANDARD))
+
+
+class Interrupts:
+    """Raise KeyboardInterrupt in this thread, as often as there are `gaps`, and count the places.
+
+    Before each as many places are passed by. They are those where CPython looks for signals: a
+    function of Python's begins, or one of C's returns.
+    """
+
+    def __init__(self, *gaps: int) -> None:
+        self.left = list(gaps)
+        self.passed = 0
+
+    def __enter__(self) -> Interrupts:
+        sys.setprofile(self._place)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        sys.setprofile(None)
+
+    def _place(self, frame: FrameType, event: str, _: object) -> None:
+        if event in ("call", "c_return") and frame.f_code.co_filename.startswith(FILES):
+            self.passed += 1
+            if self.left and self.passed > self.left[0]:
+                self.passed = 0
+                self.left.pop(0)
+                raise KeyboardInterrupt
+
+
+@pytest.fixture
+def hangs_are_noticed():
+    with dask.config.set({"taskgrad.answer-deadline": "20s"}):
+        yield
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("hangs_are_noticed")
+@pytest.mark.parametrize(
+    ("executor", "again", "stride"),
+    [
+        ("compiled", False, 40),
+        ("futures", False, 300),
+        *long_rows(
+            ("compiled", False, 1),
+            ("compiled", True, 3),
+            ("futures", False, 11),
+            ("futures", True, 29),
+        ),
+    ],
+)
+def test_ctrl_c_anywhere_in_a_step(client, executor, again, stride):
+    """Also `again`, while the first is dealt with; then the step is taken, unless it was."""
+    rng = random.Random(0)
+    chain = tg.GraphChain(ConvNet(), client=client, placement=[0] * 5 + [1] * 5)
+    trainer = tg.Trainer(chain, F.cross_entropy, ADAMW, executor=executor, microbatches=2)
+    plain = PlainTrainer(ConvNet(), F.cross_entropy, ADAMW, microbatches=2)
+    [(x, y)] = images(1)
+    assert trainer.step(x, y).item() == plain.train([(x, y)])[0]
+    for at in range(0, 10**6, stride):
+        expected, steps = plain.train([(x, y)])[0], trainer.steps
+        gaps = [at, rng.randrange(1000)] if again else [at]
+        loss = None
+        with contextlib.suppress(KeyboardInterrupt), Interrupts(*gaps) as interrupts:
+            loss = trainer.step(x, y)
+            loss.item()
+        if len(interrupts.left) == len(gaps):
+            break  # it has fewer places
+        if loss is not None:
+            with contextlib.suppress(KeyboardInterrupt):
+                assert loss.item() == expected
+        if trainer.steps == steps:
+            assert trainer.step(x, y).item() == expected
+        assert trainer.steps == steps + 1
+        ours, wanted = chain.state_dict(), plain.model.state_dict()
+        assert all(torch.equal(ours[name], value) for name, value in wanted.items())
+    assert at > 500
