@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 import taskgrad as tg
 from taskgrad.cluster.session import session
+from taskgrad.executors import rank_groups, rank_links
 from taskgrad.executors.registry import executor_of
 
 
@@ -23,6 +25,13 @@ def long(*values: Any) -> list[Any]:
 def long_rows(*rows: tuple[Any, ...]) -> list[Any]:
     """The same for several parameters at once."""
     return [pytest.param(*row, marks=pytest.mark.long) for row in rows]
+
+
+def end_rank_programs(client: Client) -> None:
+    """End what earlier calls of `tg.pmap` have left for later ones; then nothing refers to it."""
+    rank_groups._groups.pop(client, None)
+    rank_links._links.pop(client, None)
+    gc.collect()
 
 
 def reference(model: nn.Module, *xs: torch.Tensor, cotangent: Any = None) -> tuple[Any, dict, list]:

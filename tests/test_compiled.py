@@ -27,9 +27,8 @@ from torch import nn
 
 import taskgrad as tg
 from conftest import total_held, wait_until
-from helpers import long, long_rows
+from helpers import end_rank_programs, long, long_rows
 from plain import ConvNet, PlainTrainer, assert_same_training, images
-from taskgrad.executors import rank_groups
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)
@@ -80,8 +79,7 @@ def threads_and_ports(dask_worker) -> tuple[int, int]:
 
 def before_a_trainer(client: Client) -> dict[str, tuple[int, int]]:
     """Threads and ports of the workers, once those of earlier trainers and maps are gone."""
-    rank_groups._groups.pop(client, None)
-    gc.collect()
+    end_rank_programs(client)
     assert wait_until(
         lambda: all(named == 0 for named, _ in client.run(threads_and_ports).values())
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _thread
-import gc
 import os
 import signal
 import threading
@@ -17,9 +16,10 @@ from torch import nn
 
 import taskgrad as tg
 from conftest import keys_of, wait_until
+from helpers import end_rank_programs
 from taskgrad.cluster import program_host
 from taskgrad.cluster.channels.sockets import SocketChannels
-from taskgrad.executors import connections, rank_groups
+from taskgrad.executors import connections
 from test_compiled_fallback import cut_off, join_again, unreachable
 from test_pmap_failures import empty
 
@@ -65,8 +65,7 @@ def hosts(dask_worker) -> int:
 
 def forget_groups(client) -> None:
     """End the groups that earlier tests left."""
-    rank_groups._groups.pop(client, None)
-    gc.collect()
+    end_rank_programs(client)
     assert wait_until(lambda: not any(client.run(hosts).values()))
 
 
@@ -277,7 +276,7 @@ def test_workers_that_cannot_be_reached_run_tasks(client, monkeypatch):
     for _ in range(2):
         assert torch.equal(f(X[:2])[0], X[0] + X[1])
     assert wait_until(lambda: len(keys_of(client, "forward:rank_") - before) == 4)
-    rank_groups._groups.pop(client)
+    end_rank_programs(client)
 
 
 @pytest.mark.parametrize("count", [10, 100_000, 1_000_000])
@@ -301,7 +300,7 @@ def test_values_go_over_channels_and_are_not_torn(client, count, kinds):
         assert set(client.run(channels).values()) == {"DaskChannels" if kinds else "SocketChannels"}
     finally:
         client.run(join_again)
-        rank_groups._groups.pop(client)
+        end_rank_programs(client)
     expected = []
     for _ in range(5):
         expected.append((x[0] + x[1]).double().sum())

@@ -38,6 +38,7 @@ from taskgrad.cluster import internals
 from taskgrad.cluster.actions import title_of
 from taskgrad.cluster.channels.dask_comms import CHANNEL, DaskChannels
 from taskgrad.cluster.channels.frames import Tag
+from taskgrad.cluster.channels.links import Link
 from taskgrad.cluster.channels.rank_mail import RankMail
 from taskgrad.cluster.channels.sockets import SocketChannels
 from taskgrad.cluster.channels.step_mail import StepMail
@@ -104,6 +105,13 @@ class ProgramHosts:
         for host in self.named.values():
             host.wake()
 
+    def link_to(self, address: str) -> Link | None:
+        """A link to another worker, if a driver has made one."""
+        for host in list(self.named.values()):
+            if host.link is not None and host.is_connected and host.link.reaches(address):
+                return host.link
+        return None
+
     def client_left(self, client: str) -> None:
         """A client has closed, or is gone: end its programs."""
         for host in self.named.values():
@@ -142,11 +150,13 @@ class _ProgramHost:
         addresses: Sequence[str],
         tokens: Sequence[str],
         sockets: bool,
+        links: bool,
     ) -> None:
         self._worker = worker
         self._store = store
         self._comm = comm
         self.client = client
+        self.is_connected = False  # to the other workers, who may not be connected yet
         self._addresses = list(addresses)
         self._loop: Any = worker.loop
         self._outgoing: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
@@ -156,12 +166,15 @@ class _ProgramHost:
         self._settings: TorchSettings | None = None  # those that hold now
         self._applied = contextlib.ExitStack()
         self.resident = Resident(store, self, tokens)
+        self.link: Link | None = None
         self.channels: SocketChannels | DaskChannels
         if sockets:
             lends = registry_at(worker.address) is not None
             self.channels = SocketChannels(
-                name, rank, len(addresses), lends, self._deliver, self._lost
+                name, rank, len(addresses), lends, self._deliver, self._lost, self._sent
             )
+            if links:
+                self.link = Link(self.channels, addresses, store.mailboxes)
         else:
             self.channels = DaskChannels(worker, name, rank, self._deliver, self._lost)
         self._mail = RankMail(self.channels)
@@ -193,6 +206,8 @@ class _ProgramHost:
     async def close(self) -> None:
         """Close the channels."""
         channels = self.channels
+        if self.link is not None:
+            self.link.close()
         self._mail.close()
         self._step_mail.close()
         if isinstance(channels, SocketChannels):
@@ -217,6 +232,7 @@ class _ProgramHost:
         except Exception as error:
             self.tell({"op": "connected", "error": f"{type(error).__name__}: {error}"})
         else:
+            self.is_connected = True
             self.tell({"op": "connected", "error": ""})
 
     async def _in_thread(self, function: Any, *args: Any) -> None:
@@ -257,14 +273,22 @@ class _ProgramHost:
         self.resident.stop(epoch)
 
     def _deliver(self, tag: Tag, arrived: Any) -> None:
-        if StepMail.is_for(tag):
+        if self.link is not None:
+            self.link.deliver(arrived)
+        elif StepMail.is_for(tag):
             self._step_mail.deliver(tag, arrived)
         elif RankMail.is_for(tag):
             self._mail.deliver(tag, arrived)
         else:
             self.resident.deliver(tag, arrived)
 
+    def _sent(self) -> None:
+        if self.link is not None:
+            self.link.sent()
+
     def _lost(self, peer: int) -> None:
+        if self.link is not None:
+            self.link.lost(peer)
         self.tell({"op": "peer_lost", "address": self._addresses[peer]})
 
     def execute(self, action: Any, settings: TorchSettings | None, inputs: list[Any]) -> Any:

@@ -86,8 +86,8 @@ class TaskgradWorkerPlugin(WorkerPlugin):
         worker.stream_handlers[WORKER_LOST] = lambda address: store.mailboxes.gone(address)
         worker.stream_handlers[SETTINGS] = change
         self._reporter = OccupancyReporter(worker, store)
-        self._transport = DaskTransport(worker, store.mailboxes)
         self._programs = ProgramHosts(worker, store)
+        self._transport = DaskTransport(worker, store.mailboxes, self._programs.link_to)
         worker.stream_handlers[CLIENT_LEFT] = self._programs.client_left
         malloc.check_threads(worker)
         task_logs.shorten(_workers)

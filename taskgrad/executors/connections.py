@@ -40,6 +40,8 @@ logger = logging.getLogger("taskgrad")
 class Connections:
     """One connection to each of some workers, which run programs: `kind` is what for.
 
+    With `links` they run none: ranks that run as tasks send each other messages over the channels.
+
     Methods block until messages are written, or a deadline has passed. What the workers answer is
     in the attributes.
 
@@ -69,6 +71,7 @@ class Connections:
         *,
         kind: str,
         tokens: Sequence[str] = (),
+        links: bool = False,
     ) -> None:
         self.workers = list(workers)
         self.finished: dict[int, dict[int, tuple[list[Any], list[Row]]]] = {}
@@ -79,6 +82,7 @@ class Connections:
         self._client = client
         self._name = name
         self._kind = kind
+        self._links = links
         self._names = names
         self._comms: list[Comm] = []
         self._locks: list[asyncio.Lock] = []
@@ -114,7 +118,7 @@ class Connections:
         # TLS is a matter of Dask's own connections.
         plain = all(address.startswith("tcp://") for address in self.workers)
         problem = await self._open_channels(tokens, plain) if plain else "not tried"
-        if problem:
+        if problem and not self._links:
             if plain and self._comms:
                 logger.info("training steps send values over Dask's own connections: %s", problem)
                 self._name += "-dask"
@@ -144,6 +148,7 @@ class Connections:
                     "addresses": self.workers,
                     "sockets": sockets,
                     "tokens": tokens[rank : rank + 1],
+                    "links": self._links,
                 }
                 hello = {"op": PROGRAM, "name": self._name, "client": self._client.id, **about}
                 await comm.write(hello)

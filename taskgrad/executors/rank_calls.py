@@ -7,6 +7,7 @@ from typing import Any
 
 from taskgrad.cluster.session import Session, check_open
 from taskgrad.executors.rank_groups import groups_of
+from taskgrad.executors.rank_links import links_of
 from taskgrad.executors.registry import executor_of
 from taskgrad.executors.write_back import write_back
 from taskgrad.graph.calls import Call
@@ -28,6 +29,7 @@ def run_ranks(owner: Session, calls: Sequence[Call]) -> list[Any]:
 
 def run_tasks(owner: Session, calls: Sequence[Call]) -> list[Any]:
     """As `run_ranks`, each call a task: where parts of sharded tensors are read, or made."""
+    links_of(owner).link(owner, calls)
     executor = executor_of(owner)
     executor.run(calls)
     return executor.values(calls)
@@ -42,6 +44,8 @@ def _run_direct(owner: Session, calls: Sequence[Call]) -> list[Any] | None:
     with groups_of(owner).group(owner, workers) as group:
         if group is None:
             return None
+        if len(calls) > len(workers):
+            links_of(owner).link(owner, calls)
         found = group.run(owner, calls)
     write_back([(call, buffers) for call, (_, buffers) in zip(calls, found, strict=True)])
     return [plain(value) for value, _ in found]

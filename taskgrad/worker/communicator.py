@@ -336,8 +336,9 @@ class _Exchange:
         worker, key = self._others[peer]
         stopped = threading.Event()
         asked: list[Future[Any]] = []
-        # What a rank has sent by a channel may come after the answer.
-        grace = 0.0 if self._channels is None else _POLL_S
+        # What a rank on another worker has sent may come after the answer, which has a way of its
+        # own.
+        grace = 0.0 if peer in self._neighbours else _POLL_S
 
         def over(end: TaskOutcome) -> None:
             if not stopped.is_set() and self._absent(peer, exchange):

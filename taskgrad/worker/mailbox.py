@@ -98,6 +98,8 @@ class Transport(Protocol):
 
 @dataclass
 class _Box:
+    news: threading.Condition  # notified when all that is awaited has come, or never will
+    awaited: set[tuple[int, ExchangeId]] = field(default_factory=set)
     messages: dict[tuple[int, ExchangeId], Message] = field(default_factory=dict)
     stores: dict[int, str] = field(default_factory=dict)
     error: BaseException | None = None
@@ -128,7 +130,8 @@ class Mailboxes:
         self._is_released = is_released
         self._boxes: dict[str, _Box] = {}
         self._ended: OrderedDict[str, TaskOutcome] = OrderedDict()
-        self._news = threading.Condition()
+        self._lock = threading.RLock()
+        self._news = threading.Condition(self._lock)  # for `until`
 
     def open(
         self,
@@ -141,9 +144,9 @@ class Mailboxes:
         `lost` returns the error with which it fails when the worker of this address is gone, or
         None if it does not. `wake` is called when there is news, for a task that waits otherwise.
         """
-        with self._news:
+        with self._lock:
             self._ended.pop(key, None)
-            box = self._boxes.setdefault(key, _Box())
+            box = self._box(key)
             box.lost, box.wake = lost, wake
             around, is_inner, _ = key.rpartition(_INNER)
             outer = self._boxes.get(around) if is_inner else None
@@ -156,10 +159,10 @@ class Mailboxes:
 
     def end(self, key: str, end: TaskOutcome) -> None:
         """The task has ended: delete its mailbox."""
-        with self._news:
+        with self._lock:
             box = self._boxes.pop(key, None)
             if box is not None:
-                self._drop_inside(key, box)
+                self._drop_inside(key, box.inner)
                 self._ended[key] = end
                 if len(self._ended) > _MAX_ENDED:
                     self._ended.popitem(last=False)
@@ -167,20 +170,20 @@ class Mailboxes:
 
     def release(self, keys: Iterable[str]) -> None:
         """These keys were released: tasks that still run fail at their next collective."""
-        with self._news:
+        with self._lock:
             for key in keys:
                 box = self._boxes.get(key)
                 if box is not None and box.lost is not None:
                     self._fail(box, _released())
                 elif self._boxes.pop(key, None) is not None:
-                    self._drop_inside(key, _Box())
+                    self._drop_inside(key, [])
                 if key in self._ended:
                     self._ended[key] = TaskOutcome(0, _released())  # its error may be large
             self._news.notify_all()
 
     def gone(self, worker: str) -> None:
         """The worker of this address is gone: tasks that run with it fail."""
-        with self._news:
+        with self._lock:
             for box in self._boxes.values():
                 error = box.lost(worker) if box.lost is not None else None
                 if error is not None:
@@ -190,28 +193,31 @@ class Mailboxes:
 
     def deliver(self, key: str, message: Message) -> TaskOutcome | None:
         """Take a message for a task; returns the outcome of the task if it has ended."""
-        with self._news:
+        with self._lock:
             end = self.ended(key)
             if end is not None:
                 return end
             if key not in self._boxes and self._is_released(key.partition(_INNER)[0]):
                 return TaskOutcome(0, _released())
-            box = self._boxes.setdefault(key, _Box())
+            box = self._box(key)
             if box.stores.setdefault(message.source, message.store) != message.store:
                 restarted = (
                     f"rank {message.source} has begun a second time: its worker was restarted"
                 )
                 self._fail(box, TaskgradError(restarted))
             box.messages[message.source, message.exchange] = message
-            self._news.notify_all()
+            if box.awaited:
+                box.awaited.discard((message.source, message.exchange))
+                if not box.awaited:
+                    box.news.notify_all()
         return None
 
     def fail(self, key: str, error: BaseException) -> None:
         """Make a task fail at its next collective, or now if it waits in one."""
-        with self._news:
+        with self._lock:
             task = key.partition(_INNER)[0]
             if key in self._boxes or not (self.ended(key) or self._is_released(task)):
-                self._fail(self._boxes.setdefault(key, _Box()), error)
+                self._fail(self._box(key), error)
                 self._news.notify_all()
 
     def ended(self, key: str) -> TaskOutcome | None:
@@ -244,8 +250,10 @@ class Mailboxes:
         def missing() -> set[int]:
             return {s for s in sources if (s, exchange) not in box.messages}
 
-        with self._news:
-            self._news.wait_for(lambda: box.error is not None or not missing(), seconds)
+        with self._lock:
+            if seconds > 0:  # else another thread may be the one that waits
+                box.awaited = {(s, exchange) for s in missing()}
+                box.news.wait_for(lambda: box.error is not None or not missing(), seconds)
             if box.error is not None:
                 raise GroupAborted(box.error)
             return missing()
@@ -255,7 +263,7 @@ class Mailboxes:
 
         Raises GroupAborted if the task has to fail, by now.
         """
-        with self._news:
+        with self._lock:
             box = self._boxes[key]
             if box.error is not None:
                 raise GroupAborted(box.error)
@@ -264,13 +272,13 @@ class Mailboxes:
     def expire(self, seconds: float) -> None:
         """Drop the messages of tasks that have not begun for so long: they never will."""
         old = time.monotonic() - seconds
-        with self._news:
+        with self._lock:
             for key in [k for k, b in self._boxes.items() if b.lost is None and b.since < old]:
                 del self._boxes[key]
 
     def close(self) -> None:
         """The worker closes."""
-        with self._news:
+        with self._lock:
             for box in self._boxes.values():
                 self._fail(box, TaskgradError("the worker of a rank closes"))
             self._boxes = {k: b for k, b in self._boxes.items() if b.lost is not None}
@@ -278,32 +286,39 @@ class Mailboxes:
 
     def held(self) -> dict[str, int]:
         """The numbers of mailboxes and messages."""
-        with self._news:
+        with self._lock:
             boxes = list(self._boxes.values())
             return {"mailboxes": len(boxes), "messages": sum(len(b.messages) for b in boxes)}
 
     def wake(self, *_: Any) -> None:
         """Wake all waiters, so that they check their conditions."""
-        with self._news:
+        with self._lock:
             self._news.notify_all()
 
     def until(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Wait so long for something that ends with a call of `wake`."""
-        with self._news:
+        with self._lock:
             return self._news.wait_for(condition, seconds)
+
+    def _box(self, key: str) -> _Box:
+        found = self._boxes.get(key)
+        if found is None:
+            found = self._boxes[key] = _Box(threading.Condition(self._lock))
+        return found
 
     def _fail(self, box: _Box, error: BaseException) -> None:
         box.error = box.error or error
         box.messages.clear()
+        box.news.notify_all()
         if box.wake is not None:
             box.wake()
         for key in box.inner:
             if key in self._boxes:
                 self._fail(self._boxes[key], error)
 
-    def _drop_inside(self, key: str, box: _Box) -> None:
-        """Drop what there is of the ranks inside a task."""
-        for inner in box.inner:
+    def _drop_inside(self, key: str, begun: Sequence[str]) -> None:
+        """Drop what there is of the ranks inside a task; those that have begun are these."""
+        for inner in begun:
             self._ended.pop(inner, None)
         for inner in [k for k in self._boxes if k.startswith(key + _INNER)]:
             del self._boxes[inner]

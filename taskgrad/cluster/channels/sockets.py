@@ -54,6 +54,8 @@ class SocketChannels:
         Called in a thread with the tag of each value that comes, and what `unpack` makes it from.
     lost
         Called in a thread with the rank of a worker whose connection has ended.
+    sent
+        Called in a thread when `has_sent` may have become true of a value, if anybody asks.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class SocketChannels:
         lends: bool,
         deliver: Callable[[Tag, Any], None],
         lost: Callable[[int], None],
+        sent: Callable[[], None] = lambda: None,
     ) -> None:
         self._name = name.encode()
         # Of no buffers: the others read its token, and behind it the oldest epoch of which values
@@ -75,6 +78,7 @@ class SocketChannels:
         self._hosts: list[str] = []
         self._deliver = deliver
         self._lost = lost
+        self._sent = sent
         self._listener: socket.socket | None = None
         self._peers: dict[int, _Peer] = {}
         self._selector = selectors.DefaultSelector()
@@ -283,6 +287,7 @@ class SocketChannels:
                     for arrived in peer.receive():
                         if arrived.is_receipt:
                             peer.lent.pop(arrived.tag, None)
+                            self._sent()
                         else:
                             self._deliver(arrived.tag, (peer, arrived))
                             came = True
@@ -293,7 +298,8 @@ class SocketChannels:
     def _write(self, peer: _Peer) -> None:
         """Send what is left for a peer, and have the selector say when it takes more."""
         with contextlib.suppress(OSError):  # who reads from it finds that it is gone
-            peer.flush()
+            if peer.flush():
+                self._sent()
         wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.is_sending else 0)
         with contextlib.suppress(KeyError, ValueError):  # it has gone
             if self._selector.get_key(peer.connection).events != wanted:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from distributed import Worker
 from distributed.protocol.serialize import to_serialize
 
 from taskgrad import remote_errors
+from taskgrad.cluster.channels.links import Link
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.nested import give_thread_back
 from taskgrad.worker.mailbox import ExchangeId, Mailboxes, Message, TaskOutcome
@@ -35,10 +36,16 @@ _CHECK_S = 0.05
 
 
 class DaskTransport:
-    """One worker's messages to others (a `taskgrad.worker.mailbox.Transport`)."""
+    """One worker's messages to others (a `taskgrad.worker.mailbox.Transport`).
 
-    def __init__(self, worker: Worker, mailboxes: Mailboxes) -> None:
+    Those to a worker to which there is a link (`link_to`) go over that.
+    """
+
+    def __init__(
+        self, worker: Worker, mailboxes: Mailboxes, link_to: Callable[[str], Link | None]
+    ) -> None:
         self._worker = worker
+        self._link_to = link_to
         self._mailboxes = mailboxes
         self._expired = time.monotonic()
         worker.handlers[_MESSAGE] = self._receive
@@ -59,6 +66,9 @@ class DaskTransport:
         """Deliver messages; see `Transport`."""
         if worker == self._worker.address:
             return _done([_own(self._mailboxes.deliver(key, m)) for key, m in messages])
+        link = self._link_to(worker)
+        if link is not None:
+            return link.send(worker, messages)
         payloads = {_identity(m): m.payload for _, m in messages}
         at = {payload: i for i, payload in enumerate(payloads)}
         heads = [(key, at[_identity(m)], *m._replace(payload=[])) for key, m in messages]
