@@ -53,6 +53,15 @@ class Message(NamedTuple):
     payload: list[Any]
 
 
+class Waiting(NamedTuple):
+    """A rank that waits in an exchange, its collective of this number, for `missing` ranks."""
+
+    what: str
+    number: int
+    exchange: ExchangeId
+    missing: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class TaskOutcome:
     """The end of a task: it returned after `count` collectives, or raised `error`."""
@@ -92,6 +101,9 @@ class Transport(Protocol):
     def attend(self, worker: str, key: str) -> Future[TaskOutcome | None]:
         """The outcome of a task once it has ended; None after some time. OSError: as above."""
 
+    def waiting(self, worker: str, key: str, exchange: ExchangeId) -> Future[Waiting | None]:
+        """As `Mailboxes.waiting`, on another worker. OSError: as above."""
+
     def give_thread_back(self) -> None:
         """Let the worker run another task in place of the one in this thread."""
 
@@ -105,6 +117,8 @@ class _Box:
     error: BaseException | None = None
     lost: Callable[[str], BaseException | None] | None = None  # once the task has begun
     wake: Callable[[], None] | None = None
+    begun: Callable[[ExchangeId], bool] = lambda exchange: False
+    waits: Waiting | None = None  # then `missing` are all whose messages it needs
     gone: set[str] = field(default_factory=set)
     inner: list[str] = field(default_factory=list)  # the keys of ranks inside that have begun
     since: float = field(default_factory=time.monotonic)
@@ -138,16 +152,18 @@ class Mailboxes:
         key: str,
         lost: Callable[[str], BaseException | None],
         wake: Callable[[], None] | None = None,
+        begun: Callable[[ExchangeId], bool] = lambda exchange: False,
     ) -> None:
         """The task with this key has begun. It may have before, if Dask runs it again.
 
         `lost` returns the error with which it fails when the worker of this address is gone, or
         None if it does not. `wake` is called when there is news, for a task that waits otherwise.
+        `begun` says whether it has begun an exchange.
         """
         with self._lock:
             self._ended.pop(key, None)
             box = self._box(key)
-            box.lost, box.wake = lost, wake
+            box.lost, box.wake, box.begun = lost, wake, begun
             around, is_inner, _ = key.rpartition(_INNER)
             outer = self._boxes.get(around) if is_inner else None
             if outer is not None:
@@ -257,6 +273,20 @@ class Mailboxes:
             if box.error is not None:
                 raise GroupAborted(box.error)
             return missing()
+
+    def waits(self, key: str, waits: Waiting | None) -> None:
+        """The task waits from now on for messages of the `missing` ranks; or no more."""
+        self._boxes[key].waits = waits
+
+    def waiting(self, key: str, exchange: ExchangeId) -> Waiting | None:
+        """In what a task waits, unless it has begun this exchange."""
+        with self._lock:
+            box = self._boxes.get(key)
+            if box is None or box.waits is None or box.error is not None or box.begun(exchange):
+                return None
+            waits = box.waits
+            missing = [s for s in waits.missing if (s, waits.exchange) not in box.messages]
+            return waits._replace(missing=tuple(missing)) if missing else None
 
     def take(self, key: str, exchange: ExchangeId, sources: Sequence[int]) -> list[Message]:
         """The messages of one collective, once all have come.

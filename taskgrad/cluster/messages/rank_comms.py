@@ -1,13 +1,14 @@
 """Worker: messages between the ranks of a parallel call, over Dask's RPC.
 
-Each worker has three more handlers, which others call as they call Dask's:
+Each worker has four more handlers, which others call as they call Dask's:
 
     taskgrad_rank_message   messages for tasks: their tensors are frames of their own
     taskgrad_rank_fail      the error with which a task is to fail
     taskgrad_rank_outcome   how did a task end? Answered when it has, or after some seconds
+    taskgrad_rank_waiting   in what does a task wait?
 
-While it waits for an answer to the last one, a rank notices at once when the other's process dies:
-the connection breaks.
+While it waits for an outcome, a rank notices at once when the other's process dies: the connection
+breaks.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from taskgrad import remote_errors
 from taskgrad.cluster.channels.links import Link
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.nested import give_thread_back
-from taskgrad.worker.mailbox import ExchangeId, Mailboxes, Message, TaskOutcome
+from taskgrad.worker.mailbox import ExchangeId, Mailboxes, Message, TaskOutcome, Waiting
 
 T = TypeVar("T")
 
 _MESSAGE, _FAIL = "taskgrad_rank_message", "taskgrad_rank_fail"
-_OUTCOME = "taskgrad_rank_outcome"
+_OUTCOME, _WAITING = "taskgrad_rank_outcome", "taskgrad_rank_waiting"
 _LONG_POLL_S = 5.0
 _CHECK_S = 0.05
 
@@ -51,13 +52,14 @@ class DaskTransport:
         worker.handlers[_MESSAGE] = self._receive
         worker.handlers[_FAIL] = self._receive_error
         worker.handlers[_OUTCOME] = self._answer_outcome
+        worker.handlers[_WAITING] = self._answer_waiting
         mailboxes.transport = self
 
     def stop(self) -> None:
         """Called when the worker closes."""
         self._mailboxes.transport = None
         self._mailboxes.close()
-        for name in (_MESSAGE, _FAIL, _OUTCOME):
+        for name in (_MESSAGE, _FAIL, _OUTCOME, _WAITING):
             self._worker.handlers.pop(name, None)
 
     def send(
@@ -89,6 +91,10 @@ class DaskTransport:
         """How a task ended; see `Transport`."""
         return self._start(self._call(worker, _OUTCOME, key=key))
 
+    def waiting(self, worker: str, key: str, exchange: ExchangeId) -> Future[Waiting | None]:
+        """In what a task waits; see `Transport`."""
+        return self._start(self._call(worker, _WAITING, key=key, exchange=exchange))
+
     def give_thread_back(self) -> None:
         """Let the worker run another task in place of the one in this thread."""
         give_thread_back()
@@ -104,13 +110,15 @@ class DaskTransport:
             raise
         except Exception as error:  # such as: it has no such handler, because it closes
             raise OSError(f"{worker} does not answer: {error}") from error
+        if handler == _WAITING:
+            return None if answer is None else _waiting(answer)
         return [_outcome(one) for one in answer] if handler == _MESSAGE else _outcome(answer)
 
     def _receive(self, heads: Sequence[Any], payloads: Any) -> list[dict[str, Any] | None]:
         self._expire()
         ends = []
-        for key, at, source, (ranks, number), *rest, _ in heads:
-            fields: Any = (source, ExchangeId(tuple(ranks), number), *rest, payloads[at])
+        for key, at, source, exchange, *rest, _ in heads:
+            fields: Any = (source, _exchange(exchange), *rest, payloads[at])
             ends.append(_plain(self._mailboxes.deliver(key, Message(*fields))))
         return ends
 
@@ -123,6 +131,9 @@ class DaskTransport:
             await asyncio.sleep(_CHECK_S)
         return _plain(self._mailboxes.ended(key))
 
+    def _answer_waiting(self, key: str, exchange: Sequence[Any]) -> Waiting | None:
+        return self._mailboxes.waiting(key, _exchange(exchange))
+
     def _expire(self) -> None:
         """Once per deadline, drop messages for tasks that have never begun."""
         seconds = deadline("collective")
@@ -134,6 +145,18 @@ class DaskTransport:
 def _identity(message: Message) -> tuple[int, ...]:
     """The same for two messages of the same tensors."""
     return tuple(map(id, message.payload))
+
+
+def _exchange(sent: Sequence[Any]) -> ExchangeId:
+    """An exchange as it was before msgpack made lists of its tuples."""
+    ranks, number = sent
+    return ExchangeId(tuple(ranks), number)
+
+
+def _waiting(sent: Sequence[Any]) -> Waiting:
+    """The same for who waits in what."""
+    what, number, exchange, missing = sent
+    return Waiting(what, number, _exchange(exchange), tuple(missing))
 
 
 def _done(result: T) -> Future[T]:
