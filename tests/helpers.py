@@ -13,6 +13,7 @@ from torch import nn
 
 import taskgrad as tg
 from taskgrad.cluster.session import session
+from taskgrad.cluster.worker_plugin import NAME
 from taskgrad.executors import rank_groups, rank_links
 from taskgrad.executors.registry import executor_of
 
@@ -32,6 +33,18 @@ def end_rank_programs(client: Client) -> None:
     rank_groups._groups.pop(client, None)
     rank_links._links.pop(client, None)
     gc.collect()
+
+
+def known_to_scheduler(client: Client) -> set[str]:
+    """Keys of tasks, but for those that run programs, and what it knows that workers hold."""
+
+    def keys(dask_scheduler: Any) -> set[str]:
+        plugin = dask_scheduler.plugins.get(NAME)
+        held = () if plugin is None else plugin._held.values()
+        return {str(key) for key in dask_scheduler.tasks}.union(*held)
+
+    found: set[str] = client.run_on_scheduler(keys)
+    return {key for key in found if not key.startswith(("pmap-", "train-"))}
 
 
 def reference(model: nn.Module, *xs: torch.Tensor, cotangent: Any = None) -> tuple[Any, dict, list]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import taskgrad as tg
 from conftest import about_workers, total_held, wait_until
-from helpers import long
+from helpers import known_to_scheduler, long
 
 DTYPES = [torch.float32, torch.bfloat16, *long(torch.float64, torch.int64, torch.complex64)]
 WORKERS = [[0, 1], *long([0], [2, 0, 1])]
@@ -203,10 +203,6 @@ def test_copies_and_pickles(client):
         pickle.dumps(x)
     with pytest.raises(TypeError, match="cannot be pickled"):
         tg.spawn(torch.exp, x)
-
-
-def known_to_scheduler(client) -> set:
-    return set(client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks)))
 
 
 def test_parts_go_with_the_sharded_tensor(client):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 import torch
+from distributed import Client
 
 import taskgrad as tg
-from conftest import about_workers, total_held, wait_until
+from conftest import about_workers, keys_of, total_held, wait_until
 from helpers import long
 
 
@@ -57,7 +59,8 @@ def test_a_worker_with_parts_is_not_retired(fresh):
     assert torch.equal(x.gather(), torch.arange(4.0) + 6)
     del x
     assert wait_until(lambda: total_held(client)["parts"] == 0)
-    assert worker in client.retire_workers([worker])
+    # Its program waits a little for a next call.
+    assert wait_until(lambda: worker in client.retire_workers([worker]))
 
 
 @pytest.mark.long
@@ -108,3 +111,44 @@ def test_two_clients(client, fresh):
         x + y
     with pytest.raises(tg.TaskgradError, match="of another client"):
         tg.pmap(torch.sin, client=client)(y)
+
+
+def test_steps_and_operations_are_no_tasks(client):
+    """Between workers nothing has to move, so programs do all of it."""
+    before = keys_of(client, "")
+    f = tg.pmap(lambda w: w - 0.5 * tg.psum(w, "i"), "i", gather=False, client=client)
+    x = torch.arange(4.0).reshape(4, 1)
+    w = f(x)
+    for _ in range(3):
+        w = f(w) * 2
+        assert float(w.sum()) == float(w.gather().sum())
+    new = keys_of(client, "") - before
+    assert all(key.startswith("pmap-") for key in new)
+    expected = x - 0.5 * x.sum(0)
+    for _ in range(3):
+        expected = (expected - 0.5 * expected.sum(0)) * 2
+    assert torch.equal(w.gather(), expected)
+
+
+def test_a_rank_that_fails_leaves_nothing_of_others_that_end_later(client):
+    def f(x):
+        if tg.axis_index("i") == 0:
+            raise ArithmeticError("at once")
+        time.sleep(1)
+        return x
+
+    with pytest.raises(tg.LayerError, match="rank 0"):
+        tg.pmap(f, "i", gather=False, client=client)(torch.ones(2))
+    time.sleep(1.5)
+    assert wait_until(lambda: not any(total_held(client).values()))
+    assert torch.equal(made(client).gather(), torch.arange(4.0) + 6)
+
+
+def test_parts_of_a_client_that_is_gone_are_released(client):
+    second = Client(client.scheduler.address, set_as_default=False)
+    x = made(second)
+    y = x + 1
+    assert total_held(client)["parts"] == 4
+    second.close()
+    assert wait_until(lambda: total_held(client)["parts"] == 0)
+    del x, y

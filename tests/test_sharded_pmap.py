@@ -10,7 +10,7 @@ from torch import nn
 
 import taskgrad as tg
 from conftest import keys_of, total_held, wait_until
-from helpers import long
+from helpers import known_to_scheduler, long
 from taskgrad.cluster.wire import message_leases
 
 MEGABYTE = 1 << 18  # float32 numbers
@@ -170,7 +170,7 @@ def test_nested_maps_read_sharded_arguments(client):
 def test_a_loop_of_steps_leaves_its_parameters_out_there(client):
     """Linear regression; parameters of a megabyte, and of the data only the batch is sent."""
     torch.manual_seed(0)
-    known = set(client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks)))
+    known = known_to_scheduler(client)
     features = MEGABYTE
     x, t = torch.randn(2, 1, features), torch.randn(2, 1)
     start = torch.zeros(features)
@@ -205,8 +205,7 @@ def test_a_loop_of_steps_leaves_its_parameters_out_there(client):
     assert losses == sorted(losses, reverse=True)
     # One copy of the parameters on each worker, and nothing of earlier steps.
     assert wait_until(lambda: total_held(client)["parts"] == 2 * len({*data, w, alone}))
-    tasks = client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks))
-    assert len(set(tasks) - known) == 2 * len({*data, w, alone})
+    assert len(known_to_scheduler(client) - known) == 2 * len({*data, w, alone})
 
 
 def step_alone(w, x, t):

@@ -49,7 +49,9 @@ from taskgrad.cluster.wire.picklable import check_picklable
 from taskgrad.cluster.wire.serialize import dumps_whole
 from taskgrad.errors import WorkerLostError
 from taskgrad.graph import pack
+from taskgrad.graph.parts import StoredPart
 from taskgrad.graph.torch_settings import TorchSettings
+from taskgrad.worker import parts
 from taskgrad.worker.failures import exit_error
 from taskgrad.worker.rank_forward import RANKS, KeptInput, RankForward
 from taskgrad.worker.resident import Resident, StepInputs
@@ -256,6 +258,8 @@ class _ProgramHost:
     def _input(self, given: Any) -> Any:
         if isinstance(given, StoredResult):
             return self._worker.data[given.key]
+        if isinstance(given, StoredPart):
+            return parts.read(self._store, given)
         if not isinstance(given, KeptInput):
             return given
         if given.value is not None:

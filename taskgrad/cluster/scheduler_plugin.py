@@ -26,6 +26,8 @@ JOIN = "taskgrad_join"
 """A client's call to the scheduler: it uses taskgrad from now on, with these settings."""
 RAN = "taskgrad-ran"
 """A client's message: what a worker's program did."""
+HOLD, DROP = "taskgrad-hold", "taskgrad-drop"
+"""A client's messages: a worker keeps something under these keys, not of a task; until then."""
 WORKERS_CHANGED = "taskgrad-workers-changed"
 """The scheduler's message to clients: a worker has joined or left."""
 
@@ -45,9 +47,12 @@ class TaskgradSchedulerPlugin(SchedulerPlugin):
         self._scheduler = scheduler
         self._guard = RetirementGuard(scheduler, _is_ours)
         self._clients: dict[str, Settings] = {}  # of those that use taskgrad, by id
+        self._held: dict[str, set[str]] = {}  # keys that are no task's, by client
         task_colours.apply()
         scheduler.handlers[JOIN] = self._join
         scheduler.stream_handlers[RAN] = self._ran
+        scheduler.stream_handlers[HOLD] = self._hold
+        scheduler.stream_handlers[DROP] = self._drop
 
     def _join(self, client: str, settings: dict[str, Any]) -> None:
         if client in self._scheduler.clients:
@@ -56,6 +61,24 @@ class TaskgradSchedulerPlugin(SchedulerPlugin):
 
     def _ran(self, client: str, worker: str, thread: int, rows: list[Any]) -> None:
         internals.show_in_task_stream(self._scheduler, worker, thread, rows)
+
+    def _hold(self, client: str, worker: str, keys: list[str]) -> None:
+        self._held.setdefault(client, set()).update(keys)
+        for key in keys:
+            self._guard.task_started(key, worker)
+
+    def _drop(self, client: str, keys: Iterable[str]) -> None:
+        held = self._held.get(client, set())
+        for key in held.intersection(keys):
+            self._release(key)
+        held.difference_update(keys)
+
+    def _release(self, key: str) -> None:
+        """Nobody needs any more what a worker holds under this key."""
+        address = self._guard.key_forgotten(key)
+        if address in self._scheduler.stream_comms:
+            self._scheduler.worker_send(address, {"op": RELEASE, "keys": [key]})
+            self._guard.released(address)
 
     def _apply(self, workers: Iterable[str] = ()) -> None:
         """Apply the settings of now to the scheduler, and send them to these workers."""
@@ -72,6 +95,8 @@ class TaskgradSchedulerPlugin(SchedulerPlugin):
 
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
         """A client has left or was killed; with the last one settings are restored."""
+        self._drop(client, list(self._held.get(client, ())))
+        self._held.pop(client, None)
         if self._clients.pop(client, None) is not None:
             self._apply(list(scheduler.workers))
             for address in list(scheduler.stream_comms):
@@ -124,10 +149,7 @@ class TaskgradSchedulerPlugin(SchedulerPlugin):
             if _is_ours(task) and task.processing_on:
                 self._guard.task_started(key, task.processing_on.address)
         elif finish == "forgotten":
-            address = self._guard.key_forgotten(key)
-            if address in self._scheduler.stream_comms:
-                self._scheduler.worker_send(address, {"op": RELEASE, "keys": [key]})
-                self._guard.released(address)
+            self._release(key)
 
 
 def _is_ours(task: TaskState) -> bool:

@@ -12,7 +12,7 @@ import itertools
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,12 +24,15 @@ from taskgrad.cluster.wire.serialize import dumps_whole
 from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.executors.connections import Connections
 from taskgrad.executors.kept_inputs import KeptInputs
+from taskgrad.executors.lowering import action_of
 from taskgrad.executors.program_wait import wait_for_programs
 from taskgrad.graph.calls import Call
 from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import new_key
+from taskgrad.graph.parts import KeptCall, PartCall, PartView
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.plan.program import Instruction, Program, Value
+from taskgrad.worker.parts import PartJob, RunParts
 from taskgrad.worker.rank_forward import RankBlock, RankForward
 from taskgrad.worker.step_program import Job, StepProgram
 from taskgrad.worker_names import WorkerName
@@ -63,43 +66,81 @@ class RankGroup:
 
         Raises what a rank raised, or WorkerLostError; the group is then of no more use.
         """
-        connections = self._connections
-        blocks = _blocks(calls, connections.workers)
-        program = self._load(blocks)
-        step = next(self._numbers)
-        connections.step(step, program, connections.packed(self._inputs(blocks)))
+        blocks = _blocks(calls, self._connections.workers)
 
-        def done() -> bool:
-            return len(connections.finished.get(step, ())) == len(blocks)
-
-        def lost(address: str) -> BaseException:
-            at = connections.workers.index(address)
-            return WorkerLostError(
+        def lost(at: int) -> str:
+            return (
                 f"{blocks[at].calls[0].label} is gone with worker {self.workers[at]}. Look at that "
                 "worker's log (memory?), then call again"
             )
 
-        error = wait_for_programs(session, connections, done, lost, "a rank of a parallel call")
+        program = self._load(
+            tuple([block.about for block in blocks]),
+            lambda: [_program(at, block) for at, block in enumerate(blocks)],
+        )
+        results = self._run(session, program, self._inputs(blocks), lost)
+        found = {
+            call: value
+            for block, result in zip(blocks, results, strict=True)
+            for call, value in zip(block.calls, block.values(result), strict=True)
+        }
+        return [found[call] for call in calls]
+
+    def run_parts(self, session: Session, calls: Sequence[PartCall]) -> dict[PartCall, Any]:
+        """The values of calls on parts, each of which takes what is on its worker or here.
+
+        Raises as `run`.
+        """
+        of_worker = [[c for c in calls if c.worker == w] for w in self._connections.workers]
+
+        def lost(at: int) -> str:
+            return (
+                f"{of_worker[at][0].label} is gone with worker {self.workers[at]}. Make the "
+                "sharded tensor again, of what is saved or on the driver, and look at that "
+                "worker's log (memory?)"
+            )
+
+        program = self._load(RunParts, lambda: list(map(_parts_program, range(len(of_worker)))))
+        inputs = [[[_part_job(call) for call in own]] for own in of_worker]
+        results = self._run(session, program, inputs, lost)
+        return {
+            call: value
+            for own, values in zip(of_worker, results, strict=True)
+            for call, value in zip(own, values, strict=True)
+        }
+
+    def _run(
+        self,
+        session: Session,
+        program: int,
+        inputs: Sequence[Sequence[Any]],
+        lost: Callable[[int], str],
+    ) -> list[Any]:
+        """What a program gives on each worker; `lost` says what went with one."""
+        connections = self._connections
+        step = next(self._numbers)
+        connections.step(step, program, connections.packed(inputs))
+        error = wait_for_programs(
+            session,
+            connections,
+            lambda: len(connections.finished.get(step, ())) == len(inputs),
+            lambda address: WorkerLostError(lost(connections.workers.index(address))),
+            "a rank of a parallel call",
+        )
         if error is not None:
             raise error
         reports = connections.finished[step]
         connections.forget(step)
-        found = {
-            call: value
-            for at, block in enumerate(blocks)
-            for call, value in zip(block.calls, block.values(reports[at][0][0]), strict=True)
-        }
-        return [found[call] for call in calls]
+        return [reports[at][0][0] for at in range(len(inputs))]
 
-    def _load(self, blocks: Sequence[_Block]) -> int:
-        """The number of the program of these calls, which the workers have then."""
-        about = tuple([block.about for block in blocks])
+    def _load(self, about: Any, made: Callable[[], list[StepProgram]]) -> int:
+        """The number of the program of what it is `about`, which the workers have then."""
         number = self._programs.get(about)
         if number is not None:
             self._programs.move_to_end(about)
             return number
         number = next(self._numbers)
-        programs = [_program(at, block) for at, block in enumerate(blocks)]
+        programs = made()
         packed = [dumps_whole(program) for program in programs]
         self._connections.load(number, packed, [program.labels() for program in programs])
         self._programs[about] = number
@@ -113,9 +154,12 @@ class RankGroup:
         for at, block in enumerate(blocks):
             specs = [call.spec._replace(function=b"", template=b"") for call in block.calls]
             given: list[Any] = [specs[0] if block.alone else specs]
-            for leaf, closed_over in block.leaves.items():
-                value = leaf.sent()
-                given.append(kept.given(at, leaf.value, value) if closed_over else value)
+            for node, closed_over in block.leaves.items():
+                if isinstance(node, PartView):
+                    given.append(node.stored)
+                    continue
+                value = node.sent()
+                given.append(kept.given(at, node.value, value) if closed_over else value)
             found.append(given)
         return found
 
@@ -140,13 +184,15 @@ class _Block:
 
     alone: bool
     calls: tuple[Call, ...]
-    leaves: dict[Leaf, bool]
+    leaves: dict[Leaf | PartView, bool]
     slots: tuple[tuple[int, ...], ...]
 
     @property
     def about(self) -> Any:
         """What their program depends on."""
-        specs = [(c.spec.function, c.spec.template, c.title, _settings(c)) for c in self.calls]
+        specs = [
+            (c.spec.function, c.spec.template, c.title, _settings(c), type(c)) for c in self.calls
+        ]
         return tuple(specs), self.slots, self.alone
 
     def values(self, result: Any) -> list[Any]:
@@ -158,10 +204,10 @@ def _blocks(calls: Sequence[Call], workers: Sequence[str]) -> list[_Block]:
     found = []
     for worker in workers:
         own = tuple([call for call in calls if call.worker == worker])
-        leaves: dict[Leaf, bool] = {}
+        leaves: dict[Leaf | PartView, bool] = {}
         slots = []
         for call in own:
-            given = [node for node in call.inputs if isinstance(node, Leaf)]
+            given = [node for node in call.inputs if isinstance(node, Leaf | PartView)]
             for slot, leaf in enumerate(given):
                 leaves.setdefault(leaf, slot in call.spec.tensor_slots)
             slots.append(given)
@@ -177,7 +223,10 @@ def _settings(call: Call) -> TorchSettings:
 
 
 def _program(at: int, block: _Block) -> StepProgram:
-    ranks = [RankForward(c.title, c.spec.function, c.spec.template) for c in block.calls]
+    ranks = [
+        RankForward(c.title, c.spec.function, c.spec.template, isinstance(c, KeptCall))
+        for c in block.calls
+    ]
     first = block.calls[0]
     settings = _settings(first)
     label = f"{first.key.partition('-')[0]}-{at}"
@@ -185,6 +234,15 @@ def _program(at: int, block: _Block) -> StepProgram:
     if not block.alone:
         together = RankBlock(first.title, tuple(ranks), settings, block.slots)
         job = replace(job, action=together, settings=None)
+    return _of_one(at, job)
+
+
+def _parts_program(at: int) -> StepProgram:
+    return _of_one(at, Job(f"sharded-{at}", RunParts(), None, (0,)))
+
+
+def _of_one(at: int, job: Job) -> StepProgram:
+    """A program of one action, whose result the driver gets."""
     return StepProgram(
         Program(at, (Instruction("run", _RANK),)),
         {_RANK.operation: job},
@@ -192,6 +250,13 @@ def _program(at: int, block: _Block) -> StepProgram:
         (_RANK.operation,),
         None,
     )
+
+
+def _part_job(call: PartCall) -> PartJob:
+    leaves = [node for node in call.inputs if isinstance(node, Leaf | PartView)]
+    given = [leaf.stored if isinstance(leaf, PartView) else leaf.sent() for leaf in leaves]
+    assert call.settings is not None
+    return PartJob(action_of(call), call.settings, given)
 
 
 class RankGroups:

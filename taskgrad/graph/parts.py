@@ -1,7 +1,7 @@
 """Parts of sharded tensors: values that stay in a worker's store, and calls that make and use them.
 
-A part is kept under the key of the task that made it, for as long as the driver has its `KeptPart`.
-A call that reads one has no edge to that task in Dask's graph: else the scheduler would keep every
+A part is kept under the key of the call that made it, for as long as the driver has its `KeptPart`.
+A call that reads one has no edge to that one in Dask's graph: else the scheduler would keep every
 step of a loop, to run it again, for as long as the newest result is there. So what makes a part has
 to have run before anything that reads it is submitted.
 """

@@ -14,7 +14,7 @@ from taskgrad.cluster.config import deadline
 from taskgrad.cluster.nested import current_worker
 from taskgrad.cluster.session import Session, session
 from taskgrad.errors import TaskgradError
-from taskgrad.executors.rank_calls import run_ranks, run_tasks
+from taskgrad.executors.rank_calls import run_ranks
 from taskgrad.executors.registry import executor_of
 from taskgrad.graph.calls import Call, ProcessGroup, Rank
 from taskgrad.graph.layers import kind_of
@@ -182,7 +182,7 @@ class Mapped:
         """Run the ranks on the workers; what each has returned, as `rank_calls` says."""
         owner = session(self.client)
         calls = self._calls(title, mesh, split, owner, Call)
-        values = run_tasks(owner, calls) if split.has_sharded else run_ranks(owner, calls)
+        values = run_ranks(owner, calls)
         # Attached to what takes no gradient a result would keep the tapes for nothing.
         if torch.is_grad_enabled() and any(any(flags) for _, _, flags in values):
             values = autograd.attach(calls, values, executor_of(owner))

@@ -11,14 +11,15 @@ import torch
 
 from taskgrad.cluster.session import Session
 from taskgrad.errors import TaskgradError
-from taskgrad.executors.rank_calls import run_tasks
+from taskgrad.executors.part_calls import Values, run_parts
+from taskgrad.executors.rank_calls import run_ranks
 from taskgrad.graph.calls import Call
 from taskgrad.graph.parts import PartCall, PartView
 from taskgrad.graph.pytree import describe
 from taskgrad.spmd.axes import OutAxis
 from taskgrad.spmd.joining import axes_of, join
 from taskgrad.spmd.sharded.layout import Parts, Sharded, Span
-from taskgrad.spmd.sharded.running import call, held, run, values
+from taskgrad.spmd.sharded.running import call, held
 from taskgrad.spmd.sharded.tensor import ShardedTensor
 from taskgrad.worker import tensor_parts
 from taskgrad.worker.parts import KeptOutput, TensorInfo
@@ -43,7 +44,7 @@ def staying_outputs(what: str, out_axes: Any, calls: Sequence[Call], owner: Sess
     Raises ValueError and TypeError as `together` does; TaskgradError if a gradient would be lost.
     """
     refuse_gradients(what, calls)
-    found: list[KeptOutput] = run_tasks(owner, calls)
+    found: list[KeptOutput] = run_ranks(owner, calls)
     trees = [(list(map(_meta, output.leaves)), output.structure) for output in found]
     axes = axes_of(what, trees, out_axes)
     _refuse_sparse(what, found, axes)
@@ -59,8 +60,8 @@ def staying_outputs(what: str, out_axes: Any, calls: Sequence[Call], owner: Sess
         if isinstance(leaf, _Leaf) and leaf.stays
     }
     reports = _Reports(what, [leaf for leaf in leaves if isinstance(leaf, _Leaf)], runs, calls)
-    run(owner, [*reports.calls, *(one for those in made.values() for one in those)])
-    reports.read(owner)
+    to_run = [*reports.calls, *(one for those in made.values() for one in those)]
+    reports.read(run_parts(owner, to_run))
     built = []
     for leaf in leaves:
         if not isinstance(leaf, _Leaf):
@@ -202,10 +203,10 @@ class _Reports:
                     )
                 )
 
-    def read(self, owner: Session) -> None:
+    def read(self, values: Values) -> None:
         """Take what the workers report; ValueError if ranks differ where they may not."""
         digests: list[list[bytes]] = [[] for _ in self._shared]
-        reported = values(owner, self.calls)
+        reported = values(self.calls)
         for given, (found, compared) in zip(self._given, reported, strict=True):
             for (position, _), value in zip(given, found, strict=True):
                 self.values[position].append(value)

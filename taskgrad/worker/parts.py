@@ -1,11 +1,11 @@
-"""Parts of sharded tensors on their worker: kept in its store, made and read by tasks.
+"""Parts of sharded tensors on their worker: kept in its store, made and read by calls.
 
 What is in the store is never written: a call gets a copy, and a function here gives a new tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +14,9 @@ import torch
 from taskgrad.errors import WorkerLostError
 from taskgrad.graph.parts import StoredPart
 from taskgrad.graph.pytree import Structure
+from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.worker.forward import Forward
+from taskgrad.worker.settings import applied
 from taskgrad.worker.store import Kept, Store
 
 
@@ -88,3 +90,27 @@ class OnParts:
             return result
         store.put(self.key, Kept([result]))
         return info_of(result)
+
+
+class PartJob(NamedTuple):
+    """One call on parts, its settings of torch, and its inputs: values, or what is in the store."""
+
+    action: OnParts
+    settings: TorchSettings
+    inputs: list[Any]
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """Calls on parts, one after the other, as an action of a resident program."""
+
+    title: str = "calls on sharded tensors"
+
+    def run(self, store: Store, jobs: Sequence[PartJob]) -> list[Any]:
+        """What each call gives. Raises the error of the first one that fails."""
+        found = []
+        for action, settings, inputs in jobs:
+            given = [read(store, i) if type(i) is StoredPart else i for i in inputs]
+            with applied(settings, store.worker, store.give_thread_back):
+                found.append(action.run(store, *given))
+        return found

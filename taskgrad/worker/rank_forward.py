@@ -15,6 +15,7 @@ from typing import Any
 from taskgrad.graph.calls import CallSpec
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.worker.forward import Forward
+from taskgrad.worker.parts import KeepOutput
 from taskgrad.worker.rank_threads import RankJob, join_all, run_together
 from taskgrad.worker.store import Store, buffers_key
 
@@ -35,11 +36,12 @@ class KeptInput:
 
 @dataclass(frozen=True)
 class RankForward:
-    """Run one rank; it leaves no tape."""
+    """Run one rank; it leaves no tape. What it gives may be kept in the worker's store."""
 
     title: str
     function: bytes
     template: bytes
+    keeps: bool = False
 
     @staticmethod
     def keys(inputs: Sequence[Any]) -> list[str]:
@@ -47,11 +49,15 @@ class RankForward:
         return [inputs[0].key]
 
     def run(self, store: Store, call: CallSpec, *values: Any) -> Any:
-        """The output, and the function's buffers: those that it changed, if the call has any."""
+        """The output, and the function's buffers: those that it changed, if the call has any.
+
+        Of an output that is kept its description.
+        """
         call = call._replace(function=self.function, template=self.template)
         forward = Forward(call, taped=False, give_buffers=bool(call.buffers))
         try:
-            output = forward.run(store, *values)
+            action = KeepOutput(forward) if self.keeps else forward
+            output = action.run(store, *values)
             return output, store.pop(buffers_key(call.key)) if call.buffers else None
         finally:
             store.discard([buffers_key(call.key)])

@@ -13,10 +13,11 @@ from distributed import Future
 from taskgrad.arguments import shown
 from taskgrad.cluster.session import Session
 from taskgrad.errors import TaskgradError
+from taskgrad.executors.registry import executor_of
 from taskgrad.graph.leaves import External, Leaf
 from taskgrad.graph.pytree import describe
 from taskgrad.spmd.sharded.layout import Parts, Span, along, axis_of, chosen, spans_over
-from taskgrad.spmd.sharded.running import call, described, kept, run, view
+from taskgrad.spmd.sharded.running import call, described, kept, view
 from taskgrad.worker import tensor_parts
 from taskgrad.worker_names import WorkerName
 
@@ -144,7 +145,7 @@ def to_dask_array(x: Parts) -> Any:
         call(tensor_parts.to_array, part, [view(part)], title="to_dask", stays=False)
         for part in parts
     ]
-    run(x.session, calls)
+    executor_of(x.session).run(calls)
     blocks = [
         da.from_delayed(Future(made.key, x.session.client), x.shape_of(part), dtype=dtype)
         for part, made in zip(parts, calls, strict=True)

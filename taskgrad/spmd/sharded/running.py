@@ -8,12 +8,16 @@ from typing import Any
 import torch
 
 from taskgrad.cluster.session import Session
-from taskgrad.executors.registry import executor_of
+from taskgrad.executors.held_parts import hold_as
+from taskgrad.executors.part_calls import run_parts
 from taskgrad.graph.nodes import Node
 from taskgrad.graph.parts import Cut, KeptPart, PartCall, PartView
 from taskgrad.spmd.sharded.layout import Part, Parts, Span
 from taskgrad.worker import tensor_parts
 from taskgrad.worker.parts import TensorInfo
+
+# Bytes of a tensor that a program sends. A task's result the driver may read in the worker's memory.
+_MOST_DIRECT = 1 << 20
 
 
 def call(
@@ -36,37 +40,29 @@ def view(part: Part, cut: Cut = ()) -> PartView:
     return PartView(part.node, 0, cut)
 
 
-def run(owner: Session, calls: Sequence[PartCall]) -> None:
-    """Run calls side by side; returns when all are done."""
-    executor_of(owner).run(calls)
-
-
 def kept(owner: Session, spans: Sequence[Span], calls: Sequence[PartCall]) -> list[Part]:
     """Run calls whose results stay, one for each span; returns the parts.
 
     Raises what a call raises; WorkerLostError if a worker is gone.
     """
-    run(owner, calls)
+    run_parts(owner, calls)
     return held(owner, spans, calls)
 
 
 def held(owner: Session, spans: Sequence[Span], calls: Sequence[PartCall]) -> list[Part]:
     """The parts that calls have made, which have run."""
-    executor = executor_of(owner)
     parts = []
     for span, made in zip(spans, calls, strict=True):
         # Not the call: that has what it was made of.
         node = KeptPart(made.key, made.worker)
-        executor.hold(node, made)
+        hold_as(owner, node, made)
         parts.append(Part(span.worker, span.start, span.stop, node))
     return parts
 
 
-def values(owner: Session, calls: Sequence[PartCall]) -> list[Any]:
+def values(owner: Session, calls: Sequence[PartCall], *, direct: bool = True) -> list[Any]:
     """Run calls side by side; returns their results, or of those that stay the descriptions."""
-    executor = executor_of(owner)
-    executor.run(calls)
-    return executor.values(calls)
+    return run_parts(owner, calls, direct=direct)(calls)
 
 
 def described(
@@ -86,6 +82,7 @@ def gathered(x: Parts) -> torch.Tensor:
             call(tensor_parts.give, part, [view(part)], title="gather", stays=False)
             for part in parts
         ],
+        direct=x.shape.numel() * x.dtype.itemsize <= _MOST_DIRECT,
     )
     if len(found) == 1:
         one: torch.Tensor = found[0]
