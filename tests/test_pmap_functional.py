@@ -94,6 +94,20 @@ def test_transforms_inside(client, name):
     torch.testing.assert_close(tg.pmap(f, "i", client=client)(X), expected)
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_value_beside_one_that_is_transformed(client, ranks):
+    """With one rank a worker, and with two."""
+
+    def f(x):
+        return jvp(lambda y: tg.psum((y, x, x > 0), "i")[:2], (x,), (x * x,))
+
+    x = torch.randn(ranks, 3)
+    values, tangents = tg.pmap(f, "i", client=client)(x)
+    torch.testing.assert_close(values[1][0], x.sum(0))
+    torch.testing.assert_close(tangents[0][0], (x**2).sum(0))
+    assert torch.equal(tangents[1], torch.zeros(ranks, 3))
+
+
 def test_a_backward_on_the_driver_through_a_transform(client):
     """One rank does not use what it gets; its backward has to come to the collective as well."""
 

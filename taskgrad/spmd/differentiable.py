@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from taskgrad.graph.pytree import carries_gradient, flatten
 from taskgrad.worker.collectives import Operation, Sum
@@ -154,7 +155,8 @@ def _transformed(
             if is_recorded:
                 comm.token = _inmost(token)
         else:
-            found = _exchange(members, operation, given)
+            with temporarily_clear_interpreter_stack():  # they are of no transform
+                found = _exchange(members, operation, given)
         for i, value in zip(at, found[: len(at)], strict=True):
             results[i] = value
     return results

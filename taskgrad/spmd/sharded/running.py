@@ -16,7 +16,7 @@ from taskgrad.spmd.sharded.layout import Part, Parts, Span
 from taskgrad.worker import tensor_parts
 from taskgrad.worker.parts import TensorInfo
 
-# Bytes of a tensor that a program sends. A task's result the driver may read in the worker's memory.
+# Bytes that a program sends. A task's result the driver may read in the worker's memory.
 _MOST_DIRECT = 1 << 20
 
 
