@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from multiprocessing import forkserver
 from typing import Any
 
@@ -166,6 +166,12 @@ def total_held(client: Client) -> dict[str, int]:
         for name, count in counts.items():
             totals[name] = totals.get(name, 0) + count
     return totals
+
+
+def wait_for_another(client: Client, before: Collection[str]) -> None:
+    """Wait until another worker has come for one of those before, which was killed."""
+    now = client.nthreads
+    assert wait_until(lambda: len(now()) == len(before) and set(now()) != set(before), 30)
 
 
 def keys_of(client: Client, prefix: str) -> set[str]:

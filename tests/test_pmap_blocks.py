@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import taskgrad as tg
-from conftest import keys_of, wait_until
+from conftest import keys_of, wait_for_another, wait_until
 from test_pmap_failures import empty
 
 X = torch.arange(15.0).reshape(5, 3)
@@ -107,7 +107,8 @@ def test_a_worker_that_is_lost_is_named(fresh):
 
     call = tg.pmap(f, "i", in_axes=(0, None), client=client)
     call(X, False)
+    before = set(client.nthreads())
     with pytest.raises(tg.WorkerLostError, match=r"worker 1 \(tcp://"):
         call(X, True)
-    client.wait_for_workers(2)
+    wait_for_another(client, before)
     assert torch.equal(call(X, False)[0], X.sum(0))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import threading
 import time
 
 import pytest
 import torch
+from distributed import Client
 
 import taskgrad as tg
-from conftest import total_held, wait_until
+from conftest import total_held, wait_for_another, wait_until
 from helpers import end_rank_programs
 from taskgrad.cluster import program_host
+from taskgrad.cluster.session import session
 from taskgrad.executors import rank_links
 from test_compiled_fallback import unreachable
 
@@ -128,10 +132,60 @@ def test_a_worker_that_is_killed_while_others_wait_for_it(fresh, taped):
             os.kill(os.getpid(), signal.SIGKILL)
         return tg.psum(first, "i")
 
-    begun = time.monotonic()
+    begun, before = time.monotonic(), set(client.nthreads())
     with pytest.raises(tg.WorkerLostError, match="is gone with worker"):
         tg.pmap(f, "i", client=client)(torch.ones(4, 3))
     assert time.monotonic() - begun < 10
-    client.wait_for_workers(2)
+    wait_for_another(client, before)
     again = tg.pmap(lambda x: tg.psum(w * x, "i"), "i", client=client)(torch.ones(4, 3))
     assert torch.equal(again, torch.full((4, 3), 4.0))
+
+
+def break_links(dask_worker) -> None:
+    """End the connections of links, as a network may."""
+    for host in program_host._hosts[dask_worker].named.values():
+        for peer in host.channels._peers.values() if host.link is not None else ():
+            peer.connection.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_link_that_breaks_ends_the_ranks_that_wait(client, tmp_path):
+    """And a next call has a new one."""
+    w = torch.ones(3, requires_grad=True)
+    begun = str(tmp_path / "begun")
+
+    def f(x, waits):
+        first = tg.psum(w * x, "i")
+        if waits and tg.axis_index("i") == 1:
+            open(begun, "w").close()
+            time.sleep(3)
+        return tg.psum(first, "i")
+
+    call = tg.pmap(f, "i", in_axes=(0, None), client=client)
+    assert torch.equal(call(torch.ones(2, 3), False), torch.full((2, 3), 4.0))
+
+    def broken() -> None:
+        assert wait_until(lambda: os.path.exists(begun))
+        client.run(break_links, workers=[min(client.nthreads())])
+
+    thread = threading.Thread(target=broken)
+    thread.start()
+    with pytest.raises(tg.TaskgradError, match="connection to worker . .* was lost"):
+        call(torch.ones(2, 3), True)
+    thread.join()
+    assert torch.equal(call(torch.ones(2, 3), False), torch.full((2, 3), 4.0))
+
+
+def test_links_are_their_clients_own(client, messages):
+    """Another client's may be closed at any time."""
+    end_rank_programs(client)
+    second = Client(client.scheduler.address, set_as_default=False)
+    w = torch.ones(3, requires_grad=True)
+    tg.pmap(lambda x: tg.psum(w * x, "i"), "i", client=second)(torch.ones(2, 3))
+    rank_links.links_of(session(client))._unreachable.update(
+        rank_links.links_of(session(second))._links
+    )
+    before = messages()
+    tg.pmap(lambda x: tg.psum(w * x, "i"), "i", client=client)(torch.ones(2, 3))
+    assert messages() > before
+    end_rank_programs(client)
+    second.close()

@@ -11,7 +11,7 @@ import torch
 from distributed import Client
 
 import taskgrad as tg
-from conftest import about_workers, keys_of, total_held, wait_until
+from conftest import about_workers, keys_of, total_held, wait_for_another, wait_until
 from helpers import long
 
 
@@ -72,9 +72,10 @@ def test_a_rank_that_dies_leaves_nothing(fresh):
             os.kill(os.getpid(), signal.SIGKILL)
         return tg.psum(x, "i")
 
+    before = set(client.nthreads())
     with pytest.raises(tg.WorkerLostError, match="rank 1"):
         tg.pmap(dies, "i", gather=False, client=client)(torch.ones(2))
-    client.wait_for_workers(2)
+    wait_for_another(client, before)
     assert wait_until(lambda: total_held(client)["parts"] == 0)
 
 

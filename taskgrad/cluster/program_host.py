@@ -11,6 +11,7 @@ from the driver
     ``rest``                 end the task that takes steps, when there are none left
     ``settle``               all workers have made a step
     ``stop``                 end the steps of earlier epochs
+    ``cut_off``              another worker's messages to ranks here may be lost
     ``close``                end; as does the end of the connection
 from the worker
     ``listening``, ``connected``  where the channels meet; that they are joined
@@ -47,7 +48,7 @@ from taskgrad.cluster.wire.message_values import serialized_if_large
 from taskgrad.cluster.wire.peers import registry_at
 from taskgrad.cluster.wire.picklable import check_picklable
 from taskgrad.cluster.wire.serialize import dumps_whole
-from taskgrad.errors import WorkerLostError
+from taskgrad.errors import TaskgradError, WorkerLostError
 from taskgrad.graph import pack
 from taskgrad.graph.parts import StoredPart
 from taskgrad.graph.torch_settings import TorchSettings
@@ -107,11 +108,12 @@ class ProgramHosts:
         for host in self.named.values():
             host.wake()
 
-    def link_to(self, address: str) -> Link | None:
-        """A link to another worker, if a driver has made one."""
+    def link_to(self, address: str, client: str) -> Link | None:
+        """A link of this client's to another worker, if there is one."""
         for host in list(self.named.values()):
-            if host.link is not None and host.is_connected and host.link.reaches(address):
-                return host.link
+            link = host.link if host.client == client and host.is_connected else None
+            if link is not None and link.reaches(address):
+                return link
         return None
 
     def client_left(self, client: str) -> None:
@@ -272,6 +274,13 @@ class _ProgramHost:
 
     async def _rest(self) -> None:
         self.resident.rest()
+
+    async def _cut_off(self, address: str, worker: str) -> None:
+        error = TaskgradError(
+            f"the connection to worker {worker} was lost, which the driver still reaches: look at "
+            "the network between the workers, then call again"
+        )
+        self._store.mailboxes.cut_off(address, error)
 
     async def _stop(self, epoch: int) -> None:
         self.resident.stop(epoch)

@@ -361,6 +361,9 @@ class Connections:
 
     def _peer_lost(self, address: str) -> None:
         """Workers lost their connection to one that the driver may still reach."""
+        if self._links and self.error is None:  # what was sent may be lost, and is waited for
+            about = {"address": address, "worker": str(self._named(address))}
+            self._start(self._to_all({"op": "cut_off", **about}))
         with self.lock:
             if self.error is None:
                 self._fail(

@@ -47,7 +47,7 @@ def _run_direct(owner: Session, calls: Sequence[PartCall]) -> dict[PartCall, Any
     if not addresses or not there.issuperset(addresses):
         return None  # tasks say who is gone
     workers = tuple(map(owner.named, addresses))
-    with groups_of(owner).group(owner, workers) as group:
+    with groups_of(owner).group(owner, workers, more=True) as group:
         if group is None:
             return None
         hold(owner, [call for call in calls if call.stays])

@@ -95,9 +95,9 @@ class RankGroup:
 
         def lost(at: int) -> str:
             return (
-                f"{of_worker[at][0].label} is gone with worker {self.workers[at]}. Make the "
-                "sharded tensor again, of what is saved or on the driver, and look at that "
-                "worker's log (memory?)"
+                f"worker {self.workers[at]} is gone, while {calls[0].label} ran. Make the sharded "
+                "tensor again, of what is saved or on the driver, and look at that worker's log "
+                "(memory?)"
             )
 
         program = self._load(RunParts, lambda: list(map(_parts_program, range(len(of_worker)))))
@@ -268,9 +268,14 @@ class RankGroups:
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def group(self, session: Session, workers: _Workers) -> Iterator[RankGroup | None]:
-        """A group of these workers for the block; None if they cannot be reached."""
-        found = self._take(workers) or self._make(session, workers)
+    def group(
+        self, session: Session, workers: _Workers, *, more: bool = False
+    ) -> Iterator[RankGroup | None]:
+        """A group of these workers for the block; None if they cannot be reached.
+
+        It may be one with `more` workers.
+        """
+        found = self._take(workers, more) or self._make(session, workers)
         try:
             yield found
         except BaseException:
@@ -280,9 +285,13 @@ class RankGroups:
         if found is not None:
             self._put(found)
 
-    def _take(self, workers: _Workers) -> RankGroup | None:
+    def _take(self, workers: _Workers, more: bool) -> RankGroup | None:
         with self._lock:
-            at = [i for i, g in enumerate(self._idle) if g.workers == workers]
+            at = [
+                i
+                for i, group in enumerate(self._idle)
+                if group.workers == workers or (more and set(workers).issubset(group.workers))
+            ]
             found = self._idle.pop(at[-1]) if at else None
         if found is None or found.is_usable:
             return found

@@ -79,6 +79,8 @@ class ProcessGroup:
         What the ranks' random streams start from.
     deadline
         Seconds for which a rank waits for another one.
+    client
+        The id of the client that may have linked the workers for messages of its ranks.
     """
 
     title: str
@@ -86,6 +88,7 @@ class ProcessGroup:
     workers: tuple[WorkerName, ...]
     seed: int
     deadline: float
+    client: str = ""
 
 
 @dataclass(frozen=True)

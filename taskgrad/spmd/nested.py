@@ -49,7 +49,7 @@ def run_inside(
     check_names(mesh.names)
     workers = tuple([worker for worker in around.workers for _ in range(inner.size)])
     seed = int(torch.randint(2**62, (), device="cpu"))
-    group = ProcessGroup(title, mesh, workers, seed, around.deadline)
+    group = ProcessGroup(title, mesh, workers, seed, around.deadline, around.client)
     keys = outer.inner_keys(what, inner.size)
     first = outer.index * inner.size
     own = slice(first, first + inner.size)

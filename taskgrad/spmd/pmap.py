@@ -194,7 +194,8 @@ class Mapped:
         """The calls of the ranks, on their workers."""
         seed = int(torch.randint(2**62, (), device="cpu"))
         workers = _places(mesh.size, owner)
-        group = ProcessGroup(title, mesh, workers, seed, deadline("collective"))
+        seconds = deadline("collective")
+        group = ProcessGroup(title, mesh, workers, seed, seconds, owner.client.id)
         keys = [new_key("forward", str(Rank(group, i))) for i in range(mesh.size)]
         parts = split.at(workers, owner)
         return rank_calls(self.fn, split, group, 0, keys, keys, parts, kind)

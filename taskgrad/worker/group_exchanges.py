@@ -122,7 +122,8 @@ class GroupExchanges:
         for i in messages:
             posts.setdefault(self._others[i][0], []).append(i)
         for worker, peers in posts.items():
-            sent = self._transport.send(worker, [(self._others[i][1], messages[i]) for i in peers])
+            given = [(self._others[i][1], messages[i]) for i in peers]
+            sent = self._transport.send(worker, given, self._group.client)
             self._under_way.append((worker, sent))
             sent.add_done_callback(self._answered(peers, what))
             if borrowed.intersection(peers):

@@ -88,11 +88,12 @@ class Transport(Protocol):
     """Delivers messages to other workers. Only `give_thread_back` may block."""
 
     def send(
-        self, worker: str, messages: Sequence[tuple[str, Message]]
+        self, worker: str, messages: Sequence[tuple[str, Message]], client: str = ""
     ) -> Future[list[TaskOutcome | None]]:
         """Deliver messages, each to the task of a key; the outcomes of those that have ended.
 
-        A payload that several have is sent once. OSError: worker gone.
+        A payload that several have is sent once. The tasks are this client's, which may have linked
+        the workers. OSError: worker gone.
         """
 
     def tell(self, worker: str, key: str, error: BaseException) -> Future[None]:
@@ -206,6 +207,13 @@ class Mailboxes:
                     box.gone.add(worker)
                     self._fail(box, error)
             self._news.notify_all()
+
+    def cut_off(self, worker: str, error: BaseException) -> None:
+        """What the worker of this address has sent may be lost: tasks that run with it fail."""
+        with self._lock:
+            for box in self._boxes.values():
+                if box.lost is not None and box.lost(worker) is not None:
+                    self._fail(box, error)
 
     def deliver(self, key: str, message: Message) -> TaskOutcome | None:
         """Take a message for a task; returns the outcome of the task if it has ended."""

@@ -7,6 +7,7 @@ comes into mailboxes; a message for several ranks of a worker is sent there once
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -16,6 +17,8 @@ from taskgrad.cluster.channels.frames import Tag
 from taskgrad.cluster.channels.sockets import SocketChannels
 from taskgrad.cluster.wire import thresholds
 from taskgrad.worker.mailbox import Mailboxes, Message, TaskOutcome
+
+logger = logging.getLogger("taskgrad")
 
 _COUNT = 1 << 32
 
@@ -72,8 +75,13 @@ class Link:
             sent.set_result([None] * count)
 
     def deliver(self, arrived: Any) -> None:
-        """Messages have come: read them, and put them into mailboxes."""
-        for key, *message in self._channels.unpack(arrived):
+        """Messages have come: read them, and put them into mailboxes; OSError if that fails."""
+        try:
+            messages = self._channels.unpack(arrived)
+        except Exception as error:
+            logger.exception("taskgrad cannot read a message of a rank")
+            raise ConnectionError("a message cannot be read") from error
+        for key, *message in messages:
             self._mailboxes.deliver(key, Message._make(message))
 
     def lost(self, place: int) -> None:

@@ -39,11 +39,11 @@ _CHECK_S = 0.05
 class DaskTransport:
     """One worker's messages to others (a `taskgrad.worker.mailbox.Transport`).
 
-    Those to a worker to which there is a link (`link_to`) go over that.
+    Those to a worker to which the client has a link, ``link_to(worker, client)``, go over that.
     """
 
     def __init__(
-        self, worker: Worker, mailboxes: Mailboxes, link_to: Callable[[str], Link | None]
+        self, worker: Worker, mailboxes: Mailboxes, link_to: Callable[[str, str], Link | None]
     ) -> None:
         self._worker = worker
         self._link_to = link_to
@@ -63,12 +63,12 @@ class DaskTransport:
             self._worker.handlers.pop(name, None)
 
     def send(
-        self, worker: str, messages: Sequence[tuple[str, Message]]
+        self, worker: str, messages: Sequence[tuple[str, Message]], client: str = ""
     ) -> Future[list[TaskOutcome | None]]:
         """Deliver messages; see `Transport`."""
         if worker == self._worker.address:
             return _done([_own(self._mailboxes.deliver(key, m)) for key, m in messages])
-        link = self._link_to(worker)
+        link = self._link_to(worker, client)
         if link is not None:
             return link.send(worker, messages)
         payloads = {_identity(m): m.payload for _, m in messages}
