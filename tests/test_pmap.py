@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from torch import nn
 import taskgrad as tg
 from conftest import ran_on, total_held, wait_until
 from taskgrad.cluster.tasks import mailboxes
+from taskgrad.cluster.wire import scatter
+from taskgrad.graph.pytree import tensors
 
 
 @dataclass
@@ -273,3 +277,50 @@ def test_a_vectorized_kernel_with_gradients_inside(client):
     ((y * torch.sigmoid(b * y)).sum(0) * y).sum().backward()
     torch.testing.assert_close(x.grad, y.grad)
     torch.testing.assert_close(beta.grad, b.grad)
+
+
+def test_what_a_call_with_a_tape_closes_over_is_sent_once(client, monkeypatch):
+    """Again when it has changed; what ranks write to it is theirs."""
+    sent: list[int] = []
+    send = scatter.send
+
+    def counting(to, parts):
+        sent.extend(t.nbytes for values, _ in parts for v in values.values() for t in tensors(v))
+        return send(to, parts)
+
+    monkeypatch.setattr(scatter, "send", counting)
+    known = partial(client.run_on_scheduler, lambda dask_scheduler: len(dask_scheduler.tasks))
+    before = while_it_exists(client, sent, known)
+    gc.collect()
+    assert wait_until(lambda: known() < before)
+
+
+def while_it_exists(client, sent: list[int], known) -> int:
+    """How many tasks the scheduler then knows."""
+    data, w = torch.randn(2, 1 << 20), torch.ones(1 << 20, requires_grad=True)
+
+    def f(x):
+        data.add_(x)
+        return (data * w).mean()
+
+    mapped = tg.pmap(f, client=client)
+
+    def sends(*sizes: int) -> None:
+        sent.clear()
+        w.grad = None
+        found = mapped(torch.tensor([1.0, 2.0]))
+        found.sum().backward()
+        assert sorted(sent) == sorted(sizes)
+        expected = torch.stack([data + 1, data + 2])
+        torch.testing.assert_close(found, expected.mean((1, 2)))
+        torch.testing.assert_close(w.grad, expected.sum((0, 1)) / data.numel())
+
+    sends(data.nbytes, w.nbytes)
+    sends(w.nbytes)  # a parameter changes with every step
+    sends(w.nbytes)
+    data.mul_(2)
+    sends(data.nbytes, w.nbytes)
+    data.data[0, 0] = 7  # which torch does not count
+    sends(data.nbytes, w.nbytes)
+    sends(w.nbytes)
+    return known()

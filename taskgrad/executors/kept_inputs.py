@@ -20,7 +20,7 @@ import torch
 from taskgrad.graph.pack import is_plain
 from taskgrad.worker.rank_forward import KeptInput
 
-_State = tuple[int, int, torch.Size, torch.dtype]
+State = tuple[int, int, torch.Size, torch.dtype]
 
 
 @dataclass
@@ -29,7 +29,7 @@ class _Kept:
 
     number: int
     tensor: weakref.ref[torch.Tensor]
-    state: _State
+    state: State
     ranks: set[int] = field(default_factory=set)
 
 
@@ -48,7 +48,7 @@ class KeptInputs:
 
     def find(self, tensor: torch.Tensor) -> _Kept | None:
         """What is known of a tensor as it is now; None for one that is not kept."""
-        state = _state(tensor)
+        state = state_of(tensor)
         if state is None:
             return None
         with self._lock:
@@ -96,7 +96,7 @@ class CallInputs:
         return KeptInput(known.number, value)
 
 
-def _state(tensor: torch.Tensor) -> _State | None:
+def state_of(tensor: torch.Tensor) -> State | None:
     """What tells whether a tensor is what it was; None if nothing does quickly."""
     if not is_plain(tensor) or tensor.device.type != "cpu" or not tensor.is_contiguous():
         return None

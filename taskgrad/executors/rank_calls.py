@@ -7,6 +7,7 @@ from typing import Any
 
 from taskgrad.cluster.session import Session, check_open
 from taskgrad.executors.held_parts import hold
+from taskgrad.executors.kept_leaves import kept_leaves_of
 from taskgrad.executors.rank_groups import groups_of
 from taskgrad.executors.rank_links import links_of
 from taskgrad.executors.registry import executor_of
@@ -34,6 +35,7 @@ def _run_tasks(owner: Session, calls: Sequence[Call]) -> list[Any]:
     links_of(owner).link(owner, calls)
     executor = executor_of(owner)
     executor.run(calls)
+    kept_leaves_of(owner).look()
     return executor.values(calls)
 
 

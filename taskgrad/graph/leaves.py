@@ -23,7 +23,8 @@ class Leaf(Node):
 
     A parameter of a module that was given to `spawn` has that module as its `owner`, and its `name`
     there. A leaf that is `kept` is used after the call returns: what might be written meanwhile
-    without torch's noticing is copied. A cotangent is `checked` if it is known to fit its output.
+    without torch's noticing is copied. A cotangent is `checked` if it is known to fit its output. A
+    `key` is that of a task which has the value.
     """
 
     __slots__ = ("_sent", "_version", "checked", "name", "needs_grad", "owner", "value")
@@ -39,8 +40,9 @@ class Leaf(Node):
         owner: Any = None,
         kept: bool = False,
         checked: bool = False,
+        key: str = "",
     ) -> None:
-        super().__init__(new_key("input"), None)
+        super().__init__(key or new_key("input"), None)
         self.value = value
         self.name = name
         self.owner = owner

@@ -26,6 +26,7 @@ def rank_calls(
     peers: Sequence[str],
     parts: Sequence[tuple[Any, ...]],
     kind: type[Call] = Call,
+    leaf: Callable[..., Leaf] = Leaf,
 ) -> list[Call]:
     """The calls of the ranks of a group from `first` on, one for each of the arguments' `parts`.
 
@@ -33,12 +34,19 @@ def rank_calls(
     returns the leaves and the structure of the function's result, and for each leaf whether a
     gradient can flow into it.
 
-    With `KeptCall` as their `kind` what it returns stays on its worker.
+    With `KeptCall` as their `kind` what it returns stays on its worker. ``leaf(tensor, name=...,
+    owner=...)`` makes the leaf of a tensor that the function closes over, if that takes no gradient
+    and is no buffer, for a call that leaves a tape.
     """
     title = group.title
     program = _Program(fn, split.leaves, split.structure)
     packed = pack_function(program, title, what=f"{title!r}, or an argument of it,")
-    shared = [Leaf(t, name=name, owner=m) for t, name, m, _ in packed.closed_over]
+    taken = [*packed.tensors, *(part for of_rank in parts for part in of_rank)]
+    taped = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in taken)
+    shared = [
+        (leaf if taped and not (t.requires_grad or is_buffer) else Leaf)(t, name=name, owner=module)
+        for t, name, module, is_buffer in packed.closed_over
+    ]
     # Buffers that a module writes are returned by rank 0, as with torch's DDP.
     buffers = tuple([i for i, found in enumerate(packed.closed_over) if found.is_buffer])
     given = {id(part): part for of_rank in parts for part in of_rank}

@@ -14,6 +14,7 @@ from taskgrad.cluster.config import deadline
 from taskgrad.cluster.nested import current_worker
 from taskgrad.cluster.session import Session, session
 from taskgrad.errors import TaskgradError
+from taskgrad.executors.kept_leaves import kept_leaves_of
 from taskgrad.executors.rank_calls import run_ranks
 from taskgrad.executors.registry import executor_of
 from taskgrad.graph.calls import Call, ProcessGroup, Rank
@@ -198,7 +199,9 @@ class Mapped:
         group = ProcessGroup(title, mesh, workers, seed, seconds, owner.client.id)
         keys = [new_key("forward", str(Rank(group, i))) for i in range(mesh.size)]
         parts = split.at(workers, owner)
-        return rank_calls(self.fn, split, group, 0, keys, keys, parts, kind)
+        addresses = [worker.address for worker in workers]
+        leaf = functools.partial(kept_leaves_of(owner).leaf, workers=addresses)
+        return rank_calls(self.fn, split, group, 0, keys, keys, parts, kind, leaf)
 
 
 def _refuse_inside(title: str) -> None:
