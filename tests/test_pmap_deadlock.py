@@ -9,6 +9,7 @@ import torch
 
 import taskgrad as tg
 from conftest import wait_until
+from helpers import long, long_rows
 from taskgrad.worker.deadlock import DeadlockWatch
 from taskgrad.worker.mailbox import ExchangeId, Waiting
 from test_pmap_failures import empty
@@ -32,9 +33,18 @@ def crossed(x):
     return x
 
 
-@pytest.mark.parametrize("taped", [False, True], ids=["direct", "taped"])
 @pytest.mark.parametrize(
-    ("workers", "nest"), [("client", composed), ("four", composed), ("client", called)]
+    ("workers", "nest", "taped"),
+    [
+        ("client", composed, False),
+        *long_rows(
+            ("client", composed, True),
+            ("client", called, False),
+            ("client", called, True),
+            ("four", composed, False),
+            ("four", composed, True),
+        ),
+    ],
 )
 def test_sums_over_two_axes_in_different_orders(request, workers, nest, taped):
     client = request.getfixturevalue(workers)
@@ -52,7 +62,7 @@ def test_sums_over_two_axes_in_different_orders(request, workers, nest, taped):
     assert wait_until(lambda: empty(client))
 
 
-@pytest.mark.parametrize("nest", [composed, called])
+@pytest.mark.parametrize("nest", [composed, *long(called)])
 def test_ranks_that_wait_for_a_slow_one_are_let_wait(client, nest):
     """On either axis, and for one that itself waits."""
 

@@ -14,7 +14,7 @@ from distributed import Client
 
 import taskgrad as tg
 from conftest import total_held, wait_for_another, wait_until
-from helpers import end_rank_programs
+from helpers import end_rank_programs, long
 from taskgrad.cluster import program_host
 from taskgrad.cluster.session import session
 from taskgrad.executors import rank_links
@@ -121,7 +121,7 @@ def test_a_link_stays_while_a_backward_may_need_it(client):
     assert wait_until(lambda: not any(total_held(client).values()))
 
 
-@pytest.mark.parametrize("taped", [False, True], ids=["direct", "taped"])
+@pytest.mark.parametrize("taped", [True, *long(False)])
 def test_a_worker_that_is_killed_while_others_wait_for_it(fresh, taped):
     client = fresh(n_workers=2)
     w = torch.ones(3, requires_grad=taped)
