@@ -35,18 +35,15 @@ def rank_calls(
     gradient can flow into it.
 
     With `KeptCall` as their `kind` what it returns stays on its worker. ``leaf(tensor, name=...,
-    owner=...)`` makes the leaf of a tensor that the function closes over, if that takes no gradient
-    and is no buffer, for a call that leaves a tape.
+    owner=...)`` makes the leaf of a tensor that the function closes over, for calls with a tape.
     """
     title = group.title
     program = _Program(fn, split.leaves, split.structure)
     packed = pack_function(program, title, what=f"{title!r}, or an argument of it,")
     taken = [*packed.tensors, *(part for of_rank in parts for part in of_rank)]
     taped = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in taken)
-    shared = [
-        (leaf if taped and not (t.requires_grad or is_buffer) else Leaf)(t, name=name, owner=module)
-        for t, name, module, is_buffer in packed.closed_over
-    ]
+    made = leaf if taped else Leaf
+    shared = [made(t, name=name, owner=module) for t, name, module, _ in packed.closed_over]
     # Buffers that a module writes are returned by rank 0, as with torch's DDP.
     buffers = tuple([i for i, found in enumerate(packed.closed_over) if found.is_buffer])
     given = {id(part): part for of_rank in parts for part in of_rank}

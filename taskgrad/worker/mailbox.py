@@ -196,7 +196,6 @@ class Mailboxes:
                     self._drop_inside(key, [])
                 if key in self._ended:
                     self._ended[key] = TaskOutcome(0, _released())  # its error may be large
-            self._news.notify_all()
 
     def gone(self, worker: str) -> None:
         """The worker of this address is gone: tasks that run with it fail."""
@@ -206,7 +205,6 @@ class Mailboxes:
                 if error is not None:
                     box.gone.add(worker)
                     self._fail(box, error)
-            self._news.notify_all()
 
     def cut_off(self, worker: str, error: BaseException) -> None:
         """What the worker of this address has sent may be lost: tasks that run with it fail."""
@@ -242,7 +240,6 @@ class Mailboxes:
             task = key.partition(_INNER)[0]
             if key in self._boxes or not (self.ended(key) or self._is_released(task)):
                 self._fail(self._box(key), error)
-                self._news.notify_all()
 
     def ended(self, key: str) -> TaskOutcome | None:
         """The outcome of a task, or of the one around it; None if neither has ended."""
@@ -348,6 +345,7 @@ class Mailboxes:
         box.error = box.error or error
         box.messages.clear()
         box.news.notify_all()
+        self._news.notify_all()
         if box.wake is not None:
             box.wake()
         for key in box.inner:

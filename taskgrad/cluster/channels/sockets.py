@@ -201,7 +201,9 @@ class SocketChannels:
 
     def _send(self, peer: _Peer, buffers: Sequence[memoryview]) -> None:
         with contextlib.suppress(OSError):  # the peer is gone, as who reads from it finds
-            if not peer.send(buffers):
+            if peer.send(buffers):  # and with these what was left before
+                self._sent()
+            else:
                 self._hurry.set()
                 if self._polling.locked():
                     self._interrupt()
