@@ -33,6 +33,8 @@ Differentiable = Callable[[Sequence[torch.Tensor], Sequence[Gradient]], Sequence
 class _Claim:
     """Claims the tapes of some calls for one autograd function, until it ends or is garbage."""
 
+    _calls: Sequence[Call] = ()  # of one that an interrupt ended before it began
+
     def __init__(self, calls: Sequence[Call]) -> None:
         self._calls = list(calls)
         for call in self._calls:
