@@ -4,6 +4,9 @@
   on one side, two processes of a gloo group on the other, all of one thread, take turns. What is
   measured is one sum of many in a row, on the slower rank. gloo writes the sum into its input;
   `psum` makes a new tensor, and so do both here.
+- ``allreduce_1kb_eight_ranks``: the same sum of eight ranks on the two workers, each a thread.
+- ``call_staying``: a call on two workers whose result stays there, beside one whose result comes
+  home.
 - ``call_two_workers``, ``call_eight_workers``: a call of a function that returns its argument, one
   number a rank, on two or on all of eight workers. They share the machine's cores.
 - ``regression_vs_jax``: a step of JAX's tutorial on pmap, the regression of a line on two ranks:
@@ -109,6 +112,9 @@ def allreduce(report: Report) -> None:
             report.figure(f"gloo_{name}", rival)
             report.figure(f"allreduce_{name}", mine)
             report.ratio(f"allreduce_{name}_vs_gloo", mine, rival)
+        eight, (count, repeats) = torch.zeros(8), SIZES["1kb"]
+        found = [float(measure(eight, count, repeats).max()) for _ in range(1 + ROUNDS)]
+        report.figure("allreduce_1kb_eight_ranks", found[1:])
 
 
 def sums(_: torch.Tensor, count: int, repeats: int) -> float:
@@ -152,6 +158,13 @@ def call(report: Report) -> None:
         for _ in range(ROUNDS):
             for size, seconds in found.items():
                 seconds.append(seconds_a_call(same, size))
+    with cluster(2) as client:
+        home = tg.pmap(lambda x: x, client=client)
+        stays = tg.pmap(lambda x: x, gather=False, client=client)
+        pairs = [(seconds_a_call(stays, 2), seconds_a_call(home, 2)) for _ in range(1 + ROUNDS)]
+        staying, coming = map(list, zip(*pairs[1:], strict=True))
+    report.figure("call_staying", staying)
+    report.ratio("call_staying_vs_home", staying, coming, of="a result that stays to one at home")
     report.figure("call_two_workers", found[2])
     report.figure("call_eight_workers", found[8])
     report.ratio("call_eight_vs_two", found[8], found[2], of="eight workers to two")

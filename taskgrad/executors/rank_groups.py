@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +18,14 @@ from weakref import WeakKeyDictionary
 
 from distributed import Client
 
-from taskgrad.cluster.session import Session, check_open
+from taskgrad.cluster.session import Session
 from taskgrad.cluster.wire.serialize import dumps_whole
-from taskgrad.errors import TaskgradError, WorkerLostError
+from taskgrad.errors import WorkerLostError
 from taskgrad.executors.connections import Connections
 from taskgrad.executors.kept_inputs import KeptInputs
 from taskgrad.executors.lowering import action_of
 from taskgrad.executors.program_wait import wait_for_programs
+from taskgrad.executors.reachable import Reachable, Workers
 from taskgrad.graph.calls import Call
 from taskgrad.graph.leaves import Leaf
 from taskgrad.graph.nodes import new_key
@@ -35,15 +35,10 @@ from taskgrad.plan.program import Instruction, Program, Value
 from taskgrad.worker.parts import PartJob, RunParts
 from taskgrad.worker.rank_forward import RankBlock, RankForward
 from taskgrad.worker.step_program import Job, StepProgram
-from taskgrad.worker_names import WorkerName
-
-logger = logging.getLogger("taskgrad")
 
 _MOST_PROGRAMS = 32  # that the workers of a group keep
 _MOST_IDLE = 4  # groups that a client keeps
 _RANK = Value("rank")
-
-_Workers = tuple[WorkerName, ...]
 
 
 class RankGroup:
@@ -52,7 +47,7 @@ class RankGroup:
     OSError or TaskgradError if one of the workers is not reached.
     """
 
-    def __init__(self, session: Session, workers: _Workers) -> None:
+    def __init__(self, session: Session, workers: Workers) -> None:
         self.workers = workers
         addresses = [worker.address for worker in workers]
         name = new_key("ranks").partition("-")[2]
@@ -264,12 +259,12 @@ class RankGroups:
 
     def __init__(self) -> None:
         self._idle: list[RankGroup] = []  # the last used one is last
-        self._unreachable: set[_Workers] = set()
+        self._reachable = Reachable("taskgrad runs ranks as Dask tasks")
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def group(
-        self, session: Session, workers: _Workers, *, more: bool = False
+        self, session: Session, workers: Workers, *, more: bool = False
     ) -> Iterator[RankGroup | None]:
         """A group of these workers for the block; None if they cannot be reached.
 
@@ -285,7 +280,7 @@ class RankGroups:
         if found is not None:
             self._put(found)
 
-    def _take(self, workers: _Workers, more: bool) -> RankGroup | None:
+    def _take(self, workers: Workers, more: bool) -> RankGroup | None:
         with self._lock:
             at = [
                 i
@@ -305,17 +300,8 @@ class RankGroups:
         if old is not None:
             old.close()
 
-    def _make(self, session: Session, workers: _Workers) -> RankGroup | None:
-        if workers in self._unreachable:
-            return None
-        try:
-            return RankGroup(session, workers)
-        except (TaskgradError, OSError) as error:
-            check_open(session.client)
-            why = error.__cause__ or str(error).partition(". ")[0]
-            logger.info("taskgrad runs ranks as Dask tasks: the workers cannot be reached: %s", why)
-            self._unreachable.add(workers)
-            return None
+    def _make(self, session: Session, workers: Workers) -> RankGroup | None:
+        return self._reachable.connected(session, workers, lambda: RankGroup(session, workers))
 
 
 _groups: WeakKeyDictionary[Client, RankGroups] = WeakKeyDictionary()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -10,27 +9,22 @@ from weakref import WeakKeyDictionary
 
 from distributed import Client
 
-from taskgrad.cluster.session import Session, check_open
-from taskgrad.errors import TaskgradError
+from taskgrad.cluster.session import Session
 from taskgrad.executors.connections import Connections
+from taskgrad.executors.reachable import Reachable, Workers
 from taskgrad.graph.calls import Call
 from taskgrad.graph.nodes import new_key
-from taskgrad.worker_names import WorkerName
-
-logger = logging.getLogger("taskgrad")
 
 _MOST_LINKS = 4  # that a client keeps between calls
-
-_Workers = tuple[WorkerName, ...]
 
 
 class RankLinks:
     """The links of one client: connections to some workers, which have channels to each other."""
 
     def __init__(self) -> None:
-        self._links: OrderedDict[_Workers, Connections] = OrderedDict()  # the last used is last
+        self._links: OrderedDict[Workers, Connections] = OrderedDict()  # the last used is last
         self._used: WeakKeyDictionary[Call, Connections] = WeakKeyDictionary()
-        self._unreachable: set[_Workers] = set()
+        self._reachable = Reachable("ranks send messages over Dask's own connections")
         self._lock = threading.Lock()
 
     def link(self, session: Session, calls: Sequence[Call]) -> None:
@@ -55,21 +49,13 @@ class RankLinks:
                 self._links.popitem(last=False)
             self._used.update(dict.fromkeys(calls, found))
 
-    def _connect(self, session: Session, workers: _Workers) -> Connections | None:
-        if workers in self._unreachable:
-            return None
+    def _connect(self, session: Session, workers: Workers) -> Connections | None:
         addresses = [worker.address for worker in workers]
         name = new_key("links").partition("-")[2]
-        try:
-            return Connections(
-                session.client, name, addresses, session.names, kind="links", links=True
-            )
-        except (TaskgradError, OSError) as error:
-            check_open(session.client)
-            why = error.__cause__ or str(error).partition(". ")[0]
-            logger.info("ranks send messages over Dask's own connections: %s", why)
-            self._unreachable.add(workers)
-            return None
+        about = session.client, name, addresses, session.names
+        return self._reachable.connected(
+            session, workers, lambda: Connections(*about, kind="links", links=True)
+        )
 
 
 _links: WeakKeyDictionary[Client, RankLinks] = WeakKeyDictionary()

@@ -200,7 +200,7 @@ class Mapped:
         keys = [new_key("forward", str(Rank(group, i))) for i in range(mesh.size)]
         parts = split.at(workers, owner)
         addresses = [worker.address for worker in workers]
-        leaf = functools.partial(kept_leaves_of(owner).leaf, workers=addresses)
+        leaf = functools.partial(kept_leaves_of(owner).leaf, executor_of(owner), addresses)
         return rank_calls(self.fn, split, group, 0, keys, keys, parts, kind, leaf)
 
 

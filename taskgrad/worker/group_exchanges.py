@@ -150,7 +150,9 @@ class GroupExchanges:
                 missing = self._mailboxes.wait(self._key, exchange, sources, 0)
                 asked = [self._attend(i, what, exchange) for i in missing]
                 try:
-                    if self._come_or_lock(exchange, sources, large, start + self._group.deadline):
+                    if self._come_unless_deadlocked(
+                        exchange, sources, large, start + self._group.deadline
+                    ):
                         return
                 finally:
                     for stop in asked:
@@ -160,7 +162,7 @@ class GroupExchanges:
             self._mailboxes.waits(self._key, None)
         raise GroupAborted(CollectiveError(self._late(missing, what)))
 
-    def _come_or_lock(
+    def _come_unless_deadlocked(
         self,
         exchange: ExchangeId,
         sources: list[int],
@@ -175,9 +177,9 @@ class GroupExchanges:
                 return True
             if left <= pause:
                 return False
-            locked = watch.look()
-            if locked is not None:
-                raise GroupAborted(CollectiveError(self._locked(locked)))
+            cycle = watch.look()
+            if cycle is not None:
+                raise GroupAborted(CollectiveError(self._deadlocked(cycle)))
             pause = min(_MOST_LOOK_S, 1.5 * pause)
 
     def _ask(self, rank: int, exchange: ExchangeId) -> Waiting | None:
@@ -234,7 +236,7 @@ class GroupExchanges:
         if self._channels is not None:
             self._channels.wake()
 
-    def _locked(self, cycle: Cycle) -> str:
+    def _deadlocked(self, cycle: Cycle) -> str:
         after = [*cycle[1:], cycle[0]]
         calls = "; ".join(
             f"rank {rank} on worker {self._group.workers[rank]} calls {waits.what} as its "

@@ -12,17 +12,16 @@ import contextlib
 import ctypes
 import errno
 import hmac
-import itertools
 import selectors
 import socket
 import struct
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from taskgrad.cluster.channels.frames import Arriving, Stream, Tag, pack, receipt
+from taskgrad.cluster.channels.frames import Arriving, Tag, pack, receipt
+from taskgrad.cluster.channels.socket_peer import SocketPeer
 from taskgrad.cluster.wire import thresholds
 from taskgrad.cluster.wire.leases import TOKEN_BYTES, BufferLease, ValidityToken
 
@@ -36,7 +35,6 @@ _CLOSED = 2**63  # later than any epoch
 _STRANGER_S = 2.0
 # What either end of a connection says first: its rank, and where the other can try to read.
 _HELLO = struct.Struct(f"<IIQ{TOKEN_BYTES}s")
-_MOST_BUFFERS = 512  # that are sent at once; systems have a limit, often of 1024
 
 
 class SocketChannels:
@@ -80,7 +78,7 @@ class SocketChannels:
         self._lost = lost
         self._sent = sent
         self._listener: socket.socket | None = None
-        self._peers: dict[int, _Peer] = {}
+        self._peers: dict[int, SocketPeer] = {}
         self._selector = selectors.DefaultSelector()
         self._wakes, self._woken_by = socket.socketpair()
         self._selector.register(self._woken_by, selectors.EVENT_READ)
@@ -140,7 +138,7 @@ class SocketChannels:
     def _add(self, connection: socket.socket, rank: int, token: ValidityToken, reads: bool) -> None:
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        peer = self._peers[rank] = _Peer(rank, connection, token, reads)
+        peer = self._peers[rank] = SocketPeer(rank, connection, token, reads)
         self._selector.register(connection, selectors.EVENT_READ, peer)
 
     def close(self, seconds: float) -> None:
@@ -162,7 +160,7 @@ class SocketChannels:
 
     # -- for the program -------------------------------------------------------------------------
 
-    def unpack(self, arrived: tuple[_Peer, Arriving]) -> Any:
+    def unpack(self, arrived: tuple[SocketPeer, Arriving]) -> Any:
         """The value that was delivered; OSError if it is lent, and the sender has it no more."""
         peer, value = arrived
         if value.is_lent:
@@ -199,7 +197,7 @@ class SocketChannels:
         found = self._peers[peer]
         return tag not in found.lent and not found.is_sending
 
-    def _send(self, peer: _Peer, buffers: Sequence[memoryview]) -> None:
+    def _send(self, peer: SocketPeer, buffers: Sequence[memoryview]) -> None:
         with contextlib.suppress(OSError):  # the peer is gone, as who reads from it finds
             if peer.send(buffers):  # and with these what was left before
                 self._sent()
@@ -297,7 +295,7 @@ class SocketChannels:
                     self._end(peer)
         return came
 
-    def _write(self, peer: _Peer) -> None:
+    def _write(self, peer: SocketPeer) -> None:
         """Send what is left for a peer, and have the selector say when it takes more."""
         with contextlib.suppress(OSError):  # who reads from it finds that it is gone
             if peer.flush():
@@ -307,103 +305,11 @@ class SocketChannels:
             if self._selector.get_key(peer.connection).events != wanted:
                 self._selector.modify(peer.connection, wanted, peer)
 
-    def _end(self, peer: _Peer) -> None:
+    def _end(self, peer: SocketPeer) -> None:
         self._selector.unregister(peer.connection)
         peer.close()
         if not self._closing:
             self._lost(peer.rank)
-
-
-class _Peer:
-    """The connection to another worker.
-
-    `token` is at an address of its process, and `reads` true if that can read this one's memory;
-    `lent` is what it is to read there.
-    """
-
-    def __init__(
-        self, rank: int, connection: socket.socket, token: ValidityToken, reads: bool
-    ) -> None:
-        self.rank = rank
-        self.connection = connection
-        self.token = token
-        self.reads = reads
-        self.lent: dict[Tag, list[memoryview]] = {}
-        self._stream = Stream()
-        self._left: deque[memoryview] = deque()  # to be sent
-        self._sending = threading.Lock()
-
-    @property
-    def gets_large(self) -> bool:
-        """True if a large value has come on this connection."""
-        return self._stream.has_had_large
-
-    @property
-    def is_sending(self) -> bool:
-        """True if something is left to be sent."""
-        return bool(self._left)
-
-    @property
-    def is_halfway(self) -> bool:
-        """True if a value is on its way."""
-        return bool(self._left) or self._stream.is_halfway
-
-    def send(self, buffers: Sequence[memoryview]) -> bool:
-        """Send these bytes after what is left; False if some are left of them, too."""
-        with self._sending:
-            self._left.extend(buffers)
-            return self._flush()
-
-    def flush(self) -> bool:
-        """Send what the connection takes now; True if nothing is left."""
-        with self._sending:
-            return self._flush()
-
-    def _flush(self) -> bool:
-        left = self._left
-        while left:
-            try:
-                sent = _send(self.connection, left)
-            except BlockingIOError:
-                return False
-            except OSError:
-                left.clear()
-                raise
-            while left and sent >= len(left[0]):
-                sent -= len(left.popleft())
-            if sent:
-                left[0] = left[0][sent:]
-        return True
-
-    def receive(self) -> list[Arriving]:
-        """The values that are complete with what is there; ConnectionError if it has ended."""
-        found: list[Arriving] = []
-        while True:
-            room = self._stream.room()
-            try:
-                count = self.connection.recv_into(room)
-            except BlockingIOError:
-                return found
-            if not count:
-                if found:
-                    return found
-                raise ConnectionResetError
-            found.extend(self._stream.received(room, count))
-            if count < len(room):
-                return found
-
-    def close(self) -> None:
-        """Close the connection; what is left for it is dropped."""
-        with self._sending:
-            self._left.clear()
-            self.connection.close()
-
-
-def _send(connection: socket.socket, buffers: deque[memoryview]) -> int:
-    """Send what the connection takes of these; returns the number of bytes."""
-    if hasattr(connection, "sendmsg"):
-        return connection.sendmsg(itertools.islice(buffers, _MOST_BUFFERS))
-    return connection.send(buffers[0])  # on Windows
 
 
 def _receive(connection: socket.socket, count: int) -> bytes:
