@@ -33,6 +33,7 @@ from leasing import (
     refuse_reads,
     use,
 )
+from taskgrad.cluster.closing import hang_up
 from taskgrad.cluster.wire import peers, result_table
 
 
@@ -193,7 +194,7 @@ def lends(client: Client) -> set[bool]:
 
     def look(dask_worker):
         handler = dask_worker.handlers["get_data"]
-        known = peers.PROBE in dask_worker.handlers
+        known = dask_worker.handlers.get(peers.PROBE, hang_up) is not hang_up
         assert known == (handler != dask_worker.get_data) == (dask_worker in peers._registries)
         looks = hasattr(distributed.worker.get_data_from_worker, "taskgrad")
         assert known == looks == (dask_worker in result_table._tables)

@@ -19,6 +19,11 @@ from torch import nn
 
 import taskgrad as tg
 from taskgrad.cluster import internals, local, task_logs
+from taskgrad.cluster.channels.dask_comms import CHANNEL
+from taskgrad.cluster.program_host import PROGRAM
+from taskgrad.cluster.session import session
+from taskgrad.cluster.wire import peers
+from taskgrad.cluster.worker_plugin import NAME
 
 HEAD = """
 import functools, sys, time, torch, taskgrad as tg
@@ -81,6 +86,32 @@ caught(lambda: tg.pmap(fails, "i")(torch.ones(2)))
 
 def test_a_failing_step_or_call_prints_nothing_of_dasks(tmp_path):
     assert run(FAILS, tmp_path) == ""
+
+
+async def close_plugin(dask_worker):
+    await dask_worker.plugin_remove(NAME)  # as `Worker.close` does, which still answers then
+
+
+def test_a_worker_that_closes_hangs_up_and_logs_nothing(fresh):
+    client = fresh(n_workers=2)
+    session(client)  # sets up the workers
+    a, b = client.scheduler_info()["workers"]
+
+    async def call(names, dask_worker):
+        return [await ends(getattr(dask_worker.rpc(b), name)) for name in names]
+
+    async def ends(handler):
+        try:
+            return await handler()
+        except OSError:
+            return "gone"
+
+    ours = client.run(lambda dask_worker: [*dask_worker.handlers], workers=[b])[b]
+    ours = [name for name in ours if name.startswith("taskgrad")]
+    assert {PROGRAM, CHANNEL, peers.PROBE, "taskgrad_held", "taskgrad_rank_fail"} < {*ours}
+    client.run(close_plugin, workers=[b])
+    assert client.run(call, ours, workers=[a]) == {a: ["gone"] * len(ours)}
+    assert not [entry for entry in client.get_worker_logs()[b] if entry[0] != "INFO"]
 
 
 def test_a_failing_task_of_the_users_own_is_logged_as_before(tmp_path):

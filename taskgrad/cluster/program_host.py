@@ -43,6 +43,7 @@ from taskgrad.cluster.channels.links import Link
 from taskgrad.cluster.channels.rank_mail import RankMail
 from taskgrad.cluster.channels.sockets import SocketChannels
 from taskgrad.cluster.channels.step_mail import StepMail
+from taskgrad.cluster.closing import hang_up, stop_answering
 from taskgrad.cluster.nested import give_thread_back
 from taskgrad.cluster.wire.message_values import serialized_if_large
 from taskgrad.cluster.wire.peers import registry_at
@@ -100,8 +101,7 @@ class ProgramHosts:
         """Called when the worker closes."""
         for host in self.named.values():
             host.resident.close()
-        for name in (PROGRAM, CHANNEL):
-            self._worker.handlers.pop(name, None)
+        stop_answering(self._worker, PROGRAM, CHANNEL)
 
     def task_is_ready(self) -> None:
         """A task waits for a thread, which a program may have."""
@@ -134,9 +134,11 @@ class ProgramHosts:
         return Status.dont_reply
 
     async def _receive(self, comm: Comm, name: str, rank: int) -> Any:
-        channels = self.named[name].channels
-        assert isinstance(channels, DaskChannels)
-        return await channels.receive(comm, rank)
+        host = self.named.get(name)
+        if host is None:  # its driver has closed it
+            return await hang_up(comm)
+        assert isinstance(host.channels, DaskChannels)
+        return await host.channels.receive(comm, rank)
 
 
 class _ProgramHost:

@@ -23,6 +23,7 @@ from distributed import Scheduler, Worker
 from distributed.scheduler import WorkerState
 
 from taskgrad.cluster import internals
+from taskgrad.cluster.closing import stop_answering
 from taskgrad.errors import TaskgradError
 from taskgrad.worker.store import Store
 from taskgrad.worker_names import WorkerName
@@ -56,7 +57,7 @@ class OccupancyReporter:
 
     def stop(self) -> None:
         """Called when the worker closes."""
-        self._worker.handlers.pop(_HELD, None)
+        stop_answering(self._worker, _HELD)
 
     def _report_later(self) -> None:
         self._worker.loop.add_callback(self._report)  # from a task's thread

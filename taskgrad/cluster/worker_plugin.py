@@ -11,6 +11,7 @@ from distributed import Worker
 from distributed.diagnostics.plugin import WorkerPlugin
 
 from taskgrad.cluster import internals, task_logs
+from taskgrad.cluster.closing import stop_listening
 from taskgrad.cluster.config import Settings
 from taskgrad.cluster.messages.rank_comms import DaskTransport
 from taskgrad.cluster.program_host import ProgramHosts
@@ -110,9 +111,7 @@ class TaskgradWorkerPlugin(WorkerPlugin):
         self._reporter.stop()
         self._transport.stop()
         self._programs.stop()
-        # Messages may still be on their way to a worker that closes.
-        for name in (RELEASE, SETTINGS, WORKER_LOST, CLIENT_LEFT):
-            worker.stream_handlers[name] = lambda **message: None
+        stop_listening(worker, RELEASE, SETTINGS, WORKER_LOST, CLIENT_LEFT)
         for name in _METRICS:
             worker.metrics.pop(f"{NAME}_{name}", None)
         worker.metrics.pop(_BYTES_READ, None)

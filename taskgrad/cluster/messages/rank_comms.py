@@ -24,6 +24,7 @@ from distributed.protocol.serialize import to_serialize
 
 from taskgrad import remote_errors
 from taskgrad.cluster.channels.links import Link
+from taskgrad.cluster.closing import stop_answering
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.nested import give_thread_back
 from taskgrad.worker.mailbox import ExchangeId, Mailboxes, Message, TaskOutcome, Waiting
@@ -59,8 +60,7 @@ class DaskTransport:
         """Called when the worker closes."""
         self._mailboxes.transport = None
         self._mailboxes.close()
-        for name in (_MESSAGE, _FAIL, _OUTCOME, _WAITING):
-            self._worker.handlers.pop(name, None)
+        stop_answering(self._worker, _MESSAGE, _FAIL, _OUTCOME, _WAITING)
 
     def send(
         self, worker: str, messages: Sequence[tuple[str, Message]], client: str = ""
@@ -108,7 +108,7 @@ class DaskTransport:
             answer = await getattr(self._worker.rpc(worker), handler)(**message)
         except OSError:
             raise
-        except Exception as error:  # such as: it has no such handler, because it closes
+        except Exception as error:
             raise OSError(f"{worker} does not answer: {error}") from error
         if handler == _WAITING:
             return None if answer is None else _waiting(answer)

@@ -17,6 +17,7 @@ from typing import Any
 from distributed import Client, Worker
 from distributed.comm.addressing import get_address_host
 
+from taskgrad.cluster.closing import stop_answering
 from taskgrad.cluster.wire.leases import BufferLease, ValidityToken
 
 logger = logging.getLogger("taskgrad")
@@ -111,7 +112,7 @@ def unregister(worker: Worker) -> bool:
     if registry is not None:
         registry.closed = True
         registry.readers.clear()
-        worker.handlers.pop(PROBE, None)
+        stop_answering(worker, PROBE)
     return registry is not None
 
 
