@@ -11,6 +11,7 @@ import torch
 from taskgrad.graph.cotangents import add_each
 from taskgrad.graph.pytree import cotangents, flatten
 from taskgrad.graph.slices import Dims, as_tensors, batch_size, cut
+from taskgrad.worker.devices import do_results_stay, to_device
 from taskgrad.worker.shard_lock import using_shard
 from taskgrad.worker.store import Store, buffers_key
 
@@ -35,8 +36,14 @@ class Add:
         total, *rest = [part for part in parts if part is not None] or [None]
         for part in rest:
             ours, structure = flatten(total)
-            total = cotangents(add_each(ours, flatten(part)[0]), structure)
+            theirs = [_beside(y, x) for y, x in zip(flatten(part)[0], ours, strict=True)]
+            total = cotangents(add_each(ours, theirs), structure)
         return total
+
+
+def _beside(y: torch.Tensor | None, x: torch.Tensor | None) -> torch.Tensor | None:
+    """`y` on the device of `x`: the two may come from workers with and without a GPU."""
+    return y if y is None or x is None else to_device(y, x.device)
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,8 @@ class ReadGradient:
 class TakeGradients:
     """Gradients of parameters that the backward task `key` left on this worker, which drops them.
 
-    They stay on their device for a task on this worker, and are on the host for another one.
+    They stay on their device for this worker, or in a program; a task has them on the host for
+    another worker.
     """
 
     key: str
@@ -66,7 +74,8 @@ class TakeGradients:
     def run(self, store: Store, *after: Any) -> list[torch.Tensor | None]:
         """One for each name; None where none arrived."""
         found = store.take_gradients(self.key, self.names)
-        return [g if g is None or self.stays else g.cpu() for g in found]
+        stay = self.stays or do_results_stay()
+        return [g if g is None or stay else g.cpu() for g in found]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from taskgrad.worker import training
 from taskgrad.worker.activation_checkpoint import recomputed
 from taskgrad.worker.communicator import Communicator
 from taskgrad.worker.deferred_norm import deferred
-from taskgrad.worker.devices import staged, to_device
+from taskgrad.worker.devices import do_results_stay, staged, to_device
 from taskgrad.worker.failures import forward_error
 from taskgrad.worker.mailbox import GroupAborted
 from taskgrad.worker.parameter_writes import refused
@@ -173,7 +173,8 @@ class Forward:
         return takes, structures, fed
 
     def _give_all(self, members: Members | None, leaves: list[Any], structure: Structure) -> Any:
-        given = [_give(leaf, members) for leaf in leaves]
+        stays = self.call.draw is not None and do_results_stay()
+        given = [_give(leaf, members, stays) for leaf in leaves]
         if structure.parameters and self.taped:
             ours = members.trainable().values() if members is not None else ()
             for i in structure.parameters:
@@ -320,12 +321,15 @@ def _is_new(leaf: torch.Tensor, ours: Collection[nn.Parameter]) -> bool:
     return leaf._version > 0 or not leaf.requires_grad
 
 
-def _give(leaf: Any, members: Members | None) -> Any:
-    """An output leaf as a task's result: no autograd graph, no memory that a later step writes."""
+def _give(leaf: Any, members: Members | None, stays: bool) -> Any:
+    """An output leaf as a result: no autograd graph, no memory that a later step writes.
+
+    It is in the host's memory unless it stays on its device.
+    """
     if not isinstance(leaf, torch.Tensor):
         return leaf
     leaf = leaf.detach()
-    if not (leaf.is_cpu or leaf.is_meta):
+    if not (leaf.is_cpu or leaf.is_meta or stays):
         return leaf.cpu()
     if members is not None and leaf.layout is torch.strided and members.hold(leaf):
         return leaf.clone()

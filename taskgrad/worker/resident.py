@@ -21,6 +21,7 @@ from taskgrad.errors import WorkerLostError
 from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.plan.program import Value
 from taskgrad.worker import optimizing
+from taskgrad.worker.devices import on_host, results_stay
 from taskgrad.worker.rank_forward import RANKS
 from taskgrad.worker.step_program import StepProgram, at_step, keys_of, ranks_of
 from taskgrad.worker.store import Store
@@ -226,10 +227,11 @@ class Resident:
         interval = sys.getswitchinterval()
         sys.setswitchinterval(min(interval, _SWITCH_S))
         try:
-            while (step := self._next()) is not None:
-                if not self._take(step):
-                    break
-                taken += 1
+            with results_stay():
+                while (step := self._next()) is not None:
+                    if not self._take(step):
+                        break
+                    taken += 1
         except Stopped:
             pass
         finally:
@@ -346,7 +348,7 @@ class Resident:
             for name in drops[i]:
                 values.pop(name, None)
         self._at = step.number + 1, 0
-        return [values[Value(name)] for name in program.reports]
+        return [on_host(values[Value(name)]) for name in program.reports]
 
     def _is_here(self, tag: Tag) -> bool:
         """True if this value has come."""

@@ -3,20 +3,23 @@
 A value is a head and parts. The head has the tag and says what the value is and how long its parts
 are. A dense tensor in the order of its dimensions is one part, its memory. Any other value is
 pickled, with the memory of its tensors out of band. Of a large part only the address may be sent,
-to a process that can read this one's memory; it answers with a receipt when it has.
+to a process that can read this one's memory; it answers with a receipt when it has. So it does for
+tensors on a device in slots (`taskgrad.cluster.channels.device_slots`).
 """
 
 from __future__ import annotations
 
+import io
 import pickle
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from taskgrad.cluster.channels.device_slots import DeviceSlots, Placed, Reference
 from taskgrad.cluster.wire.process_memory import address_of, read
 from taskgrad.cluster.wire.serialize import (
     TensorCloudPickler,
@@ -33,7 +36,7 @@ Tag = tuple[int, int, int]
 # many the lengths of parts.
 _HEAD = struct.Struct("<IIIBBHH")
 _ADDRESS = struct.Struct("<Q")
-_TENSOR, _PICKLED, _RECEIPT = 0, 1, 2
+_TENSOR, _PICKLED, _RECEIPT, _PLACED = 0, 1, 2, 3
 _MAX_LENGTHS = 128
 _BY_ADDRESS = 1 << 63  # in a length: the address comes in place of the part
 # Bytes that are received at a time. What is left of a longer part is received where it belongs.
@@ -50,16 +53,28 @@ _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 class Packed:
     """A value as bytes: its head and parts, which share the memory of the value's tensors.
 
-    `lent` are the parts of which only the address is among the bytes.
+    `lent` are the parts of which only the address is among the bytes, `placed` tensors in slots.
     """
 
     buffers: list[memoryview]
     lent: list[memoryview]
+    placed: list[Placed]
 
 
-def pack(tag: Tag, value: Any, *, lend: int | None = None) -> Packed:
-    """A value as bytes; parts of `lend` bytes or more the receiver reads in this process."""
-    if type(value) is torch.Tensor and _is_plain(value):
+def pack(
+    tag: Tag, value: Any, *, lend: int | None = None, slots: DeviceSlots | None = None
+) -> Packed:
+    """A value as bytes; parts of `lend` bytes or more the receiver reads in this process.
+
+    Tensors on a device go into the slots, where they can.
+    """
+    placed: list[Placed] = []
+    if slots is not None:
+        found, placed = _with_slots(value, slots)
+        kind, code = _PLACED if placed else _PICKLED, 0
+        shape: tuple[int, ...] = ()
+        parts = [memoryview(part) for part in found]
+    elif type(value) is torch.Tensor and _is_plain(value):
         kind, code, shape = _TENSOR, _CODES[value.dtype], tuple(value.shape)
         parts = [_bytes_of(value)] if value.numel() else []
     else:
@@ -77,7 +92,7 @@ def pack(tag: Tag, value: Any, *, lend: int | None = None) -> Packed:
     numbers = (*shape, *lengths)
     head = _HEAD.pack(*tag, kind, code, len(shape), len(lengths))
     head += struct.pack(f"<{len(numbers)}Q", *numbers)
-    return Packed([memoryview(head), *parts], lent)
+    return Packed([memoryview(head), *parts], lent, placed)
 
 
 def receipt(tag: Tag) -> memoryview:
@@ -89,7 +104,8 @@ class Arriving:
     """A value of which the head is here.
 
     `missing` is the memory for what comes yet, last one first. `is_receipt` says that it is none,
-    but a receipt for the value with its tag; `is_lent` that parts of it are to be read.
+    but a receipt for the value with its tag; `is_lent` that parts of it are to be read; `is_placed`
+    that tensors may be in slots.
     """
 
     __slots__ = ("_kind", "_parts", "_remote", "is_receipt", "missing", "tag")
@@ -134,12 +150,31 @@ class Arriving:
         self._remote = []
         return bytes(last)
 
-    def value(self) -> Any:
-        """The value, once nothing is missing or lent; it may keep the memory of the parts."""
+    @property
+    def is_placed(self) -> bool:
+        """True if tensors of it may be in the sender's slots."""
+        return self._kind == _PLACED
+
+    def value(self, load: Callable[[Reference], torch.Tensor] | None = None) -> Any:
+        """The value, once nothing is missing or lent; it may keep the memory of the parts.
+
+        `load` returns what is in a slot.
+        """
         if self._kind == _TENSOR:
             return self._parts[0]
         head, *buffers = (part.numpy().data for part in self._parts)
-        return pickle.loads(head, buffers=buffers)
+        if load is None:
+            return pickle.loads(head, buffers=buffers)
+        unpickler = _FromSlots(io.BytesIO(head), buffers=buffers)
+        unpickler.load_placed = load
+        return unpickler.load()
+
+
+class _FromSlots(pickle.Unpickler):
+    load_placed: Callable[[Reference], torch.Tensor]
+
+    def persistent_load(self, reference: Any) -> torch.Tensor:
+        return self.load_placed(Reference(*reference))
 
 
 class Stream:
@@ -234,6 +269,47 @@ def _pickled(value: Any) -> list[Any]:
     if len(buffers) >= _MAX_LENGTHS:
         return [dumps_whole(value)]
     return [pickled, *buffers]
+
+
+class _ToSlots(TensorPickler):
+    def persistent_id(self, obj: Any) -> Any:
+        return tuple(obj.reference) if isinstance(obj, Placed) else None
+
+
+class _ToSlotsCloud(TensorCloudPickler):
+    def persistent_id(self, obj: Any) -> Any:
+        return tuple(obj.reference) if isinstance(obj, Placed) else None
+
+
+def _with_slots(value: Any, slots: DeviceSlots) -> tuple[list[Any], list[Placed]]:
+    """As `_pickled`, with tensors on a device in slots; and these."""
+    placed: list[Placed] = []
+
+    def put(flat: torch.Tensor) -> Placed | None:
+        found = slots.put(flat)
+        if found is not None:
+            placed.append(found)
+        return found
+
+    def drop() -> None:
+        while placed:
+            slots.give_back(placed.pop())
+
+    try:
+        try:
+            pickled, buffers, _ = pickle_with(_ToSlots, value, put)
+            if b"__main__" in pickled:
+                raise TypeError
+        except Exception:
+            drop()
+            pickled, buffers, _ = pickle_with(_ToSlotsCloud, value, put)
+    except Exception:
+        drop()
+        raise
+    if len(buffers) >= _MAX_LENGTHS:
+        drop()
+        return _pickled(value), placed
+    return [pickled, *buffers], placed
 
 
 def _memory(nbytes: int) -> torch.Tensor:

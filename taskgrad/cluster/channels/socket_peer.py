@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 
+from taskgrad.cluster.channels.device_slots import DeviceSlots, Placed
 from taskgrad.cluster.channels.frames import Arriving, Stream, Tag
 from taskgrad.cluster.wire.leases import ValidityToken
 
@@ -18,7 +19,7 @@ class SocketPeer:
     """The connection to another worker.
 
     `token` is at an address of its process, and `reads` true if that can read this one's memory;
-    `lent` is what it is to read there.
+    `lent` is what it is to read there, and `placed` on a device, in `slots`.
     """
 
     def __init__(
@@ -29,9 +30,17 @@ class SocketPeer:
         self.token = token
         self.reads = reads
         self.lent: dict[Tag, list[memoryview]] = {}
+        self.slots = DeviceSlots()
+        self.placed: dict[Tag, list[Placed]] = {}
         self._stream = Stream()
         self._left: deque[memoryview] = deque()  # to be sent
         self._sending = threading.Lock()
+
+    def drop(self, tag: Tag) -> None:
+        """What was sent for this tag has been read, or never will be."""
+        self.lent.pop(tag, None)
+        for placed in self.placed.pop(tag, ()):
+            self.slots.give_back(placed)
 
     @property
     def gets_large(self) -> bool:
@@ -97,6 +106,8 @@ class SocketPeer:
         with self._sending:
             self._left.clear()
             self.connection.close()
+        self.placed.clear()
+        self.slots.close()
 
 
 def _send(connection: socket.socket, buffers: deque[memoryview]) -> int:

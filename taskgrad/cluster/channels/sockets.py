@@ -20,10 +20,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from taskgrad.cluster.channels.device_slots import DeviceSlots, Reference, shared_kind
 from taskgrad.cluster.channels.frames import Arriving, Tag, pack, receipt
 from taskgrad.cluster.channels.socket_peer import SocketPeer
 from taskgrad.cluster.wire import thresholds
 from taskgrad.cluster.wire.leases import TOKEN_BYTES, BufferLease, ValidityToken
+from taskgrad.worker.devices import home
 
 # How often the channels' thread looks after the connections of a program that computes. Small
 # values wait in the system's memory; large ones do not fit there, and their senders wait.
@@ -31,6 +33,8 @@ _NAP_S, _SHORT_NAP_S = 0.05, 0.005
 _EPOCH = struct.Struct("<Q")
 _GUARD = struct.Struct(f"<{TOKEN_BYTES}sQ")
 _CLOSED = 2**63  # later than any epoch
+# The tags of a slot that is offered to a peer, and of its answer: of an epoch that never comes.
+_OFFER, _ANSWER = (2**32 - 1, 0, 0), (2**32 - 1, 0, 1)
 # How long somebody who connects may take to say the group's name.
 _STRANGER_S = 2.0
 # What either end of a connection says first: its rank, and where the other can try to read.
@@ -131,7 +135,7 @@ class SocketChannels:
         connection.sendall(_HELLO.pack(self._rank, pid, address, content))
         rank, *about = _HELLO.unpack(_receive(connection, _HELLO.size))
         token = ValidityToken(*about)
-        lends = self._lends and self._hosts[rank] == self._hosts[self._rank]
+        lends = self._lends and self._on_host_of(rank)
         connection.sendall(b"y" if lends and token.is_readable() else b"n")
         return rank, token, _receive(connection, 1) == b"y" and lends
 
@@ -163,7 +167,8 @@ class SocketChannels:
     def unpack(self, arrived: tuple[SocketPeer, Arriving]) -> Any:
         """The value that was delivered; OSError if it is lent, and the sender has it no more."""
         peer, value = arrived
-        if value.is_lent:
+        lent = value.is_lent
+        if lent:
             pid, address, content = peer.token
             dropped = ConnectionError(
                 "another worker has dropped a value before it was read there: its program was "
@@ -177,8 +182,11 @@ class SocketChannels:
                 raise
             if token != content or oldest > value.tag[0]:
                 raise dropped
-            self._send(peer, [receipt(value.tag)])
-        return value.value()
+        try:
+            return value.value(peer.slots.load if value.is_placed else None)
+        finally:
+            if lent or value.is_placed:
+                self._send(peer, [receipt(value.tag)])
 
     def send(self, peer: int, tag: Tag, value: Any, *, lend_min: int | None = None) -> None:
         """Send a value, whose memory stays as it is until it has arrived.
@@ -187,15 +195,41 @@ class SocketChannels:
         """
         found = self._peers[peer]
         least = thresholds.LEND_MIN if lend_min is None else lend_min
-        packed = pack(tag, value, lend=least if found.reads else None)
+        packed = pack(tag, value, lend=least if found.reads else None, slots=self._slots_for(found))
         if packed.lent:
             found.lent[tag] = packed.lent
+        if packed.placed:
+            found.placed[tag] = packed.placed
         self._send(found, packed.buffers)
 
     def has_sent(self, peer: int, tag: Tag) -> bool:
         """True if the memory of a value that was sent is not needed any more."""
         found = self._peers[peer]
-        return tag not in found.lent and not found.is_sending
+        return not (tag in found.lent or tag in found.placed or found.is_sending)
+
+    def _slots_for(self, peer: SocketPeer) -> DeviceSlots | None:
+        """The slots that a value is to be put into, if the peer can read there; else asks it."""
+        kind = shared_kind()
+        if kind is None or not (self._lends and self._on_host_of(peer.rank)):
+            return None
+        if peer.slots.is_ready:
+            return peer.slots
+        offered = peer.slots.offer(home(kind))
+        if offered is not None:
+            self._send(peer, pack(_OFFER, offered).buffers)
+        return None
+
+    def _on_host_of(self, rank: int) -> bool:
+        return self._hosts[rank] == self._hosts[self._rank]
+
+    def _negotiate(self, peer: SocketPeer, arrived: Arriving) -> None:
+        """A peer offers a slot, or has answered an offer."""
+        if arrived.tag == _ANSWER:
+            peer.slots.answered(arrived.value())
+            return
+        reference, content = arrived.value()
+        able = peer.slots.check(Reference(*reference), content) if self._lends else False
+        self._send(peer, pack(_ANSWER, able).buffers)
 
     def _send(self, peer: SocketPeer, buffers: Sequence[memoryview]) -> None:
         with contextlib.suppress(OSError):  # the peer is gone, as who reads from it finds
@@ -211,9 +245,9 @@ class SocketChannels:
         at = self._lease.token.address + TOKEN_BYTES
         ctypes.memmove(at, _EPOCH.pack(epoch), _EPOCH.size)
         for peer in self._peers.values():
-            for tag in list(peer.lent):
+            for tag in [*peer.lent, *peer.placed]:
                 if tag[0] < epoch:
-                    peer.lent.pop(tag, None)
+                    peer.drop(tag)
 
     def attend(self, on: bool) -> None:
         """From now on a program runs, and calls `wait` whenever it waits; or it ends."""
@@ -286,8 +320,10 @@ class SocketChannels:
                 try:
                     for arrived in peer.receive():
                         if arrived.is_receipt:
-                            peer.lent.pop(arrived.tag, None)
+                            peer.drop(arrived.tag)
                             self._sent()
+                        elif arrived.tag in (_OFFER, _ANSWER):
+                            self._negotiate(peer, arrived)
                         else:
                             self._deliver(arrived.tag, (peer, arrived))
                             came = True

@@ -31,7 +31,7 @@ from distributed.protocol.serialize import (
 )
 
 from taskgrad.cluster.wire import message_leases
-from taskgrad.cluster.wire.tensors import reduce_tensor
+from taskgrad.cluster.wire.tensors import Put, reduce_tensor
 from taskgrad.errors import TravelError
 from taskgrad.remote_errors import text_of
 
@@ -43,26 +43,28 @@ class TensorPickler(pickle.Pickler):
     """Pickles tensors out of band, all else as always; counts the tensors."""
 
     tensors = 0
+    put: Put | None = None
 
     def reducer_override(self, obj: Any) -> Any:
         """Called for all but numbers, strings and built-in containers."""
         if not isinstance(obj, torch.Tensor):
             return NotImplemented
         self.tensors += 1
-        return reduce_tensor(obj)
+        return reduce_tensor(obj, self.put)
 
 
 class TensorCloudPickler(cloudpickle.Pickler):
     """The same for values that only cloudpickle can pickle: lambdas, classes of ``__main__``."""
 
     tensors = 0
+    put: Put | None = None
 
     def reducer_override(self, obj: Any) -> Any:
         """Called for all but numbers, strings and built-in containers."""
         if not isinstance(obj, torch.Tensor):
             return super().reducer_override(obj)
         self.tensors += 1
-        return reduce_tensor(obj)
+        return reduce_tensor(obj, self.put)
 
 
 def dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str, Any], list[Any]]:
@@ -100,11 +102,14 @@ def dumps(value: Any, context: dict[str, Any] | None = None) -> tuple[dict[str, 
     return header, [pickled, *buffers]
 
 
-def pickle_with(kind: Any, value: Any) -> tuple[bytes, list[memoryview], int]:
+def pickle_with(
+    kind: Any, value: Any, put: Put | None = None
+) -> tuple[bytes, list[memoryview], int]:
     """A value's pickle by one of these picklers, its out-of-band buffers, its number of tensors."""
     buffers: list[pickle.PickleBuffer] = []
     file = io.BytesIO()
     pickler = kind(file, protocol=5, buffer_callback=buffers.append)
+    pickler.put = put
     pickler.dump(value)
     return file.getvalue(), [b.raw() for b in buffers], pickler.tensors
 

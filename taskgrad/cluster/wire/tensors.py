@@ -15,8 +15,9 @@ What arrives:
   makes a new leaf of it, whose gradients are silently lost.)
 - Each tensor with memory of its own: two views of one storage arrive as two tensors. One tensor
   object that a value holds twice (tied weights) arrives as one.
-- A tensor from an accelerator goes through host memory to the receiver's current device of that
-  type; where there is none, it stays on the host. Not tested with several kinds of device.
+- A tensor from an accelerator goes through host memory to the receiver's device of that type, the
+  one that layers were put on last; where there is none, it stays on the host. Not tested with
+  several kinds of device. Channels between workers may do better (`Put`).
 - A tensor in pinned memory in ordinary memory: other processes cannot be sure to read what a device
   driver has mapped.
 """
@@ -25,12 +26,14 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from taskgrad.cluster.wire import thresholds
 from taskgrad.graph.sparse import components
+from taskgrad.worker.devices import home
 
 # Of a buffer's address: vector instructions are slow across cache lines.
 _ALIGNMENT = 16
@@ -40,15 +43,22 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _OWN_REDUCES = (torch.Tensor.__reduce_ex__, torch.nn.Parameter.__reduce_ex__)
 
 
-def reduce_tensor(t: torch.Tensor) -> Any:
+Put = Callable[[torch.Tensor], Any]
+"""Takes a tensor that is on a device, with its elements in one dimension, and returns what is
+pickled in their place; None if they are to be sent from the host."""
+
+
+def reduce_tensor(t: torch.Tensor, put: Put | None = None) -> Any:
     """A tensor as pickle's (function, arguments); NotImplemented: as torch itself pickles it.
+
+    `put` may take what is on a device: then it is not copied to the host.
 
     torch pickles tensors without memory of their own (meta, wrapper subclasses, nested: their parts
     come back here), quantized ones, and subclasses that define how they are pickled.
     """
     cls = type(t)
     if cls is torch.Tensor or cls is torch.nn.Parameter:
-        return _reduce(t, cls)
+        return _reduce(t, cls, put)
     if (
         cls.__reduce_ex__ not in _OWN_REDUCES
         or cls.__reduce__ is not torch.Tensor.__reduce__
@@ -57,7 +67,7 @@ def reduce_tensor(t: torch.Tensor) -> Any:
     ):
         return NotImplemented
     with torch._C.DisableTorchFunctionSubclass():
-        return _reduce(t, cls)
+        return _reduce(t, cls, put)
 
 
 def is_ready_to_send(value: Any) -> bool:
@@ -76,11 +86,11 @@ def is_pinned(t: torch.Tensor) -> bool:
     return torch.cuda.is_initialized() and t.is_pinned()
 
 
-def _reduce(t: torch.Tensor, cls: type) -> Any:
+def _reduce(t: torch.Tensor, cls: type, put: Put | None) -> Any:
     if t.layout is torch.strided:
         if t.device.type == "meta" or t.is_quantized or t.is_nested:
             return NotImplemented
-        bare: Any = _reduce_dense(t)
+        bare: Any = _reduce_dense(t, put)
     elif t.layout is torch.sparse_coo:
         bare = _build_coo, (*components(t), t.shape, t.is_coalesced())
     elif t.layout in _COMPRESSED:
@@ -118,7 +128,7 @@ def _restore(
     return t
 
 
-def _reduce_dense(t: torch.Tensor) -> tuple[Any, tuple[Any, ...]]:
+def _reduce_dense(t: torch.Tensor, put: Put | None) -> tuple[Any, tuple[Any, ...]]:
     conj, neg, device = t.is_conj(), t.is_neg(), t.device.type
     physical = t.detach()
     if conj:
@@ -126,18 +136,22 @@ def _reduce_dense(t: torch.Tensor) -> tuple[Any, tuple[Any, ...]]:
     if neg:
         physical = torch._neg_view(physical)
     flat, strides = _flatten(physical)
+    shape = tuple(t.shape)
+    placed = put(flat) if put is not None and flat.numel() else None
+    if placed is not None:
+        return _build_placed, (placed, t.dtype, shape, strides, conj, neg)
     if device != "cpu":
         flat = flat.cpu()  # only now: a copy of what is expanded, or a view, would be packed
     elif is_pinned(flat):
         flat = flat.clone()
     if not flat.numel():
-        return _build_empty, (t.dtype, tuple(t.shape), strides, device)
+        return _build_empty, (t.dtype, shape, strides, device)
     buffer = pickle.PickleBuffer(flat.view(torch.uint8).numpy().data)
     # Dask reads the first buffer of a message together with the header before it, so the tensor
     # would stay at an unaligned address. An empty buffer goes first.
     large = flat.numel() * t.itemsize >= thresholds.OWN_FRAME_MIN
     first = pickle.PickleBuffer(bytearray()) if large else None
-    return _build_dense, (first, buffer, t.dtype, tuple(t.shape), strides, conj, neg, device)
+    return _build_dense, (first, buffer, t.dtype, shape, strides, conj, neg, device)
 
 
 def _flatten(t: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
@@ -181,6 +195,23 @@ def _build_dense(
     flat = flat.view(dtype)
     if device != "cpu":
         flat = _to_device(flat, device)  # before it has its strides, which a copy may lose
+    return _shaped(flat, shape, strides, conj, neg)
+
+
+def _build_placed(
+    placed: torch.Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    conj: bool,
+    neg: bool,
+) -> torch.Tensor:
+    return _shaped(placed.view(dtype), shape, strides, conj, neg)
+
+
+def _shaped(
+    flat: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], conj: bool, neg: bool
+) -> torch.Tensor:
     t = flat.as_strided(shape, strides)
     if neg:
         t = torch._neg_view(t)
@@ -197,7 +228,7 @@ def _build_empty(
 def _to_device(t: torch.Tensor, device: str) -> torch.Tensor:
     """Move to this process's device of that type; stays on the host where it has none."""
     module = getattr(torch, device, None)
-    return t.to(device) if module is not None and module.is_available() else t
+    return t.to(home(device)) if module is not None and module.is_available() else t
 
 
 def _build_coo(
