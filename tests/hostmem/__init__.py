@@ -3,7 +3,7 @@
 What it is for are mistakes with devices. Tensors of two devices in one operation, results on the
 wrong device, and reads of a device's memory by the host fail on it as they do with CUDA. There are
 two such devices. They compute as the CPU does, with its bits, and random numbers are the CPU's.
-They have no streams, pinned memory or limit of memory.
+They have no streams, pinned memory or limit of memory, and no LSTM or GRU.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import torch
 
 NAME = "hostmem"
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("hostmem.cpp", "autocast.cpp"))
+_HERE = Path(__file__).resolve().parent  # others import it through a link
+_SOURCES = (_HERE / "hostmem.cpp", _HERE / "autocast.cpp")
 _TORCH = Path(torch.__file__).parent
-_FOLDER = Path(__file__).parents[2] / "build" / NAME
+_FOLDER = _HERE.parents[1] / "build" / NAME
 
 
 def install() -> str | None:
@@ -86,7 +87,7 @@ def _build() -> Path:
     subprocess.run([*link, "-ltorch_cpu", "-lc10"], check=True)
     for one in objects:
         one.unlink()
-    (made / NAME).symlink_to(Path(__file__).parent)
+    (made / NAME).symlink_to(_HERE)
     about = made / f"{NAME}-0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {NAME}\nVersion: 0\n")
