@@ -52,6 +52,8 @@ def register() -> None:
     torch.utils.rename_privateuse1_backend(NAME)
     torch._register_device_module(NAME, _module())
     torch.utils.generate_methods_for_privateuse1_backend()
+    # As with CUDA, a module that is moved keeps its parameters, and so those that are tied.
+    torch.__future__.set_swap_module_params_on_conversion(True)
     # Torch's thread for backward passes still has Python objects to let go of after the last one,
     # and aborts the process if Python has ended by then.
     atexit.register(time.sleep, 0.05)
@@ -79,7 +81,8 @@ def _build() -> Path:
         subprocess.Popen(["g++", *flags, "-c", source, "-o", made / f"{source.stem}.o"])
         for source in _SOURCES
     ]
-    if any([one.wait() for one in compiling]):
+    failed = [one for one in compiling if one.wait()]
+    if failed:
         raise RuntimeError("the device 'hostmem' cannot be compiled; the messages are above")
     lib = _TORCH / "lib"
     objects = [made / f"{source.stem}.o" for source in _SOURCES]

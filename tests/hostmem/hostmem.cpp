@@ -225,18 +225,17 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const size_t count = schema.arguments().size();
   auto arguments = [&](size_t i) -> c10::IValue& { return stack->at(stack->size() - count + i); };
   // What CUDA moves to the device itself, and what it does not even for numbers.
-  bool moves_indices = starts(name, "aten::index.") || starts(name, "aten::index_put") ||
+  bool moves_indices = name == "aten::index" || starts(name, "aten::index_put") ||
       starts(name, "aten::_index_put") || starts(name, "aten::_unsafe_index");
-  moves_indices = moves_indices || name == "aten::index";
   bool takes_numbers = !starts(name, "aten::_fused") && !starts(name, "aten::_amp");
   Operation now;
   for (size_t i = 0; i < count; ++i) {
     auto& value = arguments(i);
     const auto* alias = schema.arguments()[i].alias_info();
     bool written = alias && alias->isWrite();
-    bool index = moves_indices && value.isOptionalTensorList();
+    bool index = moves_indices && (value.isOptionalTensorList() || value.isTensorList());
     replace(value, [&](const Tensor& t) {
-      now.check(t, takes_numbers && !written, index || (moves_indices && value.isTensorList()), name);
+      now.check(t, takes_numbers && !written, index, name);
       return t;
     });
     if (value.isDevice() && value.toDevice().type() == TYPE) {
@@ -261,7 +260,14 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 Tensor copy_from(const Tensor& from, const Tensor& to, bool) {
   Operation now;
   c10::impl::ExcludeDispatchKeyGuard below(c10::autograd_dispatch_keyset_with_ADInplaceOrView);
-  now.host(to).copy_(now.host(from));
+  Tensor target = now.host(to), source = now.host(from);
+  // As they are, if that is possible: the CPU cannot copy every dtype.
+  if (to.dtype() == from.dtype() && to.sizes() == from.sizes() && to.strides() == from.strides() &&
+      to.is_non_overlapping_and_dense() && to.is_conj() == from.is_conj() &&
+      to.is_neg() == from.is_neg())
+    std::memmove(target.mutable_data_ptr(), source.const_data_ptr(), target.nbytes());
+  else
+    target.copy_(source);
   return to;
 }
 
@@ -332,6 +338,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("convolution_overrideable", &convolution);
   m.impl("convolution_backward_overrideable", &convolution_backward);
   m.impl("_fused_sdp_choice", &attention_by_plain_operations);
+  // As one operation: with an output to write to, it warns.
+  m.impl("mse_loss", torch::CppFunction::makeFromBoxedFunction<&run<DispatchKey::CPU>>());
 }
 
 // -- what torch asks of a device ------------------------------------------------------------------

@@ -126,16 +126,17 @@ def _reduce_dense(t: torch.Tensor) -> tuple[Any, tuple[Any, ...]]:
     if neg:
         physical = torch._neg_view(physical)
     flat, strides = _flatten(physical)
+    flat = flat.view(torch.uint8)  # in which each dtype can be copied
     if device != "cpu":
         flat = flat.cpu()  # only now: a copy of what is expanded, or a view, would be packed
     elif is_pinned(flat):
         flat = flat.clone()
     if not flat.numel():
         return _build_empty, (t.dtype, tuple(t.shape), strides, device)
-    buffer = pickle.PickleBuffer(flat.view(torch.uint8).numpy().data)
+    buffer = pickle.PickleBuffer(flat.numpy().data)
     # Dask reads the first buffer of a message together with the header before it, so the tensor
     # would stay at an unaligned address. An empty buffer goes first.
-    large = flat.numel() * t.itemsize >= thresholds.OWN_FRAME_MIN
+    large = flat.nbytes >= thresholds.OWN_FRAME_MIN
     first = pickle.PickleBuffer(bytearray()) if large else None
     return _build_dense, (first, buffer, t.dtype, tuple(t.shape), strides, conj, neg, device)
 
@@ -178,9 +179,9 @@ def _build_dense(
             flat = torch.frombuffer(buffer, dtype=torch.uint8)
             if flat.data_ptr() % _ALIGNMENT:
                 flat = flat.clone()
-    flat = flat.view(dtype)
     if device != "cpu":
         flat = _to_device(flat, device)  # before it has its strides, which a copy may lose
+    flat = flat.view(dtype)
     t = flat.as_strided(shape, strides)
     if neg:
         t = torch._neg_view(t)
@@ -190,8 +191,10 @@ def _build_dense(
 def _build_empty(
     dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], device: str
 ) -> torch.Tensor:
-    t = torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
-    return t if device == "cpu" else _to_device(t, device)
+    flat = torch.empty(0, dtype=torch.uint8, device="cpu")
+    if device != "cpu":
+        flat = _to_device(flat, device)
+    return flat.view(dtype).as_strided(shape, strides)
 
 
 def _to_device(t: torch.Tensor, device: str) -> torch.Tensor:
