@@ -195,7 +195,7 @@ def test_every_dtype_travels(way, dtype):
 
 
 def test_every_dtype_travels_where_torch_fills_new_memory(device):
-    """With deterministic algorithms it does, and cannot for some of them: those are sent as bytes."""
+    """With deterministic algorithms it does, and cannot for some dtypes. They are sent as bytes."""
     made = [make(dtype, [3, 5], "plain") for dtype in DTYPES]
     there = [t.view(torch.uint8).to(device).view(t.dtype) for t in made]
     before = torch.are_deterministic_algorithms_enabled()
