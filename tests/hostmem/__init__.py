@@ -24,7 +24,7 @@ import torch
 NAME = "hostmem"
 
 _HERE = Path(__file__).resolve().parent  # others import it through a link
-_SOURCES = (_HERE / "hostmem.cpp", _HERE / "autocast.cpp")
+_SOURCES = tuple(_HERE / name for name in ("hostmem.cpp", "autocast.cpp", "device.cpp"))
 _TORCH = Path(torch.__file__).parent
 _FOLDER = _HERE.parents[1] / "build" / NAME
 
@@ -62,7 +62,7 @@ def register() -> None:
 def _built() -> Path:
     """The folder of the library, by all that it is made from."""
     found = hashlib.sha256(torch.__version__.encode())
-    for source in (*_SOURCES, Path(__file__)):
+    for source in (*_SOURCES, _HERE / "memory.h", Path(__file__)):
         found.update(source.read_bytes())
     return _FOLDER / found.hexdigest()[:16]
 
