@@ -20,6 +20,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.utils import get_mp_context
 from hypothesis import HealthCheck, settings
 
+import hostmem
 import taskgrad as tg
 from taskgrad.cluster.tasks import held
 
@@ -31,6 +32,9 @@ os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a worker that crashes says w
 # Deterministic algorithms on a GPU want it, in workers from their start.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 torch.set_num_threads(1)  # as the workers: the same operations give the same bits
+
+TEST_DEVICE = os.environ.get("TASKGRAD_TEST_DEVICE", "cuda")
+NO_TEST_DEVICE = hostmem.install() if TEST_DEVICE == hostmem.NAME else None
 
 
 def pytest_sessionstart() -> None:
@@ -136,9 +140,11 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def gpu() -> Iterator[str]:
     """A GPU; in its place what the environment variable says, so that tests can be tried."""
-    name = os.environ.get("TASKGRAD_TEST_DEVICE", "cuda")
+    name = TEST_DEVICE
     if name == "cuda" and not torch.cuda.is_available():
-        pytest.skip("there is no GPU here; TASKGRAD_TEST_DEVICE=cpu runs the same on the CPU")
+        pytest.skip("there is no GPU here; TASKGRAD_TEST_DEVICE=hostmem tries the same without")
+    if NO_TEST_DEVICE:
+        pytest.skip(NO_TEST_DEVICE)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield name

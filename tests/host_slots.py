@@ -14,7 +14,7 @@ from taskgrad.cluster.channels import device_slots, sockets
 
 
 class HostSlot:
-    """Memory that is filled with `fill` before each write, so that no old value passes for a new."""
+    """Memory that is overwritten before each write, so that no old value passes for a new one."""
 
     made = 0
 

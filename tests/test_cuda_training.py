@@ -336,11 +336,11 @@ def test_memory_of_the_device(client, device):
     assert sum(row.parameters for row in rows) == count
     assert sum(row.optimizer for row in rows) >= 2 * count
     for row in rows:
-        if device == "cpu":
+        if device != "cuda":  # torch can tell of no other device
             assert row.device_used is row.device_total is None
         else:
             assert row.parameters + row.optimizer < row.device_used < row.device_total
-    assert ("device_used" in str(rows)) == (device != "cpu")
+    assert ("device_used" in str(rows)) == (device == "cuda")
 
 
 def test_too_little_memory_on_a_device_is_found_before_training(client, monkeypatch):
@@ -354,36 +354,3 @@ def test_too_little_memory_on_a_device_is_found_before_training(client, monkeypa
     assert "in files" not in str(caught.value)
     sizes[worker]["device_total"] = 10_000
     assert check_fits(chain, chain.layout, ADAMW, 1, 1, averages=False) == {}
-
-
-# -- devices by name -----------------------------------------------------------------------------
-
-
-def test_a_device_for_each_worker(client, device):
-    """One with an index, as several GPUs of a host have."""
-    named = "cpu" if device == "cpu" else f"{device}:0"
-    chain = tg.GraphChain(
-        hungry(), client=client, placement=[0, 1, 1], device={0: "cpu", 1: torch.device(named)}
-    )
-    assert [row.device for row in chain.placement] == ["cpu", named, named]
-    x = torch.randn(3, 4)
-    y = tg.collect(chain(x))
-    assert y.device.type == "cpu"
-    torch.testing.assert_close(y, hungry()(x))
-
-
-def test_devices_that_are_not_there(client):
-    with pytest.raises(tg.PlacementError, match="there is no worker"):
-        tg.GraphChain(hungry(), client=client, device={"nobody": "cpu"})
-    with pytest.raises(ValueError, match="one of torch's"):
-        tg.GraphChain(hungry(), client=client, device={0: "gpu"})
-    if not torch.cuda.is_available():
-        with pytest.raises(Exception, match="sees no CUDA device"):
-            tg.GraphChain(hungry(), client=client, device={0: "cuda"}, placement=[0, 0, 0])
-
-
-def test_a_model_that_is_on_a_gpu_here_goes_to_those_of_the_workers(client, gpu):
-    chain = tg.GraphChain(hungry().to(gpu), client=client, placement=[0, 1, 1])
-    assert {row.device.partition(":")[0] for row in chain.placement} == {gpu}
-    x = torch.randn(3, 4).to(gpu)
-    assert_same(tg.collect(chain(x)).detach().cpu(), hungry().to(gpu)(x).detach().cpu())

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import hostmem
 import taskgrad as tg
 from helpers import assert_same
 from taskgrad.cluster.channels.frames import Stream, pack
@@ -100,6 +101,8 @@ def test_channels_between_workers(device):
 
 
 def test_pinned_memory_is_sent_as_a_copy(gpu):
+    if gpu == hostmem.NAME:
+        pytest.skip("the device 'hostmem' has no pinned memory")
     t = torch.randn(300, 70)
     pinned = t if gpu == "cpu" else t.pin_memory()
     assert is_ready_to_send(pinned) == (gpu == "cpu")
@@ -198,6 +201,29 @@ def test_ranks(client, device):
     assert_same(shifted.detach().cpu(), x.flip(0))
     total.sum().backward()
     assert_same(ours.grad, torch.tensor([[2.0], [4.0]]).expand(2, 6).clone())
+
+
+def test_gradients_through_collectives_of_several_ranks_on_a_worker(client, device):
+    """Their backward passes share torch's one thread for the device, and wait for each other."""
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        here = x.to(device)
+        total = tg.psum(tg.psum(here * here, "i") * here, "i")
+        assert total.device == here.device
+        return total
+
+    def gradient(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone().requires_grad_()
+        (y,) = torch.autograd.grad(f(x).sum(), x)
+        return y
+
+    x = torch.arange(8.0).reshape(4, 2).requires_grad_()
+    expected = torch.autograd.grad(((x * x).sum(0) * x).sum() * 4, x)[0]
+    with dask.config.set({"taskgrad.collective-deadline": "20s"}):
+        tg.pmap(f, axis_name="i", client=client)(x).sum().backward()
+        within = tg.pmap(gradient, axis_name="i", client=client)(x.detach())
+    assert_same(x.grad, expected)
+    assert_same(within, expected)
 
 
 def test_a_backward_in_a_thread_of_torchs_within_a_rank(client):

@@ -19,7 +19,7 @@ from conftest import wait_until
 from helpers import assert_same
 from taskgrad.cluster.channels import device_slots
 from taskgrad.cluster.channels.device_slots import DeviceSlots
-from taskgrad.cluster.channels.frames import pack
+from taskgrad.cluster.channels.frames import Stream, pack
 from test_sockets import End, connect
 from test_wire import DTYPES, LAYOUTS, assert_arrived, make
 
@@ -141,8 +141,6 @@ def test_every_dtype_and_layout(host, layout):
 
 
 def arrived(packed: Any, slots: DeviceSlots) -> Any:
-    from taskgrad.cluster.channels.frames import Stream
-
     stream = Stream()
     data = b"".join(map(bytes, packed.buffers))
     while data:

@@ -194,6 +194,24 @@ def test_every_dtype_travels(way, dtype):
     assert_arrived(through(t[1, 2]), t[1, 2])
 
 
+def test_every_dtype_travels_where_torch_fills_new_memory(device):
+    """With deterministic algorithms it does, and cannot for some dtypes. They are sent as bytes."""
+    made = [make(dtype, [3, 5], "plain") for dtype in DTYPES]
+    there = [t.view(torch.uint8).to(device).view(t.dtype) for t in made]
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        back = through(there)
+        empty = through([t[:0] for t in there])
+    finally:
+        torch.use_deterministic_algorithms(before)
+    for found, t in zip(back, made, strict=True):
+        assert found.device.type == device
+        assert_arrived(found.view(torch.uint8).cpu().view(t.dtype), t)
+    for found, t in zip(empty, made, strict=True):
+        assert (found.device.type, found.dtype, found.shape) == (device, t.dtype, (0, 5))
+
+
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_the_frame_is_the_memory_of_the_tensor(container):
     t = torch.randn(300, 100)

@@ -27,7 +27,12 @@ def collective(operation: Operation, tree: Any, members: Members, title: str = "
         operation.check(x, members.size)
     if isinstance(operation, Sum):
         given = [x.to(torch.int64) if x.dtype is torch.bool else x for x in given]
-    for i, value in zip(at, _exchange(members, operation, given), strict=True):
+    # On the host, where they go in any case. Torch has one thread a device for all backward passes
+    # of a process, in which one rank must not wait for another; those of the CPU are their own.
+    devices = [x.device for x in given]
+    found = _exchange(members, operation, [x.cpu() for x in given])
+    for i, value, device in zip(at, found, devices, strict=True):
+        value = value.to(device)
         number = isinstance(leaves[i], bool | int | float | complex)
         leaves[i] = value.item() if number and operation.keeps_numbers else value
     return structure.build(leaves)

@@ -16,7 +16,7 @@ from taskgrad.graph.cotangents import Gradient, add, add_each
 from taskgrad.graph.parameter_extras import has_hooks
 from taskgrad.graph.pytree import cotangents, describe
 from taskgrad.worker.communicator import Communicator
-from taskgrad.worker.devices import staged, to_device
+from taskgrad.worker.devices import in_use, staged, to_device
 from taskgrad.worker.failures import backward_error
 from taskgrad.worker.gradients import accumulate_each, gradients, own, summed
 from taskgrad.worker.hooks import hooks_off
@@ -277,7 +277,7 @@ def _collectives(comm: Communicator) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """An output and a taker between which autograd goes through all collectives, if any."""
     if comm.token is comm.start:
         return []
-    if torch.cuda.is_initialized():  # its backward runs in a thread of torch's
+    if in_use():  # its backward runs in a thread of torch's
         comm.keep_no_thread()
     return [(comm.token, comm.start)]
 

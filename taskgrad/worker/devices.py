@@ -51,6 +51,16 @@ def home(kind: str) -> torch.device:
     return _homes.get(kind, torch.device(kind))
 
 
+def in_use() -> bool:
+    """True if this process has used a device that is not the CPU, or may have."""
+    kind = torch.accelerator.current_accelerator()
+    if kind is None:
+        return False
+    module = torch.get_device_module(kind)
+    used: bool = getattr(module, "is_initialized", module.is_available)()
+    return used
+
+
 def staged(x: torch.Tensor, device: torch.device | None) -> torch.Tensor:
     """The tensor in pinned memory if `to_device` copies it faster from there, else as it is.
 

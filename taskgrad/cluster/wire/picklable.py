@@ -23,7 +23,7 @@ from taskgrad.cluster.wire.thresholds import INSPECTED_VALUES_MAX
 from taskgrad.errors import TravelError
 from taskgrad.remote_errors import text_of
 
-_DEVICES = frozenset({"cpu", "cuda", "meta", "mps", "xpu"})
+_DEVICES = ("cpu", "cuda", "meta", "mps", "xpu")
 _LAYOUTS = frozenset(
     {
         *(torch.strided, torch.sparse_coo, torch.sparse_csr),
@@ -88,11 +88,17 @@ def _is_plain(value: Any) -> bool:
     return False
 
 
+def _extension() -> str:
+    """The type of device that an extension of torch has added here; it may come at any time."""
+    name: str = torch._C._get_privateuse1_backend_name()
+    return name
+
+
 def tensor_problem(t: torch.Tensor) -> str | None:
     """The reason why this tensor cannot be sent, or None."""
     if t.layout not in _LAYOUTS:
         return f"its layout is {t.layout}; .to_dense() makes it one that can"
-    if not t.is_cpu and t.device.type not in _DEVICES:
+    if not t.is_cpu and t.device.type not in (*_DEVICES, _extension()):
         return f"it is on the device {t.device}"
     if is_functorch_wrapped_tensor(t):
         return "it exists only inside the torch.func transform that made it"

@@ -136,6 +136,7 @@ def _reduce_dense(t: torch.Tensor, put: Put | None) -> tuple[Any, tuple[Any, ...
     if neg:
         physical = torch._neg_view(physical)
     flat, strides = _flatten(physical)
+    flat = flat.view(torch.uint8)  # in which each dtype can be copied
     shape = tuple(t.shape)
     placed = put(flat) if put is not None and flat.numel() else None
     if placed is not None:
@@ -146,10 +147,10 @@ def _reduce_dense(t: torch.Tensor, put: Put | None) -> tuple[Any, tuple[Any, ...
         flat = flat.clone()
     if not flat.numel():
         return _build_empty, (t.dtype, shape, strides, device)
-    buffer = pickle.PickleBuffer(flat.view(torch.uint8).numpy().data)
+    buffer = pickle.PickleBuffer(flat.numpy().data)
     # Dask reads the first buffer of a message together with the header before it, so the tensor
     # would stay at an unaligned address. An empty buffer goes first.
-    large = flat.numel() * t.itemsize >= thresholds.OWN_FRAME_MIN
+    large = flat.nbytes >= thresholds.OWN_FRAME_MIN
     first = pickle.PickleBuffer(bytearray()) if large else None
     return _build_dense, (first, buffer, t.dtype, shape, strides, conj, neg, device)
 
@@ -192,10 +193,9 @@ def _build_dense(
             flat = torch.frombuffer(buffer, dtype=torch.uint8)
             if flat.data_ptr() % _ALIGNMENT:
                 flat = flat.clone()
-    flat = flat.view(dtype)
     if device != "cpu":
         flat = _to_device(flat, device)  # before it has its strides, which a copy may lose
-    return _shaped(flat, shape, strides, conj, neg)
+    return _shaped(flat.view(dtype), shape, strides, conj, neg)
 
 
 def _build_placed(
@@ -221,8 +221,10 @@ def _shaped(
 def _build_empty(
     dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], device: str
 ) -> torch.Tensor:
-    t = torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
-    return t if device == "cpu" else _to_device(t, device)
+    flat = torch.empty(0, dtype=torch.uint8, device="cpu")
+    if device != "cpu":
+        flat = _to_device(flat, device)
+    return flat.view(dtype).as_strided(shape, strides)
 
 
 def _to_device(t: torch.Tensor, device: str) -> torch.Tensor:
