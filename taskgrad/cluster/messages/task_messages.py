@@ -131,10 +131,12 @@ _lock = threading.Lock()
 
 
 def send(worker: Worker, client: str, token: str, message: dict[str, Any]) -> None:
-    """Send a message. It arrives before the end of the task that sent it is known."""
-    stream: Any = worker.batched_stream
+    """Send a message. It arrives before the end of the task that sent it is known.
+
+    A worker that has lost the scheduler, or closes, drops it.
+    """
     whole = {"op": _MESSAGE, "client": client, "token": token, "message": message}
-    worker.loop.add_callback(stream.send, whole)
+    worker.loop.add_callback(worker.batched_send, whole)
 
 
 def broadcast_values(worker: Worker) -> dict[str, Any]:
