@@ -11,6 +11,9 @@ import torch
 
 from taskgrad.cluster import program_host
 from taskgrad.cluster.channels import device_slots, sockets
+from taskgrad.worker.devices import home
+
+_STOCK = device_slots.shared_kind
 
 
 class HostSlot:
@@ -24,7 +27,7 @@ class HostSlot:
         HostSlot.made += 1
         self.nbytes = nbytes
         self._memory = mapped(self.path, nbytes)
-        self.opening = (self.path, nbytes)
+        self.opening = (self.path, nbytes, device.type)
 
     def write(self, flat: torch.Tensor) -> None:
         self._memory.fill_(0xAB)
@@ -35,11 +38,12 @@ class HostSlot:
 
 
 class OpenHostSlot:
-    def __init__(self, path: str, nbytes: int) -> None:
+    def __init__(self, path: str, nbytes: int, kind: str) -> None:
         self._memory = mapped(path, nbytes)
+        self._kind = kind
 
     def read(self, nbytes: int) -> torch.Tensor:
-        return self._memory[:nbytes].clone()
+        return self._memory[:nbytes].clone().to(home(self._kind))
 
 
 def mapped(path: str, nbytes: int) -> torch.Tensor:
@@ -51,7 +55,7 @@ def cannot_open(*opening: Any) -> Any:
 
 
 def use(kind: str = "cpu", opens: Any = OpenHostSlot) -> None:
-    """Have this process send tensors of the CPU as those of a GPU."""
+    """Have this process send tensors of this kind of device as those of a GPU."""
     device_slots.KINDS[kind] = HostSlot, opens
     device_slots.shared_kind = sockets.shared_kind = lambda: kind
 
@@ -59,7 +63,7 @@ def use(kind: str = "cpu", opens: Any = OpenHostSlot) -> None:
 def use_none(kind: str = "cpu") -> None:
     """Undo `use`."""
     device_slots.KINDS.pop(kind, None)
-    device_slots.shared_kind = sockets.shared_kind = lambda: None
+    device_slots.shared_kind = sockets.shared_kind = _STOCK
 
 
 def counts(dask_worker: Any) -> dict[str, int]:

@@ -253,6 +253,33 @@ def test_training_through_slots_has_the_bits_of_torch(workers, schedule):
         assert seen["used"] == 0
 
 
+@pytest.fixture
+def shared(client, gpu):
+    """A GPU, whose memory the workers share; another device shares it as a GPU would."""
+    if gpu != "cuda":
+        client.run(host_slots.use, gpu)
+    yield gpu
+    if gpu != "cuda":
+        client.run(host_slots.use_none, gpu)
+
+
+def test_training_on_a_device_sends_through_its_memory(client, shared):
+    net = model().to(shared)
+    chain = tg.GraphChain(model(), placement=[0, 0, 0, 1, 1], device=shared, client=client)
+    trainer = tg.Trainer(chain, nn.functional.cross_entropy, SGD, microbatches=3)
+    optimizer = SGD(net.parameters())
+    for x, y in batches(8):
+        trainer.step(x, y)
+        plain_step(net, optimizer, x.to(shared), y.to(shared))
+    found = chain.to_module().state_dict()
+    for name, value in net.state_dict().items():
+        assert_same(found[name], value.cpu())
+    for seen in client.run(host_slots.counts).values():
+        assert seen["ready"] == 1
+        assert seen["free"] > 0
+        assert seen["open"] > 0
+
+
 def test_a_step_that_fails_leaves_no_slot_in_use(workers):
     net = model()
     # The fourth step's second microbatch, while the others are on their way.

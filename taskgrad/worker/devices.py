@@ -113,6 +113,8 @@ def do_results_stay() -> bool:
 
 def on_host(value: Any) -> Any:
     """The value with its tensors in the host's memory."""
+    if not in_use():
+        return value
     leaves, structure = flatten(value)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     if all(t.is_cpu or t.is_meta for t in tensors):
