@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from taskgrad.cluster import program_host
-from taskgrad.cluster.channels import device_slots, sockets
+from taskgrad.cluster.channels import device_slots, peer_devices
 from taskgrad.worker.devices import home
 
 _STOCK = device_slots.shared_kind
@@ -57,13 +57,13 @@ def cannot_open(*opening: Any) -> Any:
 def use(kind: str = "cpu", opens: Any = OpenHostSlot) -> None:
     """Have this process send tensors of this kind of device as those of a GPU."""
     device_slots.KINDS[kind] = HostSlot, opens
-    device_slots.shared_kind = sockets.shared_kind = lambda: kind
+    device_slots.shared_kind = peer_devices.shared_kind = lambda: kind
 
 
 def use_none(kind: str = "cpu") -> None:
     """Undo `use`."""
     device_slots.KINDS.pop(kind, None)
-    device_slots.shared_kind = sockets.shared_kind = _STOCK
+    device_slots.shared_kind = peer_devices.shared_kind = _STOCK
 
 
 def counts(dask_worker: Any) -> dict[str, int]:
@@ -71,8 +71,8 @@ def counts(dask_worker: Any) -> dict[str, int]:
     hosts = program_host._hosts[dask_worker].named.values()
     peers = [p for h in hosts if hasattr(h.channels, "_peers") for p in h.channels._peers.values()]
     return {
-        "ready": sum(p.slots.is_ready for p in peers),
-        "free": sum(len(p.slots._free) for p in peers),
+        "ready": sum(p.devices.slots.is_ready for p in peers),
+        "free": sum(len(p.devices.slots._free) for p in peers),
         "used": sum(len(p.placed) for p in peers),
-        "open": sum(len(p.slots._open) for p in peers),
+        "open": sum(len(p.devices.slots._open) for p in peers),
     }

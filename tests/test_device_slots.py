@@ -46,7 +46,7 @@ def two(host):
 
 def slots_of(end: End) -> DeviceSlots:
     [peer] = end.channels._peers.values()
-    return peer.slots
+    return peer.devices.slots
 
 
 def placed(end: End) -> int:
@@ -136,7 +136,7 @@ def test_every_dtype_and_layout(host, layout):
     other = DeviceSlots()
     for dtype in DTYPES:
         t = make(dtype, [4, 5], layout)
-        found = arrived(pack(TAG, t, slots=slots), other)
+        found = arrived(pack(TAG, t, carrier=slots), other)
         assert_arrived(found, t)
 
 
@@ -150,14 +150,15 @@ def arrived(packed: Any, slots: DeviceSlots) -> Any:
         data = data[count:]
         for value in stream.received(room, count):
             assert value.is_placed == bool(packed.placed)
-            return value.value(slots.load)
+            value.load = slots.load if value.is_placed else None
+            return value.value()
 
 
 def test_what_cannot_be_pickled_gives_its_slots_back(host):
     slots = DeviceSlots()
     slots.answered(True)
     with pytest.raises(TypeError, match="pickle"):
-        pack(TAG, [torch.ones(3), (i for i in range(3))], slots=slots)
+        pack(TAG, [torch.ones(3), (i for i in range(3))], carrier=slots)
     assert len(slots._free) == 1
 
 
@@ -169,7 +170,7 @@ def test_a_device_without_room_sends_through_the_host(host, monkeypatch):
         raise RuntimeError("CUDA out of memory")
 
     monkeypatch.setitem(device_slots.KINDS, "cpu", (full, host_slots.OpenHostSlot))
-    packed = pack(TAG, torch.ones(3), slots=slots)
+    packed = pack(TAG, torch.ones(3), carrier=slots)
     assert not packed.placed
     assert_same(arrived(packed, DeviceSlots()), torch.ones(3))
 

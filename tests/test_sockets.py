@@ -21,11 +21,13 @@ HOST = "127.0.0.1"
 class End:
     """A worker's end, and what came to it."""
 
-    def __init__(self, rank: int, size: int, lends: bool = True) -> None:
+    def __init__(
+        self, rank: int, size: int, lends: bool = True, groups: bool = False
+    ) -> None:
         self.came: dict[Tag, Any] = {}
         self.lost: list[int] = []
         self.channels = SocketChannels(
-            "a secret", rank, size, lends, self.came.__setitem__, self.lost.append
+            "a secret", rank, size, lends, groups, self.came.__setitem__, self.lost.append
         )
         self.port = self.channels.listen(HOST)
 

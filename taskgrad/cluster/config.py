@@ -76,6 +76,11 @@ def deadline(name: str) -> float:
     return _duration(f"taskgrad.{name}-deadline", unit="s")
 
 
+def device_groups() -> bool:
+    """True if workers may form process groups for values that are on devices."""
+    return _flag("taskgrad.nccl.enabled")
+
+
 def _fraction(key: str) -> float | None:
     value = _get(key)
     if value is None or value is False:

@@ -156,6 +156,7 @@ class _ProgramHost:
         addresses: Sequence[str],
         tokens: Sequence[str],
         sockets: bool,
+        groups: bool,
         links: bool,
     ) -> None:
         self._worker = worker
@@ -177,7 +178,7 @@ class _ProgramHost:
         if sockets:
             lends = registry_at(worker.address) is not None
             self.channels = SocketChannels(
-                name, rank, len(addresses), lends, self._deliver, self._lost, self._sent
+                name, rank, len(addresses), lends, groups, self._deliver, self._lost, self._sent
             )
             if links:
                 self.link = Link(self.channels, addresses, store.mailboxes)

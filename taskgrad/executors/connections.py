@@ -19,7 +19,7 @@ from distributed.comm.core import Comm, connect
 from taskgrad import remote_errors
 from taskgrad.cluster import client_calls, internals
 from taskgrad.cluster.changes import Changes
-from taskgrad.cluster.config import deadline
+from taskgrad.cluster.config import deadline, device_groups
 from taskgrad.cluster.program_host import PROGRAM, run_program
 from taskgrad.cluster.scheduler_plugin import ANNOTATION
 from taskgrad.cluster.wire import message_values
@@ -147,6 +147,7 @@ class Connections:
                     "rank": rank,
                     "addresses": self.workers,
                     "sockets": sockets,
+                    "groups": device_groups(),
                     "tokens": tokens[rank : rank + 1],
                     "links": self._links,
                 }

@@ -27,7 +27,7 @@ class CudaSlot:
             self._read = torch.cuda.Event(interprocess=True)
             _, memory = reductions.reduce_tensor(self._memory)
             events = [event.ipc_handle() for event in (self._written, self._read)]
-        self.opening: tuple[Any, ...] = (memory, events, _identity(device))
+        self.opening: tuple[Any, ...] = (memory, events, identity_of(device))
 
     def write(self, flat: torch.Tensor) -> None:
         """Copy these bytes into it, after what this thread's stream has to do."""
@@ -67,13 +67,13 @@ class OpenCudaSlot:
         return found
 
 
-def _identity(device: torch.device) -> str:
+def identity_of(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def _device_of(identity: str) -> torch.device:
     """The GPU with this UUID; RuntimeError if this process does not see it."""
     for index in range(torch.cuda.device_count()):
-        if _identity(torch.device("cuda", index)) == identity:
+        if identity_of(torch.device("cuda", index)) == identity:
             return torch.device("cuda", index)
     raise RuntimeError(f"this process does not see the GPU {identity}")

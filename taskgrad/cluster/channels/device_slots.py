@@ -105,6 +105,11 @@ class DeviceSlots:
         """True if the peer can read slots."""
         return bool(self._reads)
 
+    @property
+    def is_undecided(self) -> bool:
+        """True if it may turn out that the peer can."""
+        return self._reads is None and (self._offered is not None or self._attempts < _ATTEMPTS)
+
     def offer(self, device: torch.device) -> tuple[Reference, bytes] | None:
         """A slot and the bytes for the peer to find there, if it is to be asked whether it can.
 

@@ -4,22 +4,24 @@ A value is a head and parts. The head has the tag and says what the value is and
 are. A dense tensor in the order of its dimensions is one part, its memory. Any other value is
 pickled, with the memory of its tensors out of band. Of a large part only the address may be sent,
 to a process that can read this one's memory; it answers with a receipt when it has. So it does for
-tensors on a device in slots (`taskgrad.cluster.channels.device_slots`).
+tensors on a device in slots (`taskgrad.cluster.channels.device_slots`). Those that go over a process
+group (`taskgrad.cluster.channels.device_group`) follow when the receiver asks for them.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 import pickle
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
-from taskgrad.cluster.channels.device_slots import DeviceSlots, Placed, Reference
+from taskgrad.cluster.channels.device_slots import Placed, Reference
 from taskgrad.cluster.wire.process_memory import address_of, read
 from taskgrad.cluster.wire.serialize import (
     TensorCloudPickler,
@@ -29,6 +31,8 @@ from taskgrad.cluster.wire.serialize import (
 )
 from taskgrad.cluster.wire.tensors import is_pinned
 
+logger = logging.getLogger("taskgrad")
+
 Tag = tuple[int, int, int]
 """Three numbers below 2**32 that say what a value is."""
 
@@ -36,7 +40,8 @@ Tag = tuple[int, int, int]
 # many the lengths of parts.
 _HEAD = struct.Struct("<IIIBBHH")
 _ADDRESS = struct.Struct("<Q")
-_TENSOR, _PICKLED, _RECEIPT, _PLACED = 0, 1, 2, 3
+_TENSOR, _PICKLED, _RECEIPT, _PLACED, _STAGED = range(5)
+_ANNOUNCED = struct.Struct("<QQ")  # of what goes over a group: its number, how many bytes
 _MAX_LENGTHS = 128
 _BY_ADDRESS = 1 << 63  # in a length: the address comes in place of the part
 # Bytes that are received at a time. What is left of a longer part is received where it belongs.
@@ -47,6 +52,32 @@ _DTYPES = (
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
+
+
+class Carried(Protocol):
+    """A tensor that a carrier has taken."""
+
+    @property
+    def reference(self) -> Reference:
+        """Where it is, for the receiver."""
+
+
+class Carrier(Protocol):
+    """Takes tensors of a value on another way than its bytes go."""
+
+    def put(self, flat: torch.Tensor) -> Any:
+        """Take a tensor of bytes: a `Carried`; or None, if it is to go with the others."""
+
+    def give_back(self, carried: Any) -> None:
+        """The receiver needs this no more, or never will."""
+
+
+@runtime_checkable
+class Announcing(Protocol):
+    """A carrier that has all tensors of one value together."""
+
+    def announce(self) -> tuple[int, int]:
+        """Their number, and how many bytes they have: the receiver is told."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +93,16 @@ class Packed:
 
 
 def pack(
-    tag: Tag, value: Any, *, lend: int | None = None, slots: DeviceSlots | None = None
+    tag: Tag, value: Any, *, lend: int | None = None, carrier: Carrier | None = None
 ) -> Packed:
     """A value as bytes; parts of `lend` bytes or more the receiver reads in this process.
 
-    Tensors on a device go into the slots, where they can.
+    Tensors on a device go with the carrier, where they can.
     """
     placed: list[Placed] = []
-    if slots is not None:
-        found, placed = _with_slots(value, slots)
-        kind, code = _PLACED if placed else _PICKLED, 0
-        shape: tuple[int, ...] = ()
+    if carrier is not None:
+        kind, found, placed = _with_carrier(value, carrier)
+        code, shape = 0, ()
         parts = [memoryview(part) for part in found]
     elif type(value) is torch.Tensor and _is_plain(value):
         kind, code, shape = _TENSOR, _CODES[value.dtype], tuple(value.shape)
@@ -105,16 +135,18 @@ class Arriving:
 
     `missing` is the memory for what comes yet, last one first. `is_receipt` says that it is none,
     but a receipt for the value with its tag; `is_lent` that parts of it are to be read; `is_placed`
-    that tensors may be in slots.
+    that tensors may be in slots; `is_staged` that they come over a group. In either case `load` is
+    to be set to what returns them.
     """
 
-    __slots__ = ("_kind", "_parts", "_remote", "is_receipt", "missing", "tag")
+    __slots__ = ("_kind", "_parts", "_remote", "is_receipt", "load", "missing", "tag")
 
     def __init__(self, head: memoryview) -> None:
         *tag, kind, code, dims, count = _HEAD.unpack_from(head)
         numbers = struct.unpack_from(f"<{dims + count}Q", head, _HEAD.size)
         self.tag: Tag = (tag[0], tag[1], tag[2])
         self.is_receipt = kind == _RECEIPT
+        self.load: Callable[[Reference], torch.Tensor] | None = None
         self._kind = kind
         self._remote: list[tuple[bytearray, memoryview]] = []
         lengths = numbers[dims:]
@@ -155,26 +187,34 @@ class Arriving:
         """True if tensors of it may be in the sender's slots."""
         return self._kind == _PLACED
 
-    def value(self, load: Callable[[Reference], torch.Tensor] | None = None) -> Any:
-        """The value, once nothing is missing or lent; it may keep the memory of the parts.
+    @property
+    def is_staged(self) -> bool:
+        """True if tensors of it come over a group."""
+        return self._kind == _STAGED
 
-        `load` returns what is in a slot.
-        """
+    @property
+    def staged(self) -> tuple[int, int]:
+        """Of what comes over a group: its number, and how many bytes."""
+        number, nbytes = _ANNOUNCED.unpack(self._parts[-1].numpy().data)
+        return number, nbytes
+
+    def value(self) -> Any:
+        """The value, once nothing is missing or lent; it may keep the memory of the parts."""
         if self._kind == _TENSOR:
             return self._parts[0]
         head, *buffers = (part.numpy().data for part in self._parts)
-        if load is None:
+        if self.load is None:
             return pickle.loads(head, buffers=buffers)
-        unpickler = _FromSlots(io.BytesIO(head), buffers=buffers)
-        unpickler.load_placed = load
+        unpickler = _FromCarrier(io.BytesIO(head), buffers=buffers)
+        unpickler.load_carried = self.load
         return unpickler.load()
 
 
-class _FromSlots(pickle.Unpickler):
-    load_placed: Callable[[Reference], torch.Tensor]
+class _FromCarrier(pickle.Unpickler):
+    load_carried: Callable[[Reference], torch.Tensor]
 
     def persistent_load(self, reference: Any) -> torch.Tensor:
-        return self.load_placed(Reference(*reference))
+        return self.load_carried(Reference(*reference))
 
 
 class Stream:
@@ -271,45 +311,60 @@ def _pickled(value: Any) -> list[Any]:
     return [pickled, *buffers]
 
 
-class _ToSlots(TensorPickler):
+class _ByReference:
     def persistent_id(self, obj: Any) -> Any:
-        return tuple(obj.reference) if isinstance(obj, Placed) else None
+        return tuple(obj) if isinstance(obj, Reference) else None
 
 
-class _ToSlotsCloud(TensorCloudPickler):
-    def persistent_id(self, obj: Any) -> Any:
-        return tuple(obj.reference) if isinstance(obj, Placed) else None
+class _ToCarrier(_ByReference, TensorPickler):
+    pass
 
 
-def _with_slots(value: Any, slots: DeviceSlots) -> tuple[list[Any], list[Placed]]:
-    """As `_pickled`, with tensors on a device in slots; and these."""
-    placed: list[Placed] = []
+class _ToCarrierCloud(_ByReference, TensorCloudPickler):
+    pass
 
-    def put(flat: torch.Tensor) -> Placed | None:
-        found = slots.put(flat)
-        if found is not None:
-            placed.append(found)
-        return found
+
+def _with_carrier(value: Any, carrier: Carrier) -> tuple[int, list[Any], list[Placed]]:
+    """As `_pickled`, with tensors on a device in the carrier: the kind of value, and what `Packed`
+    has as placed."""
+    carried: list[Any] = []
+
+    def put(flat: torch.Tensor) -> Reference | None:
+        found: Carried | None = carrier.put(flat)
+        if found is None:
+            return None
+        carried.append(found)
+        return found.reference
 
     def drop() -> None:
-        while placed:
-            slots.give_back(placed.pop())
+        while carried:
+            carrier.give_back(carried.pop())
 
     try:
         try:
-            pickled, buffers, _ = pickle_with(_ToSlots, value, put)
+            pickled, buffers, _ = pickle_with(_ToCarrier, value, put)
             if b"__main__" in pickled:
                 raise TypeError
         except Exception:
             drop()
-            pickled, buffers, _ = pickle_with(_ToSlotsCloud, value, put)
+            pickled, buffers, _ = pickle_with(_ToCarrierCloud, value, put)
     except Exception:
         drop()
         raise
-    if len(buffers) >= _MAX_LENGTHS:
+    parts = [pickled, *buffers]
+    if len(parts) > _MAX_LENGTHS:
         drop()
-        return _pickled(value), placed
-    return [pickled, *buffers], placed
+        return _PICKLED, _pickled(value), []
+    if not carried:
+        return _PICKLED, parts, []
+    if not isinstance(carrier, Announcing):
+        return _PLACED, parts, carried
+    try:
+        announced = _ANNOUNCED.pack(*carrier.announce())
+    except Exception:  # there is no memory left, for one
+        logger.debug("no group for a value", exc_info=True)
+        return _PICKLED, _pickled(value), []
+    return _STAGED, [*parts, announced], []
 
 
 def _memory(nbytes: int) -> torch.Tensor:

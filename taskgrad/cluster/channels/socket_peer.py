@@ -8,8 +8,9 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 
-from taskgrad.cluster.channels.device_slots import DeviceSlots, Placed
+from taskgrad.cluster.channels.device_slots import Placed
 from taskgrad.cluster.channels.frames import Arriving, Stream, Tag
+from taskgrad.cluster.channels.peer_devices import PeerDevices
 from taskgrad.cluster.wire.leases import ValidityToken
 
 _MOST_BUFFERS = 512  # that are sent at once; systems have a limit, often of 1024
@@ -19,18 +20,23 @@ class SocketPeer:
     """The connection to another worker.
 
     `token` is at an address of its process, and `reads` true if that can read this one's memory;
-    `lent` is what it is to read there, and `placed` on a device, in `slots`.
+    `lent` is what it is to read there, and `placed` in slots of `devices`.
     """
 
     def __init__(
-        self, rank: int, connection: socket.socket, token: ValidityToken, reads: bool
+        self,
+        rank: int,
+        connection: socket.socket,
+        token: ValidityToken,
+        reads: bool,
+        devices: PeerDevices,
     ) -> None:
         self.rank = rank
         self.connection = connection
         self.token = token
         self.reads = reads
         self.lent: dict[Tag, list[memoryview]] = {}
-        self.slots = DeviceSlots()
+        self.devices = devices
         self.placed: dict[Tag, list[Placed]] = {}
         self._stream = Stream()
         self._left: deque[memoryview] = deque()  # to be sent
@@ -40,7 +46,7 @@ class SocketPeer:
         """What was sent for this tag has been read, or never will be."""
         self.lent.pop(tag, None)
         for placed in self.placed.pop(tag, ()):
-            self.slots.give_back(placed)
+            self.devices.slots.give_back(placed)
 
     @property
     def gets_large(self) -> bool:
@@ -55,7 +61,7 @@ class SocketPeer:
     @property
     def is_halfway(self) -> bool:
         """True if a value is on its way."""
-        return bool(self._left) or self._stream.is_halfway
+        return bool(self._left) or self._stream.is_halfway or self.devices.is_busy
 
     def send(self, buffers: Sequence[memoryview]) -> bool:
         """Send these bytes after what is left; False if some are left of them, too."""
@@ -107,7 +113,7 @@ class SocketPeer:
             self._left.clear()
             self.connection.close()
         self.placed.clear()
-        self.slots.close()
+        self.devices.close()
 
 
 def _send(connection: socket.socket, buffers: deque[memoryview]) -> int:

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import errno
 import hmac
+import logging
 import selectors
 import socket
 import struct
@@ -20,12 +21,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from taskgrad.cluster.channels.device_slots import DeviceSlots, Reference, shared_kind
 from taskgrad.cluster.channels.frames import Arriving, Tag, pack, receipt
+from taskgrad.cluster.channels.peer_devices import PeerDevices
 from taskgrad.cluster.channels.socket_peer import SocketPeer
 from taskgrad.cluster.wire import thresholds
 from taskgrad.cluster.wire.leases import TOKEN_BYTES, BufferLease, ValidityToken
-from taskgrad.worker.devices import home
+
+logger = logging.getLogger("taskgrad")
 
 # How often the channels' thread looks after the connections of a program that computes. Small
 # values wait in the system's memory; large ones do not fit there, and their senders wait.
@@ -33,8 +35,8 @@ _NAP_S, _SHORT_NAP_S = 0.05, 0.005
 _EPOCH = struct.Struct("<Q")
 _GUARD = struct.Struct(f"<{TOKEN_BYTES}sQ")
 _CLOSED = 2**63  # later than any epoch
-# The tags of a slot that is offered to a peer, and of its answer: of an epoch that never comes.
-_OFFER, _ANSWER = (2**32 - 1, 0, 0), (2**32 - 1, 0, 1)
+# The tag of messages about devices: of an epoch that never comes.
+_DEVICES = (2**32 - 1, 0, 0)
 # How long somebody who connects may take to say the group's name.
 _STRANGER_S = 2.0
 # What either end of a connection says first: its rank, and where the other can try to read.
@@ -52,6 +54,8 @@ class SocketChannels:
         This worker's place among the workers, and their number.
     lends
         True if other processes of this host may read large values in this one's memory.
+    groups
+        True if values on devices may go over process groups, which is NCCL between GPUs.
     deliver
         Called in a thread with the tag of each value that comes, and what `unpack` makes it from.
     lost
@@ -66,6 +70,7 @@ class SocketChannels:
         rank: int,
         size: int,
         lends: bool,
+        groups: bool,
         deliver: Callable[[Tag, Any], None],
         lost: Callable[[int], None],
         sent: Callable[[], None] = lambda: None,
@@ -77,6 +82,7 @@ class SocketChannels:
         self._rank = rank
         self._size = size
         self._lends = lends
+        self._groups = groups
         self._hosts: list[str] = []
         self._deliver = deliver
         self._lost = lost
@@ -142,7 +148,13 @@ class SocketChannels:
     def _add(self, connection: socket.socket, rank: int, token: ValidityToken, reads: bool) -> None:
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        peer = self._peers[rank] = SocketPeer(rank, connection, token, reads)
+        devices = PeerDevices(
+            int(rank < self._rank),
+            self._lends and self._on_host_of(rank),
+            self._groups,
+            lambda message: self._send(self._peers[rank], pack(_DEVICES, message).buffers),
+        )
+        peer = self._peers[rank] = SocketPeer(rank, connection, token, reads, devices)
         self._selector.register(connection, selectors.EVENT_READ, peer)
 
     def close(self, seconds: float) -> None:
@@ -183,7 +195,7 @@ class SocketChannels:
             if token != content or oldest > value.tag[0]:
                 raise dropped
         try:
-            return value.value(peer.slots.load if value.is_placed else None)
+            return value.value()
         finally:
             if lent or value.is_placed:
                 self._send(peer, [receipt(value.tag)])
@@ -195,41 +207,23 @@ class SocketChannels:
         """
         found = self._peers[peer]
         least = thresholds.LEND_MIN if lend_min is None else lend_min
-        packed = pack(tag, value, lend=least if found.reads else None, slots=self._slots_for(found))
+        lend = least if found.reads else None
+        packed = pack(tag, value, lend=lend, carrier=found.devices.carrier())
         if packed.lent:
             found.lent[tag] = packed.lent
         if packed.placed:
             found.placed[tag] = packed.placed
         self._send(found, packed.buffers)
+        if found.devices.is_busy:  # for the peer, which may ask for the rest while this one computes
+            self._hurry.set()
 
     def has_sent(self, peer: int, tag: Tag) -> bool:
         """True if the memory of a value that was sent is not needed any more."""
         found = self._peers[peer]
         return not (tag in found.lent or tag in found.placed or found.is_sending)
 
-    def _slots_for(self, peer: SocketPeer) -> DeviceSlots | None:
-        """The slots that a value is to be put into, if the peer can read there; else asks it."""
-        kind = shared_kind()
-        if kind is None or not (self._lends and self._on_host_of(peer.rank)):
-            return None
-        if peer.slots.is_ready:
-            return peer.slots
-        offered = peer.slots.offer(home(kind))
-        if offered is not None:
-            self._send(peer, pack(_OFFER, offered).buffers)
-        return None
-
     def _on_host_of(self, rank: int) -> bool:
         return self._hosts[rank] == self._hosts[self._rank]
-
-    def _negotiate(self, peer: SocketPeer, arrived: Arriving) -> None:
-        """A peer offers a slot, or has answered an offer."""
-        if arrived.tag == _ANSWER:
-            peer.slots.answered(arrived.value())
-            return
-        reference, content = arrived.value()
-        able = peer.slots.check(Reference(*reference), content) if self._lends else False
-        self._send(peer, pack(_ANSWER, able).buffers)
 
     def _send(self, peer: SocketPeer, buffers: Sequence[memoryview]) -> None:
         with contextlib.suppress(OSError):  # the peer is gone, as who reads from it finds
@@ -319,17 +313,26 @@ class SocketChannels:
             if events & selectors.EVENT_READ:
                 try:
                     for arrived in peer.receive():
-                        if arrived.is_receipt:
-                            peer.drop(arrived.tag)
-                            self._sent()
-                        elif arrived.tag in (_OFFER, _ANSWER):
-                            self._negotiate(peer, arrived)
-                        else:
-                            self._deliver(arrived.tag, (peer, arrived))
+                        for value in self._readable(peer, arrived):
+                            self._deliver(value.tag, (peer, value))
                             came = True
                 except OSError:
                     self._end(peer)
         return came
+
+    def _readable(self, peer: SocketPeer, arrived: Arriving) -> list[Arriving]:
+        """The values that can be read now that this is here; OSError if devices cannot go on."""
+        if arrived.is_receipt:
+            peer.drop(arrived.tag)
+            self._sent()
+            return []
+        try:
+            if arrived.tag == _DEVICES:
+                return peer.devices.hear(arrived.value())
+            return peer.devices.came(arrived)
+        except Exception as error:
+            logger.exception("taskgrad cannot send or receive values on a device")
+            raise ConnectionError("values on a device cannot be sent or received") from error
 
     def _write(self, peer: SocketPeer) -> None:
         """Send what is left for a peer, and have the selector say when it takes more."""
