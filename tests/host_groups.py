@@ -1,4 +1,4 @@
-"""Process groups over gloo in place of NCCL's: what waits there on a device waits in `take` here."""
+"""Process groups over gloo in place of NCCL's: what waits there on a device waits in `take`."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def use_none(kind: str = "cpu") -> None:
 
 
 def counts(dask_worker: Any) -> dict[str, int]:
-    """Of this worker's channels: groups that are ready, their sends and receives, and what waits."""
+    """Of this worker's channels: groups that are ready, sends and receives, and what waits."""
     hosts = program_host._hosts[dask_worker].named.values()
     peers = [p for h in hosts if hasattr(h.channels, "_peers") for p in h.channels._peers.values()]
     groups = [p.devices.group for p in peers if p.devices.group is not None]

@@ -66,6 +66,16 @@ def use_none(kind: str = "cpu") -> None:
     device_slots.shared_kind = peer_devices.shared_kind = _STOCK
 
 
+def without() -> None:
+    """Have this process use no slots."""
+    peer_devices.shared_kind = lambda: None
+
+
+def as_before() -> None:
+    """Undo `without`."""
+    peer_devices.shared_kind = _STOCK
+
+
 def counts(dask_worker: Any) -> dict[str, int]:
     """Of this worker's channels: slots that are free, those with values, and those open."""
     hosts = program_host._hosts[dask_worker].named.values()

@@ -6,19 +6,23 @@ The groups are gloo's and the memory the host's: what is tested is all but the c
 from __future__ import annotations
 
 import copy
+import datetime
 import threading
 from typing import Any
 
+import dask
 import pytest
 import torch
 from torch import nn
 
 import host_groups
+import host_slots
 import taskgrad as tg
 from conftest import wait_until
 from helpers import assert_same
 from taskgrad.cluster.channels import device_group
 from taskgrad.cluster.channels.device_group import DeviceGroup
+from taskgrad.cluster.channels.pair_store import PairStore
 from test_device_slots import SGD, batches, model, plain_step
 from test_sockets import End, connect
 from test_wire import DTYPES, LAYOUTS, assert_arrived, make
@@ -249,6 +253,22 @@ def test_a_peer_that_is_gone_ends_the_group(two):
     assert not any(t.name == "taskgrad-device-group" for t in threading.enumerate())
 
 
+def test_a_store_waits_for_the_other_end_until_that_is_gone():
+    told: list[tuple[str, bytes]] = []
+    store = PairStore(lambda key, value: told.append((key, value)))
+    wrapped = torch.distributed.PrefixStore("p", store)
+    wrapped.set("mine", b"1")
+    assert told == [("p/mine", b"1")]
+    assert wrapped.get("mine") == b"1"
+    threading.Timer(0.1, store.put, ("p/theirs", b"2")).start()
+    assert wrapped.get("theirs") == b"2"
+    with pytest.raises(TimeoutError, match="has not set"):
+        store.wait(["other"], datetime.timedelta(seconds=0.05))
+    threading.Timer(0.1, store.close).start()
+    with pytest.raises(Exception, match="the other worker is gone"):
+        wrapped.get("other")
+
+
 # -- training --------------------------------------------------------------------------------------
 
 
@@ -257,6 +277,10 @@ def workers(client):
     client.run(host_groups.use)
     yield client
     client.run(host_groups.use_none)
+
+
+def all_ready(client: Any) -> bool:
+    return all(seen["ready"] for seen in client.run(host_groups.counts).values())
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_h2"])
@@ -270,8 +294,7 @@ def test_training_over_groups_has_the_bits_of_torch(workers, schedule):
         plain_step(net, optimizer, x, y)
         if i == 2:
             trainer.wait()
-            ready = lambda: all(c["ready"] for c in workers.run(host_groups.counts).values())  # noqa: E731
-            assert wait_until(ready)
+            assert wait_until(lambda: all_ready(workers))
     found = chain.to_module().state_dict()
     for name, value in net.state_dict().items():
         assert_same(found[name], value)
@@ -280,6 +303,37 @@ def test_training_over_groups_has_the_bits_of_torch(workers, schedule):
         assert seen["busy"] == 0
         assert seen["sends"] >= 1 + 9 * 3
         assert seen["receives"] >= 1 + 9 * 3
+
+
+@pytest.fixture
+def apart(client, gpu):
+    """A device for each worker, of one kind: GPUs send over NCCL, others over gloo in its place."""
+    if torch.get_device_module(gpu).device_count() < 2:
+        pytest.skip("NCCL needs two GPUs")
+    if gpu != "cuda":
+        client.run(host_groups.use, gpu)
+    client.run(host_slots.without)  # as on two hosts
+    yield {0: f"{gpu}:0", 1: f"{gpu}:1"}
+    client.run(host_slots.as_before)
+    if gpu != "cuda":
+        client.run(host_groups.use_none, gpu)
+
+
+def test_training_on_two_devices_goes_over_the_group(client, gpu, apart):
+    net = model().to(gpu)
+    placement = [0, 0, 0, 1, 1]
+    chain = tg.GraphChain(model(), placement=placement, device=apart, client=client)
+    trainer = tg.Trainer(chain, nn.functional.cross_entropy, SGD, microbatches=3)
+    optimizer = SGD(net.parameters())
+    for i, (x, y) in enumerate(batches(12)):
+        trainer.step(x, y)
+        plain_step(net, optimizer, x.to(gpu), y.to(gpu))
+        if i == 2:
+            trainer.wait()
+            assert wait_until(lambda: all_ready(client), 60)
+    found = chain.to_module().state_dict()
+    for name, value in net.state_dict().items():
+        assert_same(found[name], value.cpu())
 
 
 def test_steps_that_fail_are_taken_again(workers):
@@ -304,8 +358,6 @@ def test_steps_that_fail_are_taken_again(workers):
 
 
 def test_a_setting_switches_groups_off(workers):
-    import dask
-
     with dask.config.set({"taskgrad.nccl.enabled": False}):
         chain = tg.GraphChain(model(), placement=[0, 0, 0, 1, 1], client=workers)
         trainer = tg.Trainer(chain, nn.functional.cross_entropy, SGD, microbatches=3)

@@ -21,9 +21,7 @@ HOST = "127.0.0.1"
 class End:
     """A worker's end, and what came to it."""
 
-    def __init__(
-        self, rank: int, size: int, lends: bool = True, groups: bool = False
-    ) -> None:
+    def __init__(self, rank: int, size: int, lends: bool = True, groups: bool = False) -> None:
         self.came: dict[Tag, Any] = {}
         self.lost: list[int] = []
         self.channels = SocketChannels(

@@ -7,9 +7,9 @@
     posts its send, on a stream that waits for  ◀── is to be first
     the copy ─────────────────────────────────────▶ posts its receive, if it is to be second
 
-What is posted waits on the device for its counterpart. Whatever waits for the whole device meanwhile
-(memory that is freed, say) waits too, and could keep this process from posting what another device
-waits for. So of two workers the one with the higher rank always posts first: a device never waits
+What is posted waits on the device for its counterpart. Whatever waits for the whole device then (as
+freeing memory does) waits too, and may keep this process from posting what another device waits
+for. So of two workers the one with the higher rank always posts first: a device never waits
 for one of a higher rank, hence no two for each other. Each direction has a group of its own, in
 which both ends post in the same order; and memory is there before anything is posted.
 
@@ -73,12 +73,12 @@ class Pair(Protocol):
 class Kind(NamedTuple):
     """Of a type of devices: what two workers have to agree on, and what forms their pair.
 
-    `identity` returns (the device, what has to be the same at both ends). `form` gets a store, this
-    worker's place of the two (0 or 1).
+    `identity` returns (the device, what has to be the same at both ends). `form` gets a torch store
+    and this worker's place of the two, 0 or 1.
     """
 
     identity: Callable[[], tuple[str, Any]]
-    form: Callable[[torch.distributed.Store, int], Pair]
+    form: Callable[[Any, int], Pair]
 
 
 def _nccl() -> Kind:
@@ -249,20 +249,20 @@ class DeviceGroup:
     # -- forming ---------------------------------------------------------------------------------
 
     def _join(self, theirs: tuple[str, str, Any] | None) -> None:
+        if self._store is not None:
+            return
         kind = grouped_kind()
         mine = _identity(kind)
         with self._lock:
             asked, self._asked = self._asked, False
-            able = mine is not None and theirs is not None
-            if able:
-                from taskgrad.cluster.channels.pair_store import PairStore
+            if kind is not None and theirs is not None:
+                from taskgrad.cluster.channels.pair_store import PairStore  # torch may lack stores
 
                 self._store = PairStore(lambda key, value: self._tell(("store", key, value)))
         if not asked:
             self._tell(("join", mine))
-        if not able:
+        if kind is None or mine is None or theirs is None:
             return
-        assert kind is not None and mine is not None and theirs is not None
         # NCCL refuses two ranks on one GPU, and its versions need not understand each other.
         if mine[0] == theirs[0] and mine[1] != theirs[1] and mine[2] == theirs[2]:
             threading.Thread(

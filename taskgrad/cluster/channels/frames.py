@@ -4,8 +4,8 @@ A value is a head and parts. The head has the tag and says what the value is and
 are. A dense tensor in the order of its dimensions is one part, its memory. Any other value is
 pickled, with the memory of its tensors out of band. Of a large part only the address may be sent,
 to a process that can read this one's memory; it answers with a receipt when it has. So it does for
-tensors on a device in slots (`taskgrad.cluster.channels.device_slots`). Those that go over a process
-group (`taskgrad.cluster.channels.device_group`) follow when the receiver asks for them.
+tensors on a device in slots (`taskgrad.cluster.channels.device_slots`). What goes over a process
+group (`taskgrad.cluster.channels.device_group`) follows when the receiver asks for it.
 """
 
 from __future__ import annotations
@@ -100,15 +100,16 @@ def pack(
     Tensors on a device go with the carrier, where they can.
     """
     placed: list[Placed] = []
+    shape: tuple[int, ...] = ()
     if carrier is not None:
         kind, found, placed = _with_carrier(value, carrier)
-        code, shape = 0, ()
+        code = 0
         parts = [memoryview(part) for part in found]
     elif type(value) is torch.Tensor and _is_plain(value):
         kind, code, shape = _TENSOR, _CODES[value.dtype], tuple(value.shape)
         parts = [_bytes_of(value)] if value.numel() else []
     else:
-        kind, code, shape = _PICKLED, 0, ()
+        kind, code = _PICKLED, 0
         parts = [memoryview(part) for part in _pickled(value)]
     lent = [] if lend is None else [part for part in parts if len(part) >= lend]
     lengths = [len(part) for part in parts]

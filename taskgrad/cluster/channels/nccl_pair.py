@@ -7,14 +7,21 @@ streams of their own, which are ordered with the training's by events.
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
+from torch.distributed import PrefixStore, ProcessGroupNCCL, Store  # type: ignore[attr-defined]
 
 from taskgrad.cluster.channels.cuda_slot import identity_of
 from taskgrad.worker.devices import home
+
+# Which a group reads when it is made. Torch would end this process when the other one is gone, or
+# when a thread of torch's has not run for long; here the groups end with the workers' connection.
+_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+_reading_settings = threading.Lock()
 
 
 def identity() -> tuple[str, Any]:
@@ -42,15 +49,25 @@ class _Received(NamedTuple):
 class NcclPair:
     """See `taskgrad.cluster.channels.device_group.Pair`. RuntimeError: NCCL cannot be used here."""
 
-    def __init__(self, store: dist.Store, place: int) -> None:
+    def __init__(self, store: Store, place: int) -> None:
+        if not hasattr(ProcessGroupNCCL, "abort"):
+            raise RuntimeError("this version of torch cannot end a group")
         self.device = _device()
         self._place = place
-        # By sender. Where a counterpart never comes torch ends the process after 10 minutes; but
-        # when a worker is gone, its connection ends, and with that the groups.
-        self._groups = [
-            dist.ProcessGroupNCCL(dist.PrefixStore(f"taskgrad{sender}", store), place, 2)
-            for sender in (0, 1)
-        ]
+        self._groups: list[Any] = []  # by sender
+        with _reading_settings:
+            before = {name: os.environ.get(name) for name in _SETTINGS}
+            os.environ.update(_SETTINGS)
+            try:
+                for sender in (0, 1):
+                    options = ProcessGroupNCCL.Options(is_high_priority_stream=True)
+                    own = PrefixStore(f"taskgrad{sender}", store)
+                    self._groups.append(ProcessGroupNCCL(own, place, 2, options))
+            finally:
+                for name, value in before.items():
+                    os.environ.pop(name)
+                    if value is not None:
+                        os.environ[name] = value
         self._sends = torch.cuda.Stream(self.device)
         self._receives = torch.cuda.Stream(self.device)
 

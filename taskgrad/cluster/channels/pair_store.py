@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
-import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 _WAIT_S = 60.0
 
 
-class PairStore(dist.Store):
+class PairStore(Store):
     """What either of two workers sets, both can get.
 
     Parameters
@@ -41,7 +42,7 @@ class PairStore(dist.Store):
 
     # torch calls these, from C++ too.
 
-    def set(self, key: str, value: bytes) -> None:  # type: ignore[override]
+    def set(self, key: str, value: Any) -> None:
         """Set a value at both ends."""
         self.put(key, value)
         self._tell(key, value)
@@ -51,7 +52,7 @@ class PairStore(dist.Store):
         self.wait([key])
         return self._values[key]
 
-    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         """Wait until all have been set."""
         seconds = _WAIT_S if timeout is None else timeout.total_seconds()
         with self._changed:

@@ -214,7 +214,7 @@ class SocketChannels:
         if packed.placed:
             found.placed[tag] = packed.placed
         self._send(found, packed.buffers)
-        if found.devices.is_busy:  # for the peer, which may ask for the rest while this one computes
+        if found.devices.is_busy:  # the peer may ask for the rest while this program computes
             self._hurry.set()
 
     def has_sent(self, peer: int, tag: Tag) -> bool:
