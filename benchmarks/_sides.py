@@ -145,8 +145,10 @@ def serve_data_parallel(name: str, rank: int, address: str, *, keep_memory: bool
     dist.destroy_process_group()
 
 
-def serve_plain(name: str, threads: int) -> None:
+def serve_plain(name: str, threads: int, *, keep_memory: bool) -> None:
     """One process of torch, which takes the whole batch at once."""
+    if keep_memory:
+        keep_freed_memory()
     torch.set_num_threads(threads)
     case = make(name)
     model = case.model.train()
@@ -291,9 +293,9 @@ def data_parallel(name: str, port: int, *, keep_memory: bool) -> list[list[str]]
     return [[kind, name, str(i), f"tcp://127.0.0.1:{port}"] for i in range(2)]
 
 
-def plain(name: str, threads: int) -> list[list[str]]:
+def plain(name: str, threads: int, *, keep_memory: bool = False) -> list[list[str]]:
     """The process of `serve_plain`."""
-    return [["plain", name, str(threads)]]
+    return [["plain_our_allocator" if keep_memory else "plain", name, str(threads)]]
 
 
 def free_port() -> int:
@@ -376,5 +378,5 @@ if __name__ == "__main__":
             serve_replicas(name)
         case ["ddp" | "ddp_our_allocator" as kind, name, rank, address]:
             serve_data_parallel(name, int(rank), address, keep_memory=kind != "ddp")
-        case ["plain", name, threads]:
-            serve_plain(name, int(threads))
+        case ["plain" | "plain_our_allocator" as kind, name, threads]:
+            serve_plain(name, int(threads), keep_memory=kind != "plain")

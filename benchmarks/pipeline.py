@@ -45,7 +45,8 @@ def main() -> None:
                 sides[side] = Side(ranks(row, "127.0.0.1", free_port(), keep_memory=keep))
             if row in WITH_PLAIN:
                 sides["one_thread"] = Side(plain(row, 1))
-                sides["two_threads"] = Side(plain(row, 2), threads=2)
+                for side, keep in {"two_threads": False, "two_threads_our_allocator": True}.items():
+                    sides[side] = Side(plain(row, 2, keep_memory=keep), threads=2)
                 sides["two_batches_at_once"] = Side(plain(row, 1) * 2)
             with opened(sides):
                 measure(report, row, make(row), sides, options.rounds)

@@ -213,6 +213,14 @@ def test_two_ranks_on_one_device_form_no_group(host):
         end.channels.close(5)
 
 
+def test_values_of_the_host_form_no_group(two, monkeypatch):
+    monkeypatch.setattr(device_group, "grouped_kind", lambda: "xpu")
+    for i in range(3):
+        two[0].channels.send(1, (0, i, 0), [torch.ones(3), "x"])
+        assert_same(two[1].value((0, i, 0))[0], torch.ones(3))
+    assert group_of(two[0])._attempts == 0
+
+
 def test_without_groups_at_one_end_values_go_through_the_host(host):
     ends = [End(0, 2, groups=True), End(1, 2)]
     connect(ends)

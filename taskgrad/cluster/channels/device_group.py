@@ -13,8 +13,9 @@ for. So of two workers the one with the higher rank always posts first: a device
 for one of a higher rank, hence no two for each other. Each direction has a group of its own, in
 which both ends post in the same order; and memory is there before anything is posted.
 
-The groups are formed beside the training, when a device is first in use at both ends. They are used
-once each end has received what the other sent; until then values go through the host's memory.
+The groups are formed beside the training, when a value with tensors on a device is first sent and
+one is in use at both ends. They are used once each end has received what the other sent; until then
+values go through the host's memory.
 """
 
 from __future__ import annotations
@@ -105,9 +106,9 @@ class Part(NamedTuple):
 
 
 class Stage:
-    """The tensors of one value, which go in one piece."""
+    """The tensors of one value, which go in one piece; `pair` is None until there is one."""
 
-    def __init__(self, group: DeviceGroup, pair: Pair) -> None:
+    def __init__(self, group: DeviceGroup, pair: Pair | None) -> None:
         self._group = group
         self._pair = pair
         self._parts: list[tuple[int, torch.Tensor]] = []
@@ -115,6 +116,10 @@ class Stage:
 
     def put(self, flat: torch.Tensor) -> Part | None:
         """Have these bytes sent with the value; None if they are to go through the host."""
+        if self._pair is None:
+            if flat.device.type == grouped_kind():
+                self._group.ask()
+            return None
         if flat.device != self._pair.device:
             return None
         start = self._nbytes
@@ -129,6 +134,7 @@ class Stage:
 
     def announce(self) -> tuple[int, int]:
         """Copy the tensors; returns their number among the peer's values, and how many bytes."""
+        assert self._pair is not None
         staged = self._pair.stage(self._parts, self._nbytes)
         return self._group.keep(staged), self._nbytes
 
@@ -169,17 +175,19 @@ class DeviceGroup:
         return bool(self._staged or self._awaited)
 
     def stage(self) -> Stage | None:
-        """For the next value; None if it is to go through the host. Asks the peer to join."""
-        if self.is_ready and self._pair is not None:
-            return Stage(self, self._pair)
+        """For the tensors of the next value; None if no device is in use."""
+        if grouped_kind() is None:
+            return None
+        return Stage(self, self._pair if self.is_ready else None)
+
+    def ask(self) -> None:
+        """Ask the peer to join, if it may."""
         with self._lock:
-            kind = grouped_kind()
-            if kind is None or self._asked or self._store or self._attempts >= _ATTEMPTS:
-                return None
+            if self._asked or self._store is not None or self._attempts >= _ATTEMPTS:
+                return
             self._asked = True
             self._attempts += 1
-        self._tell(("join", _identity(kind)))
-        return None
+        self._tell(("join", _identity(grouped_kind())))
 
     def keep(self, staged: Any) -> int:
         """What is to be sent when the peer asks for this number."""

@@ -80,10 +80,12 @@ class NcclPair:
 
     def send(self, staged: _Staged) -> None:
         """Post a send; no thread waits for it."""
+        # The memory is for others only when it has been sent. The call may wait for the allocator,
+        # which may wait for the device: so it comes first.
+        staged.memory.record_stream(self._sends)
         with torch.cuda.stream(self._sends):
             self._sends.wait_event(staged.written)
             self._groups[self._place].send([staged.memory], 1 - self._place, 0).wait()
-            staged.memory.record_stream(self._sends)  # for others only when it has been sent
 
     def room(self, nbytes: int) -> torch.Tensor:
         """Memory to receive in."""
