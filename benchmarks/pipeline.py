@@ -6,7 +6,7 @@ ResNet-50 also in two and three. (torch needs microbatches of one size, and so t
 torch's processes communicate over gloo. On each side the schedule and number of microbatches with
 the shortest step count, of 1F1B and GPipe there. torch is measured as a user runs it, and once more
 with our workers' settings of the allocator. Plain torch does the same batch at once, in one process
-with one thread and with two. `two_batches_at_once` are two processes of one thread, each with a
+with one thread and with two, the latter likewise once more. `two_batches_at_once` are two processes of one thread, each with a
 batch of its own: half of their time is what the machine needs for a batch where nothing ever waits.
 A step is forward, loss, backward and SGD with momentum. All take turns within one run, and a turn
 has five steps or more, with no barrier between them.
@@ -19,8 +19,12 @@ eight processes: nothing to compute, so what a step costs besides.
 Where we lose: on short steps (`mlp_10ms`, `main_job`) what a step costs besides its arithmetic, for
 the driver and in Python on the workers, is a larger part than torch's. Against torch's own two
 threads on the same two cores two workers lose as long as they have a batch in parts that are too
-small for torch to be as fast as with all of it: a sample of ResNet-50 takes 16 % longer in a
-microbatch of 4 than in a batch of 16.
+small for torch to be as fast as with all of it. On one thread torch takes oneDNN for 1x1
+convolutions from 16 samples on, and a slower way for fewer. How much slower depends on the machine:
+a sample of ResNet-50 takes 16 % longer in a microbatch of 4 than in a batch of 16 on one, 34 % on
+another. There `resnet50_vs_two_threads` was 1.35, and two processes that never wait for each other
+would have needed 1.2; with batches of 32 in two microbatches it was 0.73 (1.19 with our allocator
+settings on both sides). So: microbatches of 16 samples or more.
 """
 
 from __future__ import annotations
