@@ -6,10 +6,10 @@ ResNet-50 also in two and three. (torch needs microbatches of one size, and so t
 torch's processes communicate over gloo. On each side the schedule and number of microbatches with
 the shortest step count, of 1F1B and GPipe there. torch is measured as a user runs it, and once more
 with our workers' settings of the allocator. Plain torch does the same batch at once, in one process
-with one thread and with two, the latter likewise once more. `two_batches_at_once` are two processes of one thread, each with a
-batch of its own: half of their time is what the machine needs for a batch where nothing ever waits.
-A step is forward, loss, backward and SGD with momentum. All take turns within one run, and a turn
-has five steps or more, with no barrier between them.
+with one thread and with two, the latter likewise once more. `two_batches_at_once` are two processes
+of one thread, each with a batch of its own: half of their time is what the machine needs for a
+batch where nothing ever waits. A step is forward, loss, backward and SGD with momentum. All take
+turns within one run, and a turn has five steps or more, with no barrier between them.
 
 `resnet50` has batches of 16 images, `resnet50_batch_32` of 32. `main_job` is the network of `make
 train` with its batches of 128 digits. The `mlp_` rows have eight linear layers, with sizes for
