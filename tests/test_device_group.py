@@ -244,11 +244,35 @@ def test_a_group_that_sends_other_bytes_is_not_used(host):
     host_groups.use(made=wrong)
     ends = ends_of(2)
     ends[0].channels.send(1, (0, 0, 0), torch.ones(3))
-    assert wait_until(lambda: all(len(group_of(end)._formed) == 2 for end in ends))
+    assert wait_until(lambda: all(group_of(end)._closed for end in ends))
     ends[0].channels.send(1, (0, 1, 0), torch.ones(3))
     assert_same(ends[1].value((0, 1, 0)), torch.ones(3))
     for end in ends:
         assert group_of(end)._pair is None
+        end.channels.close(5)
+
+
+def test_an_end_that_cannot_form_a_group_keeps_nobody_waiting(host):
+    """The other end is in the middle of forming it: it waits for the store."""
+    forms = host_groups.Host("cpu")
+    formed = forms.form
+
+    def form(store: Any, place: int) -> Any:
+        if place == 1:
+            raise RuntimeError("NCCL cannot be used here")
+        return formed(store, place)
+
+    forms.form = form  # type: ignore[method-assign]
+    host_groups.use(made=forms)
+    ends = ends_of(2)
+    ends[0].channels.send(1, (0, 0, 0), torch.ones(3))
+    assert wait_until(lambda: all(group_of(end)._closed for end in ends), 5)
+    assert wait_until(
+        lambda: not any(t.name == "taskgrad-device-group" for t in threading.enumerate()), 5
+    )
+    ends[0].channels.send(1, (0, 1, 0), torch.ones(3))
+    assert_same(ends[1].value((0, 1, 0)), torch.ones(3))
+    for end in ends:
         end.channels.close(5)
 
 

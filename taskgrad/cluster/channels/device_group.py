@@ -310,14 +310,9 @@ class DeviceGroup:
 
     def _conclude(self, mine: bool, able: bool) -> None:
         """This end, or the other one, has checked the groups."""
-        with self._lock:
-            self._formed[mine] = able
-            pair = self._pair
-            failed = len(self._formed) == 2 and not all(self._formed.values())
-            if failed:
-                self._pair = None
-        if failed and pair is not None:
-            pair.abort()
+        self._formed[mine] = able
+        if not able:
+            self.close()  # what the other end still waits for does not come
 
 
 def _identity(kind: str | None) -> tuple[str, str, Any] | None:
