@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import uuid
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ class HostPair:
         if kind != "cpu" and self.device.index is None:
             self.device = torch.device(kind, 0)
         self.place = place
-        self.sends = self.receives = 0
+        self.sends = 0
         self.log: list[str] = []
         self.under_way: list[Any] = []  # the works, with their memory
         self.groups = [
@@ -46,7 +47,7 @@ class HostPair:
             for sender in (0, 1)
         ]
 
-    def stage(self, parts: Sequence[tuple[int, torch.Tensor]], nbytes: int) -> torch.Tensor:
+    def gather(self, parts: Sequence[tuple[int, torch.Tensor]], nbytes: int) -> torch.Tensor:
         memory = torch.full((nbytes,), 0xAB, dtype=torch.uint8)
         for start, flat in parts:
             memory[start : start + flat.nbytes].copy_(flat)
@@ -62,7 +63,6 @@ class HostPair:
         return torch.full((nbytes,), 0xCD, dtype=torch.uint8)
 
     def receive(self, memory: torch.Tensor) -> Posted:
-        self.receives += 1
         self.log.append("receive")
         work = self.groups[1 - self.place].recv([memory], 1 - self.place, 0)
         self.under_way.append((work, memory))
@@ -100,14 +100,12 @@ def use_none(kind: str = "cpu") -> None:
 
 
 def counts(dask_worker: Any) -> dict[str, int]:
-    """Of this worker's channels: groups that are ready, sends and receives, and what waits."""
+    """Of this worker's channels: groups that are ready, those that wait, and values announced."""
     hosts = program_host._hosts[dask_worker].named.values()
     peers = [p for h in hosts if hasattr(h.channels, "_peers") for p in h.channels._peers.values()]
     groups = [p.devices.group for p in peers if p.devices.group is not None]
-    pairs: list[Any] = [group._pair for group in groups if group._pair is not None]
     return {
         "ready": sum(group.is_ready for group in groups),
         "busy": sum(group.is_busy for group in groups),
-        "sends": sum(pair.sends for pair in pairs),
-        "receives": sum(pair.receives for pair in pairs),
+        "announced": sum(next(copy.copy(group._numbers)) for group in groups),
     }

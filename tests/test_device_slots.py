@@ -235,6 +235,13 @@ def plain_step(net: nn.Module, optimizer: torch.optim.Optimizer, x: Any, y: Any)
     optimizer.zero_grad()
 
 
+def assert_trained(chain: tg.GraphChain, net: nn.Module) -> None:
+    """The chain has the bits of a network, on whichever device that is."""
+    found = chain.to_module().state_dict()
+    for name, value in net.state_dict().items():
+        assert_same(found[name], value.cpu())
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_h2"])
 def test_training_through_slots_has_the_bits_of_torch(workers, schedule):
     net = model()
@@ -244,9 +251,7 @@ def test_training_through_slots_has_the_bits_of_torch(workers, schedule):
     for x, y in batches(8):
         trainer.step(x, y)
         plain_step(net, optimizer, x, y)
-    found = chain.to_module().state_dict()
-    for name, value in net.state_dict().items():
-        assert_same(found[name], value)
+    assert_trained(chain, net)
     for seen in workers.run(host_slots.counts).values():
         assert seen["ready"] == 1
         assert 0 < seen["free"] <= 6
@@ -272,9 +277,7 @@ def test_training_on_a_device_sends_through_its_memory(client, shared):
     for x, y in batches(8):
         trainer.step(x, y)
         plain_step(net, optimizer, x.to(shared), y.to(shared))
-    found = chain.to_module().state_dict()
-    for name, value in net.state_dict().items():
-        assert_same(found[name], value.cpu())
+    assert_trained(chain, net)
     for seen in client.run(host_slots.counts).values():
         assert seen["ready"] == 1
         assert seen["free"] > 0
@@ -296,7 +299,5 @@ def test_a_step_that_fails_leaves_no_slot_in_use(workers):
         else:
             trainer.step(x, y).item()
         plain_step(net, optimizer, x, y)
-    found = chain.to_module().state_dict()
-    for name, value in net.state_dict().items():
-        assert_same(found[name], value)
+    assert_trained(chain, net)
     assert all(c["free"] <= 6 for c in workers.run(host_slots.counts).values())

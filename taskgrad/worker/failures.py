@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -66,6 +67,30 @@ def layer_errors(
         raise LayerError(
             f"{what} on worker {worker} raised {_kind(error)}: {message_of(error)}{after}",
             name,
+            worker.address,
+            error,
+        ) from error
+
+
+@contextmanager
+def receive_errors(value: object, step: int, worker: WorkerName) -> Iterator[None]:
+    """Raise what keeps a worker from reading another one's value as a LayerError that says where.
+
+    Not an OSError: the other worker is gone, or has stopped.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        hint = devices.advice(error) or "Can it be pickled there and read here?"
+        about = re.fullmatch(r"[A-Z]+(\d+)\.(\d+)", str(value))
+        where = f" (stage {about[1]}, microbatch {about[2]})" if about else ""
+        raise LayerError(
+            f"worker {worker} could not read what {value}{where} of step {step} sent it from "
+            f"another worker: {_kind(error)}: {message_of(error)}\n{hint}\n"
+            f"The traceback there:\n{_ending(error)}",
+            str(value),
             worker.address,
             error,
         ) from error

@@ -22,6 +22,7 @@ from taskgrad.graph.torch_settings import TorchSettings
 from taskgrad.plan.program import Value
 from taskgrad.worker import optimizing
 from taskgrad.worker.devices import on_host, results_stay
+from taskgrad.worker.failures import receive_errors
 from taskgrad.worker.rank_forward import RANKS
 from taskgrad.worker.step_program import StepProgram, at_step, keys_of, ranks_of
 from taskgrad.worker.store import Store
@@ -343,7 +344,10 @@ class Resident:
                     timings.extend((len(drops), start, now()))
                     ahead = None
                 start = now()
-                values[value] = self.host.unpack(self._receive(tag))
+                arrived = self._receive(tag)
+                with receive_errors(value, step.number, self.store.worker):
+                    values[value] = self.host.unpack(arrived)
+                del arrived
                 timings.extend((i, start, now()))
             for name in drops[i]:
                 values.pop(name, None)

@@ -68,6 +68,7 @@ class OpenCudaSlot:
 
 
 def identity_of(device: torch.device) -> str:
+    """The UUID of a GPU, the same in all processes."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 

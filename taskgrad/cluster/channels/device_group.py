@@ -37,6 +37,7 @@ logger = logging.getLogger("taskgrad")
 
 _ATTEMPTS = 3  # a peer that has not used its device yet cannot join
 _CHECK_BYTES = 64
+_FORM_S = 60.0  # where a firewall is in between, NCCL may try for long
 # Of each tensor in the memory of its value: any dtype can be viewed there.
 _ALIGNMENT = 256
 
@@ -55,10 +56,10 @@ class Pair(Protocol):
 
     device: torch.device
 
-    def stage(self, parts: Sequence[tuple[int, torch.Tensor]], nbytes: int) -> Any:
+    def gather(self, parts: Sequence[tuple[int, torch.Tensor]], nbytes: int) -> Any:
         """Copy tensors of bytes to these offsets of new memory, on this thread's stream."""
 
-    def send(self, staged: Any) -> None:
+    def send(self, gathered: Any) -> None:
         """Post a send; no thread waits for it."""
 
     def room(self, nbytes: int) -> torch.Tensor:
@@ -105,7 +106,7 @@ class Part(NamedTuple):
     reference: Reference
 
 
-class Stage:
+class Outgoing:
     """The tensors of one value, which go in one piece; `pair` is None until there is one."""
 
     def __init__(self, group: DeviceGroup, pair: Pair | None) -> None:
@@ -135,8 +136,8 @@ class Stage:
     def announce(self) -> tuple[int, int]:
         """Copy the tensors; returns their number among the peer's values, and how many bytes."""
         assert self._pair is not None
-        staged = self._pair.stage(self._parts, self._nbytes)
-        return self._group.keep(staged), self._nbytes
+        gathered = self._pair.gather(self._parts, self._nbytes)
+        return self._group.keep(gathered), self._nbytes
 
 
 class DeviceGroup:
@@ -155,7 +156,7 @@ class DeviceGroup:
         self._tell = tell
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        self._staged: dict[int, Any] = {}  # sends that the peer has not asked for
+        self._gathered: dict[int, Any] = {}  # sends that the peer has not asked for
         self._awaited: dict[int, tuple[Arriving, torch.Tensor]] = {}  # receives to be posted second
         self._attempts = 0
         self._asked = False
@@ -172,13 +173,13 @@ class DeviceGroup:
     @property
     def is_busy(self) -> bool:
         """True if an end waits for a message of the other."""
-        return bool(self._staged or self._awaited)
+        return bool(self._gathered or self._awaited)
 
-    def stage(self) -> Stage | None:
+    def outgoing(self) -> Outgoing | None:
         """For the tensors of the next value; None if no device is in use."""
         if grouped_kind() is None:
             return None
-        return Stage(self, self._pair if self.is_ready else None)
+        return Outgoing(self, self._pair if self.is_ready else None)
 
     def ask(self) -> None:
         """Ask the peer to join, if it may."""
@@ -189,18 +190,18 @@ class DeviceGroup:
             self._attempts += 1
         self._tell(("join", _identity(grouped_kind())))
 
-    def keep(self, staged: Any) -> int:
+    def keep(self, gathered: Any) -> int:
         """What is to be sent when the peer asks for this number."""
         with self._lock:
             number = next(self._numbers)
-            self._staged[number] = staged
+            self._gathered[number] = gathered
         return number
 
     # -- in the thread that looks after the connections ------------------------------------------
 
     def came(self, value: Arriving) -> list[Arriving]:
         """All of a value is here but its memory on the device; returns it if it can be read."""
-        number, nbytes = value.staged
+        number, nbytes = value.announced
         pair = self._pair
         try:
             if pair is None:
@@ -228,10 +229,10 @@ class DeviceGroup:
             case ("formed", able):
                 self._conclude(False, able)
             case ("refused", number):
-                self._staged.pop(number)
+                self._gathered.pop(number)
             case ("ready", number):
                 assert self._pair is not None
-                self._pair.send(self._staged.pop(number))
+                self._pair.send(self._gathered.pop(number))
                 if self._place == 1:
                     self._tell(("go", number))
             case ("go", number):
@@ -251,7 +252,7 @@ class DeviceGroup:
             store.close()
         if pair is not None:
             pair.abort()
-        self._staged.clear()
+        self._gathered.clear()
         self._awaited.clear()
 
     # -- forming ---------------------------------------------------------------------------------
@@ -279,6 +280,9 @@ class DeviceGroup:
 
     def _form(self, kind: str) -> None:
         """Form the groups, and send and receive once in each: that is when NCCL connects."""
+        late = threading.Timer(_FORM_S, self.close)
+        late.daemon = True
+        late.start()
         try:
             pair = KINDS[kind]().form(self._store, self._place)
             with self._lock:
@@ -291,6 +295,8 @@ class DeviceGroup:
         except Exception:
             logger.debug("a group of devices cannot be formed", exc_info=True)
             able = False
+        late.cancel()
+        able = able and not self._closed
         self._tell(("formed", able))
         self._conclude(True, able)
 
@@ -302,7 +308,7 @@ class DeviceGroup:
                 content = os.urandom(_CHECK_BYTES)
                 self._store.set(name, content)
                 flat = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(pair.device)
-                pair.send(pair.stage([(0, flat)], _CHECK_BYTES))
+                pair.send(pair.gather([(0, flat)], _CHECK_BYTES))
             else:
                 posted = pair.receive(pair.room(_CHECK_BYTES))
                 found = bytes(posted.take().cpu().tolist()) == self._store.get(name)

@@ -40,7 +40,7 @@ Tag = tuple[int, int, int]
 # many the lengths of parts.
 _HEAD = struct.Struct("<IIIBBHH")
 _ADDRESS = struct.Struct("<Q")
-_TENSOR, _PICKLED, _RECEIPT, _PLACED, _STAGED = range(5)
+_TENSOR, _PICKLED, _RECEIPT, _PLACED, _GROUPED = range(5)
 _ANNOUNCED = struct.Struct("<QQ")  # of what goes over a group: its number, how many bytes
 _MAX_LENGTHS = 128
 _BY_ADDRESS = 1 << 63  # in a length: the address comes in place of the part
@@ -136,7 +136,7 @@ class Arriving:
 
     `missing` is the memory for what comes yet, last one first. `is_receipt` says that it is none,
     but a receipt for the value with its tag; `is_lent` that parts of it are to be read; `is_placed`
-    that tensors may be in slots; `is_staged` that they come over a group. In either case `load` is
+    that tensors may be in slots; `is_grouped` that they come over a group. In either case `load` is
     to be set to what returns them.
     """
 
@@ -189,12 +189,12 @@ class Arriving:
         return self._kind == _PLACED
 
     @property
-    def is_staged(self) -> bool:
+    def is_grouped(self) -> bool:
         """True if tensors of it come over a group."""
-        return self._kind == _STAGED
+        return self._kind == _GROUPED
 
     @property
-    def staged(self) -> tuple[int, int]:
+    def announced(self) -> tuple[int, int]:
         """Of what comes over a group: its number, and how many bytes."""
         number, nbytes = _ANNOUNCED.unpack(self._parts[-1].numpy().data)
         return number, nbytes
@@ -365,7 +365,7 @@ def _with_carrier(value: Any, carrier: Carrier) -> tuple[int, list[Any], list[Pl
     except Exception:  # there is no memory left, for one
         logger.debug("no group for a value", exc_info=True)
         return _PICKLED, _pickled(value), []
-    return _STAGED, [*parts, announced], []
+    return _GROUPED, [*parts, announced], []
 
 
 def _memory(nbytes: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ def identity() -> tuple[str, Any]:
     return identity_of(_device()), torch.cuda.nccl.version()
 
 
-class _Staged(NamedTuple):
+class _Gathered(NamedTuple):
     memory: torch.Tensor
     written: torch.cuda.Event
 
@@ -71,21 +71,21 @@ class NcclPair:
         self._sends = torch.cuda.Stream(self.device)
         self._receives = torch.cuda.Stream(self.device)
 
-    def stage(self, parts: Sequence[tuple[int, torch.Tensor]], nbytes: int) -> _Staged:
+    def gather(self, parts: Sequence[tuple[int, torch.Tensor]], nbytes: int) -> _Gathered:
         """Copy tensors of bytes to these offsets of new memory, on this thread's stream."""
         memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         for start, flat in parts:
             memory[start : start + flat.nbytes].copy_(flat, non_blocking=True)
-        return _Staged(memory, torch.cuda.current_stream(self.device).record_event())
+        return _Gathered(memory, torch.cuda.current_stream(self.device).record_event())
 
-    def send(self, staged: _Staged) -> None:
+    def send(self, gathered: _Gathered) -> None:
         """Post a send; no thread waits for it."""
         # The memory is for others only when it has been sent. The call may wait for the allocator,
         # which may wait for the device: so it comes first.
-        staged.memory.record_stream(self._sends)
+        gathered.memory.record_stream(self._sends)
         with torch.cuda.stream(self._sends):
-            self._sends.wait_event(staged.written)
-            self._groups[self._place].send([staged.memory], 1 - self._place, 0).wait()
+            self._sends.wait_event(gathered.written)
+            self._groups[self._place].send([gathered.memory], 1 - self._place, 0).wait()
 
     def room(self, nbytes: int) -> torch.Tensor:
         """Memory to receive in."""

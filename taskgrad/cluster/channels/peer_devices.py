@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from taskgrad.cluster.channels.device_group import DeviceGroup, Stage
+from taskgrad.cluster.channels.device_group import DeviceGroup, Outgoing
 from taskgrad.cluster.channels.device_slots import DeviceSlots, Reference, shared_kind
 from taskgrad.cluster.channels.frames import Arriving
 from taskgrad.worker.devices import home
@@ -39,7 +39,7 @@ class PeerDevices:
         """True if an end waits for a message of the other."""
         return self.group is not None and self.group.is_busy
 
-    def carrier(self) -> DeviceSlots | Stage | None:
+    def carrier(self) -> DeviceSlots | Outgoing | None:
         """For the tensors of the next value; None: the host. Asks the peer what it can."""
         kind = shared_kind()
         if self._shares and kind is not None:
@@ -50,13 +50,13 @@ class PeerDevices:
                 self._tell(("offer", *offered))
             if self.slots.is_undecided:
                 return None
-        return None if self.group is None else self.group.stage()
+        return None if self.group is None else self.group.outgoing()
 
     def came(self, value: Arriving) -> list[Arriving]:
         """A value is here, perhaps but for memory on a device; returns it if it can be read."""
         if value.is_placed:
             value.load = self.slots.load
-        if value.is_staged:
+        if value.is_grouped:
             if self.group is None:
                 raise ConnectionError("a worker sends over a group that was never formed")
             return self.group.came(value)
