@@ -332,6 +332,31 @@ def test_ctrl_c_in_fit(client, nap):
     assert wait_until(lambda: total_held(client)["tapes"] == 0)
 
 
+@pytest.mark.parametrize("executor", ["compiled", "futures"])
+def test_steps_does_not_count_one_that_ctrl_c_ended(client, executor):
+    """Nor while its worker is still busy: Ctrl-C does not wait for it."""
+    model = ConvNet()
+    model[6] = nn.Sequential(nn.ReLU(), Slow())
+    chain = tg.GraphChain(model, client=client, placement=[0] * 5 + [1] * 6)
+    trainer = tg.Trainer(chain, F.cross_entropy, ADAMW, executor=executor, microbatches=2)
+    plain = PlainTrainer(ConvNet(), F.cross_entropy, ADAMW, microbatches=2)
+    batches = images(2)
+    losses = [trainer.step(*batches[0]).item()]
+    client.run(set_nap, 2.0)  # in each microbatch's forward, of which the first is interrupted
+    timer = threading.Timer(0.7, os.kill, [os.getpid(), signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step(*batches[1]).item()
+    timer.join()
+    client.run(set_nap, 0.0)
+    assert trainer.steps == 1
+    losses.append(trainer.step(*batches[1]).item())
+    assert losses == plain.train(batches)
+    ours = {n.replace("6.0", "6"): v for n, v in chain.state_dict().items()}
+    theirs = plain.model.state_dict()
+    assert [n for n, v in theirs.items() if not torch.equal(ours[n], v)] == []
+
+
 def test_a_worker_that_dies_in_a_step(fresh):
     client = fresh(n_workers=2)
     model = ConvNet()

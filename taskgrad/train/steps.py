@@ -89,9 +89,17 @@ class Steps:
 
     @property
     def taken_by_now(self) -> int:
-        """As `taken`; in a callback of a step how many were taken when that one was."""
+        """As `taken`; in a callback of a step how many were taken when that one was.
+
+        Waits where an interrupt did not: a step that it cut off is taken or taken back.
+        """
         loss = self._lock.notified
-        return self.taken if loss is None or loss.step in self._own else loss.step + 1
+        if loss is not None and loss.step not in self._own:
+            return loss.step + 1
+        if self._unsettled:
+            with self._lock.held(), contextlib.suppress(TaskgradError):
+                self._settle_interrupted()
+        return self.taken
 
     @contextlib.contextmanager
     def in_fit(self) -> Iterator[None]:
@@ -414,6 +422,11 @@ class Steps:
             self.taken = done
             self._unsettled = False
 
+    def _settle_interrupted(self) -> None:
+        """Take back the step that was interrupted, if there is one, unless all shards took it."""
+        if self._unsettled and self._broken is None:
+            self._roll_back()
+
     def _check_usable(self) -> None:
         if self._broken is not None:
             raise TaskgradError(
@@ -421,5 +434,4 @@ class Steps:
             ) from self._broken
         check_open(self._layout.session.client)
         check_owner(self._chain, self, "Trainer")
-        if self._unsettled:
-            self._roll_back()
+        self._settle_interrupted()

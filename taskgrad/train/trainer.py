@@ -238,7 +238,10 @@ class Trainer:
 
     @property
     def steps(self) -> int:
-        """How many batches were taken, or are being taken; in `on_step`, up to that step."""
+        """How many batches were taken, or are being taken; in `on_step`, up to that step.
+
+        After Ctrl-C it waits until the step that was interrupted is taken, or taken back.
+        """
         return self._steps.taken_by_now
 
     @property
