@@ -84,7 +84,7 @@ class Steps:
         self._own: set[int] = set()  # steps whose callbacks take steps themselves
         self._settled: int | None = None  # steps up to this may be so that they stay
         self._readers: WeakSet[Node] = WeakSet()  # what uses the model, not in a step
-        self._unsettled = False  # a step was interrupted, and is yet to be taken back
+        self._unsettled = False  # a step may have begun that is not counted, or no longer
         self._broken: BaseException | None = None
 
     @property
@@ -173,7 +173,7 @@ class Steps:
         self._wait_for_readers()
         if self._on_step and self._settled is None:
             self._settle_up_to(self.taken)
-        # All of it within the block: once a step may have been sent, an interrupt has to end it.
+        # All of it within the block: once a step may have been sent, an interrupt is to end it.
         try:
             try:
                 running = self._launch(batch)
@@ -188,8 +188,10 @@ class Steps:
             loss.is_read, loss.may_be_read = is_read, is_read or self._on_step.any_uncalled
             self._running.append(loss)
             self.taken += 1
+            self._unsettled = False
         except BaseException as error:
             if isinstance(error, Exception) and not isinstance(error, TaskgradError | OSError):
+                self._unsettled = False
                 error.add_note(
                     f"The batch of step {self.taken} cannot be sent to the workers; nothing "
                     "of this step was submitted, and steps before it are not affected."
@@ -200,7 +202,10 @@ class Steps:
         return loss
 
     def _launch(self, batch: Batch) -> Any:
-        """Submit the next step; what the runner knows it by."""
+        """Submit the next step; what the runner knows it by.
+
+        Until the caller has counted the step it is one that may have to be taken back.
+        """
         if batch.loss_weights:
             scales, rescale = self.accumulation.scales(batch.loss_weights, self.taken)
             batch = replace(
@@ -208,6 +213,7 @@ class Steps:
                 scales=tuple([Leaf(scale, needs_grad=False) for scale in scales]),
                 rescale=None if rescale is None else Leaf(rescale, needs_grad=False),
             )
+        self._unsettled = True
         return self._runner.submit(batch, self.taken)
 
     def wait(self) -> None:
@@ -378,6 +384,7 @@ class Steps:
                 self._running.append(loss)
                 self._taken_back.pop(0)
                 self.taken += 1
+                self._unsettled = False
             except BaseException as error:
                 for each in self._taken_back:
                     each.fail(error)
@@ -400,9 +407,7 @@ class Steps:
         """Cancel all steps that run, and go back to before the first of them."""
         with self._lock.held():
             self._unsettled = True
-            for loss in self._running:
-                loss.fail(error)
-            self._running.clear()
+            self._fail_running(error)
             interrupted = not isinstance(error, Exception)
             try:
                 self._roll_back(_INTERRUPT_S if interrupted else None)
@@ -425,7 +430,13 @@ class Steps:
     def _settle_interrupted(self) -> None:
         """Take back the step that was interrupted, if there is one, unless all shards took it."""
         if self._unsettled and self._broken is None:
+            self._fail_running(TaskgradError("the step was interrupted"))
             self._roll_back()
+
+    def _fail_running(self, error: BaseException) -> None:
+        for loss in self._running:
+            loss.fail(error)
+        self._running.clear()
 
     def _check_usable(self) -> None:
         if self._broken is not None:
