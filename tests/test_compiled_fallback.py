@@ -18,7 +18,7 @@ from conftest import keys_of, wait_until
 from plain import ConvNet, PlainTrainer, assert_same_training, images
 from taskgrad.cluster.channels.dask_comms import DaskChannels
 from taskgrad.cluster.channels.sockets import SocketChannels
-from taskgrad.executors import connections
+from taskgrad.executors import program_comms
 from test_compiled import before_a_trainer, threads_and_ports
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)
@@ -56,7 +56,7 @@ async def unreachable(address, *args, **kwargs):
 
 def test_a_driver_that_reaches_no_worker(client, caplog, monkeypatch):
     before = before_a_trainer(client)
-    monkeypatch.setattr(connections, "connect", unreachable)
+    monkeypatch.setattr(program_comms, "connect", unreachable)
     message = assert_runs_as_tasks(client, caplog, "the workers cannot be reached: ")
     assert "reached: no route to tcp://" in message
     gc.collect()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import threading
 import time
@@ -290,9 +289,8 @@ def delay_steps(seconds: float, dask_worker) -> None:
     kind = program_host._ProgramHost
     kind.prompt = getattr(kind, "prompt", kind._step)
 
-    async def delayed(self, **message):
-        await asyncio.sleep(seconds)
-        await kind.prompt(self, **message)
+    def delayed(self, **message):
+        threading.Timer(seconds, kind.prompt, [self], message).start()
 
     kind._step = delayed if seconds else kind.prompt
 

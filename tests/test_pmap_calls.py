@@ -19,7 +19,7 @@ from conftest import keys_of, wait_until
 from helpers import end_rank_programs
 from taskgrad.cluster import program_host
 from taskgrad.cluster.channels.sockets import SocketChannels
-from taskgrad.executors import connections
+from taskgrad.executors import program_comms
 from test_compiled_fallback import cut_off, join_again, unreachable
 from test_pmap_failures import empty
 
@@ -30,14 +30,14 @@ X = torch.randn(4, 3)
 def sent(monkeypatch):
     """The messages to programs: (op, bytes of inputs)."""
     found: list[tuple[str, int]] = []
-    write = connections.Connections._write
+    post = SocketChannels.post
 
-    async def counting(self, rank, message):
+    def counting(self, rank, message):
         given = message.get("inputs")
-        found.append((message["op"], sum(map(len, given.frames)) if given is not None else 0))
-        await write(self, rank, message)
+        found.append((message["op"], sum(map(len, given._frames)) if given is not None else 0))
+        post(self, rank, message)
 
-    monkeypatch.setattr(connections.Connections, "_write", counting)
+    monkeypatch.setattr(SocketChannels, "post", counting)
     return found
 
 
@@ -270,7 +270,7 @@ def test_nothing_is_left_of_a_client_that_closes(client):
 
 def test_workers_that_cannot_be_reached_run_tasks(client, monkeypatch):
     forget_groups(client)
-    monkeypatch.setattr(connections, "connect", unreachable)
+    monkeypatch.setattr(program_comms, "connect", unreachable)
     before = keys_of(client, "forward:rank_")
     f = tg.pmap(lambda x: tg.psum(x, "i"), "i", client=client)
     for _ in range(2):

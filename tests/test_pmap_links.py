@@ -97,7 +97,7 @@ def test_nothing_goes_over_dask_and_nothing_is_torn(client, messages, ranks, tap
 
 def test_without_a_link_they_go_over_dask(client, messages, monkeypatch):
     end_rank_programs(client)
-    monkeypatch.setattr("taskgrad.executors.connections.connect", unreachable)
+    monkeypatch.setattr("taskgrad.executors.program_comms.connect", unreachable)
     w = torch.ones(3, requires_grad=True)
     found = tg.pmap(lambda x: tg.psum(w * x, "i"), "i", client=client)(torch.ones(2, 3))
     found.sum().backward()

@@ -13,7 +13,7 @@ import torch
 
 from conftest import wait_until
 from taskgrad.cluster.channels.frames import Tag
-from taskgrad.cluster.channels.sockets import SocketChannels
+from taskgrad.cluster.channels.sockets import DRIVER, SocketChannels
 
 HOST = "127.0.0.1"
 
@@ -21,13 +21,20 @@ HOST = "127.0.0.1"
 class End:
     """A worker's end, and what came to it."""
 
-    def __init__(self, rank: int, size: int, lends: bool = True, groups: bool = False) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        lends: bool = True,
+        groups: bool = False,
+        listens: bool = True,
+    ) -> None:
         self.came: dict[Tag, Any] = {}
         self.lost: list[int] = []
         self.channels = SocketChannels(
             "a secret", rank, size, lends, groups, self.came.__setitem__, self.lost.append
         )
-        self.port = self.channels.listen(HOST)
+        self.port = self.channels.listen(HOST) if listens else 0
 
     def value(self, tag: Tag) -> Any:
         """Wait for a value, as a program does."""
@@ -38,8 +45,8 @@ class End:
         return self.channels.unpack(self.came.pop(tag))
 
 
-def connect(ends: list[End]) -> None:
-    where = [(HOST, end.port) for end in ends]
+def connect(ends: list[End], driver: bool = False) -> None:
+    where = [(HOST, end.port) for end in ends] + [("", 0)] * driver
     threads = [threading.Thread(target=e.channels.connect, args=(where, 10)) for e in ends]
     for thread in threads:
         thread.start()
@@ -54,7 +61,7 @@ def three():
     yield ends
     for end in ends:
         end.channels.close(5)
-    assert not any(t.name == "taskgrad-channels" for t in threading.enumerate())
+        assert not end.channels._thread.is_alive()
 
 
 def test_values_come_from_everybody(three):
@@ -88,6 +95,71 @@ def test_large_values_pass_while_both_programs_compute(lend, attended):
     assert wait_until(lambda: not any(p.lent for e in ends for p in e.channels._peers.values()))
     for end in ends:
         end.channels.close(5)
+
+
+@pytest.fixture
+def driven():
+    """Two workers' ends, and a driver's."""
+    ends = [End(rank, 2) for rank in range(2)]
+    driver = End(2, 3, lends=False, listens=False)
+    driver.channels.reach([(HOST, end.port) for end in ends], 10)
+    thread = threading.Thread(target=driver.channels.join, args=(10,))
+    thread.start()
+    connect(ends, driver=True)
+    thread.join(20)
+    yield driver, ends
+    for end in (driver, *ends):
+        end.channels.close(5)
+        assert not end.channels._thread.is_alive()
+
+
+def test_a_driver_takes_part(driven):
+    driver, ends = driven
+    for rank, end in enumerate(ends):
+        driver.channels.post(rank, {"op": "step", "number": rank})
+        assert end.value(DRIVER) == {"op": "step", "number": rank}
+        end.channels.send(2, DRIVER, {"op": "done", "by": rank})
+        assert wait_until(lambda: DRIVER in driver.came)
+        assert driver.channels.unpack(driver.came.pop(DRIVER)) == {"op": "done", "by": rank}
+    ends[0].channels.send(1, (0, 0, 0), torch.ones(3))
+    assert ends[1].value((0, 0, 0)).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("attended", [True, False])
+def test_what_a_driver_posts_is_sent_whatever_the_program_does(driven, attended):
+    """More than the system keeps for a connection, to a program that computes, or that rests."""
+    driver, ends = driven
+    ends[0].channels.attend(attended)
+    given = torch.randn(8_000_000)
+    driver.channels.post(0, {"x": given})
+    assert wait_until(driver.channels.has_posted)
+    kept = given.clone()
+    given.zero_()
+    assert wait_until(lambda: DRIVER in ends[0].came)
+    assert torch.equal(ends[0].value(DRIVER)["x"], kept)
+
+
+def test_a_driver_and_its_programs_find_each_other_lost(driven):
+    driver, ends = driven
+    ends[1].channels.close(5)
+    assert wait_until(lambda: driver.lost == [1])
+    driver.channels.post(1, "goes nowhere, and raises nothing")
+    assert wait_until(driver.channels.has_posted)
+    driver.channels.close(5)
+    assert wait_until(lambda: sorted(ends[0].lost) == [1, 2])
+
+
+def test_a_driver_that_reaches_no_worker():
+    driver = End(1, 2, listens=False)
+    with pytest.raises(OSError, match="refused"):
+        driver.channels.reach([(HOST, free_port())], 10)
+    driver.channels.close(5)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind((HOST, 0))
+        return found.getsockname()[1]
 
 
 def test_what_nobody_reads_is_not_kept(three):

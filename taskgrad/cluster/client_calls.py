@@ -113,8 +113,13 @@ def call_with_deadline(client: Client, call: Callable[[], Awaitable[T]], what: s
         ) from error
     finally:
         pending.cancel()
-    raise TaskgradError(
-        f"the cluster was asked {what}, and has not answered for {seconds:g} s: its scheduler or "
-        "a worker hangs, or is very slow. Look at the dashboard and the logs, or raise Dask's "
-        "setting taskgrad.answer-deadline"
+    raise unanswered(what)
+
+
+def unanswered(what: str) -> TaskgradError:
+    """The error of a call that is not answered in time; `what` as above."""
+    return TaskgradError(
+        f"the cluster was asked {what}, and has not answered for {deadline('answer'):g} s: its "
+        "scheduler or a worker hangs, or is very slow. Look at the dashboard and the logs, or "
+        "raise Dask's setting taskgrad.answer-deadline"
     )

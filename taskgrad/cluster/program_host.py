@@ -1,7 +1,8 @@
 """Worker: hosts the resident programs of trainers: their driver's connection, and their channels.
 
 A driver opens one connection to each worker of its chain, with the operation `PROGRAM`, and both
-sides then send messages on it until it closes. Each is a dictionary with its kind under "op":
+sides then send messages until it closes: on it, or on the channels once they are joined, if these
+are sockets and the driver reaches them. Each is a dictionary with its kind under "op":
 
 from the driver
     ``listen``, ``connect``  join the workers' channels
@@ -25,8 +26,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from distributed import Worker, get_worker
@@ -41,18 +43,20 @@ from taskgrad.cluster.channels.dask_comms import CHANNEL, DaskChannels
 from taskgrad.cluster.channels.frames import Tag
 from taskgrad.cluster.channels.links import Link
 from taskgrad.cluster.channels.rank_mail import RankMail
-from taskgrad.cluster.channels.sockets import SocketChannels
+from taskgrad.cluster.channels.sockets import DRIVER, SocketChannels
 from taskgrad.cluster.channels.step_mail import StepMail
 from taskgrad.cluster.closing import hang_up, stop_answering
+from taskgrad.cluster.config import deadline
 from taskgrad.cluster.nested import give_thread_back
 from taskgrad.cluster.wire.message_values import serialized_if_large
 from taskgrad.cluster.wire.peers import registry_at
 from taskgrad.cluster.wire.picklable import check_picklable
 from taskgrad.cluster.wire.serialize import dumps_whole
-from taskgrad.errors import TaskgradError, WorkerLostError
+from taskgrad.errors import TaskgradError, TravelError, WorkerLostError
 from taskgrad.graph import pack
 from taskgrad.graph.parts import StoredPart
 from taskgrad.graph.torch_settings import TorchSettings
+from taskgrad.remote_errors import text_of
 from taskgrad.worker import parts
 from taskgrad.worker.failures import exit_error
 from taskgrad.worker.rank_forward import RANKS, KeptInput, RankForward
@@ -166,7 +170,9 @@ class _ProgramHost:
         self.is_connected = False  # to the other workers, who may not be connected yet
         self._addresses = list(addresses)
         self._loop: Any = worker.loop
+        self._thread = threading.get_ident()  # of the event loop
         self._outgoing: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._driver: int | None = None  # its place among the channels, if it takes part
         self._gave_thread_back = False
         self._runs_ranks = False
         self._kept: dict[int, Any] = {}  # inputs of later steps, too
@@ -196,15 +202,22 @@ class _ProgramHost:
                 op = message.pop("op")
                 if op == "close":
                     return
-                try:
-                    await getattr(self, f"_{op}")(**message)
-                except Exception as error:  # unpickling a program, say
-                    self.tell({"op": "failed", "step": -1, "error": error})
+                if op == "connect":
+                    await self._connect(**message)
+                else:
+                    self._do(op, message)
                 del message
         except OSError:
             pass
         finally:
             writer.cancel()
+
+    def _do(self, op: str, message: dict[str, Any]) -> None:
+        """Do what a message says, in the event loop or a thread of the channels."""
+        try:
+            getattr(self, f"_{op}")(**message)
+        except Exception as error:  # unpickling a program, say
+            self.tell({"op": "failed", "step": -1, "error": error})
 
     def hang_up(self) -> None:
         """End the connection to the driver, as if that had."""
@@ -222,18 +235,20 @@ class _ProgramHost:
         else:
             await channels.close()
 
-    async def _listen(self) -> None:
+    def _listen(self) -> None:
         assert isinstance(self.channels, SocketChannels)
         host = get_address_host(self._worker.address)
         self.tell({"op": "listening", "port": self.channels.listen(host)})
 
-    async def _connect(self, seconds: float, ports: Sequence[int] = ()) -> None:
+    async def _connect(
+        self, seconds: float, ports: Sequence[int] = (), driver: bool = False
+    ) -> None:
         channels = self.channels
         try:
             if isinstance(channels, SocketChannels):
                 hosts = map(get_address_host, self._addresses)
                 where = list(zip(hosts, ports, strict=True))
-                await self._in_thread(channels.connect, where, seconds)
+                await self._in_thread(channels.connect, where + [("", 0)] * driver, seconds)
             else:
                 await channels.connect(self._addresses, seconds)
         except Exception as error:
@@ -241,28 +256,30 @@ class _ProgramHost:
         else:
             self.is_connected = True
             self.tell({"op": "connected", "error": ""})
+            if driver:
+                self._driver = len(self._addresses)
 
     async def _in_thread(self, function: Any, *args: Any) -> None:
         await self._loop.asyncio_loop.run_in_executor(None, function, *args)
 
-    async def _load(self, number: int, program: bytes) -> None:
+    def _load(self, number: int, program: bytes) -> None:
         self.resident.load(number, pack.loads_plain(program))
 
-    async def _unload(self, number: int) -> None:
+    def _unload(self, number: int) -> None:
         self.resident.unload(number)
 
-    async def _drop(self, numbers: Sequence[int]) -> None:
+    def _drop(self, numbers: Sequence[int]) -> None:
         for number in numbers:
             self._kept.pop(number, None)
 
-    async def _step(self, number: int, program: int, inputs: list[Any], settle: int) -> None:
+    def _step(self, number: int, program: int, inputs: list[Any], settle: int) -> None:
         if settle >= 0:
             self.resident.settle(settle)
         self.resident.add(StepInputs(number, program, list(map(self._input, inputs))))
 
     def _input(self, given: Any) -> Any:
         if isinstance(given, StoredResult):
-            return self._worker.data[given.key]
+            return self._stored(given.key)
         if isinstance(given, StoredPart):
             return parts.read(self._store, given)
         if not isinstance(given, KeptInput):
@@ -271,25 +288,43 @@ class _ProgramHost:
             self._kept[given.number] = given.value
         return self._kept[given.number]
 
-    async def _settle(self, step: int) -> None:
+    def _settle(self, step: int) -> None:
         if not self.resident.settle(step):
-            await self._in_thread(self.resident.settle_now)
+            self._in_loop(self._loop.asyncio_loop.run_in_executor, None, self.resident.settle_now)
 
-    async def _rest(self) -> None:
+    def _rest(self) -> None:
         self.resident.rest()
 
-    async def _cut_off(self, address: str, worker: str) -> None:
+    def _cut_off(self, address: str, worker: str) -> None:
         error = TaskgradError(
             f"the connection to worker {worker} was lost, which the driver still reaches: look at "
             "the network between the workers, then call again"
         )
         self._store.mailboxes.cut_off(address, error)
 
-    async def _stop(self, epoch: int) -> None:
+    def _stop(self, epoch: int) -> None:
         self.resident.stop(epoch)
 
+    def _stored(self, key: str) -> Any:
+        """The result of a task; Dask's own thread reads it."""
+        data = self._worker.data
+        if threading.get_ident() == self._thread:
+            return data[key]
+
+        async def read() -> Any:
+            return data[key]
+
+        found = asyncio.run_coroutine_threadsafe(read(), self._loop.asyncio_loop)
+        return found.result(deadline("answer"))
+
+    def _in_loop(self, function: Callable[..., Any], *args: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the worker
+            self._loop.asyncio_loop.call_soon_threadsafe(function, *args)
+
     def _deliver(self, tag: Tag, arrived: Any) -> None:
-        if self.link is not None:
+        if tag == DRIVER:
+            self._hear(arrived)
+        elif self.link is not None:
             self.link.deliver(arrived)
         elif StepMail.is_for(tag):
             self._step_mail.deliver(tag, arrived)
@@ -298,11 +333,29 @@ class _ProgramHost:
         else:
             self.resident.deliver(tag, arrived)
 
+    def _hear(self, arrived: Any) -> None:
+        """The driver's message has come over the channels."""
+        try:
+            message = self.channels.unpack(arrived)
+        except Exception as error:
+            name = WorkerName(self._worker.address, self._worker.name)
+            problem = TravelError(
+                f"what a step takes cannot be unpickled on worker {name} ({text_of(error)}): the "
+                "classes of a batch have to be importable there, and to unpickle without an error"
+            )
+            problem.__cause__ = error
+            self.tell({"op": "failed", "step": -1, "error": problem})
+        else:
+            self._do(message.pop("op"), message)
+
     def _sent(self) -> None:
         if self.link is not None:
             self.link.sent()
 
     def _lost(self, peer: int) -> None:
+        if peer == self._driver:
+            self._in_loop(self.hang_up)
+            return
         if self.link is not None:
             self.link.lost(peer)
         self.tell({"op": "peer_lost", "address": self._addresses[peer]})
@@ -361,21 +414,24 @@ class _ProgramHost:
         """Send a message to the driver; any thread may call."""
         if "error" in message and isinstance(message["error"], BaseException):
             message["error"] = remote_errors.dumps(message["error"])
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the worker
-            self._loop.asyncio_loop.call_soon_threadsafe(self._outgoing.put_nowait, message)
+        if self._driver is None:
+            self._in_loop(self._outgoing.put_nowait, message)
+            return
+        self._pack_reports(message, None)
+        self.channels.send(self._driver, DRIVER, message)
+
+    def _pack_reports(self, message: dict[str, Any], comm: Comm | None) -> None:
+        if "reports" in message:
+            # What steps report may be memory that the next one writes.
+            found = message["reports"]
+            ranks = self._runs_ranks
+            message["reports"] = serialized_if_large(found, comm) if ranks else dumps_whole(found)
 
     async def _write(self) -> None:
         with contextlib.suppress(OSError):  # the driver is gone, as `serve` finds
             while True:
                 message = await self._outgoing.get()
-                if "reports" in message:
-                    # What steps report may be memory that the next one writes.
-                    found = message["reports"]
-                    message["reports"] = (
-                        serialized_if_large(found, self._comm)
-                        if self._runs_ranks
-                        else dumps_whole(found)
-                    )
+                self._pack_reports(message, self._comm)
                 with internals.writing_at_once(self._comm):  # all is bytes already
                     await self._comm.write(message)
 

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import itertools
-import logging
 import math
 import threading
 import weakref
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import dask
 from distributed import Client, Future
-from distributed.comm.core import Comm, connect
 
 from taskgrad import remote_errors
-from taskgrad.cluster import client_calls, internals
+from taskgrad.cluster import client_calls
 from taskgrad.cluster.changes import Changes
-from taskgrad.cluster.config import deadline, device_groups
-from taskgrad.cluster.program_host import PROGRAM, run_program
+from taskgrad.cluster.config import deadline
+from taskgrad.cluster.program_host import run_program
 from taskgrad.cluster.scheduler_plugin import ANNOTATION
 from taskgrad.cluster.wire import message_values
 from taskgrad.errors import TaskgradError
+from taskgrad.executors.program_comms import ProgramComms
 from taskgrad.executors.task_stream import Row, TaskStream
 from taskgrad.worker_names import WorkerName
-
-# Up to so many bytes Dask need not look at a message to tell whether a thread should serialize it.
-_AT_ONCE_MAX = 1 << 20
-# Each of two ways to connect workers may take this part of the time that an answer may.
-_TRIES = 3
-_SOCKETS_S = 10.0  # for the first way at most: a firewall may drop what it does not let pass
-
-
-logger = logging.getLogger("taskgrad")
 
 
 class Connections:
@@ -80,13 +69,9 @@ class Connections:
         self.lock = threading.RLock()
         self.changed = Changes()
         self._client = client
-        self._name = name
         self._kind = kind
         self._links = links
         self._names = names
-        self._comms: list[Comm] = []
-        self._locks: list[asyncio.Lock] = []
-        self._readers: list[asyncio.Task[None]] = []
         self._epoch = 0
         self._stopped = set(range(len(workers)))  # ranks on which nothing of old epochs runs
         self._accepting = True  # False from a stop until `begin_again`
@@ -98,85 +83,17 @@ class Connections:
         self._numbers = itertools.count()  # of these tasks
         self._lost: set[int] = set()
         self._stream = TaskStream(client, self.workers)
-        self._background: set[asyncio.Task[None]] = set()
-        self._finalizer = weakref.finalize(self, _close, client, self._comms)
+        hear = weakref.WeakMethod(self._heard)
+        self._comms = ProgramComms(client, name, self.workers, hear, self.changed)
+        self._finalizer = weakref.finalize(self, self._comms.close)
         try:
-            problem = client_calls.call_with_deadline(
-                client, lambda: self._open(tokens), "to connect for programs"
-            )
-            if problem:
-                raise OSError(problem)
+            self._comms.open(tokens, self._named, links=links)
         except BaseException:
             self.close()
             raise
 
     def _named(self, address: str) -> WorkerName:
         return WorkerName(address, self._names.get(address))
-
-    async def _open(self, tokens: Sequence[str]) -> str:
-        """Connect to the workers, and have them connect; returns why that failed, or ""."""
-        # TLS is a matter of Dask's own connections.
-        plain = all(address.startswith("tcp://") for address in self.workers)
-        problem = await self._open_channels(tokens, plain) if plain else "not tried"
-        if problem and not self._links:
-            if plain and self._comms:
-                logger.info("training steps send values over Dask's own connections: %s", problem)
-                self._name += "-dask"
-            await self._close_comms()
-            problem = await self._open_channels(tokens, sockets=False)
-        if not problem:
-            this = weakref.ref(self)
-            self._readers += [
-                asyncio.create_task(_listen(this, rank, comm))
-                for rank, comm in enumerate(self._comms)
-            ]
-        return problem
-
-    async def _open_channels(self, tokens: Sequence[str], sockets: bool) -> str:
-        """As `_open`, with channels over sockets, or over Dask's own connections."""
-        seconds = deadline("answer") / _TRIES
-        if sockets:
-            seconds = min(seconds, _SOCKETS_S)
-        comms = self._comms
-        try:
-            for rank, address in enumerate(self.workers):
-                comm = await connect(address, seconds, **self._client.connection_args)
-                comms.append(comm)
-                self._locks.append(asyncio.Lock())
-                about = {
-                    "rank": rank,
-                    "addresses": self.workers,
-                    "sockets": sockets,
-                    "groups": device_groups(),
-                    "tokens": tokens[rank : rank + 1],
-                    "links": self._links,
-                }
-                hello = {"op": PROGRAM, "name": self._name, "client": self._client.id, **about}
-                await comm.write(hello)
-            if len(comms) == 1:
-                return ""
-            where = {}
-            if sockets:
-                for comm in comms:
-                    await comm.write({"op": "listen"})
-                where = {"ports": [(await _read(comm))["port"] for comm in comms]}
-            for comm in comms:
-                await comm.write({"op": "connect", "seconds": seconds, **where})
-            for address, comm in zip(self.workers, comms, strict=True):
-                problem = (await _read(comm))["error"]
-                if problem:
-                    return f"{self._named(address)} cannot be connected with the others: {problem}"
-        except OSError as error:
-            return str(error)
-        return ""
-
-    async def _close_comms(self) -> None:
-        for comm in self._comms:
-            with contextlib.suppress(OSError):
-                await comm.write({"op": "close"})
-                await comm.close()
-        self._comms.clear()
-        self._locks.clear()
 
     def load(
         self, number: int, programs: Sequence[bytes], labels: list[list[tuple[str, str]]]
@@ -190,21 +107,15 @@ class Connections:
         """Have the workers drop a program."""
         with self.lock:
             self._stream.unlabel(number)
-        self._send([{"op": "unload", "number": number} for _ in self.workers])
+        self._send(self._to_each({"op": "unload", "number": number}))
 
     def drop(self, numbers: Sequence[int]) -> None:
         """Have the workers drop inputs that they keep; does not wait. Any thread may call."""
-        if internals.loop_runs(self._client):
-            loop: Any = self._client.loop
-            message = {"op": "drop", "numbers": list(numbers)}
-            asyncio.run_coroutine_threadsafe(self._to_all(message), loop.asyncio_loop)
+        self._comms.post(self._to_each({"op": "drop", "numbers": list(numbers)}))
 
     def packed(self, inputs: Sequence[Any]) -> list[Any]:
         """The inputs of a step for each worker, serialized; raises what that raises."""
-        return [
-            message_values.serialized(list(given), comm)
-            for given, comm in zip(inputs, self._comms, strict=True)
-        ]
+        return self._comms.packed(inputs)
 
     def step(self, number: int, program: int, packed: Sequence[Any]) -> None:
         """Have every worker take a step, each with its `packed` inputs."""
@@ -220,7 +131,7 @@ class Connections:
             self._settle_limit = number
             step = -1 if self._tasks else self._settle()  # a running task's end says it
         if step >= 0 and self._client.status == "running":
-            self._send([{"op": "settle", "step": step} for _ in self.workers])
+            self._send(self._to_each({"op": "settle", "step": step}))
 
     def _settle(self) -> int:
         """The step that workers are to be told of as taken by all, -1 for none."""
@@ -232,14 +143,14 @@ class Connections:
     def rest(self) -> None:
         """No step comes for now: end the tasks that take them."""
         if self._tasks and self._client.status == "running":
-            self._send([{"op": "rest"} for _ in self.workers])
+            self._send(self._to_each({"op": "rest"}))
 
     def stop(self) -> None:
         """End the steps that run; `is_stopped` is true when nothing of them runs any more."""
         if self._client.status != "running":
             self.close()
             return
-        client_calls.call_with_deadline(self._client, self._stop, "to stop")
+        self._comms.send(self._stopping(), "to stop")
 
     @property
     def is_stopped(self) -> bool:
@@ -276,26 +187,19 @@ class Connections:
         self._finalizer()
 
     def _send(self, messages: Sequence[dict[str, Any]], *, with_tasks: bool = False) -> None:
-        async def write() -> None:
-            if with_tasks:
-                self._start_tasks()
-            await asyncio.gather(
-                *(self._write(rank, message) for rank, message in enumerate(messages))
-            )
+        async def start() -> None:
+            self._start_tasks()
 
-        client_calls.call_with_deadline(self._client, write, "to take a step")
+        what = "to take a step"
+        if with_tasks and len(self._tasks) < len(self.workers):
+            client_calls.call_with_deadline(self._client, start, what)
+        self._comms.send(messages, what)
 
-    async def _write(self, rank: int, message: dict[str, Any]) -> None:
-        async with self._locks[rank]:
-            comm = self._comms[rank]
-            given = message.get("inputs")
-            large = given is not None and sum(map(len, given.frames)) > _AT_ONCE_MAX
-            at_once = contextlib.nullcontext() if large else internals.writing_at_once(comm)
-            with contextlib.suppress(OSError), at_once:  # its reader finds that it is gone
-                await comm.write(message)
+    def _to_each(self, message: dict[str, Any]) -> list[dict[str, Any]]:
+        return [dict(message) for _ in self.workers]
 
     def _start_tasks(self) -> None:
-        """On every worker a task that takes steps, where none does."""
+        """On every worker a task that takes steps, where none does; in the event loop."""
         for rank, address in enumerate(self.workers):
             if rank in self._tasks or rank in self._lost:
                 continue
@@ -305,34 +209,24 @@ class Connections:
             ):
                 self._tasks[rank] = self._client.submit(
                     run_program,
-                    self._name,
+                    self._comms.name,
                     workers=[address],
                     # Dask would take a task of a key that it knows for one that is done.
-                    key=f"{self._kind}-{self._name}-{rank}-{next(self._numbers)}",
+                    key=f"{self._kind}-{self._comms.name}-{rank}-{next(self._numbers)}",
                     pure=False,
                 )
 
-    def _stop(self) -> Coroutine[Any, Any, None]:
-        """Count everything as running; the coroutine has the workers stop."""
+    def _stopping(self) -> list[dict[str, Any]]:
+        """Count everything as running; the messages that have the workers stop."""
         with self.lock:
             self._epoch += 1
             self._accepting = False
             self._stopped.clear()
             self.positions.clear()
-        return self._to_all({"op": "stop", "epoch": self._epoch})
-
-    async def _to_all(self, message: dict[str, Any]) -> None:
-        ranks = range(len(self.workers))
-        await asyncio.gather(*(self._write(rank, dict(message)) for rank in ranks))
-
-    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine in the client's event loop, in which this is called."""
-        task = asyncio.ensure_future(coroutine)
-        self._background.add(task)  # asyncio itself keeps weak references only
-        task.add_done_callback(self._background.discard)
+            return self._to_each({"op": "stop", "epoch": self._epoch})
 
     def _heard(self, rank: int, message: dict[str, Any]) -> None:
-        """A worker's message; in the client's event loop."""
+        """A worker's message; in any thread."""
         with self.lock:
             op = message["op"]
             if op == "done":
@@ -353,18 +247,21 @@ class Connections:
                 self._taken[rank] += message["taken"]
                 settle = self._settle()
                 if settle >= 0:  # no step comes that could say it
-                    self._start(self._to_all({"op": "settle", "step": settle}))
+                    self._comms.post(self._to_each({"op": "settle", "step": settle}))
                 if self._accepting and self._taken[rank] < self._sent:
-                    self._start_tasks()
+                    self._comms.in_loop(self._start_tasks)
             elif op == "peer_lost":
-                asyncio.get_running_loop().call_later(1.0, self._peer_lost, message["address"])
+                self._comms.in_loop(partial(self._peer_lost, message["address"]), 1.0)
+            elif op == "gone":
+                self._lost.add(rank)
+                self._fail(self.workers[rank])
             self.changed.notify_all()
 
     def _peer_lost(self, address: str) -> None:
         """Workers lost their connection to one that the driver may still reach."""
         if self._links and self.error is None:  # what was sent may be lost, and is waited for
             about = {"address": address, "worker": str(self._named(address))}
-            self._start(self._to_all({"op": "cut_off", **about}))
+            self._comms.post(self._to_each({"op": "cut_off", **about}))
         with self.lock:
             if self.error is None:
                 self._fail(
@@ -379,51 +276,6 @@ class Connections:
     def _fail(self, error: BaseException | str) -> None:
         if self.error is None:
             self.error = error
-            self._start(self._stop())  # at once, not when somebody waits
+            self._comms.post(self._stopping())  # at once, not when somebody waits
         elif isinstance(error, str) and not isinstance(self.error, str):
             self.error = error  # a lost worker explains others' errors
-
-    def _gone(self, rank: int) -> None:
-        with self.lock:
-            self._lost.add(rank)
-            self._fail(self.workers[rank])
-            self.changed.notify_all()
-
-
-async def _read(comm: Comm) -> Any:
-    return await comm.read()
-
-
-async def _listen(this: weakref.ref[Connections], rank: int, comm: Comm) -> None:
-    """Read a worker's messages for as long as the connections are used."""
-    while True:
-        try:
-            message: Any = await comm.read()
-        except OSError:
-            found = this()
-            if found is not None and found._finalizer.alive:
-                found._gone(rank)
-            return
-        found = this()
-        if found is None:
-            return
-        found._heard(rank, message)
-        del found, message
-
-
-def _close(client: Client, comms: Sequence[Comm]) -> None:
-    """Close connections, in the client's event loop if that still runs."""
-
-    async def close() -> None:
-        for comm in comms:
-            with contextlib.suppress(OSError):
-                await comm.write({"op": "close"})
-                await comm.close()
-
-    if internals.loop_runs(client):
-        loop: Any = client.loop
-        asyncio.run_coroutine_threadsafe(close(), loop.asyncio_loop)
-    else:  # the client is closed
-        for comm in comms:
-            with contextlib.suppress(Exception):
-                comm.abort()

@@ -1,4 +1,4 @@
-"""Worker: the socket to one other worker: what is left to be sent on it, and what has come."""
+"""The socket to one other worker: what is left to be sent on it, and what has come."""
 
 from __future__ import annotations
 
@@ -68,6 +68,10 @@ class SocketPeer:
         with self._sending:
             self._left.extend(buffers)
             return self._flush()
+
+    def put(self, buffers: Sequence[memoryview]) -> None:
+        """Leave these bytes to be sent by `flush`."""
+        self._left.extend(buffers)
 
     def flush(self) -> bool:
         """Send what the connection takes now; True if nothing is left."""

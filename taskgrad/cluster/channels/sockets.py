@@ -1,4 +1,4 @@
-"""Worker: channels over TCP sockets of our own, one connection for each two workers.
+"""Channels over TCP sockets of our own, one connection for each two workers, and for the driver.
 
 A program's thread sends what the socket takes at once, and receives while it waits for a value: so
 a small value needs no other thread on its way. While the program computes, or does not run, a
@@ -35,8 +35,10 @@ _NAP_S, _SHORT_NAP_S = 0.05, 0.005
 _EPOCH = struct.Struct("<Q")
 _GUARD = struct.Struct(f"<{TOKEN_BYTES}sQ")
 _CLOSED = 2**63  # later than any epoch
-# The tag of messages about devices: of an epoch that never comes.
+# The tags of messages about devices, and of those between driver and programs: of an epoch that
+# never comes.
 _DEVICES = (2**32 - 1, 0, 0)
+DRIVER = (2**32 - 1, 1, 0)
 # How long somebody who connects may take to say the group's name.
 _STRANGER_S = 2.0
 # What either end of a connection says first: its rank, and where the other can try to read.
@@ -51,7 +53,8 @@ class SocketChannels:
     name
         A name that only the group knows; who connects has to tell it.
     rank, size
-        This worker's place among the workers, and their number.
+        This worker's place among the workers, and their number. The driver may be one more, the
+        last: it uses `reach` and `join` in place of `listen` and `connect`.
     lends
         True if other processes of this host may read large values in this one's memory.
     groups
@@ -89,6 +92,7 @@ class SocketChannels:
         self._sent = sent
         self._listener: socket.socket | None = None
         self._peers: dict[int, SocketPeer] = {}
+        self._reached: list[socket.socket] = []  # of a driver, which the others do not know yet
         self._selector = selectors.DefaultSelector()
         self._wakes, self._woken_by = socket.socketpair()
         self._selector.register(self._woken_by, selectors.EVENT_READ)
@@ -115,7 +119,10 @@ class SocketChannels:
         return port
 
     def connect(self, addresses: Sequence[tuple[str, int]], seconds: float) -> None:
-        """Connect to all others, who do the same; raises OSError if that takes longer."""
+        """Connect to all others, who do the same; raises OSError if that takes longer.
+
+        Of a driver, which comes last if it takes part, the address does not matter.
+        """
         assert self._listener is not None
         until = time.monotonic() + seconds
         self._hosts = [host for host, _ in addresses]
@@ -124,7 +131,7 @@ class SocketChannels:
                 found = socket.create_connection(addresses[rank], _left(until))
                 found.sendall(self._name)
                 self._add(found, *self._introduce(found))
-            while len(self._peers) < self._size - 1:
+            while len(self._peers) < len(addresses) - 1:
                 listener.settimeout(_left(until))
                 found, _ = listener.accept()
                 found.settimeout(min(_STRANGER_S, _left(until)))
@@ -133,6 +140,28 @@ class SocketChannels:
                         self._add(found, *self._introduce(found))
                     else:
                         found.close()
+        self._thread.start()
+
+    def reach(self, addresses: Sequence[tuple[str, int]], seconds: float) -> None:
+        """For a driver, once all listen: connect to them; raises OSError if that takes longer.
+
+        They wait for nothing else it says, so that it may serve one after the other.
+        """
+        until = time.monotonic() + seconds
+        for address in addresses:
+            found = socket.create_connection(address, _left(until))
+            self._reached.append(found)
+            found.sendall(self._name + _HELLO.pack(self._rank, *self._lease.token) + b"n")
+
+    def join(self, seconds: float) -> None:
+        """For a driver, once all connect: hear who they are; raises OSError or EOFError."""
+        until = time.monotonic() + seconds
+        for found in self._reached:
+            found.settimeout(_left(until))
+            rank, *about = _HELLO.unpack(_receive(found, _HELLO.size))
+            _receive(found, 1)
+            self._add(found, rank, ValidityToken(*about), False)
+        self._reached.clear()
         self._thread.start()
 
     def _introduce(self, connection: socket.socket) -> tuple[int, ValidityToken, bool]:
@@ -167,6 +196,8 @@ class SocketChannels:
         self.forget(_CLOSED)
         for peer in self._peers.values():
             peer.close()
+        for found in self._reached:
+            found.close()
         if self._listener is not None:
             self._listener.close()
         self._lease.end()
@@ -216,6 +247,19 @@ class SocketChannels:
         self._send(found, packed.buffers)
         if found.devices.is_busy:  # the peer may ask for the rest while this program computes
             self._hurry.set()
+
+    def post(self, peer: int, value: Any) -> None:
+        """For a driver: have the channels' thread send a message to a program.
+
+        The thread that calls this does not send: an interrupt would not tell how much was sent.
+        Raises what pickling the value raises.
+        """
+        self._peers[peer].put(pack(DRIVER, value).buffers)
+        self._interrupt()
+
+    def has_posted(self) -> bool:
+        """True if all that was posted has been sent, or will never be."""
+        return not any(peer.is_sending for peer in self._peers.values())
 
     def has_sent(self, peer: int, tag: Tag) -> bool:
         """True if the memory of a value that was sent is not needed any more."""
