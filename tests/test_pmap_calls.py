@@ -32,10 +32,11 @@ def sent(monkeypatch):
     found: list[tuple[str, int]] = []
     post = SocketChannels.post
 
-    def counting(self, rank, message):
-        given = message.get("inputs")
-        found.append((message["op"], sum(map(len, given._frames)) if given is not None else 0))
-        post(self, rank, message)
+    def counting(self, messages):
+        for message in messages:
+            given = message.get("inputs")
+            found.append((message["op"], sum(map(len, given._frames)) if given is not None else 0))
+        post(self, messages)
 
     monkeypatch.setattr(SocketChannels, "post", counting)
     return found

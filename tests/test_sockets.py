@@ -115,8 +115,8 @@ def driven():
 
 def test_a_driver_takes_part(driven):
     driver, ends = driven
+    driver.channels.post([{"op": "step", "number": rank} for rank in range(2)])
     for rank, end in enumerate(ends):
-        driver.channels.post(rank, {"op": "step", "number": rank})
         assert end.value(DRIVER) == {"op": "step", "number": rank}
         end.channels.send(2, DRIVER, {"op": "done", "by": rank})
         assert wait_until(lambda: DRIVER in driver.came)
@@ -131,7 +131,7 @@ def test_what_a_driver_posts_is_sent_whatever_the_program_does(driven, attended)
     driver, ends = driven
     ends[0].channels.attend(attended)
     given = torch.randn(8_000_000)
-    driver.channels.post(0, {"x": given})
+    driver.channels.post([{"x": given}, None])
     assert wait_until(driver.channels.has_posted)
     kept = given.clone()
     given.zero_()
@@ -143,7 +143,7 @@ def test_a_driver_and_its_programs_find_each_other_lost(driven):
     driver, ends = driven
     ends[1].channels.close(5)
     assert wait_until(lambda: driver.lost == [1])
-    driver.channels.post(1, "goes nowhere, and raises nothing")
+    driver.channels.post(["arrives", "goes nowhere, and raises nothing"])
     assert wait_until(driver.channels.has_posted)
     driver.channels.close(5)
     assert wait_until(lambda: sorted(ends[0].lost) == [1, 2])

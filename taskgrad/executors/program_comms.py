@@ -134,21 +134,20 @@ class ProgramComms:
                 for comm in comms:
                     await comm.write({"op": "listen"})
                 ports = [(await _read(comm))["port"] for comm in comms]
-                where = {"ports": ports, "driver": not links and await self._reach(ports)}
+                where = {"ports": ports, "driver": not links and await self._reach(ports, seconds)}
             for comm in comms:
                 await comm.write({"op": "connect", "seconds": seconds, **where})
-            if where.get("driver"):
-                assert self._sockets is not None
-                await _in_thread(self._sockets.join, seconds)
             for address, comm in zip(self._workers, comms, strict=True):
                 problem = (await _read(comm))["error"]
                 if problem:
                     return f"{named(address)} cannot be connected with the others: {problem}"
+            if self._sockets is not None:
+                await _in_thread(self._sockets.join, seconds)
         except (OSError, EOFError) as error:
             return str(error)
         return ""
 
-    async def _reach(self, ports: Sequence[int]) -> bool:
+    async def _reach(self, ports: Sequence[int], seconds: float) -> bool:
         """Whether the driver reaches the workers' sockets; else messages go over Dask."""
         count = len(self._workers)
         # This object lives as long as its connections do, but not for the sake of their thread.
@@ -169,7 +168,8 @@ class ProgramComms:
         )
         hosts = map(get_address_host, self._workers)
         try:
-            await _in_thread(channels.reach, list(zip(hosts, ports, strict=True)), _DRIVER_S)
+            where = list(zip(hosts, ports, strict=True))
+            await _in_thread(channels.reach, where, min(seconds, _DRIVER_S))
         except OSError as error:
             logger.info("messages of steps go over Dask's own connections: %s", error)
             channels.close(_CLOSE_S)
@@ -239,8 +239,7 @@ class ProgramComms:
     def post(self, messages: Sequence[dict[str, Any]]) -> None:
         """Send each worker a message, and do not wait; any thread may call."""
         if self._sockets is not None:
-            for rank, message in enumerate(messages):
-                self._sockets.post(rank, message)
+            self._sockets.post(messages)
         elif internals.loop_runs(self._client):
             self.in_loop(lambda: self._start(self._write_all(messages)))
 

@@ -32,6 +32,8 @@ _IDLE_S = 0.25
 # How long a thread of the process that runs Python code may keep a program from doing so. Python's
 # own 5 ms, spent by the event loop while it reads a step's inputs, would stall every other worker.
 _SWITCH_S = 0.0005
+# How long a program waits before it puts torch's settings back: as long as a short layer computes.
+_BRIEF_S = 0.002
 # How often a wait checks whether other tasks wait for its thread, if nothing wakes it.
 _CHECK_S = 0.5
 
@@ -362,6 +364,8 @@ class Resident:
 
     def _receive(self, tag: Tag) -> Any:
         if not self._is_here(tag):
+            self.host.wait(_BRIEF_S)
+        if tag not in self._arrived:
             self.host.release()
         while tag not in self._arrived:
             self._check()

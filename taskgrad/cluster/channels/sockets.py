@@ -248,13 +248,15 @@ class SocketChannels:
         if found.devices.is_busy:  # the peer may ask for the rest while this program computes
             self._hurry.set()
 
-    def post(self, peer: int, value: Any) -> None:
-        """For a driver: have the channels' thread send a message to a program.
+    def post(self, messages: Sequence[Any]) -> None:
+        """For a driver: have the channels' thread send each program a message.
 
         The thread that calls this does not send: an interrupt would not tell how much was sent.
-        Raises what pickling the value raises.
+        Raises what pickling a message raises; nothing is sent then.
         """
-        self._peers[peer].put(pack(DRIVER, value).buffers)
+        packed = [pack(DRIVER, message).buffers for message in messages]
+        for rank, buffers in enumerate(packed):
+            self._peers[rank].put(buffers)
         self._interrupt()
 
     def has_posted(self) -> bool:
