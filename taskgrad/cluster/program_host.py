@@ -353,7 +353,7 @@ class _ProgramHost:
             self.link.sent()
 
     def _lost(self, peer: int) -> None:
-        if peer == self._driver:
+        if peer == len(self._addresses):  # the driver
             self._in_loop(self.hang_up)
             return
         if self.link is not None:

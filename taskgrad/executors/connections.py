@@ -84,7 +84,7 @@ class Connections:
         self._lost: set[int] = set()
         self._stream = TaskStream(client, self.workers)
         hear = weakref.WeakMethod(self._heard)
-        self._comms = ProgramComms(client, name, self.workers, hear, self.changed)
+        self._comms = ProgramComms(client, name, self.workers, hear)
         self._finalizer = weakref.finalize(self, self._comms.close)
         try:
             self._comms.open(tokens, self._named, links=links)
@@ -233,8 +233,9 @@ class Connections:
                 rows = self._stream.add(rank, message["program"], message["timings"])
                 found = self.finished.setdefault(message["step"], {})
                 found[rank] = message_values.loads(message["reports"]), rows
-                if len(found) == len(self.workers):
-                    self._to_settle = message["step"]
+                if len(found) < len(self.workers):
+                    return  # nobody waits for a part of them
+                self._to_settle = message["step"]
             elif op == "failed":
                 self._fail(remote_errors.loads(message["error"]))
             elif op == "stopped" and message["epoch"] == self._epoch:

@@ -48,19 +48,15 @@ class ProgramComms:
     Parameters
     ----------
     hear
-        What a worker says, but for ``{"op": "gone"}``: its connection has ended.
-    changed
-        Notified when messages have been sent.
+        Called with what a worker says; ``{"op": "gone"}`` says that its connection has ended.
     """
 
-    def __init__(
-        self, client: Client, name: str, workers: Sequence[str], hear: Hear, changed: Changes
-    ) -> None:
+    def __init__(self, client: Client, name: str, workers: Sequence[str], hear: Hear) -> None:
         self._client = client
         self._name = name
         self._workers = workers
         self._hear = hear
-        self._changed = changed
+        self._posted = Changes()  # notified when messages have been sent
         self._comms: list[Comm] = []
         self._locks: list[asyncio.Lock] = []
         self._readers: list[asyncio.Task[None]] = []
@@ -164,7 +160,7 @@ class ProgramComms:
                 found._gone(rank)
 
         channels = SocketChannels(
-            self._name, count, count + 1, False, False, deliver, lost, self._changed.notify_all
+            self._name, count, count + 1, False, False, deliver, lost, self._posted.notify_all
         )
         hosts = map(get_address_host, self._workers)
         try:
@@ -233,7 +229,7 @@ class ProgramComms:
         self.post(messages)
         # Small messages are copies, but for what was left of large ones.
         shared = not all("inputs" not in m or m["inputs"].is_copy for m in messages)
-        if shared and not self._changed.wait_for(sockets.has_posted, deadline("answer")):
+        if shared and not self._posted.wait_for(sockets.has_posted, deadline("answer")):
             raise client_calls.unanswered(what)
 
     def post(self, messages: Sequence[dict[str, Any]]) -> None:
