@@ -128,6 +128,20 @@ def test_a_batch_that_cannot_be_unpickled_on_a_worker(client):
     assert trainer.steps == 2
 
 
+@pytest.mark.parametrize("size", [1, 1_000_000])
+def test_a_result_that_cannot_be_unpickled_here(client, size):
+    """Small ones come in one piece with the message, large ones in several."""
+
+    def call(x: torch.Tensor, fails: bool) -> object:
+        return x.sum(), torch.zeros(size), NotThere() if fails else None
+
+    f = tg.pmap(call, in_axes=(0, None), out_axes=None, client=client)
+    x = torch.ones(2, 3)
+    with pytest.raises(tg.TravelError, match="worker [01] .*here .*LookupError: a file"):
+        f(x, True)
+    assert f(x, False)[0].item() == 3
+
+
 def break_socket(dask_worker) -> None:
     """End the connection to a driver, as a network may."""
     for host in program_host._hosts[dask_worker].named.values():

@@ -19,10 +19,10 @@ from taskgrad.cluster.changes import Changes
 from taskgrad.cluster.config import deadline
 from taskgrad.cluster.program_host import run_program
 from taskgrad.cluster.scheduler_plugin import ANNOTATION
-from taskgrad.cluster.wire import message_values
-from taskgrad.errors import TaskgradError
+from taskgrad.errors import TaskgradError, TravelError
 from taskgrad.executors.program_comms import ProgramComms
 from taskgrad.executors.task_stream import Row, TaskStream
+from taskgrad.remote_errors import text_of
 from taskgrad.worker_names import WorkerName
 
 
@@ -31,8 +31,8 @@ class Connections:
 
     With `links` they run none: ranks that run as tasks send each other messages over the channels.
 
-    Methods block until messages are written, or a deadline has passed. What the workers answer is
-    in the attributes.
+    Methods block until the memory of what they send is no longer read, or a deadline has passed.
+    What the workers answer is in the attributes.
 
     Attributes
     ----------
@@ -232,7 +232,7 @@ class Connections:
             if op == "done":
                 rows = self._stream.add(rank, message["program"], message["timings"])
                 found = self.finished.setdefault(message["step"], {})
-                found[rank] = message_values.loads(message["reports"]), rows
+                found[rank] = message["reports"], rows
                 if len(found) < len(self.workers):
                     return  # nobody waits for a part of them
                 self._to_settle = message["step"]
@@ -253,6 +253,14 @@ class Connections:
                     self._comms.in_loop(self._start_tasks)
             elif op == "peer_lost":
                 self._comms.in_loop(partial(self._peer_lost, message["address"]), 1.0)
+            elif op == "unreadable":
+                name, cause = self._named(self.workers[rank]), message["error"]
+                error = TravelError(
+                    f"what worker {name} returned cannot be unpickled here ({text_of(cause)}): its "
+                    "class has to be importable here, and to unpickle without an error"
+                )
+                error.__cause__ = cause
+                self._fail(error)
             elif op == "gone":
                 self._lost.add(rank)
                 self._fail(self.workers[rank])

@@ -48,7 +48,8 @@ class ProgramComms:
     Parameters
     ----------
     hear
-        Called with what a worker says; ``{"op": "gone"}`` says that its connection has ended.
+        Called with what a worker says. Of ours are ``{"op": "gone"}``, its connection has ended,
+        and ``{"op": "unreadable", "error": error}``, what it said raises this when it is unpickled.
     """
 
     def __init__(self, client: Client, name: str, workers: Sequence[str], hear: Hear) -> None:
@@ -282,18 +283,24 @@ class ProgramComms:
     def _arrived(self, peer: Any, arrived: Any) -> None:
         """A message has come over sockets; in their thread."""
         try:
-            self._heard(peer.rank, arrived.value())
+            message = arrived.value()
         except Exception as error:
-            logger.exception("taskgrad cannot read what a program says")
-            raise ConnectionError("a message cannot be read") from error
+            message = {"op": "unreadable", "error": error}
+        self._heard(peer.rank, message)
 
     def _gone(self, rank: int) -> None:
         self._heard(rank, {"op": "gone"})
 
     def _heard(self, rank: int, message: dict[str, Any]) -> None:
         hear = None if self._closed else self._hear()
-        if hear is not None:
-            hear(rank, message)
+        if hear is None:
+            return
+        if "reports" in message:
+            try:
+                message["reports"] = message_values.loads(message["reports"])
+            except Exception as error:
+                message = {"op": "unreadable", "error": error}
+        hear(rank, message)
 
 
 async def _read(comm: Comm) -> Any:

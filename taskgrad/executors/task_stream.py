@@ -21,10 +21,7 @@ _ACTIONS = {"run": "compute", "send": "transfer", "receive": "transfer"}
 
 
 class TaskStream:
-    """Rows of these workers; all but `label` and `unlabel` are called in the client's event loop.
-
-    Whoever calls holds the connections' `changed`.
-    """
+    """Rows of these workers. Any thread may call; it holds the connections' lock."""
 
     def __init__(self, client: Client, workers: Sequence[str]) -> None:
         self._client = client
