@@ -7,6 +7,7 @@ import contextlib
 import random
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -17,8 +18,10 @@ import torch
 import torch.nn.functional as F
 
 import taskgrad as tg
-from helpers import long_rows
+from conftest import wait_until
+from helpers import long, long_rows
 from plain import ConvNet, PlainTrainer, images
+from test_imap import nothing_left
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)
 # What this thread runs of ours, and of the standard library below it. Dask has its own faults.
@@ -102,3 +105,30 @@ def test_ctrl_c_anywhere_in_a_step(client, monkeypatch, executor, again, stride)
         ours, wanted = chain.state_dict(), plain.model.state_dict()
         assert all(torch.equal(ours[name], value) for name, value in wanted.items())
     assert at > 500
+
+
+def slowly(x: int) -> int:
+    time.sleep(0.01)
+    return x
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("hangs_are_noticed")
+@pytest.mark.parametrize("stride", [29, *long(1)])
+def test_ctrl_c_anywhere_in_a_stream(client, stride):
+    """The stream goes on where it was, or has ended; nothing else is raised."""
+    for at in range(0, 10**6, stride):
+        results = tg.imap(slowly, range(8), chunksize=2, client=client)
+        found = [next(results)]  # its thread has started, which Python does not do safely
+        try:
+            with Interrupts(at) as interrupts:
+                for result in results:
+                    found.append(result)
+        except KeyboardInterrupt:
+            found += results
+        assert found == list(range(len(found)))
+        results.close()
+        if interrupts.left:
+            break  # it has fewer places
+    assert at > 100
+    assert wait_until(lambda: nothing_left(client))

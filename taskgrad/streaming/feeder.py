@@ -54,7 +54,7 @@ class Feeder:
 
         The window was stopped before.
         """
-        with self._window.changed:
+        with self._window.lock:
             self._encoder = None
         if self._thread.ident is None:
             self._close_inputs()
@@ -68,7 +68,7 @@ class Feeder:
     def _feed(self) -> None:
         error: BaseException | None = None
         source = self._inputs[0] if len(self._inputs) == 1 else zip(*self._inputs, strict=False)
-        lock = self._window.changed
+        lock = self._window.lock
         try:
             while size := self._window.wait_for_room():
                 self._size = size
@@ -94,7 +94,7 @@ class Feeder:
         with lock:
             self.error = error
             self.ended = True
-            lock.notify_all()
+            self._window.notify()
 
     def _add(self, item: Any) -> InFlight | None:
         """Encode an item; returns the batch that is full with it."""

@@ -92,7 +92,11 @@ class Stream:
                 yield from self._values(batch, results)
                 self._window.remove(batch)
         finally:
-            self._stop()
+            try:
+                self._stop(wait=not self._client.asynchronous)
+            except BaseException:  # it was interrupted
+                self._stop(wait=False)
+                raise
 
     def _values(self, batch: InFlight, results: Batch) -> Iterator[Any]:
         index = batch.first
@@ -141,7 +145,7 @@ class Stream:
                 f"{self._session.describe(batch.ran_on)}, and are lost, for the {_ATTEMPTS}rd "
                 "time. Look at the workers' logs"
             )
-        with self._window.changed:
+        with self._window.lock:
             batch.results = batch.failure = None
             self._window.send_again(batch, answered=True)
 
@@ -149,7 +153,7 @@ class Stream:
         """Wait for the batch to yield next; None at the end."""
         window, feeder = self._window, self._feeder
         while True:
-            with window.changed:
+            with window.lock:
                 found = window.next()
                 if found is not None:
                     return found
@@ -158,10 +162,10 @@ class Stream:
                         raise feeder.error
                     return None
                 batch = window.resend.popleft() if window.resend else feeder.flush(stale=True)
-                waited = batch is None and not window.changed.wait(_POLL_S)
+                seen = window.version
             if batch is not None:
                 self._send(batch)
-            if waited:
+            elif not window.wait_for_change(seen, _POLL_S):
                 self._check()
 
     def _send(self, batch: InFlight) -> None:
@@ -170,7 +174,7 @@ class Stream:
             return
         try:
             future = self._submit(batch)
-            with window.changed:
+            with window.lock:
                 if window.stopped or batch.answered:
                     future.release()
                 else:
@@ -211,7 +215,7 @@ class Stream:
             )
         if self._not_sent is not None:
             raise TaskgradError(f"items could not be sent, {where}") from self._not_sent
-        with self._window.changed:
+        with self._window.lock:
             waiting = [(batch, batch.future) for batch in self._window.unanswered()]
         for batch, future in waiting:
             ended = future is not None and future.status != "pending" and not batch.answered
@@ -251,18 +255,21 @@ class Stream:
                 f"taskgrad.worker-deadline all workers {why}. Start some, or raise it"
             )
 
-    def _stop(self) -> None:
-        """Release everything. The garbage collector may call this, in any thread."""
+    def _stop(self, *, wait: bool) -> None:
+        """Release everything; again if it was. The garbage collector may call this, in any thread.
+
+        If asked to, wait for the feeder's thread.
+        """
         self._window.stop()
         task_messages.broadcast_delete(self._client, self._token)
-        self._feeder.stop(wait=not self._client.asynchronous)
+        self._feeder.stop(wait=wait)
 
     # In the client's event loop.
 
     def receive(self, message: dict[str, Any], worker: str) -> None:
         """Handle a message from the task of a batch."""
         window = self._window
-        with window.changed:
+        with window.lock:
             batch = window.batches.get(message["number"])
             self._last_message = time.monotonic()
             if batch is None or batch.answered:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from distributed import Future
 
+from taskgrad.cluster.changes import Changes
 from taskgrad.cluster.wire.leases import BufferLease
 from taskgrad.streaming.batch_codec import Batch, BatchEncoder
 from taskgrad.streaming.chunk_size import NBYTES, Sizing
@@ -58,8 +59,9 @@ class InFlight:
 class Window:
     """The batches between the input and the consumer, bounded.
 
-    Three threads use it, and hold `changed` meanwhile: the feeder adds batches while there is room,
-    the consumer takes them out, and answers arrive in the client's event loop.
+    Three threads use it, and hold `lock` meanwhile: the feeder adds batches while there is room,
+    the consumer takes them out, and answers arrive in the client's event loop. Who has changed
+    something says so; `wait_for_change` waits for that.
 
     `threads` batches run at a time; `length` is the number of items, if that is known. The rest is
     as in `taskgrad.imap`; sizes that are None are chosen here.
@@ -74,7 +76,10 @@ class Window:
         length: int | None,
         unordered: bool,
     ) -> None:
-        self.changed = threading.Condition(threading.RLock())
+        self.lock = threading.RLock()
+        self.version = 0
+        """How often something has changed."""
+        self._changes = Changes()
         self.stopped = False
         self.pulled = 0
         """Items that were taken from the input."""
@@ -96,13 +101,24 @@ class Window:
 
     def wait_for_room(self) -> int:
         """Wait until items may be pulled; returns how many, or 0 once the stream has stopped."""
-        with self.changed:
-            while not self.stopped:
+        while True:
+            with self.lock:
+                if self.stopped:
+                    return 0
                 size = self._room()
                 if size:
                     return size
-                self.changed.wait()
-            return 0
+                seen = self.version
+            self.wait_for_change(seen)
+
+    def notify(self) -> None:
+        """Something has changed; whoever waits is to look again."""
+        self.version += 1
+        self._changes.notify_all()
+
+    def wait_for_change(self, seen: int, seconds: float | None = None) -> bool:
+        """Wait until something has changed since this version; False if not within that time."""
+        return self._changes.wait_for(lambda: self.version != seen, seconds)
 
     def _room(self) -> int:
         batches, threads = self.batches.values(), self.sizing.threads
@@ -119,9 +135,9 @@ class Window:
 
     def set_threads(self, threads: int) -> None:
         """Set how many batches run at a time."""
-        with self.changed:
+        with self.lock:
             self.sizing.threads = threads
-            self.changed.notify_all()
+            self.notify()
 
     def unanswered(self) -> list[InFlight]:
         """The batches whose results are not here."""
@@ -131,7 +147,7 @@ class Window:
         """A batch has run."""
         batch.answered = True
         self._answered.append(batch.number)
-        self.changed.notify_all()
+        self.notify()
 
     def send_again(self, batch: InFlight, *, answered: bool) -> None:
         """Note that a batch has to run again; `answered` if `next` returned it."""
@@ -140,7 +156,7 @@ class Window:
         if answered and not self._unordered:
             self._next = batch.number
         self.resend.append(batch)
-        self.changed.notify_all()
+        self.notify()
 
     def next(self) -> InFlight | None:
         """The batch whose results are to be yielded next, if it was answered."""
@@ -154,15 +170,15 @@ class Window:
 
     def remove(self, batch: InFlight) -> None:
         """The results of a batch were yielded."""
-        with self.changed:
+        with self.lock:
             del self.batches[batch.number]
-            self.changed.notify_all()
+            self.notify()
 
     def stop(self) -> None:
         """Release all batches; nothing is sent any more."""
-        with self.changed:
+        with self.lock:
             self.stopped = True
-            self.changed.notify_all()
+            self.notify()
             batches = list(self.batches.values())
             self.batches.clear()
         for batch in batches:

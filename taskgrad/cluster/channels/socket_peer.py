@@ -17,7 +17,7 @@ _MOST_BUFFERS = 512  # that are sent at once; systems have a limit, often of 102
 
 
 class SocketPeer:
-    """The connection to another worker.
+    """The connection to another worker, or to the driver.
 
     `token` is at an address of its process, and `reads` true if that can read this one's memory;
     `lent` is what it is to read there, and `placed` in slots of `devices`.

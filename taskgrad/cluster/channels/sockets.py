@@ -180,7 +180,7 @@ class SocketChannels:
         devices = PeerDevices(
             int(rank < self._rank),
             self._lends and self._on_host_of(rank),
-            self._groups,
+            self._groups and rank < self._size,  # not with the driver
             lambda message: self._send(self._peers[rank], pack(_DEVICES, message).buffers),
         )
         peer = self._peers[rank] = SocketPeer(rank, connection, token, reads, devices)
