@@ -15,10 +15,13 @@ from torch import nn
 
 import taskgrad as tg
 from conftest import wait_until
+from helpers import end_rank_programs
 from plain import ConvNet, PlainTrainer, assert_same_training, images
 from taskgrad.cluster import program_host
+from taskgrad.cluster.channels.socket_peer import SocketPeer
 from taskgrad.cluster.channels.sockets import SocketChannels
 from test_compiled import before_a_trainer, threads_and_ports
+from test_pmap_failures import empty
 
 ADAMW = torch.optim.AdamW
 PLACEMENT = [0] * 5 + [1] * 5
@@ -26,8 +29,8 @@ PLACEMENT = [0] * 5 + [1] * 5
 
 def ways(dask_worker) -> list[str]:
     """How this worker's programs hear from their drivers."""
-    named = program_host._hosts[dask_worker].named
-    return ["dask" if host._driver is None else "sockets" for host in named.values()]
+    hosts = program_host._hosts[dask_worker].named.values()
+    return ["dask" if host._driver is None else "sockets" for host in hosts if host.link is None]
 
 
 def test_a_driver_that_reaches_the_workers_by_dasks_connections_only(client, caplog, monkeypatch):
@@ -142,13 +145,50 @@ def test_a_result_that_cannot_be_unpickled_here(client, size):
     assert f(x, False)[0].item() == 3
 
 
+def slow_to_hear(seconds: float, dask_worker) -> None:
+    """Have this worker read what drivers say later; 0 ends that."""
+    receive = getattr(SocketPeer, "at_once", SocketPeer.receive)
+
+    def late(self):
+        if self.rank == 2:  # after two workers
+            time.sleep(seconds)
+        return receive(self)
+
+    SocketPeer.at_once = receive
+    SocketPeer.receive = late if seconds else receive
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_call_that_fails_before_all_workers_have_heard_of_it_leaves_nothing(client, slow):
+    """Messages of its ranks to such a worker are dropped there."""
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        if tg.axis_index("i") == 3:
+            time.sleep(0.2)  # the others have sent what they send
+            raise KeyError("boo")
+        return tg.psum(x, "i")
+
+    call = tg.pmap(f, "i", client=client)
+    end_rank_programs(client)
+    client.run(slow_to_hear, 0.5, workers=[sorted(client.nthreads())[slow]])
+    try:
+        with pytest.raises(tg.LayerError, match="rank 3 of f") as raised:
+            call(torch.ones(4, 2))
+        raised.value.__traceback__ = None
+        assert wait_until(lambda: empty(client))
+    finally:
+        client.run(slow_to_hear, 0.0)
+
+
 def break_socket(dask_worker) -> None:
     """End the connection to a driver, as a network may."""
     for host in program_host._hosts[dask_worker].named.values():
-        host.channels._peers[host._driver].connection.shutdown(socket.SHUT_RDWR)
+        if host._driver is not None:  # links between ranks have none
+            host.channels._peers[host._driver].connection.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_socket_that_breaks(client):
+    before_a_trainer(client)
     chain = tg.GraphChain(ConvNet(), client=client, placement=PLACEMENT)
     trainer = tg.Trainer(chain, F.cross_entropy, ADAMW, microbatches=2)
     [(x, y)] = images(1)

@@ -70,6 +70,8 @@ PROGRAM = "taskgrad_program"
 """A worker's handler for the connection of a driver."""
 # How long a worker that closes its channels waits for each other one to do the same.
 _CLOSE_S = 5.0
+# How long a driver's last messages are read after its connection has ended.
+_LAST_S = 1.0
 
 _hosts: weakref.WeakKeyDictionary[Worker, ProgramHosts] = weakref.WeakKeyDictionary()
 
@@ -104,7 +106,7 @@ class ProgramHosts:
     def stop(self) -> None:
         """Called when the worker closes."""
         for host in self.named.values():
-            host.resident.close()
+            host.worker_closes()
         stop_answering(self._worker, PROGRAM, CHANNEL)
 
     def task_is_ready(self) -> None:
@@ -173,6 +175,7 @@ class _ProgramHost:
         self._thread = threading.get_ident()  # of the event loop
         self._outgoing: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._driver: int | None = None  # its place among the channels, if it takes part
+        self._driver_left = asyncio.Event()  # all that came from there has been read
         self._gave_thread_back = False
         self._runs_ranks = False
         self._kept: dict[int, Any] = {}  # inputs of later steps, too
@@ -211,6 +214,9 @@ class _ProgramHost:
             pass
         finally:
             writer.cancel()
+        if self._driver is not None:  # there may be messages that came before the end
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._driver_left.wait(), _LAST_S)
 
     def _do(self, op: str, message: dict[str, Any]) -> None:
         """Do what a message says, in the event loop or a thread of the channels."""
@@ -221,7 +227,13 @@ class _ProgramHost:
 
     def hang_up(self) -> None:
         """End the connection to the driver, as if that had."""
+        self._driver_left.set()
         self._comm.abort()
+
+    def worker_closes(self) -> None:
+        """Take no more steps."""
+        self.resident.close()
+        self._driver_left.set()
 
     async def close(self) -> None:
         """Close the channels."""

@@ -188,9 +188,16 @@ class ProgramComms:
     def close(self) -> None:
         """Close the connections, in the client's event loop if that still runs. Does not wait."""
         self._closed = True
-        if self._sockets is not None:
+        sockets, posted = self._sockets, self._posted
+
+        def close_sockets() -> None:
+            assert sockets is not None
+            posted.wait_for(sockets.has_posted, _CLOSE_S)
+            sockets.close(_CLOSE_S)
+
+        if sockets is not None:
             with contextlib.suppress(RuntimeError):  # the interpreter ends, and with it all threads
-                threading.Thread(target=self._sockets.close, args=(_CLOSE_S,), daemon=True).start()
+                threading.Thread(target=close_sockets, daemon=True).start()
         comms = self._comms
 
         async def close() -> None:

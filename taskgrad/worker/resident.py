@@ -155,6 +155,8 @@ class Resident:
             if not self._stopping:
                 self._rests = False
                 self._steps.append(step)
+            if self._closed:
+                self._drop_steps()
         self.host.wake()
 
     def rest(self) -> None:
