@@ -18,7 +18,6 @@ from conftest import wait_until
 from helpers import end_rank_programs
 from plain import ConvNet, PlainTrainer, assert_same_training, images
 from taskgrad.cluster import program_host
-from taskgrad.cluster.channels.socket_peer import SocketPeer
 from taskgrad.cluster.channels.sockets import SocketChannels
 from test_compiled import before_a_trainer, threads_and_ports
 from test_pmap_failures import empty
@@ -146,16 +145,20 @@ def test_a_result_that_cannot_be_unpickled_here(client, size):
 
 
 def slow_to_hear(seconds: float, dask_worker) -> None:
-    """Have this worker read what drivers say later; 0 ends that."""
-    receive = getattr(SocketPeer, "at_once", SocketPeer.receive)
+    """Have this worker read what drivers say so much after it is connected; 0 ends that."""
+    poll = getattr(SocketChannels, "at_once", SocketChannels._poll)
 
-    def late(self):
-        if self.rank == 2:  # after two workers
-            time.sleep(seconds)
-        return receive(self)
+    def late(self, wait):
+        if 2 not in self._peers:  # after two workers
+            return poll(self, wait)
+        self.until = getattr(self, "until", time.monotonic() + seconds)
+        if time.monotonic() < self.until:
+            time.sleep(0.02)
+            return False
+        return poll(self, wait)
 
-    SocketPeer.at_once = receive
-    SocketPeer.receive = late if seconds else receive
+    SocketChannels.at_once = poll
+    SocketChannels._poll = late if seconds else poll
 
 
 @pytest.mark.parametrize("slow", [0, 1])

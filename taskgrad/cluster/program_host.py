@@ -204,7 +204,7 @@ class _ProgramHost:
                 message: Any = await self._comm.read()
                 op = message.pop("op")
                 if op == "close":
-                    return
+                    break
                 if op == "connect":
                     await self._connect(**message)
                 else:
