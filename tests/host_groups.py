@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from taskgrad.cluster import program_host
+from taskgrad.cluster import program_hosts
 from taskgrad.cluster.channels import device_group
 from taskgrad.worker.devices import home
 
@@ -101,7 +101,7 @@ def use_none(kind: str = "cpu") -> None:
 
 def counts(dask_worker: Any) -> dict[str, int]:
     """Of this worker's channels: groups that are ready, those that wait, and values announced."""
-    hosts = program_host._hosts[dask_worker].named.values()
+    hosts = program_hosts._hosts[dask_worker].named.values()
     peers = [p for h in hosts if hasattr(h.channels, "_peers") for p in h.channels._peers.values()]
     groups = [p.devices.group for p in peers if p.devices.group is not None]
     return {

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from taskgrad.cluster import program_host
+from taskgrad.cluster import program_hosts
 from taskgrad.cluster.channels import device_slots, peer_devices
 from taskgrad.worker.devices import home
 
@@ -78,7 +78,7 @@ def as_before() -> None:
 
 def counts(dask_worker: Any) -> dict[str, int]:
     """Of this worker's channels: slots that are free, those with values, and those open."""
-    hosts = program_host._hosts[dask_worker].named.values()
+    hosts = program_hosts._hosts[dask_worker].named.values()
     peers = [p for h in hosts if hasattr(h.channels, "_peers") for p in h.channels._peers.values()]
     return {
         "ready": sum(p.devices.slots.is_ready for p in peers),

@@ -20,7 +20,7 @@ import taskgrad as tg
 from conftest import total_held, wait_until
 from helpers import long
 from plain import ConvNet, PlainTrainer, assert_same_training, images
-from taskgrad.cluster import program_host
+from taskgrad.cluster import program_host, program_hosts
 from taskgrad.cluster.worker_plugin import store_of
 from test_compiled import before_a_trainer, threads_and_ports
 
@@ -54,7 +54,7 @@ def set_wait(wait: bool, dask_worker) -> None:
 
 def steps_there(dask_worker) -> int:
     """Steps that programs of this worker have inputs of, and did not begin."""
-    hosts = program_host._hosts[dask_worker].named.values()
+    hosts = program_hosts._hosts[dask_worker].named.values()
     return sum(len(host.resident._steps) for host in hosts)
 
 
@@ -286,7 +286,7 @@ def test_values_of_any_kind_whose_shapes_change(four, schedule):
 
 def delay_steps(seconds: float, dask_worker) -> None:
     """Have the messages that bring steps arrive later; 0 ends that."""
-    kind = program_host._ProgramHost
+    kind = program_host.ProgramHost
     kind.prompt = getattr(kind, "prompt", kind._step)
 
     def delayed(self, **message):

@@ -20,7 +20,7 @@ from torch import nn
 import taskgrad as tg
 from taskgrad.cluster import internals, local, task_logs
 from taskgrad.cluster.channels.dask_comms import CHANNEL
-from taskgrad.cluster.program_host import PROGRAM
+from taskgrad.cluster.program_hosts import PROGRAM
 from taskgrad.cluster.session import session
 from taskgrad.cluster.wire import peers
 from taskgrad.cluster.worker_plugin import NAME

@@ -17,7 +17,7 @@ from torch import nn
 import taskgrad as tg
 from conftest import keys_of, wait_until
 from helpers import end_rank_programs
-from taskgrad.cluster import program_host
+from taskgrad.cluster import program_hosts
 from taskgrad.cluster.channels.sockets import SocketChannels
 from taskgrad.executors import program_comms
 from test_compiled_fallback import cut_off, join_again, unreachable
@@ -51,7 +51,7 @@ def bytes_of(call, sent) -> int:
 
 def programs(dask_worker) -> list:
     """What this worker has of programs, of trainers too."""
-    found = program_host._hosts.get(dask_worker)
+    found = program_hosts._hosts.get(dask_worker)
     return [] if found is None else list(found.named.values())
 
 

@@ -15,7 +15,7 @@ from distributed import Client
 import taskgrad as tg
 from conftest import total_held, wait_for_another, wait_until
 from helpers import end_rank_programs, long
-from taskgrad.cluster import program_host
+from taskgrad.cluster import program_hosts
 from taskgrad.cluster.session import session
 from taskgrad.executors import rank_links
 from test_compiled_fallback import unreachable
@@ -47,7 +47,7 @@ def stop_counting(dask_worker) -> None:
 
 def links(dask_worker) -> int:
     """How many links this worker has."""
-    hosts = program_host._hosts.get(dask_worker)
+    hosts = program_hosts._hosts.get(dask_worker)
     return 0 if hosts is None else sum(h.link is not None for h in hosts.named.values())
 
 
@@ -142,7 +142,7 @@ def test_a_worker_that_is_killed_while_others_wait_for_it(fresh, taped):
 
 def break_links(dask_worker) -> None:
     """End the connections of links, as a network may."""
-    for host in program_host._hosts[dask_worker].named.values():
+    for host in program_hosts._hosts[dask_worker].named.values():
         for peer in host.channels._peers.values() if host.link is not None else ():
             peer.connection.shutdown(socket.SHUT_RDWR)
 

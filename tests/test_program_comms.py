@@ -17,7 +17,7 @@ import taskgrad as tg
 from conftest import wait_until
 from helpers import end_rank_programs
 from plain import ConvNet, PlainTrainer, assert_same_training, images
-from taskgrad.cluster import program_host
+from taskgrad.cluster import program_hosts
 from taskgrad.cluster.channels.sockets import SocketChannels
 from test_compiled import before_a_trainer, threads_and_ports
 from test_pmap_failures import empty
@@ -28,7 +28,7 @@ PLACEMENT = [0] * 5 + [1] * 5
 
 def ways(dask_worker) -> list[str]:
     """How this worker's programs hear from their drivers."""
-    hosts = program_host._hosts[dask_worker].named.values()
+    hosts = program_hosts._hosts[dask_worker].named.values()
     return ["dask" if host._driver is None else "sockets" for host in hosts if host.link is None]
 
 
@@ -40,7 +40,7 @@ def test_a_driver_that_reaches_the_workers_by_dasks_connections_only(client, cap
         raise OSError("no route to their ports")
 
     def channels(dask_worker) -> list[str]:
-        named = program_host._hosts[dask_worker].named
+        named = program_hosts._hosts[dask_worker].named
         return [type(host.channels).__name__ for host in named.values()]
 
     monkeypatch.setattr(SocketChannels, "reach", refused)
@@ -185,7 +185,7 @@ def test_a_call_that_fails_before_all_workers_have_heard_of_it_leaves_nothing(cl
 
 def break_socket(dask_worker) -> None:
     """End the connection to a driver, as a network may."""
-    for host in program_host._hosts[dask_worker].named.values():
+    for host in program_hosts._hosts[dask_worker].named.values():
         if host._driver is not None:  # links between ranks have none
             host.channels._peers[host._driver].connection.shutdown(socket.SHUT_RDWR)
 

@@ -23,7 +23,11 @@ from distributed import Worker
 from taskgrad.cluster import internals
 
 # The modules of the functions of our tasks, all of whose errors reach the driver.
-_MODULES = ("taskgrad.cluster.tasks", "taskgrad.cluster.program_host", "taskgrad.streaming.serving")
+_MODULES = (
+    "taskgrad.cluster.tasks",
+    "taskgrad.cluster.program_hosts",
+    "taskgrad.streaming.serving",
+)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from taskgrad.cluster import internals, task_logs
 from taskgrad.cluster.closing import stop_listening
 from taskgrad.cluster.config import Settings
 from taskgrad.cluster.messages.rank_comms import DaskTransport
-from taskgrad.cluster.program_host import ProgramHosts
+from taskgrad.cluster.program_hosts import ProgramHosts
 from taskgrad.cluster.retirement import OccupancyReporter
 from taskgrad.cluster.tuning import malloc, server_settings
 from taskgrad.cluster.wire import message_leases, result_table

@@ -17,7 +17,7 @@ from taskgrad import remote_errors
 from taskgrad.cluster import client_calls
 from taskgrad.cluster.changes import Changes
 from taskgrad.cluster.config import deadline
-from taskgrad.cluster.program_host import run_program
+from taskgrad.cluster.program_hosts import run_program
 from taskgrad.cluster.scheduler_plugin import ANNOTATION
 from taskgrad.errors import TaskgradError, TravelError
 from taskgrad.executors.program_comms import ProgramComms

@@ -23,7 +23,7 @@ from taskgrad.cluster import client_calls, internals
 from taskgrad.cluster.changes import Changes
 from taskgrad.cluster.channels.sockets import SocketChannels
 from taskgrad.cluster.config import deadline, device_groups
-from taskgrad.cluster.program_host import PROGRAM
+from taskgrad.cluster.program_hosts import PROGRAM
 from taskgrad.cluster.wire import message_values
 
 # Up to so many bytes Dask need not look at a message to tell whether a thread should serialize it.
